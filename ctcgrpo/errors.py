@@ -1,0 +1,75 @@
+"""What can go wrong, in one place: one error type per boundary, each with an exit code.
+
+    boundary              type                    exit   in an episode
+    recipe, overrides     RecipeError             2      -
+    scenario records      ScenarioError           3      -
+    model, tokenizer      PolicyError             4      -
+    policy engine         PolicyEngineError       4      a failed episode
+    simulator transport   SimulatorTransportError 5      a failed episode
+    simulator reply       SimulatorReplyError     5      a failed episode
+    run folder            OutputError             6      -
+    too many failures     TooManyFailures         7      stops the run after saving
+    Ctrl-C                RunInterrupted          130    stops the run after saving
+
+A bad episode is data, not a result: it is recorded with its reason and left out of every statistic. What the policy
+itself causes (an empty, cut or broken reply) is an outcome and never comes here. Messages name the file, the field, the
+value and what would be right; users see the message, not a traceback.
+"""
+
+from __future__ import annotations
+
+
+class CtcGrpoError(Exception):
+    """Base of all errors that a user can cause or mend."""
+
+    exit_code = 1
+    kind = "error"
+
+
+class RecipeError(CtcGrpoError):
+    exit_code = 2
+    kind = "recipe"
+
+
+class ScenarioError(CtcGrpoError):
+    exit_code = 3
+    kind = "scenario"
+
+
+class PolicyError(CtcGrpoError):
+    exit_code = 4
+    kind = "policy"
+
+
+class PolicyEngineError(CtcGrpoError):
+    exit_code = 4
+    kind = "policy_engine"
+
+
+class SimulatorTransportError(CtcGrpoError):
+    exit_code = 5
+    kind = "simulator_transport"
+
+
+class SimulatorReplyError(CtcGrpoError):
+    exit_code = 5
+    kind = "simulator_reply"
+
+
+class OutputError(CtcGrpoError):
+    exit_code = 6
+    kind = "output"
+
+
+class TooManyFailures(CtcGrpoError):
+    exit_code = 7
+    kind = "too_many_failures"
+
+
+class RunInterrupted(CtcGrpoError):
+    exit_code = 130
+    kind = "interrupted"
+
+
+EPISODE_ERRORS = (PolicyEngineError, SimulatorTransportError, SimulatorReplyError)
+"""What turns an episode into a failed one; anything else is a defect of this program and stops it."""
