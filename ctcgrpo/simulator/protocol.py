@@ -1,0 +1,120 @@
+"""What goes over the wire between a rollout and the simulator, and what a backend has to do.
+
+The server keeps nothing between requests: a request carries the scenario, the history, the state, the round and a seed, so
+any replica can answer it and a retry is safe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ctcgrpo.records import Anchors, Scenario, Scene, UserState
+
+TURN_PATH = "/v1/turn"
+HEALTH_PATH = "/health"
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Utterance(_Message):
+    speaker: Literal["policy", "user"]
+    text: str
+
+
+class State(_Message):
+    anger: int = Field(ge=0, le=100)
+    trust: int = Field(ge=0, le=100)
+
+
+class ScenarioCard(_Message):
+    """What a backend may know of a scenario."""
+
+    id: str
+    scene: Scene
+    language: str
+    user_persona: str
+    opening_line: str
+    policy_persona: str
+    goal: str
+    success_criteria: tuple[str, ...]
+    must_avoid: tuple[str, ...]
+    anchors: tuple[State, State, State]
+    script: dict[str, Any]
+
+    @classmethod
+    def of(cls, scenario: Scenario) -> ScenarioCard:
+        return cls(
+            id=scenario.id,
+            scene=scenario.scene,
+            language=scenario.language,
+            user_persona=scenario.user_persona,
+            opening_line=scenario.opening_line,
+            policy_persona=scenario.policy_persona,
+            goal=scenario.goal,
+            success_criteria=scenario.success_criteria,
+            must_avoid=scenario.must_avoid,
+            anchors=tuple(State(anger=s.anger, trust=s.trust) for s in scenario.anchors),  # type: ignore[arg-type]
+            script=dict(scenario.script),
+        )
+
+    @property
+    def initial_target_worst(self) -> Anchors:
+        return Anchors(*(UserState(s.anger, s.trust) for s in self.anchors))
+
+
+class TurnRequest(_Message):
+    """Ask the user to react. `history` ends with the policy's reply; `round` counts the policy's replies from 1."""
+
+    request_id: str
+    scenario: ScenarioCard
+    history: tuple[Utterance, ...] = Field(min_length=1)
+    state: State
+    round: int = Field(ge=1)
+    max_rounds: int = Field(ge=1)
+    seed: int = Field(ge=0)
+
+
+class Usage(_Message):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class TurnReply(_Message):
+    """The user's reaction. `state` is the state after the turn, computed by the server from the clipped change."""
+
+    reply: str
+    anger_delta: int = Field(ge=-10, le=10)
+    trust_delta: int = Field(ge=-10, le=10)
+    state: State
+    goes_on: bool
+    why: str = ""
+    reflection: str = ""
+    usage: Usage = Usage()
+
+
+@dataclass(frozen=True, slots=True)
+class Reaction:
+    """What a backend decides; the server turns it into a TurnReply. Deltas may lie outside [-10, 10]: they are clipped."""
+
+    reply: str
+    anger_delta: int
+    trust_delta: int
+    goes_on: bool
+    why: str = ""
+    reflection: str = ""
+    usage: Usage = field(default_factory=Usage)
+
+
+class SimulatorBackend(Protocol):
+    """One class plays the user. `name` appears in the health answer and in every record of a run."""
+
+    name: str
+
+    async def react(self, request: TurnRequest) -> Reaction:
+        """Raises SimulatorReplyError for a scenario that it cannot play or a reaction that it cannot produce."""
+        ...

@@ -1,0 +1,117 @@
+"""The scripted user: hears a reply, changes state, answers, and decides whether to stay. No LLM, no randomness."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+
+from ctcgrpo.records import UserState
+from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, TurnRequest, Utterance
+from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge, read_knowledge
+from ctcgrpo.simulator.scripted.language import Language, load_language
+from ctcgrpo.simulator.scripted.reading import Reading, read
+from ctcgrpo.simulator.scripted.rules import Finding, Heard, findings
+
+_MOST_CREDIT = 9
+_SHORT_TEMPER = 1.5
+
+
+class ScriptedBackend:
+    """Plays any scenario in a language that `languages/` has; the same request always gets the same reaction."""
+
+    name = "scripted"
+
+    async def react(self, request: TurnRequest) -> Reaction:
+        return react(request)
+
+
+def react(request: TurnRequest) -> Reaction:
+    """The reaction to the last reply in the history. Raises SimulatorReplyError for a language without rules."""
+    card = request.scenario
+    language = load_language(card.language)
+    knowledge = _knowledge(card.model_dump_json(), card.language)
+    readings = _readings(card, knowledge, language, request.history)
+    heard = Heard(readings[-1], tuple(readings[:-1]), knowledge, language, card.scene, request.round)
+    found = findings(heard)
+    before = UserState(request.state.anger, request.state.trust)
+    anger_delta, trust_delta = _temper(found, before)
+    after = before.plus(anger_delta, trust_delta)
+    mood = _mood(found, after, request)
+    return Reaction(
+        reply=_line(mood, card, knowledge, language, request.round),
+        anger_delta=anger_delta,
+        trust_delta=trust_delta,
+        goes_on=mood not in ("thanks", "leaves"),
+        why="; ".join(f"{f.why} ({f.anger:+.0f}/{f.trust:+.0f})" for f in found) or "neither here nor there",
+    )
+
+
+@lru_cache(maxsize=4096)
+def _knowledge(card_json: str, code: str) -> Knowledge:
+    return read_knowledge(ScenarioCard.model_validate(json.loads(card_json)), load_language(code))
+
+
+def _raised(knowledge: Knowledge, card: ScenarioCard, round: int) -> Detail | None:
+    """The detail that the user brought up before the policy's reply of this round; one after the other, then none."""
+    index = round - 1 if card.opening_line else round - 2
+    return knowledge.details[index] if 0 <= index < len(knowledge.details) else None
+
+
+def _readings(card: ScenarioCard, knowledge: Knowledge, language: Language, history: Sequence[Utterance]) -> list[Reading]:
+    """A reading of each of the policy's replies so far, each in the light of what had been said by then."""
+    heard, replies, readings = [card.policy_persona], [], []  # type: tuple[list[str], list[str], list[Reading]]
+    for utterance in history:
+        if utterance.speaker == "user":
+            heard.append(utterance.text)
+            continue
+        readings.append(
+            read(
+                utterance.text,
+                knowledge=knowledge,
+                language=language,
+                moves=language.moves[card.scene],
+                heard=heard,
+                earlier=replies,
+                raised=_raised(knowledge, card, len(replies) + 1),
+            )
+        )
+        replies.append(utterance.text)
+    return readings
+
+
+def _temper(found: Sequence[Finding], before: UserState) -> tuple[int, int]:
+    """Findings as a change of state: credit is capped, and a user in a bad state takes offence more easily."""
+    temper = _SHORT_TEMPER if before.anger > 60 or before.trust < 20 else 1.0
+    anger = max(-_MOST_CREDIT, sum(min(0.0, f.anger) for f in found)) + temper * sum(max(0.0, f.anger) for f in found)
+    trust = min(_MOST_CREDIT, sum(max(0.0, f.trust) for f in found)) + temper * sum(min(0.0, f.trust) for f in found)
+    return max(-10, min(10, round(anger))), max(-10, min(10, round(trust)))
+
+
+def _mood(found: Sequence[Finding], after: UserState, request: TurnRequest) -> str:
+    """Which kind of line comes next; "thanks" and "leaves" end the dialogue."""
+    anchors = request.scenario.initial_target_worst
+    if after.anger <= anchors.target.anger and after.trust >= anchors.target.trust:
+        return "thanks"
+    patience_gone = request.round > request.max_rounds / 2 and after.trust < anchors.initial.trust - 15
+    if after.anger >= anchors.worst.anger or after.trust <= anchors.worst.trust or patience_gone:
+        return "leaves"
+    if any(f.why == "I cannot make sense of it" for f in found):
+        return "puzzled"
+    balance = sum(f.trust - f.anger for f in found)
+    return "warmer" if balance >= 5 else "colder" if balance <= -4 else "flat"
+
+
+def _line(mood: str, card: ScenarioCard, knowledge: Knowledge, language: Language, round: int) -> str:
+    own = knowledge.lines.get(mood) or language.lines[mood]
+    reaction = own[_pick(len(own), card.id, mood, round)]
+    if mood in ("thanks", "leaves"):
+        return reaction
+    following = _raised(knowledge, card, round + 1)
+    more = language.lines["raise"]
+    return f"{reaction} {(following and following.line) or more[_pick(len(more), card.id, 'raise', round)]}"
+
+
+def _pick(n: int, *where: object) -> int:
+    return int.from_bytes(hashlib.sha256("/".join(map(str, where)).encode()).digest()[:4], "big") % n

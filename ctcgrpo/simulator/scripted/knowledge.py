@@ -1,0 +1,77 @@
+"""What the user of a scenario cares about: from the record's `script`, or, without one, derived from its personas."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ctcgrpo.simulator.protocol import ScenarioCard
+from ctcgrpo.simulator.scripted.language import Language
+
+_FACT = re.compile(r"^\s*\d+[.、)]\s*(.+)$", re.MULTILINE)
+_MOST_DETAILS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """Something of this user's life, in stems. `words` name it; `field` are the words around it: those that somebody who
+    engages with it is likely to use, and those of `line`, which is what the user says to bring it up ("" for none)."""
+
+    about: str
+    words: frozenset[str]
+    field: frozenset[str]
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
+class Knowledge:
+    """`musts` name what the scene asks for in this scenario: boundary and offer, or fault and remedy. `vocabulary` is all
+    content of the scenario's texts; `matter` the part of it that is not everyday talk, and what makes sense of a detail."""
+
+    details: tuple[Detail, ...]
+    musts: Mapping[str, frozenset[str]]
+    vocabulary: frozenset[str]
+    matter: frozenset[str]
+    lines: Mapping[str, list[str]]
+
+
+def read_knowledge(card: ScenarioCard, language: Language) -> Knowledge:
+    script: Mapping[str, Any] = card.script
+
+    def stems(words: list[str]) -> frozenset[str]:
+        return frozenset().union(*(language.content(word) for word in words))
+
+    if script.get("details"):
+        details = tuple(
+            Detail(d["about"], stems(d["words"]), stems(d["sense"]) | language.uncommon(d["line"]), d["line"])
+            for d in script["details"]
+        )
+    else:
+        details = _derived_details(card, language)
+    parts = script.get("boundary") or script.get("repair") or {}
+    texts = [card.user_persona, card.policy_persona, card.opening_line, card.goal, *card.success_criteria]
+    texts += [d.line for d in details]
+    vocabulary = frozenset().union(*(language.content(text) for text in texts), *(d.field for d in details))
+    matter = frozenset().union(*(language.uncommon(text) for text in texts), *(d.field for d in details))
+    return Knowledge(
+        details=details,
+        musts={name: stems(words) for name, words in parts.items()},
+        vocabulary=vocabulary,
+        matter=matter,
+        lines=script.get("lines") or {},
+    )
+
+
+def _derived_details(card: ScenarioCard, language: Language) -> tuple[Detail, ...]:
+    """One detail for the opening line and one for each known fact; what all of them share distinguishes none."""
+    facts = _FACT.findall(card.user_persona) or language.sentences(card.user_persona)
+    texts = [text for text in (card.opening_line, *facts) if text][:_MOST_DETAILS]
+    contents = [language.content(text) for text in texts]
+    details = []
+    for k, (text, content) in enumerate(zip(texts, contents, strict=True)):
+        others = frozenset().union(*(c for j, c in enumerate(contents) if j != k))
+        own = content - others or content
+        details.append(Detail(text[:40], own, content - own, ""))
+    return tuple(details)

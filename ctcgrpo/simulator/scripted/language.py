@@ -1,0 +1,128 @@
+"""What the scripted user knows of a language: `languages/CODE.yaml`. A language is added by adding a file.
+
+A file holds: `script` (latin or han), `lexicon` (tag -> words, latin only), `faults` and `moves` (name -> patterns and
+effect; moves per scene), `lines` (what the user says where the scenario has no words of its own).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import snowballstemmer
+import yaml
+
+from ctcgrpo.errors import SimulatorReplyError
+from ctcgrpo.records import Scene
+from ctcgrpo.simulator.scripted.grammar import is_sound
+
+_LANGUAGES = files("ctcgrpo.simulator.scripted") / "languages"
+_LATIN_TOKEN = re.compile(r"n't\b|'(?:s|m|re|ve|d|ll)\b|[a-z]+(?=n't\b)|[a-z]+|\d+(?:[.,:]\d+)*|,")
+_HAN_RUN = re.compile(r"[\u4e00-\u9fff]+")
+_SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"')\]]*(?:\s+|(?<=[。！？]))|\n+")
+_STEM = snowballstemmer.stemmer("english")
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A way of speaking: any of `patterns` found in a sentence (lower case); what it does to the user, and why."""
+
+    name: str
+    patterns: tuple[re.Pattern[str], ...]
+    anger: float
+    trust: float
+    why: str
+
+    def matches(self, sentence: str) -> bool:
+        return any(pattern.search(sentence) for pattern in self.patterns)
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    code: str
+    han: bool
+    lexicon: Mapping[str, str]
+    faults: tuple[Pattern, ...]
+    scene_faults: Mapping[str, tuple[Pattern, ...]]
+    moves: Mapping[str, tuple[Pattern, ...]]
+    lines: Mapping[str, list[str]]
+
+    def sentences(self, text: str) -> list[str]:
+        return [s.strip() for s in _SENTENCE_END.split(text) if s and s.strip()]
+
+    def tokens(self, text: str) -> list[str]:
+        """Words and commas in lower case; for Han script, overlapping pairs of characters."""
+        if self.han:
+            return [run[k : k + 2] for run in _HAN_RUN.findall(text) for k in range(max(1, len(run) - 1))]
+        return _LATIN_TOKEN.findall(text.lower().replace("\u2019", "'"))
+
+    def length(self, text: str) -> int:
+        """In words; for Han script 1.6 characters count as one."""
+        if self.han:
+            return round(sum(map(len, _HAN_RUN.findall(text))) / 1.6) + len(re.findall(r"[A-Za-z]+", text))
+        return sum(token[0].isalnum() for token in self.tokens(text))
+
+    def content(self, text: str) -> frozenset[str]:
+        """The stems of the words that carry content."""
+        return frozenset(stem(t) if not self.han else t for t in self.tokens(text) if self._is_content(t))
+
+    def uncommon(self, text: str) -> frozenset[str]:
+        """The content that is not everyday talk."""
+        return self.content(text) - {stem(word) for word in self.lexicon}
+
+    def is_common(self, word: str) -> bool:
+        """Whether it is a word of everyday talk, whatever the subject."""
+        return word in self.lexicon
+
+    def is_sound(self, sentence: str) -> bool:
+        """Whether it is a sentence of this language that hangs together."""
+        if not self.han:
+            return is_sound(self.tokens(sentence), self.lexicon)
+        letters = re.findall(r"[\w]", sentence)
+        han = sum(map(len, _HAN_RUN.findall(sentence)))
+        return bool(letters) and han >= 0.6 * len(letters) and not re.search(r"(.{1,4})\1{2,}", sentence)
+
+    def _is_content(self, token: str) -> bool:
+        if self.han:
+            return not any(char in self.lexicon for char in token)
+        return token[0].isalpha() and not set(self.lexicon.get(token, "N")) <= set("DPOXITCWUR")
+
+
+@cache
+def stem(word: str) -> str:
+    return str(_STEM.stemWord(word))
+
+
+@cache
+def load_language(code: str) -> Language:
+    """Raises SimulatorReplyError for a language without a file."""
+    file = _LANGUAGES / f"{code}.yaml"
+    if not file.is_file():
+        known = sorted(f.name.removesuffix(".yaml") for f in _LANGUAGES.iterdir() if f.name.endswith(".yaml"))
+        raise SimulatorReplyError(f"the scripted simulator does not speak {code!r}; it speaks {', '.join(known)}")
+    data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    lexicon: dict[str, str] = {}
+    for tags, words in data["lexicon"].items():
+        for word in str(words).split():
+            lexicon[word] = lexicon.get(word, "") + str(tags)
+    scenes: list[Scene] = list(data["moves"])
+    return Language(
+        code=code,
+        han=data["script"] == "han",
+        lexicon=lexicon,
+        faults=_patterns(data["faults"]),
+        scene_faults={scene: _patterns(data["scene_faults"].get(scene, {})) for scene in scenes},
+        moves={scene: _patterns(data["moves"][scene]) for scene in scenes},
+        lines=data["lines"],
+    )
+
+
+def _patterns(table: Mapping[str, Mapping[str, Any]]) -> tuple[Pattern, ...]:
+    return tuple(
+        Pattern(name, tuple(re.compile(p) for p in entry["patterns"]), entry["anger"], entry["trust"], entry["why"])
+        for name, entry in table.items()
+    )

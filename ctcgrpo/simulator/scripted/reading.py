@@ -1,0 +1,137 @@
+"""What a reply of the policy does, before anything is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
+from ctcgrpo.simulator.scripted.language import Language, Pattern, stem
+
+_RUN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """`sound`: it hangs together. `own`: it is not taken over from what was said before. `sensible`: most of its content
+    is everyday talk or belongs to this scenario."""
+
+    text: str
+    sound: bool
+    own: bool
+    sensible: bool
+    content: frozenset[str]
+
+    @property
+    def counts(self) -> bool:
+        return self.sound and self.own and self.sensible
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One reply, as heard by this user at this point of the dialogue.
+
+    `engaged` are the details that its counting sentences take up, bringing in something of this scenario that the user
+    had not just said; `raised` is the detail that the user brought up last. `moves` and `musts` are what counting
+    sentences do.
+    """
+
+    text: str
+    length: int
+    sentences: tuple[Sentence, ...]
+    engaged: tuple[Detail, ...]
+    raised: Detail | None
+    moves: tuple[Pattern, ...]
+    musts: frozenset[str]
+    questions: int
+    echo: float
+    repetition: float
+
+    def share(self, predicate: str) -> float:
+        """The share of sentences for which the named property does not hold."""
+        return sum(not getattr(s, predicate) for s in self.sentences) / len(self.sentences) if self.sentences else 1.0
+
+
+def read(
+    text: str,
+    *,
+    knowledge: Knowledge,
+    language: Language,
+    moves: Sequence[Pattern],
+    heard: Sequence[str],
+    earlier: Sequence[str],
+    raised: Detail | None,
+) -> Reading:
+    """`heard`: what the user said and what the policy's role was told; `earlier`: the policy's earlier replies."""
+    sources = _all_runs(heard, language)
+    sentences = tuple(_sentence(s, knowledge, language, sources) for s in language.sentences(text))
+    counting = [s for s in sentences if s.counts]
+    said = frozenset().union(*(s.content for s in counting))
+    just_heard = language.content(heard[-1]) if heard else frozenset()
+    brings = (said - just_heard) & knowledge.matter
+    engaged = tuple(d for d in knowledge.details if brings and _engages(said, d, just_raised=d == raised))
+    content = language.content(text)
+    return Reading(
+        text=text,
+        length=language.length(text),
+        sentences=sentences,
+        engaged=engaged,
+        raised=raised,
+        moves=tuple(m for m in moves if any(m.matches(s.text.lower()) for s in counting)),
+        musts=frozenset(name for name, words in knowledge.musts.items() if any(s.content & words for s in counting)),
+        questions=sum("?" in s.text or "？" in s.text for s in sentences),
+        echo=_coverage(text, sources, language),
+        repetition=max((_similarity(content, text, other, language) for other in earlier), default=0.0),
+    )
+
+
+def _engages(content: frozenset[str], detail: Detail, just_raised: bool) -> bool:
+    """Names the detail and says something about it, or moves in its field: with two words, or with one where the user
+    has just raised it, since then the rest of a sentence is about it anyway."""
+    named, around = content & detail.words, content & (detail.words | detail.field)
+    return (bool(named) and len(content - named) >= 3) or len(around) >= (1 if just_raised else 2)
+
+
+def _sentence(text: str, knowledge: Knowledge, language: Language, sources: frozenset[tuple[str, ...]]) -> Sentence:
+    words = [t for t in language.tokens(text) if t != ","]
+    content = language.content(text)
+    common = {stem(w) for w in words if language.is_common(w)}
+    strange = content - knowledge.vocabulary - common
+    return Sentence(
+        text=text,
+        sound=language.is_sound(text),
+        own=_coverage(text, sources, language) <= 0.5,
+        sensible=language.han or len(strange) <= max(1, len(content) // 2),
+        content=content,
+    )
+
+
+def _words(text: str, language: Language) -> tuple[str, ...]:
+    return tuple(t for t in language.tokens(text) if t != ",")
+
+
+@lru_cache(maxsize=65536)
+def _runs(words: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
+    return frozenset(words[k : k + _RUN] for k in range(len(words) - _RUN + 1))
+
+
+def _all_runs(texts: Iterable[str], language: Language) -> frozenset[tuple[str, ...]]:
+    return frozenset().union(*(_runs(_words(text, language)) for text in texts))
+
+
+def _coverage(text: str, sources: frozenset[tuple[str, ...]], language: Language) -> float:
+    """The share of a text's words that stand in a run of four words taken from the sources."""
+    words = _words(text, language)
+    taken = [False] * len(words)
+    for k in range(len(words) - _RUN + 1):
+        if words[k : k + _RUN] in sources:
+            taken[k : k + _RUN] = [True] * _RUN
+    return sum(taken) / len(words) if words else 0.0
+
+
+def _similarity(content: frozenset[str], text: str, other: str, language: Language) -> float:
+    """How much of a reply stood in another one already, by content words or by runs of words, whichever is more."""
+    other_content = language.content(other)
+    shared = len(content & other_content) / max(1, len(content | other_content))
+    return max(shared, _coverage(text, _runs(_words(other, language)), language))

@@ -1,0 +1,198 @@
+"""What a reply does to the scripted user: one small function a rule, each with its reason in words.
+
+A rule takes what the user heard and returns Findings; a new one is a few lines and a decorator. Points are changes of anger
+and trust before the user's temper is applied (`backend.py`). Credit is conditional: a reply has to be about this user's own
+matters before manner counts for anything, and it gets none at all when it is broken, copied or repeated.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ctcgrpo.records import Scene
+from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
+from ctcgrpo.simulator.scripted.language import Language
+from ctcgrpo.simulator.scripted.reading import Reading
+
+LONG, CURT = 90, 4
+"""In words: replies above LONG tire, replies below CURT put off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    anger: float
+    trust: float
+    why: str
+
+    @property
+    def is_credit(self) -> bool:
+        return self.anger < 0 or self.trust > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A reply in its place: what came before it (`earlier`, oldest first) decides what it is worth."""
+
+    reading: Reading
+    earlier: tuple[Reading, ...]
+    knowledge: Knowledge
+    language: Language
+    scene: Scene
+    round: int
+
+    @property
+    def known(self) -> frozenset[Detail]:
+        """Details that earlier replies engaged with already."""
+        return frozenset(d for r in self.earlier for d in r.engaged)
+
+    @property
+    def fresh(self) -> list[Detail]:
+        return [d for d in self.reading.engaged if d not in self.known]
+
+
+Rule = Callable[[Heard], Iterator[Finding]]
+RULES: list[Rule] = []
+SPOILERS: list[Rule] = []
+
+
+def rule(function: Rule) -> Rule:
+    """Adds to what the user makes of a reply."""
+    RULES.append(function)
+    return function
+
+
+def spoiler(function: Rule) -> Rule:
+    """A rule whose finding also takes away all credit that the reply would otherwise have."""
+    SPOILERS.append(function)
+    return function
+
+
+def findings(heard: Heard) -> list[Finding]:
+    """Everything this user makes of a reply, worst first."""
+    spoiled = [f for rule in SPOILERS for f in rule(heard)]
+    others = [f for rule in RULES for f in rule(heard) if not (spoiled and f.is_credit)]
+    return sorted(spoiled + others, key=lambda f: f.trust - f.anger)
+
+
+# --- what spoils a reply -------------------------------------------------------------------------------------------------
+
+
+@spoiler
+def senseless(h: Heard) -> Iterator[Finding]:
+    unsound = h.reading.share("sound")
+    if unsound > 0.5:
+        yield Finding(5, -5, "I cannot make sense of it")
+    elif unsound > 0.34:
+        yield Finding(3, -3, "broken sentences")
+
+
+@spoiler
+def echoing(h: Heard) -> Iterator[Finding]:
+    if h.reading.echo > 0.5 or h.reading.share("own") >= 0.5:
+        yield Finding(4, -4, "gives me my own words back")
+
+
+@spoiler
+def repeating(h: Heard) -> Iterator[Finding]:
+    if h.reading.repetition > 0.6:
+        yield Finding(4, -4, "has said that before")
+
+
+@spoiler
+def rambling(h: Heard) -> Iterator[Finding]:
+    if h.reading.share("sound") <= 0.34 and h.reading.share("sensible") > 0.5:
+        yield Finding(3, -3, "talks of things that have nothing to do with me")
+
+
+# --- length and manner ---------------------------------------------------------------------------------------------------
+
+
+@rule
+def long_winded(h: Heard) -> Iterator[Finding]:
+    if h.reading.length > LONG:
+        excess = min(5.0, 1 + (h.reading.length - LONG) / 30)
+        yield Finding(excess, -excess, "goes on and on")
+
+
+@rule
+def curt(h: Heard) -> Iterator[Finding]:
+    if h.reading.length < CURT:
+        yield Finding(2, -2, "hardly says a word")
+
+
+@rule
+def interrogating(h: Heard) -> Iterator[Finding]:
+    if h.reading.questions > 3:
+        yield Finding(1, -1, "questions me like a form")
+
+
+@rule
+def manner(h: Heard) -> Iterator[Finding]:
+    for fault in (*h.language.faults, *h.language.scene_faults[h.scene]):
+        if any(fault.matches(s.text.lower()) for s in h.reading.sentences):
+            yield Finding(fault.anger, fault.trust, fault.why)
+
+
+# --- substance: this user's own matters -----------------------------------------------------------------------------------
+
+
+@rule
+def about_me(h: Heard) -> Iterator[Finding]:
+    for k, detail in enumerate(h.fresh[:3]):
+        if detail == h.reading.raised:
+            yield Finding(-3, 3, f"takes up {detail.about}, which I had just brought up")
+        else:
+            yield Finding(-2 if not k else -1, 2 if not k else 1, f"thinks of {detail.about}")
+    if not h.fresh and h.reading.engaged:
+        yield Finding(-1, 1, f"comes back to {h.reading.engaged[0].about}")
+
+
+@rule
+def about_anybody(h: Heard) -> Iterator[Finding]:
+    if not h.reading.engaged:
+        weight = 1 + (h.round > 1) + (h.round > 4)
+        yield Finding(weight, -weight, "could be said to anybody")
+
+
+@rule
+def moves(h: Heard) -> Iterator[Finding]:
+    """What the scene asks for, in a reply that is about this user; the same move again is worth less each time."""
+    if not h.reading.engaged:
+        return
+    used = Counter(move.name for r in h.earlier if r.engaged for move in r.moves)
+    for move in h.reading.moves:
+        worth = 0.75 ** used[move.name]
+        yield Finding(move.anger * worth, move.trust * worth, move.why)
+
+
+# --- what a scene asks for by name -------------------------------------------------------------------------------------
+
+
+def _first_time(h: Heard, must: str) -> bool:
+    return must in h.reading.musts and not any(must in r.musts for r in h.earlier)
+
+
+@rule
+def boundary(h: Heard) -> Iterator[Finding]:
+    if h.scene != "defense":
+        return
+    if _first_time(h, "words"):
+        yield Finding(0, 2, "says clearly where the line is")
+    if _first_time(h, "offer"):
+        yield Finding(-1, 1, "has something else to offer")
+    if h.round >= 3 and not any("words" in r.musts for r in (*h.earlier, h.reading)) and h.knowledge.musts:
+        yield Finding(0, -2, "will not say whether it is yes or no")
+
+
+@rule
+def amends(h: Heard) -> Iterator[Finding]:
+    if h.scene != "repair":
+        return
+    if _first_time(h, "fault"):
+        yield Finding(-2, 2, "calls what happened by its name")
+    if _first_time(h, "remedy"):
+        yield Finding(-1, 2, "names what would put it right")
+    if h.round >= 2 and not any("fault" in r.musts for r in (*h.earlier, h.reading)) and h.knowledge.musts:
+        yield Finding(1, -2, "still has not said what was done")
