@@ -1,0 +1,47 @@
+"""Telling a completion's reasoning from its visible reply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedReply:
+    """`reasoning` is None where the completion has no reasoning part; `faults` as in `records.Turn`."""
+
+    reply: str
+    reasoning: str | None
+    faults: tuple[str, ...]
+
+
+def parse_completion(text: str, finish_reason: Literal["stop", "length"], opened: bool = False) -> ParsedReply:
+    """Split a decoded completion (without end-of-turn token) into reasoning and reply, and name its faults.
+
+    `opened` says that the generation prompt already opened the reasoning. Reasoning never closed leaves an empty reply;
+    a tag anywhere else is "broken_tags". All of these are the policy's doing: outcomes, never failures.
+    """
+    body = (OPEN + text if opened else text).strip()
+    broken = False
+    if body.startswith(OPEN):
+        reasoning, closed, reply = body[len(OPEN) :].partition(CLOSE)
+        broken = not closed
+    elif CLOSE in body:
+        reasoning, _, reply = body.partition(CLOSE)
+        broken = True
+    else:
+        reasoning, reply = None, body
+    for tag in (OPEN, CLOSE):
+        if tag in (reasoning or "") or tag in reply:
+            broken = True
+            reply = reply.replace(tag, " ")
+    reply = reply.strip()
+    faults = {
+        "broken_tags": broken,
+        "empty_reasoning": reasoning is not None and not reasoning.strip(),
+        "empty_reply": not reply,
+        "cut": finish_reason == "length",
+    }
+    return ParsedReply(reply, None if reasoning is None else reasoning.strip(), tuple(k for k, v in faults.items() if v))

@@ -1,0 +1,1 @@
+"""Rollouts: policy engines, the runner that plays episodes, and their traces."""

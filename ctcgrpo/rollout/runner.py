@@ -1,0 +1,209 @@
+"""Playing episodes: the policy and the simulated user take turns until the user leaves or the rounds are over.
+
+What fails is a record with its reason. With `deterministic`, all episodes of a step take each turn together, in a fixed
+order, so the composition of every batch is fixed and a run repeats bit by bit; otherwise each goes at its own pace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from ctcgrpo.errors import EPISODE_ERRORS, CtcGrpoError, RunInterrupted
+from ctcgrpo.policy.context import ContextBuilder, Dialogue
+from ctcgrpo.policy.reasoning import parse_completion
+from ctcgrpo.records import Completion, Episode, Failure, Scenario, Turn, UserState
+from ctcgrpo.rollout.engine import PolicyEngine, Sampling, request_seed
+from ctcgrpo.scoring import Variant, outcome_score
+from ctcgrpo.simulator.client import SimulatorClient
+from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """An episode to be played: `group` is the scenario's position in the step, `rollout` the episode's in its group."""
+
+    scenario: Scenario
+    step: int
+    group: int
+    rollout: int
+
+
+@dataclass(frozen=True, slots=True)
+class Play:
+    """How episodes are played."""
+
+    sampling: Sampling
+    max_turns: int
+    seed: int
+    variant: Variant = "training"
+    deterministic: bool = False
+
+
+class RolloutRunner:
+    """Plays slots against one engine and one simulator; `on_episode` sees each episode the moment it is over."""
+
+    def __init__(
+        self,
+        *,
+        engine: PolicyEngine,
+        simulator: SimulatorClient,
+        contexts: ContextBuilder,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: frozenset[int],
+        play: Play,
+        on_episode: Callable[[Episode], None] = lambda episode: None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.engine = engine
+        self.simulator = simulator
+        self.contexts = contexts
+        self.tokenizer = tokenizer
+        self.stop_ids = stop_ids
+        self.play = play
+        self._on_episode = on_episode
+        self._interrupted = interrupted
+
+    async def run(self, slots: Sequence[Slot]) -> list[Episode]:
+        """One episode a slot, in the order of the slots. Raises RunInterrupted as soon as the run is asked to stop."""
+        players = [_Player(self, slot) for slot in slots]
+        async with self.simulator:
+            if self.play.deterministic:
+                for _ in range(self.play.max_turns):
+                    await self._together(players, _Player.policy_turn)
+                    await self._together(players, _Player.user_turn)
+            else:
+                await self._together(players, _Player.to_the_end)
+        return [player.episode() for player in players]
+
+    async def _together(self, players: Sequence[_Player], what: Callable[[_Player], Coroutine[None, None, None]]) -> None:
+        tasks = [asyncio.create_task(what(player)) for player in players if not player.over]
+        try:
+            for task in tasks:
+                await task
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def check_interrupt(self) -> None:
+        if self._interrupted():
+            raise RunInterrupted("interrupted in the middle of a rollout")
+
+    def finished(self, episode: Episode) -> None:
+        self._on_episode(episode)
+
+
+class _Player:
+    """One episode on its way."""
+
+    def __init__(self, runner: RolloutRunner, slot: Slot) -> None:
+        self._runner = runner
+        self._slot = slot
+        self._card = ScenarioCard.of(slot.scenario)
+        self._dialogue: Dialogue = runner.contexts.start(slot.scenario)
+        self._history = [Utterance(speaker="user", text=slot.scenario.opening_line)] if slot.scenario.opening_line else []
+        self._state: UserState = slot.scenario.anchors.initial
+        self._turns: list[Turn] = []
+        self._pending: tuple[tuple[int, ...], int, Completion] | None = None
+        self._failure: Failure | None = None
+        self._seconds_policy = self._seconds_simulator = 0.0
+        self.over = False
+
+    async def to_the_end(self) -> None:
+        while not self.over:
+            await self.policy_turn()
+            await self.user_turn()
+
+    async def policy_turn(self) -> None:
+        """Sample the policy's next completion."""
+        runner, slot, play = self._runner, self._slot, self._runner.play
+        runner.check_interrupt()
+        started = time.perf_counter()
+        try:
+            prompt_ids, dropped = runner.contexts.prompt(self._dialogue)
+            seed = request_seed(play.seed, slot.step, slot.group, slot.scenario.id, slot.rollout, len(self._turns))
+            completion = await runner.engine.generate(prompt_ids, seed=seed, sampling=play.sampling)
+            self._pending = (prompt_ids, dropped, completion)
+        except EPISODE_ERRORS as error:
+            self._fail(error)
+        self._seconds_policy += time.perf_counter() - started
+
+    async def user_turn(self) -> None:
+        """Let the user react to it."""
+        if self.over or self._pending is None:
+            return
+        runner, slot, play = self._runner, self._slot, self._runner.play
+        runner.check_interrupt()
+        prompt_ids, dropped, completion = self._pending
+        self._pending = None
+        ids = [token for token in completion.token_ids if token not in runner.stop_ids]
+        parsed = parse_completion(runner.tokenizer.decode(ids), completion.finish_reason, runner.contexts.opens_reasoning)
+        round = len(self._turns) + 1
+        self._history.append(Utterance(speaker="policy", text=parsed.reply))
+        request = TurnRequest(
+            request_id=f"{play.seed}/{slot.step}/{slot.group}/{slot.scenario.id}/{slot.rollout}/{round}",
+            scenario=self._card,
+            history=tuple(self._history),
+            state=State(anger=self._state.anger, trust=self._state.trust),
+            round=round,
+            max_rounds=play.max_turns,
+            seed=request_seed("user", play.seed, slot.step, slot.group, slot.scenario.id, slot.rollout, round),
+        )
+        started = time.perf_counter()
+        try:
+            answer = await runner.simulator.turn(request)
+        except EPISODE_ERRORS as error:
+            self._fail(error)
+            return
+        finally:
+            self._seconds_simulator += time.perf_counter() - started
+        after = UserState(answer.state.anger, answer.state.trust)
+        goes_on = answer.goes_on and round < play.max_turns
+        self._turns.append(
+            Turn(
+                prompt_ids=prompt_ids,
+                completion=completion,
+                reply=parsed.reply,
+                reasoning=parsed.reasoning,
+                faults=parsed.faults,
+                before=self._state,
+                after=after,
+                user_line=answer.reply,
+                user_goes_on=goes_on,
+                why=answer.why,
+                dropped_exchanges=dropped,
+            )
+        )
+        self._state = after
+        self._history.append(Utterance(speaker="user", text=answer.reply))
+        self._dialogue = runner.contexts.extend(self._dialogue, completion, answer.reply)
+        if not goes_on:
+            self._finish()
+
+    def _fail(self, error: CtcGrpoError) -> None:
+        self._failure = Failure(error.kind, f"turn {len(self._turns) + 1}: {error}")
+        self._finish()
+
+    def _finish(self) -> None:
+        self.over = True
+        self._runner.finished(self.episode())
+
+    def episode(self) -> Episode:
+        scenario = self._slot.scenario
+        valid = self._failure is None
+        return Episode(
+            scenario=scenario,
+            step=self._slot.step,
+            group=self._slot.group,
+            rollout=self._slot.rollout,
+            turns=tuple(self._turns),
+            outcome=outcome_score(self._state, scenario.anchors, self._runner.play.variant) if valid else float("nan"),
+            failure=self._failure,
+            seconds_policy=self._seconds_policy,
+            seconds_simulator=self._seconds_simulator,
+        )

@@ -1,0 +1,62 @@
+"""Episodes as JSONL, one line each, written the moment an episode is over: what a person reads to see what happened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ctcgrpo.records import Episode, Turn
+
+
+def trace_record(episode: Episode) -> dict[str, Any]:
+    """An episode as plain data; a failed one has `outcome` null and says why in `failure`."""
+    valid = episode.failure is None
+    return {
+        "step": episode.step,
+        "scenario": episode.scenario.id,
+        "scene": episode.scenario.scene,
+        "group": episode.group,
+        "rollout": episode.rollout,
+        "outcome": episode.outcome if valid else None,
+        "failure": None if episode.failure is None else {"kind": episode.failure.kind, "message": episode.failure.message},
+        "initial_state": list(episode.scenario.anchors.initial),
+        "final_state": list(episode.final_state) if valid else None,
+        "opening_line": episode.scenario.opening_line,
+        "turns": [_turn(turn) for turn in episode.turns],
+        "seconds_policy": round(episode.seconds_policy, 4),
+        "seconds_simulator": round(episode.seconds_simulator, 4),
+    }
+
+
+def _turn(turn: Turn) -> dict[str, Any]:
+    return {
+        "reasoning": turn.reasoning,
+        "reply": turn.reply,
+        "faults": list(turn.faults),
+        "user_line": turn.user_line,
+        "before": list(turn.before),
+        "after": list(turn.after),
+        "why": turn.why,
+        "goes_on": turn.user_goes_on,
+        "prompt_tokens": len(turn.prompt_ids),
+        "completion_tokens": len(turn.completion.token_ids),
+        "finish_reason": turn.completion.finish_reason,
+        "dropped_exchanges": turn.dropped_exchanges,
+    }
+
+
+class TraceWriter:
+    """Writes `traces/step-NNNNNN.rank-R.jsonl`; a step that is played again (after a resume) starts its file anew."""
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self._folder = folder
+        self._rank = rank
+        self._started: set[int] = set()
+
+    def __call__(self, episode: Episode) -> None:
+        file = self._folder / f"step-{episode.step:06d}.rank-{self._rank}.jsonl"
+        mode = "a" if episode.step in self._started else "w"
+        self._started.add(episode.step)
+        with file.open(mode, encoding="utf-8") as out:
+            out.write(json.dumps(trace_record(episode), ensure_ascii=False) + "\n")
