@@ -1,0 +1,41 @@
+"""What a step's episodes say, as named numbers. Failed episodes are counted and enter nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from ctcgrpo.errors import EPISODE_ERRORS
+from ctcgrpo.records import SCENES
+from ctcgrpo.training.samples import StepCredit, Summary
+
+
+def rollout_metrics(summaries: Sequence[Summary], credit: StepCredit) -> dict[str, float]:
+    """outcome, final_anger and final_trust overall and by scene; credit; failures by kind; lengths."""
+    valid = [s for s in summaries if not s.failure]
+    metrics = {
+        "outcome/all": _mean(s.outcome for s in valid),
+        "reward/all": _mean(s.reward for s in valid),
+        "credit/turn_term_std": credit.turn_term_std,
+        "credit/outcome_term_std": credit.outcome_term_std,
+        "credit/groups_without_signal": credit.groups_without_signal,
+        "episodes/valid": float(len(valid)),
+        "episodes/failed": float(len(summaries) - len(valid)),
+        "episodes/turns": _mean(len(s.turn_scores) for s in valid),
+        "replies/tokens": _mean(s.reply_tokens / len(s.turn_scores) for s in valid),
+        "replies/cut": _mean(s.cut_turns / len(s.turn_scores) for s in valid),
+        "prompts/dropped_exchanges": float(sum(s.dropped_exchanges for s in summaries)),
+    }
+    for scene in SCENES:
+        if here := [s for s in valid if s.scene == scene]:
+            metrics[f"outcome/{scene}"] = _mean(s.outcome for s in here)
+            metrics[f"final_anger/{scene}"] = _mean(s.final_anger for s in here)
+            metrics[f"final_trust/{scene}"] = _mean(s.final_trust for s in here)
+    kinds = Counter(s.failure for s in summaries if s.failure)
+    return metrics | {f"failed/{error.kind}": float(kinds[error.kind]) for error in EPISODE_ERRORS}
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers) if numbers else math.nan

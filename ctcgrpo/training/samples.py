@@ -1,0 +1,141 @@
+"""From the episodes of a step to what the trainer trains on.
+
+Credit needs whole groups, and groups may be spread over processes: each process summarises its episodes in a few numbers,
+the summaries are gathered, and every process computes the same credit and picks its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ctcgrpo import credit
+from ctcgrpo.records import Episode, Scene, TurnSample
+from ctcgrpo.scoring import shaped_outcome, turn_score
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """An episode in numbers; `outcome` is the raw one (NaN for a failed episode), `reward` the shaped one."""
+
+    scene: Scene
+    group: int
+    rollout: int
+    outcome: float
+    reward: float
+    turn_scores: tuple[float, ...]
+    final_anger: int
+    final_trust: int
+    failure: str | None
+    reply_tokens: int
+    cut_turns: int
+    dropped_exchanges: int
+
+
+@dataclass(frozen=True, slots=True)
+class CreditOptions:
+    """The options of `credit.turn_advantages`, and the scoring options that come before it."""
+
+    alpha: float = 15.0
+    centering: str = "rollout"
+    credit: str = "immediate"
+    scale: str = "group"
+    std_min: float = 0.1
+    turn_weights: Mapping[Scene, tuple[float, float]] | None = None
+    shaping: tuple[float, float] | None = None
+    """(penalty for no reasoning, penalty for a fault), or None for a policy that does not reason."""
+
+
+def summarise(episode: Episode, options: CreditOptions) -> Summary:
+    weights = (options.turn_weights or {}).get(episode.scenario.scene, (0.5, 0.5))
+    reward = episode.outcome
+    if options.shaping is not None:
+        no_reasoning, fault = options.shaping
+        reward = shaped_outcome(
+            episode.outcome,
+            [turn.reasoning is None for turn in episode.turns],
+            any({"broken_tags", "empty_reasoning", "empty_reply"} & set(turn.faults) for turn in episode.turns),
+            no_reasoning=no_reasoning,
+            fault=fault,
+        )
+    return Summary(
+        scene=episode.scenario.scene,
+        group=episode.group,
+        rollout=episode.rollout,
+        outcome=episode.outcome,
+        reward=reward,
+        turn_scores=tuple(turn_score(turn.before, turn.after, weights) for turn in episode.turns),
+        final_anger=episode.final_state.anger,
+        final_trust=episode.final_state.trust,
+        failure=episode.failure.kind if episode.failure else None,
+        reply_tokens=sum(len(turn.completion.token_ids) for turn in episode.turns),
+        cut_turns=sum("cut" in turn.faults for turn in episode.turns),
+        dropped_exchanges=sum(turn.dropped_exchanges for turn in episode.turns),
+    )
+
+
+Key = tuple[int, int]
+"""(group, rollout): which episode of a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCredit:
+    """The credit of one step. `advantages` holds only the episodes that are trained on."""
+
+    advantages: Mapping[Key, tuple[float, ...]]
+    turn_term_std: float
+    outcome_term_std: float
+    groups_without_signal: float
+
+
+def step_credit(summaries: Sequence[Summary], options: CreditOptions) -> StepCredit:
+    """Credit over all episodes of a step, whichever process played them."""
+    rewards, groups = [s.reward for s in summaries], [s.group for s in summaries]
+    scores = [s.turn_scores for s in summaries]
+    outcome = credit.outcome_advantages(rewards, groups, std_min=options.std_min, scale=options.scale)
+    turns = credit.turn_advantages(
+        rewards,
+        groups,
+        scores,
+        alpha=options.alpha,
+        centering=options.centering,
+        credit=options.credit,
+        std_min=options.std_min,
+        scale=options.scale,
+    )
+    trained = credit.in_loss(rewards, groups)
+    turn_terms = [t - a for t, a, use in zip(turns, outcome, trained, strict=True) if use]
+    return StepCredit(
+        advantages={
+            (s.group, s.rollout): tuple(t.tolist()) for s, t, use in zip(summaries, turns, trained, strict=True) if use
+        },
+        turn_term_std=float(np.concatenate(turn_terms).std()) if turn_terms else 0.0,
+        outcome_term_std=float(outcome[trained].std()) if trained.any() else 0.0,
+        groups_without_signal=credit.groups_without_signal(rewards, groups),
+    )
+
+
+def turn_samples(
+    episodes: Sequence[Episode], advantages: Mapping[Key, tuple[float, ...]], *, recorded: bool = False
+) -> list[TurnSample]:
+    """One sample for each turn of each episode that is trained on; `recorded` takes the engine's log-probabilities as
+    the old ones."""
+    return [
+        TurnSample(
+            prompt_ids=turn.prompt_ids,
+            completion_ids=turn.completion.token_ids,
+            advantage=advantage,
+            old_logprobs=turn.completion.logprobs if recorded else None,
+        )
+        for episode in episodes
+        if (key := (episode.group, episode.rollout)) in advantages
+        for turn, advantage in zip(episode.turns, advantages[key], strict=True)
+    ]
+
+
+def update_of(episode: Episode, updates: int) -> int:
+    """Which of the step's updates an episode belongs to: each takes an equal share of every group, whatever the number
+    of processes."""
+    return (episode.rollout + episode.group) % updates

@@ -1,0 +1,283 @@
+"""The trainer: TRL's GRPOTrainer with a variable number of turn samples per rollout and an advantage per turn.
+
+How it differs from GRPOTrainer:
+1. a batch of rollouts is collected by `collect` (episodes against a simulator), not generated from prompts;
+2. `training_step` is a whole optimizer step: it loops over rows of turn samples and synchronises gradients on the last;
+3. the loss is a sum over tokens divided by the trained tokens of the whole step, over all rows and processes;
+4. a step of rollouts can make several updates, each on an equal share of every group, with old log-probabilities
+   recomputed once before the first.
+TRL and transformers keep everything else: loading, PEFT, optimizer, schedule, distribution, logging, checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from trl import GRPOConfig, GRPOTrainer
+
+from ctcgrpo.errors import RunInterrupted, TooManyFailures
+from ctcgrpo.records import Episode, TurnSample
+from ctcgrpo.training.loss import TokenSums, token_sums
+from ctcgrpo.training.metrics import rollout_metrics
+from ctcgrpo.training.rows import Row, dummy_row, plain_rows
+from ctcgrpo.training.samples import CreditOptions, Summary, step_credit, summarise, turn_samples, update_of
+
+COMPLETE = "COMPLETE"
+"""The marker of a checkpoint whose every file is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateOptions:
+    """What the update needs beyond TRL's GRPOConfig."""
+
+    updates_per_step: int = 1
+    tokens_per_row: int = 16384
+    clip: float = 0.2
+    entropy_bonus: float = 0.001
+    recorded_logprobs: bool = False
+    max_failed: float = 0.5
+
+
+Collect = Callable[[int, Sequence[dict[str, Any]]], list[Episode]]
+"""Plays this process's share of a step's episodes: (step, its rows of the data set) -> episodes."""
+
+
+class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
+    """See the module's docstring. `args.num_iterations` must equal `options.updates_per_step`; the data set holds one row a
+    scenario and step, in order. `interrupted` is polled between rollouts and after the last update of a step."""
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        args: GRPOConfig,
+        collect: Collect,
+        credit: CreditOptions,
+        options: UpdateOptions,
+        interrupted: Callable[[], bool] = lambda: False,
+        **kwargs: Any,
+    ) -> None:
+        if args.num_iterations != options.updates_per_step or args.gradient_accumulation_steps != 1:
+            raise ValueError("num_iterations must equal updates_per_step, and gradient_accumulation_steps must be 1")
+        super().__init__(model=model, args=args, reward_funcs=_no_reward, **kwargs)
+        self._collect = collect
+        self._credit = credit
+        self._options = options
+        self._interrupted = interrupted
+        self._updates: list[list[TurnSample]] = []
+        self.stop_requested = False
+        """Whether any process was interrupted; agreed on by all of them at the end of a step."""
+
+    @property
+    def rollout_step(self) -> int:
+        """The batch of rollouts that the next optimizer step belongs to, from 0."""
+        return int(self.state.global_step) // self._options.updates_per_step
+
+    # --- one optimizer step --------------------------------------------------------------------------------------------
+
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        update = self.state.global_step % self._options.updates_per_step
+        if update == 0 or not self._updates:
+            self._updates = self._new_batch(inputs)
+        started = time.perf_counter()
+        loss = self.update(model, self._updates[update])
+        self._log_number("seconds/update", time.perf_counter() - started)
+        if update == self._options.updates_per_step - 1:
+            self._updates = []
+            self.stop_requested = bool(self._sum_over_processes([float(self._interrupted())])[0])
+        return loss
+
+    def update(self, model: torch.nn.Module, samples: Sequence[TurnSample]) -> torch.Tensor:
+        """Forward and backward over this process's samples of one optimizer step; gradients end up synchronised.
+
+        Returns the step's loss (a scalar, this process's part of it). Every process runs the same number of rows. A step
+        without any trained token leaves no gradient anywhere, so the optimizer changes nothing.
+        """
+        rows = plain_rows(samples, tokens_per_row=self._options.tokens_per_row, pad_id=self._tokenizer.pad_token_id)
+        return self.update_rows(model, rows)
+
+    def update_rows(self, model: torch.nn.Module, rows: Sequence[Row]) -> torch.Tensor:
+        """`update` for rows already made."""
+        model.train()
+        tokens = self._sum_over_processes([float(sum(int(row.mask.sum()) for row in rows))])[0]
+        if not tokens:
+            return torch.zeros((), device=self.accelerator.device)
+        padded = self._same_number(rows)
+        totals: list[TokenSums] = []
+        for k, row in enumerate(padded):
+            is_last = k == len(padded) - 1
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            with self._without_sync(model, is_last):
+                sums = self._row_sums(model, row)
+                # Data-parallel training averages gradients over processes: the factor makes it a sum.
+                loss = sums.loss * (self.accelerator.num_processes / tokens)
+                self.accelerator.backward(loss, **self._backward_kwargs())
+            totals.append(TokenSums(*(getattr(sums, field.name).detach() for field in fields(TokenSums))))
+        return self._log_update(totals, tokens)
+
+    def _row_sums(self, model: torch.nn.Module, row: Row) -> TokenSums:
+        row = row.to(self.accelerator.device)
+        logprobs, entropy = self._score(model, row)
+        return token_sums(
+            logprobs,
+            entropy,
+            row.old_logprobs,
+            row.advantages,
+            row.mask,
+            clip=self._options.clip,
+            entropy_bonus=self._options.entropy_bonus,
+        )
+
+    def _score(self, model: torch.nn.Module, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability and entropy (B, T) of each token at the sampling temperature; 0 where it is not trained."""
+        with self.accelerator.autocast():
+            output = model(input_ids=row.input_ids, attention_mask=row.attention_mask, labels=row.labels, fused_lm_head=True)
+        # The head scores the prediction of t + 1 from t; a row keeps it with the token predicted.
+        pad = torch.nn.functional.pad
+        return pad(output.log_probs, (1, 0)), pad(output.entropy, (1, 0))
+
+    @torch.no_grad()
+    def logprobs(self, model: torch.nn.Module, samples: Sequence[TurnSample]) -> list[tuple[float, ...]]:
+        """Log-probabilities of each sample's completion at the sampling temperature, under the current weights."""
+        rows = plain_rows(samples, tokens_per_row=self._options.tokens_per_row, pad_id=self._tokenizer.pad_token_id)
+        result: list[tuple[float, ...]] = [()] * len(samples)
+        for row in self._same_number(rows):
+            scores, _ = self._score(model, row.to(self.accelerator.device))
+            for b, k in enumerate(row.index):
+                if k >= 0:
+                    result[k] = tuple(scores[b][row.mask[b].to(scores.device)].float().tolist())
+        return result
+
+    def _same_number(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows, with dummies up to the largest number that any process has."""
+        counts = self.accelerator.gather(torch.tensor([len(rows)], device=self.accelerator.device))
+        return [*rows, *[dummy_row(self._tokenizer.pad_token_id)] * (int(counts.max()) - len(rows))]
+
+    def _without_sync(self, model: torch.nn.Module, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+        # DeepSpeed reduces by itself and takes its boundary from gradient_state.
+        if is_last or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return contextlib.nullcontext()
+        context: contextlib.AbstractContextManager[Any] = self.accelerator.no_sync(model)
+        return context
+
+    def _backward_kwargs(self) -> dict[str, Any]:
+        return {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+
+    # --- one batch of rollouts -------------------------------------------------------------------------------------------
+
+    def _new_batch(self, inputs: Sequence[dict[str, Any]]) -> list[list[TurnSample]]:
+        """Play the step's episodes, share their credit out, and split their turns over the step's updates."""
+        started = time.perf_counter()
+        episodes: list[Episode] = []
+        interrupted = False
+        try:
+            episodes = self._collect(self.rollout_step + 1, inputs)
+        except RunInterrupted:
+            interrupted = True
+        gathered = gather_object([(interrupted, [summarise(e, self._credit) for e in episodes])])
+        if any(flag for flag, _ in gathered):
+            raise RunInterrupted("interrupted in the middle of a rollout")
+        summaries = [summary for _, part in gathered for summary in part]
+        self._refuse_failures(summaries, episodes)
+        credit = step_credit(summaries, self._credit)
+        for name, value in rollout_metrics(summaries, credit).items():
+            self._log_number(name, value)
+        seconds = time.perf_counter() - started
+        self._log_number("seconds/rollout", seconds)
+        self._log_number("seconds/simulator", sum(e.seconds_simulator for e in episodes) / max(1, len(episodes)))
+        self._log_number("tokens_per_second", sum(s.reply_tokens for s in summaries) / seconds)
+
+        updates = self._options.updates_per_step
+        parts = [[e for e in episodes if update_of(e, updates) == k] for k in range(updates)]
+        samples = [turn_samples(p, credit.advantages, recorded=self._options.recorded_logprobs) for p in parts]
+        current = self._check_recorded(episodes, samples) if updates > 1 or self._wants_check() else None
+        if updates > 1 and not self._options.recorded_logprobs and current is not None:
+            flat = iter(current)
+            samples = [[replace(sample, old_logprobs=next(flat)) for sample in part] for part in samples]
+        return samples
+
+    def _wants_check(self) -> bool:
+        return self.rollout_step == 0
+
+    def _check_recorded(
+        self, episodes: Sequence[Episode], samples: Sequence[Sequence[TurnSample]]
+    ) -> list[tuple[float, ...]]:
+        """The current log-probabilities of all samples, and, as a metric, how far the engine's recorded ones are off:
+        the largest difference over tokens, top-p and top-k accounted for where the engine says what it kept."""
+        flat = [sample for part in samples for sample in part]
+        self.model_wrapped.train()
+        current = self.logprobs(self.model_wrapped, flat)
+        recorded = {(turn.prompt_ids, turn.completion.token_ids): turn.completion for e in episodes for turn in e.turns}
+        gap = 0.0
+        for sample, now in zip(flat, current, strict=True):
+            completion = recorded[sample.prompt_ids, sample.completion_ids]
+            kept = completion.log_kept or (0.0,) * len(now)
+            gap = max([gap, *(abs(r + k - c) for r, k, c in zip(completion.logprobs, kept, now, strict=True))])
+        gaps = self.accelerator.gather(torch.tensor([gap], device=self.accelerator.device))
+        self._log_number("logprob_gap", float(gaps.max()))
+        return current
+
+    def _refuse_failures(self, summaries: Sequence[Summary], episodes: Sequence[Episode]) -> None:
+        failed = [s for s in summaries if s.failure]
+        if len(failed) > self._options.max_failed * len(summaries):
+            kinds = {kind: sum(s.failure == kind for s in failed) for kind in sorted({str(s.failure) for s in failed})}
+            example = next((f"; first here: {e.name}: {e.failure.message}" for e in episodes if e.failure), "")
+            raise TooManyFailures(
+                f"step {self.rollout_step + 1}: {len(failed)} of {len(summaries)} episodes failed ({kinds}), "
+                f"more than rollout.max_failed={self._options.max_failed} allows{example}"
+            )
+
+    # --- metrics -----------------------------------------------------------------------------------------------------------
+
+    def _log_number(self, name: str, value: float) -> None:
+        self._metrics["train"][name].append(value)
+
+    def _log_update(self, totals: Sequence[TokenSums], tokens: float) -> torch.Tensor:
+        mine = [float(sum(getattr(t, field.name) for t in totals)) for field in fields(TokenSums)]
+        over_all = dict(zip([f.name for f in fields(TokenSums)], self._sum_over_processes(mine), strict=True))
+        self._log_number("policy_loss", over_all["loss"] / tokens)
+        self._log_number("clip_share", over_all["clipped"] / tokens)
+        self._log_number("entropy", over_all["entropy"] / tokens)
+        self._log_number("ratio", over_all["ratio"] / tokens)
+        self._log_number("trained_tokens", tokens)
+        return torch.tensor(over_all["loss"] / tokens, device=self.accelerator.device)
+
+    def _sum_over_processes(self, values: Sequence[float]) -> list[float]:
+        numbers = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
+        gathered: torch.Tensor = self.accelerator.gather(numbers.unsqueeze(0))
+        return [float(v) for v in gathered.sum(dim=0)]
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint counts once every process has written its files and the marker stands."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            partial = folder / f".{COMPLETE}"
+            partial.write_text(f"{self.state.global_step}\n")
+            partial.rename(folder / COMPLETE)
+        self.accelerator.wait_for_everyone()
+
+    def save_now(self) -> None:
+        """A checkpoint of the last finished optimizer step, unless it has one."""
+        if (
+            self.state.global_step
+            and not (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).exists()
+        ):
+            self._save_checkpoint(self.model, trial=None)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Left out: a card with the run's figures is written on export, not at every checkpoint."""
+
+
+def _no_reward(**_: Any) -> list[float]:
+    raise RuntimeError("rewards come from episodes; TRL's reward path must not run")
