@@ -1,0 +1,3 @@
+from ctcgrpo.cli import main
+
+main()

@@ -1,0 +1,126 @@
+"""The `ctcgrpo` command, and the call at the end of every recipe.
+
+Heavy libraries are imported only once a recipe is valid, so that a mistake in it is reported in a moment.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctcgrpo import __version__
+from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted
+from ctcgrpo.recipe import Recipe, load_recipe
+
+app = typer.Typer(
+    help="Train language models to manage a user's emotions over several turns, with CTC-GRPO.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+scenarios_app = typer.Typer(help="Scenarios.", no_args_is_help=True)
+app.add_typer(scenarios_app, name="scenarios")
+
+
+def main() -> None:
+    """The console script: a user's mistake becomes one line and an exit code, not a traceback."""
+    _guarded(app)
+
+
+def run_recipe(file: str) -> None:
+    """Run the recipe that this is called from, with sys.argv as overrides.
+
+    A recipe is imported again by spawned worker processes; only the one that was started may run it.
+    """
+    if sys._getframe(1).f_globals.get("__name__") != "__main__":
+        return
+    _guarded(lambda: _train(load_recipe(file, sys.argv[1:])))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value ...")] = None,
+    config_file: Annotated[Path | None, typer.Option(help="An accelerate configuration.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
+) -> None:
+    """Train a recipe. The same command again goes on where it was interrupted.
+
+    With one process it runs right here; with several GPUs, --processes or --config-file, through accelerate.
+    """
+    settings = load_recipe(recipe, overrides or [])
+    if processes is not None:
+        settings.check_processes(processes)
+    if config_file is not None and not config_file.is_file():
+        raise RecipeError(f"--config-file {config_file} not found")
+    if config_file is None and (processes or _gpus()) <= 1:
+        _train(settings)
+        return
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    if config_file is not None:
+        command += ["--config_file", str(config_file)]
+    if processes is not None:
+        command += ["--num_processes", str(processes)]
+    if config_file is None:
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]
+    os.execv(sys.executable, [*command, str(recipe), *(overrides or [])])
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Interface to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8765,
+) -> None:
+    """Run a simulator server with the scripted user."""
+    from ctcgrpo.simulator.scripted import ScriptedBackend
+    from ctcgrpo.simulator.server import serve_forever
+
+    serve_forever(ScriptedBackend(), host, port)
+
+
+@scenarios_app.command()
+def validate(
+    source: Annotated[str, typer.Argument(help="A path, a bundled pack (english/train) or a dataset (eibench/train).")],
+    split: Annotated[str, typer.Option(help="train or test: the folder, and the defaults for missing anchors.")] = "train",
+) -> None:
+    """Read scenarios and say what they are, or what is wrong with them."""
+    from collections import Counter
+
+    from ctcgrpo.scenarios import load_scenarios
+
+    found = load_scenarios(source, "test" if split == "test" else "train")
+    by_scene = ", ".join(f"{n} {scene}" for scene, n in sorted(Counter(s.scene for s in found).items()))
+    print(f"{source}: {len(found)} scenarios ({by_scene})")
+
+
+@app.command()
+def version() -> None:
+    """Say which version this is."""
+    print(__version__)
+
+
+def _train(recipe: Recipe) -> None:
+    # TRL reports usage to its authors by default; a framework should not do so on a user's behalf.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from ctcgrpo.train import train
+
+    train(recipe)
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _guarded(run: object) -> None:
+    try:
+        run()  # type: ignore[operator]
+    except CtcGrpoError as error:
+        what = "stopped" if isinstance(error, RunInterrupted) else "error"
+        print(f"{what}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

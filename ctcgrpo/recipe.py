@@ -1,0 +1,273 @@
+"""The recipe: everything that decides a run, as typed sections. One way in, one place that validates.
+
+A recipe file is YAML and Python at once (see recipes/tiny.yaml): for Python all of it is one string, followed by the call
+that runs it; for YAML that string's opening is a key named `'`, which the loader drops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ctcgrpo import credit as credit_options
+from ctcgrpo.errors import RecipeError
+from ctcgrpo.naming import did_you_mean
+from ctcgrpo.records import SCENES, Scene
+
+_PYTHON_KEY = "'"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Run(_Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the folder under output_dir")
+    output_dir: Path = Path("checkpoints")
+    seed: int = Field(0, ge=0)
+    wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="Weights & Biases mode")
+
+
+class Lora(_Section):
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class Policy(_Section):
+    model: str = Field(description="a model folder or Hub id, or builtin/tiny for a random tiny Qwen3")
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights when loaded")
+    attention: str = Field("sdpa", description="transformers' attn_implementation")
+    reasons: bool = Field(False, description="the policy reasons before it replies: sets the template, turns shaping on")
+    reasoning_context: Literal["strip", "keep"] = Field("strip", description="what earlier turns keep of their reasoning")
+    lora: Lora | None = None
+
+
+class Scenarios(_Section):
+    train: str = Field(
+        description="a path, a bundled pack (english/train), or a dataset under $CTCGRPO_DATA (eibench/train)"
+    )
+    scenes: tuple[Scene, ...] = SCENES
+    per_step: int = Field(16, ge=1, description="scenarios a step, stratified by scene")
+
+
+class Rollout(_Section):
+    engine: Literal["transformers"] = "transformers"
+    group_size: int = Field(8, ge=2, description="G: rollouts a scenario")
+    max_turns: int = Field(8, ge=1)
+    max_new_tokens: int = Field(1024, ge=1, description="a turn")
+    max_prompt_tokens: int = Field(8192, ge=1)
+    temperature: float = Field(0.6, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0 for no limit")
+    max_batch: int = Field(64, ge=1, description="requests that the engine generates together")
+    deterministic: bool = Field(False, description="fix the composition of every batch, for bit-identical reruns")
+    max_failed: float = Field(0.5, ge=0, le=1, description="the share of failed episodes in a step that stops the run")
+
+
+class Simulator(_Section):
+    url: str = Field("embedded", description="embedded, or the URL of a simulator server")
+    port: int = Field(0, ge=0, le=65535, description="of the embedded server; 0 takes any free one")
+    timeout: float = Field(60.0, gt=0, description="seconds an attempt")
+    attempts: int = Field(4, ge=1)
+
+
+class Scoring(_Section):
+    variant: Literal["training", "evaluation"] = "training"
+    turn_weights: dict[Scene, tuple[float, float]] = Field(
+        {}, description="(anger, trust) by scene; (0.5, 0.5) where absent"
+    )
+    no_reasoning_penalty: float = Field(0.2, ge=0)
+    fault_penalty: float = Field(0.05, ge=0)
+
+
+class Credit(_Section):
+    alpha: float = Field(15.0, ge=0, description="weight of the turn term; 0 is outcome-only GRPO")
+    centering: str = "rollout"
+    credit: str = "immediate"
+    scale: str = "group"
+    std_min: float = Field(0.1, gt=0)
+
+    @field_validator("centering", "credit", "scale")
+    @classmethod
+    def _available(cls, value: str, info: Any) -> str:
+        tables: dict[str, Mapping[str, object]] = {
+            "centering": credit_options.CENTERINGS,
+            "credit": credit_options.CREDITS,
+            "scale": credit_options.SCALES,
+        }
+        options = tables[info.field_name]
+        if options.get(value) is None:
+            usable = ", ".join(credit_options.available(options))
+            raise ValueError(
+                f"is not available yet; available: {usable}" if value in options else did_you_mean(value, options)
+            )
+        return value
+
+
+class Training(_Section):
+    max_steps: int = Field(250, ge=1, description="a step is a batch of rollouts")
+    updates_per_step: int = Field(1, ge=1, description="K: optimizer steps a batch of rollouts, each on a K-th of it")
+    learning_rate: float = Field(1e-6, ge=0)
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
+    schedule: Literal["cosine", "constant"] = "cosine"
+    min_learning_rate: float = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of learning_rate")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0 for no clipping")
+    clip: float = Field(0.2, gt=0, lt=1, description="of the probability ratio, both sides")
+    entropy_bonus: float = Field(0.001, ge=0)
+    old_logprobs: Literal["recomputed", "recorded"] = Field(
+        "recomputed", description="recomputed by the trainer, or as recorded by the engine (without top-p and top-k only)"
+    )
+    tokens_per_row: int = Field(16384, ge=1, description="padded tokens that one forward and backward pass takes")
+    gradient_checkpointing: bool = False
+    bf16: bool = Field(False, description="mixed precision: bfloat16 compute on float32 weights")
+    save_every: int = Field(10, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(3, ge=1)
+
+
+class Recipe(_Section):
+    """A whole run. `from_file` is the way to get one."""
+
+    run: Run
+    policy: Policy
+    scenarios: Scenarios
+    rollout: Rollout = Rollout()  # type: ignore[call-arg]
+    simulator: Simulator = Simulator()  # type: ignore[call-arg]
+    scoring: Scoring = Scoring()  # type: ignore[call-arg]
+    credit: Credit = Credit()  # type: ignore[call-arg]
+    training: Training = Training()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        episodes = self.scenarios.per_step * self.rollout.group_size
+        if self.training.updates_per_step > self.rollout.group_size:
+            raise ValueError(
+                f"training.updates_per_step is {self.training.updates_per_step} and rollout.group_size "
+                f"{self.rollout.group_size}; each update takes a share of every group"
+            )
+        if self.scenarios.per_step % len(self.scenarios.scenes):
+            raise ValueError(
+                f"scenarios.per_step is {self.scenarios.per_step} for {len(self.scenarios.scenes)} scenes; "
+                "a step takes equally many of each scene, so it must be a multiple"
+            )
+        if self.training.old_logprobs == "recorded" and (self.rollout.top_p < 1 or self.rollout.top_k):
+            raise ValueError(
+                "training.old_logprobs is 'recorded' with top-p or top-k, under which recorded log-probabilities are "
+                "renormalised over the kept mass; use 'recomputed', or rollout.top_p=1 and rollout.top_k=0"
+            )
+        if episodes < 2:
+            raise ValueError("a step needs at least two episodes")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return self.run.output_dir / self.run.name
+
+    def check_processes(self, processes: int) -> None:
+        """Refuse a number of processes that the episodes of a step cannot be shared among."""
+        episodes = self.scenarios.per_step * self.rollout.group_size
+        if episodes % processes:
+            raise RecipeError(
+                f"scenarios.per_step x rollout.group_size is {self.scenarios.per_step} x {self.rollout.group_size} = "
+                f"{episodes} episodes a step, which {processes} processes cannot share equally; choose a multiple of {processes}"
+            )
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every field written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override, validate. Raises RecipeError naming file, field, value and what would be right."""
+    path = Path(file)
+    data = _parse(path)
+    for override in overrides:
+        _apply(data, override)
+    _refuse_unknown(data, Recipe, "", str(path))
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_explain(error)}") from None
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """The fields in which two resolved recipes differ, each as "field: old -> new"."""
+    found: list[str] = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        a, b, name = old.get(key), new.get(key), f"{path}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{name}.")
+        elif a != b:
+            found.append(f"{name}: {a} -> {b}")
+    return found
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise RecipeError(f"recipe {str(path)!r} not found; {did_you_mean(str(path), near) if near else 'no recipes there'}")
+    text = path.read_text(encoding="utf-8")
+    body = "\n".join(line for line in text.splitlines() if not line.startswith(("'''':", "# '''")))
+    if "'''" in body or "\\" in body:
+        raise RecipeError(f"{path}: a recipe may hold neither ''' nor a backslash: it is also read as a Python string")
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)})")
+    data.pop(_PYTHON_KEY, None)
+    return data
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise RecipeError(f"override {override!r}: write section.field=value, for example credit.alpha=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML") from None
+    *parents, last = name.split(".")
+    target = data
+    for parent in parents:
+        below = target.get(parent)
+        if below is None:
+            below = target[parent] = {}
+        if not isinstance(below, dict):
+            raise RecipeError(f"override {override!r}: {parent!r} is not a section")
+        target = below
+    target[last] = value
+
+
+def _refuse_unknown(data: Mapping[str, Any], model: type[BaseModel], path: str, file: str) -> None:
+    for key, value in data.items():
+        field = model.model_fields.get(key)
+        if field is None:
+            raise RecipeError(f"{file}: unknown field {path}{key}; {did_you_mean(str(key), model.model_fields)}")
+        section = _section_type(field.annotation)
+        if section is not None and isinstance(value, Mapping):
+            _refuse_unknown(value, section, f"{path}{key}.", file)
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, _Section)), None)
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    if not field:
+        return message
+    if first["type"] == "missing":
+        return f"{field} is missing"
+    return f"{field} is {first['input']!r}; {message[:1].lower()}{message[1:]}"

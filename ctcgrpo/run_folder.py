@@ -1,0 +1,110 @@
+"""The folder that a run writes to, and what the same command finds there the next time.
+
+checkpoints/RUN/
+    recipe.yaml       the resolved recipe
+    base/             the starting policy, where the recipe has it built
+    metrics.jsonl     one line a step
+    traces/*.jsonl    one line an episode
+    checkpoint-N/     after N optimizer steps; complete once COMPLETE stands in it
+    final/            the trained policy and its tokenizer; the run is finished once COMPLETE stands in it
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ctcgrpo.errors import OutputError
+from ctcgrpo.recipe import Recipe, differences
+from ctcgrpo.training.trainer import COMPLETE
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def traces(self) -> Path:
+        return self.path / "traces"
+
+    @property
+    def base(self) -> Path:
+        return self.path / "base"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    def open(self, recipe: Recipe) -> Path | None:
+        """Make the folder ready for this recipe; gives the checkpoint to go on from, or None to start.
+
+        Raises OutputError where the folder cannot be written, holds a finished run, or a run of another recipe.
+        """
+        try:
+            self.traces.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OutputError(
+                f"run.output_dir: cannot write to {self.path} ({error.strerror}); choose another with run.output_dir=FOLDER"
+            ) from None
+        if self.recipe_file.exists():
+            self._refuse_other_run(recipe)
+        if (self.final / COMPLETE).exists():
+            raise OutputError(
+                f"{self.path} holds a finished run of this recipe; take {self.final}, or start another with run.name=NAME"
+            )
+        _write(self.recipe_file, recipe.to_yaml())
+        return self.newest_checkpoint()
+
+    def newest_checkpoint(self) -> Path | None:
+        """The complete checkpoint with the most optimizer steps."""
+        found = {
+            int(match[1]): folder
+            for folder in self.path.glob("checkpoint-*")
+            if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and (folder / COMPLETE).exists()
+        }
+        return found[max(found)] if found else None
+
+    def rewind(self, steps: int) -> None:
+        """Forget the metrics of steps after the first `steps` batches of rollouts: they will be run again."""
+        if self.metrics_file.exists():
+            lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= steps]
+            _write(self.metrics_file, "".join(line + "\n" for line in kept))
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        with self.metrics_file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(metrics) + "\n")
+
+    def finish(self) -> None:
+        _write(self.final / COMPLETE, "")
+
+    def _refuse_other_run(self, recipe: Recipe) -> None:
+        old = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
+        if changed := differences(old, recipe.model_dump(mode="json")):
+            raise OutputError(
+                f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])}); "
+                "undo the change to go on with it, or start another with run.name=NAME"
+            )
+
+
+def _write(file: Path, text: str) -> None:
+    """Write all or nothing."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
