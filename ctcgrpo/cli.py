@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -106,8 +107,14 @@ def version() -> None:
 def _train(recipe: Recipe) -> None:
     # TRL reports usage to its authors by default; a framework should not do so on a user's behalf.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # TRL's defaults name options that transformers is about to rename; nothing that a user could act on.
+    warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6.*", category=FutureWarning)
+    from transformers.utils import logging as transformers_logging
+
     from ctcgrpo.train import train
 
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     train(recipe)
 
 
@@ -122,5 +129,6 @@ def _guarded(run: object) -> None:
         run()  # type: ignore[operator]
     except CtcGrpoError as error:
         what = "stopped" if isinstance(error, RunInterrupted) else "error"
-        print(f"{what}: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"{what}: {error}" if rank == "0" else f"[process {rank}] {what}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

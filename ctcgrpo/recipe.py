@@ -19,6 +19,7 @@ from ctcgrpo.naming import did_you_mean
 from ctcgrpo.records import SCENES, Scene
 
 _PYTHON_KEY = "'"
+_OPENING, _CLOSING = "'''':", "# '''; from ctcgrpo.cli import run_recipe"
 
 
 class _Section(BaseModel):
@@ -214,7 +215,7 @@ def _parse(path: Path) -> dict[str, Any]:
         near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise RecipeError(f"recipe {str(path)!r} not found; {did_you_mean(str(path), near) if near else 'no recipes there'}")
     text = path.read_text(encoding="utf-8")
-    body = "\n".join(line for line in text.splitlines() if not line.startswith(("'''':", "# '''")))
+    body = "\n".join(line for line in text.splitlines() if not line.startswith((_OPENING, _CLOSING)))
     if "'''" in body or "\\" in body:
         raise RecipeError(f"{path}: a recipe may hold neither ''' nor a backslash: it is also read as a Python string")
     try:

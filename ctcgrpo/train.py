@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Tra
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig
 
-from ctcgrpo.errors import PolicyError, RunInterrupted, TooManyFailures
+from ctcgrpo.errors import PolicyError, RecipeError, RunInterrupted, ScenarioError, TooManyFailures
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.tiny import build_tiny
 from ctcgrpo.progress import RunProgress
@@ -85,6 +85,7 @@ class _Run:
         if trainer.accelerator.is_main_process:
             self._folder.finish()
         trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
         progress.say(f"trained policy: {self._folder.final}")
         return self._folder.final
 
@@ -97,11 +98,20 @@ class _Run:
 def _prepare(recipe: Recipe, stack: contextlib.ExitStack) -> _Run:
     scenarios = [s for s in load_scenarios(recipe.scenarios.train, "train") if s.scene in recipe.scenarios.scenes]
     if missing := set(recipe.scenarios.scenes) - {s.scene for s in scenarios}:
-        raise PolicyError(
+        raise ScenarioError(
             f"scenarios.scenes asks for {', '.join(sorted(missing))}, which {recipe.scenarios.train} has none of"
         )
-    state = PartialState()
-    recipe.check_processes(state.num_processes)
+    # The arguments come before everything else that asks which process this is: they set up the process group, and
+    # DeepSpeed, if it is to shard a model while loading, has to be configured by then.
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    recipe.check_processes(processes)
+    arguments = _arguments(recipe, processes)
+    state: PartialState = arguments.distributed_state
+    if state.num_processes != processes:
+        raise RecipeError(
+            f"{processes} processes were launched but {state.num_processes} run together; "
+            "without GPUs set ACCELERATE_USE_CPU=true"
+        )
     folder = RunFolder(recipe.folder)
     resume = _on_main(state, lambda: folder.open(recipe))
     model_path = _policy_path(recipe, folder, state)
@@ -141,7 +151,7 @@ def _prepare(recipe: Recipe, stack: contextlib.ExitStack) -> _Run:
 
     trainer = CtcGrpoTrainer(
         model=str(model_path),
-        args=_arguments(recipe, state),
+        args=arguments,
         train_dataset=_data_set(recipe, scenarios),
         processing_class=tokenizer,
         peft_config=_lora(recipe),
@@ -309,7 +319,7 @@ def _update_options(recipe: Recipe) -> UpdateOptions:
     )
 
 
-def _arguments(recipe: Recipe, state: PartialState) -> GRPOConfig:
+def _arguments(recipe: Recipe, processes: int) -> GRPOConfig:
     training, rollout = recipe.training, recipe.rollout
     updates = training.updates_per_step
     steps = training.max_steps * updates
@@ -322,7 +332,7 @@ def _arguments(recipe: Recipe, state: PartialState) -> GRPOConfig:
         report_to=["wandb"] if recipe.run.wandb != "disabled" else [],
         seed=recipe.run.seed,
         max_steps=steps,
-        per_device_train_batch_size=recipe.scenarios.per_step * rollout.group_size // state.num_processes,
+        per_device_train_batch_size=recipe.scenarios.per_step * rollout.group_size // processes,
         gradient_accumulation_steps=1,
         num_generations=rollout.group_size,
         steps_per_generation=1,

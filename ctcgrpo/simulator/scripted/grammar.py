@@ -4,8 +4,8 @@ Every word has a set of possible tags; a sentence is sound when tags can be chos
 that English does not allow ("the of", "to the." with nothing after it), it has a verb, and function words and content
 words alternate as they do in talk. It does not parse, and it lets odd but grammatical sentences pass.
 
-Tags: D determiner, P subject pronoun, O object pronoun, X auxiliary, V verb, G -ing form, N noun, J adjective, R adverb,
-I preposition, T "to", C conjunction, W question word, U interjection, "." the end, "," a pause.
+Tags: D determiner, P subject pronoun, O object pronoun, X auxiliary, M modal, Z "n't", V verb, G -ing form, N noun, J adjective,
+R adverb, I preposition, T "to", C conjunction, W question word, U interjection, "." the end, "," a pause, "^" the beginning.
 """
 
 from __future__ import annotations
@@ -15,17 +15,26 @@ from itertools import pairwise
 
 # For each tag, the tags that cannot follow it.
 _CANNOT_FOLLOW: dict[str, str] = {
-    "^": "O",
-    "D": "DPOXVICTWU.,",
-    "P": "DPOJTWUNG",
-    "O": "OX",
-    "J": "DOX",
-    "I": "PXVCIU.,",
-    "T": "PXTICU",
-    "C": ".",
-    "W": "O",
+    "^": "OZ,",
+    "D": "DPOXMZVICTWU.,",
+    "P": "DPOJTWUNGIZ",
+    "O": "OXMZ",
+    "X": "XM",
+    "M": "XMI",
+    "Z": "XMZ",
+    "V": "MZ",
+    "G": "MZ",
+    "N": "Z",
+    "J": "DOXMZ",
+    "R": "Z",
+    "I": "PXMZVCIU.,",
+    "T": "PXMZTICU",
+    "C": "Z.",
+    "W": "OZ",
+    "U": "Z",
+    ",": "Z.,",
 }
-_FUNCTION_TAGS = frozenset("DPOXITCW")
+_FUNCTION_TAGS = frozenset("DPOXMZITCW")
 _LONGEST_CONTENT_RUN = 4
 _LONGEST_FRAGMENT = 7
 

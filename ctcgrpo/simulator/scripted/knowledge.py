@@ -28,7 +28,7 @@ class Detail:
 @dataclass(frozen=True, slots=True)
 class Knowledge:
     """`musts` name what the scene asks for in this scenario: boundary and offer, or fault and remedy. `vocabulary` is all
-    content of the scenario's texts; `matter` the part of it that is not everyday talk, and what makes sense of a detail."""
+    content of the scenario's texts; `matter` the part of it that is not everyday talk."""
 
     details: tuple[Detail, ...]
     musts: Mapping[str, frozenset[str]]
@@ -54,7 +54,7 @@ def read_knowledge(card: ScenarioCard, language: Language) -> Knowledge:
     texts = [card.user_persona, card.policy_persona, card.opening_line, card.goal, *card.success_criteria]
     texts += [d.line for d in details]
     vocabulary = frozenset().union(*(language.content(text) for text in texts), *(d.field for d in details))
-    matter = frozenset().union(*(language.uncommon(text) for text in texts), *(d.field for d in details))
+    matter = frozenset().union(*(language.uncommon(text) for text in texts))
     return Knowledge(
         details=details,
         musts={name: stems(words) for name, words in parts.items()},

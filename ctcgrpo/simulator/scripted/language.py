@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
 
@@ -29,19 +29,21 @@ _STEM = snowballstemmer.stemmer("english")
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """A way of speaking: any of `patterns` found in a sentence (lower case); what it does to the user, and why."""
+    """A way of speaking: any of `patterns` found in a sentence (lower case); what it does to the user, and why.
+    One that `spoils` takes away all credit of the reply that it stands in."""
 
     name: str
     patterns: tuple[re.Pattern[str], ...]
     anger: float
     trust: float
     why: str
+    spoils: bool
 
     def matches(self, sentence: str) -> bool:
         return any(pattern.search(sentence) for pattern in self.patterns)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Language:
     code: str
     han: bool
@@ -72,7 +74,17 @@ class Language:
 
     def uncommon(self, text: str) -> frozenset[str]:
         """The content that is not everyday talk."""
-        return self.content(text) - {stem(word) for word in self.lexicon}
+        return self.content(text) - self.everyday
+
+    @cached_property
+    def everyday(self) -> frozenset[str]:
+        """The stems of everyday talk."""
+        return frozenset(stem(word) for word in self.lexicon)
+
+    @cached_property
+    def everyday_things(self) -> frozenset[str]:
+        """Those of them that only ever name things: bread, Friday, a window."""
+        return frozenset(stem(word) for word, tags in self.lexicon.items() if tags == "N")
 
     def is_common(self, word: str) -> bool:
         """Whether it is a word of everyday talk, whatever the subject."""
@@ -81,7 +93,8 @@ class Language:
     def is_sound(self, sentence: str) -> bool:
         """Whether it is a sentence of this language that hangs together."""
         if not self.han:
-            return is_sound(self.tokens(sentence), self.lexicon)
+            first = next((char for char in sentence if char.isalnum()), "a")
+            return not first.islower() and is_sound(self.tokens(sentence), self.lexicon)
         letters = re.findall(r"[\w]", sentence)
         han = sum(map(len, _HAN_RUN.findall(sentence)))
         return bool(letters) and han >= 0.6 * len(letters) and not re.search(r"(.{1,4})\1{2,}", sentence)
@@ -89,7 +102,7 @@ class Language:
     def _is_content(self, token: str) -> bool:
         if self.han:
             return not any(char in self.lexicon for char in token)
-        return token[0].isalpha() and not set(self.lexicon.get(token, "N")) <= set("DPOXITCWUR")
+        return token[0].isalpha() and not set(self.lexicon.get(token, "N")) <= set("DPOXMZITCWUR")
 
 
 @cache
@@ -123,6 +136,13 @@ def load_language(code: str) -> Language:
 
 def _patterns(table: Mapping[str, Mapping[str, Any]]) -> tuple[Pattern, ...]:
     return tuple(
-        Pattern(name, tuple(re.compile(p) for p in entry["patterns"]), entry["anger"], entry["trust"], entry["why"])
+        Pattern(
+            name,
+            tuple(re.compile(p) for p in entry["patterns"]),
+            entry["anger"],
+            entry["trust"],
+            entry["why"],
+            entry.get("spoils", False),
+        )
         for name, entry in table.items()
     )

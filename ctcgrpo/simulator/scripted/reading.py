@@ -33,14 +33,15 @@ class Reading:
     """One reply, as heard by this user at this point of the dialogue.
 
     `engaged` are the details that its counting sentences take up, bringing in something of this scenario that the user
-    had not just said; `raised` is the detail that the user brought up last. `moves` and `musts` are what counting
-    sentences do.
+    had not just said; `near` says that they at least speak of this scenario's own matters; `raised` is the detail that
+    the user brought up last. `moves` and `musts` are what counting sentences do.
     """
 
     text: str
     length: int
     sentences: tuple[Sentence, ...]
     engaged: tuple[Detail, ...]
+    near: bool
     raised: Detail | None
     moves: tuple[Pattern, ...]
     musts: frozenset[str]
@@ -69,14 +70,19 @@ def read(
     counting = [s for s in sentences if s.counts]
     said = frozenset().union(*(s.content for s in counting))
     just_heard = language.content(heard[-1]) if heard else frozenset()
-    brings = (said - just_heard) & knowledge.matter
-    engaged = tuple(d for d in knowledge.details if brings and _engages(said, d, just_raised=d == raised))
+    brings = said - just_heard - language.everyday_things
+    engaged = tuple(
+        d
+        for d in knowledge.details
+        if brings & (knowledge.matter | d.field | d.words) and _engages(said, d, just_raised=d == raised)
+    )
     content = language.content(text)
     return Reading(
         text=text,
         length=language.length(text),
         sentences=sentences,
         engaged=engaged,
+        near=len(brings & knowledge.matter) >= 1 and len(said & knowledge.matter) >= 2,
         raised=raised,
         moves=tuple(m for m in moves if any(m.matches(s.text.lower()) for s in counting)),
         musts=frozenset(name for name, words in knowledge.musts.items() if any(s.content & words for s in counting)),

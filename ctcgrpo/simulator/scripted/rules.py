@@ -128,11 +128,20 @@ def interrogating(h: Heard) -> Iterator[Finding]:
         yield Finding(1, -1, "questions me like a form")
 
 
+def _faults(h: Heard, spoils: bool) -> Iterator[Finding]:
+    for fault in (*h.language.faults, *h.language.scene_faults[h.scene]):
+        if fault.spoils == spoils and any(fault.matches(s.text.lower()) for s in h.reading.sentences):
+            yield Finding(fault.anger, fault.trust, fault.why)
+
+
 @rule
 def manner(h: Heard) -> Iterator[Finding]:
-    for fault in (*h.language.faults, *h.language.scene_faults[h.scene]):
-        if any(fault.matches(s.text.lower()) for s in h.reading.sentences):
-            yield Finding(fault.anger, fault.trust, fault.why)
+    yield from _faults(h, spoils=False)
+
+
+@spoiler
+def offence(h: Heard) -> Iterator[Finding]:
+    yield from _faults(h, spoils=True)
 
 
 # --- substance: this user's own matters -----------------------------------------------------------------------------------
@@ -151,7 +160,7 @@ def about_me(h: Heard) -> Iterator[Finding]:
 
 @rule
 def about_anybody(h: Heard) -> Iterator[Finding]:
-    if not h.reading.engaged:
+    if not h.reading.engaged and not h.reading.near:
         weight = 1 + (h.round > 1) + (h.round > 4)
         yield Finding(weight, -weight, "could be said to anybody")
 
@@ -159,11 +168,11 @@ def about_anybody(h: Heard) -> Iterator[Finding]:
 @rule
 def moves(h: Heard) -> Iterator[Finding]:
     """What the scene asks for, in a reply that is about this user; the same move again is worth less each time."""
-    if not h.reading.engaged:
+    if not h.reading.engaged and not h.reading.near:
         return
-    used = Counter(move.name for r in h.earlier if r.engaged for move in r.moves)
+    used = Counter(move.name for r in h.earlier if r.engaged or r.near for move in r.moves)
     for move in h.reading.moves:
-        worth = 0.75 ** used[move.name]
+        worth = 0.75 ** used[move.name] * (1 if h.reading.engaged else 0.5)
         yield Finding(move.anger * worth, move.trust * worth, move.why)
 
 

@@ -1,0 +1,109 @@
+"""Real processes: two of them are the same as one; the three ways of launching a recipe; Ctrl-C and going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests import sameness
+from tests.conftest import ROOT
+
+ENVIRONMENT = {
+    **os.environ,
+    "ACCELERATE_USE_CPU": "true",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_are_the_same_as_one(tiny: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launched = run(*torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+                   "-m", "tests.sameness", str(tmp_path / "two"), str(tiny))  # fmt: skip
+    assert launched.returncode == 0, launched.stderr
+    parts = [sameness.Outcome(**torch.load(tmp_path / f"two.rank{r}.pt", weights_only=False)) for r in (0, 1)]
+    one = sameness.run(str(tiny))
+    assert [p.processes for p in parts] == [2, 2]
+    assert {p.backend for p in parts} == {"DistributedDataParallel"}
+    for part in parts:
+        assert sameness.is_same(one, part), sameness.difference(one, part)
+    together = [*parts[0].logprobs["0"], *parts[1].logprobs["1"]]
+    assert len(together) == len(one.logprobs["0"])
+    for a, b in zip(one.logprobs["0"], together, strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_a_recipe_trains_on_two_processes_launched_by_accelerate(tmp_path: Path) -> None:
+    launched = run(
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        "recipes/tiny.yaml", "training.max_steps=1", f"run.output_dir={tmp_path}",
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr
+    folder = tmp_path / "tiny"
+    assert [m["step"] for m in metrics(folder)] == [1]
+    assert metrics(folder)[0]["episodes/valid"] == 16
+    assert metrics(folder)[0]["logprob_gap"] < 1e-4
+    # Each of the two processes played its half.
+    traces = sorted((folder / "traces").glob("*.jsonl"))
+    assert [t.name for t in traces] == ["step-000001.rank-0.jsonl", "step-000001.rank-1.jsonl"]
+    assert [len(t.read_text().splitlines()) for t in traces] == [8, 8]
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["training"]["max_steps"] == 1
+
+
+def test_python_runs_a_recipe_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "recipes/tiny.yaml",
+        "training.max_steps=6",
+        "training.save_every=50",
+        f"run.output_dir={tmp_path}",
+    ]
+    folder = tmp_path / "tiny"
+    started = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not ((folder / "metrics.jsonl").exists() and len(metrics(folder)) >= 2):
+        assert started.poll() is None and time.monotonic() < deadline, started.communicate()
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=120)
+    assert started.returncode == 130, err
+    assert "Traceback" not in err
+    saved = re.search(r"Saved (\S+); the same command again goes on", err)
+    assert saved, err
+    steps = int(saved[1].rpartition("-")[2]) // 2
+    assert 2 <= steps < 6 and (Path(saved[1]) / "COMPLETE").exists()
+
+    again = run(*command)
+    assert again.returncode == 0, again.stderr
+    assert [m["step"] for m in metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    assert f"step {steps + 1}/6" in again.stdout and f"step {steps}/6" not in again.stdout
+
+    # What was trained loads, and a finished run is not run over.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "final")
+    assert AutoTokenizer.from_pretrained(folder / "final").chat_template
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True))
+    finished = run(*command)
+    assert finished.returncode == 6 and "finished run" in finished.stderr and "Traceback" not in finished.stderr

@@ -1,0 +1,233 @@
+"""What makes two configurations of the trainer the same, as a runnable thing.
+
+Equal losses prove nothing: with old = new log-probabilities the loss does not depend on the forward pass. So: float32; recorded
+log-probabilities that put ratios between 0.7 and 1.4, so that both sides of the clip act; entropy bonus on; rows of unequal
+lengths; one failed episode. Compared are gradients per parameter (relative 1e-5), the gradient norm, log-probabilities per
+token, and the weights after two steps at lr 1e-3, relative to how far they moved (1e-3).
+
+    python -m tests.sameness OUT.pt BASE [--tokens-per-row N] [--shift]       also under torchrun, for several processes
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import GRPOConfig
+
+from ctcgrpo.records import Anchors, Completion, Episode, Failure, Scenario, Turn, UserState
+from ctcgrpo.scoring import outcome_score
+from ctcgrpo.training.rows import Row
+from ctcgrpo.training.samples import CreditOptions
+from ctcgrpo.training.trainer import CtcGrpoTrainer, UpdateOptions
+
+GROUPS, GROUP_SIZE, STEPS = 2, 4, 2
+TEMPERATURE, CLIP, ENTROPY_BONUS = 0.8, 0.2, 0.01
+FAILED = (1, 2)
+"""(group, rollout) of the episode that failed."""
+
+
+@dataclass
+class Outcome:
+    """`gradients`, `norm` and `logprobs` are those of the first step; `moved` is final minus initial weights."""
+
+    processes: int
+    backend: str
+    rows: int
+    gradients: dict[str, torch.Tensor]
+    norm: float
+    logprobs: dict[str, list[tuple[float, ...]]]
+    moved: dict[str, torch.Tensor]
+
+
+def fixed_episodes(base: str) -> list[Episode]:
+    """Two groups of four, 1 to 5 turns each, made of random tokens; the same on every process."""
+    rng = random.Random(7)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="float32").eval()
+    vocabulary = model.config.vocab_size
+    anchors = Anchors(UserState(60, 40), UserState(20, 80), UserState(95, 5))
+    episodes = []
+    for group in range(GROUPS):
+        scenario = Scenario(
+            f"s{group}", "", ("support", "repair")[group], "en", "user", "hello", "policy", "", (), (), anchors
+        )
+        for rollout in range(GROUP_SIZE):
+            state, turns = anchors.initial, []
+            for _ in range(rng.randint(1, 5)):
+                prompt = tuple(rng.randrange(vocabulary) for _ in range(rng.randint(4, 60)))
+                reply = tuple(rng.randrange(vocabulary) for _ in range(rng.randint(2, 30)))
+                ratios = torch.tensor([rng.uniform(0.7, 1.4) for _ in reply])
+                old = naive_logprobs(model, prompt, reply)[0] - ratios.log()
+                after = state.plus(rng.randint(-10, 10), rng.randint(-10, 10))
+                completion = Completion(reply, tuple(old.tolist()), (), "stop")
+                turns.append(Turn(prompt, completion, "", None, (), state, after, "", True, ""))
+                state = after
+            failed = (group, rollout) == FAILED
+            episodes.append(
+                Episode(
+                    scenario=scenario,
+                    step=1,
+                    group=group,
+                    rollout=rollout,
+                    turns=tuple(turns),
+                    outcome=float("nan") if failed else outcome_score(state, anchors),
+                    failure=Failure("simulator_transport", "gone") if failed else None,
+                )
+            )
+    return episodes
+
+
+def naive_logprobs(model: Any, prompt: tuple[int, ...], reply: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies (n,) of a reply, from full logits, one sample at a time."""
+    grad = torch.is_grad_enabled() and model.training
+    with torch.set_grad_enabled(grad):
+        logits = model(torch.tensor([[*prompt, *reply]])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+        log_p = torch.log_softmax(logits, dim=-1)
+        return log_p[range(len(reply)), list(reply)], -(log_p.exp() * log_p).sum(-1)
+
+
+class _Capture(TrainerCallback):
+    """Keeps the gradients of the first optimizer step, just before it is taken."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not self.gradients:
+            self.gradients = {
+                n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+            }
+
+
+def build_trainer(
+    base: str, folder: str, *, tokens_per_row: int = 400, callbacks: Any = (), **config: Any
+) -> CtcGrpoTrainer:
+    """The trainer on the fixed episodes, each process with its contiguous share of them."""
+    episodes = fixed_episodes(base)
+
+    def collect(step: int, inputs: Any) -> list[Episode]:
+        share = len(episodes) // trainer.accelerator.num_processes
+        assert len(inputs) == share
+        first = trainer.accelerator.process_index * share
+        return episodes[first : first + share]
+
+    processes = int(GRPOConfig(folder, bf16=False, num_generations=2, per_device_train_batch_size=2).world_size)
+    trainer = CtcGrpoTrainer(
+        model=base,
+        args=GRPOConfig(
+            folder,
+            bf16=False,
+            max_steps=STEPS,
+            per_device_train_batch_size=GROUPS * GROUP_SIZE // processes,
+            num_generations=GROUP_SIZE,
+            steps_per_generation=1,
+            temperature=TEMPERATURE,
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            gradient_checkpointing=False,
+            shuffle_dataset=False,
+            remove_unused_columns=False,
+            save_strategy="no",
+            logging_steps=1,
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            **{"model_init_kwargs": {"dtype": "float32"}} | config,
+        ),
+        train_dataset=Dataset.from_dict({"scenario": [0] * (GROUPS * STEPS)}),
+        processing_class=AutoTokenizer.from_pretrained(base),
+        collect=collect,
+        credit=CreditOptions(),
+        options=UpdateOptions(
+            tokens_per_row=tokens_per_row, clip=CLIP, entropy_bonus=ENTROPY_BONUS, recorded_logprobs=True, max_failed=0.5
+        ),
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def shift_one_position(trainer: CtcGrpoTrainer) -> None:
+    """A deliberate mistake, to see that the comparison notices: the sixth token of each sample sits one position late."""
+    plain = trainer._score
+
+    def wrong(model: Any, row: Row) -> Any:
+        positions = torch.arange(row.input_ids.shape[1]).repeat(len(row.input_ids), 1)
+        positions[:, 5] += 1
+
+        def shifted(**kwargs: Any) -> Any:
+            return model(**kwargs, position_ids=positions)
+
+        return plain(shifted, row)  # type: ignore[arg-type]
+
+    trainer._score = wrong  # type: ignore[method-assign]
+
+
+def run(base: str, *, tokens_per_row: int = 400, shift: bool = False) -> Outcome:
+    capture = _Capture()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(base, folder, tokens_per_row=tokens_per_row, callbacks=[capture])
+        if shift:
+            shift_one_position(trainer)
+        made: list[int] = []
+        plain_update = trainer.update_rows
+        trainer.update_rows = lambda model, rows: (made.append(len(rows)), plain_update(model, rows))[1]  # type: ignore
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        samples = trainer._new_batch([{}] * (GROUPS * GROUP_SIZE // trainer.accelerator.num_processes))[0]
+        logprobs = trainer.logprobs(trainer.model, samples)
+        trainer.train()
+        norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        return Outcome(
+            processes=trainer.accelerator.num_processes,
+            backend=type(trainer.model_wrapped).__name__,
+            rows=made[0],
+            gradients=capture.gradients,
+            norm=float(norms[0]),
+            logprobs={str(trainer.accelerator.process_index): logprobs},
+            moved={n: p.detach() - before[n] for n, p in trainer.model.named_parameters()},
+        )
+
+
+def difference(a: Outcome, b: Outcome) -> dict[str, float]:
+    """How far two outcomes are apart, each in its own measure."""
+
+    def relative(x: torch.Tensor, y: torch.Tensor) -> float:
+        return float((x - y).norm() / x.norm().clamp_min(1e-12))
+
+    assert a.gradients.keys() == b.gradients.keys()
+    flat_a, flat_b = (torch.cat([m.flatten() for m in o.moved.values()]) for o in (a, b))
+    return {
+        "gradients": max(relative(a.gradients[n], b.gradients[n]) for n in a.gradients),
+        "norm": abs(a.norm - b.norm) / a.norm,
+        "weights": relative(flat_a, flat_b),
+    }
+
+
+def is_same(a: Outcome, b: Outcome) -> bool:
+    d = difference(a, b)
+    return d["gradients"] <= 1e-5 and d["norm"] <= 1e-5 and d["weights"] <= 1e-3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("base")
+    parser.add_argument("--tokens-per-row", type=int, default=400)
+    parser.add_argument("--shift", action="store_true")
+    args = parser.parse_args()
+    outcome = run(args.base, tokens_per_row=args.tokens_per_row, shift=args.shift)
+    rank = next(iter(outcome.logprobs))
+    torch.save(vars(outcome), args.out.with_suffix(f".rank{rank}.pt"))
+
+
+if __name__ == "__main__":
+    main()

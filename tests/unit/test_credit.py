@@ -1,0 +1,192 @@
+"""CTC-GRPO credit: values by hand, and what must hold for any input."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from ctcgrpo.credit import groups_without_signal, in_loss, outcome_advantages, turn_advantages
+
+nan = math.nan
+
+
+def test_outcome_advantages_by_hand() -> None:
+    # Outcomes 0.2, 0.6, 1.0: mean 0.6, unbiased std 0.4.
+    got = outcome_advantages([0.2, 0.6, 1.0], ["s", "s", "s"])
+    assert got == pytest.approx([-0.4 / 0.400001, 0.0, 0.4 / 0.400001])
+
+
+def test_the_floor_of_the_std() -> None:
+    # 0.50 and 0.52: std 0.0141, floored to 0.1.
+    got = outcome_advantages([0.50, 0.52], [0, 0])
+    assert got == pytest.approx([-0.01 / 0.100001, 0.01 / 0.100001])
+    assert outcome_advantages([0.50, 0.52], [0, 0], std_min=0.01) == pytest.approx(
+        [-0.01 / (0.02 / math.sqrt(2) + 1e-6), 0.01 / (0.02 / math.sqrt(2) + 1e-6)]
+    )
+
+
+def test_groups_do_not_mix_and_failures_enter_nothing() -> None:
+    got = outcome_advantages([0.2, nan, 1.0, 0.6, 0.3, 0.3], [0, 0, 0, 0, 1, 1])
+    assert np.isnan(got[1])
+    assert got[[0, 2, 3]] == pytest.approx(outcome_advantages([0.2, 1.0, 0.6], [0, 0, 0]))
+    assert got[4:] == pytest.approx([0, 0])
+
+
+def test_rollout_centering_by_hand_with_unequal_turn_counts() -> None:
+    # Outcomes 0 and 1: mean 0.5, std 0.7071; A = -+0.5 / 0.707108.
+    a = 0.5 / (math.sqrt(0.5) + 1e-6)
+    first, second = turn_advantages([0.0, 1.0], [0, 0], [[0.02, 0.05, -0.01], [0.04]])
+    # Rollout 0: mean 0.02, so 15 * (0, 0.03, -0.03); rollout 1 has one turn: no turn term.
+    assert first == pytest.approx([-a, -a + 0.45, -a - 0.45])
+    assert second == pytest.approx([a])
+
+
+def test_group_centering_by_hand_with_unequal_turn_counts() -> None:
+    a = 0.5 / (math.sqrt(0.5) + 1e-6)
+    first, second = turn_advantages([0.0, 1.0], [0, 0], [[0.02, 0.05, -0.01], [0.04]], centering="group")
+    # All four turns: mean 0.1 / 4 = 0.025, so 15 * (-0.005, 0.025, -0.035) and 15 * 0.015.
+    assert first == pytest.approx([-a - 0.075, -a + 0.375, -a - 0.525])
+    assert second == pytest.approx([a + 0.225])
+
+
+def test_group_centering_leaves_failed_rollouts_out_of_the_mean() -> None:
+    advantages = turn_advantages([0.0, nan, 1.0], [0, 0, 0], [[0.02, 0.04], [0.1], [0.03]], centering="group", alpha=10)
+    a = 0.5 / (math.sqrt(0.5) + 1e-6)
+    assert advantages[0] == pytest.approx([-a - 0.1, -a + 0.1])
+    assert np.isnan(advantages[1]).all() and advantages[1].shape == (1,)
+    assert advantages[2] == pytest.approx([a])
+
+
+def test_alpha_zero_is_outcome_only() -> None:
+    scores = [[0.1, -0.1], [0.05]]
+    for turns, outcome in zip(
+        turn_advantages([0.1, 0.9], [0, 0], scores, alpha=0), outcome_advantages([0.1, 0.9], [0, 0]), strict=True
+    ):
+        assert turns == pytest.approx([outcome] * len(turns))
+
+
+def test_a_lone_valid_rollout_gives_no_update() -> None:
+    for centering in ("rollout", "group"):
+        alone, failed = turn_advantages([0.7, nan], [0, 0], [[0.1, -0.1], [0.1]], centering=centering)
+        assert alone == pytest.approx([0, 0]) and np.isnan(failed).all()
+    assert in_loss([0.7, nan, 0.1, 0.2, 0.5], [0, 0, 1, 1, 2]).tolist() == [False, False, True, True, False]
+
+
+def test_groups_without_signal() -> None:
+    # Group 0 differs, group 1 agrees, group 2 has one valid rollout, group 3 none.
+    outcomes, groups = [0.1, 0.2, 0.3, 0.3, 0.5, nan, nan], [0, 0, 1, 1, 2, 2, 3]
+    assert groups_without_signal(outcomes, groups) == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"centering": "scene"}, r"centering: 'scene' is not available yet; available: rollout, group"),
+        ({"centering": "group_turn"}, "not available yet"),
+        ({"centering": "none"}, "not available yet"),
+        ({"centering": "rolout"}, "'rolout' is unknown; available: rollout, group"),
+        ({"credit": "reward_to_go"}, "not available yet"),
+        ({"gamma": 0.9}, "gamma = 0.9"),
+        ({"scale": "batch"}, "not available yet"),
+        ({"scale": "none"}, "not available yet"),
+        ({"center_weights": [[1.0], [1.0]]}, "'token' is not available yet"),
+        ({"scene_baseline": {}}, "'scene' is not available yet"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        turn_advantages([0.1, 0.2], [0, 0], [[0.1], [0.1]], **options)
+
+
+def test_shapes_are_checked() -> None:
+    with pytest.raises(ValueError, match="equal length"):
+        outcome_advantages([0.1], [0, 0])
+    with pytest.raises(ValueError, match="2 outcomes but 1 sequences"):
+        turn_advantages([0.1, 0.2], [0, 0], [[0.1]])
+    with pytest.raises(ValueError, match="rollout 1 has an outcome but no turns"):
+        turn_advantages([0.1, 0.2], [0, 0], [[0.1], []])
+    # A failed rollout may have failed before its first turn.
+    assert turn_advantages([0.1, 0.2, nan], [0, 0, 0], [[0.1], [0.2], []])[2].shape == (0,)
+
+
+scores = st.lists(st.floats(-0.1, 0.1), min_size=1, max_size=8)
+rollouts = st.lists(st.tuples(st.one_of(st.just(nan), st.floats(-1, 1)), st.integers(0, 2), scores), min_size=1, max_size=12)
+centerings = st.sampled_from(["rollout", "group"])
+
+
+def unzip(data: list[Any]) -> tuple[list[float], list[int], list[list[float]]]:
+    return [d[0] for d in data], [d[1] for d in data], [d[2] for d in data]
+
+
+@given(rollouts)
+def test_turn_terms_sum_to_zero_over_a_rollouts_turns(data: list[Any]) -> None:
+    outcomes, groups, turn_scores = unzip(data)
+    outcome = outcome_advantages(outcomes, groups)
+    for a, turns in zip(outcome, turn_advantages(outcomes, groups, turn_scores), strict=True):
+        if not math.isnan(a):
+            assert sum(turns - a) == pytest.approx(0, abs=1e-9)
+
+
+@given(rollouts)
+def test_group_centered_turn_terms_sum_to_zero_over_the_group(data: list[Any]) -> None:
+    outcomes, groups, turn_scores = unzip(data)
+    outcome = outcome_advantages(outcomes, groups)
+    advantages = turn_advantages(outcomes, groups, turn_scores, centering="group")
+    for group in set(groups):
+        terms = [sum(t - a) for t, a, g in zip(advantages, outcome, groups, strict=True) if g == group and not math.isnan(a)]
+        assert sum(terms) == pytest.approx(0, abs=1e-9)
+
+
+@given(rollouts, centerings, st.randoms())
+def test_order_does_not_matter(data: list[Any], centering: str, rng: Any) -> None:
+    order = list(range(len(data)))
+    rng.shuffle(order)
+    straight = turn_advantages(*unzip(data), centering=centering)
+    shuffled = turn_advantages(*unzip([data[k] for k in order]), centering=centering)
+    for k, turns in zip(order, shuffled, strict=True):
+        np.testing.assert_allclose(turns, straight[k], atol=1e-9)
+
+
+@given(rollouts, centerings, st.integers(0, 2), scores, st.integers(0, 12))
+def test_a_failed_episode_changes_nothing_but_its_absence(
+    data: list[Any], centering: str, group: int, turn_scores: list[float], where: int
+) -> None:
+    where = min(where, len(data))
+    with_failed = [*data[:where], (nan, group, turn_scores), *data[where:]]
+    without = turn_advantages(*unzip(data), centering=centering)
+    got = turn_advantages(*unzip(with_failed), centering=centering)
+    assert np.isnan(got.pop(where)).all()
+    for a, b in zip(got, without, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+@given(rollouts, centerings)
+def test_valid_rollouts_get_finite_advantages_one_a_turn(data: list[Any], centering: str) -> None:
+    outcomes, groups, turn_scores = unzip(data)
+    for outcome, scores_, turns in zip(
+        outcomes, turn_scores, turn_advantages(outcomes, groups, turn_scores, centering=centering), strict=True
+    ):
+        assert turns.shape == (len(scores_),)
+        assert np.isnan(turns).all() if math.isnan(outcome) else np.isfinite(turns).all()
+
+
+@given(st.floats(-1, 1), st.integers(2, 8), scores)
+def test_equal_outcomes_leave_the_turn_term_alone(outcome: float, size: int, turn_scores: list[float]) -> None:
+    advantages = turn_advantages([outcome] * size, [0] * size, [turn_scores] * size)
+    expected = 15 * (np.array(turn_scores) - np.mean(turn_scores))
+    for turns in advantages:
+        assert np.isfinite(turns).all()
+        np.testing.assert_allclose(turns, expected, atol=1e-6)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=8))
+def test_outcome_advantages_sum_to_zero_and_keep_order(outcomes: list[float]) -> None:
+    assume(max(outcomes) > min(outcomes))
+    advantages = outcome_advantages(outcomes, [0] * len(outcomes))
+    assert sum(advantages) == pytest.approx(0, abs=1e-6)
+    assert np.argmax(advantages) == np.argmax(outcomes)

@@ -1,0 +1,115 @@
+"""Recipes: both readings of every shipped file, overrides, and mistakes named with what would be right."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ctcgrpo.errors import RecipeError
+from ctcgrpo.recipe import Recipe, differences, load_recipe
+from tests.conftest import ROOT
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+TINY = ROOT / "recipes" / "tiny.yaml"
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
+def test_a_shipped_recipe_is_yaml_and_python(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert recipe.run.name == file.stem
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    text, importing, call = tree.body
+    assert isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    assert ast.unparse(importing) == "from ctcgrpo.cli import run_recipe"
+    assert ast.unparse(call) == "run_recipe(__file__)"
+    # What the run saves is a recipe again, the same one.
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_a_spawned_child_that_imports_the_recipe_does_not_run_it() -> None:
+    code = f"import runpy; runpy.run_path({str(TINY)!r}, run_name='__mp_main__'); print('imported')"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, "imported"), done.stderr
+
+
+def test_published_settings() -> None:
+    recipe = load_recipe(ROOT / "recipes" / "qwen3_8b.yaml")
+    assert recipe.policy.model == "Qwen/Qwen3-8B" and recipe.policy.reasons
+    assert recipe.policy.reasoning_context == "strip"
+    assert (recipe.credit.alpha, recipe.credit.centering, recipe.credit.std_min) == (15, "rollout", 0.1)
+    assert (recipe.scenarios.train, recipe.scenarios.per_step, recipe.rollout.group_size) == ("eibench/train", 16, 8)
+    rollout, training = recipe.rollout, recipe.training
+    assert (rollout.temperature, rollout.top_p, rollout.top_k) == (0.6, 0.95, 20)
+    assert (rollout.max_turns, rollout.max_new_tokens, rollout.max_prompt_tokens) == (8, 1024, 8192)
+    assert (training.max_steps, training.updates_per_step, training.learning_rate) == (250, 4, 1e-6)
+    assert (training.warmup, training.min_learning_rate, training.clip, training.entropy_bonus) == (0.03, 0.1, 0.2, 0.001)
+    assert training.save_every == 10 and training.schedule == "cosine"
+    group = load_recipe(ROOT / "recipes" / "qwen3_8b_group.yaml")
+    changed = differences(recipe.model_dump(mode="json"), group.model_dump(mode="json"))
+    assert changed == ["run.name: qwen3_8b -> qwen3_8b_group", "credit.centering: rollout -> group"]
+
+
+def test_overrides() -> None:
+    recipe = load_recipe(TINY, ["credit.alpha=10", "training.learning_rate=1e-6", "policy.lora.rank=4", "run.name=other"])
+    assert (recipe.credit.alpha, recipe.training.learning_rate, recipe.run.name) == (10.0, 1e-6, "other")
+    assert recipe.policy.lora is not None and (recipe.policy.lora.rank, recipe.policy.lora.alpha) == (4, 32)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("credit.aplha=10", r"unknown field credit.aplha; did you mean 'alpha'\?"),
+        ("credits.alpha=10", r"unknown field credits; did you mean 'credit'\?"),
+        ("rollout.group_size=1", "rollout.group_size is 1; input should be greater than or equal to 2"),
+        ("credit.alpha=much", "credit.alpha is 'much'; input should be a valid number"),
+        ("credit.centering=scene", "credit.centering is 'scene'; is not available yet; available: rollout, group"),
+        ("credit.centering=rolout", r"credit.centering is 'rolout'; did you mean 'rollout'\?"),
+        ("credit.scale=batch", "credit.scale is 'batch'; is not available yet"),
+        ("rollout.engine=vllm", "rollout.engine is 'vllm'; input should be 'transformers'"),
+        ("scenarios.scenes=[support,war]", "scenarios.scenes.1 is 'war'"),
+        ("scenarios.per_step=6", "scenarios.per_step is 6 for 4 scenes"),
+        ("training.updates_per_step=9", "training.updates_per_step is 9 and rollout.group_size 4"),
+        ("run.name=../elsewhere", "run.name is '../elsewhere'"),
+        ("alpha", "override 'alpha': write section.field=value"),
+        ("run.name.deep=1", "'name' is not a section"),
+        ("credit.alpha=[", "the value is not valid YAML"),
+    ],
+)
+def test_mistakes_are_named(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(TINY, [override])
+
+
+def test_recorded_logprobs_are_refused_under_truncation() -> None:
+    load_recipe(TINY, ["training.old_logprobs=recorded"])
+    with pytest.raises(RecipeError, match="renormalised over the kept mass"):
+        load_recipe(TINY, ["training.old_logprobs=recorded", "rollout.top_p=0.9"])
+
+
+def test_processes_share_the_episodes_equally() -> None:
+    recipe = load_recipe(TINY)
+    recipe.check_processes(8)
+    with pytest.raises(RecipeError, match=r"4 x 4 = 16 episodes a step, which 3 processes cannot share equally"):
+        recipe.check_processes(3)
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"not found; did you mean '.*tiny.yaml'"):
+        load_recipe(ROOT / "recipes" / "tiney.yaml")
+    text = TINY.read_text()
+    for name, content, message in [
+        ("broken.yaml", "run: [", "not valid YAML"),
+        ("list.yaml", "- 1\n", "a mapping of sections"),
+        ("missing.yaml", "run:\n  name: x\n", "policy is missing"),
+        ("backslash.yaml", text.replace("name: tiny", 'name: "ti\\ny"'), "neither ''' nor a backslash"),
+        ("quotes.yaml", text.replace("# The whole", "# '''The whole"), "neither ''' nor a backslash"),
+    ]:
+        file = tmp_path / name
+        file.write_text(content)
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(file)

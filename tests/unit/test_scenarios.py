@@ -1,0 +1,191 @@
+"""Reading scenarios: the bundled pack is sound, the EIBench format is understood, and every mistake is named."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ctcgrpo.errors import ScenarioError
+from ctcgrpo.records import SCENES, UserState
+from ctcgrpo.scenarios import load_scenarios
+from tests.conftest import SHARED_DATA
+
+USER_SECTIONS = ["Background", "Role and stance", "Speaking style", "Known facts", "Behaviour and preferences", "Aim"]
+POLICY_SECTIONS = ["Background", "Role and stance", "Known facts", "Core goal"]
+
+
+@pytest.fixture
+def record() -> dict[str, Any]:
+    return {
+        "id": "support-1",
+        "title": "A title",
+        "scene_tag": "support",
+        "aggressor_profile": {"system_prompt": "You are Ann.", "opening_line": "I lost it."},
+        "defender_profile": {"system_prompt": "You are Bob."},
+        "initial_calibration": {"initial_anger": 70, "initial_trust": 40},
+        "rub_goals": {"target_anger": 20, "target_trust": 80, "note": "kept"},
+        "worst_case": {"worst_anger_min": 90, "worst_trust_min": 10, "reason": "because"},
+        "something_else": 7,
+    }
+
+
+def write(folder: Path, *records: Any, name: str = "support_final.jsonl") -> Path:
+    file = folder / name
+    file.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8")
+    return file
+
+
+def test_a_record_becomes_a_scenario(tmp_path: Path, record: dict[str, Any]) -> None:
+    (scenario,) = load_scenarios(write(tmp_path, record))
+    assert (scenario.id, scenario.scene, scenario.opening_line) == ("support-1", "support", "I lost it.")
+    assert scenario.anchors == (UserState(70, 40), UserState(20, 80), UserState(90, 10))
+    assert scenario.extras["something_else"] == 7
+    assert scenario.language == "en" and not scenario.policy_opens
+
+
+def test_records_may_be_wrapped_and_the_policy_opens_in_charm(tmp_path: Path, record: dict[str, Any]) -> None:
+    record |= {"scene_tag": "Charm"}
+    (scenario,) = load_scenarios(write(tmp_path, {"row": record}))
+    assert scenario.scene == "charm" and scenario.policy_opens
+
+
+def test_missing_anchors_take_the_defaults_of_the_split(tmp_path: Path, record: dict[str, Any]) -> None:
+    for key in ("rub_goals", "worst_case"):
+        del record[key]
+    file = write(tmp_path, record)
+    assert load_scenarios(file, "train")[0].anchors == ((70, 40), (0, 100), (100, 0))
+    assert load_scenarios(file, "test")[0].anchors == ((70, 40), (70, 40), (95, 20))
+    del record["initial_calibration"]
+    assert load_scenarios(write(tmp_path, record), "train")[0].anchors == ((50, 50), (0, 100), (100, 0))
+
+
+def test_a_target_anger_above_the_initial_one_is_a_boundary_not_a_mistake(tmp_path: Path, record: dict[str, Any]) -> None:
+    record["rub_goals"]["target_anger"] = 80
+    assert load_scenarios(write(tmp_path, record))[0].anchors.target.anger == 80
+
+
+def test_a_folder_with_both_splits(tmp_path: Path, record: dict[str, Any]) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        write(tmp_path / split, record | {"id": split})
+    assert [s.id for s in load_scenarios(tmp_path, "train")] == ["train"]
+    assert [s.id for s in load_scenarios(tmp_path, "test")] == ["test"]
+
+
+def test_datasets_are_found_under_the_data_home(
+    tmp_path: Path, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CTCGRPO_DATA", str(tmp_path))
+    with pytest.raises(ScenarioError, match=r"'eibench/train' not found.*EIBench's data is not part of this package"):
+        load_scenarios("eibench/train")
+    (tmp_path / "eibench" / "train").mkdir(parents=True)
+    write(tmp_path / "eibench" / "train", record)
+    assert len(load_scenarios("eibench/train")) == 1
+
+
+def changed(record: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    record = copy.deepcopy(record)
+    *parents, last = path.split(".")
+    target = record
+    for parent in parents:
+        target = target[parent]
+    if value is None:
+        target.pop(last)
+    else:
+        target[last] = value
+    return record
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("scene_tag", "suport", r"line 2.*scene_tag is 'suport'; did you mean 'support'\?"),
+        ("scene_tag", "war", r"scene_tag is 'war'; known: charm, defense, repair, support"),
+        ("scene_tag", None, "field 'scene_tag' is missing"),
+        ("aggressor_profile.system_prompt", "  ", "aggressor_profile.system_prompt is '  '; a persona cannot be empty"),
+        ("defender_profile.system_prompt", "", "defender_profile.system_prompt is ''; a persona cannot be empty"),
+        ("aggressor_profile.opening_line", "", "in support the user speaks first"),
+        ("initial_calibration.initial_anger", 170, r"initial_anger is 170; it must lie in \[0, 100\]"),
+        ("initial_calibration.initial_anger", "much", "initial_anger is 'much'; .*valid integer"),
+        ("worst_case.worst_anger_min", 60, r"worst_anger_min is 60; it must not lie below the initial \(70\)"),
+        ("rub_goals.target_trust", 30, r"trust \(worst, initial, target\) is \(10, 40, 30\); the three must not decrease"),
+        ("worst_case.worst_trust_min", 45, r"is \(45, 40, 80\)"),
+        ("rub_goals.target_angr", 30, "did you mean 'target_anger'"),
+        ("id", " ", "an id cannot be empty"),
+    ],
+)
+def test_mistakes_are_named_with_file_line_field_and_value(
+    tmp_path: Path, record: dict[str, Any], path: str, value: Any, message: str
+) -> None:
+    broken = changed(changed(record, "id", "other"), path, value)
+    if path == "rub_goals.target_angr":
+        del broken["rub_goals"]["target_anger"]
+    file = write(tmp_path, record, broken)
+    with pytest.raises(ScenarioError, match=message) as error:
+        load_scenarios(file)
+    assert f"{file}, line 2" in str(error.value)
+
+
+def test_a_misspelt_section_is_not_taken_for_an_extra_key(tmp_path: Path, record: dict[str, Any]) -> None:
+    record["worst_cases"] = record.pop("worst_case")
+    with pytest.raises(ScenarioError, match="'worst_cases' is unknown and 'worst_case' is missing; did you mean"):
+        load_scenarios(write(tmp_path, record))
+
+
+def test_broken_files(tmp_path: Path, record: dict[str, Any]) -> None:
+    with pytest.raises(ScenarioError, match=r"line 3: not valid JSON: .* at column"):
+        load_scenarios(write(tmp_path, record, "", '{"id": '))
+    with pytest.raises(ScenarioError, match="line 1: a scenario is a JSON object, this is a list"):
+        load_scenarios(write(tmp_path, [1]))
+    with pytest.raises(ScenarioError, match="'nowhere.jsonl' not found; looked at"):
+        load_scenarios("nowhere.jsonl")
+    with pytest.raises(ScenarioError, match="holds no scenarios"):
+        load_scenarios(write(tmp_path, ""))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ScenarioError, match=r"no \*.jsonl files"):
+        load_scenarios(tmp_path / "empty")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ScenarioError, match="cannot be read as UTF-8"):
+        load_scenarios(tmp_path / "binary.jsonl")
+
+
+def test_a_duplicate_id_names_both_places(tmp_path: Path, record: dict[str, Any]) -> None:
+    file = write(tmp_path, record, record)
+    with pytest.raises(ScenarioError, match=r"line 2: id 'support-1' is already used at .*line 1"):
+        load_scenarios(file)
+
+
+def sections(persona: str) -> list[str]:
+    return [line.removeprefix("### ") for line in persona.splitlines() if line.startswith("### ")]
+
+
+def test_the_bundled_pack() -> None:
+    train, test = load_scenarios("english/train", "train"), load_scenarios("english/test", "test")
+    assert Counter(s.scene for s in train) == dict.fromkeys(SCENES, 8)
+    assert Counter(s.scene for s in test) == dict.fromkeys(SCENES, 4)
+    everything = [*train, *test]
+    assert len({s.id for s in everything}) == len(everything) == len({s.title for s in everything})
+    assert len({s.user_persona[:80] for s in everything}) == len(everything)
+    for s in everything:
+        assert sections(s.user_persona) == USER_SECTIONS, s.id
+        assert sections(s.policy_persona) == POLICY_SECTIONS, s.id
+        assert s.policy_opens == (s.scene == "charm"), s.id
+        initial, target, worst = s.anchors
+        assert target.anger + 20 <= initial.anger <= worst.anger - 15, s.id
+        assert worst.trust + 15 <= initial.trust <= target.trust - 20, s.id
+        assert len(s.script["details"]) == 6 and s.goal and s.success_criteria and s.must_avoid, s.id
+        assert s.extras["licence"] == "Apache-2.0", s.id
+
+
+@pytest.mark.skipif(not SHARED_DATA.exists(), reason="the EIBench example record is not part of this project")
+def test_a_real_eibench_record() -> None:
+    (scenario,) = load_scenarios(SHARED_DATA / "eibench", "test")
+    assert (scenario.id, scenario.scene, scenario.language) == ("scene_support_12", "support", "zh")
+    assert scenario.anchors == ((75, 60), (25, 90), (90, 10))
+    assert scenario.extras["strip_defender_strategy_ok"] is True
+    assert scenario.extras["prompt"][1]["content"] == scenario.opening_line

@@ -1,0 +1,293 @@
+"""The scripted user: good replies do it good, and it is not fooled cheaply.
+
+The replies in tests/data/replies were written for these scenarios without knowledge of the rules: for each scenario six good
+ones (the k-th answers what the user brings up k-th), three that could be said to anybody, three that hurt.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from functools import cache
+from statistics import mean
+
+import pytest
+
+from ctcgrpo.errors import SimulatorReplyError
+from ctcgrpo.records import SCENES, Scenario, UserState
+from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.scoring import outcome_score
+from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
+from ctcgrpo.simulator.scripted.backend import react
+from ctcgrpo.simulator.scripted.language import load_language
+from tests.conftest import ROOT, SHARED_DATA
+
+Speaker = Callable[[list[Utterance]], str]
+ROUNDS = 8
+SCENARIOS = {s.id: s for split in ("train", "test") for s in load_scenarios(f"english/{split}", split)}
+REPLIES = {k: v for scene in SCENES for k, v in json.loads((ROOT / f"tests/data/replies/{scene}.json").read_text()).items()}
+LANGUAGE = load_language("en")
+
+
+def converse(scenario: Scenario, replies: Sequence[str | Speaker]) -> tuple[float, list[tuple[int, int, str, str]]]:
+    """The outcome of a dialogue, and (anger change, trust change, why, user's line) for each turn."""
+    card, state, turns = ScenarioCard.of(scenario), scenario.anchors.initial, []
+    history = [Utterance(speaker="user", text=scenario.opening_line)] if scenario.opening_line else []
+    for round, reply in enumerate(replies, 1):
+        history.append(Utterance(speaker="policy", text=reply if isinstance(reply, str) else reply(history)))
+        reaction = react(
+            TurnRequest(
+                request_id="t",
+                scenario=card,
+                history=tuple(history),
+                state=State(anger=state.anger, trust=state.trust),
+                round=round,
+                max_rounds=ROUNDS,
+                seed=0,
+            )
+        )
+        turns.append((reaction.anger_delta, reaction.trust_delta, reaction.why, reaction.reply))
+        state = state.plus(reaction.anger_delta, reaction.trust_delta)
+        history.append(Utterance(speaker="user", text=reaction.reply))
+        if not reaction.goes_on:
+            break
+    return outcome_score(state, scenario.anchors), turns
+
+
+@cache
+def good(scenario: str) -> float:
+    return converse(SCENARIOS[scenario], REPLIES[scenario]["good"])[0]
+
+
+def by_scene(score: Callable[[Scenario], float]) -> dict[str, list[float]]:
+    return {scene: [score(s) for s in SCENARIOS.values() if s.scene == scene] for scene in SCENES}
+
+
+def shuffled_words(text: str, rng: random.Random) -> str:
+    sentences = []
+    for sentence in LANGUAGE.sentences(text):
+        words = sentence.strip(".?!").split()
+        rng.shuffle(words)
+        mixed = " ".join(words).strip(",;: ")
+        sentences.append(mixed[:1].upper() + mixed[1:] + ".")
+    return " ".join(sentences)
+
+
+NONSENSE = [
+    "My {a} is a happy {b} because the morning likes water.",
+    "The {a} sings to the {b} and your window drinks the yellow road.",
+    "You know that {a} and {b} are two small friends of the kitchen table.",
+    "I think your {a} was so good that the {b} went home to eat bread.",
+    "Is the {a} a kind of {b}, or does it dance with the moon on Friday?",
+    "It makes sense that {a} eats {b}, and I am here with you under the sofa.",
+    "Your {a} must be the {b}, so I will paint it green for the birthday of the train.",
+]
+
+GENERIC = {
+    "support": [
+        "That must be so hard, and it makes sense that you feel this way. What has been the worst of it?",
+        "You carried all of that alone for so long. I'm here with you, and I'm not going anywhere. Do you want to talk?",
+        "No wonder you are tired. Anyone would be. Tell me how it went, from the beginning.",
+        "I'll stay as long as you want. It's not weak to say it. What are you most afraid of?",
+    ],
+    "defense": [
+        "I can see why you want this, and it must be frustrating. I can't do that, but I can help you find another way.",
+        "You've been patient with me. The answer is still no, and I'd be glad to look for something else with you.",
+        "I won't change my mind on this. I would ask the same in your place. Let's see what we can do instead.",
+        "It's a fair question, and you deserve a straight answer. I can't. I'll gladly do what I can today.",
+    ],
+    "repair": [
+        "I was wrong, and I left you alone with it. That was my fault, and I'll put it right this week.",
+        "You had to carry what I did. I should have told you at once, and I will make it up to you tomorrow.",
+        "I broke your trust, and I didn't say so. You deserved better. I'm going to fix what I can today.",
+        "It was careless, and it's on me. You waited for me, and I wasn't there. Let me do something about it.",
+    ],
+    "charm": [
+        "I couldn't help noticing you. Is this seat taken, or is it reserved for somebody as suspicious as me?",
+        "That sounds like a story. I promise to laugh at the right moments, so what happened next?",
+        "I confess I came for the company. Tell me, how does one get as good at this as you?",
+        "In my defence, I was told there would be conversation. What would you be doing if I weren't here?",
+    ],
+}
+
+
+def nonsense(seed: int) -> Speaker:
+    rng = random.Random(seed)
+
+    def speak(history: list[Utterance]) -> str:
+        heard = next((u.text for u in reversed(history) if u.speaker == "user"), "the window and the bag")
+        words = [t for t in LANGUAGE.tokens(heard) if t.isalpha() and not LANGUAGE.is_common(t)] or ["thing"]
+        return " ".join(t.format(a=rng.choice(words), b=rng.choice(words)) for t in rng.sample(NONSENSE, 2))
+
+    return speak
+
+
+def parrot(history: list[Utterance]) -> str:
+    return next((u.text for u in reversed(history) if u.speaker == "user"), "Hello.")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_good_replies_score_well(split: str) -> None:
+    scores = {scene: [good(s) for s in SCENARIOS if s.startswith(f"{scene}-{split}")] for scene in SCENES}
+    for scene, values in scores.items():
+        assert mean(values) > 0.15, (scene, values)
+    assert mean(v for values in scores.values() for v in values) > 0.4
+    assert min(v for values in scores.values() for v in values) > -0.5
+
+
+@pytest.mark.parametrize("kind", ["mediocre", "bad"])
+def test_generic_and_hurtful_replies_score_badly(kind: str) -> None:
+    for scene, values in by_scene(lambda s: converse(s, REPLIES[s.id][kind] * 2)[0]).items():
+        assert mean(values) < -0.6, scene
+        assert max(values) < -0.3, scene
+
+
+def test_one_script_a_scene_scores_badly() -> None:
+    for scene, values in by_scene(lambda s: converse(s, GENERIC[s.scene] * 2)[0]).items():
+        assert mean(values) < -0.6, scene
+        assert max(values) < 0, scene
+
+
+def test_the_good_replies_of_another_scenario_do_not_help() -> None:
+    apart = []
+    for scenario in SCENARIOS.values():
+        others = [s for s in SCENARIOS.values() if s.scene == scenario.scene and s is not scenario]
+        scores = [converse(scenario, REPLIES[o.id]["good"])[0] for o in others]
+        apart.append(good(scenario.id) - mean(scores))
+        assert mean(scores) < 0, scenario.id
+    assert mean(apart) > 0.7 and sum(d > 0.2 for d in apart) >= 0.95 * len(apart)
+
+
+def test_parroting_scores_badly() -> None:
+    for scene, values in by_scene(lambda s: converse(s, [parrot] * ROUNDS)[0]).items():
+        assert max(values) < -0.6, scene
+
+
+def test_nonsense_around_the_users_words_scores_badly() -> None:
+    for scene, values in by_scene(lambda s: mean(converse(s, [nonsense(k)] * ROUNDS)[0] for k in range(5))).items():
+        assert mean(values) < -0.5, (scene, values)
+        # The templates' own words (green, dance, sofa) may happen to be some scenario's matter.
+        assert sum(v < 0 for v in values) >= len(values) - 1, (scene, values)
+
+
+def test_broken_sentences_score_badly() -> None:
+    rng = random.Random(0)
+    for scene, values in by_scene(lambda s: converse(s, [shuffled_words(r, rng) for r in REPLIES[s.id]["good"]])[0]).items():
+        assert max(values) < -0.5, (scene, values)
+
+
+def test_keywords_alone_score_badly() -> None:
+    def keywords(scenario: Scenario) -> float:
+        details = scenario.script["details"]
+        return converse(scenario, [" ".join([*d["words"], *d["sense"]]).capitalize() + "." for d in details])[0]
+
+    for scene, values in by_scene(keywords).items():
+        assert max(values) < -0.5, (scene, values)
+
+
+def test_saying_the_same_again_does_harm() -> None:
+    for scenario, replies in REPLIES.items():
+        _, turns = converse(SCENARIOS[scenario], [replies["good"][0]] * 3)
+        for anger, trust, why, _ in turns[1:]:
+            assert anger > 0 > trust and "has said that before" in why
+
+
+@pytest.mark.parametrize("reply", ["", "   ", "...", "asdf qwer zxcv", "<|im_start|>", "42", "?!?!"])
+def test_what_is_no_reply_does_harm(reply: str) -> None:
+    for scenario in list(SCENARIOS.values())[::8]:
+        anger, trust, why, line = converse(scenario, [reply])[1][0]
+        assert anger > 0 > trust and why and line
+
+
+def test_length_and_manner() -> None:
+    scenario = SCENARIOS["support-train-01"]
+    reply = REPLIES["support-train-01"]["good"][0]
+    base = converse(scenario, [reply])[1][0]
+    long = converse(scenario, [reply + " " + " ".join(f"And I remember day {k} of that year too." for k in range(20))])
+    assert "goes on and on" in long[1][0][2] and long[1][0][1] < base[1]
+    staged = converse(scenario, [f"*takes her hand* {reply}"])[1][0]
+    assert "acts instead of talking" in staged[2] and staged[1] < base[1]
+    preached = converse(scenario, [f"{reply} You need to learn that everyone makes mistakes."])[1][0]
+    assert "preaches" in preached[2] and preached[1] < base[1]
+
+
+def test_defense_neither_folds_nor_fights() -> None:
+    for scenario in (s for s in SCENARIOS.values() if s.scene == "defense"):
+        folds = converse(scenario, ["Okay, you can have it, just this once. I'll look the other way."])[1][0]
+        assert folds[0] > 0 > folds[1] + 5 and "folds as soon as I push" in folds[2]
+        fights = converse(scenario, ["How dare you. Get out, or I will call security."])[1][0]
+        assert fights[0] >= 5 and "turns it into a fight" in fights[2]
+
+
+def test_every_change_is_explained_and_lines_fit_the_state() -> None:
+    for scenario, replies in REPLIES.items():
+        for kind in ("good", "bad"):
+            _, turns = converse(SCENARIOS[scenario], replies[kind])
+            lines = SCENARIOS[scenario].script["lines"]
+            for anger, trust, why, line in turns:
+                assert why and line and -10 <= anger <= 10 and -10 <= trust <= 10
+                if anger <= -5 and trust >= 5:
+                    assert line.startswith(tuple(lines["warmer"] + lines["thanks"])), (scenario, line)
+                if anger >= 5 and trust <= -5:
+                    assert not line.startswith(tuple(lines["warmer"] + lines["thanks"])), (scenario, line)
+
+
+def test_the_user_leaves_when_it_is_well_and_when_it_is_too_much() -> None:
+    scenario = SCENARIOS["repair-train-01"]
+    card = ScenarioCard.of(scenario)
+
+    def last_line(reply: str, state: UserState, round: int = 1) -> tuple[bool, str]:
+        history = (Utterance(speaker="user", text=scenario.opening_line), Utterance(speaker="policy", text=reply))
+        request = TurnRequest(
+            request_id="t",
+            scenario=card,
+            history=history,
+            state=State(anger=state.anger, trust=state.trust),
+            round=round,
+            max_rounds=ROUNDS,
+            seed=0,
+        )
+        reaction = react(request)
+        return reaction.goes_on, reaction.reply
+
+    good_reply, bad_reply = REPLIES[scenario.id]["good"][0], REPLIES[scenario.id]["bad"][0]
+    near_target = UserState(scenario.anchors.target.anger + 1, scenario.anchors.target.trust - 1)
+    near_worst = UserState(scenario.anchors.worst.anger - 2, scenario.anchors.worst.trust + 2)
+    goes_on, line = last_line(good_reply, near_target)
+    assert not goes_on and line in scenario.script["lines"]["thanks"]
+    goes_on, line = last_line(bad_reply, near_worst)
+    assert not goes_on and line in scenario.script["lines"]["leaves"]
+    assert last_line(bad_reply, scenario.anchors.initial)[0]
+    # In the second half patience is gone with trust well below where it began.
+    low = UserState(scenario.anchors.initial.anger, scenario.anchors.initial.trust - 14)
+    assert last_line(bad_reply, low, round=4)[0] and not last_line(bad_reply, low, round=5)[0]
+
+
+def test_the_same_request_gets_the_same_reaction() -> None:
+    for scenario in list(SCENARIOS.values())[::6]:
+        replies = REPLIES[scenario.id]["good"]
+        assert converse(scenario, replies) == converse(scenario, replies)
+
+
+def test_a_language_without_a_file_is_refused() -> None:
+    scenario = SCENARIOS["support-train-01"]
+    card = ScenarioCard.of(scenario).model_copy(update={"language": "tlh"})
+    history = (Utterance(speaker="policy", text="nuqneH"),)
+    request = TurnRequest(
+        request_id="t", scenario=card, history=history, state=State(anger=1, trust=1), round=1, max_rounds=2, seed=0
+    )
+    with pytest.raises(SimulatorReplyError, match="does not speak 'tlh'; it speaks en, zh"):
+        react(request)
+
+
+@pytest.mark.skipif(not SHARED_DATA.exists(), reason="the EIBench example record is not part of this project")
+def test_a_chinese_record_without_a_script_can_be_played() -> None:
+    (scenario,) = load_scenarios(SHARED_DATA / "eibench", "test")
+    kind = "难怪你腿发软，裁员和房贷一起压着，你的担心一点也不可笑。摄影那一万多是客户认你，你最怕的是什么？"
+    empty, english = "加油，会好的，你应该成熟点。", "I understand how you feel. Stay strong, my friend."
+    (a, t, _, line) = converse(scenario, [kind])[1][0]
+    assert a < 0 < t and line
+    for reply in (empty, english):
+        (a, t, _, _) = converse(scenario, [reply])[1][0]
+        assert a > 0 > t, reply

@@ -1,0 +1,177 @@
+"""The simulator server and its client, over loopback, with servers that misbehave as real ones do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from ctcgrpo.errors import SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.records import UserState
+from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.simulator.client import SimulatorClient
+from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, State, TurnReply, TurnRequest, Utterance
+from ctcgrpo.simulator.scripted import ScriptedBackend
+from ctcgrpo.simulator.server import answer, bind, embedded
+
+SCENARIO = load_scenarios("english/train")[0]
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def request(state: UserState = UserState(70, 40), round: int = 1, max_rounds: int = 8) -> TurnRequest:
+    return TurnRequest(
+        request_id="r",
+        scenario=ScenarioCard.of(SCENARIO),
+        history=(Utterance(speaker="policy", text="What would you like me to know first?"),),
+        state=State(anger=state.anger, trust=state.trust),
+        round=round,
+        max_rounds=max_rounds,
+        seed=1,
+    )
+
+
+GOOD = TurnReply(reply="Hm.", anger_delta=-1, trust_delta=1, state=State(anger=69, trust=41), goes_on=True).model_dump_json()
+
+
+@asynccontextmanager
+async def misbehaving(*answers: Handler) -> AsyncIterator[tuple[str, list[int]]]:
+    """A server that gives the answers one after the other, the last for ever; and the number of requests it had."""
+    count = [0]
+
+    async def handle(r: web.Request) -> web.StreamResponse:
+        count[0] += 1
+        return await answers[min(count[0], len(answers)) - 1](r)
+
+    app = web.Application()
+    app.router.add_post("/v1/turn", handle)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}", count
+    finally:
+        await runner.cleanup()
+
+
+def says(text: str, status: int = 200) -> Handler:
+    async def handler(_: web.Request) -> web.StreamResponse:
+        return web.Response(text=text, status=status, content_type="application/json")
+
+    return handler
+
+
+async def hangs(_: web.Request) -> web.StreamResponse:
+    await asyncio.sleep(60)
+    return web.Response()
+
+
+async def hangs_up(r: web.Request) -> web.StreamResponse:
+    assert r.transport is not None
+    r.transport.close()
+    return web.Response()
+
+
+async def test_a_turn_over_the_wire(simulator_url: str) -> None:
+    async with SimulatorClient(simulator_url) as client:
+        assert (await client.health())["backend"] == "scripted"
+        reply = await client.turn(request())
+        assert reply == await client.turn(request())  # nothing is kept between requests
+    assert reply.state == State(anger=70 + reply.anger_delta, trust=40 + reply.trust_delta)
+    assert reply.reply and reply.why
+
+
+async def test_many_at_once(simulator_url: str) -> None:
+    async with SimulatorClient(simulator_url) as client:
+        replies = await asyncio.gather(*(client.turn(request()) for _ in range(200)))
+    assert len(set(r.model_dump_json() for r in replies)) == 1
+
+
+class Backend:
+    name = "test"
+
+    def __init__(self, reaction: Reaction) -> None:
+        self._reaction = reaction
+
+    async def react(self, request: TurnRequest) -> Reaction:
+        return self._reaction
+
+
+async def test_the_server_alone_computes_the_state() -> None:
+    wild = Backend(Reaction(reply="!", anger_delta=400, trust_delta=-33, goes_on=True))
+    reply = await answer(wild, request(UserState(95, 4)))
+    assert (reply.anger_delta, reply.trust_delta) == (10, -10)
+    assert reply.state == State(anger=100, trust=0)
+
+
+async def test_the_last_round_ends_the_dialogue() -> None:
+    friendly = Backend(Reaction(reply="ok", anger_delta=0, trust_delta=0, goes_on=True))
+    assert (await answer(friendly, request(round=7))).goes_on
+    assert not (await answer(friendly, request(round=8))).goes_on
+
+
+async def test_the_server_refuses_what_is_no_request(simulator_url: str) -> None:
+    broken = json.loads(request().model_dump_json())
+    broken["state"]["anger"] = 101
+    async with aiohttp.ClientSession() as session:
+        for body, status in [("{", 400), (json.dumps(broken), 400), ("[]", 400)]:
+            async with session.post(simulator_url + "/v1/turn", data=body) as response:
+                assert response.status == status
+                assert (await response.json())["error"]
+    foreign = request().model_copy(update={"scenario": ScenarioCard.of(SCENARIO).model_copy(update={"language": "tlh"})})
+    async with SimulatorClient(simulator_url) as client:
+        with pytest.raises(SimulatorReplyError, match="422.*does not speak 'tlh'"):
+            await client.turn(foreign)
+
+
+@pytest.mark.parametrize("first", [says("busy", 429), says("oops", 500), says("", 503), hangs_up, hangs])
+async def test_what_a_retry_can_mend_is_retried(first: Handler) -> None:
+    async with misbehaving(first, says(GOOD)) as (url, count):
+        async with SimulatorClient(url, timeout=0.5, backoff=0.01) as client:
+            assert (await client.turn(request())).reply == "Hm."
+        assert count[0] == 2
+
+
+async def test_what_stays_broken_is_a_transport_error() -> None:
+    async with misbehaving(says("oops", 500)) as (url, count):
+        async with SimulatorClient(url, attempts=3, backoff=0.01) as client:
+            with pytest.raises(SimulatorTransportError, match="failed 3 times, last with: HTTP 500"):
+                await client.turn(request())
+        assert count[0] == 3
+    async with SimulatorClient(url, attempts=2, backoff=0.01) as client:
+        with pytest.raises(SimulatorTransportError, match="failed 2 times"):
+            await client.turn(request())
+
+
+@pytest.mark.parametrize("payload", ["", "{}", "not json", GOOD.replace("-1", "-11"), GOOD[:-5]])
+async def test_an_answer_that_is_no_reply_is_never_guessed(payload: str) -> None:
+    async with misbehaving(says(payload)) as (url, count):
+        async with SimulatorClient(url, backoff=0.01) as client:
+            with pytest.raises(SimulatorReplyError, match="no turn reply"):
+                await client.turn(request())
+        assert count[0] == 1
+
+
+async def test_no_server_is_said_so() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    async with SimulatorClient(url) as client:
+        with pytest.raises(SimulatorTransportError, match=r"simulator.url .* no simulator server answers there"):
+            await client.health()
+
+
+def test_a_port_in_use_is_said_so() -> None:
+    taken = bind("127.0.0.1", 0)
+    try:
+        with pytest.raises(SimulatorTransportError, match=r"simulator.port is \d+: cannot listen .* choose another port"):
+            with embedded(ScriptedBackend(), taken.getsockname()[1]):
+                pass
+    finally:
+        taken.close()

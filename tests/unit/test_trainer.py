@@ -1,0 +1,68 @@
+"""The update: its gradients are the formula's, however samples are cut into rows, and nothing that failed enters them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ctcgrpo import credit
+from ctcgrpo.scoring import turn_score
+from tests import sameness
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Path) -> sameness.Outcome:
+    return sameness.run(str(tiny), tokens_per_row=10_000)
+
+
+def test_the_comparison_covers_both_sides_of_the_clip_and_a_failure(tiny: Path) -> None:
+    episodes = sameness.fixed_episodes(str(tiny))
+    assert sum(e.failure is not None for e in episodes) == 1
+    assert len({len(e.turns) for e in episodes}) > 2
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    low = high = 0
+    for turn in episodes[0].turns:
+        now, _ = sameness.naive_logprobs(model, turn.prompt_ids, turn.completion.token_ids)
+        ratios = (now - torch.tensor(turn.completion.logprobs)).exp()
+        low, high = low + int((ratios < 0.8).sum()), high + int((ratios > 1.2).sum())
+    assert low and high
+
+
+def test_gradients_are_those_of_the_formula_turn_by_turn(tiny: Path, plain: sameness.Outcome) -> None:
+    episodes = sameness.fixed_episodes(str(tiny))
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype="float32").train()
+    outcomes, groups = [e.outcome for e in episodes], [e.group for e in episodes]
+    scores = [[turn_score(t.before, t.after) for t in e.turns] for e in episodes]
+    advantages = credit.turn_advantages(outcomes, groups, scores)
+    valid = [(e, a) for e, a in zip(episodes, advantages, strict=True) if e.failure is None]
+    tokens = sum(len(t.completion.token_ids) for e, _ in valid for t in e.turns)
+    for episode, turn_advantages in valid:
+        for turn, advantage in zip(episode.turns, turn_advantages, strict=True):
+            logp, entropy = sameness.naive_logprobs(model, turn.prompt_ids, turn.completion.token_ids)
+            ratio = (logp - torch.tensor(turn.completion.logprobs)).exp()
+            clipped = ratio.clamp(1 - sameness.CLIP, 1 + sameness.CLIP)
+            objective = torch.minimum(ratio * advantage, clipped * advantage) + sameness.ENTROPY_BONUS * entropy
+            (-objective.sum() / tokens).backward()
+    for name, parameter in model.named_parameters():
+        if name in plain.gradients:
+            apart = (parameter.grad - plain.gradients[name]).norm() / parameter.grad.norm()
+            assert apart < 1e-5, name
+    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+    assert plain.norm == pytest.approx(float(norm), rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens_per_row, rows", [(1100, 2), (290, 5)])
+def test_cutting_into_rows_changes_nothing(tiny: Path, plain: sameness.Outcome, tokens_per_row: int, rows: int) -> None:
+    cut = sameness.run(str(tiny), tokens_per_row=tokens_per_row)
+    assert (plain.rows, cut.rows) == (1, rows)
+    assert sameness.is_same(plain, cut), sameness.difference(plain, cut)
+    for a, b in zip(plain.logprobs["0"], cut.logprobs["0"], strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_a_wrong_position_is_noticed(tiny: Path, plain: sameness.Outcome) -> None:
+    wrong = sameness.run(str(tiny), tokens_per_row=10_000, shift=True)
+    assert not sameness.is_same(plain, wrong)
