@@ -70,6 +70,12 @@ class SeededSampler(LogitsProcessor):  # type: ignore[misc]
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen.unsqueeze(-1), 0.0)  # type: ignore[return-value]
 
 
+def _fail(requests: Iterable[_Request], error: Exception) -> None:
+    for request in requests:
+        if not request.result.done():
+            request.result.set_exception(error)
+
+
 class TransformersEngine:
     """Batches whatever requests are waiting, in the order of their arrival, up to `max_batch` at a time.
 
@@ -103,10 +109,12 @@ class TransformersEngine:
             try:
                 completions = await asyncio.to_thread(self._generate_batch, batch, sampling)
             except RuntimeError as error:  # what torch raises, out-of-memory included
-                for request in batch:
-                    if not request.result.done():
-                        request.result.set_exception(PolicyEngineError(f"transformers could not generate: {error}"))
+                _fail(batch, PolicyEngineError(f"transformers could not generate: {error}"))
                 continue
+            except Exception as error:  # noqa: BLE001 - a defect: whoever waits has to see it, or would wait for ever
+                _fail([*batch, *self._waiting], error)
+                self._waiting = []
+                return
             for request, completion in zip(batch, completions, strict=True):
                 if not request.result.done():
                     request.result.set_result(completion)

@@ -85,7 +85,7 @@ def test_python_runs_a_recipe_ctrl_c_saves_and_the_same_command_goes_on(tmp_path
         assert started.poll() is None and time.monotonic() < deadline, started.communicate()
         time.sleep(0.05)
     started.send_signal(signal.SIGINT)
-    out, err = started.communicate(timeout=120)
+    _, err = started.communicate(timeout=120)
     assert started.returncode == 130, err
     assert "Traceback" not in err
     saved = re.search(r"Saved (\S+); the same command again goes on", err)

@@ -90,7 +90,7 @@ async def test_a_turn_over_the_wire(simulator_url: str) -> None:
 async def test_many_at_once(simulator_url: str) -> None:
     async with SimulatorClient(simulator_url) as client:
         replies = await asyncio.gather(*(client.turn(request()) for _ in range(200)))
-    assert len(set(r.model_dump_json() for r in replies)) == 1
+    assert len({r.model_dump_json() for r in replies}) == 1
 
 
 class Backend:

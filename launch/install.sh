@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Makes a virtual environment and installs this project into it; quick when nothing changed since.
+#   ./launch/install.sh            what a run needs
+#   ./launch/install.sh dev        and what the tests need (any extras of pyproject.toml, comma-separated)
+# The environment is $CTCGRPO_VENV, by default .venv in the project. Without an NVIDIA GPU, PyTorch is a CPU build.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv="${CTCGRPO_VENV:-.venv}"
+extras="${1:-}"
+target=".${extras:+[$extras]}"
+
+python=""
+for candidate in python3.11 python3.12 python3.13 python3; do
+  if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; then
+    python="$candidate"
+    break
+  fi
+done
+[ -n "$python" ] || { echo "Python 3.11 to 3.13 is needed, and none was found on the PATH" >&2; exit 1; }
+
+stamp="$venv/.installed-${extras:-run}"
+if [ -x "$venv/bin/python" ] && [ -f "$stamp" ] && cmp -s pyproject.toml "$stamp"; then
+  exit 0
+fi
+echo "installing into $venv"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+
+torch="$(sed -n 's/^ *"\(torch>=[^"]*\)".*/\1/p' pyproject.toml)"
+if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+  echo "no NVIDIA GPU here: taking PyTorch's CPU build (from PyTorch's own index first)"
+  oldest="${torch#*>=}"
+  # Named exactly: a range would take the newest build with CUDA wherever both are on offer.
+  "${pip[@]}" --timeout 20 --retries 0 --index-url https://download.pytorch.org/whl/cpu "torch==${oldest%%,*}.*" 2>/dev/null \
+    || "${pip[@]}" "torch==${oldest%%,*}.0"
+fi
+"${pip[@]}" --editable "$target"
+cp pyproject.toml "$stamp"

@@ -1,0 +1,219 @@
+"""Rollouts with a real tiny model and a real server: what was sampled is what is trained, seeds decide what is sampled,
+and whatever fails is recorded and never scored."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ctcgrpo.errors import PolicyEngineError, RunInterrupted
+from ctcgrpo.policy.context import ContextBuilder
+from ctcgrpo.records import Completion, Episode
+from ctcgrpo.rollout.engine import Sampling, request_seed
+from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot
+from ctcgrpo.rollout.traces import TraceWriter
+from ctcgrpo.rollout.transformers_engine import TransformersEngine
+from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.scoring import outcome_score
+from ctcgrpo.simulator.client import SimulatorClient
+from tests.unit.test_server import GOOD, misbehaving, says
+
+SCENARIOS = [next(s for s in load_scenarios("english/train") if s.scene == scene) for scene in ("support", "charm")]
+SLOTS = [Slot(scenario, 3, group, rollout) for group, scenario in enumerate(SCENARIOS) for rollout in range(3)]
+
+
+class Parts:
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.stop_ids = frozenset({self.tokenizer.eos_token_id})
+
+    def engine(self, max_batch: int = 16) -> TransformersEngine:
+        return TransformersEngine(
+            self.model, pad_id=self.tokenizer.pad_token_id, stop_ids=self.stop_ids, max_batch=max_batch
+        )
+
+    def runner(
+        self, url: str, *, sampling: Sampling = Sampling(max_new_tokens=12), engine: Any = None, **options: Any
+    ) -> RolloutRunner:
+        play = {k: options.pop(k) for k in ("deterministic", "seed", "max_turns") if k in options}
+        return RolloutRunner(
+            engine=engine or self.engine(),
+            simulator=SimulatorClient(url, timeout=5, attempts=2, backoff=0.01),
+            contexts=ContextBuilder(self.tokenizer, stop_ids=self.stop_ids, max_prompt_tokens=1000),
+            tokenizer=self.tokenizer,
+            stop_ids=self.stop_ids,
+            play=Play(**{"sampling": sampling, "max_turns": 3, "seed": 11} | play),
+            **options,
+        )
+
+    def full_logprobs(self, prompt: Sequence[int], reply: Sequence[int], temperature: float) -> list[float]:
+        with torch.no_grad():
+            logits = self.model(torch.tensor([[*prompt, *reply]])).logits[0, len(prompt) - 1 : -1] / temperature
+        return torch.log_softmax(logits, -1)[range(len(reply)), list(reply)].tolist()
+
+
+@pytest.fixture(scope="module")
+def parts(tiny: Path) -> Parts:
+    return Parts(tiny)
+
+
+def sampled(episodes: Sequence[Episode]) -> list[tuple[int, ...]]:
+    return [turn.completion.token_ids for e in episodes for turn in e.turns]
+
+
+@pytest.mark.parametrize("truncation", [{}, {"top_p": 0.7, "top_k": 40}, {"top_k": 5}])
+async def test_recorded_logprobs_are_the_recomputed_ones(
+    parts: Parts, simulator_url: str, truncation: dict[str, Any]
+) -> None:
+    sampling = Sampling(temperature=0.7, max_new_tokens=12, **truncation)
+    episodes = await parts.runner(simulator_url, sampling=sampling).run(SLOTS)
+    lost = 0.0
+    for turn in (turn for e in episodes for turn in e.turns):
+        done = turn.completion
+        now = parts.full_logprobs(turn.prompt_ids, done.token_ids, 0.7)
+        assert np.add(done.logprobs, done.log_kept) == pytest.approx(now, abs=1e-4)
+        assert max(done.logprobs) <= 1e-6 and max(done.log_kept) <= 1e-6
+        lost = min(lost, *done.log_kept)
+    assert (lost < -0.01) == bool(truncation)
+
+
+async def test_an_episode_adds_up(parts: Parts, simulator_url: str) -> None:
+    seen: list[Episode] = []
+    episodes = await parts.runner(simulator_url, on_episode=seen.append).run(SLOTS)
+    assert [(e.group, e.rollout, e.step) for e in episodes] == [(s.group, s.rollout, 3) for s in SLOTS]
+    assert {e.name for e in seen} == {e.name for e in episodes}
+    for episode in episodes:
+        state = episode.scenario.anchors.initial
+        for turn in episode.turns:
+            assert turn.before == state
+            state = turn.after
+        assert episode.final_state == state and episode.failure is None
+        assert episode.outcome == outcome_score(state, episode.scenario.anchors)
+        assert [t.user_goes_on for t in episode.turns[:-1]] == [True] * (len(episode.turns) - 1)
+        assert not episode.turns[-1].user_goes_on
+        charm = episode.scenario.policy_opens
+        assert ("<|im_start|>user" in parts.tokenizer.decode(episode.turns[0].prompt_ids)) != charm
+
+
+async def test_seeds_decide_what_is_sampled(parts: Parts, simulator_url: str) -> None:
+    once = await parts.runner(simulator_url, deterministic=True).run(SLOTS)
+    again = await parts.runner(simulator_url, deterministic=True).run(SLOTS)
+    assert [e.turns for e in once] == [e.turns for e in again]  # bit for bit, log-probabilities included
+    # Another order and batch size samples the same, up to floating-point near ties.
+    runner = parts.runner(simulator_url, engine=parts.engine(max_batch=2))
+    mixed = sorted(await runner.run(SLOTS[::-1]), key=lambda e: (e.group, e.rollout))
+    same = sum(a.turns[0].completion.token_ids == b.turns[0].completion.token_ids for a, b in zip(once, mixed, strict=True))
+    assert same >= len(SLOTS) - 1
+    other = await parts.runner(simulator_url, deterministic=True, seed=12).run(SLOTS)
+    assert sampled(other) != sampled(once)
+    assert len(set(sampled(once))) == len(sampled(once))  # rollouts of a group differ
+
+
+def test_request_seeds_differ_in_every_part() -> None:
+    where = [
+        ("a", 1, 0, "s", 0, 0),
+        ("a", 1, 0, "s", 0, 1),
+        ("a", 1, 0, "s", 1, 0),
+        ("a", 2, 0, "s", 0, 0),
+        ("b", 1, 0, "s", 0, 0),
+    ]
+    seeds = {request_seed(*w) for w in where}
+    assert len(seeds) == len(where) and all(0 <= s < 2**63 for s in seeds)
+
+
+async def test_sampling_follows_the_distribution(parts: Parts) -> None:
+    prompt = tuple(parts.tokenizer.encode("I am", add_special_tokens=False))
+    sampling = Sampling(temperature=0.5, top_k=4, max_new_tokens=1)
+    engine = parts.engine(max_batch=500)
+    drawn = await asyncio.gather(*(engine.generate(prompt, seed=k, sampling=sampling) for k in range(2000)))
+    with torch.no_grad():
+        logits = parts.model(torch.tensor([prompt])).logits[0, -1] / 0.5
+    top = torch.topk(logits, 4)
+    expected = dict(zip(top.indices.tolist(), torch.softmax(top.values, -1).tolist(), strict=True))
+    counts = {token: sum(d.token_ids[0] == token for d in drawn) / 2000 for token in expected}
+    assert sum(counts.values()) == 1
+    for token, probability in expected.items():
+        assert counts[token] == pytest.approx(probability, abs=4 * math.sqrt(probability * (1 - probability) / 2000))
+    greedy = await engine.generate(prompt, seed=0, sampling=Sampling(temperature=0, max_new_tokens=3))
+    assert greedy.token_ids[0] == int(logits.argmax())
+
+
+async def test_a_failing_simulator_is_a_failed_episode(parts: Parts) -> None:
+    # Two turns are answered, then the server is broken for good.
+    async with misbehaving(says(GOOD), says(GOOD), says("oops", 500)) as (url, _):
+        episodes = await parts.runner(url).run(SLOTS[:4])
+    assert [e.failure.kind if e.failure else None for e in episodes] == ["simulator_transport"] * 4
+    assert all(math.isnan(e.outcome) for e in episodes)
+    assert sum(len(e.turns) for e in episodes) == 2
+    assert "HTTP 500" in str(episodes[0].failure)
+    async with misbehaving(says("nonsense")) as (url, count):
+        episodes = await parts.runner(url).run(SLOTS[:2])
+    assert [e.failure.kind for e in episodes if e.failure] == ["simulator_reply"] * 2 and count[0] == 2
+
+
+async def test_a_failing_engine_is_a_failed_episode(parts: Parts, simulator_url: str) -> None:
+    class OutOfMemory:
+        async def generate(self, prompt_ids: Sequence[int], *, seed: int, sampling: Sampling) -> Completion:
+            raise PolicyEngineError("out of memory")
+
+    episodes = await parts.runner(simulator_url, engine=OutOfMemory()).run(SLOTS[:2])
+    assert [str(e.failure.message) for e in episodes if e.failure] == ["turn 1: out of memory"] * 2
+
+    broken = parts.engine()
+    broken._model = None  # type: ignore[assignment]
+    with pytest.raises(AttributeError):  # a defect of the program is not a failed episode
+        await asyncio.wait_for(parts.runner(simulator_url, engine=broken).run(SLOTS[:2]), 20)
+
+
+async def test_one_slow_episode_holds_up_nobody_else(parts: Parts, simulator_url: str) -> None:
+    class SlowForOne:
+        def __init__(self) -> None:
+            self.inner = parts.engine()
+            self.calls = 0
+
+        async def generate(self, prompt_ids: Sequence[int], *, seed: int, sampling: Sampling) -> Completion:
+            self.calls += 1
+            if self.calls == 1:
+                await asyncio.sleep(1.5)
+            return await self.inner.generate(prompt_ids, seed=seed, sampling=sampling)
+
+    order: list[Episode] = []
+    await parts.runner(simulator_url, engine=SlowForOne(), on_episode=order.append).run(SLOTS)
+    assert (order[-1].group, order[-1].rollout) == (0, 0)
+
+
+async def test_interruption_stops_a_rollout(parts: Parts, simulator_url: str) -> None:
+    polled = iter([False] * 8)
+    with pytest.raises(RunInterrupted):
+        await parts.runner(simulator_url, interrupted=lambda: next(polled, True)).run(SLOTS)
+
+
+async def test_traces_hold_every_episode(parts: Parts, simulator_url: str, tmp_path: Path) -> None:
+    writer = TraceWriter(tmp_path)
+    episodes = await parts.runner(simulator_url, on_episode=writer).run(SLOTS)
+    async with misbehaving(says("oops", 500)) as (url, _):
+        failed = await parts.runner(url, on_episode=writer).run([Slot(SCENARIOS[0], 3, 0, 9)])
+    lines = [json.loads(line) for line in (tmp_path / "step-000003.rank-0.jsonl").read_text().splitlines()]
+    assert len(lines) == len(SLOTS) + 1
+    by_key = {(line["group"], line["rollout"]): line for line in lines}
+    for episode in episodes:
+        line = by_key[episode.group, episode.rollout]
+        assert line["outcome"] == episode.outcome and line["failure"] is None
+        assert [t["reply"] for t in line["turns"]] == [t.reply for t in episode.turns]
+        assert [t["after"] for t in line["turns"]] == [list(t.after) for t in episode.turns]
+    line = by_key[0, 9]
+    assert line["outcome"] is None and line["final_state"] is None
+    assert line["failure"]["kind"] == "simulator_transport" and failed[0].failure
+    # Played again after a resume, the step's file starts anew.
+    TraceWriter(tmp_path)(episodes[0])
+    assert len((tmp_path / "step-000003.rank-0.jsonl").read_text().splitlines()) == 1

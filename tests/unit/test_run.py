@@ -1,0 +1,231 @@
+"""Whole runs in this process: every mistake has its message and exit code; LoRA; failures stop a run that can go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ctcgrpo import cli
+from ctcgrpo.errors import OutputError, SimulatorReplyError
+from ctcgrpo.recipe import load_recipe
+from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.scenarios import PACKS
+from ctcgrpo.simulator.protocol import Reaction, TurnRequest
+from ctcgrpo.simulator.scripted.backend import react
+from ctcgrpo.simulator.server import embedded
+from tests.conftest import ROOT
+
+TINY = str(ROOT / "recipes" / "tiny.yaml")
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def ctcgrpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the `ctcgrpo` command in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ctcgrpo", *arguments])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return int(code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def pack(tmp_path: Path) -> Path:
+    """The four scenes of the bundled pack as files to be broken."""
+    shutil.copytree(PACKS / "english" / "train", tmp_path / "pack")
+    return tmp_path / "pack"
+
+
+def edit(file: Path, line: int, change: Callable[[dict[str, Any]], object]) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    record = json.loads(lines[line - 1])
+    change(record)
+    lines[line - 1] = json.dumps(record)
+    file.write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "name, line, change, message",
+    [
+        ("support", 3, lambda r: r["worst_case"].update(worst_anger_min=10), "worst_anger_min is 10; it must not lie below"),
+        ("repair", 2, lambda r: r["rub_goals"].update(target_trust=0), "the three must not decrease"),
+        ("charm", 1, lambda r: r["initial_calibration"].update(initial_trust=-5), "initial_trust is -5; it must lie in [0, 100]"),
+        ("defense", 4, lambda r: r.update(scene_tag="defence"), "scene_tag is 'defence'; did you mean 'defense'?"),
+        ("support", 2, lambda r: r.update(id="support-train-01"), "id 'support-train-01' is already used at"),
+        ("repair", 5, lambda r: r["aggressor_profile"].update(system_prompt=" "), "a persona cannot be empty"),
+        ("charm", 6, lambda r: r.update(rub_goal=r.pop("rub_goals")), "did you mean 'rub_goals'?"),
+    ],
+)  # fmt: skip
+def test_broken_scenarios_stop_a_run_before_it_begins(
+    ctcgrpo: Command, pack: Path, tmp_path: Path, name: str, line: int, change: Callable[[Any], object], message: str
+) -> None:
+    edit(pack / f"{name}_final.jsonl", line, change)
+    code, _, err = ctcgrpo("train", TINY, f"scenarios.train={pack}", f"run.output_dir={tmp_path / 'out'}")
+    assert code == 3 and err.startswith("error: ") and err.count("\n") == 1
+    assert f"{name}_final.jsonl, line {line}" in err and message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_json_is_named_with_its_line(ctcgrpo: Command, pack: Path) -> None:
+    file = pack / "support_final.jsonl"
+    lines = file.read_text().splitlines()
+    lines[4] = lines[4][:-40]
+    file.write_text("\n".join(lines))
+    for command in (("train", TINY, f"scenarios.train={pack}"), ("scenarios", "validate", str(pack))):
+        code, _, err = ctcgrpo(*command)
+        assert code == 3 and "support_final.jsonl, line 5: not valid JSON" in err
+
+
+def without_chat_template(tiny: Path, folder: Path) -> Path:
+    shutil.copytree(tiny, folder)
+    (folder / "chat_template.jinja").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "override, code, message",
+    [
+        ("scenarios.train=nowhere", 3, "scenarios 'nowhere' not found"),
+        ("scenarios.train=eibench/train", 3, "EIBench's data is not part of this package"),
+        ("rollout.group_size=1", 2, "rollout.group_size is 1; input should be greater than or equal to 2"),
+        ("rollout.gruop_size=4", 2, "unknown field rollout.gruop_size; did you mean 'group_size'?"),
+        ("scenarios.per_step=5", 2, "scenarios.per_step is 5 for 4 scenes"),
+        ("rollout.max_prompt_tokens=100", 4, "rollout.max_prompt_tokens is 100; raise it or drop the scenario"),
+        ("rollout.max_prompt_tokens=5000", 4, "has 4096 positions; lower one of them"),
+        ("policy.model=/nowhere/at/all", 4, "policy.model '/nowhere/at/all' cannot be loaded"),
+        ("policy.model=WITHOUT_TEMPLATE", 4, "has no chat template"),
+        ("simulator.url=http://127.0.0.1:9", 5, "no simulator server answers there"),
+        ("simulator.port=TAKEN", 5, "choose another port, or 0 for any free one"),
+        ("run.output_dir=A_FILE", 6, "cannot write to"),
+    ],
+)
+def test_every_mistake_has_its_message_and_exit_code(
+    ctcgrpo: Command, tiny: Path, tmp_path: Path, override: str, code: int, message: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        override = override.replace("TAKEN", str(taken.getsockname()[1])).replace("A_FILE", str(tmp_path / "file"))
+        if "WITHOUT_TEMPLATE" in override:
+            override = f"policy.model={without_chat_template(tiny, tmp_path / 'plain')}"
+        got, _, err = ctcgrpo("train", TINY, f"run.output_dir={tmp_path}", override)
+    assert got == code and message in err and "Traceback" not in err
+
+
+def test_a_read_only_output_folder() -> None:
+    nobody = 65534
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        recipe = load_recipe(TINY, [f"run.output_dir={folder}"])
+        user = os.geteuid()
+        try:
+            if user == 0:
+                os.seteuid(nobody)  # root may write anywhere
+            with pytest.raises(OutputError, match=r"run.output_dir: cannot write to .* \(Permission denied\)"):
+                RunFolder(recipe.folder).open(recipe)
+        finally:
+            os.seteuid(user)
+
+
+def test_a_recipe_that_is_not_there(ctcgrpo: Command) -> None:
+    code, _, err = ctcgrpo("train", str(ROOT / "recipes" / "tinny.yaml"))
+    assert code == 2 and "did you mean" in err and "tiny.yaml" in err
+
+
+def test_processes_that_cannot_share_the_batch(ctcgrpo: Command) -> None:
+    code, _, err = ctcgrpo("train", TINY, "--processes", "3")
+    assert code == 2 and "16 episodes a step, which 3 processes cannot share equally" in err
+
+
+def test_small_commands(ctcgrpo: Command) -> None:
+    assert ctcgrpo("version")[1].strip()
+    code, out, _ = ctcgrpo("scenarios", "validate", "english/test", "--split", "test")
+    assert code == 0 and "16 scenarios (4 charm, 4 defense, 4 repair, 4 support)" in out
+
+
+FAST = ["training.max_steps=1", "training.updates_per_step=1", "rollout.max_turns=2", "rollout.group_size=2"]
+
+
+def test_lora_changes_the_adapter_alone(ctcgrpo: Command, tmp_path: Path) -> None:
+    code, _, err = ctcgrpo("train", TINY, *FAST, f"run.output_dir={tmp_path}", "policy.lora.rank=4")
+    assert code == 0, err
+    folder = tmp_path / "tiny"
+    assert (folder / "final" / "adapter_model.safetensors").exists()
+    tuned = AutoModelForCausalLM.from_pretrained(folder / "final")
+    assert AutoTokenizer.from_pretrained(folder / "final").chat_template
+    base = AutoModelForCausalLM.from_pretrained(folder / "base").state_dict()
+    state = tuned.state_dict()
+    adapters = [k for k in state if "lora_B" in k]
+    assert adapters and any(state[k].abs().max() > 0 for k in adapters)
+    for key, value in base.items():
+        name = key if key in state else key.replace(".weight", ".base_layer.weight")
+        assert torch.equal(state[name], value), key
+
+
+def test_a_run_that_fails_too_often_stops_and_can_go_on(ctcgrpo: Command, tmp_path: Path) -> None:
+    class BreaksDown:
+        """Answers the first step's eight episodes, then says it cannot."""
+
+        name = "breaks down"
+        answers = 0
+        broken = True
+
+        async def react(self, request: TurnRequest) -> Reaction:
+            self.answers += 1
+            if self.broken and request.request_id.split("/")[1] != "1":
+                raise SimulatorReplyError("no words left")
+            return react(request)
+
+    backend = BreaksDown()
+    with embedded(backend) as url:
+        command = ["train", TINY, *FAST, "training.max_steps=2", f"run.output_dir={tmp_path}", f"simulator.url={url}"]
+        command += ["run.seed=7"]
+        code, _, err = ctcgrpo(*command)
+        assert code == 7, err
+        assert "step 2: 8 of 8 episodes failed ({'simulator_reply': 8})" in err and "no words left" in err
+        assert "checkpoint-1; the same command again goes on" in err
+        traces = (tmp_path / "tiny" / "traces" / "step-000002.rank-0.jsonl").read_text().splitlines()
+        assert all(
+            json.loads(t)["outcome"] is None and "no words left" in json.loads(t)["failure"]["message"] for t in traces
+        )
+
+        changed, _, err = ctcgrpo(*command, "credit.alpha=3")
+        assert changed == 6 and "credit.alpha: 15.0 -> 3.0" in err and "run.name=NAME" in err
+
+        backend.broken = False
+        code, _, err = ctcgrpo(*command)
+        assert code == 0, err
+    steps = [json.loads(line)["step"] for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
+
+
+def test_a_checkpoint_without_its_marker_is_never_loaded(ctcgrpo: Command, tmp_path: Path) -> None:
+    code, _, err = ctcgrpo("train", TINY, *FAST, "training.max_steps=2", f"run.output_dir={tmp_path}")
+    assert code == 0, err
+    folder = tmp_path / "tiny"
+    (folder / "final" / "COMPLETE").unlink()
+    (folder / "checkpoint-2" / "COMPLETE").unlink()
+    (folder / "checkpoint-2" / "model.safetensors").write_bytes(b"half")
+    (folder / "checkpoint-9").mkdir()
+    code, out, err = ctcgrpo("train", TINY, *FAST, "training.max_steps=2", f"run.output_dir={tmp_path}")
+    assert code == 0, err
+    assert "step 2/2" in out and "step 1/2" not in out

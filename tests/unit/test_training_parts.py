@@ -1,0 +1,182 @@
+"""The pieces of the update that need no trainer: schedule, samples, rows, loss, metrics."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctcgrpo.records import SCENES, Anchors, Completion, Episode, Failure, Scenario, Turn, TurnSample, UserState
+from ctcgrpo.training.loss import token_sums
+from ctcgrpo.training.metrics import rollout_metrics
+from ctcgrpo.training.rows import dummy_row, plain_rows
+from ctcgrpo.training.samples import CreditOptions, step_credit, summarise, turn_samples, update_of
+from ctcgrpo.training.schedule import step_schedule
+
+ANCHORS = Anchors(UserState(60, 40), UserState(20, 80), UserState(95, 5))
+
+
+def scenario(scene: str = "support", name: str = "s") -> Scenario:
+    return Scenario(name, "", scene, "en", "u", "hello", "p", "", (), (), ANCHORS)  # type: ignore[arg-type]
+
+
+def episode(
+    group: int,
+    rollout: int,
+    deltas: list[tuple[int, int]],
+    outcome: float,
+    reasoning: str | None = None,
+    faults: tuple[str, ...] = (),
+) -> Episode:
+    state, turns = ANCHORS.initial, []
+    for k, (anger, trust) in enumerate(deltas):
+        after = state.plus(anger, trust)
+        done = Completion((5, 6, k), (-1.0, -2.0, -3.0), (0.0,) * 3, "stop")
+        prompt = (1, 2, group, rollout, k)
+        turns.append(Turn(prompt, done, "r", reasoning, faults, state, after, "", True, ""))
+        state = after
+    failure = Failure("simulator_reply", "x") if math.isnan(outcome) else None
+    return Episode(scenario(SCENES[group % 4]), 1, group, rollout, tuple(turns), outcome, failure)
+
+
+def test_the_schedule_is_stratified_and_deals_every_scenario_before_any_comes_again() -> None:
+    scenarios = [scenario(scene, f"{scene}{k}") for scene in SCENES for k in range(8)]
+    schedule = step_schedule(scenarios, steps=20, per_step=8, seed=1)
+    for step in schedule:
+        assert Counter(scenarios[k].scene for k in step) == dict.fromkeys(SCENES, 2)
+    for first in range(0, 20, 4):  # four steps of two deal a scene's eight
+        assert len({k for step in schedule[first : first + 4] for k in step}) == 32
+    assert schedule == step_schedule(scenarios, steps=20, per_step=8, seed=1)
+    assert schedule != step_schedule(scenarios, steps=20, per_step=8, seed=2)
+    assert schedule[:5] == step_schedule(scenarios, steps=5, per_step=8, seed=1)
+    with pytest.raises(ValueError, match="no multiple"):
+        step_schedule(scenarios, steps=1, per_step=6, seed=0)
+
+
+def test_samples_leave_out_what_is_not_in_the_loss() -> None:
+    episodes = [
+        episode(0, 0, [(-5, 5), (-1, 1)], 0.5),
+        episode(0, 1, [(2, -2)], -0.5),
+        episode(0, 2, [(9, 9)], math.nan),  # failed
+        episode(1, 0, [(-3, 3)], 0.4),  # alone: the rest of its group failed
+        episode(1, 1, [], math.nan),
+    ]
+    options = CreditOptions()
+    credit = step_credit([summarise(e, options) for e in episodes], options)
+    assert set(credit.advantages) == {(0, 0), (0, 1)}
+    samples = turn_samples(episodes, credit.advantages)
+    assert [s.prompt_ids[2:] for s in samples] == [(0, 0, 0), (0, 0, 1), (0, 1, 0)]
+    assert all(s.old_logprobs is None for s in samples)
+    # By hand: A = +-0.5 / (0.7071 + 1e-6); turn scores 0.05 and 0.01, mean 0.03, so +-15 * 0.02.
+    a = 0.5 / (math.sqrt(0.5) + 1e-6)
+    assert [s.advantage for s in samples] == pytest.approx([a + 0.3, a - 0.3, -a])
+    assert turn_samples(episodes, credit.advantages, recorded=True)[0].old_logprobs == (-1.0, -2.0, -3.0)
+
+
+def test_shaping_only_where_the_policy_reasons() -> None:
+    silent = episode(0, 0, [(0, 0), (0, 0)], 0.5)
+    assert summarise(silent, CreditOptions()).reward == 0.5
+    shaped = CreditOptions(shaping=(0.2, 0.05))
+    assert summarise(silent, shaped).reward == pytest.approx(0.3)
+    broken = episode(0, 0, [(0, 0)], 0.5, reasoning="x", faults=("broken_tags",))
+    assert summarise(broken, shaped).reward == pytest.approx(0.45)
+    assert summarise(broken, shaped).outcome == 0.5
+    cut = episode(0, 0, [(0, 0)], 0.5, reasoning="x", faults=("cut",))
+    assert summarise(cut, shaped).reward == 0.5
+    assert math.isnan(summarise(episode(0, 0, [], math.nan), shaped).reward)
+
+
+def test_turn_weights_by_scene() -> None:
+    options = CreditOptions(turn_weights={"support": (1.0, 0.0)})
+    assert summarise(episode(0, 0, [(-4, 10)], 0.5), options).turn_scores == pytest.approx((0.04,))
+    assert summarise(episode(1, 0, [(-4, 10)], 0.5), options).turn_scores == pytest.approx((0.07,))
+
+
+@pytest.mark.parametrize("updates", [1, 2, 4])
+def test_updates_take_an_equal_share_of_every_group(updates: int) -> None:
+    counts = Counter((g, update_of(episode(g, r, [], 0.0), updates)) for g in range(4) for r in range(8))
+    assert set(counts.values()) == {8 // updates}
+
+
+def test_metrics_count_failures_and_leave_them_out() -> None:
+    episodes = [episode(0, 0, [(-5, 5)], 0.5), episode(0, 1, [(5, -5)] * 3, -0.5), episode(0, 2, [(9, 9)], math.nan)]
+    options = CreditOptions()
+    summaries = [summarise(e, options) for e in episodes]
+    metrics = rollout_metrics(summaries, step_credit(summaries, options))
+    assert metrics["outcome/all"] == metrics["outcome/support"] == 0
+    assert (metrics["episodes/valid"], metrics["episodes/failed"], metrics["failed/simulator_reply"]) == (2, 1, 1)
+    assert metrics["final_anger/support"] == (55 + 75) / 2
+    assert metrics["episodes/turns"] == 2 and metrics["replies/tokens"] == 3
+    assert "outcome/charm" not in metrics
+    none = rollout_metrics(summaries[2:], step_credit(summaries[2:], options))
+    assert math.isnan(none["outcome/all"]) and none["credit/groups_without_signal"] == 1
+
+
+samples_strategy = st.lists(
+    st.tuples(st.integers(1, 30), st.integers(1, 10)).map(
+        lambda n: TurnSample(tuple(range(n[0])), tuple(range(50, 50 + n[1])), n[0] / 10)
+    ),
+    max_size=20,
+)
+
+
+@given(samples_strategy, st.integers(20, 200))
+def test_rows_hold_every_sample_once_within_the_budget(samples: list[TurnSample], budget: int) -> None:
+    rows = plain_rows(samples, tokens_per_row=budget, pad_id=0)
+    assert sorted(k for row in rows for k in row.index) == list(range(len(samples)))
+    for row in rows:
+        assert row.input_ids.numel() <= budget or len(row.index) == 1
+        for b, k in enumerate(row.index):
+            sample, n = samples[k], len(samples[k])
+            assert row.input_ids[b, :n].tolist() == [*sample.prompt_ids, *sample.completion_ids]
+            assert row.attention_mask[b].sum() == n
+            assert row.labels[b][row.mask[b]].tolist() == list(sample.completion_ids)
+            assert (row.labels[b][~row.mask[b]] == -100).all()
+            assert row.advantages[b][row.mask[b]].tolist() == pytest.approx([sample.advantage] * len(sample.completion_ids))
+            assert row.mask[b].nonzero().flatten().tolist() == list(range(len(sample.prompt_ids), n))
+
+
+def test_a_dummy_row_trains_nothing() -> None:
+    row = dummy_row(3)
+    assert not row.mask.any() and row.index == (-1,) and (row.labels >= 0).any()
+
+
+def test_rows_do_not_mix_samples_with_and_without_old_logprobs() -> None:
+    with pytest.raises(ValueError, match="either all samples"):
+        plain_rows([TurnSample((1,), (2,), 0.0), TurnSample((1,), (2,), 0.0, (-1.0,))], tokens_per_row=99, pad_id=0)
+
+
+def test_the_loss_by_hand() -> None:
+    # Four trained tokens with A = +1, +1, -1, -1 and ratios 1.5, 0.5, 1.5, 0.5; clip 0.2.
+    ratios = torch.tensor([[1.5, 0.5, 1.5, 0.5, 9.0]])
+    logprobs = ratios.log().requires_grad_()
+    mask = torch.tensor([[True, True, True, True, False]])
+    sums = token_sums(
+        logprobs,
+        torch.full((1, 5), 2.0),
+        torch.zeros(1, 5),
+        torch.tensor([[1.0, 1.0, -1.0, -1.0, 1.0]]),
+        mask,
+        clip=0.2,
+        entropy_bonus=0.01,
+    )
+    # min(1.5, 1.2) + min(0.5, 0.8) + min(-1.5, -1.2) + min(-0.5, -0.8) = 1.2 + 0.5 - 1.5 - 0.8, entropy 4 x 0.02
+    assert float(sums.loss) == pytest.approx(-(1.2 + 0.5 - 1.5 - 0.8) - 0.08)
+    assert (int(sums.tokens), int(sums.clipped)) == (4, 2)
+    assert float(sums.entropy) == 8 and float(sums.ratio) == pytest.approx(4.0)
+    sums.loss.backward()
+    # Clipped tokens pass nothing on; the others -A * ratio.
+    assert logprobs.grad is not None
+    assert logprobs.grad[0].tolist() == pytest.approx([0, -0.5, 1.5, 0, 0])
+
+
+def test_without_old_logprobs_the_gradient_is_that_of_logprobs() -> None:
+    logprobs = torch.tensor([[-3.0, -1.0]], requires_grad=True)
+    mask, advantages = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[2.0, -1.0]])
+    sums = token_sums(logprobs, torch.zeros(1, 2), None, advantages, mask, clip=0.2, entropy_bonus=0.0)
+    sums.loss.backward()
+    assert logprobs.grad is not None and logprobs.grad[0].tolist() == [-2.0, 1.0] and float(sums.loss) == -1.0
