@@ -186,7 +186,7 @@ def test_equal_outcomes_leave_the_turn_term_alone(outcome: float, size: int, tur
 
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=8))
 def test_outcome_advantages_sum_to_zero_and_keep_order(outcomes: list[float]) -> None:
-    assume(max(outcomes) > min(outcomes))
+    assume(max(outcomes) - min(outcomes) > 1e-6)
     advantages = outcome_advantages(outcomes, [0] * len(outcomes))
     assert sum(advantages) == pytest.approx(0, abs=1e-6)
-    assert np.argmax(advantages) == np.argmax(outcomes)
+    assert advantages[np.argmax(outcomes)] == max(advantages) > min(advantages) == advantages[np.argmin(outcomes)]

@@ -165,7 +165,7 @@ def test_the_loss_by_hand() -> None:
         entropy_bonus=0.01,
     )
     # min(1.5, 1.2) + min(0.5, 0.8) + min(-1.5, -1.2) + min(-0.5, -0.8) = 1.2 + 0.5 - 1.5 - 0.8, entropy 4 x 0.02
-    assert float(sums.loss) == pytest.approx(-(1.2 + 0.5 - 1.5 - 0.8) - 0.08)
+    assert sums.loss.item() == pytest.approx(-(1.2 + 0.5 - 1.5 - 0.8) - 0.08)
     assert (int(sums.tokens), int(sums.clipped)) == (4, 2)
     assert float(sums.entropy) == 8 and float(sums.ratio) == pytest.approx(4.0)
     sums.loss.backward()
