@@ -61,6 +61,8 @@ def train(
     if config_file is None and (processes or _gpus()) <= 1:
         _train(settings)
         return
+    if not _gpus():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # else processes without GPUs do not find each other
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     if config_file is not None:
         command += ["--config_file", str(config_file)]
@@ -68,6 +70,7 @@ def train(
         command += ["--num_processes", str(processes)]
     if config_file is None:
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]
+        command += ["--main_process_port", "0"]
     os.execv(sys.executable, [*command, str(recipe), *(overrides or [])])
 
 

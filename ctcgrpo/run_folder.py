@@ -83,9 +83,10 @@ class RunFolder:
     def rewind(self, steps: int) -> None:
         """Forget the metrics of steps after the first `steps` batches of rollouts: they will be run again."""
         if self.metrics_file.exists():
-            lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= steps]
-            _write(self.metrics_file, "".join(line + "\n" for line in kept))
+            # A killed run may have left half a line; it has no end, so it is not among the complete ones.
+            lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+            complete = [line for line in lines if line.endswith("\n")]
+            _write(self.metrics_file, "".join(line for line in complete if json.loads(line)["step"] <= steps))
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as out:

@@ -362,6 +362,7 @@ def _arguments(recipe: Recipe, processes: int) -> GRPOConfig:
         save_steps=training.save_every * updates,
         save_total_limit=training.keep_checkpoints,
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 

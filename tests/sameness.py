@@ -108,7 +108,14 @@ class _Capture(TrainerCallback):
 
 
 def build_trainer(
-    base: str, folder: str, *, tokens_per_row: int = 400, callbacks: Any = (), **config: Any
+    base: str,
+    folder: str,
+    *,
+    tokens_per_row: int = 400,
+    updates: int = 1,
+    max_failed: float = 0.5,
+    callbacks: Any = (),
+    **config: Any,
 ) -> CtcGrpoTrainer:
     """The trainer on the fixed episodes, each process with its contiguous share of them."""
     episodes = fixed_episodes(base)
@@ -125,14 +132,14 @@ def build_trainer(
         args=GRPOConfig(
             folder,
             bf16=False,
-            max_steps=STEPS,
+            max_steps=STEPS * updates,
             per_device_train_batch_size=GROUPS * GROUP_SIZE // processes,
             num_generations=GROUP_SIZE,
             steps_per_generation=1,
+            num_iterations=updates,
             temperature=TEMPERATURE,
             learning_rate=1e-3,
             lr_scheduler_type="constant",
-            max_grad_norm=0.0,
             gradient_checkpointing=False,
             shuffle_dataset=False,
             remove_unused_columns=False,
@@ -141,14 +148,19 @@ def build_trainer(
             report_to=[],
             disable_tqdm=True,
             dataloader_pin_memory=False,
-            **{"model_init_kwargs": {"dtype": "float32"}} | config,
+            **{"model_init_kwargs": {"dtype": "float32"}, "max_grad_norm": 0.0} | config,
         ),
         train_dataset=Dataset.from_dict({"scenario": [0] * (GROUPS * STEPS)}),
         processing_class=AutoTokenizer.from_pretrained(base),
         collect=collect,
         credit=CreditOptions(),
         options=UpdateOptions(
-            tokens_per_row=tokens_per_row, clip=CLIP, entropy_bonus=ENTROPY_BONUS, recorded_logprobs=True, max_failed=0.5
+            updates_per_step=updates,
+            tokens_per_row=tokens_per_row,
+            clip=CLIP,
+            entropy_bonus=ENTROPY_BONUS,
+            recorded_logprobs=updates == 1,
+            max_failed=max_failed,
         ),
         callbacks=list(callbacks),
     )

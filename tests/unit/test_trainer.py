@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ctcgrpo import credit
+from ctcgrpo.records import Failure
 from ctcgrpo.scoring import turn_score
 from tests import sameness
 
@@ -66,3 +68,34 @@ def test_cutting_into_rows_changes_nothing(tiny: Path, plain: sameness.Outcome, 
 def test_a_wrong_position_is_noticed(tiny: Path, plain: sameness.Outcome) -> None:
     wrong = sameness.run(str(tiny), tokens_per_row=10_000, shift=True)
     assert not sameness.is_same(plain, wrong)
+
+
+def test_a_step_without_comparable_episodes_changes_nothing(tiny: Path, tmp_path: Path) -> None:
+    trainer = sameness.build_trainer(str(tiny), str(tmp_path), max_failed=1.0, weight_decay=0.1, max_grad_norm=1.0)
+    # One valid rollout in each group: nothing to compare with.
+    lone = [
+        e if e.rollout == 0 else replace(e, outcome=float("nan"), failure=Failure("simulator_transport", "gone"))
+        for e in sameness.fixed_episodes(str(tiny))
+    ]
+    trainer._collect = lambda step, inputs: lone
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert trainer.state.global_step == sameness.STEPS
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+
+
+def test_several_updates_keep_the_old_logprobs_of_before_the_first(tiny: Path, tmp_path: Path) -> None:
+    trainer = sameness.build_trainer(str(tiny), str(tmp_path), updates=2)
+    episodes = sameness.fixed_episodes(str(tiny))
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    parts = trainer._new_batch([{}] * len(episodes))
+    replies = [turn for e in episodes for turn in e.turns]
+    assert sum(map(len, parts)) == sum(len(e.turns) for e in episodes if e.failure is None)
+    for sample in (sample for part in parts for sample in part):
+        assert any(sample.completion_ids == turn.completion.token_ids for turn in replies)
+        now, _ = sameness.naive_logprobs(model, sample.prompt_ids, sample.completion_ids)
+        assert sample.old_logprobs == pytest.approx(now.tolist(), abs=1e-5)
+    trainer.train()
+    ratios = [entry["ratio"] for entry in trainer.state.log_history if "ratio" in entry]
+    # The first update of a batch is on policy; the second meets a policy that has moved.
+    assert ratios[0] == pytest.approx(1.0, abs=1e-5) and ratios[1] != pytest.approx(1.0, abs=1e-4)
