@@ -6,14 +6,14 @@ that runs it; for YAML that string's opening is a key named `'`, which the loade
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ctcgrpo import credit as credit_options
+from ctcgrpo.credit import CENTERINGS, CREDITS, SCALES
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.records import SCENES, Scene
@@ -90,26 +90,27 @@ class Scoring(_Section):
 
 class Credit(_Section):
     alpha: float = Field(15.0, ge=0, description="weight of the turn term; 0 is outcome-only GRPO")
-    centering: str = "rollout"
-    credit: str = "immediate"
-    scale: str = "group"
+    centering: str = Field("rollout", description="where turn credit is centered: " + ", ".join(CENTERINGS))
+    credit: str = Field("immediate", description="what a turn is credited with: " + ", ".join(CREDITS))
+    gamma: float = Field(1.0, ge=0, le=1, description="discount of reward_to_go")
+    center_weights: Literal["turn", "token"] = Field("turn", description="what weighs a turn in the means that center")
+    scale: str = Field("group", description="how outcome advantages are scaled: " + ", ".join(SCALES))
     std_min: float = Field(0.1, gt=0)
 
     @field_validator("centering", "credit", "scale")
     @classmethod
-    def _available(cls, value: str, info: Any) -> str:
-        tables: dict[str, Mapping[str, object]] = {
-            "centering": credit_options.CENTERINGS,
-            "credit": credit_options.CREDITS,
-            "scale": credit_options.SCALES,
-        }
+    def _known(cls, value: str, info: Any) -> str:
+        tables: dict[str, Iterable[str]] = {"centering": CENTERINGS, "credit": CREDITS, "scale": SCALES}
         options = tables[info.field_name]
-        if options.get(value) is None:
-            usable = ", ".join(credit_options.available(options))
-            raise ValueError(
-                f"is not available yet; available: {usable}" if value in options else did_you_mean(value, options)
-            )
+        if value not in options:
+            raise ValueError(did_you_mean(value, options))
         return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Credit:
+        if self.gamma != 1.0 and self.credit != "reward_to_go":
+            raise ValueError(f"gamma is {self.gamma} and credit {self.credit!r}; only credit=reward_to_go discounts")
+        return self
 
 
 class Training(_Section):
@@ -271,4 +272,6 @@ def _explain(error: ValidationError) -> str:
         return message
     if first["type"] == "missing":
         return f"{field} is missing"
+    if isinstance(first["input"], Mapping | BaseModel):  # a rule between the fields of a section
+        return f"{field}: {message}"
     return f"{field} is {first['input']!r}; {message[:1].lower()}{message[1:]}"

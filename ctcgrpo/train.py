@@ -300,6 +300,8 @@ def _credit_options(recipe: Recipe) -> CreditOptions:
         alpha=credit.alpha,
         centering=credit.centering,
         credit=credit.credit,
+        gamma=credit.gamma,
+        center_weights=credit.center_weights,
         scale=credit.scale,
         std_min=credit.std_min,
         turn_weights=scoring.turn_weights,

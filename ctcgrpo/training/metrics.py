@@ -23,7 +23,7 @@ def rollout_metrics(summaries: Sequence[Summary], credit: StepCredit) -> dict[st
         "episodes/valid": float(len(valid)),
         "episodes/failed": float(len(summaries) - len(valid)),
         "episodes/turns": _mean(len(s.turn_scores) for s in valid),
-        "replies/tokens": _mean(s.reply_tokens / len(s.turn_scores) for s in valid),
+        "replies/tokens": _mean(sum(s.turn_tokens) / len(s.turn_scores) for s in valid),
         "replies/cut": _mean(s.cut_turns / len(s.turn_scores) for s in valid),
         "prompts/dropped_exchanges": float(sum(s.dropped_exchanges for s in summaries)),
     }

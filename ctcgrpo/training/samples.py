@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Summary:
     final_anger: int
     final_trust: int
     failure: str | None
-    reply_tokens: int
+    turn_tokens: tuple[int, ...]
     cut_turns: int
     dropped_exchanges: int
 
@@ -41,6 +42,8 @@ class CreditOptions:
     alpha: float = 15.0
     centering: str = "rollout"
     credit: str = "immediate"
+    gamma: float = 1.0
+    center_weights: Literal["turn", "token"] = "turn"
     scale: str = "group"
     std_min: float = 0.1
     turn_weights: Mapping[Scene, tuple[float, float]] | None = None
@@ -70,7 +73,7 @@ def summarise(episode: Episode, options: CreditOptions) -> Summary:
         final_anger=episode.final_state.anger,
         final_trust=episode.final_state.trust,
         failure=episode.failure.kind if episode.failure else None,
-        reply_tokens=sum(len(turn.completion.token_ids) for turn in episode.turns),
+        turn_tokens=tuple(len(turn.completion.token_ids) for turn in episode.turns),
         cut_turns=sum("cut" in turn.faults for turn in episode.turns),
         dropped_exchanges=sum(turn.dropped_exchanges for turn in episode.turns),
     )
@@ -82,18 +85,21 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class StepCredit:
-    """The credit of one step. `advantages` holds only the episodes that are trained on."""
+    """The credit of one step. `advantages` holds only the episodes that are trained on; `baseline` is the scene baseline
+    for the next step."""
 
+    baseline: credit.SceneBaseline
     advantages: Mapping[Key, tuple[float, ...]]
     turn_term_std: float
     outcome_term_std: float
     groups_without_signal: float
 
 
-def step_credit(summaries: Sequence[Summary], options: CreditOptions) -> StepCredit:
-    """Credit over all episodes of a step, whichever process played them."""
+def step_credit(summaries: Sequence[Summary], options: CreditOptions, baseline: credit.SceneBaseline) -> StepCredit:
+    """Credit over all episodes of a step, whichever process played them; `baseline` is what earlier steps left."""
     rewards, groups = [s.reward for s in summaries], [s.group for s in summaries]
     scores = [s.turn_scores for s in summaries]
+    weights = [s.turn_tokens for s in summaries] if options.center_weights == "token" else None
     outcome = credit.outcome_advantages(rewards, groups, std_min=options.std_min, scale=options.scale)
     turns = credit.turn_advantages(
         rewards,
@@ -102,12 +108,23 @@ def step_credit(summaries: Sequence[Summary], options: CreditOptions) -> StepCre
         alpha=options.alpha,
         centering=options.centering,
         credit=options.credit,
+        gamma=options.gamma,
+        center_weights=weights,
+        scene_baseline={s.group: baseline.of(s.scene) for s in summaries},
         std_min=options.std_min,
         scale=options.scale,
     )
     trained = credit.in_loss(rewards, groups)
+    credits = credit.turn_credits(scores, credit=options.credit, gamma=options.gamma)
+    valid = [k for k, s in enumerate(summaries) if not s.failure]
     turn_terms = [t - a for t, a, use in zip(turns, outcome, trained, strict=True) if use]
     return StepCredit(
+        baseline=credit.updated_baseline(
+            baseline,
+            [summaries[k].scene for k in valid],
+            [credits[k] for k in valid],
+            None if weights is None else [weights[k] for k in valid],
+        ),
         advantages={
             (s.group, s.rollout): tuple(t.tolist()) for s, t, use in zip(summaries, turns, trained, strict=True) if use
         },

@@ -12,9 +12,10 @@ TRL and transformers keep everything else: loading, PEFT, optimizer, schedule, d
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from accelerate.utils import DistributedType, gather_object
 from trl import GRPOConfig, GRPOTrainer
 
+from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.errors import RunInterrupted, TooManyFailures
 from ctcgrpo.records import Episode, TurnSample
 from ctcgrpo.training.loss import TokenSums, token_sums
@@ -31,6 +33,8 @@ from ctcgrpo.training.samples import CreditOptions, Summary, step_credit, summar
 
 COMPLETE = "COMPLETE"
 """The marker of a checkpoint whose every file is written."""
+SCENE_BASELINE = "scene_baseline.json"
+"""What earlier steps say of each scene's turns, in a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         self._options = options
         self._interrupted = interrupted
         self._updates: list[list[TurnSample]] = []
+        self._baseline = SceneBaseline()
         self.stop_requested = False
         """Whether any process was interrupted; agreed on by all of them at the end of a step."""
 
@@ -186,13 +191,14 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
             raise RunInterrupted("interrupted in the middle of a rollout")
         summaries = [summary for _, part in gathered for summary in part]
         self._refuse_failures(summaries, episodes)
-        credit = step_credit(summaries, self._credit)
+        credit = step_credit(summaries, self._credit, self._baseline)
+        self._baseline = credit.baseline
         for name, value in rollout_metrics(summaries, credit).items():
             self._log_number(name, value)
         seconds = time.perf_counter() - started
         self._log_number("seconds/rollout", seconds)
         self._log_number("seconds/simulator", sum(e.seconds_simulator for e in episodes) / max(1, len(episodes)))
-        self._log_number("tokens_per_second", sum(s.reply_tokens for s in summaries) / seconds)
+        self._log_number("tokens_per_second", sum(sum(s.turn_tokens) for s in summaries) / seconds)
 
         updates = self._options.updates_per_step
         parts = [[e for e in episodes if update_of(e, updates) == k] for k in range(updates)]
@@ -262,10 +268,16 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / SCENE_BASELINE).write_text(json.dumps(asdict(self._baseline)))
             partial = folder / f".{COMPLETE}"
             partial.write_text(f"{self.state.global_step}\n")
             partial.rename(folder / COMPLETE)
         self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._baseline = SceneBaseline(**json.loads((Path(checkpoint) / SCENE_BASELINE).read_text()))
 
     def save_now(self) -> None:
         """A checkpoint of the last finished optimizer step, unless it has one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,16 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ctcgrpo.credit import groups_without_signal, in_loss, outcome_advantages, turn_advantages
+from ctcgrpo.credit import (
+    CENTERINGS,
+    SceneBaseline,
+    groups_without_signal,
+    in_loss,
+    outcome_advantages,
+    turn_advantages,
+    turn_credits,
+    updated_baseline,
+)
 
 nan = math.nan
 
@@ -71,7 +81,7 @@ def test_alpha_zero_is_outcome_only() -> None:
 
 
 def test_a_lone_valid_rollout_gives_no_update() -> None:
-    for centering in ("rollout", "group"):
+    for centering in CENTERINGS:
         alone, failed = turn_advantages([0.7, nan], [0, 0], [[0.1, -0.1], [0.1]], centering=centering)
         assert alone == pytest.approx([0, 0]) and np.isnan(failed).all()
     assert in_loss([0.7, nan, 0.1, 0.2, 0.5], [0, 0, 1, 1, 2]).tolist() == [False, False, True, True, False]
@@ -83,24 +93,89 @@ def test_groups_without_signal() -> None:
     assert groups_without_signal(outcomes, groups) == pytest.approx(3 / 4)
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"centering": "scene"}, r"centering: 'scene' is not available yet; available: rollout, group"),
-        ({"centering": "group_turn"}, "not available yet"),
-        ({"centering": "none"}, "not available yet"),
-        ({"centering": "rolout"}, "'rolout' is unknown; available: rollout, group"),
-        ({"credit": "reward_to_go"}, "not available yet"),
-        ({"gamma": 0.9}, "gamma = 0.9"),
-        ({"scale": "batch"}, "not available yet"),
-        ({"scale": "none"}, "not available yet"),
-        ({"center_weights": [[1.0], [1.0]]}, "'token' is not available yet"),
-        ({"scene_baseline": {}}, "'scene' is not available yet"),
-    ],
-)
-def test_what_is_not_built_is_refused_by_name(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        turn_advantages([0.1, 0.2], [0, 0], [[0.1], [0.1]], **options)
+def test_group_turn_centering_by_hand_with_unequal_turn_counts() -> None:
+    a = 0.5 / (math.sqrt(0.5) + 1e-6)
+    scores = [[0.02, 0.05, -0.01], [0.04], [0.1]]
+    first, second, failed = turn_advantages([0.0, 1.0, nan], [0, 0, 0], scores, centering="group_turn")
+    # Turn 0: mean (0.02 + 0.04) / 2 = 0.03; turns 1 and 2 were reached by the first alone: credit 0.
+    assert first == pytest.approx([-a - 0.15, -a, -a])
+    assert second == pytest.approx([a + 0.15])
+    assert np.isnan(failed).all()
+
+
+def test_scene_centering_and_its_running_mean_by_hand() -> None:
+    a = 0.5 / (math.sqrt(0.5) + 1e-6)
+    outcomes, groups, scores = [0.0, 1.0], ["s", "s"], [[0.02, 0.05, -0.01], [0.04]]
+    # At the start the baseline is 0.
+    first, second = turn_advantages(outcomes, groups, scores, centering="scene", scene_baseline={})
+    assert first == pytest.approx([-a + 0.3, -a + 0.75, -a - 0.15]) and second == pytest.approx([a + 0.6])
+    baseline = updated_baseline(SceneBaseline(), ["support"] * 2, scores)
+    assert baseline.of("support") == pytest.approx([0.03, 0.05, -0.01]) and baseline.of("charm") == ()
+    baseline = updated_baseline(baseline, ["charm", "support"], [[0.1], [0.06, -0.01]])
+    # Turn 0: (0.02 + 0.04 + 0.06) / 3; turn 1: (0.05 - 0.01) / 2; turn 2 as before.
+    assert baseline.of("support") == pytest.approx([0.04, 0.02, -0.01]) and baseline.of("charm") == pytest.approx([0.1])
+    known = {"s": baseline.of("support")[:2]}
+    first, second = turn_advantages(outcomes, groups, scores, centering="scene", scene_baseline=known)
+    assert first == pytest.approx([-a - 0.3, -a + 0.45, -a - 0.15]) and second == pytest.approx([a])
+
+
+def test_no_centering_by_hand() -> None:
+    a = 0.5 / (math.sqrt(0.5) + 1e-6)
+    first, second = turn_advantages([0.0, 1.0], [0, 0], [[0.02, 0.05], [0.04]], centering="none")
+    assert first == pytest.approx([-a + 0.3, -a + 0.75]) and second == pytest.approx([a + 0.6])
+
+
+def test_reward_to_go_by_hand() -> None:
+    assert turn_credits([[0.02, 0.05, -0.01], []], credit="reward_to_go")[0] == pytest.approx([0.06, 0.04, -0.01])
+    discounted = turn_credits([[0.02, 0.05, -0.01]], credit="reward_to_go", gamma=0.5)[0]
+    assert discounted == pytest.approx([0.02 + 0.025 - 0.0025, 0.05 - 0.005, -0.01])
+    a = 0.5 / (math.sqrt(0.5) + 1e-6)
+    first, _ = turn_advantages([0.0, 1.0], [0, 0], [[0.02, 0.05, -0.01], [0.04]], credit="reward_to_go")
+    # Mean of 0.06, 0.04, -0.01 is 0.03.
+    assert first == pytest.approx([-a + 0.45, -a + 0.15, -a - 0.6])
+
+
+def test_token_weights_by_hand() -> None:
+    a = 0.5 / (math.sqrt(0.5) + 1e-6)
+    scores, tokens = [[0.02, 0.05], [0.04]], [[30, 10], [40]]
+    first, second = turn_advantages([0.0, 1.0], [0, 0], scores, center_weights=tokens)
+    # (30 * 0.02 + 10 * 0.05) / 40 = 0.0275
+    assert first == pytest.approx([-a - 15 * 0.0075, -a + 15 * 0.0225]) and second == pytest.approx([a])
+    first, second = turn_advantages([0.0, 1.0], [0, 0], scores, centering="group", center_weights=tokens)
+    # (30 * 0.02 + 10 * 0.05 + 40 * 0.04) / 80 = 0.03375
+    assert first == pytest.approx([-a - 15 * 0.01375, -a + 15 * 0.01625]) and second == pytest.approx([a + 15 * 0.00625])
+    first, second = turn_advantages([0.0, 1.0], [0, 0], scores, centering="group_turn", center_weights=tokens)
+    # Turn 0: (30 * 0.02 + 40 * 0.04) / 70
+    assert first == pytest.approx([-a + 15 * (0.02 - 2.2 / 70), -a])
+    baseline = updated_baseline(SceneBaseline(), ["x", "x"], scores, tokens)
+    assert baseline.of("x") == pytest.approx([2.2 / 70, 0.05])
+
+
+def test_scales_by_hand() -> None:
+    outcomes, groups = [0.0, 1.0, 0.4, 0.6], [0, 0, 1, 1]
+    assert outcome_advantages(outcomes, groups, scale="none") == pytest.approx([-0.5, 0.5, -0.1, 0.1])
+    # Deviations -0.5, 0.5, -0.1, 0.1: unbiased std sqrt(0.52 / 3).
+    spread = math.sqrt(0.52 / 3) + 1e-6
+    assert outcome_advantages(outcomes, groups, scale="batch") == pytest.approx(np.array([-0.5, 0.5, -0.1, 0.1]) / spread)
+    near = outcome_advantages([0.50, 0.52], [0, 0], scale="batch")
+    assert near == pytest.approx([-0.01 / 0.100001, 0.01 / 0.100001])
+    assert outcome_advantages([nan, 0.3], [0, 0], scale="batch")[1] == 0
+
+
+def test_the_scene_baseline_does_not_depend_on_order() -> None:
+    rng = random.Random(0)
+    scenes = [rng.choice(["a", "b"]) for _ in range(50)]
+    credits = [[rng.uniform(-0.1, 0.1) for _ in range(rng.randint(1, 8))] for _ in scenes]
+    order = list(range(50))
+    rng.shuffle(order)
+    straight = updated_baseline(SceneBaseline(), scenes, credits)
+    assert straight == updated_baseline(SceneBaseline(), [scenes[k] for k in order], [credits[k] for k in order])
+
+
+@pytest.mark.parametrize("option", ["centering", "credit", "scale"])
+def test_unknown_options_are_refused_by_name(option: str) -> None:
+    with pytest.raises(ValueError, match=rf"credit.{option}: 'rolout' is unknown; available: "):
+        turn_advantages([0.1, 0.2], [0, 0], [[0.1], [0.1]], **{option: "rolout"})  # type: ignore[arg-type]
 
 
 def test_shapes_are_checked() -> None:
@@ -110,13 +185,17 @@ def test_shapes_are_checked() -> None:
         turn_advantages([0.1, 0.2], [0, 0], [[0.1]])
     with pytest.raises(ValueError, match="rollout 1 has an outcome but no turns"):
         turn_advantages([0.1, 0.2], [0, 0], [[0.1], []])
+    with pytest.raises(ValueError, match="one weight for every turn"):
+        turn_advantages([0.1, 0.2], [0, 0], [[0.1], [0.2]], center_weights=[[1], [1, 2]])
+    with pytest.raises(ValueError, match="must be positive"):
+        turn_advantages([0.1, 0.2], [0, 0], [[0.1], [0.2]], center_weights=[[1], [0]])
     # A failed rollout may have failed before its first turn.
     assert turn_advantages([0.1, 0.2, nan], [0, 0, 0], [[0.1], [0.2], []])[2].shape == (0,)
 
 
 scores = st.lists(st.floats(-0.1, 0.1), min_size=1, max_size=8)
 rollouts = st.lists(st.tuples(st.one_of(st.just(nan), st.floats(-1, 1)), st.integers(0, 2), scores), min_size=1, max_size=12)
-centerings = st.sampled_from(["rollout", "group"])
+centerings = st.sampled_from(sorted(CENTERINGS))
 
 
 def unzip(data: list[Any]) -> tuple[list[float], list[int], list[list[float]]]:

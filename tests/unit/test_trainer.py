@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from ctcgrpo import credit
 from ctcgrpo.records import Failure
 from ctcgrpo.scoring import turn_score
+from ctcgrpo.training.samples import CreditOptions
 from tests import sameness
 
 
@@ -99,3 +101,18 @@ def test_several_updates_keep_the_old_logprobs_of_before_the_first(tiny: Path, t
     ratios = [entry["ratio"] for entry in trainer.state.log_history if "ratio" in entry]
     # The first update of a batch is on policy; the second meets a policy that has moved.
     assert ratios[0] == pytest.approx(1.0, abs=1e-5) and ratios[1] != pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_scene_baseline_survives_a_resume(tiny: Path, tmp_path: Path) -> None:
+    def run(folder: str, resume: bool = False, **config: Any) -> Any:
+        trainer = sameness.build_trainer(
+            str(tiny), folder, credit=CreditOptions(centering="scene"), save_strategy="steps", save_steps=1, **config
+        )
+        trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-1" if resume else None)
+        return trainer._baseline, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+    whole, weights = run(str(tmp_path / "whole"))
+    assert whole.weights["support"][0] == 2 * sameness.GROUP_SIZE  # group 0, two steps, nobody failed
+    resumed, again = run(str(tmp_path / "whole"), resume=True)
+    assert resumed == whole
+    assert all(torch.equal(weights[n], again[n]) for n in weights)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.records import SCENES, Anchors, Completion, Episode, Failure, Scenario, Turn, TurnSample, UserState
 from ctcgrpo.training.loss import token_sums
 from ctcgrpo.training.metrics import rollout_metrics
@@ -66,7 +67,7 @@ def test_samples_leave_out_what_is_not_in_the_loss() -> None:
         episode(1, 1, [], math.nan),
     ]
     options = CreditOptions()
-    credit = step_credit([summarise(e, options) for e in episodes], options)
+    credit = step_credit([summarise(e, options) for e in episodes], options, SceneBaseline())
     assert set(credit.advantages) == {(0, 0), (0, 1)}
     samples = turn_samples(episodes, credit.advantages)
     assert [s.prompt_ids[2:] for s in samples] == [(0, 0, 0), (0, 0, 1), (0, 1, 0)]
@@ -75,6 +76,20 @@ def test_samples_leave_out_what_is_not_in_the_loss() -> None:
     a = 0.5 / (math.sqrt(0.5) + 1e-6)
     assert [s.advantage for s in samples] == pytest.approx([a + 0.3, a - 0.3, -a])
     assert turn_samples(episodes, credit.advantages, recorded=True)[0].old_logprobs == (-1.0, -2.0, -3.0)
+
+
+def test_the_scene_baseline_is_used_after_it_was_learned_and_leaves_failures_out() -> None:
+    episodes = [episode(0, 0, [(-5, 5)], 0.5), episode(0, 1, [(1, -1)], -0.5), episode(0, 2, [(9, 9)], math.nan)]
+    options = CreditOptions(centering="scene", alpha=10)
+    first = step_credit([summarise(e, options) for e in episodes], options, SceneBaseline())
+    assert first.baseline.of("support") == pytest.approx([(0.05 - 0.01) / 2])
+    second = step_credit([summarise(e, options) for e in episodes], options, first.baseline)
+    a = 0.5 / (math.sqrt(0.5) + 1e-6)
+    assert first.advantages[0, 0] == pytest.approx((a + 0.5,))
+    assert second.advantages[0, 0] == pytest.approx((a + 10 * (0.05 - 0.02),))
+    by_token = CreditOptions(center_weights="token", centering="group")
+    weighted = step_credit([summarise(e, by_token) for e in episodes], by_token, SceneBaseline())
+    assert weighted.advantages[0, 0] == pytest.approx((a + 15 * 0.03,))
 
 
 def test_shaping_only_where_the_policy_reasons() -> None:
@@ -106,13 +121,13 @@ def test_metrics_count_failures_and_leave_them_out() -> None:
     episodes = [episode(0, 0, [(-5, 5)], 0.5), episode(0, 1, [(5, -5)] * 3, -0.5), episode(0, 2, [(9, 9)], math.nan)]
     options = CreditOptions()
     summaries = [summarise(e, options) for e in episodes]
-    metrics = rollout_metrics(summaries, step_credit(summaries, options))
+    metrics = rollout_metrics(summaries, step_credit(summaries, options, SceneBaseline()))
     assert metrics["outcome/all"] == metrics["outcome/support"] == 0
     assert (metrics["episodes/valid"], metrics["episodes/failed"], metrics["failed/simulator_reply"]) == (2, 1, 1)
     assert metrics["final_anger/support"] == (55 + 75) / 2
     assert metrics["episodes/turns"] == 2 and metrics["replies/tokens"] == 3
     assert "outcome/charm" not in metrics
-    none = rollout_metrics(summaries[2:], step_credit(summaries[2:], options))
+    none = rollout_metrics(summaries[2:], step_credit(summaries[2:], options, SceneBaseline()))
     assert math.isnan(none["outcome/all"]) and none["credit/groups_without_signal"] == 1
 
 
@@ -179,4 +194,4 @@ def test_without_old_logprobs_the_gradient_is_that_of_logprobs() -> None:
     mask, advantages = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[2.0, -1.0]])
     sums = token_sums(logprobs, torch.zeros(1, 2), None, advantages, mask, clip=0.2, entropy_bonus=0.0)
     sums.loss.backward()
-    assert logprobs.grad is not None and logprobs.grad[0].tolist() == [-2.0, 1.0] and float(sums.loss) == -1.0
+    assert logprobs.grad is not None and logprobs.grad[0].tolist() == [-2.0, 1.0] and sums.loss.item() == -1.0
