@@ -134,6 +134,13 @@ class Training(_Section):
     keep_checkpoints: int = Field(3, ge=1)
 
 
+class Validation(_Section):
+    scenarios: str = Field(description="held-out scenarios, named as in scenarios.train")
+    every: int = Field(30, ge=1, description="steps between validations; there is one before and one after training too")
+    samples: int = Field(1, ge=1, description="episodes a scenario")
+    seed: int = Field(0, ge=0, description="the same samples in every validation of every run with this seed")
+
+
 class Recipe(_Section):
     """A whole run. `from_file` is the way to get one."""
 
@@ -145,6 +152,7 @@ class Recipe(_Section):
     scoring: Scoring = Scoring()  # type: ignore[call-arg]
     credit: Credit = Credit()  # type: ignore[call-arg]
     training: Training = Training()  # type: ignore[call-arg]
+    validation: Validation | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:

@@ -4,8 +4,11 @@ checkpoints/RUN/
     recipe.yaml       the resolved recipe
     base/             the starting policy, where the recipe has it built
     metrics.jsonl     one line a step
+    validation.jsonl  one line a validation
+    summary.json      before, after, and the improvement between them
     traces/*.jsonl    one line an episode
     checkpoint-N/     after N optimizer steps; complete once COMPLETE stands in it
+    best/             the policy that did best in a validation
     final/            the trained policy and its tokenizer; the run is finished once COMPLETE stands in it
 """
 
@@ -35,6 +38,14 @@ class RunFolder:
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def validation_file(self) -> Path:
+        return self.path / "validation.jsonl"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
 
     @property
     def traces(self) -> Path:
@@ -91,6 +102,9 @@ class RunFolder:
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(metrics) + "\n")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        _write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def finish(self) -> None:
         _write(self.final / COMPLETE, "")

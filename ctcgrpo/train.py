@@ -5,40 +5,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import GRPOConfig
 
-from ctcgrpo.errors import PolicyError, RecipeError, RunInterrupted, ScenarioError, TooManyFailures
+from ctcgrpo import __version__
+from ctcgrpo.errors import RecipeError, RunInterrupted, ScenarioError, TooManyFailures
 from ctcgrpo.policy.context import ContextBuilder
-from ctcgrpo.policy.tiny import build_tiny
+from ctcgrpo.policy.loading import build_builtin, check_positions, load_tokenizer, stop_ids
+from ctcgrpo.processes import interrupts, on_main
 from ctcgrpo.progress import RunProgress
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Episode, Scenario
-from ctcgrpo.rollout.engine import Sampling
-from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot
+from ctcgrpo.rollout.runner import RolloutRunner, Slot
 from ctcgrpo.rollout.traces import TraceWriter
 from ctcgrpo.rollout.transformers_engine import TransformersEngine
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.settings import credit_options, lora_config, play_settings, trainer_arguments, update_options
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.scripted import ScriptedBackend
 from ctcgrpo.simulator.server import embedded
-from ctcgrpo.training.samples import CreditOptions
 from ctcgrpo.training.schedule import step_schedule
-from ctcgrpo.training.trainer import CtcGrpoTrainer, UpdateOptions
-
-BUILTIN_TINY = "builtin/tiny"
+from ctcgrpo.training.trainer import CtcGrpoTrainer
+from ctcgrpo.validation import Validator
 
 
 def train(recipe: Recipe) -> Path:
@@ -48,46 +45,188 @@ def train(recipe: Recipe) -> Path:
     the way (Ctrl-C, too many failed episodes) leaves a checkpoint to go on from.
     """
     with contextlib.ExitStack() as stack:
-        run = _prepare(recipe, stack)
-        return run.to_the_end()
+        return _Run(recipe, stack).to_the_end()
 
 
 class _Run:
-    """A run that is ready to go."""
+    """A run that is ready to go once it is made."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        folder: RunFolder,
-        resume: Path | None,
-        trainer: CtcGrpoTrainer,
-        progress: RunProgress,
-    ) -> None:
+    def __init__(self, recipe: Recipe, stack: contextlib.ExitStack) -> None:
         self._recipe = recipe
-        self._folder = folder
-        self._resume = resume
-        self._trainer = trainer
-        self._progress = progress
+        self._scenarios = _scenarios(recipe)
+        held_out = load_scenarios(recipe.validation.scenarios, "test") if recipe.validation else []
+        # The arguments come before everything else that asks which process this is: they set up the process group, and
+        # DeepSpeed, if it is to shard a model while loading, has to be configured by then.
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        recipe.check_processes(processes)
+        arguments = trainer_arguments(recipe, processes)
+        self._state: PartialState = arguments.distributed_state
+        if self._state.num_processes != processes:
+            raise RecipeError(
+                f"{processes} processes were launched but {self._state.num_processes} run together; "
+                "without GPUs set ACCELERATE_USE_CPU=true"
+            )
+        self._folder = RunFolder(recipe.folder)
+        self._resume: Path | None = on_main(self._state, lambda: self._folder.open(recipe))
+        policy = recipe.policy
+        model: str = on_main(self._state, lambda: build_builtin(policy.model, self._folder.base, recipe.run.seed))
+        tokenizer = load_tokenizer(model, policy.revision)
+        ends = stop_ids(model, tokenizer, policy.revision)
+        contexts = ContextBuilder(
+            tokenizer,
+            stop_ids=ends,
+            max_prompt_tokens=recipe.rollout.max_prompt_tokens,
+            reasoning=policy.reasoning_context,
+            template_kwargs={"enable_thinking": policy.reasons},
+        )
+        contexts.check([*self._scenarios, *held_out])
+        check_positions(model, recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens, policy.revision)
+        url = self._simulator_url(stack)
+        simulator = SimulatorClient(url, timeout=recipe.simulator.timeout, attempts=recipe.simulator.attempts)
+        self._simulator_says = asyncio.run(_health(simulator))
+
+        self._progress = RunProgress(
+            name=recipe.run.name,
+            steps=recipe.training.max_steps,
+            episodes_per_step=recipe.scenarios.per_step * recipe.rollout.group_size // processes,
+            enabled=self._state.is_main_process,
+        )
+        interrupted = stack.enter_context(interrupts(self._progress.say))
+        self._trainer = CtcGrpoTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=_data_set(recipe, self._scenarios),
+            processing_class=tokenizer,
+            peft_config=lora_config(recipe),
+            collect=self._collect,
+            before_step=self._validate_when_due,
+            credit=credit_options(recipe),
+            options=update_options(recipe),
+            interrupted=interrupted,
+            callbacks=[_Bookkeeping(self)],
+        )
+        self._trainer.remove_callback(PrinterCallback)
+        self._runner = RolloutRunner(
+            engine=TransformersEngine(
+                self._trainer.accelerator.unwrap_model(self._trainer.model),
+                pad_id=tokenizer.pad_token_id,
+                stop_ids=ends,
+                max_batch=recipe.rollout.max_batch,
+            ),
+            simulator=simulator,
+            contexts=contexts,
+            tokenizer=tokenizer,
+            stop_ids=ends,
+            play=play_settings(recipe),
+            interrupted=interrupted,
+        )
+        self._validator = self._make_validator(held_out) if recipe.validation else None
 
     def to_the_end(self) -> Path:
-        trainer, progress = self._trainer, self._progress
+        trainer, progress, folder = self._trainer, self._progress, self._folder
         try:
             trainer.train(resume_from_checkpoint=str(self._resume) if self._resume else None)
+            if trainer.stop_requested:
+                raise RunInterrupted("interrupted")
+            if self._validator:
+                self._validator.validate(self._recipe.training.max_steps)
         except (RunInterrupted, TooManyFailures) as error:
             progress.stop()
             trainer.save_now()
             raise type(error)(f"{error}. {self._how_to_go_on()}") from None
         finally:
             progress.stop()
-        if trainer.stop_requested:
-            raise RunInterrupted(f"interrupted. {self._how_to_go_on()}")
-        trainer.save_model(str(self._folder.final))
-        if trainer.accelerator.is_main_process:
-            self._folder.finish()
+        trainer.save_model(str(folder.final))
+        if self._state.is_main_process:
+            if self._validator:
+                facts = {
+                    "run": self._recipe.run.name,
+                    "scoring_variant": self._recipe.scoring.variant,
+                    "simulator": self._simulator_says,
+                    "version": __version__,
+                }
+                folder.write_summary(self._validator.summary(**facts))
+            folder.finish()
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
-        progress.say(f"trained policy: {self._folder.final}")
-        return self._folder.final
+        progress.say(f"trained policy: {folder.final}")
+        return folder.final
+
+    def started(self, step: int) -> None:
+        """Training begins after `step` batches of rollouts: forget what lies beyond."""
+        if self._validator:
+            self._validator.rewind(step)
+        if self._state.is_main_process:
+            self._folder.rewind(step)
+        self._progress.start(step)
+
+    def logged(self, step: int, metrics: dict[str, Any]) -> None:
+        if self._state.is_main_process:
+            self._folder.append_metrics({"step": step, **metrics})
+            self._progress.step(step, metrics)
+
+    @property
+    def trainer(self) -> CtcGrpoTrainer:
+        return self._trainer
+
+    @property
+    def updates_per_step(self) -> int:
+        return self._recipe.training.updates_per_step
+
+    # --- rollouts ----------------------------------------------------------------------------------------------------------
+
+    def _collect(self, step: int, rows: Sequence[dict[str, Any]]) -> list[Episode]:
+        """Play this process's contiguous slice of the step's scenarios x rollouts."""
+        size = self._recipe.rollout.group_size
+        first = self._state.process_index * len(rows)
+        slots = [
+            Slot(self._scenarios[row["scenario"]], step, (first + k) // size, (first + k) % size)
+            for k, row in enumerate(rows)
+        ]
+        return self._play(self._runner, slots, f"step-{step:06d}")
+
+    def _play(self, runner: RolloutRunner, slots: Sequence[Slot], name: str) -> list[Episode]:
+        write = TraceWriter(self._folder.traces / f"{name}.rank-{self._state.process_index}.jsonl")
+
+        def on_episode(episode: Episode) -> None:
+            write(episode)
+            self._progress.episode(episode)
+
+        return asyncio.run(runner.run(slots, on_episode))
+
+    def _simulator_url(self, stack: contextlib.ExitStack) -> str:
+        """The URL that all processes ask; the main one keeps the embedded server."""
+        settings = self._recipe.simulator
+        if settings.url != "embedded":
+            return settings.url
+        return str(on_main(self._state, lambda: stack.enter_context(embedded(ScriptedBackend(), settings.port))))
+
+    # --- validation --------------------------------------------------------------------------------------------------------
+
+    def _make_validator(self, held_out: Sequence[Scenario]) -> Validator:
+        settings = self._recipe.validation
+        assert settings is not None
+        runner = self._runner.with_play(replace(play_settings(self._recipe), seed=settings.seed))
+
+        def play(step: int, slots: Sequence[Slot]) -> list[Episode]:
+            return self._play(runner, slots, f"validation-{step:06d}")
+
+        return Validator(
+            scenarios=held_out,
+            samples=settings.samples,
+            every=settings.every,
+            file=self._folder.validation_file,
+            play=lambda step, slots: self._trainer.unless_interrupted(lambda: play(step, slots)),
+            gather=gather_object,
+            keep_best=lambda: self._trainer.save_model(str(self._folder.best)),
+            share=lambda slots: slots[self._state.process_index :: self._state.num_processes],
+            is_main=self._state.is_main_process,
+            say=self._progress.say,
+        )
+
+    def _validate_when_due(self, step: int) -> None:
+        if self._validator and self._validator.is_due(step):
+            self._validator.validate(step)
 
     def _how_to_go_on(self) -> str:
         checkpoint = self._folder.newest_checkpoint()
@@ -95,175 +234,13 @@ class _Run:
         return f"{saved}; the same command again goes on from there"
 
 
-def _prepare(recipe: Recipe, stack: contextlib.ExitStack) -> _Run:
+def _scenarios(recipe: Recipe) -> list[Scenario]:
     scenarios = [s for s in load_scenarios(recipe.scenarios.train, "train") if s.scene in recipe.scenarios.scenes]
     if missing := set(recipe.scenarios.scenes) - {s.scene for s in scenarios}:
         raise ScenarioError(
             f"scenarios.scenes asks for {', '.join(sorted(missing))}, which {recipe.scenarios.train} has none of"
         )
-    # The arguments come before everything else that asks which process this is: they set up the process group, and
-    # DeepSpeed, if it is to shard a model while loading, has to be configured by then.
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    recipe.check_processes(processes)
-    arguments = _arguments(recipe, processes)
-    state: PartialState = arguments.distributed_state
-    if state.num_processes != processes:
-        raise RecipeError(
-            f"{processes} processes were launched but {state.num_processes} run together; "
-            "without GPUs set ACCELERATE_USE_CPU=true"
-        )
-    folder = RunFolder(recipe.folder)
-    resume = _on_main(state, lambda: folder.open(recipe))
-    model_path = _policy_path(recipe, folder, state)
-    tokenizer = load_tokenizer(model_path, recipe.policy.revision)
-    stop_ids = _stop_ids(model_path, tokenizer)
-    contexts = ContextBuilder(
-        tokenizer,
-        stop_ids=stop_ids,
-        max_prompt_tokens=recipe.rollout.max_prompt_tokens,
-        reasoning=recipe.policy.reasoning_context,
-        template_kwargs={"enable_thinking": recipe.policy.reasons},
-    )
-    contexts.check(scenarios)
-    _check_positions(recipe, model_path)
-
-    simulator = SimulatorClient(
-        _simulator_url(recipe, state, stack), timeout=recipe.simulator.timeout, attempts=recipe.simulator.attempts
-    )
-    asyncio.run(_check_simulator(simulator))
-    progress = RunProgress(
-        name=recipe.run.name,
-        steps=recipe.training.max_steps,
-        episodes_per_step=recipe.scenarios.per_step * recipe.rollout.group_size // state.num_processes,
-        enabled=state.is_main_process,
-    )
-    interrupted = stack.enter_context(_interrupts(progress))
-    write_trace = TraceWriter(folder.traces, state.process_index)
-
-    def on_episode(episode: Episode) -> None:
-        write_trace(episode)
-        progress.episode(episode)
-
-    runner: list[RolloutRunner] = []  # made once the trainer has loaded the model that it samples from
-
-    def collect(step: int, rows: Sequence[dict[str, Any]]) -> list[Episode]:
-        return asyncio.run(runner[0].run(_slots(recipe, scenarios, step, rows, state.process_index)))
-
-    trainer = CtcGrpoTrainer(
-        model=str(model_path),
-        args=arguments,
-        train_dataset=_data_set(recipe, scenarios),
-        processing_class=tokenizer,
-        peft_config=_lora(recipe),
-        collect=collect,
-        credit=_credit_options(recipe),
-        options=_update_options(recipe),
-        interrupted=interrupted,
-        callbacks=[_Bookkeeping(recipe, folder, progress)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_StopWhenAsked(trainer))
-    runner.append(
-        RolloutRunner(
-            engine=TransformersEngine(
-                trainer.accelerator.unwrap_model(trainer.model),
-                pad_id=tokenizer.pad_token_id,
-                stop_ids=stop_ids,
-                max_batch=recipe.rollout.max_batch,
-            ),
-            simulator=simulator,
-            contexts=contexts,
-            tokenizer=tokenizer,
-            stop_ids=stop_ids,
-            play=_play(recipe),
-            on_episode=on_episode,
-            interrupted=interrupted,
-        )
-    )
-    return _Run(recipe, folder, resume, trainer, progress)
-
-
-# --- the policy ----------------------------------------------------------------------------------------------------------
-
-
-def _policy_path(recipe: Recipe, folder: RunFolder, state: PartialState) -> str:
-    if recipe.policy.model != BUILTIN_TINY:
-        return recipe.policy.model
-
-    def build() -> None:
-        if not (folder.base / "config.json").exists():
-            build_tiny(folder.base, _texts(load_scenarios("english/train")), seed=recipe.run.seed)
-
-    _on_main(state, build)
-    return str(folder.base)
-
-
-def _texts(scenarios: Sequence[Scenario]) -> Iterator[str]:
-    for scenario in scenarios:
-        yield from (scenario.policy_persona, scenario.user_persona, scenario.opening_line)
-
-
-def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer, padding on the left, with a pad token."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision, padding_side="left")
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"policy.model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _stop_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every id that ends a reply: the tokenizer's end of sequence, and what the model's generation config adds."""
-    from transformers import GenerationConfig
-
-    ids = {tokenizer.eos_token_id}
-    with contextlib.suppress(OSError):  # not every model comes with a generation config
-        declared = GenerationConfig.from_pretrained(model).eos_token_id
-        ids |= set(declared if isinstance(declared, list) else [declared])
-    ids.discard(None)
-    if not ids:
-        raise PolicyError(f"tokenizer of {model!r} has no end-of-sequence token, so no reply would ever end")
-    return frozenset(ids)
-
-
-def _check_positions(recipe: Recipe, model: str) -> None:
-    limit = getattr(AutoConfig.from_pretrained(model, revision=recipe.policy.revision), "max_position_embeddings", None)
-    wanted = recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens
-    if limit is not None and wanted > limit:
-        raise PolicyError(
-            f"rollout.max_prompt_tokens + rollout.max_new_tokens is {wanted}, but {model!r} has {limit} positions; "
-            "lower one of them"
-        )
-
-
-def _lora(recipe: Recipe) -> LoraConfig | None:
-    lora = recipe.policy.lora
-    if lora is None:
-        return None
-    modules = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    return LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=modules, task_type="CAUSAL_LM"
-    )
-
-
-# --- the simulator -------------------------------------------------------------------------------------------------------
-
-
-def _simulator_url(recipe: Recipe, state: PartialState, stack: contextlib.ExitStack) -> str:
-    """The URL that all processes ask; the main one keeps the embedded server."""
-    if recipe.simulator.url != "embedded":
-        return recipe.simulator.url
-    return str(_on_main(state, lambda: stack.enter_context(embedded(ScriptedBackend(), recipe.simulator.port))))
-
-
-async def _check_simulator(simulator: SimulatorClient) -> None:
-    async with simulator:
-        await simulator.health()
-
-
-# --- the trainer's settings ------------------------------------------------------------------------------------------------
+    return scenarios
 
 
 def _data_set(recipe: Recipe, scenarios: Sequence[Scenario]) -> Dataset:
@@ -274,169 +251,26 @@ def _data_set(recipe: Recipe, scenarios: Sequence[Scenario]) -> Dataset:
     return Dataset.from_dict({"scenario": [index for step in schedule for index in step]})
 
 
-def _slots(
-    recipe: Recipe, scenarios: Sequence[Scenario], step: int, rows: Sequence[dict[str, Any]], process: int
-) -> list[Slot]:
-    """What this process plays: its contiguous slice of the step's scenarios x rollouts."""
-    size = recipe.rollout.group_size
-    first = process * len(rows)
-    return [Slot(scenarios[row["scenario"]], step, (first + k) // size, (first + k) % size) for k, row in enumerate(rows)]
-
-
-def _play(recipe: Recipe) -> Play:
-    rollout = recipe.rollout
-    return Play(
-        sampling=Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens),
-        max_turns=rollout.max_turns,
-        seed=recipe.run.seed,
-        variant=recipe.scoring.variant,
-        deterministic=rollout.deterministic,
-    )
-
-
-def _credit_options(recipe: Recipe) -> CreditOptions:
-    credit, scoring = recipe.credit, recipe.scoring
-    return CreditOptions(
-        alpha=credit.alpha,
-        centering=credit.centering,
-        credit=credit.credit,
-        gamma=credit.gamma,
-        center_weights=credit.center_weights,
-        scale=credit.scale,
-        std_min=credit.std_min,
-        turn_weights=scoring.turn_weights,
-        shaping=(scoring.no_reasoning_penalty, scoring.fault_penalty) if recipe.policy.reasons else None,
-    )
-
-
-def _update_options(recipe: Recipe) -> UpdateOptions:
-    training = recipe.training
-    return UpdateOptions(
-        updates_per_step=training.updates_per_step,
-        tokens_per_row=training.tokens_per_row,
-        clip=training.clip,
-        entropy_bonus=training.entropy_bonus,
-        recorded_logprobs=training.old_logprobs == "recorded",
-        max_failed=recipe.rollout.max_failed,
-    )
-
-
-def _arguments(recipe: Recipe, processes: int) -> GRPOConfig:
-    training, rollout = recipe.training, recipe.rollout
-    updates = training.updates_per_step
-    steps = training.max_steps * updates
-    cosine = training.schedule == "cosine"
-    if recipe.run.wandb != "disabled":
-        os.environ["WANDB_MODE"] = recipe.run.wandb
-    return GRPOConfig(
-        output_dir=str(recipe.folder),
-        run_name=recipe.run.name,
-        report_to=["wandb"] if recipe.run.wandb != "disabled" else [],
-        seed=recipe.run.seed,
-        max_steps=steps,
-        per_device_train_batch_size=recipe.scenarios.per_step * rollout.group_size // processes,
-        gradient_accumulation_steps=1,
-        num_generations=rollout.group_size,
-        steps_per_generation=1,
-        num_iterations=updates,
-        shuffle_dataset=False,
-        remove_unused_columns=False,
-        temperature=rollout.temperature,
-        max_completion_length=rollout.max_new_tokens,
-        model_init_kwargs={
-            "dtype": recipe.policy.dtype,
-            "attn_implementation": recipe.policy.attention,
-            "revision": recipe.policy.revision,
-        },
-        learning_rate=training.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr" if cosine else "constant_with_warmup",
-        lr_scheduler_kwargs={"min_lr_rate": training.min_learning_rate} if cosine else {},
-        warmup_steps=round(training.warmup * steps),
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
-        bf16=training.bf16,
-        beta=0.0,
-        disable_dropout=True,
-        logging_steps=updates,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=training.save_every * updates,
-        save_total_limit=training.keep_checkpoints,
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+async def _health(simulator: SimulatorClient) -> dict[str, Any]:
+    async with simulator:
+        return await simulator.health()
 
 
 class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
-    """Writes metrics.jsonl and moves the progress display."""
+    """Tells the run what happens in the trainer, and ends it, with a checkpoint, after the last update of a step in which
+    somebody pressed Ctrl-C."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, progress: RunProgress) -> None:
-        self._updates = recipe.training.updates_per_step
-        self._folder = folder
-        self._progress = progress
+    def __init__(self, run: _Run) -> None:
+        self._run = run
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step = state.global_step // self._updates
-        if state.is_world_process_zero:
-            self._folder.rewind(step)
-        self._progress.start(step)
+        self._run.started(state.global_step // self._run.updates_per_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if not state.is_world_process_zero or "outcome/all" not in logs:
-            return
-        step = state.global_step // self._updates
-        self._folder.append_metrics({"step": step, **logs})
-        self._progress.step(step, logs)
-
-
-class _StopWhenAsked(TrainerCallback):  # type: ignore[misc]
-    """Ends the run, with a checkpoint, after the last update of a step in which somebody pressed Ctrl-C."""
-
-    def __init__(self, trainer: CtcGrpoTrainer) -> None:
-        self._trainer = trainer
+        if "outcome/all" in logs:
+            self._run.logged(state.global_step // self._run.updates_per_step, logs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer.stop_requested and state.global_step < state.max_steps:
+        if self._run.trainer.stop_requested:
             control.should_save = True
             control.should_training_stop = True
-        else:
-            self._trainer.stop_requested = False
-
-
-# --- processes and signals -----------------------------------------------------------------------------------------------
-
-
-def _on_main(state: PartialState, do: Callable[[], Any]) -> Any:
-    """Do something on the main process and give its result, or its error, to all."""
-    result: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            result[0] = do()
-        except Exception as error:  # noqa: BLE001 - raised again below, on every process
-            result[1] = error
-    broadcast_object_list(result)
-    if result[1] is not None:
-        raise result[1]
-    return result[0]
-
-
-@contextlib.contextmanager
-def _interrupts(progress: RunProgress) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C (and a scheduler's TERM) asks the run to stop at the next safe point; a second one stops it at once."""
-    asked = False
-
-    def ask(signum: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        progress.say("stopping at the next safe point and saving; once more stops at once")
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -45,7 +45,7 @@ class Play:
 
 
 class RolloutRunner:
-    """Plays slots against one engine and one simulator; `on_episode` sees each episode the moment it is over."""
+    """Plays slots against one engine and one simulator."""
 
     def __init__(
         self,
@@ -56,7 +56,6 @@ class RolloutRunner:
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: frozenset[int],
         play: Play,
-        on_episode: Callable[[Episode], None] = lambda episode: None,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.engine = engine
@@ -65,11 +64,29 @@ class RolloutRunner:
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
         self.play = play
-        self._on_episode = on_episode
+        self._on_episode: Callable[[Episode], None] = lambda episode: None
         self._interrupted = interrupted
 
-    async def run(self, slots: Sequence[Slot]) -> list[Episode]:
-        """One episode a slot, in the order of the slots. Raises RunInterrupted as soon as the run is asked to stop."""
+    def with_play(self, play: Play) -> RolloutRunner:
+        """The same parts, playing otherwise."""
+        return RolloutRunner(
+            engine=self.engine,
+            simulator=self.simulator,
+            contexts=self.contexts,
+            tokenizer=self.tokenizer,
+            stop_ids=self.stop_ids,
+            play=play,
+            interrupted=self._interrupted,
+        )
+
+    async def run(
+        self, slots: Sequence[Slot], on_episode: Callable[[Episode], None] = lambda episode: None
+    ) -> list[Episode]:
+        """One episode a slot, in the order of the slots; `on_episode` sees each the moment it is over.
+
+        Raises RunInterrupted as soon as the run is asked to stop.
+        """
+        self._on_episode = on_episode
         players = [_Player(self, slot) for slot in slots]
         async with self.simulator:
             if self.play.deterministic:

@@ -47,16 +47,12 @@ def _turn(turn: Turn) -> dict[str, Any]:
 
 
 class TraceWriter:
-    """Writes `traces/step-NNNNNN.rank-R.jsonl`; a step that is played again (after a resume) starts its file anew."""
+    """Starts a file anew and adds a line for each episode."""
 
-    def __init__(self, folder: Path, rank: int = 0) -> None:
-        self._folder = folder
-        self._rank = rank
-        self._started: set[int] = set()
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        file.write_text("", encoding="utf-8")
 
     def __call__(self, episode: Episode) -> None:
-        file = self._folder / f"step-{episode.step:06d}.rank-{self._rank}.jsonl"
-        mode = "a" if episode.step in self._started else "w"
-        self._started.add(episode.step)
-        with file.open(mode, encoding="utf-8") as out:
+        with self._file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(trace_record(episode), ensure_ascii=False) + "\n")

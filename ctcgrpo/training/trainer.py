@@ -55,7 +55,8 @@ Collect = Callable[[int, Sequence[dict[str, Any]]], list[Episode]]
 
 class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
     """See the module's docstring. `args.num_iterations` must equal `options.updates_per_step`; the data set holds one row a
-    scenario and step, in order. `interrupted` is polled between rollouts and after the last update of a step."""
+    scenario and step, in order. `before_step` is called with the number of batches done before the next one is collected.
+    `interrupted` is polled between rollouts and after the last update of a step."""
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         collect: Collect,
         credit: CreditOptions,
         options: UpdateOptions,
+        before_step: Callable[[int], None] = lambda step: None,
         interrupted: Callable[[], bool] = lambda: False,
         **kwargs: Any,
     ) -> None:
@@ -74,6 +76,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         self._collect = collect
         self._credit = credit
         self._options = options
+        self._before_step = before_step
         self._interrupted = interrupted
         self._updates: list[list[TurnSample]] = []
         self._baseline = SceneBaseline()
@@ -90,13 +93,15 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         update = self.state.global_step % self._options.updates_per_step
         if update == 0 or not self._updates:
+            self._before_step(self.rollout_step)
             self._updates = self._new_batch(inputs)
         started = time.perf_counter()
         loss = self.update(model, self._updates[update])
         self._log_number("seconds/update", time.perf_counter() - started)
         if update == self._options.updates_per_step - 1:
             self._updates = []
-            self.stop_requested = bool(self._sum_over_processes([float(self._interrupted())])[0])
+            asked = bool(self._sum_over_processes([float(self._interrupted())])[0])
+            self.stop_requested = asked and self.state.global_step + 1 < self.state.max_steps
         return loss
 
     def update(self, model: torch.nn.Module, samples: Sequence[TurnSample]) -> torch.Tensor:
@@ -180,16 +185,8 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
     def _new_batch(self, inputs: Sequence[dict[str, Any]]) -> list[list[TurnSample]]:
         """Play the step's episodes, share their credit out, and split their turns over the step's updates."""
         started = time.perf_counter()
-        episodes: list[Episode] = []
-        interrupted = False
-        try:
-            episodes = self._collect(self.rollout_step + 1, inputs)
-        except RunInterrupted:
-            interrupted = True
-        gathered = gather_object([(interrupted, [summarise(e, self._credit) for e in episodes])])
-        if any(flag for flag, _ in gathered):
-            raise RunInterrupted("interrupted in the middle of a rollout")
-        summaries = [summary for _, part in gathered for summary in part]
+        episodes = self.unless_interrupted(lambda: self._collect(self.rollout_step + 1, inputs))
+        summaries = gather_object([summarise(e, self._credit) for e in episodes])
         self._refuse_failures(summaries, episodes)
         credit = step_credit(summaries, self._credit, self._baseline)
         self._baseline = credit.baseline
@@ -208,6 +205,18 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
             flat = iter(current)
             samples = [[replace(sample, old_logprobs=next(flat)) for sample in part] for part in samples]
         return samples
+
+    def unless_interrupted(self, play: Callable[[], list[Episode]]) -> list[Episode]:
+        """Play episodes; when any process was interrupted meanwhile, all of them stop here together."""
+        episodes: list[Episode] = []
+        interrupted = False
+        try:
+            episodes = play()
+        except RunInterrupted:
+            interrupted = True
+        if any(gather_object([interrupted])):
+            raise RunInterrupted("interrupted in the middle of a rollout")
+        return episodes
 
     def _wants_check(self) -> bool:
         return self.rollout_step == 0

@@ -89,7 +89,7 @@ async def test_recorded_logprobs_are_the_recomputed_ones(
 
 async def test_an_episode_adds_up(parts: Parts, simulator_url: str) -> None:
     seen: list[Episode] = []
-    episodes = await parts.runner(simulator_url, on_episode=seen.append).run(SLOTS)
+    episodes = await parts.runner(simulator_url).run(SLOTS, seen.append)
     assert [(e.group, e.rollout, e.step) for e in episodes] == [(s.group, s.rollout, 3) for s in SLOTS]
     assert {e.name for e in seen} == {e.name for e in episodes}
     for episode in episodes:
@@ -188,7 +188,7 @@ async def test_one_slow_episode_holds_up_nobody_else(parts: Parts, simulator_url
             return await self.inner.generate(prompt_ids, seed=seed, sampling=sampling)
 
     order: list[Episode] = []
-    await parts.runner(simulator_url, engine=SlowForOne(), on_episode=order.append).run(SLOTS)
+    await parts.runner(simulator_url, engine=SlowForOne()).run(SLOTS, order.append)
     assert (order[-1].group, order[-1].rollout) == (0, 0)
 
 
@@ -199,11 +199,12 @@ async def test_interruption_stops_a_rollout(parts: Parts, simulator_url: str) ->
 
 
 async def test_traces_hold_every_episode(parts: Parts, simulator_url: str, tmp_path: Path) -> None:
-    writer = TraceWriter(tmp_path)
-    episodes = await parts.runner(simulator_url, on_episode=writer).run(SLOTS)
+    file = tmp_path / "step.jsonl"
+    writer = TraceWriter(file)
+    episodes = await parts.runner(simulator_url).run(SLOTS, writer)
     async with misbehaving(says("oops", 500)) as (url, _):
-        failed = await parts.runner(url, on_episode=writer).run([Slot(SCENARIOS[0], 3, 0, 9)])
-    lines = [json.loads(line) for line in (tmp_path / "step-000003.rank-0.jsonl").read_text().splitlines()]
+        failed = await parts.runner(url).run([Slot(SCENARIOS[0], 3, 0, 9)], writer)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(lines) == len(SLOTS) + 1
     by_key = {(line["group"], line["rollout"]): line for line in lines}
     for episode in episodes:
@@ -215,5 +216,5 @@ async def test_traces_hold_every_episode(parts: Parts, simulator_url: str, tmp_p
     assert line["outcome"] is None and line["final_state"] is None
     assert line["failure"]["kind"] == "simulator_transport" and failed[0].failure
     # Played again after a resume, the step's file starts anew.
-    TraceWriter(tmp_path)(episodes[0])
-    assert len((tmp_path / "step-000003.rank-0.jsonl").read_text().splitlines()) == 1
+    TraceWriter(file)(episodes[0])
+    assert len(file.read_text().splitlines()) == 1

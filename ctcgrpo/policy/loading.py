@@ -1,0 +1,67 @@
+"""Finding the policy: its folder, its tokenizer, and what ends its replies."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from ctcgrpo.errors import PolicyError
+from ctcgrpo.policy.tiny import build_tiny
+from ctcgrpo.records import Scenario
+from ctcgrpo.scenarios import load_scenarios
+
+BUILTIN_TINY = "builtin/tiny"
+
+
+def build_builtin(model: str, folder: Path, seed: int) -> str:
+    """The path or Hub id of a policy; one that comes with this package is built in `folder` first, once."""
+    if model != BUILTIN_TINY:
+        return model
+    if not (folder / "config.json").exists():
+        build_tiny(folder, _texts(load_scenarios("english/train")), seed=seed)
+    return str(folder)
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer, padding on the left, with a pad token."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"policy.model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> frozenset[int]:
+    """Every id that ends a reply: the tokenizer's end of sequence, and what the model's generation config adds."""
+    ids = {tokenizer.eos_token_id}
+    with contextlib.suppress(OSError):  # not every model comes with a generation config
+        declared = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
+        ids |= set(declared if isinstance(declared, list) else [declared])
+    ids.discard(None)
+    if not ids:
+        raise PolicyError(f"tokenizer of {model!r} has no end-of-sequence token, so no reply would ever end")
+    return frozenset(ids)
+
+
+def check_positions(model: str, wanted: int, revision: str | None = None) -> None:
+    """Refuse a context that the model has no positions for."""
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"policy.model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and wanted > limit:
+        raise PolicyError(
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens is {wanted}, but {model!r} has {limit} positions; "
+            "lower one of them"
+        )
+
+
+def _texts(scenarios: Sequence[Scenario]) -> Iterator[str]:
+    for scenario in scenarios:
+        yield from (scenario.policy_persona, scenario.user_persona, scenario.opening_line)

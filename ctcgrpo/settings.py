@@ -1,0 +1,112 @@
+"""From a recipe's sections to the settings of the parts: no logic, one function a part."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from peft import LoraConfig
+from trl import GRPOConfig
+
+from ctcgrpo.recipe import Recipe
+from ctcgrpo.rollout.engine import Sampling
+from ctcgrpo.rollout.runner import Play
+from ctcgrpo.training.samples import CreditOptions
+from ctcgrpo.training.trainer import UpdateOptions
+
+
+def play_settings(recipe: Recipe) -> Play:
+    rollout = recipe.rollout
+    return Play(
+        sampling=Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens),
+        max_turns=rollout.max_turns,
+        seed=recipe.run.seed,
+        variant=recipe.scoring.variant,
+        deterministic=rollout.deterministic,
+    )
+
+
+def credit_options(recipe: Recipe) -> CreditOptions:
+    credit, scoring = recipe.credit, recipe.scoring
+    return CreditOptions(
+        alpha=credit.alpha,
+        centering=credit.centering,
+        credit=credit.credit,
+        gamma=credit.gamma,
+        center_weights=credit.center_weights,
+        scale=credit.scale,
+        std_min=credit.std_min,
+        turn_weights=scoring.turn_weights,
+        shaping=(scoring.no_reasoning_penalty, scoring.fault_penalty) if recipe.policy.reasons else None,
+    )
+
+
+def update_options(recipe: Recipe) -> UpdateOptions:
+    training = recipe.training
+    return UpdateOptions(
+        updates_per_step=training.updates_per_step,
+        tokens_per_row=training.tokens_per_row,
+        clip=training.clip,
+        entropy_bonus=training.entropy_bonus,
+        recorded_logprobs=training.old_logprobs == "recorded",
+        max_failed=recipe.rollout.max_failed,
+    )
+
+
+def lora_config(recipe: Recipe) -> LoraConfig | None:
+    lora = recipe.policy.lora
+    if lora is None:
+        return None
+    modules = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    return LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=modules, task_type="CAUSAL_LM"
+    )
+
+
+def trainer_arguments(recipe: Recipe, processes: int) -> GRPOConfig:
+    """TRL's and transformers' side of the settings. Making them sets up the process group."""
+    training, rollout = recipe.training, recipe.rollout
+    updates = training.updates_per_step
+    steps = training.max_steps * updates
+    cosine = training.schedule == "cosine"
+    if recipe.run.wandb != "disabled":
+        os.environ["WANDB_MODE"] = recipe.run.wandb
+    return GRPOConfig(
+        output_dir=str(recipe.folder),
+        run_name=recipe.run.name,
+        report_to=["wandb"] if recipe.run.wandb != "disabled" else [],
+        seed=recipe.run.seed,
+        max_steps=steps,
+        per_device_train_batch_size=recipe.scenarios.per_step * rollout.group_size // processes,
+        gradient_accumulation_steps=1,
+        num_generations=rollout.group_size,
+        steps_per_generation=1,
+        num_iterations=updates,
+        shuffle_dataset=False,
+        remove_unused_columns=False,
+        temperature=rollout.temperature,
+        max_completion_length=rollout.max_new_tokens,
+        model_init_kwargs={
+            "dtype": recipe.policy.dtype,
+            "attn_implementation": recipe.policy.attention,
+            "revision": recipe.policy.revision,
+        },
+        learning_rate=training.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr" if cosine else "constant_with_warmup",
+        lr_scheduler_kwargs={"min_lr_rate": training.min_learning_rate} if cosine else {},
+        warmup_steps=round(training.warmup * steps),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        gradient_checkpointing=training.gradient_checkpointing,
+        bf16=training.bf16,
+        beta=0.0,
+        disable_dropout=True,
+        logging_steps=updates,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=training.save_every * updates,
+        save_total_limit=training.keep_checkpoints,
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )

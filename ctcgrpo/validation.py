@@ -1,0 +1,155 @@
+"""How good the policy is on held-out scenarios: before, during and after training, with the same scoring and simulator.
+
+Every validation samples with the same seeds, so two of them differ in the policy alone and are compared scenario by scenario.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ctcgrpo.records import SCENES, Episode, Scenario
+from ctcgrpo.rollout.runner import Slot
+
+BOOTSTRAP_SAMPLES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """The outcomes (as fractions in [-1, 1]) of every valid episode after `step` batches of rollouts, by scenario."""
+
+    step: int
+    outcomes: Mapping[str, Sequence[float]]
+    scenes: Mapping[str, str]
+    failed: int = 0
+
+    @property
+    def by_scenario(self) -> dict[str, float]:
+        """Mean outcome of each scenario that has a valid episode."""
+        return {name: math.fsum(values) / len(values) for name, values in self.outcomes.items() if values}
+
+    @property
+    def overall(self) -> float:
+        """Mean over scenarios; NaN where no episode was valid."""
+        return _mean(self.by_scenario.values())
+
+    def figures(self) -> dict[str, Any]:
+        """overall and by scene, the number of scenarios, of episodes and of failed ones."""
+        means = self.by_scenario
+        by_scene = {scene: [m for name, m in means.items() if self.scenes[name] == scene] for scene in SCENES}
+        return {
+            "overall": self.overall,
+            "scenes": {scene: _mean(values) for scene, values in by_scene.items() if values},
+            "n": len(means),
+            "episodes": sum(map(len, self.outcomes.values())),
+            "failed": self.failed,
+        }
+
+
+def validation_of(step: int, scenarios: Sequence[Scenario], episodes: Sequence[tuple[str, float]]) -> Validation:
+    """From (scenario id, outcome) pairs; a failed episode's outcome is NaN."""
+    outcomes: dict[str, list[float]] = {scenario.id: [] for scenario in scenarios}
+    failed = 0
+    for name, outcome in episodes:
+        if math.isnan(outcome):
+            failed += 1
+        else:
+            outcomes[name].append(outcome)
+    return Validation(step, outcomes, {s.id: s.scene for s in scenarios}, failed)
+
+
+def improvement(before: Validation, after: Validation, *, seed: int = 0) -> dict[str, Any]:
+    """The mean paired difference over scenarios and its 95 % interval by a bootstrap over scenarios."""
+    a, b = before.by_scenario, after.by_scenario
+    differences = np.array([b[name] - a[name] for name in a if name in b])
+    if not len(differences):
+        return {"overall": math.nan, "ci95": [math.nan, math.nan], "n": 0}
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(differences), size=(BOOTSTRAP_SAMPLES, len(differences)))
+    low, high = np.percentile(differences[drawn].mean(axis=1), [2.5, 97.5])
+    return {"overall": float(differences.mean()), "ci95": [float(low), float(high)], "n": len(differences)}
+
+
+def validation_slots(scenarios: Sequence[Scenario], samples: int) -> list[Slot]:
+    """What a validation plays: `samples` episodes a scenario, the same ones every time."""
+    return [Slot(scenario, 0, group, k) for group, scenario in enumerate(scenarios) for k in range(samples)]
+
+
+@dataclass
+class Validator:
+    """Validates when it is time, keeps the record in `file`, and says when the policy is the best so far.
+
+    `play` plays slots on this process; `gather` collects pairs from all processes; `keep_best` saves the policy. All are
+    called on every process alike.
+    """
+
+    scenarios: Sequence[Scenario]
+    samples: int
+    every: int
+    file: Path
+    play: Callable[[int, Sequence[Slot]], list[Episode]]
+    gather: Callable[[list[tuple[str, float]]], list[tuple[str, float]]]
+    keep_best: Callable[[], None]
+    share: Callable[[Sequence[Slot]], Sequence[Slot]]
+    is_main: bool
+    say: Callable[[str], None]
+    done: dict[int, Validation] = field(default_factory=dict)
+
+    def rewind(self, step: int) -> None:
+        """Take up the record of an earlier session, up to `step`."""
+        if self.file.exists():
+            lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
+            records = [json.loads(line) for line in lines if line.endswith("\n")]
+            kept = [Validation(**r) for r in records if r["step"] <= step]
+            self.done = {validation.step: validation for validation in kept}
+
+    def is_due(self, step: int) -> bool:
+        return step % self.every == 0 and step not in self.done
+
+    def validate(self, step: int) -> Validation:
+        """Validate the policy as it stands after `step` batches of rollouts."""
+        if step in self.done:
+            return self.done[step]
+        slots = validation_slots(self.scenarios, self.samples)
+        played = self.play(step, self.share(slots))
+        result = validation_of(step, self.scenarios, self.gather([(e.scenario.id, e.outcome) for e in played]))
+        best = self.best()
+        self.done[step] = result
+        if step and not math.isnan(result.overall) and (best is None or result.overall > best.overall):
+            self.keep_best()
+        if self.is_main:
+            text = "".join(json.dumps(asdict(self.done[k])) + "\n" for k in sorted(self.done))
+            self.file.write_text(text, encoding="utf-8")
+        figures = result.figures()
+        scenes = ", ".join(f"{scene} {value:+.3f}" for scene, value in figures["scenes"].items())
+        lost = f", {result.failed} failed" if result.failed else ""
+        self.say(f"validation after step {step}: {result.overall:+.3f} ({scenes}; {figures['n']} scenarios{lost})")
+        return result
+
+    def best(self) -> Validation | None:
+        """The best one so far, of those after some training."""
+        trained = [v for v in self.done.values() if v.step and not math.isnan(v.overall)]
+        return max(trained, key=lambda v: (v.overall, -v.step), default=None)
+
+    def summary(self, **facts: Any) -> dict[str, Any]:
+        """summary.json: before, after, the paired improvement, the best step; and the facts needed to compare."""
+        before, after, best = self.done[min(self.done)], self.done[max(self.done)], self.best()
+        return {
+            "before": before.figures(),
+            "after": after.figures(),
+            "improvement": improvement(before, after),
+            "steps": after.step,
+            "best": None if best is None else {"step": best.step, "overall": best.overall},
+            **facts,
+        }
+
+
+def _mean(values: Any) -> float:
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers) if numbers else math.nan
