@@ -37,14 +37,14 @@ class Validation:
     @property
     def overall(self) -> float:
         """Mean over scenarios; NaN where no episode was valid."""
-        return _mean(self.by_scenario.values())
+        return _mean(list(self.by_scenario.values()))
 
     def figures(self) -> dict[str, Any]:
-        """overall and by scene, the number of scenarios, of episodes and of failed ones."""
+        """overall (None where no episode was valid) and by scene, the number of scenarios, of episodes and of failed ones."""
         means = self.by_scenario
         by_scene = {scene: [m for name, m in means.items() if self.scenes[name] == scene] for scene in SCENES}
         return {
-            "overall": self.overall,
+            "overall": self.overall if means else None,
             "scenes": {scene: _mean(values) for scene, values in by_scene.items() if values},
             "n": len(means),
             "episodes": sum(map(len, self.outcomes.values())),
@@ -65,11 +65,11 @@ def validation_of(step: int, scenarios: Sequence[Scenario], episodes: Sequence[t
 
 
 def improvement(before: Validation, after: Validation, *, seed: int = 0) -> dict[str, Any]:
-    """The mean paired difference over scenarios and its 95 % interval by a bootstrap over scenarios."""
+    """The mean paired difference over the scenarios that both have, and its 95 % interval by a bootstrap over them."""
     a, b = before.by_scenario, after.by_scenario
     differences = np.array([b[name] - a[name] for name in a if name in b])
     if not len(differences):
-        return {"overall": math.nan, "ci95": [math.nan, math.nan], "n": 0}
+        return {"overall": None, "ci95": None, "n": 0}
     rng = np.random.default_rng(seed)
     drawn = rng.integers(len(differences), size=(BOOTSTRAP_SAMPLES, len(differences)))
     low, high = np.percentile(differences[drawn].mean(axis=1), [2.5, 97.5])
@@ -126,10 +126,7 @@ class Validator:
         if self.is_main:
             text = "".join(json.dumps(asdict(self.done[k])) + "\n" for k in sorted(self.done))
             self.file.write_text(text, encoding="utf-8")
-        figures = result.figures()
-        scenes = ", ".join(f"{scene} {value:+.3f}" for scene, value in figures["scenes"].items())
-        lost = f", {result.failed} failed" if result.failed else ""
-        self.say(f"validation after step {step}: {result.overall:+.3f} ({scenes}; {figures['n']} scenarios{lost})")
+        self.say(f"validation after step {step}: {_described(result.figures())}")
         return result
 
     def best(self) -> Validation | None:
@@ -150,6 +147,13 @@ class Validator:
         }
 
 
-def _mean(values: Any) -> float:
-    numbers = list(values)
-    return math.fsum(numbers) / len(numbers) if numbers else math.nan
+def _described(figures: Mapping[str, Any]) -> str:
+    if figures["overall"] is None:
+        return f"no valid episode, {figures['failed']} failed"
+    scenes = ", ".join(f"{scene} {value:+.3f}" for scene, value in figures["scenes"].items())
+    lost = f", {figures['failed']} episodes failed" if figures["failed"] else ""
+    return f"{figures['overall']:+.3f} ({scenes}; {figures['n']} scenarios{lost})"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan

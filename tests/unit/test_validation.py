@@ -1,0 +1,127 @@
+"""Validation: figures by hand, paired intervals, what failed is counted apart, and the record survives a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ctcgrpo.records import Episode, Failure
+from ctcgrpo.rollout.runner import Slot
+from ctcgrpo.validation import Validation, Validator, improvement, validation_of, validation_slots
+from tests.unit.test_run import FAST, TINY, Command, ctcgrpo  # noqa: F401 - a fixture
+from tests.unit.test_training_parts import scenario
+
+SCENARIOS = [scenario("support", "a"), scenario("support", "b"), scenario("charm", "c")]
+
+
+def test_figures_by_hand() -> None:
+    pairs = [("a", 0.2), ("a", 0.6), ("b", -0.4), ("c", 0.5), ("c", math.nan), ("b", math.nan)]
+    figures = validation_of(3, SCENARIOS, pairs).figures()
+    # Means over scenarios: a 0.4, b -0.4, c 0.5.
+    assert figures["overall"] == pytest.approx(0.5 / 3)
+    assert figures["scenes"] == pytest.approx({"support": 0.0, "charm": 0.5})
+    assert (figures["n"], figures["episodes"], figures["failed"]) == (3, 4, 2)
+
+
+def test_what_failed_is_no_score() -> None:
+    nothing = validation_of(0, SCENARIOS, [("a", math.nan)])
+    assert nothing.figures() == {"overall": None, "scenes": {}, "n": 0, "episodes": 0, "failed": 1}
+    assert improvement(nothing, nothing) == {"overall": None, "ci95": None, "n": 0}
+    json.loads(json.dumps(nothing.figures(), allow_nan=False))
+
+
+def test_the_improvement_is_paired() -> None:
+    before = validation_of(0, SCENARIOS, [("a", 0.1), ("b", -0.9), ("c", 0.5)])
+    better = validation_of(9, SCENARIOS, [("a", 0.3), ("b", -0.7), ("c", 0.7)])
+    # Every scenario gains 0.2, however different they are: the interval is a point.
+    gain = improvement(before, better)
+    assert gain["overall"] == pytest.approx(0.2) and gain["ci95"] == pytest.approx([0.2, 0.2])
+    mixed = improvement(before, validation_of(9, SCENARIOS, [("a", 0.3), ("b", -1.0), ("c", 0.5)]))
+    assert mixed["ci95"][0] < 0 < mixed["ci95"][1]
+    alone = improvement(before, validation_of(9, SCENARIOS, [("b", -0.8)]))
+    assert alone["n"] == 1 and alone["overall"] == pytest.approx(0.1)
+
+
+def test_slots_are_the_same_every_time() -> None:
+    assert validation_slots(SCENARIOS, 2) == validation_slots(SCENARIOS, 2)
+    assert [(s.scenario.id, s.group, s.rollout) for s in validation_slots(SCENARIOS, 2)][:3] == [
+        ("a", 0, 0),
+        ("a", 0, 1),
+        ("b", 1, 0),
+    ]
+
+
+class Scores:
+    """Plays slots with outcomes that depend on the step."""
+
+    def __init__(self, by_step: dict[int, float]) -> None:
+        self.by_step = by_step
+        self.played: list[int] = []
+        self.saved: list[int] = []
+
+    def __call__(self, step: int, slots: Sequence[Slot]) -> list[Episode]:
+        self.played.append(step)
+        value = self.by_step[step]
+        failure = Failure("simulator_reply", "x") if math.isnan(value) else None
+        return [Episode(s.scenario, 0, s.group, s.rollout, (), value, failure) for s in slots]
+
+
+def validator(scores: Scores, file: Path, **options: Any) -> Validator:
+    made = Validator(
+        scenarios=SCENARIOS,
+        samples=2,
+        every=5,
+        file=file,
+        play=scores,
+        gather=lambda pairs: pairs,
+        keep_best=lambda: scores.saved.append(scores.played[-1]),
+        share=lambda slots: slots,
+        is_main=True,
+        say=lambda text: None,
+    )
+    made.rewind(options.get("step", 0))
+    return made
+
+
+def test_the_best_is_kept_and_the_record_survives(tmp_path: Path) -> None:
+    file = tmp_path / "validation.jsonl"
+    scores = Scores({0: -0.5, 5: 0.1, 10: 0.4, 15: 0.2, 20: math.nan})
+    first = validator(scores, file)
+    assert [k for k in range(21) if first.is_due(k)] == [0, 5, 10, 15, 20]
+    for step in (0, 5, 10, 15, 20):
+        first.validate(step)
+    assert scores.saved == [5, 10] and not first.is_due(10)
+    best = first.best()
+    assert best is not None and best.step == 10
+
+    file.write_text(file.read_text() + '{"step": 25, "outc')  # killed in the middle of a line
+    again = validator(scores, file, step=10)
+    assert sorted(again.done) == [0, 5, 10] and again.is_due(15)
+    scores.by_step[15] = 0.9
+    again.validate(15)
+    summary = again.summary(run="x")
+    assert summary["before"]["overall"] == -0.5 and summary["after"]["overall"] == pytest.approx(0.9)
+    assert summary["improvement"]["overall"] == pytest.approx(1.4)
+    assert summary["best"] == {"step": 15, "overall": pytest.approx(0.9)} and summary["run"] == "x"
+    lines = [Validation(**json.loads(line)) for line in file.read_text().splitlines()]
+    assert [v.step for v in lines] == [0, 5, 10, 15]
+
+
+def test_a_run_with_validation_leaves_a_summary(ctcgrpo: Command, tmp_path: Path) -> None:  # noqa: F811
+    held_out = ["validation.scenarios=english/test", "validation.every=1", "validation.samples=1"]
+    code, out, err = ctcgrpo("train", TINY, *FAST, f"run.output_dir={tmp_path}", *held_out)
+    assert code == 0, err
+    folder = tmp_path / "tiny"
+    summary = json.loads((folder / "summary.json").read_text())
+    for when in ("before", "after"):
+        assert summary[when]["n"] == 16 and set(summary[when]["scenes"]) == {"support", "defense", "repair", "charm"}
+    assert len(summary["improvement"]["ci95"]) == 2 and summary["improvement"]["n"] == 16
+    assert summary["simulator"]["backend"] == "scripted" and summary["scoring_variant"] == "training"
+    assert (folder / "best" / "model.safetensors").exists()
+    assert out.count("validation after step") == 2
+    assert len((folder / "traces" / "validation-000001.rank-0.jsonl").read_text().splitlines()) == 16
