@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 
-from ctcgrpo.records import UserState
+from ctcgrpo.records import Scene, UserState
 from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, TurnRequest, Utterance
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge, read_knowledge
 from ctcgrpo.simulator.scripted.language import Language, load_language
@@ -31,8 +30,9 @@ def react(request: TurnRequest) -> Reaction:
     """The reaction to the last reply in the history. Raises SimulatorReplyError for a language without rules."""
     card = request.scenario
     language = load_language(card.language)
-    knowledge = _knowledge(card.model_dump_json(), card.language)
-    readings = _readings(card, knowledge, language, request.history)
+    card_json = card.model_dump_json()
+    knowledge = _knowledge(card_json, card.language)
+    readings = _readings(card, card_json, request.history)
     heard = Heard(readings[-1], tuple(readings[:-1]), knowledge, language, card.scene, request.round)
     found = findings(heard)
     before = UserState(request.state.anger, request.state.trust)
@@ -50,35 +50,38 @@ def react(request: TurnRequest) -> Reaction:
 
 @lru_cache(maxsize=4096)
 def _knowledge(card_json: str, code: str) -> Knowledge:
-    return read_knowledge(ScenarioCard.model_validate(json.loads(card_json)), load_language(code))
+    return read_knowledge(ScenarioCard.model_validate_json(card_json), load_language(code))
 
 
-def _raised(knowledge: Knowledge, card: ScenarioCard, round: int) -> Detail | None:
+def _raised(knowledge: Knowledge, user_opens: bool, round: int) -> Detail | None:
     """The detail that the user brought up before the policy's reply of this round; one after the other, then none."""
-    index = round - 1 if card.opening_line else round - 2
+    index = round - 1 if user_opens else round - 2
     return knowledge.details[index] if 0 <= index < len(knowledge.details) else None
 
 
-def _readings(card: ScenarioCard, knowledge: Knowledge, language: Language, history: Sequence[Utterance]) -> list[Reading]:
+def _readings(card: ScenarioCard, card_json: str, history: Sequence[Utterance]) -> list[Reading]:
     """A reading of each of the policy's replies so far, each in the light of what had been said by then."""
-    heard, replies, readings = [card.policy_persona], [], []  # type: tuple[list[str], list[str], list[Reading]]
-    for utterance in history:
-        if utterance.speaker == "user":
-            heard.append(utterance.text)
-            continue
-        readings.append(
-            read(
-                utterance.text,
-                knowledge=knowledge,
-                language=language,
-                moves=language.moves[card.scene],
-                heard=heard,
-                earlier=replies,
-                raised=_raised(knowledge, card, len(replies) + 1),
-            )
-        )
-        replies.append(utterance.text)
-    return readings
+    said = tuple((utterance.speaker, utterance.text) for utterance in history)
+    ends = [k + 1 for k, (speaker, _) in enumerate(said) if speaker == "policy"]
+    return [_reading(card_json, card.language, card.scene, said[:end]) for end in ends]
+
+
+@lru_cache(maxsize=16384)
+def _reading(card_json: str, code: str, scene: Scene, said: tuple[tuple[str, str], ...]) -> Reading:
+    """The reading of the last reply in `said`. Kept, since the next request of a dialogue needs all earlier ones again."""
+    knowledge, language = _knowledge(card_json, code), load_language(code)
+    heard = [text for speaker, text in said[:-1] if speaker == "user"]
+    earlier = [text for speaker, text in said[:-1] if speaker == "policy"]
+    card = ScenarioCard.model_validate_json(card_json)
+    return read(
+        said[-1][1],
+        knowledge=knowledge,
+        language=language,
+        moves=language.moves[scene],
+        heard=[card.policy_persona, *heard],
+        earlier=earlier,
+        raised=_raised(knowledge, bool(card.opening_line), len(earlier) + 1),
+    )
 
 
 def _temper(found: Sequence[Finding], before: UserState) -> tuple[int, int]:
@@ -108,7 +111,7 @@ def _line(mood: str, card: ScenarioCard, knowledge: Knowledge, language: Languag
     reaction = own[_pick(len(own), card.id, mood, round)]
     if mood in ("thanks", "leaves"):
         return reaction
-    following = _raised(knowledge, card, round + 1)
+    following = _raised(knowledge, bool(card.opening_line), round + 1)
     more = language.lines["raise"]
     return f"{reaction} {(following and following.line) or more[_pick(len(more), card.id, 'raise', round)]}"
 
