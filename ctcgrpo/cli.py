@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -89,14 +89,16 @@ def serve(
 @scenarios_app.command()
 def validate(
     source: Annotated[str, typer.Argument(help="A path, a bundled pack (english/train) or a dataset (eibench/train).")],
-    split: Annotated[str, typer.Option(help="train or test: the folder, and the defaults for missing anchors.")] = "train",
+    split: Annotated[
+        Literal["train", "test"], typer.Option(help="The folder, and the defaults for missing anchors.")
+    ] = "train",
 ) -> None:
     """Read scenarios and say what they are, or what is wrong with them."""
     from collections import Counter
 
     from ctcgrpo.scenarios import load_scenarios
 
-    found = load_scenarios(source, "test" if split == "test" else "train")
+    found = load_scenarios(source, split)
     by_scene = ", ".join(f"{n} {scene}" for scene, n in sorted(Counter(s.scene for s in found).items()))
     print(f"{source}: {len(found)} scenarios ({by_scene})")
 
@@ -130,6 +132,9 @@ def _gpus() -> int:
 def _guarded(run: object) -> None:
     try:
         run()  # type: ignore[operator]
+    except KeyboardInterrupt:
+        print("stopped: at once; what was not saved yet is lost", file=sys.stderr)
+        sys.exit(RunInterrupted.exit_code)
     except CtcGrpoError as error:
         what = "stopped" if isinstance(error, RunInterrupted) else "error"
         rank = os.environ.get("RANK", "0")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError, field_validator, model_validator
 
 from ctcgrpo.credit import CENTERINGS, CREDITS, SCALES
 from ctcgrpo.errors import RecipeError
@@ -23,7 +23,16 @@ _OPENING, _CLOSING = "'''':", "# '''; from ctcgrpo.cli import run_recipe"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, data: Any) -> Any:
+        for name, value in data.items() if isinstance(data, Mapping) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation in (int, float):
+                raise ValueError(f"{name} is {str(value).lower()}; it is a number")
+        return data
 
 
 class Run(_Section):
@@ -36,7 +45,6 @@ class Run(_Section):
 class Lora(_Section):
     rank: int = Field(16, ge=1)
     alpha: int = Field(32, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | tuple[str, ...] = "all-linear"
 
 
@@ -54,7 +62,7 @@ class Scenarios(_Section):
     train: str = Field(
         description="a path, a bundled pack (english/train), or a dataset under $CTCGRPO_DATA (eibench/train)"
     )
-    scenes: tuple[Scene, ...] = SCENES
+    scenes: tuple[Scene, ...] = Field(SCENES, min_length=1)
     per_step: int = Field(16, ge=1, description="scenarios a step, stratified by scene")
 
 
@@ -81,7 +89,7 @@ class Simulator(_Section):
 
 class Scoring(_Section):
     variant: Literal["training", "evaluation"] = "training"
-    turn_weights: dict[Scene, tuple[float, float]] = Field(
+    turn_weights: dict[Scene, tuple[NonNegativeFloat, NonNegativeFloat]] = Field(
         {}, description="(anger, trust) by scene; (0.5, 0.5) where absent"
     )
     no_reasoning_penalty: float = Field(0.2, ge=0)
@@ -156,11 +164,10 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        episodes = self.scenarios.per_step * self.rollout.group_size
-        if self.training.updates_per_step > self.rollout.group_size:
+        if self.rollout.group_size % self.training.updates_per_step:
             raise ValueError(
                 f"training.updates_per_step is {self.training.updates_per_step} and rollout.group_size "
-                f"{self.rollout.group_size}; each update takes a share of every group"
+                f"{self.rollout.group_size}; each update takes an equal share of every group"
             )
         if self.scenarios.per_step % len(self.scenarios.scenes):
             raise ValueError(
@@ -172,8 +179,6 @@ class Recipe(_Section):
                 "training.old_logprobs is 'recorded' with top-p or top-k, under which recorded log-probabilities are "
                 "renormalised over the kept mass; use 'recomputed', or rollout.top_p=1 and rollout.top_k=0"
             )
-        if episodes < 2:
-            raise ValueError("a step needs at least two episodes")
         return self
 
     @property
@@ -219,16 +224,30 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
     return found
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML lets a key come twice and keeps the last; in a recipe that would drop a section without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice in one section", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _parse(path: Path) -> dict[str, Any]:
     if not path.is_file():
         near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise RecipeError(f"recipe {str(path)!r} not found; {did_you_mean(str(path), near) if near else 'no recipes there'}")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text: {error}") from None
     body = "\n".join(line for line in text.splitlines() if not line.startswith((_OPENING, _CLOSING)))
     if "'''" in body or "\\" in body:
         raise RecipeError(f"{path}: a recipe may hold neither ''' nor a backslash: it is also read as a Python string")
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(data, dict):

@@ -62,7 +62,8 @@ class RunFolder:
     def open(self, recipe: Recipe) -> Path | None:
         """Make the folder ready for this recipe; gives the checkpoint to go on from, or None to start.
 
-        Raises OutputError where the folder cannot be written, holds a finished run, or a run of another recipe.
+        Raises OutputError where the folder cannot be written, holds a finished run, or one of another recipe that has
+        trained already.
         """
         try:
             self.traces.mkdir(parents=True, exist_ok=True)
@@ -73,14 +74,19 @@ class RunFolder:
             raise OutputError(
                 f"run.output_dir: cannot write to {self.path} ({error.strerror}); choose another with run.output_dir=FOLDER"
             ) from None
-        if self.recipe_file.exists():
+        started = self.newest_checkpoint()
+        if self.recipe_file.exists() and (started or (self.final / COMPLETE).exists()):
             self._refuse_other_run(recipe)
         if (self.final / COMPLETE).exists():
             raise OutputError(
                 f"{self.path} holds a finished run of this recipe; take {self.final}, or start another with run.name=NAME"
             )
+        return started
+
+    def begin(self, recipe: Recipe, steps: int) -> None:
+        """Training begins after `steps` batches of rollouts: record the recipe, forget the metrics of later steps."""
         _write(self.recipe_file, recipe.to_yaml())
-        return self.newest_checkpoint()
+        self._rewind(steps)
 
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint with the most optimizer steps."""
@@ -91,8 +97,7 @@ class RunFolder:
         }
         return found[max(found)] if found else None
 
-    def rewind(self, steps: int) -> None:
-        """Forget the metrics of steps after the first `steps` batches of rollouts: they will be run again."""
+    def _rewind(self, steps: int) -> None:
         if self.metrics_file.exists():
             # A killed run may have left half a line; it has no end, so it is not among the complete ones.
             lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -74,7 +74,8 @@ def _files(source: str | Path, split: Split) -> list[Path]:
 
 def _records(file: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a JSON string may hold U+2028 and its like, which end no line of JSONL.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ScenarioError(f"{file}: cannot be read as UTF-8 text: {error}") from None
     for number, line in enumerate(lines, 1):

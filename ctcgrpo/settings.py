@@ -58,9 +58,7 @@ def lora_config(recipe: Recipe) -> LoraConfig | None:
     if lora is None:
         return None
     modules = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    return LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=modules, task_type="CAUSAL_LM"
-    )
+    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=modules, task_type="CAUSAL_LM")
 
 
 def trainer_arguments(recipe: Recipe, processes: int) -> GRPOConfig:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from ctcgrpo import __version__
-from ctcgrpo.errors import RecipeError, RunInterrupted, ScenarioError, TooManyFailures
+from ctcgrpo.errors import PolicyError, RecipeError, RunInterrupted, ScenarioError, SimulatorReplyError, TooManyFailures
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import build_builtin, check_positions, load_tokenizer, stop_ids
 from ctcgrpo.processes import interrupts, on_main
@@ -31,6 +31,7 @@ from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.settings import credit_options, lora_config, play_settings, trainer_arguments, update_options
 from ctcgrpo.simulator.client import SimulatorClient
+from ctcgrpo.simulator.protocol import ScenarioCard
 from ctcgrpo.simulator.scripted import ScriptedBackend
 from ctcgrpo.simulator.server import embedded
 from ctcgrpo.training.schedule import step_schedule
@@ -59,8 +60,16 @@ class _Run:
         # DeepSpeed, if it is to shard a model while loading, has to be configured by then.
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         recipe.check_processes(processes)
-        arguments = trainer_arguments(recipe, processes)
+        try:
+            arguments = trainer_arguments(recipe, processes)
+        except ValueError as error:  # what transformers and TRL refuse, for example bfloat16 where the machine has none
+            raise RecipeError(f"this machine cannot run the recipe's training section: {error}") from None
         self._state: PartialState = arguments.distributed_state
+        if arguments.deepspeed_plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise RecipeError(
+                "DeepSpeed and FSDP shard the policy, which rollout.engine 'transformers' cannot sample from; "
+                "launch without them"
+            )
         if self._state.num_processes != processes:
             raise RecipeError(
                 f"{processes} processes were launched but {self._state.num_processes} run together; "
@@ -69,7 +78,7 @@ class _Run:
         self._folder = RunFolder(recipe.folder)
         self._resume: Path | None = on_main(self._state, lambda: self._folder.open(recipe))
         policy = recipe.policy
-        model: str = on_main(self._state, lambda: build_builtin(policy.model, self._folder.base, recipe.run.seed))
+        model: str = on_main(self._state, lambda: self._build_policy())
         tokenizer = load_tokenizer(model, policy.revision)
         ends = stop_ids(model, tokenizer, policy.revision)
         contexts = ContextBuilder(
@@ -81,7 +90,7 @@ class _Run:
         )
         contexts.check([*self._scenarios, *held_out])
         check_positions(model, recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens, policy.revision)
-        url = self._simulator_url(stack)
+        url = self._simulator_url(stack, [*self._scenarios, *held_out])
         simulator = SimulatorClient(url, timeout=recipe.simulator.timeout, attempts=recipe.simulator.attempts)
         self._simulator_says = asyncio.run(_health(simulator))
 
@@ -92,7 +101,7 @@ class _Run:
             enabled=self._state.is_main_process,
         )
         interrupted = stack.enter_context(interrupts(self._progress.say))
-        self._trainer = CtcGrpoTrainer(
+        self._trainer = self._make_trainer(
             model=model,
             args=arguments,
             train_dataset=_data_set(recipe, self._scenarios),
@@ -112,6 +121,7 @@ class _Run:
                 pad_id=tokenizer.pad_token_id,
                 stop_ids=ends,
                 max_batch=recipe.rollout.max_batch,
+                autocast=self._trainer.accelerator.autocast,
             ),
             simulator=simulator,
             contexts=contexts,
@@ -121,6 +131,19 @@ class _Run:
             interrupted=interrupted,
         )
         self._validator = self._make_validator(held_out) if recipe.validation else None
+
+    def _make_trainer(self, **parts: Any) -> CtcGrpoTrainer:
+        try:
+            return CtcGrpoTrainer(**parts)
+        except (OSError, ValueError, ImportError) as error:
+            where = f"policy (model {self._recipe.policy.model!r}, attention, lora)"
+            raise PolicyError(f"{where}: {str(error).splitlines()[0]}") from None
+
+    def _build_policy(self) -> str:
+        """A builtin policy is built anew for a run that starts, and taken as it is by one that goes on."""
+        return build_builtin(
+            self._recipe.policy.model, self._folder.base.resolve(), self._recipe.run.seed, keep=self._resume is not None
+        )
 
     def to_the_end(self) -> Path:
         trainer, progress, folder = self._trainer, self._progress, self._folder
@@ -157,7 +180,7 @@ class _Run:
         if self._validator:
             self._validator.rewind(step)
         if self._state.is_main_process:
-            self._folder.rewind(step)
+            self._folder.begin(self._recipe, step)
         self._progress.start(step)
 
     def logged(self, step: int, metrics: dict[str, Any]) -> None:
@@ -194,11 +217,18 @@ class _Run:
 
         return asyncio.run(runner.run(slots, on_episode))
 
-    def _simulator_url(self, stack: contextlib.ExitStack) -> str:
+    def _simulator_url(self, stack: contextlib.ExitStack, scenarios: Sequence[Scenario]) -> str:
         """The URL that all processes ask; the main one keeps the embedded server."""
         settings = self._recipe.simulator
         if settings.url != "embedded":
             return settings.url
+        for scenario in scenarios:
+            try:
+                ScriptedBackend().check(ScenarioCard.of(scenario))
+            except SimulatorReplyError as error:
+                raise ScenarioError(
+                    f"scenario {scenario.id!r} cannot be played by the embedded simulator: {error}"
+                ) from None
         return str(on_main(self._state, lambda: stack.enter_context(embedded(ScriptedBackend(), settings.port))))
 
     # --- validation --------------------------------------------------------------------------------------------------------

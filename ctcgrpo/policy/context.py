@@ -22,7 +22,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyEngineError, PolicyError
-from ctcgrpo.policy.reasoning import CLOSE, OPEN
+from ctcgrpo.policy.reasoning import CLOSE, OPEN, parse_completion
 from ctcgrpo.records import Completion, Scenario
 
 ReasoningPolicy = Literal["strip", "keep"]
@@ -69,8 +69,9 @@ class ContextBuilder:
                 "choose an instruct model or set its chat_template"
             )
         self._before_reply, self._between, self._after_user, self._generation = self._probe_template()
-        self._before_reply_ids = self._encode(self._before_reply)
         self._generation_ids = self._encode(self._generation)
+        # What is kept was sampled behind the generation prompt, which may open the reasoning; history proper may not.
+        self._before_reply_ids = self._generation_ids if reasoning == "keep" else self._encode(self._before_reply)
         self._head_ids = lru_cache(maxsize=4096)(self._encode_head)
         self._glue_ids = lru_cache(maxsize=65536)(self._encode_glue)
 
@@ -176,19 +177,25 @@ class ContextBuilder:
         return self._encode(self._render(messages))
 
     def _encode_glue(self, user_line: str) -> Ids:
-        return self._encode(self._between + user_line + self._after_user)
+        # The user's words are words, whatever they spell: no control token comes out of them.
+        words = tuple(self._tokenizer.encode(user_line, add_special_tokens=False, split_special_tokens=True))
+        return self._encode(self._between) + words + self._encode(self._after_user)
 
     def _visible(self, ids: Ids) -> Ids:
         """The sampled ids after the reasoning, or none where it was never closed."""
         text = self._tokenizer.decode(ids)
-        if CLOSE not in text:
-            return () if self.opens_reasoning or text.lstrip().startswith(OPEN) else ids
-        reply = text.partition(CLOSE)[2].strip()
+        parsed = parse_completion(text, "stop", self.opens_reasoning)
+        reply = parsed.reply
+        if not reply:
+            return ()
+        if parsed.reasoning is None:
+            return ids
         for cut in range(len(ids), -1, -1):
             rest = self._tokenizer.decode(ids[cut:])
             if rest.rstrip() == reply:
                 return ids[cut:]
             if CLOSE in rest:
                 break
-        # A token straddles the closing tag and the reply: this text is context only, so encoding it anew is exact.
+        # A token straddles the closing tag and the reply, or tags are broken and the user saw the reply without them: this
+        # text is context only, so encoding it anew is exact.
         return self._encode(reply)

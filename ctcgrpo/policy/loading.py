@@ -16,11 +16,12 @@ from ctcgrpo.scenarios import load_scenarios
 BUILTIN_TINY = "builtin/tiny"
 
 
-def build_builtin(model: str, folder: Path, seed: int) -> str:
-    """The path or Hub id of a policy; one that comes with this package is built in `folder` first, once."""
+def build_builtin(model: str, folder: Path, seed: int, *, keep: bool) -> str:
+    """The path or Hub id of a policy; one that comes with this package is built in `folder` first, unless it is to keep
+    the one that is there."""
     if model != BUILTIN_TINY:
         return model
-    if not (folder / "config.json").exists():
+    if not (keep and (folder / "config.json").exists()):
         build_tiny(folder, _texts(load_scenarios("english/train")), seed=seed)
     return str(folder)
 

@@ -8,7 +8,8 @@ leaves `generate` a single choice.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -83,8 +84,17 @@ class TransformersEngine:
     fixes the composition of every batch.
     """
 
-    def __init__(self, model: PreTrainedModel, *, pad_id: int, stop_ids: Iterable[int], max_batch: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        pad_id: int,
+        stop_ids: Iterable[int],
+        max_batch: int,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         self._model = model
+        self._autocast = autocast
         self._pad_id = pad_id
         self._stop_ids = sorted(stop_ids)
         self._max_batch = max_batch
@@ -136,25 +146,33 @@ class TransformersEngine:
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,
-            repetition_penalty=1.0,  # else the model's own generation config would fill it in
             pad_token_id=self._pad_id,
             eos_token_id=self._stop_ids,
         )
-        was_training = self._model.training
-        self._model.eval()
-        try:
+        with self._ready(), self._autocast():
             output = self._model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
             )
-        finally:
-            self._model.train(was_training)
         sampled = output[:, width:].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
         log_kept = torch.stack(sampler.log_kept, dim=1).tolist()
         return [self._completion(*row) for row in zip(sampled, logprobs, log_kept, strict=True)]
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """The model without dropout, and without its own generation config: `generate` would fill in from it whatever ours
+        leaves open (penalties, suppressed tokens, beams), and the log-probabilities would not be the policy's."""
+        was_training, own_config = self._model.training, self._model.generation_config
+        self._model.eval()
+        self._model.generation_config = GenerationConfig()
+        try:
+            yield
+        finally:
+            self._model.train(was_training)
+            self._model.generation_config = own_config
 
     def _completion(self, ids: list[int], logprobs: list[float], log_kept: list[float]) -> Completion:
         stop = next((k for k, token in enumerate(ids) if token in self._stop_ids), None)

@@ -48,7 +48,9 @@ class SimulatorClient:
             async with self._open.get(self._url + HEALTH_PATH) as response:
                 response.raise_for_status()
                 answer: dict[str, Any] = await response.json()
-                return answer
+            if not isinstance(answer, dict) or answer.get("status") != "ok" or "backend" not in answer:
+                raise ValueError("what answers is no simulator server")
+            return answer
         except (*_TRANSPORT_ERRORS, ValueError) as error:
             raise SimulatorTransportError(
                 f"simulator.url {self._url!r}: no simulator server answers there ({_describe(error)}); "

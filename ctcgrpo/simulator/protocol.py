@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ctcgrpo.records import Anchors, Scenario, Scene, UserState
 
@@ -31,6 +31,13 @@ class State(_Message):
     trust: int = Field(ge=0, le=100)
 
 
+class Anchor(_Message):
+    """A state that outcomes are measured against; the evaluation defaults may put one beyond 100."""
+
+    anger: int = Field(ge=0)
+    trust: int = Field(ge=0)
+
+
 class ScenarioCard(_Message):
     """What a backend may know of a scenario."""
 
@@ -43,7 +50,7 @@ class ScenarioCard(_Message):
     goal: str
     success_criteria: tuple[str, ...]
     must_avoid: tuple[str, ...]
-    anchors: tuple[State, State, State]
+    anchors: tuple[Anchor, Anchor, Anchor]
     script: dict[str, Any]
 
     @classmethod
@@ -58,7 +65,7 @@ class ScenarioCard(_Message):
             goal=scenario.goal,
             success_criteria=scenario.success_criteria,
             must_avoid=scenario.must_avoid,
-            anchors=tuple(State(anger=s.anger, trust=s.trust) for s in scenario.anchors),  # type: ignore[arg-type]
+            anchors=tuple(Anchor(anger=s.anger, trust=s.trust) for s in scenario.anchors),  # type: ignore[arg-type]
             script=dict(scenario.script),
         )
 
@@ -77,6 +84,12 @@ class TurnRequest(_Message):
     round: int = Field(ge=1)
     max_rounds: int = Field(ge=1)
     seed: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _policy_spoke_last(self) -> TurnRequest:
+        if self.history[-1].speaker != "policy":
+            raise ValueError("history must end with the policy's reply")
+        return self
 
 
 class Usage(_Message):

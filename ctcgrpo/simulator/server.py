@@ -57,6 +57,9 @@ def create_app(backend: SimulatorBackend) -> Starlette:
         except SimulatorReplyError as error:
             log.warning("request %s: %s", parsed.request_id, error)
             return JSONResponse({"error": str(error)}, status_code=422)
+        except Exception as error:
+            log.exception("request %s: the backend failed", parsed.request_id)
+            return JSONResponse({"error": f"the backend failed: {type(error).__name__}: {error}"}, status_code=500)
         return Response(reply.model_dump_json(), media_type="application/json")
 
     async def health(request: Request) -> Response:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -80,6 +81,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         self._interrupted = interrupted
         self._updates: list[list[TurnSample]] = []
         self._baseline = SceneBaseline()
+        self._checked = False
         self.stop_requested = False
         """Whether any process was interrupted; agreed on by all of them at the end of a step."""
 
@@ -194,16 +196,19 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
             self._log_number(name, value)
         seconds = time.perf_counter() - started
         self._log_number("seconds/rollout", seconds)
-        self._log_number("seconds/simulator", sum(e.seconds_simulator for e in episodes) / max(1, len(episodes)))
+        self._log_number("seconds/simulator_per_episode", sum(e.seconds_simulator for e in episodes) / max(1, len(episodes)))
         self._log_number("tokens_per_second", sum(sum(s.turn_tokens) for s in summaries) / seconds)
 
         updates = self._options.updates_per_step
         parts = [[e for e in episodes if update_of(e, updates) == k] for k in range(updates)]
         samples = [turn_samples(p, credit.advantages, recorded=self._options.recorded_logprobs) for p in parts]
-        current = self._check_recorded(episodes, samples) if updates > 1 or self._wants_check() else None
-        if updates > 1 and not self._options.recorded_logprobs and current is not None:
-            flat = iter(current)
-            samples = [[replace(sample, old_logprobs=next(flat)) for sample in part] for part in samples]
+        if updates > 1 or not self._checked:
+            self._checked = True
+            started = time.perf_counter()
+            current = iter(self._check_recorded(episodes, samples))
+            if updates > 1 and not self._options.recorded_logprobs:
+                samples = [[replace(sample, old_logprobs=next(current)) for sample in part] for part in samples]
+            self._log_number("seconds/recompute", time.perf_counter() - started)
         return samples
 
     def unless_interrupted(self, play: Callable[[], list[Episode]]) -> list[Episode]:
@@ -218,9 +223,6 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
             raise RunInterrupted("interrupted in the middle of a rollout")
         return episodes
 
-    def _wants_check(self) -> bool:
-        return self.rollout_step == 0
-
     def _check_recorded(
         self, episodes: Sequence[Episode], samples: Sequence[Sequence[TurnSample]]
     ) -> list[tuple[float, ...]]:
@@ -230,23 +232,25 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         self.model_wrapped.train()
         current = self.logprobs(self.model_wrapped, flat)
         recorded = {(turn.prompt_ids, turn.completion.token_ids): turn.completion for e in episodes for turn in e.turns}
-        gap = 0.0
+        gaps = [-math.inf]
         for sample, now in zip(flat, current, strict=True):
             completion = recorded[sample.prompt_ids, sample.completion_ids]
             kept = completion.log_kept or (0.0,) * len(now)
-            gap = max([gap, *(abs(r + k - c) for r, k, c in zip(completion.logprobs, kept, now, strict=True))])
-        gaps = self.accelerator.gather(torch.tensor([gap], device=self.accelerator.device))
-        self._log_number("logprob_gap", float(gaps.max()))
+            gaps += [abs(r + k - c) for r, k, c in zip(completion.logprobs, kept, now, strict=True)]
+        # The maxima below let a NaN through: it has to be seen. -inf says that nothing was compared.
+        largest = torch.tensor(gaps, dtype=torch.float32, device=self.accelerator.device).max()
+        overall = float(self.accelerator.gather(largest.unsqueeze(0)).max())
+        self._log_number("logprob_gap", math.nan if overall == -math.inf else overall)
         return current
 
     def _refuse_failures(self, summaries: Sequence[Summary], episodes: Sequence[Episode]) -> None:
         failed = [s for s in summaries if s.failure]
-        if len(failed) > self._options.max_failed * len(summaries):
+        if len(failed) == len(summaries) or len(failed) > self._options.max_failed * len(summaries):
             kinds = {kind: sum(s.failure == kind for s in failed) for kind in sorted({str(s.failure) for s in failed})}
             example = next((f"; first here: {e.name}: {e.failure.message}" for e in episodes if e.failure), "")
             raise TooManyFailures(
                 f"step {self.rollout_step + 1}: {len(failed)} of {len(summaries)} episodes failed ({kinds}), "
-                f"more than rollout.max_failed={self._options.max_failed} allows{example}"
+                f"and rollout.max_failed is {self._options.max_failed}{example}"
             )
 
     # --- metrics -----------------------------------------------------------------------------------------------------------

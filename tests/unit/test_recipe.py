@@ -75,7 +75,15 @@ def test_overrides() -> None:
         ("rollout.engine=vllm", "rollout.engine is 'vllm'; input should be 'transformers'"),
         ("scenarios.scenes=[support,war]", "scenarios.scenes.1 is 'war'"),
         ("scenarios.per_step=6", "scenarios.per_step is 6 for 4 scenes"),
-        ("training.updates_per_step=9", "training.updates_per_step is 9 and rollout.group_size 4"),
+        (
+            "training.updates_per_step=3",
+            "training.updates_per_step is 3 and rollout.group_size 4; each update takes an equal",
+        ),
+        ("scenarios.scenes=[]", "scenarios.scenes is \\[\\]"),
+        ("training.max_steps=true", "training: max_steps is true; it is a number"),
+        ("training.learning_rate=.inf", "training.learning_rate is inf; input should be a finite number"),
+        ("scoring.turn_weights={support: [.nan, 1]}", "scoring.turn_weights.support.0 is nan"),
+        ("scoring.turn_weights={support: [-1, 1]}", "scoring.turn_weights.support.0 is -1"),
         ("run.name=../elsewhere", "run.name is '../elsewhere'"),
         ("alpha", "override 'alpha': write section.field=value"),
         ("run.name.deep=1", "'name' is not a section"),
@@ -109,9 +117,13 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         ("list.yaml", "- 1\n", "a mapping of sections"),
         ("missing.yaml", "run:\n  name: x\n", "policy is missing"),
         ("backslash.yaml", text.replace("name: tiny", 'name: "ti\\ny"'), "neither ''' nor a backslash"),
+        ("twice.yaml", text.replace("scenarios:", "rollout:\n  max_turns: 2\nscenarios:"), "'rollout' stands twice"),
         ("quotes.yaml", text.replace("# The whole", "# '''The whole"), "neither ''' nor a backslash"),
     ]:
         file = tmp_path / name
         file.write_text(content)
         with pytest.raises(RecipeError, match=message):
             load_recipe(file)
+    (tmp_path / "latin.yaml").write_bytes("run: é".encode("latin-1"))
+    with pytest.raises(RecipeError, match="not UTF-8 text"):
+        load_recipe(tmp_path / "latin.yaml")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ctcgrpo.errors import PolicyEngineError, RunInterrupted
 from ctcgrpo.policy.context import ContextBuilder
@@ -146,6 +146,21 @@ async def test_sampling_follows_the_distribution(parts: Parts) -> None:
         assert counts[token] == pytest.approx(probability, abs=4 * math.sqrt(probability * (1 - probability) / 2000))
     greedy = await engine.generate(prompt, seed=0, sampling=Sampling(temperature=0, max_new_tokens=3))
     assert greedy.token_ids[0] == int(logits.argmax())
+
+
+async def test_the_models_own_generation_config_changes_nothing(parts: Parts) -> None:
+    prompt = tuple(parts.tokenizer.encode("I am here and I am", add_special_tokens=False))
+    sampling = Sampling(max_new_tokens=8)
+    plain = await parts.engine().generate(prompt, seed=1, sampling=sampling)
+    own = parts.model.generation_config
+    parts.model.generation_config = GenerationConfig(
+        suppress_tokens=list(plain.token_ids), no_repeat_ngram_size=1, num_beams=2, repetition_penalty=1.5, min_length=50
+    )
+    try:
+        assert await parts.engine().generate(prompt, seed=1, sampling=sampling) == plain
+        assert parts.model.generation_config.num_beams == 2  # and it is put back
+    finally:
+        parts.model.generation_config = own
 
 
 async def test_a_failing_simulator_is_a_failed_episode(parts: Parts) -> None:

@@ -84,6 +84,28 @@ def test_broken_scenarios_stop_a_run_before_it_begins(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda r: r.update(script={"details": [{"about": "x"}]}), "script.details.0.words: field required"),
+        (lambda r: r["script"].update(lines="abc"), "script.lines: input should be a valid dictionary"),
+        (lambda r: r.update(language="fr"), "does not speak 'fr'; it speaks en, zh"),
+    ],
+)
+def test_what_the_scripted_user_cannot_play_stops_a_run_before_it_begins(
+    ctcgrpo: Command, pack: Path, tmp_path: Path, change: Callable[[Any], object], message: str
+) -> None:
+    edit(pack / "charm_final.jsonl", 2, change)
+    code, _, err = ctcgrpo("train", TINY, f"scenarios.train={pack}", f"run.output_dir={tmp_path / 'out'}")
+    assert code == 3 and "'charm-train-02' cannot be played by the embedded simulator" in err and message in err
+
+
+def test_a_mistake_can_be_mended_in_the_same_folder(ctcgrpo: Command, tmp_path: Path) -> None:
+    command = ["train", TINY, *FAST, f"run.output_dir={tmp_path}"]
+    assert ctcgrpo(*command, "policy.model=/nope")[0] == 4
+    assert ctcgrpo(*command)[0] == 0
+
+
 def test_broken_json_is_named_with_its_line(ctcgrpo: Command, pack: Path) -> None:
     file = pack / "support_final.jsonl"
     lines = file.read_text().splitlines()
@@ -115,6 +137,10 @@ def without_chat_template(tiny: Path, folder: Path) -> Path:
         ("simulator.url=http://127.0.0.1:9", 5, "no simulator server answers there"),
         ("simulator.port=TAKEN", 5, "choose another port, or 0 for any free one"),
         ("run.output_dir=A_FILE", 6, "cannot write to"),
+        ("training.bf16=true", 2, "this machine cannot run the recipe's training section"),
+        ("policy.attention=foo", 4, "policy (model 'builtin/tiny', attention, lora)"),
+        ("policy.lora={target_modules: [nope]}", 4, "policy (model 'builtin/tiny', attention, lora)"),
+        ("policy.model=WITHOUT_WEIGHTS", 4, "without_weights', attention, lora)"),
     ],
 )
 def test_every_mistake_has_its_message_and_exit_code(
@@ -127,6 +153,9 @@ def test_every_mistake_has_its_message_and_exit_code(
         override = override.replace("TAKEN", str(taken.getsockname()[1])).replace("A_FILE", str(tmp_path / "file"))
         if "WITHOUT_TEMPLATE" in override:
             override = f"policy.model={without_chat_template(tiny, tmp_path / 'plain')}"
+        if "WITHOUT_WEIGHTS" in override:
+            shutil.copytree(tiny, tmp_path / "without_weights", ignore=shutil.ignore_patterns("*.safetensors"))
+            override = f"policy.model={tmp_path / 'without_weights'}"
         got, _, err = ctcgrpo("train", TINY, f"run.output_dir={tmp_path}", override)
     assert got == code and message in err and "Traceback" not in err
 
@@ -165,10 +194,12 @@ def test_small_commands(ctcgrpo: Command) -> None:
 FAST = ["training.max_steps=1", "training.updates_per_step=1", "rollout.max_turns=2", "rollout.group_size=2"]
 
 
-def test_lora_changes_the_adapter_alone(ctcgrpo: Command, tmp_path: Path) -> None:
-    code, _, err = ctcgrpo("train", TINY, *FAST, f"run.output_dir={tmp_path}", "policy.lora.rank=4")
+def test_lora_changes_the_adapter_alone(ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = ctcgrpo("train", TINY, *FAST, "run.output_dir=out", "policy.lora.rank=4")
     assert code == 0, err
-    folder = tmp_path / "tiny"
+    folder = tmp_path / "out" / "tiny"
+    monkeypatch.chdir("/")  # final/ loads from anywhere
     assert (folder / "final" / "adapter_model.safetensors").exists()
     tuned = AutoModelForCausalLM.from_pretrained(folder / "final")
     assert AutoTokenizer.from_pretrained(folder / "final").chat_template
@@ -210,6 +241,9 @@ def test_a_run_that_fails_too_often_stops_and_can_go_on(ctcgrpo: Command, tmp_pa
 
         changed, _, err = ctcgrpo(*command, "credit.alpha=3")
         assert changed == 6 and "credit.alpha: 15.0 -> 3.0" in err and "run.name=NAME" in err
+
+        tolerant, _, err = ctcgrpo(*command, "rollout.max_failed=1.0", "run.name=tolerant")
+        assert tolerant == 7 and "8 of 8 episodes failed" in err  # nothing to train on is never tolerated
 
         backend.broken = False
         code, _, err = ctcgrpo(*command)

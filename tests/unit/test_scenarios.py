@@ -13,6 +13,7 @@ import pytest
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.records import SCENES, UserState
 from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.simulator.protocol import ScenarioCard
 from tests.conftest import SHARED_DATA
 
 USER_SECTIONS = ["Background", "Role and stance", "Speaking style", "Known facts", "Behaviour and preferences", "Aim"]
@@ -154,6 +155,22 @@ def test_broken_files(tmp_path: Path, record: dict[str, Any]) -> None:
         load_scenarios(tmp_path / "binary.jsonl")
 
 
+def test_lines_end_at_newlines_alone(tmp_path: Path, record: dict[str, Any]) -> None:
+    odd = json.dumps(record | {"title": "a\u2028b\x85c"}, ensure_ascii=False)
+    file = tmp_path / "odd.jsonl"
+    file.write_text("\ufeff" + odd + "\n", encoding="utf-8")
+    assert load_scenarios(file)[0].title == "a\u2028b\x85c"
+
+
+def test_evaluation_defaults_beyond_the_scale_can_be_played(tmp_path: Path, record: dict[str, Any]) -> None:
+    for key in ("rub_goals", "worst_case"):
+        del record[key]
+    record["initial_calibration"]["initial_anger"] = 85
+    (scenario,) = load_scenarios(write(tmp_path, record), "test")
+    assert scenario.anchors.worst.anger == 110
+    assert ScenarioCard.of(scenario).initial_target_worst == scenario.anchors
+
+
 def test_a_duplicate_id_names_both_places(tmp_path: Path, record: dict[str, Any]) -> None:
     file = write(tmp_path, record, record)
     with pytest.raises(ScenarioError, match=r"line 2: id 'support-1' is already used at .*line 1"):
@@ -166,7 +183,7 @@ def sections(persona: str) -> list[str]:
 
 def test_the_bundled_pack() -> None:
     train, test = load_scenarios("english/train", "train"), load_scenarios("english/test", "test")
-    assert Counter(s.scene for s in train) == dict.fromkeys(SCENES, 8)
+    assert Counter(s.scene for s in train) == dict.fromkeys(SCENES, 16)
     assert Counter(s.scene for s in test) == dict.fromkeys(SCENES, 4)
     everything = [*train, *test]
     assert len({s.id for s in everything}) == len(everything) == len({s.title for s in everything})

@@ -112,13 +112,49 @@ GENERIC = {
 }
 
 
-def nonsense(seed: int) -> Speaker:
-    rng = random.Random(seed)
+SLOTS = {
+    "support": [
+        "No wonder you think of the {a} and the {b}. It makes sense, and I'm here with you. What happened with the {a}?",
+        "You carried the {a} and the {b} for so long. That must hurt. I'll stay with you, so tell me about the {b}?",
+        "It takes a lot to say {a} and {b}. You held it together so well. Let me sit beside you. What is next?",
+        "So the {a} comes back, and the {b} too. You gave it everything. I'm staying. Where is the {a} now?",
+    ],
+    "defense": [
+        "You're right to ask about the {a} and the {b}, and it must be hard. I can't do it, but I can help you instead.",
+        "I see why the {a} and the {b} matter, and you deserve a straight answer. No, I won't. I'd be glad to help.",
+        "That's a fair point about the {b}. You care about the {a}. We could look for another way.",
+        "You know the {b} and the {a} well. I won't change it. Let's see what we can do. Would it help?",
+    ],
+    "repair": [
+        "I was wrong about the {a} and the {b}. You had to carry it alone. I'll put the {a} right tomorrow.",
+        "It was my fault, the {b} and the {a}. You waited with it. I'll pay for the {a} on Friday.",
+        "I failed you over the {b} and the {a}. You trusted me with it. I'd like to make it good this week.",
+        "That was careless of me, the {b} and the {a}. You stood there with it. I can bring it back.",
+    ],
+    "charm": [
+        "I confess I came for the {a} and the {b}. Is it like a crime, or does it have an alibi?",
+        "So you know the {b}, and you look like a witness to the {a}. I'd rather hear about it, wouldn't you?",
+        "You've a {b} that looks at the {a} as if it owed it money. What does it say in its defence?",
+        "Then the {a} and the {b} are in trouble. I once had one, and it left me. What did yours do?",
+    ],
+}
+
+
+def rare_words(text: str) -> list[str]:
+    return [t for t in LANGUAGE.tokens(text) if t.isalpha() and len(t) > 3 and not LANGUAGE.is_common(t)]
+
+
+def filled(templates: Sequence[str], scenario: Scenario, source: str, seed: int, count: int) -> Speaker:
+    """Templates whose slots take rare words: of the user's latest line, of all its lines, or of the policy's persona too."""
+    rng, turn = random.Random(seed), [0]
 
     def speak(history: list[Utterance]) -> str:
-        heard = next((u.text for u in reversed(history) if u.speaker == "user"), "the window and the bag")
-        words = [t for t in LANGUAGE.tokens(heard) if t.isalpha() and not LANGUAGE.is_common(t)] or ["thing"]
-        return " ".join(t.format(a=rng.choice(words), b=rng.choice(words)) for t in rng.sample(NONSENSE, 2))
+        heard = [u.text for u in history if u.speaker == "user"] or [scenario.policy_persona]
+        texts = {"latest": heard[-1:], "all": heard, "persona": [*heard, scenario.policy_persona]}[source]
+        latest, words = rare_words(heard[-1]) or ["thing"], rare_words(" ".join(texts)) or ["thing"]
+        turn[0] += 1
+        chosen = rng.sample(templates, count) if count > 1 else [templates[(turn[0] - 1) % len(templates)]]
+        return " ".join(t.format(a=rng.choice(latest), b=rng.choice(words)) for t in chosen)
 
     return speak
 
@@ -131,16 +167,23 @@ def parrot(history: list[Utterance]) -> str:
 def test_good_replies_score_well(split: str) -> None:
     scores = {scene: [good(s) for s in SCENARIOS if s.startswith(f"{scene}-{split}")] for scene in SCENES}
     for scene, values in scores.items():
-        assert mean(values) > 0.15, (scene, values)
-    assert mean(v for values in scores.values() for v in values) > 0.4
+        assert mean(values) > 0.1, (scene, values)
+    assert mean(v for values in scores.values() for v in values) > 0.3
     assert min(v for values in scores.values() for v in values) > -0.5
+
+
+def test_good_replies_seldom_do_harm() -> None:
+    """A rule reads words, and some good replies say it in others: at most one in seven is taken badly."""
+    turns = [t for name, s in SCENARIOS.items() for t in converse(s, REPLIES[name]["good"])[1]]
+    harmful = sum(anger >= 2 and trust <= -2 for anger, trust, _, _ in turns)
+    assert harmful <= len(turns) / 7
 
 
 @pytest.mark.parametrize("kind", ["mediocre", "bad"])
 def test_generic_and_hurtful_replies_score_badly(kind: str) -> None:
     for scene, values in by_scene(lambda s: converse(s, REPLIES[s.id][kind] * 2)[0]).items():
         assert mean(values) < -0.6, scene
-        assert max(values) < -0.3, scene
+        assert max(values) < 0, scene
 
 
 def test_one_script_a_scene_scores_badly() -> None:
@@ -152,11 +195,13 @@ def test_one_script_a_scene_scores_badly() -> None:
 def test_the_good_replies_of_another_scenario_do_not_help() -> None:
     apart = []
     for scenario in SCENARIOS.values():
-        others = [s for s in SCENARIOS.values() if s.scene == scenario.scene and s is not scenario]
+        others = random.Random(scenario.id).sample(
+            [s for s in SCENARIOS.values() if s.scene == scenario.scene and s is not scenario], 4
+        )
         scores = [converse(scenario, REPLIES[o.id]["good"])[0] for o in others]
         apart.append(good(scenario.id) - mean(scores))
         assert mean(scores) < 0, scenario.id
-    assert mean(apart) > 0.7 and sum(d > 0.2 for d in apart) >= 0.95 * len(apart)
+    assert mean(apart) > 0.8 and sum(d > 0.2 for d in apart) >= 0.95 * len(apart)
 
 
 def test_parroting_scores_badly() -> None:
@@ -164,17 +209,33 @@ def test_parroting_scores_badly() -> None:
         assert max(values) < -0.6, scene
 
 
-def test_nonsense_around_the_users_words_scores_badly() -> None:
-    for scene, values in by_scene(lambda s: mean(converse(s, [nonsense(k)] * ROUNDS)[0] for k in range(5))).items():
+SOURCES = ["latest", "all", "persona"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_nonsense_around_the_users_words_scores_badly(source: str) -> None:
+    def play(s: Scenario) -> float:
+        return mean(converse(s, [filled(NONSENSE, s, source, seed, 2)] * ROUNDS)[0] for seed in range(2))
+
+    for scene, values in by_scene(play).items():
         assert mean(values) < -0.5, (scene, values)
         # The templates' own words (green, dance, sofa) may happen to be some scenario's matter.
-        assert sum(v < 0 for v in values) >= len(values) - 1, (scene, values)
+        assert sum(v < 0 for v in values) >= 0.9 * len(values), (scene, values)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_one_script_a_scene_with_the_users_words_filled_in_scores_badly(source: str) -> None:
+    scores = by_scene(lambda s: converse(s, [filled(SLOTS[s.scene], s, source, 0, 1)] * ROUNDS)[0])
+    for scene, values in scores.items():
+        assert mean(values) < 0, (scene, values)
+        assert mean(values) < mean(good(s.id) for s in SCENARIOS.values() if s.scene == scene) - 0.4, (scene, values)
 
 
 def test_broken_sentences_score_badly() -> None:
     rng = random.Random(0)
     for scene, values in by_scene(lambda s: converse(s, [shuffled_words(r, rng) for r in REPLIES[s.id]["good"]])[0]).items():
-        assert max(values) < -0.5, (scene, values)
+        assert mean(values) < -0.8, (scene, values)
+        assert sum(v < -0.5 for v in values) >= 0.9 * len(values), (scene, values)
 
 
 def test_keywords_alone_score_badly() -> None:

@@ -167,6 +167,38 @@ async def test_no_server_is_said_so() -> None:
             await client.health()
 
 
+async def test_what_answers_but_is_no_simulator_is_said_so() -> None:
+    app = web.Application()
+    app.router.add_get("/health", says("[]"))
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    async with SimulatorClient(f"http://127.0.0.1:{runner.addresses[0][1]}") as client:
+        with pytest.raises(SimulatorTransportError, match="what answers is no simulator server"):
+            await client.health()
+    await runner.cleanup()
+
+
+async def test_a_defect_of_the_backend_is_an_answer(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        name = "broken"
+
+        async def react(self, request: TurnRequest) -> Reaction:
+            raise KeyError("oops")
+
+    with embedded(Broken()) as url:
+        async with SimulatorClient(url, attempts=2, backoff=0.01) as client:
+            with pytest.raises(SimulatorTransportError, match="HTTP 500"):
+                await client.turn(request())
+
+
+def test_history_ends_with_the_policy() -> None:
+    data = json.loads(request().model_dump_json())
+    data["history"].append({"speaker": "user", "text": "And?"})
+    with pytest.raises(ValueError, match="history must end with the policy's reply"):
+        TurnRequest.model_validate(data)
+
+
 def test_a_port_in_use_is_said_so() -> None:
     taken = bind("127.0.0.1", 0)
     try:

@@ -22,6 +22,10 @@ class ScriptedBackend:
 
     name = "scripted"
 
+    def check(self, card: ScenarioCard) -> None:
+        """Raises SimulatorReplyError for a scenario that it cannot play: its language, or the form of its `script`."""
+        read_knowledge(card, load_language(card.language))
+
     async def react(self, request: TurnRequest) -> Reaction:
         return react(request)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from pydantic import BaseModel, Field, ValidationError
+
+from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.simulator.protocol import ScenarioCard
 from ctcgrpo.simulator.scripted.language import Language
 
@@ -37,20 +39,41 @@ class Knowledge:
     lines: Mapping[str, list[str]]
 
 
+class _Detail(BaseModel):
+    about: str
+    words: list[str] = Field(min_length=1)
+    sense: list[str]
+    line: str
+
+
+class _Script(BaseModel):
+    """The `script` of a record, as the bundled packs write it; every part may be absent."""
+
+    details: list[_Detail] = []
+    boundary: dict[str, list[str]] = {}
+    repair: dict[str, list[str]] = {}
+    lines: dict[str, list[str]] = {}
+
+
 def read_knowledge(card: ScenarioCard, language: Language) -> Knowledge:
-    script: Mapping[str, Any] = card.script
+    """Raises SimulatorReplyError for a `script` that is not of this form."""
+    try:
+        script = _Script.model_validate(card.script)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, ("script", *first["loc"])))
+        raise SimulatorReplyError(f"scenario {card.id!r}: {field}: {first['msg'].lower()}") from None
 
     def stems(words: list[str]) -> frozenset[str]:
         return frozenset().union(*(language.content(word) for word in words))
 
-    if script.get("details"):
+    if script.details:
         details = tuple(
-            Detail(d["about"], stems(d["words"]), stems(d["sense"]) | language.uncommon(d["line"]), d["line"])
-            for d in script["details"]
+            Detail(d.about, stems(d.words), stems(d.sense) | language.uncommon(d.line), d.line) for d in script.details
         )
     else:
         details = _derived_details(card, language)
-    parts = script.get("boundary") or script.get("repair") or {}
+    parts = script.boundary or script.repair
     texts = [card.user_persona, card.policy_persona, card.opening_line, card.goal, *card.success_criteria]
     texts += [d.line for d in details]
     vocabulary = frozenset().union(*(language.content(text) for text in texts), *(d.field for d in details))
@@ -60,7 +83,7 @@ def read_knowledge(card: ScenarioCard, language: Language) -> Knowledge:
         musts={name: stems(words) for name, words in parts.items()},
         vocabulary=vocabulary,
         matter=matter,
-        lines=script.get("lines") or {},
+        lines={mood: lines for mood, lines in script.lines.items() if lines},
     )
 
 

@@ -1,6 +1,7 @@
 """What the scripted user knows of a language: `languages/CODE.yaml`. A language is added by adding a file.
 
-A file holds: `script` (latin or han), `lexicon` (tag -> words, latin only), `faults` and `moves` (name -> patterns and
+A file holds: `script` (latin or han), `lexicon` (tag -> words, latin only), `things` (concrete
+everyday words), `faults` and `moves` (name -> patterns and
 effect; moves per scene), `lines` (what the user says where the scenario has no words of its own).
 """
 
@@ -48,6 +49,7 @@ class Language:
     code: str
     han: bool
     lexicon: Mapping[str, str]
+    things: frozenset[str]
     faults: tuple[Pattern, ...]
     scene_faults: Mapping[str, tuple[Pattern, ...]]
     moves: Mapping[str, tuple[Pattern, ...]]
@@ -82,9 +84,8 @@ class Language:
         return frozenset(stem(word) for word in self.lexicon)
 
     @cached_property
-    def everyday_things(self) -> frozenset[str]:
-        """Those of them that only ever name things: bread, Friday, a window."""
-        return frozenset(stem(word) for word, tags in self.lexicon.items() if tags == "N")
+    def thing_stems(self) -> frozenset[str]:
+        return frozenset(stem(word) for word in self.things)
 
     def is_common(self, word: str) -> bool:
         """Whether it is a word of everyday talk, whatever the subject."""
@@ -122,11 +123,15 @@ def load_language(code: str) -> Language:
     for tags, words in data["lexicon"].items():
         for word in str(words).split():
             lexicon[word] = lexicon.get(word, "") + str(tags)
+    things = frozenset(str(data["things"]).split())
+    for word in things:
+        lexicon[word] = lexicon.get(word, "") + "N"
     scenes: list[Scene] = list(data["moves"])
     return Language(
         code=code,
         han=data["script"] == "han",
         lexicon=lexicon,
+        things=things,
         faults=_patterns(data["faults"]),
         scene_faults={scene: _patterns(data["scene_faults"].get(scene, {})) for scene in scenes},
         moves={scene: _patterns(data["moves"][scene]) for scene in scenes},

@@ -32,16 +32,18 @@ class Sentence:
 class Reading:
     """One reply, as heard by this user at this point of the dialogue.
 
-    `engaged` are the details that its counting sentences take up, bringing in something of this scenario that the user
-    had not just said; `near` says that they at least speak of this scenario's own matters; `raised` is the detail that
-    the user brought up last. `moves` and `musts` are what counting sentences do.
+    `touched` are the details that its counting sentences take up. `engaged` are those of them about which it brings in
+    something that the user has not said and the policy's role was not told: words cannot be had from the dialogue alone.
+    `brings` says so of this user's matters altogether. `raised` is the detail that the user brought up last. `moves` and
+    `musts` are what counting sentences do.
     """
 
     text: str
     length: int
     sentences: tuple[Sentence, ...]
+    touched: tuple[Detail, ...]
     engaged: tuple[Detail, ...]
-    near: bool
+    brings: bool
     raised: Detail | None
     moves: tuple[Pattern, ...]
     musts: frozenset[str]
@@ -69,20 +71,16 @@ def read(
     sentences = tuple(_sentence(s, knowledge, language, sources) for s in language.sentences(text))
     counting = [s for s in sentences if s.counts]
     said = frozenset().union(*(s.content for s in counting))
-    just_heard = language.content(heard[-1]) if heard else frozenset()
-    brings = said - just_heard - language.everyday_things
-    engaged = tuple(
-        d
-        for d in knowledge.details
-        if brings & (knowledge.matter | d.field | d.words) and _engages(said, d, just_raised=d == raised)
-    )
+    brings = said - frozenset().union(*(language.content(text) for text in heard)) - language.thing_stems
+    touched = tuple(d for d in knowledge.details if _touches(said, d, just_raised=d == raised))
     content = language.content(text)
     return Reading(
         text=text,
         length=language.length(text),
         sentences=sentences,
-        engaged=engaged,
-        near=len(brings & knowledge.matter) >= 1 and len(said & knowledge.matter) >= 2,
+        touched=touched,
+        brings=bool(brings & knowledge.matter),
+        engaged=tuple(d for d in touched if brings & (knowledge.matter | d.field | d.words)),
         raised=raised,
         moves=tuple(m for m in moves if any(m.matches(s.text.lower()) for s in counting)),
         musts=frozenset(name for name, words in knowledge.musts.items() if any(s.content & words for s in counting)),
@@ -92,7 +90,7 @@ def read(
     )
 
 
-def _engages(content: frozenset[str], detail: Detail, just_raised: bool) -> bool:
+def _touches(content: frozenset[str], detail: Detail, just_raised: bool) -> bool:
     """Names the detail and says something about it, or moves in its field: with two words, or with one where the user
     has just raised it, since then the rest of a sentence is about it anyway."""
     named, around = content & detail.words, content & (detail.words | detail.field)
@@ -102,13 +100,13 @@ def _engages(content: frozenset[str], detail: Detail, just_raised: bool) -> bool
 def _sentence(text: str, knowledge: Knowledge, language: Language, sources: frozenset[tuple[str, ...]]) -> Sentence:
     words = [t for t in language.tokens(text) if t != ","]
     content = language.content(text)
-    common = {stem(w) for w in words if language.is_common(w)}
-    strange = content - knowledge.vocabulary - common
+    talk = {stem(w) for w in words if language.is_common(w)} - language.thing_stems
+    strange = content - knowledge.vocabulary - talk
     return Sentence(
         text=text,
         sound=language.is_sound(text),
         own=_coverage(text, sources, language) <= 0.5,
-        sensible=language.han or len(strange) <= max(1, len(content) // 2),
+        sensible=language.han or len(strange) <= max(1, len(content) // 3),
         content=content,
     )
 

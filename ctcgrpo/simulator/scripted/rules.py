@@ -16,6 +16,8 @@ from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
 from ctcgrpo.simulator.scripted.language import Language
 from ctcgrpo.simulator.scripted.reading import Reading
 
+_MERE_MENTION = 0.25
+"""What manner is worth in a reply that mentions this user's matters and brings in nothing of its own."""
 LONG, CURT = 90, 4
 """In words: replies above LONG tire, replies below CURT put off."""
 
@@ -154,25 +156,34 @@ def about_me(h: Heard) -> Iterator[Finding]:
             yield Finding(-3, 3, f"takes up {detail.about}, which I had just brought up")
         else:
             yield Finding(-2 if not k else -1, 2 if not k else 1, f"thinks of {detail.about}")
-    if not h.fresh and h.reading.engaged:
-        yield Finding(-1, 1, f"comes back to {h.reading.engaged[0].about}")
+    if not h.fresh and h.reading.touched:
+        yield Finding(0, 1, f"mentions {h.reading.touched[0].about}")
 
 
 @rule
 def about_anybody(h: Heard) -> Iterator[Finding]:
-    if not h.reading.engaged and not h.reading.near:
+    if not h.reading.touched and not h.reading.brings:
         weight = 1 + (h.round > 1) + (h.round > 4)
         yield Finding(weight, -weight, "could be said to anybody")
 
 
 @rule
+def mere_mention(h: Heard) -> Iterator[Finding]:
+    """Naming this user's things is a beginning; from the second time on it has to come with something of one's own."""
+    if h.reading.touched and not h.reading.engaged:
+        weight = min(2, sum(bool(r.touched and not r.engaged) for r in h.earlier))
+        if weight:
+            yield Finding(weight, -weight, "names my things and says nothing about them")
+
+
+@rule
 def moves(h: Heard) -> Iterator[Finding]:
     """What the scene asks for, in a reply that is about this user; the same move again is worth less each time."""
-    if not h.reading.engaged and not h.reading.near:
+    if not h.reading.touched and not h.reading.brings:
         return
-    used = Counter(move.name for r in h.earlier if r.engaged or r.near for move in r.moves)
+    used = Counter(move.name for r in h.earlier if r.touched or r.brings for move in r.moves)
     for move in h.reading.moves:
-        worth = 0.75 ** used[move.name] * (1 if h.reading.engaged else 0.5)
+        worth = 0.75 ** used[move.name] * (1 if h.reading.engaged else _MERE_MENTION)
         yield Finding(move.anger * worth, move.trust * worth, move.why)
 
 
