@@ -263,3 +263,12 @@ def test_a_checkpoint_without_its_marker_is_never_loaded(ctcgrpo: Command, tmp_p
     code, out, err = ctcgrpo("train", TINY, *FAST, "training.max_steps=2", f"run.output_dir={tmp_path}")
     assert code == 0, err
     assert "step 2/2" in out and "step 1/2" not in out
+
+
+def test_weights_and_biases_offline(ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # so that the run's own setting is undone afterwards
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    code, _, err = ctcgrpo("train", TINY, *FAST, f"run.output_dir={tmp_path}", "run.wandb=offline")
+    assert code == 0, err
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
