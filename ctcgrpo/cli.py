@@ -17,6 +17,9 @@ from ctcgrpo import __version__
 from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted
 from ctcgrpo.recipe import Recipe, load_recipe
 
+_LAUNCHED = "CTCGRPO_LAUNCHED"
+"""Set for the processes that `ctcgrpo train` starts through accelerate: they run, and launch nothing further."""
+
 app = typer.Typer(
     help="Train language models to manage a user's emotions over several turns, with CTC-GRPO.",
     no_args_is_help=True,
@@ -58,7 +61,7 @@ def train(
         settings.check_processes(processes)
     if config_file is not None and not config_file.is_file():
         raise RecipeError(f"--config-file {config_file} not found")
-    if config_file is None and (processes or _gpus()) <= 1:
+    if _LAUNCHED in os.environ or (config_file is None and (processes or _gpus()) <= 1):
         _train(settings)
         return
     if not _gpus():
@@ -71,7 +74,8 @@ def train(
     if config_file is None:
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]
         command += ["--main_process_port", "0"]
-    os.execv(sys.executable, [*command, str(recipe), *(overrides or [])])
+    os.environ[_LAUNCHED] = "1"
+    os.execv(sys.executable, [*command, "--module", "ctcgrpo", "train", str(recipe), *(overrides or [])])
 
 
 @app.command()

@@ -63,6 +63,14 @@ class Scenarios(_Section):
         description="a path, a bundled pack (english/train), or a dataset under $CTCGRPO_DATA (eibench/train)"
     )
     scenes: tuple[Scene, ...] = Field(SCENES, min_length=1)
+
+    @field_validator("scenes")
+    @classmethod
+    def _once(cls, value: tuple[Scene, ...]) -> tuple[Scene, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("a scene stands twice")
+        return value
+
     per_step: int = Field(16, ge=1, description="scenarios a step, stratified by scene")
 
 
@@ -92,8 +100,20 @@ class Scoring(_Section):
     turn_weights: dict[Scene, tuple[NonNegativeFloat, NonNegativeFloat]] = Field(
         {}, description="(anger, trust) by scene; (0.5, 0.5) where absent"
     )
+    # Only for a policy that reasons (policy.reasons).
     no_reasoning_penalty: float = Field(0.2, ge=0)
     fault_penalty: float = Field(0.05, ge=0)
+
+    @field_validator("turn_weights")
+    @classmethod
+    def _at_most_one(cls, value: dict[Scene, tuple[float, float]]) -> dict[Scene, tuple[float, float]]:
+        for scene, weights in value.items():
+            if sum(weights) > 1 + 1e-9:
+                raise ValueError(f"the weights of {scene} sum to {sum(weights):g}; they must sum to at most 1")
+        return value
+
+
+_DEFAULT_STD_MIN = 0.1
 
 
 class Credit(_Section):
@@ -103,7 +123,7 @@ class Credit(_Section):
     gamma: float = Field(1.0, ge=0, le=1, description="discount of reward_to_go")
     center_weights: Literal["turn", "token"] = Field("turn", description="what weighs a turn in the means that center")
     scale: str = Field("group", description="how outcome advantages are scaled: " + ", ".join(SCALES))
-    std_min: float = Field(0.1, gt=0)
+    std_min: float = Field(_DEFAULT_STD_MIN, gt=0)
 
     @field_validator("centering", "credit", "scale")
     @classmethod
@@ -118,6 +138,10 @@ class Credit(_Section):
     def _fits_together(self) -> Credit:
         if self.gamma != 1.0 and self.credit != "reward_to_go":
             raise ValueError(f"gamma is {self.gamma} and credit {self.credit!r}; only credit=reward_to_go discounts")
+        if self.center_weights == "token" and self.centering == "none":
+            raise ValueError("center_weights is 'token' and centering 'none', which weighs nothing")
+        if self.std_min != _DEFAULT_STD_MIN and self.scale == "none":
+            raise ValueError(f"std_min is {self.std_min} and scale 'none', which divides by nothing")
         return self
 
 
@@ -174,6 +198,8 @@ class Recipe(_Section):
                 f"scenarios.per_step is {self.scenarios.per_step} for {len(self.scenarios.scenes)} scenes; "
                 "a step takes equally many of each scene, so it must be a multiple"
             )
+        if self.simulator.url != "embedded" and self.simulator.port:
+            raise ValueError(f"simulator.port is {self.simulator.port}, but only an embedded simulator listens on it")
         if self.training.old_logprobs == "recorded" and (self.rollout.top_p < 1 or self.rollout.top_k):
             raise ValueError(
                 "training.old_logprobs is 'recorded' with top-p or top-k, under which recorded log-probabilities are "

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ from typing import Any
 import yaml
 
 from ctcgrpo.errors import OutputError
+from ctcgrpo.files import write_whole
 from ctcgrpo.recipe import Recipe, differences
 from ctcgrpo.training.trainer import COMPLETE
+
+BEST_STEP = "STEP"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +88,33 @@ class RunFolder:
         return started
 
     def begin(self, recipe: Recipe, steps: int) -> None:
-        """Training begins after `steps` batches of rollouts: record the recipe, forget the metrics of later steps."""
-        _write(self.recipe_file, recipe.to_yaml())
+        """Training begins after `steps` batches of rollouts: record the recipe, forget what an earlier life of the run wrote
+        of later steps, and all that it wrote where nothing of it goes on."""
+        write_whole(self.recipe_file, recipe.to_yaml())
+        for trace in self.traces.glob("*.jsonl"):
+            step = re.fullmatch(r"\w+-(\d+)\.rank-\d+", trace.stem)
+            if step and (not steps or int(step[1]) > steps):
+                trace.unlink()
+        if not steps:
+            self.validation_file.unlink(missing_ok=True)
+            self.discard_best()
         self._rewind(steps)
+
+    @property
+    def best_step(self) -> int | None:
+        """After how many batches of rollouts the policy in best/ was the best; None where there is none."""
+        file = self.best / BEST_STEP
+        return int(file.read_text()) if file.exists() else None
+
+    def take_best(self, saved: Path, step: int) -> None:
+        """Make a saved policy the best one."""
+        (saved / BEST_STEP).write_text(f"{step}\n")
+        self.discard_best()
+        saved.rename(self.best)
+
+    def discard_best(self) -> None:
+        if self.best.exists():
+            shutil.rmtree(self.best)
 
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint with the most optimizer steps."""
@@ -102,17 +130,17 @@ class RunFolder:
             # A killed run may have left half a line; it has no end, so it is not among the complete ones.
             lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
             complete = [line for line in lines if line.endswith("\n")]
-            _write(self.metrics_file, "".join(line for line in complete if json.loads(line)["step"] <= steps))
+            write_whole(self.metrics_file, "".join(line for line in complete if json.loads(line)["step"] <= steps))
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(metrics) + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        _write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_whole(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def finish(self) -> None:
-        _write(self.final / COMPLETE, "")
+        write_whole(self.final / COMPLETE, "")
 
     def _refuse_other_run(self, recipe: Recipe) -> None:
         old = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
@@ -121,10 +149,3 @@ class RunFolder:
                 f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])}); "
                 "undo the change to go on with it, or start another with run.name=NAME"
             )
-
-
-def _write(file: Path, text: str) -> None:
-    """Write all or nothing."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)

@@ -50,6 +50,7 @@ def update_options(recipe: Recipe) -> UpdateOptions:
         entropy_bonus=training.entropy_bonus,
         recorded_logprobs=training.old_logprobs == "recorded",
         max_failed=recipe.rollout.max_failed,
+        keep_checkpoints=training.keep_checkpoints,
     )
 
 
@@ -103,7 +104,6 @@ def trainer_arguments(recipe: Recipe, processes: int) -> GRPOConfig:
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=training.save_every * updates,
-        save_total_limit=training.keep_checkpoints,
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -65,6 +65,16 @@ class _Run:
         except ValueError as error:  # what transformers and TRL refuse, for example bfloat16 where the machine has none
             raise RecipeError(f"this machine cannot run the recipe's training section: {error}") from None
         self._state: PartialState = arguments.distributed_state
+        if arguments.mixed_precision != (wanted := "bf16" if recipe.training.bf16 else "no"):
+            raise RecipeError(
+                f"training.bf16 means mixed precision {wanted!r}, but the launcher sets {arguments.mixed_precision!r}; "
+                "make them agree (accelerate launch --mixed_precision, or its configuration)"
+            )
+        if arguments.n_gpu > 1:
+            raise RecipeError(
+                f"one process sees {arguments.n_gpu} GPUs; launch one process a GPU (ctcgrpo train --processes "
+                f"{arguments.n_gpu}, or accelerate launch), or let it see one with CUDA_VISIBLE_DEVICES"
+            )
         if arguments.deepspeed_plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
             raise RecipeError(
                 "DeepSpeed and FSDP shard the policy, which rollout.engine 'transformers' cannot sample from; "
@@ -122,6 +132,7 @@ class _Run:
                 stop_ids=ends,
                 max_batch=recipe.rollout.max_batch,
                 autocast=self._trainer.accelerator.autocast,
+                interrupted=interrupted,
             ),
             simulator=simulator,
             contexts=contexts,
@@ -177,11 +188,22 @@ class _Run:
 
     def started(self, step: int) -> None:
         """Training begins after `step` batches of rollouts: forget what lies beyond."""
+        on_main(self._state, lambda: self._folder.begin(self._recipe, step))
         if self._validator:
-            self._validator.rewind(step)
-        if self._state.is_main_process:
-            self._folder.begin(self._recipe, step)
+            self._validator.rewind(step, on_main(self._state, lambda: self._kept_best(step)))
         self._progress.start(step)
+
+    def _kept_best(self, step: int) -> int | None:
+        """The step of the policy in best/, which goes when it belongs to steps that will be run again."""
+        if (self._folder.best_step or 0) > step:
+            self._folder.discard_best()
+        return self._folder.best_step
+
+    def _keep_best(self, step: int) -> None:
+        saved = self._folder.path / "best.partial"
+        self._trainer.save_model(str(saved))
+        self._trainer.accelerator.wait_for_everyone()
+        on_main(self._state, lambda: self._folder.take_best(saved, step))
 
     def logged(self, step: int, metrics: dict[str, Any]) -> None:
         if self._state.is_main_process:
@@ -248,7 +270,8 @@ class _Run:
             file=self._folder.validation_file,
             play=lambda step, slots: self._trainer.unless_interrupted(lambda: play(step, slots)),
             gather=gather_object,
-            keep_best=lambda: self._trainer.save_model(str(self._folder.best)),
+            keep_best=self._keep_best,
+            max_failed=self._recipe.rollout.max_failed,
             share=lambda slots: slots[self._state.process_index :: self._state.num_processes],
             is_main=self._state.is_main_process,
             say=self._progress.say,

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ctcgrpo.errors import TooManyFailures
+from ctcgrpo.files import write_whole
 from ctcgrpo.records import SCENES, Episode, Scenario
 from ctcgrpo.rollout.runner import Slot
 
@@ -49,6 +51,7 @@ class Validation:
             "n": len(means),
             "episodes": sum(map(len, self.outcomes.values())),
             "failed": self.failed,
+            "step": self.step,
         }
 
 
@@ -76,17 +79,18 @@ def improvement(before: Validation, after: Validation, *, seed: int = 0) -> dict
     return {"overall": float(differences.mean()), "ci95": [float(low), float(high)], "n": len(differences)}
 
 
-def validation_slots(scenarios: Sequence[Scenario], samples: int) -> list[Slot]:
-    """What a validation plays: `samples` episodes a scenario, the same ones every time."""
-    return [Slot(scenario, 0, group, k) for group, scenario in enumerate(scenarios) for k in range(samples)]
+def validation_slots(scenarios: Sequence[Scenario], samples: int, step: int) -> list[Slot]:
+    """What a validation plays: `samples` episodes a scenario, with the same seeds after whatever step."""
+    return [Slot(scenario, step, group, k, seed_step=0) for group, scenario in enumerate(scenarios) for k in range(samples)]
 
 
 @dataclass
 class Validator:
     """Validates when it is time, keeps the record in `file`, and says when the policy is the best so far.
 
-    `play` plays slots on this process; `gather` collects pairs from all processes; `keep_best` saves the policy. All are
-    called on every process alike.
+    `play` plays slots on this process; `gather` collects pairs from all processes; `keep_best` saves the policy as the best,
+    that after a step. All are called on every process alike. More than a share of `max_failed` failed episodes is no
+    validation: it stops the run, to be done again.
     """
 
     scenarios: Sequence[Scenario]
@@ -95,15 +99,19 @@ class Validator:
     file: Path
     play: Callable[[int, Sequence[Slot]], list[Episode]]
     gather: Callable[[list[tuple[str, float]]], list[tuple[str, float]]]
-    keep_best: Callable[[], None]
+    keep_best: Callable[[int], None]
     share: Callable[[Sequence[Slot]], Sequence[Slot]]
     is_main: bool
     say: Callable[[str], None]
+    max_failed: float = 0.5
     done: dict[int, Validation] = field(default_factory=dict)
+    best_step: int | None = None
 
-    def rewind(self, step: int) -> None:
-        """Take up the record of an earlier session, up to `step`."""
-        if self.file.exists():
+    def rewind(self, step: int, best_step: int | None) -> None:
+        """Take up the record of an earlier life of the run, up to `step`, where it goes on; `best_step` is that of the
+        policy kept as the best."""
+        self.done, self.best_step = {}, best_step
+        if step and self.file.exists():
             lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
             records = [json.loads(line) for line in lines if line.endswith("\n")]
             kept = [Validation(**r) for r in records if r["step"] <= step]
@@ -116,23 +124,27 @@ class Validator:
         """Validate the policy as it stands after `step` batches of rollouts."""
         if step in self.done:
             return self.done[step]
-        slots = validation_slots(self.scenarios, self.samples)
+        slots = validation_slots(self.scenarios, self.samples, step)
         played = self.play(step, self.share(slots))
         result = validation_of(step, self.scenarios, self.gather([(e.scenario.id, e.outcome) for e in played]))
-        best = self.best()
+        if result.failed == len(slots) or result.failed > self.max_failed * len(slots):
+            raise TooManyFailures(
+                f"validation after step {step}: {result.failed} of {len(slots)} episodes failed, "
+                f"and rollout.max_failed is {self.max_failed}"
+            )
         self.done[step] = result
-        if step and not math.isnan(result.overall) and (best is None or result.overall > best.overall):
-            self.keep_best()
+        best = self.best()
+        if step and (best is None or result.overall > best.overall):
+            self.keep_best(step)
+            self.best_step = step
         if self.is_main:
-            text = "".join(json.dumps(asdict(self.done[k])) + "\n" for k in sorted(self.done))
-            self.file.write_text(text, encoding="utf-8")
+            write_whole(self.file, "".join(json.dumps(asdict(self.done[k])) + "\n" for k in sorted(self.done)))
         self.say(f"validation after step {step}: {_described(result.figures())}")
         return result
 
     def best(self) -> Validation | None:
-        """The best one so far, of those after some training."""
-        trained = [v for v in self.done.values() if v.step and not math.isnan(v.overall)]
-        return max(trained, key=lambda v: (v.overall, -v.step), default=None)
+        """That of the policy kept as the best, of those after some training."""
+        return None if self.best_step is None else self.done.get(self.best_step)
 
     def summary(self, **facts: Any) -> dict[str, Any]:
         """summary.json: before, after, the paired improvement, the best step; and the facts needed to compare."""

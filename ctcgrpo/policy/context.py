@@ -171,15 +171,21 @@ class ContextBuilder:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _encode_head(self, persona: str, opening_line: str) -> Ids:
-        messages = [{"role": "system", "content": persona}]
-        if opening_line:
-            messages.append({"role": "user", "content": opening_line})
-        return self._encode(self._render(messages))
+        words = {"system": persona, "user": opening_line}
+        messages = [{"role": role, "content": f"PROBE-{role}"} for role, text in words.items() if text]
+        rest = self._render(messages)
+        ids: Ids = ()
+        for message in messages:
+            before, _, rest = rest.partition(message["content"])
+            ids += self._encode(before) + self._words(words[message["role"]])
+        return ids + self._encode(rest)
 
     def _encode_glue(self, user_line: str) -> Ids:
-        # The user's words are words, whatever they spell: no control token comes out of them.
-        words = tuple(self._tokenizer.encode(user_line, add_special_tokens=False, split_special_tokens=True))
-        return self._encode(self._between) + words + self._encode(self._after_user)
+        return self._encode(self._between) + self._words(user_line) + self._encode(self._after_user)
+
+    def _words(self, text: str) -> Ids:
+        """What somebody says are words, whatever they spell: no control token comes out of them."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
     def _visible(self, ids: Ids) -> Ids:
         """The sampled ids after the reasoning, or none where it was never closed."""

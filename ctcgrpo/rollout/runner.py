@@ -25,12 +25,20 @@ from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utteran
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """An episode to be played: `group` is the scenario's position in the step, `rollout` the episode's in its group."""
+    """An episode to be played: `group` is the scenario's position in the step, `rollout` the episode's in its group.
+    `seed_step` takes the step's place in the seeds where it is given."""
 
     scenario: Scenario
     step: int
     group: int
     rollout: int
+    seed_step: int | None = None
+
+    @property
+    def seeds(self) -> tuple[object, ...]:
+        """What of an episode's place its seeds depend on."""
+        step = self.step if self.seed_step is None else self.seed_step
+        return step, self.group, self.scenario.id, self.rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +151,7 @@ class _Player:
         started = time.perf_counter()
         try:
             prompt_ids, dropped = runner.contexts.prompt(self._dialogue)
-            seed = request_seed(play.seed, slot.step, slot.group, slot.scenario.id, slot.rollout, len(self._turns))
+            seed = request_seed(play.seed, *slot.seeds, len(self._turns))
             completion = await runner.engine.generate(prompt_ids, seed=seed, sampling=play.sampling)
             self._pending = (prompt_ids, dropped, completion)
         except EPISODE_ERRORS as error:
@@ -169,7 +177,7 @@ class _Player:
             state=State(anger=self._state.anger, trust=self._state.trust),
             round=round,
             max_rounds=play.max_turns,
-            seed=request_seed("user", play.seed, slot.step, slot.group, slot.scenario.id, slot.rollout, round),
+            seed=request_seed("user", play.seed, *slot.seeds, round),
         )
         started = time.perf_counter()
         try:

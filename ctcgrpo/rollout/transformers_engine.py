@@ -18,11 +18,13 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from ctcgrpo.errors import PolicyEngineError
+from ctcgrpo.errors import PolicyEngineError, RunInterrupted
 from ctcgrpo.records import Completion
 from ctcgrpo.rollout.engine import Sampling
 
@@ -71,6 +73,16 @@ class SeededSampler(LogitsProcessor):  # type: ignore[misc]
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen.unsqueeze(-1), 0.0)  # type: ignore[return-value]
 
 
+class _Asked(StoppingCriteria):  # type: ignore[misc]
+    """Stops between two tokens when the run is asked to: a whole batch of long replies may take minutes."""
+
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        self._asked = asked
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._asked(), device=input_ids.device)
+
+
 def _fail(requests: Iterable[_Request], error: Exception) -> None:
     for request in requests:
         if not request.result.done():
@@ -92,7 +104,9 @@ class TransformersEngine:
         stop_ids: Iterable[int],
         max_batch: int,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._interrupted = interrupted
         self._model = model
         self._autocast = autocast
         self._pad_id = pad_id
@@ -121,7 +135,7 @@ class TransformersEngine:
             except RuntimeError as error:  # what torch raises, out-of-memory included
                 _fail(batch, PolicyEngineError(f"transformers could not generate: {error}"))
                 continue
-            except Exception as error:  # noqa: BLE001 - a defect: whoever waits has to see it, or would wait for ever
+            except Exception as error:  # noqa: BLE001 - whoever waits has to see it, or would wait for ever
                 _fail([*batch, *self._waiting], error)
                 self._waiting = []
                 return
@@ -155,7 +169,10 @@ class TransformersEngine:
                 attention_mask=mask.to(device),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
+                stopping_criteria=StoppingCriteriaList([_Asked(self._interrupted)]),
             )
+        if self._interrupted():
+            raise RunInterrupted("interrupted in the middle of a reply")
         sampled = output[:, width:].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
         log_kept = torch.stack(sampler.log_kept, dim=1).tolist()

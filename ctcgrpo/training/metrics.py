@@ -1,4 +1,4 @@
-"""What a step's episodes say, as named numbers. Failed episodes are counted and enter nothing else."""
+"""What a step's episodes say, as named numbers. Failed episodes are counted, and enter no figure of scores or lengths."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -48,6 +49,7 @@ class UpdateOptions:
     entropy_bonus: float = 0.001
     recorded_logprobs: bool = False
     max_failed: float = 0.5
+    keep_checkpoints: int = 3
 
 
 Collect = Callable[[int, Sequence[dict[str, Any]]], list[Episode]]
@@ -109,7 +111,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
     def update(self, model: torch.nn.Module, samples: Sequence[TurnSample]) -> torch.Tensor:
         """Forward and backward over this process's samples of one optimizer step; gradients end up synchronised.
 
-        Returns the step's loss (a scalar, this process's part of it). Every process runs the same number of rows. A step
+        Returns the step's loss, a scalar over all processes. Every process runs the same number of rows. A step
         without any trained token leaves no gradient anywhere, so the optimizer changes nothing.
         """
         rows = plain_rows(samples, tokens_per_row=self._options.tokens_per_row, pad_id=self._tokenizer.pad_token_id)
@@ -285,7 +287,17 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
             partial = folder / f".{COMPLETE}"
             partial.write_text(f"{self.state.global_step}\n")
             partial.rename(folder / COMPLETE)
+            self._rotate()
         self.accelerator.wait_for_everyone()
+
+    def _rotate(self) -> None:
+        """Remove all but the newest complete checkpoints, once the newest is complete (transformers would before)."""
+        folders = {int(f.name.rpartition("-")[2]): f for f in Path(self.args.output_dir).glob("checkpoint-*")}
+        complete = sorted(step for step, folder in folders.items() if (folder / COMPLETE).exists())
+        oldest_kept = complete[-self._options.keep_checkpoints :][0]
+        for step, folder in folders.items():
+            if step < oldest_kept:
+                shutil.rmtree(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -52,21 +52,26 @@ def test_two_processes_are_the_same_as_one(tiny: Path, tmp_path: Path) -> None:
         assert a == pytest.approx(b, abs=1e-5)
 
 
-def test_a_recipe_trains_on_two_processes_launched_by_accelerate(tmp_path: Path) -> None:
-    launched = run(
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        "recipes/tiny.yaml", "training.max_steps=1", f"run.output_dir={tmp_path}",
-    )  # fmt: skip
+def test_a_recipe_trains_on_two_processes_through_accelerate(tmp_path: Path) -> None:
+    plain = tmp_path / "plain.yaml"  # a recipe without its Python lines is one for the command
+    text = (ROOT / "recipes" / "tiny.yaml").read_text()
+    plain.write_text("".join(line for line in text.splitlines(keepends=True) if "'''" not in line))
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "ACCELERATE_USE_CPU"}
+    held_out = ["validation.scenarios=english/test", "validation.every=1"]
+    command = [sys.executable, "-m", "ctcgrpo", "train", str(plain), "--processes", "2", "training.max_steps=1"]
+    command += [f"run.output_dir={tmp_path}", *held_out]
+    launched = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert launched.returncode == 0, launched.stderr
     folder = tmp_path / "tiny"
     assert [m["step"] for m in metrics(folder)] == [1]
     assert metrics(folder)[0]["episodes/valid"] == 16
     assert metrics(folder)[0]["logprob_gap"] < 1e-4
     # Each of the two processes played its half.
-    traces = sorted((folder / "traces").glob("*.jsonl"))
+    traces = sorted((folder / "traces").glob("step-*.jsonl"))
     assert [t.name for t in traces] == ["step-000001.rank-0.jsonl", "step-000001.rank-1.jsonl"]
     assert [len(t.read_text().splitlines()) for t in traces] == [8, 8]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["before"]["n"] == summary["after"]["n"] == 16 and (folder / "best" / "STEP").exists()
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["training"]["max_steps"] == 1
 
 

@@ -213,6 +213,21 @@ async def test_interruption_stops_a_rollout(parts: Parts, simulator_url: str) ->
         await parts.runner(simulator_url, interrupted=lambda: next(polled, True)).run(SLOTS)
 
 
+async def test_interruption_stops_a_reply_between_two_tokens(parts: Parts) -> None:
+    asked: list[bool] = []
+
+    def interrupted() -> bool:
+        asked.append(True)
+        return len(asked) > 3
+
+    engine = TransformersEngine(
+        parts.model, pad_id=parts.tokenizer.pad_token_id, stop_ids=parts.stop_ids, max_batch=4, interrupted=interrupted
+    )
+    with pytest.raises(RunInterrupted, match="in the middle of a reply"):
+        await engine.generate((5, 6, 7), seed=1, sampling=Sampling(max_new_tokens=500))
+    assert len(asked) < 20
+
+
 async def test_traces_hold_every_episode(parts: Parts, simulator_url: str, tmp_path: Path) -> None:
     file = tmp_path / "step.jsonl"
     writer = TraceWriter(file)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ctcgrpo.errors import TooManyFailures
 from ctcgrpo.records import Episode, Failure
 from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.validation import Validation, Validator, improvement, validation_of, validation_slots
@@ -30,7 +31,7 @@ def test_figures_by_hand() -> None:
 
 def test_what_failed_is_no_score() -> None:
     nothing = validation_of(0, SCENARIOS, [("a", math.nan)])
-    assert nothing.figures() == {"overall": None, "scenes": {}, "n": 0, "episodes": 0, "failed": 1}
+    assert nothing.figures() == {"overall": None, "scenes": {}, "n": 0, "episodes": 0, "failed": 1, "step": 0}
     assert improvement(nothing, nothing) == {"overall": None, "ci95": None, "n": 0}
     json.loads(json.dumps(nothing.figures(), allow_nan=False))
 
@@ -48,8 +49,8 @@ def test_the_improvement_is_paired() -> None:
 
 
 def test_slots_are_the_same_every_time() -> None:
-    assert validation_slots(SCENARIOS, 2) == validation_slots(SCENARIOS, 2)
-    assert [(s.scenario.id, s.group, s.rollout) for s in validation_slots(SCENARIOS, 2)][:3] == [
+    assert [s.seeds for s in validation_slots(SCENARIOS, 2, 0)] == [s.seeds for s in validation_slots(SCENARIOS, 2, 9)]
+    assert [(s.scenario.id, s.group, s.rollout) for s in validation_slots(SCENARIOS, 2, 0)][:3] == [
         ("a", 0, 0),
         ("a", 0, 1),
         ("b", 1, 0),
@@ -79,18 +80,18 @@ def validator(scores: Scores, file: Path, **options: Any) -> Validator:
         file=file,
         play=scores,
         gather=lambda pairs: pairs,
-        keep_best=lambda: scores.saved.append(scores.played[-1]),
+        keep_best=scores.saved.append,
         share=lambda slots: slots,
         is_main=True,
         say=lambda text: None,
     )
-    made.rewind(options.get("step", 0))
+    made.rewind(options.get("step", 0), options.get("best"))
     return made
 
 
 def test_the_best_is_kept_and_the_record_survives(tmp_path: Path) -> None:
     file = tmp_path / "validation.jsonl"
-    scores = Scores({0: -0.5, 5: 0.1, 10: 0.4, 15: 0.2, 20: math.nan})
+    scores = Scores({0: -0.5, 5: 0.1, 10: 0.4, 15: 0.2, 20: -0.1})
     first = validator(scores, file)
     assert [k for k in range(21) if first.is_due(k)] == [0, 5, 10, 15, 20]
     for step in (0, 5, 10, 15, 20):
@@ -100,7 +101,7 @@ def test_the_best_is_kept_and_the_record_survives(tmp_path: Path) -> None:
     assert best is not None and best.step == 10
 
     file.write_text(file.read_text() + '{"step": 25, "outc')  # killed in the middle of a line
-    again = validator(scores, file, step=10)
+    again = validator(scores, file, step=10, best=10)
     assert sorted(again.done) == [0, 5, 10] and again.is_due(15)
     scores.by_step[15] = 0.9
     again.validate(15)
@@ -110,6 +111,33 @@ def test_the_best_is_kept_and_the_record_survives(tmp_path: Path) -> None:
     assert summary["best"] == {"step": 15, "overall": pytest.approx(0.9)} and summary["run"] == "x"
     lines = [Validation(**json.loads(line)) for line in file.read_text().splitlines()]
     assert [v.step for v in lines] == [0, 5, 10, 15]
+
+
+def test_a_validation_that_failed_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "validation.jsonl"
+    scores = Scores({0: math.nan})
+    broken = validator(scores, file)
+    with pytest.raises(TooManyFailures, match="validation after step 0: 6 of 6 episodes failed"):
+        broken.validate(0)
+    assert broken.is_due(0) and not file.exists()
+    scores.by_step[0] = 0.3
+    assert broken.validate(0).overall == pytest.approx(0.3)
+
+
+def test_a_run_that_starts_takes_nothing_from_another_life(tmp_path: Path) -> None:
+    file = tmp_path / "validation.jsonl"
+    scores = Scores({0: -0.5, 5: 0.9})
+    first = validator(scores, file)
+    first.validate(0)
+    first.validate(5)
+    anew = validator(scores, file, step=0)
+    assert anew.is_due(0) and anew.best() is None
+    # best/ of step 5 was lost with the steps after 3: a worse one that exists is kept now.
+    resumed = validator(scores, file, step=3, best=None)
+    scores.by_step[5] = 0.1
+    resumed.validate(5)
+    best = resumed.best()
+    assert best is not None and (best.step, best.overall) == (5, pytest.approx(0.1))
 
 
 def test_a_run_with_validation_leaves_a_summary(ctcgrpo: Command, tmp_path: Path) -> None:  # noqa: F811
@@ -122,6 +150,6 @@ def test_a_run_with_validation_leaves_a_summary(ctcgrpo: Command, tmp_path: Path
         assert summary[when]["n"] == 16 and set(summary[when]["scenes"]) == {"support", "defense", "repair", "charm"}
     assert len(summary["improvement"]["ci95"]) == 2 and summary["improvement"]["n"] == 16
     assert summary["simulator"]["backend"] == "scripted" and summary["scoring_variant"] == "training"
-    assert (folder / "best" / "model.safetensors").exists()
+    assert (folder / "best" / "model.safetensors").exists() and (folder / "best" / "STEP").read_text() == "1\n"
     assert out.count("validation after step") == 2
     assert len((folder / "traces" / "validation-000001.rank-0.jsonl").read_text().splitlines()) == 16
