@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -45,7 +46,7 @@ def run_recipe(file: str) -> None:
     _guarded(lambda: _train(load_recipe(file, sys.argv[1:])))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
+@app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value ...")] = None,
@@ -133,9 +134,9 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _guarded(run: object) -> None:
+def _guarded(run: Callable[[], object]) -> None:
     try:
-        run()  # type: ignore[operator]
+        run()
     except KeyboardInterrupt:
         print("stopped: at once; what was not saved yet is lost", file=sys.stderr)
         sys.exit(RunInterrupted.exit_code)

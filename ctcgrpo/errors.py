@@ -73,3 +73,8 @@ class RunInterrupted(CtcGrpoError):
 
 EPISODE_ERRORS = (PolicyEngineError, SimulatorTransportError, SimulatorReplyError)
 """What turns an episode into a failed one; anything else is a defect of this program and stops it."""
+
+
+def too_many_failed(failed: int, episodes: int, limit: float) -> bool:
+    """Whether so many episodes failed that the rest says nothing: more than the share `limit`, or all of them."""
+    return failed == episodes or failed > limit * episodes

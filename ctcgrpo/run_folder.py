@@ -24,9 +24,8 @@ from typing import Any
 import yaml
 
 from ctcgrpo.errors import OutputError
-from ctcgrpo.files import write_whole
+from ctcgrpo.files import COMPLETE, checkpoints, is_complete, whole_lines, write_whole
 from ctcgrpo.recipe import Recipe, differences
-from ctcgrpo.training.trainer import COMPLETE
 
 BEST_STEP = "STEP"
 
@@ -79,9 +78,9 @@ class RunFolder:
                 f"run.output_dir: cannot write to {self.path} ({error.strerror}); choose another with run.output_dir=FOLDER"
             ) from None
         started = self.newest_checkpoint()
-        if self.recipe_file.exists() and (started or (self.final / COMPLETE).exists()):
+        if self.recipe_file.exists() and (started or is_complete(self.final)):
             self._refuse_other_run(recipe)
-        if (self.final / COMPLETE).exists():
+        if is_complete(self.final):
             raise OutputError(
                 f"{self.path} holds a finished run of this recipe; take {self.final}, or start another with run.name=NAME"
             )
@@ -118,19 +117,13 @@ class RunFolder:
 
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint with the most optimizer steps."""
-        found = {
-            int(match[1]): folder
-            for folder in self.path.glob("checkpoint-*")
-            if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and (folder / COMPLETE).exists()
-        }
+        found = {step: folder for step, folder in checkpoints(self.path).items() if is_complete(folder)}
         return found[max(found)] if found else None
 
     def _rewind(self, steps: int) -> None:
         if self.metrics_file.exists():
-            # A killed run may have left half a line; it has no end, so it is not among the complete ones.
-            lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-            complete = [line for line in lines if line.endswith("\n")]
-            write_whole(self.metrics_file, "".join(line for line in complete if json.loads(line)["step"] <= steps))
+            kept = [line for line in whole_lines(self.metrics_file) if json.loads(line)["step"] <= steps]
+            write_whole(self.metrics_file, "".join(kept))
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as out:

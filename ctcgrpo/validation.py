@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ctcgrpo.errors import TooManyFailures
-from ctcgrpo.files import write_whole
+from ctcgrpo.errors import TooManyFailures, too_many_failed
+from ctcgrpo.files import whole_lines, write_whole
 from ctcgrpo.records import SCENES, Episode, Scenario
 from ctcgrpo.rollout.runner import Slot
 
@@ -111,9 +111,8 @@ class Validator:
         """Take up the record of an earlier life of the run, up to `step`, where it goes on; `best_step` is that of the
         policy kept as the best."""
         self.done, self.best_step = {}, best_step
-        if step and self.file.exists():
-            lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
-            records = [json.loads(line) for line in lines if line.endswith("\n")]
+        if step:
+            records = [json.loads(line) for line in whole_lines(self.file)]
             kept = [Validation(**r) for r in records if r["step"] <= step]
             self.done = {validation.step: validation for validation in kept}
 
@@ -127,7 +126,7 @@ class Validator:
         slots = validation_slots(self.scenarios, self.samples, step)
         played = self.play(step, self.share(slots))
         result = validation_of(step, self.scenarios, self.gather([(e.scenario.id, e.outcome) for e in played]))
-        if result.failed == len(slots) or result.failed > self.max_failed * len(slots):
+        if too_many_failed(result.failed, len(slots), self.max_failed):
             raise TooManyFailures(
                 f"validation after step {step}: {result.failed} of {len(slots)} episodes failed, "
                 f"and rollout.max_failed is {self.max_failed}"

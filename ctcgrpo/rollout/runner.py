@@ -7,6 +7,7 @@ order, so the composition of every batch is fixed and a run repeats bit by bit; 
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -72,20 +73,13 @@ class RolloutRunner:
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
         self.play = play
-        self._on_episode: Callable[[Episode], None] = lambda episode: None
         self._interrupted = interrupted
 
     def with_play(self, play: Play) -> RolloutRunner:
         """The same parts, playing otherwise."""
-        return RolloutRunner(
-            engine=self.engine,
-            simulator=self.simulator,
-            contexts=self.contexts,
-            tokenizer=self.tokenizer,
-            stop_ids=self.stop_ids,
-            play=play,
-            interrupted=self._interrupted,
-        )
+        other = copy.copy(self)
+        other.play = play
+        return other
 
     async def run(
         self, slots: Sequence[Slot], on_episode: Callable[[Episode], None] = lambda episode: None
@@ -94,8 +88,7 @@ class RolloutRunner:
 
         Raises RunInterrupted as soon as the run is asked to stop.
         """
-        self._on_episode = on_episode
-        players = [_Player(self, slot) for slot in slots]
+        players = [_Player(self, slot, on_episode) for slot in slots]
         async with self.simulator:
             if self.play.deterministic:
                 for _ in range(self.play.max_turns):
@@ -119,15 +112,13 @@ class RolloutRunner:
         if self._interrupted():
             raise RunInterrupted("interrupted in the middle of a rollout")
 
-    def finished(self, episode: Episode) -> None:
-        self._on_episode(episode)
-
 
 class _Player:
     """One episode on its way."""
 
-    def __init__(self, runner: RolloutRunner, slot: Slot) -> None:
+    def __init__(self, runner: RolloutRunner, slot: Slot, on_episode: Callable[[Episode], None]) -> None:
         self._runner = runner
+        self._on_episode = on_episode
         self._slot = slot
         self._card = ScenarioCard.of(slot.scenario)
         self._dialogue: Dialogue = runner.contexts.start(slot.scenario)
@@ -216,7 +207,7 @@ class _Player:
 
     def _finish(self) -> None:
         self.over = True
-        self._runner.finished(self.episode())
+        self._on_episode(self.episode())
 
     def episode(self) -> Episode:
         scenario = self._slot.scenario

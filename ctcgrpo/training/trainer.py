@@ -26,15 +26,14 @@ from accelerate.utils import DistributedType, gather_object
 from trl import GRPOConfig, GRPOTrainer
 
 from ctcgrpo.credit import SceneBaseline
-from ctcgrpo.errors import RunInterrupted, TooManyFailures
+from ctcgrpo.errors import RunInterrupted, TooManyFailures, too_many_failed
+from ctcgrpo.files import COMPLETE, checkpoints, is_complete, write_whole
 from ctcgrpo.records import Episode, TurnSample
 from ctcgrpo.training.loss import TokenSums, token_sums
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.rows import Row, dummy_row, plain_rows
 from ctcgrpo.training.samples import CreditOptions, Summary, step_credit, summarise, turn_samples, update_of
 
-COMPLETE = "COMPLETE"
-"""The marker of a checkpoint whose every file is written."""
 SCENE_BASELINE = "scene_baseline.json"
 """What earlier steps say of each scene's turns, in a checkpoint."""
 
@@ -247,7 +246,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _refuse_failures(self, summaries: Sequence[Summary], episodes: Sequence[Episode]) -> None:
         failed = [s for s in summaries if s.failure]
-        if len(failed) == len(summaries) or len(failed) > self._options.max_failed * len(summaries):
+        if too_many_failed(len(failed), len(summaries), self._options.max_failed):
             kinds = {kind: sum(s.failure == kind for s in failed) for kind in sorted({str(s.failure) for s in failed})}
             example = next((f"; first here: {e.name}: {e.failure.message}" for e in episodes if e.failure), "")
             raise TooManyFailures(
@@ -284,16 +283,14 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         if self.accelerator.is_main_process:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             (folder / SCENE_BASELINE).write_text(json.dumps(asdict(self._baseline)))
-            partial = folder / f".{COMPLETE}"
-            partial.write_text(f"{self.state.global_step}\n")
-            partial.rename(folder / COMPLETE)
+            write_whole(folder / COMPLETE, f"{self.state.global_step}\n")
             self._rotate()
         self.accelerator.wait_for_everyone()
 
     def _rotate(self) -> None:
         """Remove all but the newest complete checkpoints, once the newest is complete (transformers would before)."""
-        folders = {int(f.name.rpartition("-")[2]): f for f in Path(self.args.output_dir).glob("checkpoint-*")}
-        complete = sorted(step for step, folder in folders.items() if (folder / COMPLETE).exists())
+        folders = checkpoints(Path(self.args.output_dir))
+        complete = sorted(step for step, folder in folders.items() if is_complete(folder))
         oldest_kept = complete[-self._options.keep_checkpoints :][0]
         for step, folder in folders.items():
             if step < oldest_kept:
@@ -306,10 +303,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def save_now(self) -> None:
         """A checkpoint of the last finished optimizer step, unless it has one."""
-        if (
-            self.state.global_step
-            and not (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).exists()
-        ):
+        if self.state.global_step and not is_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
             self._save_checkpoint(self.model, trial=None)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 
-from ctcgrpo.records import Scene, UserState
+from ctcgrpo.records import UserState
 from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, TurnRequest, Utterance
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge, read_knowledge
 from ctcgrpo.simulator.scripted.language import Language, load_language
@@ -35,8 +35,8 @@ def react(request: TurnRequest) -> Reaction:
     card = request.scenario
     language = load_language(card.language)
     card_json = card.model_dump_json()
-    knowledge = _knowledge(card_json, card.language)
-    readings = _readings(card, card_json, request.history)
+    knowledge = _knowledge(card_json)
+    readings = _readings(card_json, request.history)
     heard = Heard(readings[-1], tuple(readings[:-1]), knowledge, language, card.scene, request.round)
     found = findings(heard)
     before = UserState(request.state.anger, request.state.trust)
@@ -53,8 +53,14 @@ def react(request: TurnRequest) -> Reaction:
 
 
 @lru_cache(maxsize=4096)
-def _knowledge(card_json: str, code: str) -> Knowledge:
-    return read_knowledge(ScenarioCard.model_validate_json(card_json), load_language(code))
+def _card(card_json: str) -> ScenarioCard:
+    return ScenarioCard.model_validate_json(card_json)
+
+
+@lru_cache(maxsize=4096)
+def _knowledge(card_json: str) -> Knowledge:
+    card = _card(card_json)
+    return read_knowledge(card, load_language(card.language))
 
 
 def _raised(knowledge: Knowledge, user_opens: bool, round: int) -> Detail | None:
@@ -63,25 +69,25 @@ def _raised(knowledge: Knowledge, user_opens: bool, round: int) -> Detail | None
     return knowledge.details[index] if 0 <= index < len(knowledge.details) else None
 
 
-def _readings(card: ScenarioCard, card_json: str, history: Sequence[Utterance]) -> list[Reading]:
+def _readings(card_json: str, history: Sequence[Utterance]) -> list[Reading]:
     """A reading of each of the policy's replies so far, each in the light of what had been said by then."""
     said = tuple((utterance.speaker, utterance.text) for utterance in history)
     ends = [k + 1 for k, (speaker, _) in enumerate(said) if speaker == "policy"]
-    return [_reading(card_json, card.language, card.scene, said[:end]) for end in ends]
+    return [_reading(card_json, said[:end]) for end in ends]
 
 
 @lru_cache(maxsize=16384)
-def _reading(card_json: str, code: str, scene: Scene, said: tuple[tuple[str, str], ...]) -> Reading:
+def _reading(card_json: str, said: tuple[tuple[str, str], ...]) -> Reading:
     """The reading of the last reply in `said`. Kept, since the next request of a dialogue needs all earlier ones again."""
-    knowledge, language = _knowledge(card_json, code), load_language(code)
+    card, knowledge = _card(card_json), _knowledge(card_json)
+    language = load_language(card.language)
     heard = [text for speaker, text in said[:-1] if speaker == "user"]
     earlier = [text for speaker, text in said[:-1] if speaker == "policy"]
-    card = ScenarioCard.model_validate_json(card_json)
     return read(
         said[-1][1],
         knowledge=knowledge,
         language=language,
-        moves=language.moves[scene],
+        moves=language.moves[card.scene],
         heard=[card.policy_persona, *heard],
         earlier=earlier,
         raised=_raised(knowledge, bool(card.opening_line), len(earlier) + 1),

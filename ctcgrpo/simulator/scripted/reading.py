@@ -38,7 +38,6 @@ class Reading:
     `musts` are what counting sentences do.
     """
 
-    text: str
     length: int
     sentences: tuple[Sentence, ...]
     touched: tuple[Detail, ...]
@@ -75,7 +74,6 @@ def read(
     touched = tuple(d for d in knowledge.details if _touches(said, d, just_raised=d == raised))
     content = language.content(text)
     return Reading(
-        text=text,
         length=language.length(text),
         sentences=sentences,
         touched=touched,
