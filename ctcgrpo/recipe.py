@@ -17,6 +17,7 @@ from ctcgrpo.credit import CENTERINGS, CREDITS, SCALES
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.records import SCENES, Scene
+from ctcgrpo.strict_yaml import load_yaml
 
 _PYTHON_KEY = "'"
 _OPENING, _CLOSING = "'''':", "# '''; from ctcgrpo.cli import run_recipe"
@@ -250,17 +251,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
     return found
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML lets a key come twice and keeps the last; in a recipe that would drop a section without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice in one section", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _parse(path: Path) -> dict[str, Any]:
     if not path.is_file():
         near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
@@ -273,7 +263,7 @@ def _parse(path: Path) -> dict[str, Any]:
     if "'''" in body or "\\" in body:
         raise RecipeError(f"{path}: a recipe may hold neither ''' nor a backslash: it is also read as a Python string")
     try:
-        data = yaml.load(text, _UniqueKeys)
+        data = load_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(data, dict):

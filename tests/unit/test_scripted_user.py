@@ -20,6 +20,7 @@ from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.scoring import outcome_score
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
 from ctcgrpo.simulator.scripted.backend import react
+from ctcgrpo.simulator.scripted.knowledge import read_knowledge
 from ctcgrpo.simulator.scripted.language import load_language
 from tests.conftest import ROOT, SHARED_DATA
 
@@ -167,9 +168,18 @@ def parrot(history: list[Utterance]) -> str:
 def test_good_replies_score_well(split: str) -> None:
     scores = {scene: [good(s) for s in SCENARIOS if s.startswith(f"{scene}-{split}")] for scene in SCENES}
     for scene, values in scores.items():
-        assert mean(values) > 0.1, (scene, values)
+        assert mean(values) > 0.05, (scene, values)
     assert mean(v for values in scores.values() for v in values) > 0.3
     assert min(v for values in scores.values() for v in values) > -0.5
+
+
+def test_headings_and_everyday_words_are_nobodys_matter() -> None:
+    """A persona's layout and small words once counted as substance, so that "I would prefer" engaged with any detail."""
+    for scenario in SCENARIOS.values():
+        matter = read_knowledge(ScenarioCard.of(scenario), LANGUAGE).matter
+        assert not matter & LANGUAGE.content(
+            "Behaviour, preferences, aim, style, speaking, get, never, not, ago, aloud, exactly"
+        )
 
 
 def test_good_replies_seldom_do_harm() -> None:

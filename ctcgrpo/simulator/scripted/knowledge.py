@@ -12,6 +12,7 @@ from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.simulator.protocol import ScenarioCard
 from ctcgrpo.simulator.scripted.language import Language
 
+_HEADING = re.compile(r"^#+.*$", re.MULTILINE)
 _FACT = re.compile(r"^\s*\d+[.、)]\s*(.+)$", re.MULTILINE)
 _MOST_DETAILS = 6
 
@@ -74,7 +75,8 @@ def read_knowledge(card: ScenarioCard, language: Language) -> Knowledge:
     else:
         details = _derived_details(card, language)
     parts = script.boundary or script.repair
-    texts = [card.user_persona, card.policy_persona, card.opening_line, card.goal, *card.success_criteria]
+    personas = [_HEADING.sub("", text) for text in (card.user_persona, card.policy_persona)]
+    texts = [*personas, card.opening_line, card.goal, *card.success_criteria]
     texts += [d.line for d in details]
     vocabulary = frozenset().union(*(language.content(text) for text in texts), *(d.field for d in details))
     matter = frozenset().union(*(language.uncommon(text) for text in texts))

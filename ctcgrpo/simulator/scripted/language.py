@@ -15,11 +15,11 @@ from importlib.resources import files
 from typing import Any
 
 import snowballstemmer
-import yaml
 
 from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.records import Scene
 from ctcgrpo.simulator.scripted.grammar import is_sound
+from ctcgrpo.strict_yaml import load_yaml
 
 _LANGUAGES = files("ctcgrpo.simulator.scripted") / "languages"
 _LATIN_TOKEN = re.compile(r"n't\b|'(?:s|m|re|ve|d|ll)\b|[a-z]+(?=n't\b)|[a-z]+|\d+(?:[.,:]\d+)*|,")
@@ -118,7 +118,7 @@ def load_language(code: str) -> Language:
     if not file.is_file():
         known = sorted(f.name.removesuffix(".yaml") for f in _LANGUAGES.iterdir() if f.name.endswith(".yaml"))
         raise SimulatorReplyError(f"the scripted simulator does not speak {code!r}; it speaks {', '.join(known)}")
-    data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    data = load_yaml(file.read_text(encoding="utf-8"))
     lexicon: dict[str, str] = {}
     for tags, words in data["lexicon"].items():
         for word in str(words).split():
