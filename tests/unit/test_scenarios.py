@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,12 +13,19 @@ import pytest
 
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.records import SCENES, UserState
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.scenarios import PACKS, load_scenarios
 from ctcgrpo.simulator.protocol import ScenarioCard
 from tests.conftest import SHARED_DATA
 
 USER_SECTIONS = ["Background", "Role and stance", "Speaking style", "Known facts", "Behaviour and preferences", "Aim"]
 POLICY_SECTIONS = ["Background", "Role and stance", "Known facts", "Core goal"]
+
+FROZEN = {
+    "charm": "c72ae6f5b008ab04e43fb847da96099110e8f6dddcf3a3e0caf92f9c9b5bf6b5",
+    "defense": "a3b86b1b0efdfcf213bf6ba79874261e55ef65850121796259568890a0e061ba",
+    "repair": "b1be760279a3f4a25c151fa862cad3ebb70e154a9e5f2d80ab78ac1ef9ed6bf8",
+    "support": "8a4301623378fb2691d5e75aa78b4bd174f1610fcb53bc691b31f42e7281e0aa",
+}
 
 
 @pytest.fixture
@@ -206,3 +214,10 @@ def test_a_real_eibench_record() -> None:
     assert scenario.anchors == ((75, 60), (25, 90), (90, 10))
     assert scenario.extras["strip_defender_strategy_ok"] is True
     assert scenario.extras["prompt"][1]["content"] == scenario.opening_line
+
+
+def test_the_held_out_scenarios_are_frozen() -> None:
+    """Every figure that this project quotes comes from the bundled test split as it stood before any policy was tuned;
+    tuning validates on scenarios 13 to 16 of each scene of the training split, and trains on 1 to 12."""
+    files = {file.stem.removesuffix("_final"): file for file in (PACKS / "english" / "test").glob("*.jsonl")}
+    assert {scene: hashlib.sha256(file.read_bytes()).hexdigest() for scene, file in files.items()} == FROZEN
