@@ -29,6 +29,7 @@ from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.errors import RunInterrupted, TooManyFailures, too_many_failed
 from ctcgrpo.files import COMPLETE, checkpoints, is_complete, write_whole
 from ctcgrpo.records import Episode, TurnSample
+from ctcgrpo.training.head import score_trained_positions_only
 from ctcgrpo.training.loss import TokenSums, token_sums
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.rows import Row, dummy_row, plain_rows
@@ -74,6 +75,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
     ) -> None:
         if args.num_iterations != options.updates_per_step or args.gradient_accumulation_steps != 1:
             raise ValueError("num_iterations must equal updates_per_step, and gradient_accumulation_steps must be 1")
+        score_trained_positions_only()
         super().__init__(model=model, args=args, reward_funcs=_no_reward, **kwargs)
         self._collect = collect
         self._credit = credit

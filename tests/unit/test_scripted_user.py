@@ -283,6 +283,28 @@ def test_length_and_manner() -> None:
     assert "preaches" in preached[2] and preached[1] < base[1]
 
 
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda good: f"{good} {LANGUAGE.sentences(good)[-1]}", "says the same thing twice"),
+        (lambda good: f"{good} I will stay with you. I will stay with you.", "says the same thing twice"),
+        (lambda good: good.rstrip(".!?") + " and then the", "breaks off in the middle of a sentence"),
+        (lambda good: f"{good} What would help with the is. The of and it.", ""),
+    ],
+)
+def test_what_a_policy_once_did_to_please_the_rules_spoils_a_good_reply(spoil: Callable[[str], str], why: str) -> None:
+    """Policies trained here learned to fill a reply with one phrase over and over, up to the token limit."""
+    for scenario, replies in REPLIES.items():
+        anger, trust, reason, _ = converse(SCENARIOS[scenario], [spoil(replies["good"][0])])[1][0]
+        assert why in reason and anger > 0 > trust, (scenario, reason)
+
+
+def test_many_short_sentences_tire() -> None:
+    short = ["I am here.", "You can sit.", "We have time.", "It is late.", "She knows.", "They left.", "He may come."]
+    _, [(_, _, why, _)] = converse(SCENARIOS["support-train-01"], [" ".join(short)])
+    assert "one sentence after the other" in why
+
+
 def test_defense_neither_folds_nor_fights() -> None:
     for scenario in (s for s in SCENARIOS.values() if s.scene == "defense"):
         folds = converse(scenario, ["Okay, you can have it, just this once. I'll look the other way."])[1][0]

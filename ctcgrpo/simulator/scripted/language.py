@@ -25,6 +25,7 @@ _LANGUAGES = files("ctcgrpo.simulator.scripted") / "languages"
 _LATIN_TOKEN = re.compile(r"n't\b|'(?:s|m|re|ve|d|ll)\b|[a-z]+(?=n't\b)|[a-z]+|\d+(?:[.,:]\d+)*|,")
 _HAN_RUN = re.compile(r"[\u4e00-\u9fff]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"')\]]*(?:\s+|(?<=[。！？]))|\n+")
+_ENDED = re.compile(r"[.!?…。！？][\"')\]”’」]*\s*$")
 _STEM = snowballstemmer.stemmer("english")
 
 
@@ -57,6 +58,10 @@ class Language:
 
     def sentences(self, text: str) -> list[str]:
         return [s.strip() for s in _SENTENCE_END.split(text) if s and s.strip()]
+
+    def ends(self, text: str) -> bool:
+        """Whether the last sentence is brought to its end."""
+        return bool(_ENDED.search(text))
 
     def tokens(self, text: str) -> list[str]:
         """Words and commas in lower case; for Han script, overlapping pairs of characters."""

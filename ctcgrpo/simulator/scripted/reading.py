@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
 from ctcgrpo.simulator.scripted.language import Language, Pattern, stem
@@ -35,7 +36,8 @@ class Reading:
     `touched` are the details that its counting sentences take up. `engaged` are those of them about which it brings in
     something that the user has not said and the policy's role was not told: words cannot be had from the dialogue alone.
     `brings` says so of this user's matters altogether. `raised` is the detail that the user brought up last. `moves` and
-    `musts` are what counting sentences do.
+    `musts` are what counting sentences do. `echo` and `repetition` are the shares taken from what was heard and from earlier
+    replies; `twice` says that two of its sentences are nearly one.
     """
 
     length: int
@@ -49,6 +51,8 @@ class Reading:
     questions: int
     echo: float
     repetition: float
+    twice: bool
+    breaks_off: bool
 
     def share(self, predicate: str) -> float:
         """The share of sentences for which the named property does not hold."""
@@ -85,6 +89,8 @@ def read(
         questions=sum("?" in s.text or "？" in s.text for s in sentences),
         echo=_coverage(text, sources, language),
         repetition=max((_similarity(content, text, other, language) for other in earlier), default=0.0),
+        twice=any(_alike(a, b, language) for a, b in combinations(sentences, 2)),
+        breaks_off=not language.ends(text),
     )
 
 
@@ -107,6 +113,11 @@ def _sentence(text: str, knowledge: Knowledge, language: Language, sources: froz
         sensible=language.han or len(strange) <= max(1, len(content) // 3),
         content=content,
     )
+
+
+def _alike(a: Sentence, b: Sentence, language: Language) -> bool:
+    shared, both = a.content & b.content, a.content | b.content
+    return language.tokens(a.text) == language.tokens(b.text) or 2 * len(shared) > len(both)
 
 
 def _words(text: str, language: Language) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ _MERE_MENTION = 0.25
 """What manner is worth in a reply that mentions this user's matters and brings in nothing of its own."""
 LONG, CURT = 90, 4
 """In words: replies above LONG tire, replies below CURT put off."""
+MANY = 5
+"""Sentences that somebody who listens gets by with; written replies to these scenarios have two to four."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def senseless(h: Heard) -> Iterator[Finding]:
     unsound = h.reading.share("sound")
     if unsound > 0.5:
         yield Finding(5, -5, "I cannot make sense of it")
-    elif unsound > 0.34:
+    elif unsound > 0.34 or sum(not s.sound for s in h.reading.sentences) > 1:
         yield Finding(3, -3, "broken sentences")
 
 
@@ -103,6 +105,18 @@ def repeating(h: Heard) -> Iterator[Finding]:
 
 
 @spoiler
+def stammering(h: Heard) -> Iterator[Finding]:
+    if h.reading.twice:
+        yield Finding(4, -4, "says the same thing twice")
+
+
+@spoiler
+def breaking_off(h: Heard) -> Iterator[Finding]:
+    if h.reading.sentences and h.reading.breaks_off:
+        yield Finding(3, -3, "breaks off in the middle of a sentence")
+
+
+@spoiler
 def rambling(h: Heard) -> Iterator[Finding]:
     if h.reading.share("sound") <= 0.34 and h.reading.share("sensible") > 0.5:
         yield Finding(3, -3, "talks of things that have nothing to do with me")
@@ -116,6 +130,13 @@ def long_winded(h: Heard) -> Iterator[Finding]:
     if h.reading.length > LONG:
         excess = min(5.0, 1 + (h.reading.length - LONG) / 30)
         yield Finding(excess, -excess, "goes on and on")
+
+
+@rule
+def breathless(h: Heard) -> Iterator[Finding]:
+    if len(h.reading.sentences) > MANY:
+        excess = min(5.0, len(h.reading.sentences) - MANY)
+        yield Finding(excess, -excess, "one sentence after the other")
 
 
 @rule
