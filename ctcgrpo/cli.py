@@ -91,6 +91,19 @@ def serve(
     serve_forever(ScriptedBackend(), host, port)
 
 
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="A run's folder, for example checkpoints/quickstart.")],
+    scenario: Annotated[str | None, typer.Option(help="Which held-out scenario to show; a typical one by default.")] = None,
+) -> None:
+    """Print a finished run: scores before and after, and one scenario played by both policies."""
+    from rich.console import Console
+
+    from ctcgrpo.show import show_run
+
+    show_run(run, Console(width=None if sys.stdout.isatty() else 120), scenario=scenario)
+
+
 @scenarios_app.command()
 def validate(
     source: Annotated[str, typer.Argument(help="A path, a bundled pack (english/train) or a dataset (eibench/train).")],

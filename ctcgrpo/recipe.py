@@ -50,12 +50,15 @@ class Lora(_Section):
 
 
 class Policy(_Section):
-    model: str = Field(description="a model folder or Hub id, or builtin/tiny for a random tiny Qwen3")
+    model: str = Field(description="a model folder or Hub id; builtin/tiny, builtin/starter (policy/)")
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights when loaded")
     attention: str = Field("sdpa", description="transformers' attn_implementation")
     reasons: bool = Field(False, description="the policy reasons before it replies: sets the template, turns shaping on")
     reasoning_context: Literal["strip", "keep"] = Field("strip", description="what earlier turns keep of their reasoning")
+    persona_sections: tuple[str, ...] | None = Field(
+        None, description="the sections of its role (### headings) that the policy is told; all of it where absent"
+    )
     lora: Lora | None = None
 
 
@@ -125,6 +128,7 @@ class Credit(_Section):
     center_weights: Literal["turn", "token"] = Field("turn", description="what weighs a turn in the means that center")
     scale: str = Field("group", description="how outcome advantages are scaled: " + ", ".join(SCALES))
     std_min: float = Field(_DEFAULT_STD_MIN, gt=0)
+    shuffled: bool = Field(False, description="a control: deal the advantages of a step out to its turns at random")
 
     @field_validator("centering", "credit", "scale")
     @classmethod

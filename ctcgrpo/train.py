@@ -87,6 +87,12 @@ class _Run:
             )
         self._folder = RunFolder(recipe.folder)
         self._resume: Path | None = on_main(self._state, lambda: self._folder.open(recipe))
+        self._progress = RunProgress(
+            name=recipe.run.name,
+            steps=recipe.training.max_steps,
+            episodes_per_step=recipe.scenarios.per_step * recipe.rollout.group_size // processes,
+            enabled=self._state.is_main_process,
+        )
         policy = recipe.policy
         model: str = on_main(self._state, lambda: self._build_policy())
         tokenizer = load_tokenizer(model, policy.revision)
@@ -96,6 +102,7 @@ class _Run:
             stop_ids=ends,
             max_prompt_tokens=recipe.rollout.max_prompt_tokens,
             reasoning=policy.reasoning_context,
+            persona_sections=policy.persona_sections,
             template_kwargs={"enable_thinking": policy.reasons},
         )
         contexts.check([*self._scenarios, *held_out])
@@ -103,13 +110,6 @@ class _Run:
         url = self._simulator_url(stack, [*self._scenarios, *held_out])
         simulator = SimulatorClient(url, timeout=recipe.simulator.timeout, attempts=recipe.simulator.attempts)
         self._simulator_says = asyncio.run(_health(simulator))
-
-        self._progress = RunProgress(
-            name=recipe.run.name,
-            steps=recipe.training.max_steps,
-            episodes_per_step=recipe.scenarios.per_step * recipe.rollout.group_size // processes,
-            enabled=self._state.is_main_process,
-        )
         interrupted = stack.enter_context(interrupts(self._progress.say))
         self._trainer = self._make_trainer(
             model=model,
@@ -153,7 +153,11 @@ class _Run:
     def _build_policy(self) -> str:
         """A builtin policy is built anew for a run that starts, and taken as it is by one that goes on."""
         return build_builtin(
-            self._recipe.policy.model, self._folder.base.resolve(), self._recipe.run.seed, keep=self._resume is not None
+            self._recipe.policy.model,
+            self._folder.base.resolve(),
+            self._recipe.run.seed,
+            keep=self._resume is not None,
+            say=self._progress.say,
         )
 
     def to_the_end(self) -> Path:

@@ -13,7 +13,7 @@ A prompt that is too long drops the oldest exchange, never the system prompt and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyEngineError, PolicyError
+from ctcgrpo.policy.persona import told
 from ctcgrpo.policy.reasoning import CLOSE, OPEN, parse_completion
 from ctcgrpo.records import Completion, Scenario
 
@@ -56,12 +57,14 @@ class ContextBuilder:
         stop_ids: Iterable[int],
         max_prompt_tokens: int,
         reasoning: ReasoningPolicy = "strip",
+        persona_sections: Sequence[str] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
         self._max_prompt_tokens = max_prompt_tokens
         self._reasoning = reasoning
+        self._persona_sections = persona_sections
         self._template_kwargs = dict(template_kwargs or {})
         if not getattr(tokenizer, "chat_template", None):
             raise PolicyError(
@@ -81,7 +84,7 @@ class ContextBuilder:
         return OPEN in self._generation and CLOSE not in self._generation.rpartition(OPEN)[2]
 
     def start(self, scenario: Scenario) -> Dialogue:
-        return Dialogue(scenario.policy_persona, scenario.opening_line)
+        return Dialogue(told(scenario.policy_persona, self._persona_sections), scenario.opening_line)
 
     def extend(self, dialogue: Dialogue, completion: Completion, user_line: str) -> Dialogue:
         """The dialogue after the policy's completion and the user's answer."""
@@ -120,6 +123,8 @@ class ContextBuilder:
                 self.prompt(self.start(scenario))
             except PolicyEngineError as error:
                 raise PolicyError(f"scenario {scenario.id!r}: {error}; raise it or drop the scenario") from None
+            except PolicyError as error:
+                raise PolicyError(f"scenario {scenario.id!r}: {error}") from None
         if any(scenario.policy_opens for scenario in scenarios):
             self._check_system_only()
 

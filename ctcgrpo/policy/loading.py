@@ -3,27 +3,56 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyError
+from ctcgrpo.naming import did_you_mean
+from ctcgrpo.policy.persona import told
+from ctcgrpo.policy.starter.teach import build_starter
 from ctcgrpo.policy.tiny import build_tiny
-from ctcgrpo.records import Scenario
+from ctcgrpo.records import Scene
 from ctcgrpo.scenarios import load_scenarios
 
-BUILTIN_TINY = "builtin/tiny"
+_BUILTIN = "builtin/"
 
 
-def build_builtin(model: str, folder: Path, seed: int, *, keep: bool) -> str:
+def build_builtin(model: str, folder: Path, seed: int, *, keep: bool, say: Callable[[str], None] = lambda _: None) -> str:
     """The path or Hub id of a policy; one that comes with this package is built in `folder` first, unless it is to keep
-    the one that is there."""
-    if model != BUILTIN_TINY:
+    the one that is there. `say` hears how far it is. Raises PolicyError for a builtin policy that does not exist."""
+    if not model.startswith(_BUILTIN):
         return model
+    name = model.removeprefix(_BUILTIN)
+    if name not in BUILDERS:
+        raise PolicyError(f"policy.model is {model!r}; {did_you_mean(model, [_BUILTIN + known for known in BUILDERS])}")
     if not (keep and (folder / "config.json").exists()):
-        build_tiny(folder, _texts(load_scenarios("english/train")), seed=seed)
+        BUILDERS[name](folder, seed, say)
     return str(folder)
+
+
+def _tiny(folder: Path, seed: int, say: Callable[[str], None]) -> None:
+    def texts() -> Iterator[str]:
+        for scenario in load_scenarios("english/train"):
+            yield from (scenario.policy_persona, scenario.user_persona, scenario.opening_line)
+
+    build_tiny(folder, texts(), seed=seed)
+
+
+STARTER_SECTIONS = ("Background", "Core goal")
+"""What the starter is taught to be told of a role: as much as its few weights can keep in view."""
+
+
+def _starter(folder: Path, seed: int, say: Callable[[str], None]) -> None:
+    personas: dict[Scene, list[str]] = {}
+    for scenario in load_scenarios("english/train"):
+        personas.setdefault(scenario.scene, []).append(told(scenario.policy_persona, STARTER_SECTIONS))
+    build_starter(folder, personas, seed=seed, say=say)
+
+
+BUILDERS: dict[str, Callable[[Path, int, Callable[[str], None]], None]] = {"tiny": _tiny, "starter": _starter}
+"""By name: write model and tokenizer to a folder, from a seed."""
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -61,8 +90,3 @@ def check_positions(model: str, wanted: int, revision: str | None = None) -> Non
             f"rollout.max_prompt_tokens + rollout.max_new_tokens is {wanted}, but {model!r} has {limit} positions; "
             "lower one of them"
         )
-
-
-def _texts(scenarios: Sequence[Scenario]) -> Iterator[str]:
-    for scenario in scenarios:
-        yield from (scenario.policy_persona, scenario.user_persona, scenario.opening_line)

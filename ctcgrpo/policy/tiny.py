@@ -63,6 +63,7 @@ def build_model(
         num_key_value_heads=heads,
         head_dim=32,
         max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         initializer_range=0.1,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,

@@ -46,6 +46,8 @@ class CreditOptions:
     center_weights: Literal["turn", "token"] = "turn"
     scale: str = "group"
     std_min: float = 0.1
+    shuffle_seed: int | None = None
+    """Where advantages are to be dealt out at random (a control), what that depends on beside the step."""
     turn_weights: Mapping[Scene, tuple[float, float]] | None = None
     shaping: tuple[float, float] | None = None
     """(penalty for no reasoning, penalty for a fault), or None for a policy that does not reason."""
@@ -95,7 +97,9 @@ class StepCredit:
     groups_without_signal: float
 
 
-def step_credit(summaries: Sequence[Summary], options: CreditOptions, baseline: credit.SceneBaseline) -> StepCredit:
+def step_credit(
+    summaries: Sequence[Summary], options: CreditOptions, baseline: credit.SceneBaseline, *, step: int = 0
+) -> StepCredit:
     """Credit over all episodes of a step, whichever process played them; `baseline` is what earlier steps left."""
     rewards, groups = [s.reward for s in summaries], [s.group for s in summaries]
     scores = [s.turn_scores for s in summaries]
@@ -118,6 +122,9 @@ def step_credit(summaries: Sequence[Summary], options: CreditOptions, baseline: 
     credits = credit.turn_credits(scores, credit=options.credit, gamma=options.gamma)
     valid = [k for k, s in enumerate(summaries) if not s.failure]
     turn_terms = [t - a for t, a, use in zip(turns, outcome, trained, strict=True) if use]
+    advantages = [t for t, use in zip(turns, trained, strict=True) if use]
+    if options.shuffle_seed is not None:
+        advantages = credit.shuffled(advantages, [options.shuffle_seed, step])
     return StepCredit(
         baseline=credit.updated_baseline(
             baseline,
@@ -126,7 +133,8 @@ def step_credit(summaries: Sequence[Summary], options: CreditOptions, baseline: 
             None if weights is None else [weights[k] for k in valid],
         ),
         advantages={
-            (s.group, s.rollout): tuple(t.tolist()) for s, t, use in zip(summaries, turns, trained, strict=True) if use
+            (s.group, s.rollout): tuple(a.tolist())
+            for s, a in zip((s for s, use in zip(summaries, trained, strict=True) if use), advantages, strict=True)
         },
         turn_term_std=float(np.concatenate(turn_terms).std()) if turn_terms else 0.0,
         outcome_term_std=float(outcome[trained].std()) if trained.any() else 0.0,

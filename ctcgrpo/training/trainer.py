@@ -193,7 +193,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         episodes = self.unless_interrupted(lambda: self._collect(self.rollout_step + 1, inputs))
         summaries = gather_object([summarise(e, self._credit) for e in episodes])
         self._refuse_failures(summaries, episodes)
-        credit = step_credit(summaries, self._credit, self._baseline)
+        credit = step_credit(summaries, self._credit, self._baseline, step=self.rollout_step)
         self._baseline = credit.baseline
         for name, value in rollout_metrics(summaries, credit).items():
             self._log_number(name, value)

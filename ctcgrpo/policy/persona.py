@@ -1,0 +1,27 @@
+"""What of its role a policy is told: all of it, or the sections that a recipe names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ctcgrpo.errors import PolicyError
+
+_HEADING = re.compile(r"^#+ *(.+?) *$", re.MULTILINE)
+
+
+def told(persona: str, sections: Sequence[str] | None) -> str:
+    """The named sections of a persona (`### Heading` and the lines below it) in the persona's own order, or, for None, all of
+    it. Raises PolicyError naming a section that is not there."""
+    if sections is None:
+        return persona
+    starts = [match.start() for match in _HEADING.finditer(persona)]
+    parts = {
+        match[1]: persona[match.start() : end].strip()
+        for match, end in zip(_HEADING.finditer(persona), [*starts[1:], len(persona)], strict=True)
+    }
+    if missing := [name for name in sections if name not in parts]:
+        raise PolicyError(
+            f"policy.persona_sections names {missing[0]!r}; this persona has {', '.join(parts) or 'no sections'}"
+        )
+    return "\n\n".join(text for name, text in parts.items() if name in sections)

@@ -1,0 +1,169 @@
+"""What the starter is taught: dialogues put together from bundled lines and sentence frames, mostly mediocre.
+
+`english/SCENE.yaml` holds lines that a user may say, each with the thing that it is about and words that go with that thing;
+replies that could be said to anybody (`plain`); replies that hurt (`poor`). `english/frames.yaml` holds sentences with gaps.
+A dialogue draws from all of them at random, and of the frames as often from another scene as from its own: the starter
+speaks in sentences and knows how to take up a word, and has yet to learn when, of whom, and what for.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from ctcgrpo.policy.reasoning import CLOSE, OPEN
+from ctcgrpo.records import SCENES, Scene
+from ctcgrpo.strict_yaml import load_yaml
+
+_FOLDER = files("ctcgrpo.policy.starter") / "english"
+_NOUN = re.compile(r"\b(?:the|an?|my|his|her|our|their|that|this|no|old)\s+([a-z]{4,})\b")
+
+KINDS: Mapping[str, float] = {"plain": 0.4, "poor": 0.12, "name": 0.18, "engage": 0.3}
+"""What a reply does, and how often: says what anybody could, hurts, names the user's thing, says something about it."""
+_OTHER_SCENE = 0.4
+_OTHER_WORDS = 0.3
+_COMMON = 3
+"""How many lines a word has to go with to be taught: of a word met once a minute there is nothing to learn."""
+_VARIED, _RARE = 0.8, 0.3
+_JOINED, _LAST_ONLY = 0.5, 0.3
+_REACTION = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Something that a user says. `thing` is the word that it is about, or "" for none; `around` the words that go with it."""
+
+    text: str
+    thing: str
+    around: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    thought: str
+    text: str
+    kind: str
+
+    @property
+    def completion(self) -> str:
+        return f"{OPEN}{self.thought}{CLOSE}{self.text}"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    lines: Mapping[Scene, Sequence[Line]]
+    replies: Mapping[Scene, Mapping[str, Sequence[str]]]
+    """By scene and kind; `ask` and `move` follow the others."""
+    thoughts: Mapping[str, Sequence[str]]
+    around: Sequence[str]
+    reactions: Sequence[str]
+    """What a user says of the last reply before going on."""
+
+    def reply(self, scene: Scene, line: Line, rng: random.Random, kinds: Mapping[str, float] = KINDS) -> Reply:
+        """A reply to a line: of a kind drawn by the weights `kinds`, with a thought before it."""
+        kind = rng.choices(list(kinds), weights=list(kinds.values()))[0]
+        if not line.thing and kind in ("name", "engage"):
+            kind = "plain"
+        words = line.around if len(line.around) > 1 and rng.random() > _OTHER_WORDS else self.around
+        a, b = rng.sample(words, 2)
+        gaps = {"thing": line.thing, "a": a, "b": b}
+
+        def fill(table: Mapping[str, Sequence[str]], kind: str) -> str:
+            return rng.choice(table[kind]).format(**gaps)
+
+        def say(kind: str) -> str:
+            other = kind not in ("plain", "poor") and rng.random() < _OTHER_SCENE
+            return fill(self.replies[rng.choice(SCENES) if other else scene], kind)
+
+        then = {"plain": ["plain", "move", ""], "poor": ["plain", ""], "name": ["plain", "move"], "engage": ["ask", "move"]}
+        following = rng.choice(then[kind])
+        text = " ".join(say(k) for k in (kind, following) if k)
+        return Reply(fill(self.thoughts, kind), text, kind)
+
+
+@cache
+def load_corpus() -> Corpus:
+    def read(name: str) -> Any:
+        return load_yaml((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+
+    frames, scenes = read("frames"), {scene: read(scene) for scene in SCENES}
+    uses = Counter(word for data in scenes.values() for entry in data["lines"] for word in entry["around"])
+    lines = {
+        scene: [
+            Line(entry["line"], entry["thing"], tuple(w for w in entry["around"] if uses[w] >= _COMMON))
+            for entry in data["lines"]
+        ]
+        for scene, data in scenes.items()
+    }
+    return Corpus(
+        lines=lines,
+        replies={scene: {**frames[scene], "plain": data["plain"], "poor": data["poor"]} for scene, data in scenes.items()},
+        thoughts=frames["thoughts"],
+        reactions=frames["reactions"],
+        around=sorted(word for word, n in uses.items() if n >= _COMMON),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A dialogue to learn from: what the role was told, and exchanges of a user's line ("" where the policy opens) and the
+    reply to it. With `last_only` earlier replies stand without their thoughts, as the policy will meet them, and are not taught."""
+
+    persona: str
+    exchanges: tuple[tuple[str, Reply], ...]
+    last_only: bool = False
+
+
+def short_lessons(
+    personas: Mapping[Scene, Sequence[str]], seed: int, kinds: Mapping[str, float] = KINDS
+) -> Iterator[Lesson]:
+    """A line and a reply, of any scene, without a role."""
+    corpus, rng = load_corpus(), random.Random(f"short/{seed}")
+    told = _words_told(personas)
+    while True:
+        scene = rng.choice(SCENES)
+        line = _varied(rng.choice(corpus.lines[scene]), corpus, told, rng)
+        yield Lesson("", ((line.text, corpus.reply(scene, line, rng, kinds)),))
+
+
+def long_lessons(personas: Mapping[Scene, Sequence[str]], seed: int) -> Iterator[Lesson]:
+    """Dialogues in a role. `personas`: what roles of each scene are told."""
+    corpus, rng = load_corpus(), random.Random(f"long/{seed}")
+    told = _words_told(personas)
+    while True:
+        scene = rng.choice(SCENES)
+        persona = rng.choice(personas[scene])
+        lines = [_varied(line, corpus, told, rng) for line in rng.sample(corpus.lines[scene], rng.randint(2, 4))]
+        for k, line in enumerate(lines):
+            if rng.random() < _JOINED:
+                other = rng.choice(corpus.lines[scene]).text
+                lines[k] = line = replace(line, text=rng.choice([f"{other} {line.text}", f"{line.text} {other}"]))
+            if k and rng.random() < _REACTION:
+                lines[k] = replace(line, text=f"{rng.choice(corpus.reactions)} {line.text}")
+        if scene == "charm":  # the policy opens, on something that its role was told
+            lines[0] = Line("", rng.choice(_NOUN.findall(persona) or [""]))
+        exchanges = tuple((line.text, corpus.reply(scene, line, rng)) for line in lines)
+        yield Lesson(persona, exchanges, last_only=rng.random() < _LAST_ONLY)
+
+
+def _varied(line: Line, corpus: Corpus, told: Sequence[str], rng: random.Random) -> Line:
+    """The line with the thing of another in the place of its own, more often than not: there are too few lines to learn
+    from each what it is about, and enough to learn where in a line that stands."""
+    if rng.random() > _VARIED:
+        return line
+    if rng.random() < _RARE:
+        other = Line("", rng.choice(told))
+    else:
+        other = rng.choice(corpus.lines[rng.choice(SCENES)])
+    return Line(re.sub(rf"\b{line.thing}\b", other.thing, line.text), other.thing, other.around)
+
+
+def _words_told(personas: Mapping[Scene, Sequence[str]]) -> list[str]:
+    text = " ".join(persona for of_scene in personas.values() for persona in of_scene)
+    return sorted(set(re.findall(r"\b[a-z]{4,}\b", text)))
