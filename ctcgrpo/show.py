@@ -57,7 +57,14 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
     if chosen not in _scored(before) & _scored(after):
         known = ", ".join(sorted(_scored(before) & _scored(after)))
         raise OutputError(f"scenario {chosen!r} was not played before and after; played were {known}")
+    gain = summary["improvement"]
     console.print(_table(summary, speech(before), speech(after)))
+    console.print(
+        f"score in [-1, 1], mean over {gain['n']} scenarios; improvement {gain['overall']:+.3f}, 95 % interval "
+        f"{gain['ci95'][0]:+.3f} to {gain['ci95'][1]:+.3f} (paired bootstrap over scenarios)\n",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(_side_by_side(_typical(before, chosen), _typical(after, chosen)))
     console.print(
         f"trained policy  {folder.final}\nuntrained       {folder.base if folder.base.exists() else 'as the recipe names it'}\n"
@@ -97,13 +104,7 @@ def _typical(episodes: Sequence[Trace], scenario: str) -> Trace:
 
 
 def _table(summary: Mapping[str, Any], before: Speech, after: Speech) -> Table:
-    low, high = summary["improvement"]["ci95"]
-    n = summary["improvement"]["n"]
-    table = Table(
-        title=f"held-out scenarios, before and after {summary['steps']} steps",
-        caption=f"score in [-1, 1], mean over {n} scenarios; improvement {summary['improvement']['overall']:+.3f}, "
-        f"95 % interval {low:+.3f} to {high:+.3f} (paired bootstrap over scenarios)",
-    )
+    table = Table(title=f"held-out scenarios, before and after {summary['steps']} steps")
     table.add_column("")
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right")
@@ -120,7 +121,7 @@ def _table(summary: Mapping[str, Any], before: Speech, after: Speech) -> Table:
         "distinct replies",
         f"{before.distinct:.0%}",
         f"{after.distinct:.0%}",
-        f"{100 * (after.distinct - before.distinct):+.0f} %",
+        f"{after.distinct - before.distinct:+.0%}",
     )
     return table
 

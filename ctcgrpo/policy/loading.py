@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from ctcgrpo.errors import PolicyError
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.policy.persona import told
+from ctcgrpo.policy.starter.corpus import Situation
 from ctcgrpo.policy.starter.teach import build_starter
 from ctcgrpo.policy.tiny import build_tiny
-from ctcgrpo.records import Scene
 from ctcgrpo.scenarios import load_scenarios
 
 _BUILTIN = "builtin/"
@@ -45,10 +45,15 @@ STARTER_SECTIONS = ("Background", "Core goal")
 
 
 def _starter(folder: Path, seed: int, say: Callable[[str], None]) -> None:
-    personas: dict[Scene, list[str]] = {}
-    for scenario in load_scenarios("english/train"):
-        personas.setdefault(scenario.scene, []).append(told(scenario.policy_persona, STARTER_SECTIONS))
-    build_starter(folder, personas, seed=seed, say=say)
+    situations = [
+        Situation(
+            s.scene,
+            told(s.policy_persona, STARTER_SECTIONS),
+            tuple(line for line in (s.opening_line, *(detail["line"] for detail in s.script["details"])) if line),
+        )
+        for s in load_scenarios("english/train")
+    ]
+    build_starter(folder, situations, seed=seed, say=say)
 
 
 BUILDERS: dict[str, Callable[[Path, int, Callable[[str], None]], None]] = {"tiny": _tiny, "starter": _starter}

@@ -15,11 +15,9 @@ def told(persona: str, sections: Sequence[str] | None) -> str:
     it. Raises PolicyError naming a section that is not there."""
     if sections is None:
         return persona
-    starts = [match.start() for match in _HEADING.finditer(persona)]
-    parts = {
-        match[1]: persona[match.start() : end].strip()
-        for match, end in zip(_HEADING.finditer(persona), [*starts[1:], len(persona)], strict=True)
-    }
+    headings = list(_HEADING.finditer(persona))
+    ends = [match.start() for match in headings[1:]] + [len(persona)]
+    parts = {match[1]: persona[match.start() : end].strip() for match, end in zip(headings, ends, strict=False)}
     if missing := [name for name in sections if name not in parts]:
         raise PolicyError(
             f"policy.persona_sections names {missing[0]!r}; this persona has {', '.join(parts) or 'no sections'}"

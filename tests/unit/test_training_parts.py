@@ -92,6 +92,21 @@ def test_the_scene_baseline_is_used_after_it_was_learned_and_leaves_failures_out
     assert weighted.advantages[0, 0] == pytest.approx((a + 15 * 0.03,))
 
 
+def test_shuffled_advantages_are_the_same_ones_elsewhere() -> None:
+    episodes = [
+        episode(g, r, [(-r, r), (g, -1), (2, r)][: 2 + r % 2], 0.1 * r - 0.2 * g) for g in range(3) for r in range(4)
+    ]
+    options = CreditOptions()
+    summaries = [summarise(e, options) for e in episodes]
+    true = step_credit(summaries, options, SceneBaseline()).advantages
+    control = CreditOptions(shuffle_seed=1)
+    dealt = step_credit(summaries, control, SceneBaseline(), step=5).advantages
+    assert {key: len(a) for key, a in dealt.items()} == {key: len(a) for key, a in true.items()} and dealt != true
+    assert sorted(x for a in dealt.values() for x in a) == sorted(x for a in true.values() for x in a)
+    assert dealt == step_credit(summaries, control, SceneBaseline(), step=5).advantages
+    assert dealt != step_credit(summaries, control, SceneBaseline(), step=6).advantages
+
+
 def test_shaping_only_where_the_policy_reasons() -> None:
     silent = episode(0, 0, [(0, 0), (0, 0)], 0.5)
     assert summarise(silent, CreditOptions()).reward == 0.5

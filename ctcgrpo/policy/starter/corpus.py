@@ -30,8 +30,7 @@ _OTHER_SCENE = 0.4
 _OTHER_WORDS = 0.3
 _COMMON = 3
 """How many lines a word has to go with to be taught: of a word met once a minute there is nothing to learn."""
-_VARIED, _RARE = 0.8, 0.3
-_JOINED, _LAST_ONLY = 0.5, 0.3
+_OWN_LINES, _VARIED, _RARE, _LAST_ONLY = 0.5, 0.8, 0.6, 0.3
 _REACTION = 0.7
 
 
@@ -120,50 +119,61 @@ class Lesson:
     last_only: bool = False
 
 
-def short_lessons(
-    personas: Mapping[Scene, Sequence[str]], seed: int, kinds: Mapping[str, float] = KINDS
-) -> Iterator[Lesson]:
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a training scenario offers to learn from: what the role is told, and what the user may say."""
+
+    scene: Scene
+    persona: str
+    lines: tuple[str, ...]
+
+
+def short_lessons(situations: Sequence[Situation], seed: int, kinds: Mapping[str, float] = KINDS) -> Iterator[Lesson]:
     """A line and a reply, of any scene, without a role."""
-    corpus, rng = load_corpus(), random.Random(f"short/{seed}")
-    told = _words_told(personas)
+    corpus, rng, rare = load_corpus(), random.Random(f"short/{seed}"), _rare_words(situations)
     while True:
-        scene = rng.choice(SCENES)
-        line = _varied(rng.choice(corpus.lines[scene]), corpus, told, rng)
-        yield Lesson("", ((line.text, corpus.reply(scene, line, rng, kinds)),))
+        situation = rng.choice(situations)
+        line = _line(situation, corpus, rare, rng)
+        yield Lesson("", ((line.text, corpus.reply(situation.scene, line, rng, kinds)),))
 
 
-def long_lessons(personas: Mapping[Scene, Sequence[str]], seed: int) -> Iterator[Lesson]:
-    """Dialogues in a role. `personas`: what roles of each scene are told."""
-    corpus, rng = load_corpus(), random.Random(f"long/{seed}")
-    told = _words_told(personas)
+def long_lessons(situations: Sequence[Situation], seed: int) -> Iterator[Lesson]:
+    """Dialogues in a role."""
+    corpus, rng, rare = load_corpus(), random.Random(f"long/{seed}"), _rare_words(situations)
     while True:
-        scene = rng.choice(SCENES)
-        persona = rng.choice(personas[scene])
-        lines = [_varied(line, corpus, told, rng) for line in rng.sample(corpus.lines[scene], rng.randint(2, 4))]
+        situation = rng.choice(situations)
+        lines = [_line(situation, corpus, rare, rng) for _ in range(rng.randint(2, 4))]
         for k, line in enumerate(lines):
-            if rng.random() < _JOINED:
-                other = rng.choice(corpus.lines[scene]).text
-                lines[k] = line = replace(line, text=rng.choice([f"{other} {line.text}", f"{line.text} {other}"]))
             if k and rng.random() < _REACTION:
                 lines[k] = replace(line, text=f"{rng.choice(corpus.reactions)} {line.text}")
-        if scene == "charm":  # the policy opens, on something that its role was told
-            lines[0] = Line("", rng.choice(_NOUN.findall(persona) or [""]))
-        exchanges = tuple((line.text, corpus.reply(scene, line, rng)) for line in lines)
-        yield Lesson(persona, exchanges, last_only=rng.random() < _LAST_ONLY)
+        if situation.scene == "charm":  # the policy opens, on something that its role was told
+            lines[0] = Line("", rng.choice(_NOUN.findall(situation.persona) or [""]))
+        exchanges = tuple((line.text, corpus.reply(situation.scene, line, rng)) for line in lines)
+        yield Lesson(situation.persona, exchanges, last_only=rng.random() < _LAST_ONLY)
 
 
-def _varied(line: Line, corpus: Corpus, told: Sequence[str], rng: random.Random) -> Line:
-    """The line with the thing of another in the place of its own, more often than not: there are too few lines to learn
-    from each what it is about, and enough to learn where in a line that stands."""
-    if rng.random() > _VARIED:
+def _line(situation: Situation, corpus: Corpus, rare: Sequence[str], rng: random.Random) -> Line:
+    """What a user says, with another thing in the place of the one that it is about, more often than not: there are too few
+    lines to learn from each what it is about, and enough to learn where in a line that stands."""
+    line = rng.choice(corpus.lines[situation.scene])
+    if rng.random() < _OWN_LINES:
+        text = rng.choice(situation.lines)
+        line = Line(text, rng.choice(_NOUN.findall(text) or [""]))
+    if not line.thing or rng.random() > _VARIED:
         return line
+    other = rng.choice(corpus.lines[rng.choice(SCENES)])
     if rng.random() < _RARE:
-        other = Line("", rng.choice(told))
-    else:
-        other = rng.choice(corpus.lines[rng.choice(SCENES)])
-    return Line(re.sub(rf"\b{line.thing}\b", other.thing, line.text), other.thing, other.around)
+        other = Line("", rng.choice(rare) if rng.random() < 0.6 else _made_up(rng))
+    return Line(re.sub(rf"\b{line.thing}\b", other.thing, line.text, count=1), other.thing, other.around)
 
 
-def _words_told(personas: Mapping[Scene, Sequence[str]]) -> list[str]:
-    text = " ".join(persona for of_scene in personas.values() for persona in of_scene)
+def _rare_words(situations: Sequence[Situation]) -> list[str]:
+    text = " ".join(s.persona + " " + " ".join(s.lines) for s in situations)
     return sorted(set(re.findall(r"\b[a-z]{4,}\b", text)))
+
+
+def _made_up(rng: random.Random) -> str:
+    """A word that nobody has heard before: taking it up is copying and nothing else."""
+    return "".join(rng.choice("bdfgklmnprstvw") + rng.choice("aeiou") for _ in range(rng.randint(2, 3))) + rng.choice(
+        "nrstlm"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -12,10 +12,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from ctcgrpo.policy.starter.corpus import Lesson, load_corpus, long_lessons, short_lessons
+from ctcgrpo.policy.starter.corpus import Lesson, Situation, load_corpus, long_lessons, short_lessons
 from ctcgrpo.policy.starter.wiring import wire
 from ctcgrpo.policy.tiny import TURN_END, TURN_START, build_model, build_tokenizer
-from ctcgrpo.records import Scene
 
 REPEAT, NAMING, SHORT, LONG, REPEAT_BATCH, SHORT_BATCH, LONG_BATCH = 60, 160, 60, 340, 64, 32, 8
 LEARNING_RATE, WARMUP = 6e-3, 20
@@ -25,22 +24,20 @@ Example = tuple[list[int], list[int]]
 
 
 def build_starter(
-    folder: Path, personas: Mapping[Scene, Sequence[str]], *, seed: int, say: Callable[[str], None] = lambda _: None
+    folder: Path, situations: Sequence[Situation], *, seed: int, say: Callable[[str], None] = lambda _: None
 ) -> None:
     """Write model and tokenizer to `folder`; the same seed gives the same starter on the same machine."""
-    tokenizer = build_tokenizer(_texts(personas), vocab_size=4096)
+    tokenizer = build_tokenizer(_texts(situations), vocab_size=4096)
     model = build_model(tokenizer, seed=seed, hidden_size=128, layers=2, heads=4)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         wire(model)
-    teach(model, curriculum(tokenizer, personas, seed), steps=REPEAT + NAMING + SHORT + LONG, say=say)
+    teach(model, curriculum(tokenizer, situations, seed), steps=REPEAT + NAMING + SHORT + LONG, say=say)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def curriculum(
-    tokenizer: PreTrainedTokenizerBase, personas: Mapping[Scene, Sequence[str]], seed: int
-) -> Iterator[list[Example]]:
+def curriculum(tokenizer: PreTrainedTokenizerBase, situations: Sequence[Situation], seed: int) -> Iterator[list[Example]]:
     """Batches of noise that repeats itself, then of single exchanges, then of dialogues in a role.
 
     In repeated noise every token of the second half is a copy: it teaches the heads that `wire` has prepared to take up
@@ -54,10 +51,10 @@ def curriculum(
 
     for _ in range(REPEAT):
         yield noise()
-    naming = short_lessons(personas, seed, {"name": 0.3, "engage": 0.7})
+    naming = short_lessons(situations, seed, {"name": 0.3, "engage": 0.7})
     for _ in range(NAMING):
         yield [_encode(tokenizer, lesson) for lesson in islice(naming, SHORT_BATCH)]
-    short, long = short_lessons(personas, seed), long_lessons(personas, seed)
+    short, long = short_lessons(situations, seed), long_lessons(situations, seed)
     for _ in range(SHORT):
         yield [_encode(tokenizer, lesson) for lesson in islice(short, SHORT_BATCH)]
     for _ in range(LONG):
@@ -130,11 +127,13 @@ def _batch(examples: Sequence[Example], pad_id: int) -> tuple[torch.Tensor, torc
     return ids, labels
 
 
-def _texts(personas: Mapping[Scene, Sequence[str]]) -> Iterable[str]:
+def _texts(situations: Sequence[Situation]) -> Iterator[str]:
     corpus = load_corpus()
-    for scene, told in personas.items():
-        yield from told
-        yield from (line.text for line in corpus.lines[scene])
+    for situation in situations:
+        yield situation.persona
+        yield from situation.lines
+    for scene, lines in corpus.lines.items():
+        yield from (line.text for line in lines)
         for replies in corpus.replies[scene].values():
             yield from replies
     for _ in range(20):

@@ -1,0 +1,87 @@
+"""What a finished run shows: figures as in summary.json, a typical scenario, and clear words where there is nothing to show."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from ctcgrpo.errors import OutputError
+from ctcgrpo.show import show_run, speech, typical_scenario
+
+
+def trace(scenario: str, outcome: float | None, replies: list[str], rollout: int = 0) -> dict[str, Any]:
+    turn = {
+        "reasoning": "Hm.",
+        "user_line": "[red]So?[/red]",
+        "before": [60, 40],
+        "after": [55, 44],
+        "why": "noticed (-5/+4)",
+    }
+    return {
+        "scenario": scenario,
+        "group": ord(scenario[0]),
+        "rollout": rollout,
+        "outcome": outcome,
+        "failure": None if outcome is not None else {"kind": "simulator_transport", "message": "gone"},
+        "opening_line": "Well?",
+        "initial_state": [60, 40],
+        "final_state": [55, 44],
+        "turns": [{**turn, "reply": reply} for reply in replies],
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "traces").mkdir()
+    before = [trace("a", -0.5, ["One two."]), trace("b", -0.4, ["One two."]), trace("c", -0.3, ["Three."])]
+    after = [trace("a", 0.5, ["Yes, the lamp."]), trace("b", -0.2, ["No, the sea."]), trace("c", -0.3, ["A bell."])]
+    for step, episodes in ((0, before), (7, after)):
+        lines = "".join(json.dumps(e) + "\n" for e in episodes)
+        (tmp_path / f"traces/validation-{step:06d}.rank-0.jsonl").write_text(lines)
+    summary = {
+        "before": {"overall": -0.4, "scenes": {"support": -0.4}, "n": 3, "step": 0},
+        "after": {"overall": 0.0, "scenes": {"support": 0.0}, "n": 3, "step": 7},
+        "improvement": {"overall": 0.4, "ci95": [0.0, 1.0], "n": 3},
+        "steps": 7,
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    return tmp_path
+
+
+def printed(run: Path, scenario: str | None = None) -> str:
+    out = io.StringIO()
+    show_run(run, Console(file=out, width=120), scenario=scenario)
+    return out.getvalue()
+
+
+def test_a_run_is_shown(run: Path) -> None:
+    text = printed(run)
+    for part in ("-0.400", "+0.000", "+0.400", "support", "+0.000 to +1.000", "67%", "100%", "+33%"):
+        assert part in text, part
+    assert "before: b" in text and "after: b" in text  # the median change
+    assert "[red]So?[/red]" in text  # markup in what somebody says is shown, not obeyed
+    assert "before: a" in printed(run, "a")
+
+
+def test_speech_and_the_typical_scenario_by_hand() -> None:
+    said = speech([trace("a", 0.1, ["One two three.", "One."]), trace("b", 0.1, ["One."]), trace("c", None, ["Lost."])])
+    assert (said.words, said.distinct) == pytest.approx((5 / 3, 2 / 3))
+    before = [trace(name, 0.0, ["x"]) for name in "abcde"]
+    after = [trace(name, value, ["x"]) for name, value in zip("abcde", (0.9, -0.2, 0.3, 0.1, None), strict=True)]
+    assert typical_scenario(before, after) == "c"
+
+
+def test_nothing_to_show_is_said(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="'x' was not played.*a, b, c"):
+        printed(run, "x")
+    (run / "traces/validation-000007.rank-0.jsonl").unlink()
+    with pytest.raises(OutputError, match="no dialogues of the validation after step 7"):
+        printed(run)
+    (run / "summary.json").unlink()
+    with pytest.raises(OutputError, match=r"no summary\.json"):
+        printed(run)
