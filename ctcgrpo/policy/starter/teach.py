@@ -16,7 +16,7 @@ from ctcgrpo.policy.starter.corpus import Lesson, Situation, load_corpus, long_l
 from ctcgrpo.policy.starter.wiring import wire
 from ctcgrpo.policy.tiny import TURN_END, TURN_START, build_model, build_tokenizer
 
-REPEAT, NAMING, SHORT, LONG, REPEAT_BATCH, SHORT_BATCH, LONG_BATCH = 60, 160, 60, 340, 64, 32, 8
+REPEAT, NAMING, SHORT, LONG, REPEAT_BATCH, SHORT_BATCH, LONG_BATCH = 60, 300, 60, 520, 64, 32, 8
 LEARNING_RATE, WARMUP = 6e-3, 20
 IGNORE = -100
 Example = tuple[list[int], list[int]]

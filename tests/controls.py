@@ -1,0 +1,168 @@
+"""What a trained policy has to beat: replies that listen to nobody, on the same held-out scenarios, chosen in hindsight.
+
+    python -m tests.controls checkpoints/quickstart
+
+Prints the policy's score beside those of (a) the best constant reply and (b) the best script of one reply for each scene and
+turn, both picked for these very scenarios from what the policy said itself and from what its starter was taught; (c) a
+parrot of the user's line; (d) nonsense around the user's words. For each: the paired difference with its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ctcgrpo.policy.persona import told
+from ctcgrpo.policy.starter.corpus import Situation, short_lessons
+from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.records import SCENES, Scenario
+from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.scoring import outcome_score
+from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
+from ctcgrpo.simulator.scripted.backend import react
+from ctcgrpo.simulator.scripted.language import load_language
+from ctcgrpo.validation import Validation, improvement, validation_of
+
+LANGUAGE = load_language("en")
+MOST_CANDIDATES = 150
+NONSENSE = (
+    "The {a} sings to the {b} and my window drinks it.",
+    "You know that the {a} and the {b} are two friends of the moon.",
+    "It makes sense that the {a} eats the {b}, and I am here under the sofa.",
+    "Your {a} must be the {b}, so I will paint it green.",
+)
+Speaker = Callable[[Scenario, Sequence[Utterance]], str]
+
+
+def play(scenario: Scenario, speaker: Speaker, rounds: int, variant: str) -> float:
+    """The outcome of a dialogue with the scripted user."""
+    card, state = ScenarioCard.of(scenario), scenario.anchors.initial
+    history = [Utterance(speaker="user", text=scenario.opening_line)] if scenario.opening_line else []
+    for round in range(1, rounds + 1):
+        history.append(Utterance(speaker="policy", text=speaker(scenario, history)))
+        reaction = react(
+            TurnRequest(
+                request_id="control",
+                scenario=card,
+                history=tuple(history),
+                state=State(anger=state.anger, trust=state.trust),
+                round=round,
+                max_rounds=rounds,
+                seed=0,
+            )
+        )
+        state = state.plus(reaction.anger_delta, reaction.trust_delta)
+        history.append(Utterance(speaker="user", text=reaction.reply))
+        if not reaction.goes_on:
+            break
+    return outcome_score(state, scenario.anchors, variant)  # type: ignore[arg-type]
+
+
+def last_line(scenario: Scenario, history: Sequence[Utterance]) -> str:
+    return next((u.text for u in reversed(history) if u.speaker == "user"), scenario.policy_persona)
+
+
+def parrot(scenario: Scenario, history: Sequence[Utterance]) -> str:
+    return last_line(scenario, history)
+
+
+def nonsense(scenario: Scenario, history: Sequence[Utterance]) -> str:
+    rng = random.Random(f"{scenario.id}/{len(history)}")
+    words = [t for t in LANGUAGE.tokens(last_line(scenario, history)) if t.isalpha() and not LANGUAGE.is_common(t)]
+    a, b = rng.choices(words or ["thing"], k=2)
+    return rng.choice(NONSENSE).format(a=a, b=b)
+
+
+def script(lines: dict[str, list[str]]) -> Speaker:
+    """By scene the replies turn by turn; the last one again where they run out."""
+
+    def speak(scenario: Scenario, history: Sequence[Utterance]) -> str:
+        of_scene = lines[scenario.scene]
+        return of_scene[min(sum(u.speaker == "policy" for u in history), len(of_scene) - 1)]
+
+    return speak
+
+
+def candidates(folder: Path) -> list[str]:
+    """What the policy says most, beside whole replies from what its starter was taught."""
+    own: Counter[str] = Counter()
+    for file in sorted(folder.glob("traces/*.jsonl"))[-12:]:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            own.update(turn["reply"] for turn in json.loads(line)["turns"])
+    situations = [
+        Situation(s.scene, told(s.policy_persona, None), ("It is late.",)) for s in load_scenarios("english/train")
+    ]
+    taught = [lesson.exchanges[0][1].text for lesson in islice(short_lessons(situations, seed=9), MOST_CANDIDATES)]
+    return [*(text for text, _ in own.most_common(MOST_CANDIDATES) if text), *taught]
+
+
+def best_constant(scenarios: Sequence[Scenario], replies: Sequence[str], score: Callable[[Scenario, Speaker], float]) -> str:
+    def total(reply: str) -> float:
+        return sum(score(s, lambda *_: reply) for s in scenarios)
+
+    return max(replies, key=total)
+
+
+def best_script(
+    scenarios: Sequence[Scenario], replies: Sequence[str], turns: int, score: Callable[[Scenario, Speaker], float]
+) -> dict[str, list[str]]:
+    """Chosen turn by turn, each the best in the light of those before it; what comes after is the same reply again."""
+    chosen: dict[str, list[str]] = {}
+    for scene in SCENES:
+        here, lines = [s for s in scenarios if s.scene == scene], list[str]()
+        for _ in range(turns):
+            options = {reply: sum(score(s, script({scene: [*lines, reply]})) for s in here) for reply in replies}
+            lines.append(max(options, key=lambda reply: options[reply]))
+        chosen[scene] = lines
+    return chosen
+
+
+def policy_outcomes(folder: Path, scenarios: Sequence[Scenario]) -> Validation:
+    records = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    return Validation(**max(records, key=lambda record: record["step"]))
+
+
+def main(folder: Path) -> None:
+    recipe: Recipe = load_recipe(folder / "recipe.yaml")
+    assert recipe.validation is not None
+    scenarios = load_scenarios(recipe.validation.scenarios, "test")
+    turns = recipe.rollout.max_turns
+
+    def score(scenario: Scenario, speaker: Speaker) -> float:
+        return play(scenario, speaker, turns, recipe.scoring.variant)
+
+    replies = candidates(folder)
+    constant = best_constant(scenarios, replies, score)
+    lines = best_script(scenarios, replies, turns, score)
+    controls: dict[str, Speaker] = {
+        "best constant reply": lambda *_: constant,
+        "best script by scene and turn": script(lines),
+        "parrot": parrot,
+        "nonsense around the user's words": nonsense,
+    }
+    policy = policy_outcomes(folder, scenarios)
+    table = Table(title=f"{folder}: held-out score {policy.overall:+.3f}, against")
+    for name in ("control", "score", "policy is better by", "95 % interval"):
+        table.add_column(name)
+    for name, speaker in controls.items():
+        control = validation_of(0, scenarios, [(s.id, score(s, speaker)) for s in scenarios])
+        gain = improvement(control, policy)
+        low, high = gain["ci95"]
+        table.add_row(name, f"{control.overall:+.3f}", f"{gain['overall']:+.3f}", f"{low:+.3f} to {high:+.3f}")
+    console = Console(width=110)
+    console.print(table)
+    console.print(f"best constant: {constant}", markup=False)
+    for scene, said in lines.items():
+        console.print(f"best script, {scene}: {' | '.join(said)}", markup=False)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
