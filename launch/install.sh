@@ -19,9 +19,14 @@ done
 [ -n "$python" ] || { echo "Python 3.11 to 3.13 is needed, and none was found on the PATH" >&2; exit 1; }
 
 stamp="$venv/.installed-${extras:-run}"
-if [ -x "$venv/bin/python" ] && [ -f "$stamp" ] && cmp -s pyproject.toml "$stamp"; then
-  exit 0
-fi
+# An installation with extras is more than what a run needs.
+for done in "$stamp" "$venv"/.installed-*; do
+  if [ "$done" = "$stamp" ] || [ -z "$extras" ]; then
+    if [ -x "$venv/bin/python" ] && [ -f "$done" ] && cmp -s pyproject.toml "$done"; then
+      exit 0
+    fi
+  fi
+done
 echo "installing into $venv"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)

@@ -112,3 +112,48 @@ def test_python_runs_a_recipe_ctrl_c_saves_and_the_same_command_goes_on(tmp_path
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True))
     finished = run(*command)
     assert finished.returncode == 6 and "finished run" in finished.stderr and "Traceback" not in finished.stderr
+
+
+def test_quickstart_stops_at_ctrl_c_goes_on_and_shows_what_it_learned(tmp_path: Path) -> None:
+    """The script with a policy that is built in a moment and a few steps; the whole of it is what the README shows."""
+    command = [
+        "./launch/quickstart.sh",
+        f"run.output_dir={tmp_path}",
+        "run.name=q",
+        "policy.model=builtin/tiny",
+        "training.max_steps=4",
+        "scenarios.per_step=4",
+        "rollout.group_size=2",
+        "rollout.max_turns=2",
+        "rollout.max_new_tokens=12",
+        "rollout.max_prompt_tokens=512",
+        "validation.every=50",
+        "validation.samples=1",
+    ]
+    environment = {**ENVIRONMENT, "CTCGRPO_VENV": sys.prefix}
+    stamp = Path(sys.prefix) / ".installed-dev"
+    if not stamp.exists():
+        pytest.skip("this environment was not made by launch/install.sh, which the script would install into")
+    started = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    while not ((tmp_path / "q" / "metrics.jsonl").exists() and metrics(tmp_path / "q")):
+        assert started.poll() is None and time.monotonic() < deadline, started.communicate()
+        time.sleep(0.05)
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal does: the script gets it too
+    out, err = started.communicate(timeout=120)
+    assert started.returncode == 130 and "the same command again goes on" in err, (out, err)
+    assert not (tmp_path / "q" / "summary.json").exists() and "before" not in out
+
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert [m["step"] for m in metrics(tmp_path / "q")] == [1, 2, 3, 4]
+    summary = json.loads((tmp_path / "q" / "summary.json").read_text())
+    assert {"overall", "scenes", "n"} <= summary["before"].keys() & summary["after"].keys()
+    assert summary["before"]["n"] == 16 and len(summary["improvement"]["ci95"]) == 2
+    assert f"{summary['after']['overall']:+.3f}" in again.stdout
+    for part in ("before: ", "after: ", "charm", "distinct replies", str(tmp_path / "q" / "final")):
+        assert part in again.stdout, again.stdout
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 0 and "is finished" in finished.stdout and "before: " in finished.stdout

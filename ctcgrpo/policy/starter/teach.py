@@ -16,7 +16,9 @@ from ctcgrpo.policy.starter.corpus import Lesson, Situation, load_corpus, long_l
 from ctcgrpo.policy.starter.wiring import wire
 from ctcgrpo.policy.tiny import TURN_END, TURN_START, build_model, build_tokenizer
 
-REPEAT, NAMING, SHORT, LONG, REPEAT_BATCH, SHORT_BATCH, LONG_BATCH = 60, 300, 60, 520, 64, 32, 8
+# How many batches of each kind of lesson, and how many examples in one.
+REPEAT, NAMING, SHORT, LONG = 60, 300, 60, 520
+REPEAT_BATCH, SHORT_BATCH, LONG_BATCH = 64, 32, 8
 LEARNING_RATE, WARMUP = 6e-3, 20
 IGNORE = -100
 Example = tuple[list[int], list[int]]
@@ -88,7 +90,7 @@ def teach(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 40 == 0:
+        if step % (steps // 6 or 1) == 0:
             say(f"teaching the starter to speak: {step}/{steps}, loss {loss.item():.2f}")
     model.eval()
 
