@@ -20,9 +20,9 @@ done
 
 stamp="$venv/.installed-${extras:-run}"
 # An installation with extras is more than what a run needs.
-for done in "$stamp" "$venv"/.installed-*; do
-  if [ "$done" = "$stamp" ] || [ -z "$extras" ]; then
-    if [ -x "$venv/bin/python" ] && [ -f "$done" ] && cmp -s pyproject.toml "$done"; then
+for found in "$stamp" "$venv"/.installed-*; do
+  if [ "$found" = "$stamp" ] || [ -z "$extras" ]; then
+    if [ -x "$venv/bin/python" ] && [ -f "$found" ] && cmp -s pyproject.toml "$found"; then
       exit 0
     fi
   fi
