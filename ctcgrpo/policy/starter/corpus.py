@@ -2,7 +2,7 @@
 
 `english/SCENE.yaml` holds lines that a user may say, each with the thing that it is about and words that go with that thing;
 replies that could be said to anybody (`plain`); replies that hurt (`poor`). `english/frames.yaml` holds sentences with gaps.
-A dialogue draws from all of them at random, and of the frames as often from another scene as from its own: the starter
+A dialogue draws from all of them at random, and often from the frames of another scene than its own: the starter
 speaks in sentences and knows how to take up a word, and has yet to learn when, of whom, and what for.
 """
 
