@@ -89,6 +89,7 @@ def _reading(card_json: str, said: tuple[tuple[str, str], ...]) -> Reading:
         language=language,
         moves=language.moves[card.scene],
         heard=[card.policy_persona, *heard],
+        latest=heard[-1] if heard else "",
         earlier=earlier,
         raised=_raised(knowledge, bool(card.opening_line), len(earlier) + 1),
     )

@@ -33,9 +33,11 @@ class Sentence:
 class Reading:
     """One reply, as heard by this user at this point of the dialogue.
 
-    `touched` are the details that its counting sentences take up. `engaged` are those of them about which it brings in
-    something that the user has not said and the policy's role was not told: words cannot be had from the dialogue alone.
-    `brings` says so of this user's matters altogether. `raised` is the detail that the user brought up last. `moves` and
+    `touched` are the details that its counting sentences take up. `brings` says that it comes with something about this user's
+    matters that the user has not said and the policy's role was not told: words cannot be had from the dialogue alone.
+    `engaged` are the touched details about which it does so while it listens, that is, takes up what was said as well or comes with
+    two such words: one alone may be luck, and a script that says "promise" in every dialogue is bound to be right now and
+    then. `raised` is the detail that the user brought up last. `moves` and
     `musts` are what counting sentences do. `echo` and `repetition` are the shares taken from what was heard and from earlier
     replies; `twice` says that two of its sentences are nearly one.
     """
@@ -66,15 +68,24 @@ def read(
     language: Language,
     moves: Sequence[Pattern],
     heard: Sequence[str],
+    latest: str,
     earlier: Sequence[str],
     raised: Detail | None,
 ) -> Reading:
-    """`heard`: what the user said and what the policy's role was told; `earlier`: the policy's earlier replies."""
+    """`heard`: what the user said and what the policy's role was told; `latest`: the user's last line, "" where the policy
+    opens; `earlier`: the policy's earlier replies."""
     sources = _all_runs(heard, language)
     sentences = tuple(_sentence(s, knowledge, language, sources) for s in language.sentences(text))
     counting = [s for s in sentences if s.counts]
     said = frozenset().union(*(s.content for s in counting))
-    brings = said - frozenset().union(*(language.content(text) for text in heard)) - language.thing_stems
+    known = frozenset().union(*(language.content(text) for text in heard))
+    brings = said - known - language.thing_stems
+    listens = bool(said & known & (knowledge.matter | language.thing_stems)) or len(said & language.content(latest)) >= 2
+
+    def engages(detail: Detail) -> bool:
+        own = brings & (knowledge.matter | detail.field | detail.words)
+        return len(own) >= (1 if listens else 2)
+
     touched = tuple(d for d in knowledge.details if _touches(said, d, just_raised=d == raised))
     content = language.content(text)
     return Reading(
@@ -82,7 +93,7 @@ def read(
         sentences=sentences,
         touched=touched,
         brings=bool(brings & knowledge.matter),
-        engaged=tuple(d for d in touched if brings & (knowledge.matter | d.field | d.words)),
+        engaged=tuple(d for d in touched if engages(d)),
         raised=raised,
         moves=tuple(m for m in moves if any(m.matches(s.text.lower()) for s in counting)),
         musts=frozenset(name for name, words in knowledge.musts.items() if any(s.content & words for s in counting)),

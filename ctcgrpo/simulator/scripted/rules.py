@@ -20,6 +20,8 @@ _MERE_MENTION = 0.25
 """What manner is worth in a reply that mentions this user's matters and brings in nothing of its own."""
 LONG, CURT = 90, 4
 """In words: replies above LONG tire, replies below CURT put off."""
+_MOST_OFTEN = 2
+"""So many empty replies before this one, and it cannot get worse."""
 MANY = 5
 """Sentences that somebody who listens gets by with; written replies to these scenarios have two to four."""
 
@@ -183,9 +185,14 @@ def about_me(h: Heard) -> Iterator[Finding]:
 
 @rule
 def about_anybody(h: Heard) -> Iterator[Finding]:
-    if not h.reading.touched and not h.reading.brings:
-        weight = 1 + (h.round > 1) + (h.round > 4)
+    """Once is polite; who hears nothing else feels talked past, more each time."""
+    if _is_empty(h.reading):
+        weight = 1 + min(_MOST_OFTEN, sum(map(_is_empty, h.earlier)))
         yield Finding(weight, -weight, "could be said to anybody")
+
+
+def _is_empty(reading: Reading) -> bool:
+    return not reading.touched and not reading.brings
 
 
 @rule
@@ -200,9 +207,9 @@ def mere_mention(h: Heard) -> Iterator[Finding]:
 @rule
 def moves(h: Heard) -> Iterator[Finding]:
     """What the scene asks for, in a reply that is about this user; the same move again is worth less each time."""
-    if not h.reading.touched and not h.reading.brings:
+    if _is_empty(h.reading):
         return
-    used = Counter(move.name for r in h.earlier if r.touched or r.brings for move in r.moves)
+    used = Counter(move.name for r in h.earlier if not _is_empty(r) for move in r.moves)
     for move in h.reading.moves:
         worth = 0.75 ** used[move.name] * (1 if h.reading.engaged else _MERE_MENTION)
         yield Finding(move.anger * worth, move.trust * worth, move.why)
