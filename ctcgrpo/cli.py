@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from ctcgrpo import __version__
-from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted
+from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.recipe import Recipe, load_recipe
 
 _LAUNCHED = "CTCGRPO_LAUNCHED"
@@ -81,14 +81,17 @@ def train(
 
 @app.command()
 def serve(
-    host: Annotated[str, typer.Option(help="Interface to listen on.")] = "127.0.0.1",
+    config: Annotated[
+        Path | None, typer.Argument(help="A configuration (configs/simulator); else the scripted user.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Interface to listen on; a token is needed beyond loopback.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8765,
 ) -> None:
-    """Run a simulator server with the scripted user."""
-    from ctcgrpo.simulator.scripted import ScriptedBackend
+    """Run a simulator server."""
+    from ctcgrpo.simulator.config import SCRIPTED_USER, load_simulator_config
     from ctcgrpo.simulator.server import serve_forever
 
-    serve_forever(ScriptedBackend(), host, port)
+    serve_forever(SCRIPTED_USER if config is None else load_simulator_config(config), host, port)
 
 
 @app.command()
@@ -154,7 +157,7 @@ def _guarded(run: Callable[[], object]) -> None:
         print("stopped: at once; what was not saved yet is lost", file=sys.stderr)
         sys.exit(RunInterrupted.exit_code)
     except CtcGrpoError as error:
-        what = "stopped" if isinstance(error, RunInterrupted) else "error"
+        what = "stopped" if isinstance(error, RunPaused) else "error"
         rank = os.environ.get("RANK", "0")
         print(f"{what}: {error}" if rank == "0" else f"[process {rank}] {what}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

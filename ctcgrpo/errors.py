@@ -9,6 +9,7 @@
     simulator reply       SimulatorReplyError     5      a failed episode
     run folder            OutputError             6      -
     too many failures     TooManyFailures         7      stops the run after saving
+    simulator's budget    BudgetSpent             8      stops the run after saving
     Ctrl-C                RunInterrupted          130    stops the run after saving
 
 A bad episode is data, not a result: it is recorded with its reason and left out of every statistic. What the policy
@@ -66,7 +67,16 @@ class TooManyFailures(CtcGrpoError):
     kind = "too_many_failures"
 
 
-class RunInterrupted(CtcGrpoError):
+class RunPaused(CtcGrpoError):
+    """The run cannot go on for now: it saves, says why, and goes on with the same command. Never a failed episode."""
+
+
+class BudgetSpent(RunPaused):
+    exit_code = 8
+    kind = "budget_spent"
+
+
+class RunInterrupted(RunPaused):
     exit_code = 130
     kind = "interrupted"
 

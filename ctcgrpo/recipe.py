@@ -11,45 +11,33 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from ctcgrpo.credit import CENTERINGS, CREDITS, SCALES
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.records import SCENES, Scene
-from ctcgrpo.strict_yaml import load_yaml
+from ctcgrpo.sections import Section, environment_name, parse_mapping, read_text, validated
+from ctcgrpo.simulator.config import TOKEN_ENV
 
 _PYTHON_KEY = "'"
 _OPENING, _CLOSING = "'''':", "# '''; from ctcgrpo.cli import run_recipe"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, data: Any) -> Any:
-        for name, value in data.items() if isinstance(data, Mapping) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and field.annotation in (int, float):
-                raise ValueError(f"{name} is {str(value).lower()}; it is a number")
-        return data
-
-
-class Run(_Section):
+class Run(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the folder under output_dir")
     output_dir: Path = Path("checkpoints")
     seed: int = Field(0, ge=0)
     wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="Weights & Biases mode")
 
 
-class Lora(_Section):
+class Lora(Section):
     rank: int = Field(16, ge=1)
     alpha: int = Field(32, ge=1)
     target_modules: str | tuple[str, ...] = "all-linear"
 
 
-class Policy(_Section):
+class Policy(Section):
     model: str = Field(description="a model folder or Hub id; builtin/tiny, builtin/starter (policy/)")
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights when loaded")
@@ -62,7 +50,7 @@ class Policy(_Section):
     lora: Lora | None = None
 
 
-class Scenarios(_Section):
+class Scenarios(Section):
     train: str = Field(
         description="a path, a bundled pack (english/train), or a dataset under $CTCGRPO_DATA (eibench/train)"
     )
@@ -78,7 +66,7 @@ class Scenarios(_Section):
     per_step: int = Field(16, ge=1, description="scenarios a step, stratified by scene")
 
 
-class Rollout(_Section):
+class Rollout(Section):
     engine: Literal["transformers"] = "transformers"
     group_size: int = Field(8, ge=2, description="G: rollouts a scenario")
     max_turns: int = Field(8, ge=1)
@@ -92,14 +80,37 @@ class Rollout(_Section):
     max_failed: float = Field(0.5, ge=0, le=1, description="the share of failed episodes in a step that stops the run")
 
 
-class Simulator(_Section):
-    url: str = Field("embedded", description="embedded, or the URL of a simulator server")
+class Simulator(Section):
+    url: str | tuple[str, ...] = Field(
+        "embedded", description="embedded, or the URL of a simulator server, or of its replicas"
+    )
+    config: Path | None = Field(
+        None, description="who the embedded server plays (configs/simulator); else the scripted user"
+    )
     port: int = Field(0, ge=0, le=65535, description="of the embedded server; 0 takes any free one")
-    timeout: float = Field(60.0, gt=0, description="seconds an attempt")
-    attempts: int = Field(4, ge=1)
+    token_env: str = Field(
+        TOKEN_ENV, description="the environment variable with the servers' bearer token, where they need one"
+    )
+    timeout: float = Field(240.0, gt=0, description="seconds an attempt")
+    patience: float = Field(600.0, gt=0, description="seconds that a turn is asked for again where no server answers")
+
+    @field_validator("url")
+    @classmethod
+    def _are_urls(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for url in (value,) if isinstance(value, str) else value:
+            if url != "embedded" and not url.startswith(("http://", "https://")):
+                raise ValueError("it is 'embedded', or a URL that begins with http:// or https://, or a list of them")
+        if value == () or (not isinstance(value, str) and "embedded" in value):
+            raise ValueError("a list holds URLs of replicas, at least one")
+        return value
+
+    @field_validator("token_env")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        return environment_name(value)
 
 
-class Scoring(_Section):
+class Scoring(Section):
     variant: Literal["training", "evaluation"] = "training"
     turn_weights: dict[Scene, tuple[NonNegativeFloat, NonNegativeFloat]] = Field(
         {}, description="(anger, trust) by scene; (0.5, 0.5) where absent"
@@ -120,7 +131,7 @@ class Scoring(_Section):
 _DEFAULT_STD_MIN = 0.1
 
 
-class Credit(_Section):
+class Credit(Section):
     alpha: float = Field(15.0, ge=0, description="weight of the turn term; 0 is outcome-only GRPO")
     centering: str = Field("rollout", description="where turn credit is centered: " + ", ".join(CENTERINGS))
     credit: str = Field("immediate", description="what a turn is credited with: " + ", ".join(CREDITS))
@@ -150,7 +161,7 @@ class Credit(_Section):
         return self
 
 
-class Training(_Section):
+class Training(Section):
     max_steps: int = Field(250, ge=1, description="a step is a batch of rollouts")
     updates_per_step: int = Field(1, ge=1, description="K: optimizer steps a batch of rollouts, each on a K-th of it")
     learning_rate: float = Field(1e-6, ge=0)
@@ -171,14 +182,14 @@ class Training(_Section):
     keep_checkpoints: int = Field(3, ge=1)
 
 
-class Validation(_Section):
+class Validation(Section):
     scenarios: str = Field(description="held-out scenarios, named as in scenarios.train")
     every: int = Field(30, ge=1, description="steps between validations; there is one before and one after training too")
     samples: int = Field(1, ge=1, description="episodes a scenario")
     seed: int = Field(0, ge=0, description="the same samples in every validation of every run with this seed")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run. `from_file` is the way to get one."""
 
     run: Run
@@ -205,6 +216,11 @@ class Recipe(_Section):
             )
         if self.simulator.url != "embedded" and self.simulator.port:
             raise ValueError(f"simulator.port is {self.simulator.port}, but only an embedded simulator listens on it")
+        if self.simulator.url != "embedded" and self.simulator.config is not None:
+            raise ValueError(
+                f"simulator.config is {str(self.simulator.config)!r}, but simulator.url names a server; a server has a "
+                "configuration of its own (ctcgrpo serve)"
+            )
         if self.training.old_logprobs == "recorded" and (self.rollout.top_p < 1 or self.rollout.top_k):
             raise ValueError(
                 "training.old_logprobs is 'recorded' with top-p or top-k, under which recorded log-probabilities are "
@@ -236,11 +252,7 @@ def load_recipe(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     data = _parse(path)
     for override in overrides:
         _apply(data, override)
-    _refuse_unknown(data, Recipe, "", str(path))
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        raise RecipeError(f"{path}: {_explain(error)}") from None
+    return validated(data, Recipe, path)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
@@ -256,22 +268,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise RecipeError(f"recipe {str(path)!r} not found; {did_you_mean(str(path), near) if near else 'no recipes there'}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 text: {error}") from None
+    text = read_text(path, "recipe")
     body = "\n".join(line for line in text.splitlines() if not line.startswith((_OPENING, _CLOSING)))
     if "'''" in body or "\\" in body:
         raise RecipeError(f"{path}: a recipe may hold neither ''' nor a backslash: it is also read as a Python string")
-    try:
-        data = load_yaml(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)})")
+    data = parse_mapping(text, path, Recipe, "recipe")
     data.pop(_PYTHON_KEY, None)
     return data
 
@@ -294,31 +295,3 @@ def _apply(data: dict[str, Any], override: str) -> None:
             raise RecipeError(f"override {override!r}: {parent!r} is not a section")
         target = below
     target[last] = value
-
-
-def _refuse_unknown(data: Mapping[str, Any], model: type[BaseModel], path: str, file: str) -> None:
-    for key, value in data.items():
-        field = model.model_fields.get(key)
-        if field is None:
-            raise RecipeError(f"{file}: unknown field {path}{key}; {did_you_mean(str(key), model.model_fields)}")
-        section = _section_type(field.annotation)
-        if section is not None and isinstance(value, Mapping):
-            _refuse_unknown(value, section, f"{path}{key}.", file)
-
-
-def _section_type(annotation: Any) -> type[BaseModel] | None:
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, _Section)), None)
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    field = ".".join(map(str, first["loc"]))
-    message = first["msg"].removeprefix("Value error, ")
-    if not field:
-        return message
-    if first["type"] == "missing":
-        return f"{field} is missing"
-    if isinstance(first["input"], Mapping | BaseModel):  # a rule between the fields of a section
-        return f"{field}: {message}"
-    return f"{field} is {first['input']!r}; {message[:1].lower()}{message[1:]}"

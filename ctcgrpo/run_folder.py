@@ -4,6 +4,7 @@ checkpoints/RUN/
     recipe.yaml       the resolved recipe
     base/             the starting policy, where the recipe has it built
     metrics.jsonl     one line a step
+    simulator.jsonl   the log of the embedded simulator server
     validation.jsonl  one line a validation
     summary.json      before, after, and the improvement between them
     traces/*.jsonl    one line an episode
@@ -45,6 +46,10 @@ class RunFolder:
     @property
     def validation_file(self) -> Path:
         return self.path / "validation.jsonl"
+
+    @property
+    def simulator_log(self) -> Path:
+        return self.path / "simulator.jsonl"
 
     @property
     def best(self) -> Path:

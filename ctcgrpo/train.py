@@ -17,7 +17,15 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from ctcgrpo import __version__
-from ctcgrpo.errors import PolicyError, RecipeError, RunInterrupted, ScenarioError, SimulatorReplyError, TooManyFailures
+from ctcgrpo.errors import (
+    PolicyError,
+    RecipeError,
+    RunInterrupted,
+    RunPaused,
+    ScenarioError,
+    SimulatorReplyError,
+    TooManyFailures,
+)
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import build_builtin, check_positions, load_tokenizer, stop_ids
 from ctcgrpo.processes import interrupts, on_main
@@ -31,9 +39,10 @@ from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.settings import credit_options, lora_config, play_settings, trainer_arguments, update_options
 from ctcgrpo.simulator.client import SimulatorClient
+from ctcgrpo.simulator.config import SCRIPTED_USER, load_simulator_config
+from ctcgrpo.simulator.logs import json_log
 from ctcgrpo.simulator.protocol import ScenarioCard
-from ctcgrpo.simulator.scripted import ScriptedBackend
-from ctcgrpo.simulator.server import embedded
+from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.training.schedule import step_schedule
 from ctcgrpo.training.trainer import CtcGrpoTrainer
 from ctcgrpo.validation import Validator
@@ -107,9 +116,20 @@ class _Run:
         )
         contexts.check([*self._scenarios, *held_out])
         check_positions(model, recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens, policy.revision)
-        url = self._simulator_url(stack, [*self._scenarios, *held_out])
-        simulator = SimulatorClient(url, timeout=recipe.simulator.timeout, attempts=recipe.simulator.attempts)
+        urls = self._simulator_urls(stack, [*self._scenarios, *held_out])
+        simulator = SimulatorClient(
+            urls,
+            token=os.environ.get(recipe.simulator.token_env),
+            timeout=recipe.simulator.timeout,
+            patience=recipe.simulator.patience,
+        )
+        self._simulator = simulator
         self._simulator_says = asyncio.run(_health(simulator))
+        if (self._simulator_says.get("deadline") or 0) >= recipe.simulator.timeout:
+            raise RecipeError(
+                f"simulator.timeout is {recipe.simulator.timeout:g} s, but the simulator may take "
+                f"{self._simulator_says['deadline']:g} s for a turn (llm.deadline); it must be larger"
+            )
         interrupted = stack.enter_context(interrupts(self._progress.say))
         self._trainer = self._make_trainer(
             model=model,
@@ -168,7 +188,7 @@ class _Run:
                 raise RunInterrupted("interrupted")
             if self._validator:
                 self._validator.validate(self._recipe.training.max_steps)
-        except (RunInterrupted, TooManyFailures) as error:
+        except (RunPaused, TooManyFailures) as error:
             progress.stop()
             trainer.save_now()
             raise type(error)(f"{error}. {self._how_to_go_on()}") from None
@@ -180,7 +200,7 @@ class _Run:
                 facts = {
                     "run": self._recipe.run.name,
                     "scoring_variant": self._recipe.scoring.variant,
-                    "simulator": self._simulator_says,
+                    "simulator": {**self._simulator_says, "spent": asyncio.run(_account(self._simulator))},
                     "version": __version__,
                 }
                 folder.write_summary(self._validator.summary(**facts))
@@ -243,19 +263,26 @@ class _Run:
 
         return asyncio.run(runner.run(slots, on_episode))
 
-    def _simulator_url(self, stack: contextlib.ExitStack, scenarios: Sequence[Scenario]) -> str:
-        """The URL that all processes ask; the main one keeps the embedded server."""
+    def _simulator_urls(self, stack: contextlib.ExitStack, scenarios: Sequence[Scenario]) -> str | tuple[str, ...]:
+        """The URLs that all processes ask; the main one keeps the embedded server."""
         settings = self._recipe.simulator
         if settings.url != "embedded":
             return settings.url
-        for scenario in scenarios:
-            try:
-                ScriptedBackend().check(ScenarioCard.of(scenario))
-            except SimulatorReplyError as error:
-                raise ScenarioError(
-                    f"scenario {scenario.id!r} cannot be played by the embedded simulator: {error}"
-                ) from None
-        return str(on_main(self._state, lambda: stack.enter_context(embedded(ScriptedBackend(), settings.port))))
+        config = SCRIPTED_USER if settings.config is None else load_simulator_config(settings.config)
+
+        def start() -> str:
+            log = json_log(stack.enter_context(self._folder.simulator_log.open("a", encoding="utf-8")))
+            server = SimulatorServer(config, log=log)
+            for scenario in scenarios:
+                try:
+                    server.backend.check(ScenarioCard.of(scenario))
+                except SimulatorReplyError as error:
+                    raise ScenarioError(
+                        f"scenario {scenario.id!r} cannot be played by the embedded simulator: {error}"
+                    ) from None
+            return stack.enter_context(running(server, settings.port))
+
+        return str(on_main(self._state, start))
 
     # --- validation --------------------------------------------------------------------------------------------------------
 
@@ -272,7 +299,7 @@ class _Run:
             samples=settings.samples,
             every=settings.every,
             file=self._folder.validation_file,
-            play=lambda step, slots: self._trainer.unless_interrupted(lambda: play(step, slots)),
+            play=lambda step, slots: self._trainer.unless_paused(lambda: play(step, slots)),
             gather=gather_object,
             keep_best=self._keep_best,
             max_failed=self._recipe.rollout.max_failed,
@@ -311,6 +338,11 @@ def _data_set(recipe: Recipe, scenarios: Sequence[Scenario]) -> Dataset:
 async def _health(simulator: SimulatorClient) -> dict[str, Any]:
     async with simulator:
         return await simulator.health()
+
+
+async def _account(simulator: SimulatorClient) -> dict[str, Any]:
+    async with simulator:
+        return await simulator.account()
 
 
 class _Bookkeeping(TrainerCallback):  # type: ignore[misc]

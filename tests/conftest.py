@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -18,6 +19,19 @@ settings.load_profile("gate")
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+class Backend:
+    """A simulator backend for tests to fill in."""
+
+    name = "test"
+
+    def about(self) -> dict[str, Any]:
+        return {"backend": self.name}
+
+    def check(self, card: Any) -> None: ...
+
+    async def close(self) -> None: ...
 
 
 @pytest.fixture(scope="session")
@@ -34,8 +48,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def simulator_url() -> Iterator[str]:
     """A real server with the scripted user, on loopback."""
-    from ctcgrpo.simulator.scripted import ScriptedBackend
-    from ctcgrpo.simulator.server import embedded
+    from ctcgrpo.simulator.config import SCRIPTED_USER
+    from ctcgrpo.simulator.server import SimulatorServer, running
 
-    with embedded(ScriptedBackend()) as url:
+    with running(SimulatorServer(SCRIPTED_USER)) as url:
         yield url

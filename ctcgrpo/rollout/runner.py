@@ -86,7 +86,7 @@ class RolloutRunner:
     ) -> list[Episode]:
         """One episode a slot, in the order of the slots; `on_episode` sees each the moment it is over.
 
-        Raises RunInterrupted as soon as the run is asked to stop.
+        Raises RunPaused as soon as the run is asked to stop, or the simulator may spend no more.
         """
         players = [_Player(self, slot, on_episode) for slot in slots]
         async with self.simulator:
@@ -196,7 +196,7 @@ class _Player:
             )
         )
         self._state = after
-        self._history.append(Utterance(speaker="user", text=answer.reply))
+        self._history.append(Utterance(speaker="user", text=answer.reply, reflection=answer.reflection))
         self._dialogue = runner.contexts.extend(self._dialogue, completion, answer.reply)
         if not goes_on:
             self._finish()

@@ -3,36 +3,51 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
+import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 import aiohttp
 from pydantic import ValidationError
 
-from ctcgrpo.errors import SimulatorReplyError, SimulatorTransportError
-from ctcgrpo.simulator.protocol import HEALTH_PATH, TURN_PATH, TurnReply, TurnRequest
+from ctcgrpo.errors import BudgetSpent, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.simulator.protocol import ACCOUNT_PATH, HEALTH_PATH, TURN_PATH, TurnProblem, TurnReply, TurnRequest
 
-_jitter = random.Random()  # of its own: training's random state must not depend on retries
 _TRANSPORT_ERRORS = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
+_LONGEST_PAUSE = 15.0
 
 
 class SimulatorClient:
     """An async context manager around one HTTP session.
 
-    `timeout` is the seconds that one attempt may take, `attempts` how many there are; between them it waits
-    `backoff` x 2^k seconds with jitter.
+    `urls` are replicas of one simulator: a scenario keeps to one of them while that answers, since it may know the prefix.
+    `timeout` is the seconds that one attempt may take, `patience` how long a turn is asked for again where no server answers (a
+    server may be restarted meanwhile); between rounds over the replicas it waits `backoff` x 2^k seconds with jitter, 15 at most.
     """
 
-    def __init__(self, url: str, *, timeout: float = 60.0, attempts: int = 4, backoff: float = 0.5) -> None:
-        self._url = url.rstrip("/")
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        *,
+        token: str | None = None,
+        timeout: float = 240.0,
+        patience: float = 600.0,
+        backoff: float = 0.5,
+    ) -> None:
+        self._urls = [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         self._timeout = aiohttp.ClientTimeout(total=timeout)
-        self._attempts = attempts
+        self._patience = patience
         self._backoff = backoff
+        self._jitter = random.Random()  # of its own: training's random state must not depend on retries
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> SimulatorClient:
-        self._session = aiohttp.ClientSession(timeout=self._timeout, connector=aiohttp.TCPConnector(limit=0))
+        connector = aiohttp.TCPConnector(limit=0)
+        self._session = aiohttp.ClientSession(timeout=self._timeout, connector=connector, headers=self._headers)
         return self
 
     async def __aexit__(
@@ -43,54 +58,100 @@ class SimulatorClient:
             self._session = None
 
     async def health(self) -> dict[str, Any]:
-        """What the server says of itself. Raises SimulatorTransportError at once where none answers."""
-        try:
-            async with self._open.get(self._url + HEALTH_PATH) as response:
-                response.raise_for_status()
-                answer: dict[str, Any] = await response.json()
-            if not isinstance(answer, dict) or answer.get("status") != "ok" or "backend" not in answer:
-                raise ValueError("what answers is no simulator server")
-            return answer
-        except (*_TRANSPORT_ERRORS, ValueError) as error:
-            raise SimulatorTransportError(
-                f"simulator.url {self._url!r}: no simulator server answers there ({_describe(error)}); "
-                "start one with `ctcgrpo serve`, or set simulator.url=embedded"
-            ) from None
+        """What the replicas that answer say of themselves. Raises SimulatorTransportError at once where none does, and where they
+        play different users."""
+        answers: dict[str, dict[str, Any]] = {}
+        problems = []
+        for url in self._urls:
+            try:
+                answers[url] = await self._get(url + HEALTH_PATH)
+                if answers[url].get("status") != "ok" or "backend" not in answers[url]:
+                    del answers[url]
+                    raise ValueError("what answers is no simulator server")
+            except (*_TRANSPORT_ERRORS, ValueError) as error:
+                problems.append(
+                    f"simulator.url {url!r}: no simulator server answers there ({_describe(error)}); "
+                    "start one with `ctcgrpo serve`, or set simulator.url=embedded"
+                )
+        if not answers:
+            raise SimulatorTransportError(problems[0])
+        (first, said), *others = answers.items()
+        for url, other in others:
+            if other != said:
+                raise SimulatorTransportError(f"simulator.url: {first} and {url} play different users ({said}, {other})")
+        return said
+
+    async def account(self) -> dict[str, Any]:
+        """What the simulator has spent; empty where nothing, or nobody answers any more."""
+        for url in self._urls:
+            try:
+                return await self._get(url + ACCOUNT_PATH)
+            except (*_TRANSPORT_ERRORS, ValueError):
+                continue
+        return {}
 
     async def turn(self, request: TurnRequest) -> TurnReply:
-        """The user's reaction. Raises SimulatorTransportError when every attempt failed, SimulatorReplyError when the
-        server refused the request or answered what is not a TurnReply."""
+        """The user's reaction. Raises SimulatorTransportError where none could be had, SimulatorReplyError where a server refused
+        the request or answered what is not a TurnReply, BudgetSpent where the simulator may spend no more."""
         body = request.model_dump_json().encode()
-        problem = ""
-        for attempt in range(self._attempts):
-            if attempt:
-                await asyncio.sleep(self._backoff * 2 ** (attempt - 1) * _jitter.uniform(0.5, 1.5))
-            try:
-                async with self._open.post(
-                    self._url + TURN_PATH, data=body, headers={"Content-Type": "application/json"}
-                ) as response:
-                    status, payload = response.status, await response.read()
-            except _TRANSPORT_ERRORS as error:
-                problem = _describe(error)
-                continue
-            if status == 429 or status >= 500:
-                problem = f"HTTP {status}"
-                continue
-            if status != 200:
-                raise SimulatorReplyError(f"{self._url} refused the request (HTTP {status}): {_excerpt(payload)}")
+        urls = self._order(request.scenario.id)
+        started, attempts, problem = time.monotonic(), 0, ""
+        while True:
+            for url in urls:
+                attempts += 1
+                try:
+                    return await self._attempt(url, body)
+                except _NoAnswer as error:
+                    problem = str(error)
+            rounds = attempts // len(urls)
+            pause = min(_LONGEST_PAUSE, self._backoff * 2 ** min(rounds - 1, 10)) * self._jitter.uniform(0.5, 1.5)
+            if time.monotonic() - started + pause > self._patience:
+                raise SimulatorTransportError(
+                    f"{', '.join(urls)} failed {attempts} times in {self._patience:g} s, last with: {problem}"
+                )
+            await asyncio.sleep(pause)
+
+    async def _attempt(self, url: str, body: bytes) -> TurnReply:
+        try:
+            async with self._open.post(url + TURN_PATH, data=body) as response:
+                status, payload = response.status, await response.read()
+        except _TRANSPORT_ERRORS as error:
+            raise _NoAnswer(_describe(error)) from None
+        if status == 200:
             try:
                 return TurnReply.model_validate_json(payload)
             except ValidationError as error:
-                raise SimulatorReplyError(
-                    f"{self._url} answered what is no turn reply: {error.errors()[0]['msg']}"
-                ) from None
-        raise SimulatorTransportError(f"{self._url} failed {self._attempts} times, last with: {problem}")
+                raise SimulatorReplyError(f"{url} answered what is no turn reply: {error.errors()[0]['msg']}") from None
+        try:
+            said = TurnProblem.model_validate_json(payload)
+        except ValidationError:
+            if status == 429 or status >= 500:
+                raise _NoAnswer(f"HTTP {status}") from None
+            raise SimulatorReplyError(f"{url} refused the request (HTTP {status}): {_excerpt(payload)}") from None
+        types = {error.kind: error for error in (SimulatorTransportError, BudgetSpent)}
+        raise types.get(said.kind, SimulatorReplyError)(f"{url} (HTTP {status}): {said.error}")
+
+    def _order(self, scenario: str) -> list[str]:
+        start = int.from_bytes(hashlib.sha256(scenario.encode("utf-8", "replace")).digest()[:4], "big") % len(self._urls)
+        return self._urls[start:] + self._urls[:start]
+
+    async def _get(self, url: str) -> dict[str, Any]:
+        async with self._open.get(url) as response:
+            response.raise_for_status()
+            answer = await response.json()
+        if not isinstance(answer, dict):
+            raise ValueError("what answers is no simulator server")
+        return answer
 
     @property
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             raise RuntimeError("SimulatorClient is used outside its `async with` block")
         return self._session
+
+
+class _NoAnswer(Exception):
+    """An attempt that another one may mend."""
 
 
 def _describe(error: BaseException) -> str:

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ctcgrpo.records import Anchors, Scenario, Scene, UserState
 
 TURN_PATH = "/v1/turn"
-HEALTH_PATH = "/health"
+ACCOUNT_PATH = "/v1/account"
+HEALTH_PATH, READY_PATH, METRICS_PATH = "/health", "/ready", "/metrics"
 
 
 class _Message(BaseModel):
@@ -22,8 +23,11 @@ class _Message(BaseModel):
 
 
 class Utterance(_Message):
+    """`reflection` is what the simulator thought before a line of the user; empty for the policy."""
+
     speaker: Literal["policy", "user"]
     text: str
+    reflection: str = ""
 
 
 class State(_Message):
@@ -93,8 +97,11 @@ class TurnRequest(_Message):
 
 
 class Usage(_Message):
+    """What a turn took anew; nothing where it was answered from the store."""
+
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    calls: int = 0
 
 
 class TurnReply(_Message):
@@ -108,6 +115,13 @@ class TurnReply(_Message):
     why: str = ""
     reflection: str = ""
     usage: Usage = Usage()
+
+
+class TurnProblem(_Message):
+    """The body of an answer that is no TurnReply: which kind of error of `ctcgrpo.errors` it is, for good."""
+
+    kind: str
+    error: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +138,21 @@ class Reaction:
 
 
 class SimulatorBackend(Protocol):
-    """One class plays the user. `name` appears in the health answer and in every record of a run."""
+    """One class plays the user."""
 
     name: str
 
-    async def react(self, request: TurnRequest) -> Reaction:
-        """Raises SimulatorReplyError for a scenario that it cannot play or a reaction that it cannot produce."""
+    def about(self) -> dict[str, Any]:
+        """What decides its reactions, and is said in the health answer and every summary: prompts, models, sampling."""
         ...
+
+    def check(self, card: ScenarioCard) -> None:
+        """Raises SimulatorReplyError for a scenario that it cannot play."""
+        ...
+
+    async def react(self, request: TurnRequest) -> Reaction:
+        """Raises SimulatorReplyError for a reaction that it cannot produce, SimulatorTransportError where what it asks
+        does not answer, BudgetSpent where it may not ask any more."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,71 +1,218 @@
-"""The simulator server: HTTP around a backend. It alone computes the user's new state."""
+"""The simulator server: HTTP around a TurnService.
+
+    POST /v1/turn      a TurnRequest -> a TurnReply
+    GET  /v1/account   what was spent
+    GET  /health       who plays the user, and how
+    GET  /ready        200 while turns can be answered
+    GET  /metrics      for Prometheus
+
+Errors carry a TurnProblem where asking again is no use: 400 no TurnRequest, 401 the token, 402 the budget is spent, 413 too large,
+422 the user's answer could not be had, 502 no endpoint answered. 5xx without one, and no answer at all: try again.
+"""
 
 from __future__ import annotations
 
-import logging
+import hmac
+import io
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ctcgrpo import __version__
-from ctcgrpo.errors import SimulatorReplyError, SimulatorTransportError
-from ctcgrpo.records import MAX_DELTA, UserState
-from ctcgrpo.simulator.protocol import HEALTH_PATH, TURN_PATH, SimulatorBackend, State, TurnReply, TurnRequest
+from ctcgrpo.errors import BudgetSpent, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.simulator.config import SimulatorConfig, check_listening
+from ctcgrpo.simulator.llm.backend import LlmBackend
+from ctcgrpo.simulator.llm.endpoints import CallRecord
+from ctcgrpo.simulator.logs import Log, json_log
+from ctcgrpo.simulator.metrics import ServerMetrics
+from ctcgrpo.simulator.protocol import (
+    ACCOUNT_PATH,
+    HEALTH_PATH,
+    METRICS_PATH,
+    READY_PATH,
+    TURN_PATH,
+    SimulatorBackend,
+    TurnProblem,
+    TurnRequest,
+)
+from ctcgrpo.simulator.scripted import ScriptedBackend
+from ctcgrpo.simulator.service import TurnService
+from ctcgrpo.simulator.store import Store
 
-log = logging.getLogger(__name__)
+_STATUS = {SimulatorReplyError.kind: 422, SimulatorTransportError.kind: 502, BudgetSpent.kind: 402}
 
 
-async def answer(backend: SimulatorBackend, request: TurnRequest) -> TurnReply:
-    """One turn: the backend reacts, its deltas are clipped to [-10, 10], the state is clamped to [0, 100]."""
-    reaction = await backend.react(request)
-    anger_delta, trust_delta = (max(-MAX_DELTA, min(MAX_DELTA, d)) for d in (reaction.anger_delta, reaction.trust_delta))
-    after = UserState(request.state.anger, request.state.trust).plus(anger_delta, trust_delta)
-    return TurnReply(
-        reply=reaction.reply,
-        anger_delta=anger_delta,
-        trust_delta=trust_delta,
-        state=State(anger=after.anger, trust=after.trust),
-        goes_on=reaction.goes_on and request.round < request.max_rounds,
-        why=reaction.why,
-        reflection=reaction.reflection,
-        usage=reaction.usage,
-    )
+class _TooLarge(Exception):
+    pass
 
 
-def create_app(backend: SimulatorBackend) -> Starlette:
-    """POST /v1/turn takes a TurnRequest and answers a TurnReply; GET /health says which backend plays.
+class SimulatorServer:
+    """A server for one configuration: backend (the configured one, unless another is given), store, metrics and log put together.
+    Raises RecipeError and OutputError for what cannot work here."""
 
-    400: the request is not a TurnRequest; 422: the backend cannot play it (both final); 5xx and no answer: try again.
-    """
+    def __init__(
+        self,
+        config: SimulatorConfig,
+        *,
+        backend: SimulatorBackend | None = None,
+        log: Log | None = None,
+        token: str | None = None,
+    ) -> None:
+        self.config = config
+        self.metrics = ServerMetrics()
+        self.log = log or json_log(io.StringIO(), "warning")
+        self._token = token
+        self._store = Store(config.store) if config.store is not None else None
+        self.backend = backend or make_backend(config, self._store, self.metrics.on_call)
+        self.service = TurnService(
+            self.backend,
+            store=self._store,
+            cache=config.cache and config.llm is not None,
+            on_source=lambda source: self.metrics.source.labels(source).inc(),
+        )
 
-    async def turn(request: Request) -> Response:
+    def app(self) -> Starlette:
+        routes = [
+            Route(TURN_PATH, self._turn, methods=["POST"]),
+            Route(ACCOUNT_PATH, self._account),
+            Route(HEALTH_PATH, self._health),
+            Route(READY_PATH, self._ready),
+            Route(METRICS_PATH, self._metrics),
+        ]
+        return Starlette(routes=routes, lifespan=self._lifespan)
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         try:
-            parsed = TurnRequest.model_validate_json(await request.body())
-        except ValidationError as error:
-            return JSONResponse({"error": str(error)}, status_code=400)
+            yield
+        finally:
+            await self.backend.close()
+            self.log.info("stopped", **self.service.account())
+            if self._store is not None:
+                self._store.close()
+
+    # --- routes ----------------------------------------------------------------------------------------------------------------
+
+    async def _turn(self, request: Request) -> Response:
+        started = time.perf_counter()
+        if refusal := self._refusal(request):
+            return refusal
+        with self.metrics.under_way.track_inprogress():
+            try:
+                body = await self._body(request)
+            except _TooLarge:
+                most = self.config.server.max_body_mb
+                return _problem(413, "simulator_reply", f"the request is larger than {most:g} MB (server.max_body_mb)")
+            except ClientDisconnect:
+                return Response(status_code=400)
+            try:
+                turn = TurnRequest.model_validate_json(body)
+            except ValidationError as error:
+                self.metrics.turns.labels("unknown", "no_request").inc()
+                self.log.warning("turn", result="no_request")
+                return _problem(400, "simulator_reply", f"this is no TurnRequest: {error}")
+            response, result = await self._answer(turn)
+        seconds = time.perf_counter() - started
+        self.metrics.seconds.observe(seconds)
+        self.metrics.turns.labels(turn.scenario.scene, result).inc()
+        self.log.info(
+            "turn",
+            request=turn.request_id,
+            scenario=turn.scenario.id,
+            scene=turn.scenario.scene,
+            round=turn.round,
+            result=result,
+            ms=round(1000 * seconds, 1),
+        )
+        self.log.debug(
+            "texts", history=[f"{u.speaker}: {u.text}" for u in turn.history], answer=bytes(response.body).decode()
+        )
+        return response
+
+    async def _answer(self, turn: TurnRequest) -> tuple[Response, str]:
+        """The answer, and what became of the turn in a word."""
         try:
-            reply = await answer(backend, parsed)
-        except SimulatorReplyError as error:
-            log.warning("request %s: %s", parsed.request_id, error)
-            return JSONResponse({"error": str(error)}, status_code=422)
-        except Exception as error:
-            log.exception("request %s: the backend failed", parsed.request_id)
-            return JSONResponse({"error": f"the backend failed: {type(error).__name__}: {error}"}, status_code=500)
-        return Response(reply.model_dump_json(), media_type="application/json")
+            reply = await self.service.turn(turn)
+            return Response(reply.model_dump_json(), media_type="application/json"), "ok"
+        except (SimulatorReplyError, SimulatorTransportError, BudgetSpent) as error:
+            if not isinstance(error, SimulatorReplyError):  # that one may quote what was said
+                self.log.warning("failed", kind=error.kind, error=str(error))
+            return _problem(_STATUS[error.kind], error.kind, str(error)), error.kind
+        except Exception as error:  # noqa: BLE001 - a defect of this program: it is logged, and the server stays up
+            where = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)][-6:]
+            self.log.error("defect", error=type(error).__name__, where=where)
+            self.log.debug("defect", message=str(error))
+            return JSONResponse({"error": f"the backend failed: {type(error).__name__}"}, status_code=500), "defect"
 
-    async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok", "backend": backend.name, "version": __version__})
+    async def _account(self, request: Request) -> Response:
+        return self._refusal(request) or JSONResponse(self.service.account())
 
-    return Starlette(routes=[Route(TURN_PATH, turn, methods=["POST"]), Route(HEALTH_PATH, health)])
+    async def _health(self, request: Request) -> Response:
+        deadline = self.config.llm.deadline if self.config.llm is not None else None
+        return JSONResponse({"status": "ok", "version": __version__, "deadline": deadline, **self.backend.about()})
+
+    async def _ready(self, request: Request) -> Response:
+        ready = self.service.is_ready()
+        return JSONResponse({"ready": ready}, status_code=200 if ready else 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        return self._refusal(request) or Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    # --- who may ask, and how much -----------------------------------------------------------------------------------------------
+
+    def _refusal(self, request: Request) -> Response | None:
+        """An answer to whoever does not know the token; compared in constant time."""
+        if self._token is None:
+            return None
+        given = request.headers.get("authorization", "").encode()
+        if hmac.compare_digest(given, f"Bearer {self._token}".encode()):
+            return None
+        return _problem(401, "simulator_transport", "the bearer token is missing or wrong")
+
+    async def _body(self, request: Request) -> bytes:
+        most = int(self.config.server.max_body_mb * 1_000_000)
+        if int(request.headers.get("content-length") or 0) > most:
+            raise _TooLarge
+        parts, size = [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise _TooLarge
+            parts.append(part)
+        return b"".join(parts)
+
+    def uvicorn(self) -> uvicorn.Server:
+        return uvicorn.Server(
+            uvicorn.Config(
+                self.app(),
+                log_level="error",
+                access_log=False,
+                lifespan="on",
+                timeout_graceful_shutdown=self.config.server.drain_seconds,
+            )
+        )
+
+
+def make_backend(
+    config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None] = lambda record: None
+) -> SimulatorBackend:
+    return ScriptedBackend() if config.llm is None else LlmBackend(config, store, on_call)
+
+
+def _problem(status: int, kind: str, error: str) -> Response:
+    return Response(TurnProblem(kind=kind, error=error).model_dump_json(), status_code=status, media_type="application/json")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -85,31 +232,32 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _uvicorn(backend: SimulatorBackend) -> uvicorn.Server:
-    return uvicorn.Server(uvicorn.Config(create_app(backend), log_level="warning", access_log=False, lifespan="off"))
-
-
-def serve_forever(backend: SimulatorBackend, host: str, port: int) -> None:
-    """Run a server in the foreground until it is told to stop."""
+def serve_forever(config: SimulatorConfig, host: str, port: int) -> None:
+    """Run a server in the foreground. A signal to stop lets the turns under way end first (server.drain_seconds)."""
+    token = config.server.token()
+    check_listening(host, token, config.server.token_env)
+    server = SimulatorServer(config, log=json_log(sys.stderr, config.server.log_level), token=token)
     listener = bind(host, port)
-    print(f"simulator {backend.name!r} on http://{host}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
-    _uvicorn(backend).run(sockets=[listener])
+    at = f"http://{host}:{listener.getsockname()[1]}"
+    print(f"simulator {server.backend.name!r} on {at} (Ctrl-C ends it)", flush=True)
+    server.log.info("started", at=at, **server.backend.about())
+    server.uvicorn().run(sockets=[listener])
 
 
 @contextmanager
-def embedded(backend: SimulatorBackend, port: int = 0) -> Iterator[str]:
-    """A server in a thread of this process, on the loopback interface, for as long as the context lasts; gives its URL."""
+def running(server: SimulatorServer, port: int = 0) -> Iterator[str]:
+    """The server in a thread of this process, on the loopback interface, for as long as the context lasts; gives its URL."""
     listener = bind("127.0.0.1", port)
-    server = _uvicorn(backend)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="simulator", daemon=True)
+    inner = server.uvicorn()
+    thread = threading.Thread(target=inner.run, kwargs={"sockets": [listener]}, name="simulator", daemon=True)
     thread.start()
     deadline = time.monotonic() + 30
-    while not server.started:
+    while not inner.started:
         if not thread.is_alive() or time.monotonic() > deadline:
             raise SimulatorTransportError("the embedded simulator server did not start")
         time.sleep(0.01)
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        server.should_exit = True
+        inner.should_exit = True
         thread.join(timeout=10)

@@ -26,7 +26,7 @@ from accelerate.utils import DistributedType, gather_object
 from trl import GRPOConfig, GRPOTrainer
 
 from ctcgrpo.credit import SceneBaseline
-from ctcgrpo.errors import RunInterrupted, TooManyFailures, too_many_failed
+from ctcgrpo.errors import RunPaused, TooManyFailures, too_many_failed
 from ctcgrpo.files import COMPLETE, checkpoints, is_complete, write_whole
 from ctcgrpo.records import Episode, TurnSample
 from ctcgrpo.training.head import score_trained_positions_only
@@ -190,7 +190,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
     def _new_batch(self, inputs: Sequence[dict[str, Any]]) -> list[list[TurnSample]]:
         """Play the step's episodes, share their credit out, and split their turns over the step's updates."""
         started = time.perf_counter()
-        episodes = self.unless_interrupted(lambda: self._collect(self.rollout_step + 1, inputs))
+        episodes = self.unless_paused(lambda: self._collect(self.rollout_step + 1, inputs))
         summaries = gather_object([summarise(e, self._credit) for e in episodes])
         self._refuse_failures(summaries, episodes)
         credit = step_credit(summaries, self._credit, self._baseline, step=self.rollout_step)
@@ -214,16 +214,17 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
             self._log_number("seconds/recompute", time.perf_counter() - started)
         return samples
 
-    def unless_interrupted(self, play: Callable[[], list[Episode]]) -> list[Episode]:
-        """Play episodes; when any process was interrupted meanwhile, all of them stop here together."""
+    def unless_paused(self, play: Callable[[], list[Episode]]) -> list[Episode]:
+        """Play episodes; when any process was told to pause meanwhile (Ctrl-C, a spent budget), all of them stop here together."""
         episodes: list[Episode] = []
-        interrupted = False
+        pause: RunPaused | None = None
         try:
             episodes = play()
-        except RunInterrupted:
-            interrupted = True
-        if any(gather_object([interrupted])):
-            raise RunInterrupted("interrupted in the middle of a rollout")
+        except RunPaused as error:
+            pause = error
+        told = next((error for error in gather_object([pause]) if error is not None), None)
+        if told is not None:
+            raise type(told)(str(told))
         return episodes
 
     def _check_recorded(

@@ -48,7 +48,7 @@ class Parts:
         play = {k: options.pop(k) for k in ("deterministic", "seed", "max_turns") if k in options}
         return RolloutRunner(
             engine=engine or self.engine(),
-            simulator=SimulatorClient(url, timeout=5, attempts=2, backoff=0.01),
+            simulator=SimulatorClient(url, timeout=5, patience=0.05, backoff=0.01),
             contexts=ContextBuilder(self.tokenizer, stop_ids=self.stop_ids, max_prompt_tokens=1000),
             tokenizer=self.tokenizer,
             stop_ids=self.stop_ids,

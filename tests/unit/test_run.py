@@ -21,10 +21,11 @@ from ctcgrpo.errors import OutputError, SimulatorReplyError
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import PACKS
+from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.protocol import Reaction, TurnRequest
 from ctcgrpo.simulator.scripted.backend import react
-from ctcgrpo.simulator.server import embedded
-from tests.conftest import ROOT
+from ctcgrpo.simulator.server import SimulatorServer, running
+from tests.conftest import ROOT, Backend
 
 TINY = str(ROOT / "recipes" / "tiny.yaml")
 Command = Callable[..., tuple[int, str, str]]
@@ -213,10 +214,9 @@ def test_lora_changes_the_adapter_alone(ctcgrpo: Command, tmp_path: Path, monkey
 
 
 def test_a_run_that_fails_too_often_stops_and_can_go_on(ctcgrpo: Command, tmp_path: Path) -> None:
-    class BreaksDown:
+    class BreaksDown(Backend):
         """Answers the first step's eight episodes, then says it cannot."""
 
-        name = "breaks down"
         answers = 0
         broken = True
 
@@ -227,7 +227,7 @@ def test_a_run_that_fails_too_often_stops_and_can_go_on(ctcgrpo: Command, tmp_pa
             return react(request)
 
     backend = BreaksDown()
-    with embedded(backend) as url:
+    with running(SimulatorServer(SCRIPTED_USER, backend=backend)) as url:
         command = ["train", TINY, *FAST, "training.max_steps=2", f"run.output_dir={tmp_path}", f"simulator.url={url}"]
         command += ["run.seed=7"]
         code, _, err = ctcgrpo(*command)

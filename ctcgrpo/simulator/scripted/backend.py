@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 from ctcgrpo.records import UserState
 from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, TurnRequest, Utterance
@@ -26,8 +27,14 @@ class ScriptedBackend:
         """Raises SimulatorReplyError for a scenario that it cannot play: its language, or the form of its `script`."""
         read_knowledge(card, load_language(card.language))
 
+    def about(self) -> dict[str, Any]:
+        return {"backend": self.name}
+
     async def react(self, request: TurnRequest) -> Reaction:
         return react(request)
+
+    async def close(self) -> None:
+        """Nothing is open."""
 
 
 def react(request: TurnRequest) -> Reaction:

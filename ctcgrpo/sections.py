@@ -1,0 +1,106 @@
+"""Typed sections of a YAML file (recipes, simulator configurations): reading, and messages that name file, field and value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from ctcgrpo.errors import RecipeError
+from ctcgrpo.naming import did_you_mean
+from ctcgrpo.strict_yaml import load_yaml
+
+_S = TypeVar("_S", bound="Section")
+
+
+class Section(BaseModel):
+    """Frozen, without unknown fields, and strict about numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, data: Any) -> Any:
+        for name, value in data.items() if isinstance(data, Mapping) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation in (int, float):
+                raise ValueError(f"{name} is {str(value).lower()}; it is a number")
+        return data
+
+
+def environment_name(value: str) -> str:
+    """For fields that name an environment variable; raises ValueError for what may be the secret itself, without quoting it."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) or value.lower().startswith("sk"):
+        raise ValueError("name an environment variable here, never the secret itself")
+    return value
+
+
+def read_text(path: Path, what: str) -> str:
+    """Raises RecipeError for a file that is not there, naming the one that was probably meant, or that is no UTF-8 text."""
+    if not path.is_file():
+        near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        hint = did_you_mean(str(path), near) if near else f"no {what}s there"
+        raise RecipeError(f"{what} {str(path)!r} not found; {hint}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text: {error}") from None
+
+
+def parse_mapping(text: str, path: Path, model: type[Section], what: str) -> dict[str, Any]:
+    """YAML text as a mapping; raises RecipeError for anything else."""
+    try:
+        data = load_yaml(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a {what} is a mapping of sections ({', '.join(model.model_fields)})")
+    return data
+
+
+def validated(data: Mapping[str, Any], model: type[_S], path: Path) -> _S:
+    """Raises RecipeError naming file, field, value and what would be right."""
+    _refuse_unknown(data, model, "", str(path))
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_explain(error)}") from None
+
+
+def _refuse_unknown(data: Mapping[str, Any], model: type[BaseModel], path: str, file: str) -> None:
+    for key, value in data.items():
+        field = model.model_fields.get(key)
+        if field is None:
+            raise RecipeError(f"{file}: unknown field {path}{key}; {did_you_mean(str(key), model.model_fields)}")
+        section = _section_type(field.annotation)
+        if section is None:
+            continue
+        for k, part in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(part, Mapping):
+                below = f"{path}{key}.{k}." if isinstance(value, list) else f"{path}{key}."
+                _refuse_unknown(part, section, below, file)
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    if not field:
+        return message
+    if first["type"] == "missing":
+        return f"{field} is missing"
+    if isinstance(first["input"], Mapping | BaseModel):  # a rule between the fields of a section
+        return f"{field}: {message}"
+    if field.rpartition(".")[2].endswith("_env"):  # somebody may have put the secret there
+        return f"{field}: {message}"
+    shown = re.sub(r"//[^/@]*@", "//[secret]@", repr(first["input"]))
+    return f"{field} is {shown}; {message[:1].lower()}{message[1:]}"

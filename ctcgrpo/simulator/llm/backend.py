@@ -1,0 +1,168 @@
+"""The user, played by an LLM: ask, read, ask once more for a corrected answer, and average over k answers where that is asked for.
+
+What the user says and how it changes comes from an answer that could be read, or the turn fails with its reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from ctcgrpo.errors import SimulatorReplyError
+from ctcgrpo.records import MAX_DELTA, UserState
+from ctcgrpo.simulator.config import SimulatorConfig
+from ctcgrpo.simulator.llm.account import Account, Budget
+from ctcgrpo.simulator.llm.answers import (
+    ANGER,
+    CONTINUE,
+    REFLECTION,
+    REPLY,
+    STOP_REASON,
+    TRUST,
+    Answer,
+    Unreadable,
+    read_answer,
+)
+from ctcgrpo.simulator.llm.endpoints import CallRecord, ChatCompletion, EndpointPool
+from ctcgrpo.simulator.llm.official import OfficialPrompts
+from ctcgrpo.simulator.llm.prompts import Message, Prompts, TemplatePrompts
+from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, TurnRequest, Usage
+from ctcgrpo.simulator.store import Store
+
+_T = TypeVar("_T")
+_LONGEST_BACK = 4000
+"""Characters of an unreadable answer that are shown to the LLM again."""
+
+
+class LlmBackend:
+    """`on_call` sees every call to an endpoint. Raises RecipeError for a configuration that cannot work here: a key that is not
+    set, a folder without the official code."""
+
+    name = "llm"
+
+    def __init__(
+        self, config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None] = lambda record: None
+    ) -> None:
+        if config.llm is None:
+            raise ValueError("the configuration has no llm section")
+        self._llm = config.llm
+        self._digest = config.digest
+        self.prompts: Prompts = TemplatePrompts() if self._llm.official is None else OfficialPrompts(self._llm.official)
+        self.account = Account(Budget(config.budget.money, config.budget.tokens, config.budget.currency), store)
+        self.pool = EndpointPool(self._llm, self.account, on_call)
+        bounded = all(endpoint.bounded_strings for endpoint in self._llm.endpoints)
+        self._schema = answer_schema(bounded=bounded)
+
+    def about(self) -> dict[str, Any]:
+        return {
+            "backend": self.name,
+            "prompts": self.prompts.name,
+            "models": sorted({endpoint.model for endpoint in self._llm.endpoints}),
+            "samples": self._llm.samples,
+            "temperature": self._llm.temperature,
+            "settings": self._digest,
+        }
+
+    def check(self, card: ScenarioCard) -> None:
+        self.prompts.check(card)
+
+    async def close(self) -> None:
+        await self.pool.close()
+
+    async def react(self, request: TurnRequest) -> Reaction:
+        messages = self.prompts.messages(request)
+        deadline = time.monotonic() + self._llm.deadline
+        seeds = [request.seed + k for k in range(self._llm.samples)]
+        results = await _together([self._answer(request, messages, seed, deadline) for seed in seeds])
+        answers = [answer for answer, _ in results]
+        usage = Usage(
+            prompt_tokens=sum(c.prompt_tokens for _, calls in results for c in calls),
+            completion_tokens=sum(c.completion_tokens for _, calls in results for c in calls),
+            calls=sum(len(calls) for _, calls in results),
+        )
+        return averaged(answers, usage)
+
+    async def _answer(
+        self, request: TurnRequest, messages: list[Message], seed: int, deadline: float
+    ) -> tuple[Answer, list[ChatCompletion]]:
+        """One answer, and the calls that it took: two at most."""
+        card, state = request.scenario, UserState(request.state.anger, request.state.trust)
+        calls: list[ChatCompletion] = []
+        problem: Unreadable | None = None
+        for attempt in range(2):
+            asked = messages
+            if problem is not None:
+                back: list[Message] = [{"role": "assistant", "content": calls[-1].text[:_LONGEST_BACK] or "-"}]
+                asked = [*messages, *back, {"role": "user", "content": self.prompts.correction(card, problem)}]
+            calls.append(
+                await self.pool.complete(
+                    asked, dialogue=card.id, seed=seed + attempt, schema=self._schema, deadline=deadline
+                )
+            )
+            try:
+                answer = read_answer(calls[-1].text, state)
+                if self.prompts.gives_away(card, answer.reply):
+                    raise Unreadable("leak", REPLY)
+                return answer, calls
+            except Unreadable as error:
+                problem = error
+        raise SimulatorReplyError(
+            f"{calls[-1].endpoint} gave no usable answer, asked twice (last problem: {problem}"
+            f"{', cut off by max_tokens' if calls[-1].cut else ''})"
+        )
+
+
+async def _together(asked: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """All results; the first error ends the others and is raised itself."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in asked]
+    try:
+        return [await task for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def averaged(answers: Sequence[Answer], usage: Usage) -> Reaction:
+    """The mean change of k answers, rounded away from the middle of no change; the words of the answer closest to it; whether the
+    user goes on by majority."""
+    anger = sum(a.anger_delta for a in answers) / len(answers)
+    trust = sum(a.trust_delta for a in answers) / len(answers)
+    goes_on = 2 * sum(a.goes_on for a in answers) >= len(answers)
+    fitting = [a for a in answers if a.goes_on == goes_on]
+    spoken = min(fitting, key=lambda a: abs(a.anger_delta - anger) + abs(a.trust_delta - trust))
+    why = spoken.stop_reason if not goes_on and spoken.stop_reason else spoken.reflection
+    return Reaction(
+        reply=spoken.reply,
+        anger_delta=_rounded(anger),
+        trust_delta=_rounded(trust),
+        goes_on=goes_on,
+        why=why,
+        reflection=spoken.reflection,
+        usage=usage,
+    )
+
+
+def _rounded(mean: float) -> int:
+    """To the nearest whole number, halves away from zero: the same in both directions."""
+    return int(mean + 0.5) if mean >= 0 else -int(-mean + 0.5)
+
+
+def answer_schema(*, bounded: bool) -> dict[str, Any]:
+    """The JSON schema of an answer, in the order in which it is to be written."""
+
+    def text(most: int) -> dict[str, Any]:
+        return {"type": "string", "maxLength": most} if bounded else {"type": "string"}
+
+    change = {"type": "integer", "minimum": -MAX_DELTA, "maximum": MAX_DELTA}
+    properties = {
+        REFLECTION: text(600),
+        ANGER: change,
+        TRUST: change,
+        REPLY: text(400),
+        CONTINUE: {"type": "string", "enum": ["yes", "no"]},
+        STOP_REASON: text(120),
+    }
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}

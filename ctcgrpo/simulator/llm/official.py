@@ -1,0 +1,113 @@
+"""The authors' own prompts, built by their code (EIBench/code/src/simulator_v2.py), for scores that compare with published ones.
+
+This runs third-party code from a folder that the user names. Only its prompt builders are called; what it imports to make calls
+of its own is replaced by empty modules where it is not installed. Their layout does not quote what the policy said and has the
+state near its start: it is for scores that are to be compared, not for training against a policy that attacks it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ctcgrpo.errors import RecipeError, SimulatorReplyError
+from ctcgrpo.simulator.llm.answers import Unreadable
+from ctcgrpo.simulator.llm.prompts import Message, TemplatePrompts
+from ctcgrpo.simulator.protocol import ScenarioCard, TurnRequest
+
+_FILE = Path("src") / "simulator_v2.py"
+_PLACES = (Path("EIBench") / "code", Path("code"), Path())
+_CALLERS = ("dashscope", "requests")
+_SYSTEM, _MESSAGES = "_build_simulator_system_prompt", "_build_simulator_messages"
+
+
+class OfficialPrompts:
+    """Raises RecipeError where the folder does not hold the authors' code, or it has other functions."""
+
+    def __init__(self, folder: Path) -> None:
+        file = next((folder / place / _FILE for place in _PLACES if (folder / place / _FILE).is_file()), None)
+        if file is None:
+            raise RecipeError(
+                f"llm.official is {str(folder)!r}: there is no {_PLACES[0] / _FILE} in it; "
+                "name the folder of a copy of the authors' repository (Tongyi-ConvAI/Qwen-Character)"
+            )
+        module = _load(file)
+        self._system = _function(module, _SYSTEM, file)
+        self._messages = _function(module, _MESSAGES, file)
+        self._own = TemplatePrompts()
+        self.name = f"official/{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"
+
+    def check(self, card: ScenarioCard) -> None:
+        """Their prompts serve every scene; a corrected answer is asked for in the scenario's language."""
+        self._own.check(card)
+
+    def messages(self, request: TurnRequest) -> list[Message]:
+        card = request.scenario
+        # Their "user" is the one that the simulator plays.
+        history = [
+            {"role": "assistant", "content": u.text}
+            if u.speaker == "policy"
+            else {"role": "user", "content": f"<think>{u.reflection}</think>\n{u.text}" if u.reflection else u.text}
+            for u in request.history
+        ]
+        profile = {"aggressor_profile": {"system_prompt": card.user_persona}}
+        scene, state = card.scene.capitalize(), request.state
+        try:
+            system = self._system(profile, history, state.anger, state.trust, request.round, request.max_rounds, scene)
+            messages = self._messages(system, history, scene_tag=scene)
+            return [{"role": m["role"], "content": str(m["content"])} for m in messages]
+        except Exception as error:  # noqa: BLE001 - whatever their code raises is a turn that cannot be asked for
+            raise SimulatorReplyError(f"the official prompt builder failed: {type(error).__name__}: {error}") from None
+
+    def correction(self, card: ScenarioCard, problem: Unreadable) -> str:
+        return self._own.correction(card, problem)
+
+    def gives_away(self, card: ScenarioCard, reply: str) -> bool:
+        return self._own.gives_away(card, reply)
+
+
+def _function(module: types.ModuleType, name: str, file: Path) -> Callable[..., Any]:
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise RecipeError(f"llm.official: {file} has no function {name}; it is not the version that this was written for")
+    return found  # type: ignore[no-any-return]
+
+
+def _load(file: Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location("ctcgrpo_official_simulator", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with _stood_in_for(_CALLERS), _importable(file.parent):
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # noqa: BLE001 - third-party code: whatever it raises is the user's to know
+            raise RecipeError(f"llm.official: {file} cannot be loaded: {type(error).__name__}: {error}") from None
+    return module
+
+
+@contextlib.contextmanager
+def _stood_in_for(names: tuple[str, ...]) -> Iterator[None]:
+    """Empty modules for those that are not installed, for as long as the context lasts."""
+    absent = [name for name in names if name not in sys.modules and importlib.util.find_spec(name) is None]
+    for name in absent:
+        sys.modules[name] = types.ModuleType(name)
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))

@@ -1,0 +1,115 @@
+"""One turn, from a request to its answer: from the store, together with the same request already under way, or from the backend.
+
+The service alone computes the user's new state. A request that comes again costs nothing: the first one goes on even when whoever
+asked has gone, and its answer is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+from ctcgrpo.records import MAX_DELTA, UserState
+from ctcgrpo.simulator.llm.backend import LlmBackend
+from ctcgrpo.simulator.protocol import Reaction, SimulatorBackend, State, TurnReply, TurnRequest, Usage
+from ctcgrpo.simulator.store import Store, content_key
+
+_REMEMBERED = 4096
+
+
+async def answer(backend: SimulatorBackend, request: TurnRequest) -> TurnReply:
+    """One turn: the backend reacts, its deltas are clipped to [-10, 10], the state is clamped to [0, 100]."""
+    return turn_reply(request, await backend.react(request))
+
+
+def turn_reply(request: TurnRequest, reaction: Reaction) -> TurnReply:
+    anger_delta, trust_delta = (max(-MAX_DELTA, min(MAX_DELTA, d)) for d in (reaction.anger_delta, reaction.trust_delta))
+    after = UserState(request.state.anger, request.state.trust).plus(anger_delta, trust_delta)
+    return TurnReply(
+        reply=reaction.reply,
+        anger_delta=anger_delta,
+        trust_delta=trust_delta,
+        state=State(anger=after.anger, trust=after.trust),
+        goes_on=reaction.goes_on and request.round < request.max_rounds,
+        why=reaction.why,
+        reflection=reaction.reflection,
+        usage=reaction.usage,
+    )
+
+
+class TurnService:
+    """Answers turns with one backend. `store` keeps answers of an LLM where `cache` says so; `on_source` hears where each answer
+    came from: backend, store, or joined (an earlier request for the same turn)."""
+
+    def __init__(
+        self,
+        backend: SimulatorBackend,
+        *,
+        store: Store | None = None,
+        cache: bool = False,
+        on_source: Callable[[str], None] = lambda source: None,
+    ) -> None:
+        self.backend = backend
+        self._store = store if cache else None
+        self._on_source = on_source
+        self._identity = json.dumps(backend.about(), sort_keys=True)
+        self._under_way: dict[bytes, asyncio.Task[TurnReply]] = {}
+        self._recent: OrderedDict[bytes, TurnReply] = OrderedDict()
+
+    async def turn(self, request: TurnRequest) -> TurnReply:
+        """Raises what the backend raises."""
+        key = content_key(request.model_dump_json())
+        if key in self._recent:
+            self._on_source("joined")
+            self._recent.move_to_end(key)
+            return self._recent[key]
+        task = self._under_way.get(key)
+        if task is not None:
+            self._on_source("joined")
+        else:
+            task = asyncio.create_task(self._answer(request))
+            self._under_way[key] = task
+            task.add_done_callback(lambda done: self._finished(key, done))
+        return await asyncio.shield(task)
+
+    async def _answer(self, request: TurnRequest) -> TurnReply:
+        if self._store is None:
+            self._on_source("backend")
+            return await answer(self.backend, request)
+        key = content_key(self._identity, request.model_dump_json(exclude={"request_id"}))
+        if kept := self._store.get(key):
+            self._on_source("store")
+            return turn_reply(request, Reaction(**json.loads(kept)))
+        self._on_source("backend")
+        reaction = await self.backend.react(request)
+        self._store.put(key, json.dumps(_kept(reaction)).encode())
+        return turn_reply(request, reaction)
+
+    def _finished(self, key: bytes, task: asyncio.Task[TurnReply]) -> None:
+        del self._under_way[key]
+        # Asking for the exception also keeps asyncio from complaining where nobody waits any more.
+        if not task.cancelled() and task.exception() is None:
+            self._recent[key] = task.result()
+            while len(self._recent) > _REMEMBERED:
+                self._recent.popitem(last=False)
+
+    def account(self) -> dict[str, Any]:
+        """What the backend spent, over all runs that share its store; empty for one that costs nothing."""
+        return dict(self.backend.account.summary()) if isinstance(self.backend, LlmBackend) else {}
+
+    def is_ready(self) -> bool:
+        """Whether any endpoint can be asked."""
+        if not isinstance(self.backend, LlmBackend):
+            return True
+        return any(state != "open" for state in self.backend.pool.states().values())
+
+
+def _kept(reaction: Reaction) -> dict[str, Any]:
+    """Without what it cost: whoever is answered from the store pays nothing."""
+    fields = asdict(replace(reaction, usage=Usage()))
+    del fields["usage"]
+    return fields
