@@ -94,6 +94,65 @@ def serve(
     serve_forever(SCRIPTED_USER if config is None else load_simulator_config(config), host, port)
 
 
+_CONFIG = typer.Option(help="The simulator's configuration (configs/simulator); else the scripted user.")
+_URLS = typer.Option(help="A simulator server that runs already; several for replicas.")
+
+
+@app.command()
+def chat(
+    scenario: Annotated[str | None, typer.Option(help="The scenario's id; the first one by default.")] = None,
+    scenarios: Annotated[str, typer.Option(help="Where it is: a path, a bundled pack, or a dataset.")] = "english/test",
+    config: Annotated[Path | None, _CONFIG] = None,
+    url: Annotated[list[str] | None, _URLS] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Replies at most.")] = 8,
+) -> None:
+    """Play the policy's role yourself: type replies, see the user's state move, and why."""
+    import asyncio
+
+    from rich.console import Console
+
+    from ctcgrpo.chat import chat, find_scenario
+    from ctcgrpo.scenarios import load_scenarios
+    from ctcgrpo.simulator.choice import chosen_simulator
+
+    chosen = find_scenario(load_scenarios(scenarios, "test"), scenario)
+    with chosen_simulator(config, url or []) as simulator:
+        asyncio.run(chat(chosen, simulator, Console(), lambda: input("You: "), rounds=rounds))
+
+
+@app.command()
+def noise(
+    run: Annotated[Path, typer.Argument(help="A run's folder, whose recorded dialogues are replayed.")],
+    config: Annotated[Path | None, _CONFIG] = None,
+    url: Annotated[list[str] | None, _URLS] = None,
+    dialogues: Annotated[int, typer.Option(min=1, help="Of each scene.")] = 5,
+    replays: Annotated[int, typer.Option(min=2, help="How often each turn is asked for.")] = 8,
+) -> None:
+    """Measure how noisy a simulator's judgement is: the same turns with different seeds, by scene."""
+    import asyncio
+
+    from rich.console import Console
+
+    from ctcgrpo.recipe import load_recipe
+    from ctcgrpo.run_folder import RunFolder
+    from ctcgrpo.scenarios import load_scenarios
+    from ctcgrpo.simulator.choice import chosen_simulator
+    from ctcgrpo.simulator.noise import measure, noise_table, recorded_turns
+
+    folder = RunFolder(run)
+    recipe = load_recipe(folder.recipe_file)
+    scenarios = list(load_scenarios(recipe.scenarios.train, "train"))
+    if recipe.validation is not None:
+        scenarios += load_scenarios(recipe.validation.scenarios, "test")
+    files = sorted(folder.traces.glob("*.jsonl"))
+    turns = recorded_turns(files, scenarios, dialogues=dialogues, max_rounds=recipe.rollout.max_turns)
+    with chosen_simulator(config, url or []) as simulator:
+        found = asyncio.run(measure(turns, simulator, replays=replays))
+    Console(width=None if sys.stdout.isatty() else 120).print(
+        noise_table(found, f"noise of the simulator on turns of {run}")
+    )
+
+
 @app.command()
 def show(
     run: Annotated[Path, typer.Argument(help="A run's folder, for example checkpoints/quickstart.")],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ settings.register_profile("gate", derandomize=True, deadline=None)
 settings.load_profile("gate")
 
 ROOT = Path(__file__).parent.parent
+Command = Callable[..., tuple[int, str, str]]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
@@ -53,3 +55,22 @@ def simulator_url() -> Iterator[str]:
 
     with running(SimulatorServer(SCRIPTED_USER)) as url:
         yield url
+
+
+@pytest.fixture
+def ctcgrpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the `ctcgrpo` command in this process: exit code, standard output, standard error."""
+
+    from ctcgrpo import cli
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ctcgrpo", *arguments])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return int(code or 0), out, err
+
+    return run

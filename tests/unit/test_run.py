@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ctcgrpo import cli
 from ctcgrpo.errors import OutputError, SimulatorReplyError
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.run_folder import RunFolder
@@ -25,27 +23,9 @@ from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.protocol import Reaction, TurnRequest
 from ctcgrpo.simulator.scripted.backend import react
 from ctcgrpo.simulator.server import SimulatorServer, running
-from tests.conftest import ROOT, Backend
+from tests.conftest import ROOT, Backend, Command
 
 TINY = str(ROOT / "recipes" / "tiny.yaml")
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def ctcgrpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the `ctcgrpo` command in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ctcgrpo", *arguments])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return int(code or 0), out, err
-
-    return run
 
 
 @pytest.fixture

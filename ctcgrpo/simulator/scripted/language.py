@@ -8,9 +8,9 @@ effect; moves per scene), `lines` (what the user says where the scenario has no 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -26,6 +26,8 @@ _LATIN_TOKEN = re.compile(r"n't\b|'(?:s|m|re|ve|d|ll)\b|[a-z]+(?=n't\b)|[a-z]+|\
 _HAN_RUN = re.compile(r"[\u4e00-\u9fff]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"')\]]*(?:\s+|(?<=[。！？]))|\n+")
 _ENDED = re.compile(r"[.!?…。！？][\"')\]”’」]*\s*$")
+_KEPT = 8192
+"""Texts whose reading is kept."""
 _STEM = snowballstemmer.stemmer("english")
 
 
@@ -35,14 +37,14 @@ class Pattern:
     One that `spoils` takes away all credit of the reply that it stands in."""
 
     name: str
-    patterns: tuple[re.Pattern[str], ...]
+    patterns: re.Pattern[str]
     anger: float
     trust: float
     why: str
     spoils: bool
 
     def matches(self, sentence: str) -> bool:
-        return any(pattern.search(sentence) for pattern in self.patterns)
+        return self.patterns.search(sentence) is not None
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,14 @@ class Language:
         """Whether the last sentence is brought to its end."""
         return bool(_ENDED.search(text))
 
-    def tokens(self, text: str) -> list[str]:
+    def tokens(self, text: str) -> tuple[str, ...]:
         """Words and commas in lower case; for Han script, overlapping pairs of characters."""
+        return self._kept_tokens(text)
+
+    def _tokens(self, text: str) -> tuple[str, ...]:
         if self.han:
-            return [run[k : k + 2] for run in _HAN_RUN.findall(text) for k in range(max(1, len(run) - 1))]
-        return _LATIN_TOKEN.findall(text.lower().replace("\u2019", "'"))
+            return tuple(run[k : k + 2] for run in _HAN_RUN.findall(text) for k in range(max(1, len(run) - 1)))
+        return tuple(_LATIN_TOKEN.findall(text.lower().replace("\u2019", "'")))
 
     def length(self, text: str) -> int:
         """In words; for Han script 1.6 characters count as one."""
@@ -77,11 +82,23 @@ class Language:
 
     def content(self, text: str) -> frozenset[str]:
         """The stems of the words that carry content."""
+        return self._kept_content(text)
+
+    def _content(self, text: str) -> frozenset[str]:
         return frozenset(stem(t) if not self.han else t for t in self.tokens(text) if self._is_content(t))
 
     def uncommon(self, text: str) -> frozenset[str]:
         """The content that is not everyday talk."""
         return self.content(text) - self.everyday
+
+    # Personas and earlier lines are read anew at every turn of a dialogue.
+    @cached_property
+    def _kept_tokens(self) -> Callable[[str], tuple[str, ...]]:
+        return lru_cache(maxsize=_KEPT)(self._tokens)
+
+    @cached_property
+    def _kept_content(self) -> Callable[[str], frozenset[str]]:
+        return lru_cache(maxsize=_KEPT)(self._content)
 
     @cached_property
     def everyday(self) -> frozenset[str]:
@@ -148,7 +165,7 @@ def _patterns(table: Mapping[str, Mapping[str, Any]]) -> tuple[Pattern, ...]:
     return tuple(
         Pattern(
             name,
-            tuple(re.compile(p) for p in entry["patterns"]),
+            re.compile("|".join(f"(?:{p})" for p in entry["patterns"])),
             entry["anger"],
             entry["trust"],
             entry["why"],

@@ -135,7 +135,7 @@ def _words(text: str, language: Language) -> tuple[str, ...]:
     return tuple(t for t in language.tokens(text) if t != ",")
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=8192)
 def _runs(words: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
     return frozenset(words[k : k + _RUN] for k in range(len(words) - _RUN + 1))
 

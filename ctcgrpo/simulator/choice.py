@@ -1,0 +1,27 @@
+"""Which simulator a command talks to: servers by URL, or one of its own from a configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ctcgrpo.errors import RecipeError
+from ctcgrpo.simulator.client import SimulatorClient
+from ctcgrpo.simulator.config import SCRIPTED_USER, TOKEN_ENV, load_simulator_config
+from ctcgrpo.simulator.server import SimulatorServer, running
+
+
+@contextmanager
+def chosen_simulator(config: Path | None, urls: Sequence[str]) -> Iterator[SimulatorClient]:
+    """A client, not entered yet, for as long as the context lasts; the scripted user where neither is given. The servers' token is
+    the one in CTCGRPO_SIMULATOR_TOKEN. Raises RecipeError where both are given."""
+    if urls and config is not None:
+        raise RecipeError("--config and --url exclude each other: a server has a configuration of its own")
+    if urls:
+        yield SimulatorClient(list(urls), token=os.environ.get(TOKEN_ENV))
+        return
+    server = SimulatorServer(SCRIPTED_USER if config is None else load_simulator_config(config))
+    with running(server) as url:
+        yield SimulatorClient(url)

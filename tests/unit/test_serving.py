@@ -1,0 +1,183 @@
+"""The simulator server in production: who may ask, how much, what it says of itself, and what its log holds."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from ctcgrpo.errors import RecipeError, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.simulator.client import SimulatorClient
+from ctcgrpo.simulator.config import SCRIPTED_USER, check_listening
+from ctcgrpo.simulator.logs import json_log
+from ctcgrpo.simulator.server import SimulatorServer, running
+from tests.conftest import Command
+from tests.fake_llm import FakeLlm
+from tests.unit.test_llm_user import SCENARIOS, configuration
+from tests.unit.test_simulator_prompts import request
+
+BODY = request("I see you are still here.").model_dump_json()
+
+
+async def get(url: str, path: str, token: str = "") -> tuple[int, str]:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    async with aiohttp.ClientSession(headers=headers) as session, session.get(url + path) as response:
+        return response.status, await response.text()
+
+
+async def test_a_token_is_asked_for() -> None:
+    with running(SimulatorServer(SCRIPTED_USER, token="right")) as url:
+        for token in (None, "wrong", "righ", "rightt"):
+            async with SimulatorClient(url, token=token) as client:
+                with pytest.raises(SimulatorTransportError, match="HTTP 401.*bearer token is missing or wrong"):
+                    await client.turn(request("Hello."))
+        async with SimulatorClient(url, token="right") as client:
+            assert (await client.turn(request("Hello."))).reply
+        assert [(await get(url, path))[0] for path in ("/health", "/ready", "/metrics", "/v1/account")] == [
+            200,
+            200,
+            401,
+            401,
+        ]
+        assert [(await get(url, path, "right"))[0] for path in ("/metrics", "/v1/account")] == [200, 200]
+
+
+def test_beyond_loopback_a_token_is_required(ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    for host in ("127.0.0.1", "127.1.2.3", "localhost", "::1"):
+        check_listening(host, None, "X")
+    for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"):
+        check_listening(host, "token", "X")
+        with pytest.raises(RecipeError, match=f"listening on {host!r} needs a bearer token: set X"):
+            check_listening(host, None, "X")
+    monkeypatch.delenv("CTCGRPO_SIMULATOR_TOKEN", raising=False)
+    code, _, err = ctcgrpo("serve", "--host", "0.0.0.0")
+    assert code == 2 and "set CTCGRPO_SIMULATOR_TOKEN" in err
+
+
+async def test_bodies_have_a_limit() -> None:
+    config = SCRIPTED_USER.model_copy(update={"server": SCRIPTED_USER.server.model_copy(update={"max_body_mb": 0.02})})
+
+    async def chunks() -> Any:
+        for _ in range(40):
+            yield b" " * 1000
+
+    with running(SimulatorServer(config)) as url:
+        async with SimulatorClient(url) as client:
+            assert (await client.turn(request("Hello."))).reply
+            with pytest.raises(SimulatorReplyError, match=r"413.*larger than 0.02 MB \(server.max_body_mb\)"):
+                await client.turn(request("Hello. " * 5000))
+        async with aiohttp.ClientSession() as session:
+            async with session.post(url + "/v1/turn", data=chunks()) as response:  # says no length
+                assert response.status == 413
+
+
+async def test_metrics_and_readiness() -> None:
+    with FakeLlm().serving() as llm:
+        config = configuration(llm, deadline=0.5, endpoint__breaker_failures=1, endpoint__breaker_seconds=60)
+        with running(SimulatorServer(config)) as url:
+            async with SimulatorClient(url, patience=0) as client:
+                await client.turn(request("Hello."))
+                await client.turn(request("Hello."))
+                assert await get(url, "/ready") == (200, '{"ready":true}')
+                llm.down = True
+                with pytest.raises(SimulatorTransportError):
+                    await client.turn(request("Hello.", seed=8))
+            assert await get(url, "/ready") == (503, '{"ready":false}')
+            metrics = (await get(url, "/metrics"))[1]
+    place = llm.url.split("/")[2]
+    for line in (
+        'turns_total{result="ok",scene="support"} 2.0',
+        'turns_total{result="simulator_transport",scene="support"} 1.0',
+        'answers_total{source="joined"} 1.0',
+        f'calls_total{{endpoint="fake-0 at {place}",result="ok"}} 1.0',
+        f'calls_total{{endpoint="fake-0 at {place}",result="http_5xx"}} 1.0',
+        f'tokens_total{{endpoint="fake-0 at {place}",kind="prompt"}} 1000.0',
+        f'money_total{{endpoint="fake-0 at {place}"}} 0.0015',
+        "turns_under_way 0.0",
+    ):
+        assert f"ctcgrpo_simulator_{line}" in metrics, metrics
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+async def test_the_log_is_json_without_texts_by_default(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MARKED_KEY", "marked-key")
+    out = io.StringIO()
+    turn = request("A line of the user's own.", "An answer to it.", seed=1)
+    with FakeLlm(key="marked-key").serving() as llm:
+        config = configuration(llm, deadline=0.3, endpoint__key_env="MARKED_KEY", endpoint__timeout=0.2)
+        with running(SimulatorServer(config, log=json_log(out, level), token="marked-token")) as url:
+            async with SimulatorClient(url, token="marked-token", patience=0) as client:
+                await client.turn(turn)
+                llm.down = True
+                with pytest.raises(SimulatorTransportError):
+                    await client.turn(turn.model_copy(update={"seed": 2}))
+            async with aiohttp.ClientSession() as session:
+                await session.post(
+                    url + "/v1/turn", data='{"x": "marked-text"}', headers={"Authorization": "Bearer marked-token"}
+                )
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    turns = [line for line in lines if line["event"] == "turn"]
+    assert turns[0]["scenario"] == turn.scenario.id and turns[0]["round"] == 1 and turns[0]["ms"] > 0
+    assert [line["result"] for line in turns] == ["ok", "simulator_transport", "no_request"]
+    assert any(line["event"] == "failed" and "HTTP 503" in line["error"] for line in lines)
+    assert "marked" not in out.getvalue()
+    for text in (turn.scenario.user_persona[:40], "of the user's own", "An answer", "Line 1."):
+        assert (text in out.getvalue()) == (level == "debug" and text != turn.scenario.user_persona[:40])
+
+
+async def test_replicas_stand_in_for_each_other() -> None:
+    first, second = SimulatorServer(SCRIPTED_USER), SimulatorServer(SCRIPTED_USER)
+    with running(second) as b:
+        with running(first) as a:
+            async with SimulatorClient([a, b]) as client:
+                assert (await client.health())["backend"] == "scripted"
+                scenarios = [request("Hello.", scenario=s, seed=k) for k, s in enumerate(SCENARIOS)]
+                await asyncio.gather(*(client.turn(turn) for turn in scenarios))
+                counts = [counted(s) for s in (first, second)]
+                assert sum(counts) == len(scenarios) and min(counts) > 10
+        async with SimulatorClient([a, b], backoff=0.01) as client:  # a is gone
+            assert (await client.health())["backend"] == "scripted"
+            await asyncio.gather(*(client.turn(turn.model_copy(update={"seed": 999})) for turn in scenarios))
+            assert counted(second) == counts[1] + len(scenarios)
+
+
+def counted(server: SimulatorServer) -> int:
+    return int(server.metrics.turns.labels("support", "ok")._value.get()) + sum(
+        int(server.metrics.turns.labels(scene, "ok")._value.get()) for scene in ("defense", "repair", "charm")
+    )
+
+
+async def test_replicas_have_to_play_the_same_user() -> None:
+    with FakeLlm().serving() as llm:
+        with running(SimulatorServer(SCRIPTED_USER)) as a, running(SimulatorServer(configuration(llm))) as b:
+            async with SimulatorClient([a, b]) as client:
+                with pytest.raises(SimulatorTransportError, match="play different users"):
+                    await client.health()
+
+
+# --- commands --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_person_can_chat(ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = iter(["You gave everything for that stall. What did the tea taste of this morning?", "I will stay."])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said, ""))
+    code, out, err = ctcgrpo("chat", "--scenario", "support-test-01")
+    assert code == 0, err
+    assert "the lady who brings the tea" in out.replace("\n", " ") and "George Odhiambo" in out
+    assert len(re.findall(r"anger \d+ to \d+, trust \d+ to \d+: ", out)) == 2 and re.search(r"outcome [+-]\d\.\d\d", out)
+    code, _, err = ctcgrpo("chat", "--scenario", "support-test-1")
+    assert code == 3 and "did you mean 'support-test-01'?" in err
+    code, _, err = ctcgrpo("chat", "--url", "http://127.0.0.1:1", "--config", str(tmp_path / "x.yaml"))
+    assert code == 2 and "exclude each other" in err
+    with FakeLlm().serving() as llm:
+        file = tmp_path / "simulator.yaml"
+        file.write_text(f"backend: llm\nllm:\n  endpoints:\n    - {{url: '{llm.url}', model: m}}\n")
+        said = iter(["Hello."])
+        code, out, err = ctcgrpo("chat", "--config", str(file))
+    assert code == 0 and "Line 1." in out and len(llm.requests) == 1

