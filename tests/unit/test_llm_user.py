@@ -22,9 +22,10 @@ from ctcgrpo.simulator.config import SimulatorConfig, load_simulator_config
 from ctcgrpo.simulator.llm.account import Account, Budget, Spent
 from ctcgrpo.simulator.llm.answers import Answer
 from ctcgrpo.simulator.llm.backend import averaged
-from ctcgrpo.simulator.protocol import TurnRequest, Usage
+from ctcgrpo.simulator.protocol import ScenarioCard, TurnRequest, Usage
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.simulator.store import Store
+from tests.conftest import ROOT
 from tests.fake_llm import FakeLlm
 from tests.unit.test_rollout import Parts
 from tests.unit.test_simulator_prompts import HOSTILE, request
@@ -350,3 +351,13 @@ def test_a_key_that_is_not_set_is_said_so(tmp_path: Path, monkeypatch: pytest.Mo
     file.write_text(MINIMAL.replace("model: m", "model: m, key_env: NO_SUCH_KEY"))
     with pytest.raises(RecipeError, match="the environment variable NO_SUCH_KEY .* is empty or not set"):
         SimulatorServer(load_simulator_config(file))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/simulator").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_configurations_that_come_along_are_whole(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DASHSCOPE_API_KEY", "key")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    server = SimulatorServer(load_simulator_config(file))
+    for scenario in SCENARIOS[::20]:
+        server.backend.check(ScenarioCard.of(scenario))
+    assert server.backend.about()["backend"] == ("scripted" if file.stem == "scripted" else "llm")

@@ -17,43 +17,16 @@ import pytest
 from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.records import SCENES, Scenario, UserState
 from ctcgrpo.scenarios import load_scenarios
-from ctcgrpo.scoring import outcome_score
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
 from ctcgrpo.simulator.scripted.backend import react
 from ctcgrpo.simulator.scripted.knowledge import read_knowledge
 from ctcgrpo.simulator.scripted.language import load_language
 from tests.conftest import ROOT, SHARED_DATA
+from tests.dialogue import ROUNDS, Speaker, converse
 
-Speaker = Callable[[list[Utterance]], str]
-ROUNDS = 8
 SCENARIOS = {s.id: s for split in ("train", "test") for s in load_scenarios(f"english/{split}", split)}
 REPLIES = {k: v for scene in SCENES for k, v in json.loads((ROOT / f"tests/data/replies/{scene}.json").read_text()).items()}
 LANGUAGE = load_language("en")
-
-
-def converse(scenario: Scenario, replies: Sequence[str | Speaker]) -> tuple[float, list[tuple[int, int, str, str]]]:
-    """The outcome of a dialogue, and (anger change, trust change, why, user's line) for each turn."""
-    card, state, turns = ScenarioCard.of(scenario), scenario.anchors.initial, []
-    history = [Utterance(speaker="user", text=scenario.opening_line)] if scenario.opening_line else []
-    for round, reply in enumerate(replies, 1):
-        history.append(Utterance(speaker="policy", text=reply if isinstance(reply, str) else reply(history)))
-        reaction = react(
-            TurnRequest(
-                request_id="t",
-                scenario=card,
-                history=tuple(history),
-                state=State(anger=state.anger, trust=state.trust),
-                round=round,
-                max_rounds=ROUNDS,
-                seed=0,
-            )
-        )
-        turns.append((reaction.anger_delta, reaction.trust_delta, reaction.why, reaction.reply))
-        state = state.plus(reaction.anger_delta, reaction.trust_delta)
-        history.append(Utterance(speaker="user", text=reaction.reply))
-        if not reaction.goes_on:
-            break
-    return outcome_score(state, scenario.anchors), turns
 
 
 @cache
@@ -239,6 +212,39 @@ def test_one_script_a_scene_with_the_users_words_filled_in_scores_badly(source: 
     for scene, values in scores.items():
         assert mean(values) < 0, (scene, values)
         assert mean(values) < mean(good(s.id) for s in SCENARIOS.values() if s.scene == scene) - 0.4, (scene, values)
+
+
+def test_one_lucky_word_engages_with_nothing() -> None:
+    """Scripts lived on words that belong to many a detail ("promise"): such a word helps beside one that the user has said."""
+
+    def engaged(template: str) -> float:
+        hits = []
+        for scenario in SCENARIOS.values():
+            detail = scenario.script["details"][0]
+            if scenario.opening_line:  # which brings it up
+                heard = LANGUAGE.content(scenario.opening_line + scenario.policy_persona)
+                own = [w for w in detail["sense"] if not LANGUAGE.content(w) & heard and LANGUAGE.uncommon(w)]
+                said = [w for w in detail["words"] if LANGUAGE.uncommon(w) & heard]
+                if own and said:
+                    reply = template.format(own=own[0], said=said[0])
+                    hits.append("takes up" in converse(scenario, [reply])[1][0][2])
+        assert len(hits) > 20
+        return mean(hits)
+
+    assert engaged("It took {own} to get here.") < 0.1
+    assert engaged("It took {own} to get here with the {said}.") > 0.9
+
+
+def test_empty_replies_wear_on_the_user() -> None:
+    polite = [
+        "Thank you, I will think about it.",
+        "We could talk tomorrow.",
+        "Right, I see it now.",
+        "You may have a point.",
+    ]
+    for scenario in list(SCENARIOS.values())[::5]:
+        empty = [anger for anger, _, why, _ in converse(scenario, polite)[1] if why.startswith("could be said to anybody")]
+        assert empty == sorted(empty) and (len(empty) < 2 or empty[-1] > empty[0] > 0), (scenario.id, empty)
 
 
 def test_broken_sentences_score_badly() -> None:
