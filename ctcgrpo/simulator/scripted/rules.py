@@ -20,7 +20,7 @@ _MERE_MENTION = 0.25
 """What manner is worth in a reply that mentions this user's matters and brings in nothing of its own."""
 LONG, CURT = 90, 4
 """In words: replies above LONG tire, replies below CURT put off."""
-_MOST_OFTEN = 2
+_MOST_OFTEN = 3
 """So many empty replies before this one, and it cannot get worse."""
 MANY = 5
 """Sentences that somebody who listens gets by with; written replies to these scenarios have two to four."""
@@ -192,16 +192,20 @@ def about_anybody(h: Heard) -> Iterator[Finding]:
 
 
 def _is_empty(reading: Reading) -> bool:
-    return not reading.touched and not reading.brings
+    return not reading.touched and not reading.brings and not reading.answers
 
 
 @rule
 def mere_mention(h: Heard) -> Iterator[Finding]:
     """Naming this user's things is a beginning; from the second time on it has to come with something of one's own."""
-    if h.reading.touched and not h.reading.engaged:
-        weight = min(2, sum(bool(r.touched and not r.engaged) for r in h.earlier))
+    if _merely_mentions(h.reading):
+        weight = min(2, sum(map(_merely_mentions, h.earlier)))
         if weight:
             yield Finding(weight, -weight, "names my things and says nothing about them")
+
+
+def _merely_mentions(reading: Reading) -> bool:
+    return bool(reading.touched or reading.answers) and not reading.engaged
 
 
 @rule
