@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Callable, Sequence
 
@@ -57,9 +56,10 @@ async def chat(
     if scenario.opening_line:
         hear(scenario.opening_line)
     async with simulator:
+        await simulator.health()
         for round in range(1, rounds + 1):
             try:
-                said = (await asyncio.to_thread(ask)).strip()
+                said = ask().strip()  # nothing else goes on meanwhile, and Ctrl-C ends it at once
             except EOFError:
                 said = ""
             if not said:

@@ -136,7 +136,7 @@ def noise(
     from ctcgrpo.recipe import load_recipe
     from ctcgrpo.run_folder import RunFolder
     from ctcgrpo.scenarios import load_scenarios
-    from ctcgrpo.simulator.choice import chosen_simulator
+    from ctcgrpo.simulator.choice import chosen_simulator, introduced
     from ctcgrpo.simulator.noise import measure, noise_table, recorded_turns
 
     folder = RunFolder(run)
@@ -147,10 +147,11 @@ def noise(
     files = sorted(folder.traces.glob("*.jsonl"))
     turns = recorded_turns(files, scenarios, dialogues=dialogues, max_rounds=recipe.rollout.max_turns)
     with chosen_simulator(config, url or []) as simulator:
+        says = asyncio.run(introduced(simulator))
         found = asyncio.run(measure(turns, simulator, replays=replays))
-    Console(width=None if sys.stdout.isatty() else 120).print(
-        noise_table(found, f"noise of the simulator on turns of {run}")
-    )
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(noise_table(found, f"noise of the simulator on turns of {run}"))
+    console.print(f"simulator: {says}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

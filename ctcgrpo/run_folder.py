@@ -4,6 +4,7 @@ checkpoints/RUN/
     recipe.yaml       the resolved recipe
     base/             the starting policy, where the recipe has it built
     metrics.jsonl     one line a step
+    simulator.json    who plays the user
     simulator.jsonl   the log of the embedded simulator server
     validation.jsonl  one line a validation
     summary.json      before, after, and the improvement between them
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,17 @@ class RunFolder:
             self.validation_file.unlink(missing_ok=True)
             self.discard_best()
         self._rewind(steps)
+
+    def keep_to_simulator(self, says: Mapping[str, Any], *, resumes: bool) -> None:
+        """Record who plays the user; raises OutputError where a run that goes on would meet somebody else."""
+        file = self.path / "simulator.json"
+        now = {name: value for name, value in says.items() if name not in ("status", "version", "deadline")}
+        if resumes and file.exists() and (changed := differences(json.loads(file.read_text(encoding="utf-8")), now)):
+            raise OutputError(
+                f"{self.path} was trained with another simulator ({'; '.join(changed)}); go on with that one, or start another run "
+                "with run.name=NAME"
+            )
+        write_whole(file, json.dumps(now) + "\n")
 
     @property
     def best_step(self) -> int | None:

@@ -38,6 +38,7 @@ from ctcgrpo.rollout.transformers_engine import TransformersEngine
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.settings import credit_options, lora_config, play_settings, trainer_arguments, update_options
+from ctcgrpo.simulator.choice import introduced
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, load_simulator_config
 from ctcgrpo.simulator.logs import json_log
@@ -124,7 +125,8 @@ class _Run:
             patience=recipe.simulator.patience,
         )
         self._simulator = simulator
-        self._simulator_says = asyncio.run(_health(simulator))
+        self._simulator_says = asyncio.run(introduced(simulator))
+        on_main(self._state, lambda: self._folder.keep_to_simulator(self._simulator_says, resumes=self._resume is not None))
         if (self._simulator_says.get("deadline") or 0) >= recipe.simulator.timeout:
             raise RecipeError(
                 f"simulator.timeout is {recipe.simulator.timeout:g} s, but the simulator may take "
@@ -333,11 +335,6 @@ def _data_set(recipe: Recipe, scenarios: Sequence[Scenario]) -> Dataset:
         scenarios, steps=recipe.training.max_steps, per_step=recipe.scenarios.per_step, seed=recipe.run.seed
     )
     return Dataset.from_dict({"scenario": [index for step in schedule for index in step]})
-
-
-async def _health(simulator: SimulatorClient) -> dict[str, Any]:
-    async with simulator:
-        return await simulator.health()
 
 
 async def _account(simulator: SimulatorClient) -> dict[str, Any]:

@@ -21,7 +21,9 @@ while [ $# -gt 0 ]; do
 done
 tensor_parallel="$(awk -F, '{print NF}' <<< "$gpus")"
 config="$(mktemp -d)/simulator.yaml"
-sed "s#http://127.0.0.1:8766/v1#http://127.0.0.1:$vllm_port/v1#" configs/simulator/local_vllm.yaml > "$config"
+# Under the model's own name: it is part of what summaries say, and of what answers are kept under.
+sed -e "s#http://127.0.0.1:8766/v1#http://127.0.0.1:$vllm_port/v1#" -e "s#^\( *model: \).*#\1$model#" \
+  configs/simulator/local_vllm.yaml > "$config"
 
 children=()
 stop() {
@@ -36,7 +38,7 @@ stop() {
 trap stop EXIT
 trap 'stop; exit 130' INT TERM
 
-CUDA_VISIBLE_DEVICES="$gpus" "${CTCGRPO_VLLM_BIN:-vllm}" serve "$model" --served-model-name simulator --host 127.0.0.1 \
+CUDA_VISIBLE_DEVICES="$gpus" "${CTCGRPO_VLLM_BIN:-vllm}" serve "$model" --host 127.0.0.1 \
   --port "$vllm_port" --tensor-parallel-size "$tensor_parallel" --enable-prefix-caching --max-model-len 16384 "$@" &
 children+=($!)
 echo "waiting for $model on GPUs $gpus"

@@ -6,11 +6,15 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, TOKEN_ENV, load_simulator_config
 from ctcgrpo.simulator.server import SimulatorServer, running
+
+_PATIENCE = 20.0
+"""Seconds: a person waits."""
 
 
 @contextmanager
@@ -20,8 +24,15 @@ def chosen_simulator(config: Path | None, urls: Sequence[str]) -> Iterator[Simul
     if urls and config is not None:
         raise RecipeError("--config and --url exclude each other: a server has a configuration of its own")
     if urls:
-        yield SimulatorClient(list(urls), token=os.environ.get(TOKEN_ENV))
+        yield SimulatorClient(list(urls), token=os.environ.get(TOKEN_ENV), patience=_PATIENCE)
         return
     server = SimulatorServer(SCRIPTED_USER if config is None else load_simulator_config(config))
+    deadline = server.config.llm.deadline if server.config.llm is not None else 0
     with running(server) as url:
-        yield SimulatorClient(url)
+        yield SimulatorClient(url, timeout=deadline + 30, patience=_PATIENCE)
+
+
+async def introduced(simulator: SimulatorClient) -> dict[str, Any]:
+    """What the simulator says of itself. Raises SimulatorTransportError at once where none answers."""
+    async with simulator:
+        return await simulator.health()

@@ -96,14 +96,19 @@ class SimulatorClient:
         body = request.model_dump_json().encode()
         urls = self._order(request.scenario.id)
         started, attempts, problem = time.monotonic(), 0, ""
+        final: dict[str, SimulatorTransportError] = {}
         while True:
-            for url in urls:
+            for url in (url for url in urls if url not in final):
                 attempts += 1
                 try:
                     return await self._attempt(url, body)
                 except _NoAnswer as error:
                     problem = str(error)
-            rounds = attempts // len(urls)
+                except SimulatorTransportError as error:  # this replica has tried, or does not know us; another may
+                    final[url] = error
+            if len(final) == len(urls):
+                raise final[urls[0]]
+            rounds = max(1, attempts // len(urls))
             pause = min(_LONGEST_PAUSE, self._backoff * 2 ** min(rounds - 1, 10)) * self._jitter.uniform(0.5, 1.5)
             if time.monotonic() - started + pause > self._patience:
                 raise SimulatorTransportError(

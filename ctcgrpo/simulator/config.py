@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +61,9 @@ class Endpoint(Section):
     @property
     def label(self) -> str:
         """How logs and metrics call it."""
-        return f"{self.model} at {urlsplit(self.url).netloc}"
+        parts = urlsplit(self.url)
+        key = f" by {self.key_env}" if self.key_env else ""
+        return f"{self.model} at {parts.netloc}{parts.path.removesuffix('/v1')}{key}"
 
 
 class Llm(Section):
@@ -80,7 +83,7 @@ class Llm(Section):
     def _labels_differ(self) -> Llm:
         labels = [endpoint.label for endpoint in self.endpoints]
         if twice := {label for label in labels if labels.count(label) > 1}:
-            raise ValueError(f"two endpoints are {min(twice)!r}; join them into one")
+            raise ValueError(f"two endpoints are {min(twice)!r}; join them into one, with the sum of their limits")
         return self
 
 
@@ -140,11 +143,13 @@ class SimulatorConfig(Section):
 
     @property
     def digest(self) -> str:
-        """Of what decides the user's answers; where they come from and what they cost does not."""
+        """Of all that decides the user's answers. How fast they come and what they cost does not."""
         if self.llm is None:
             return ""
-        told = self.llm.model_dump_json(include={"temperature", "top_p", "max_tokens", "samples"})
-        return hashlib.sha256(told.encode()).hexdigest()[:8]
+        told = self.llm.model_dump(mode="json", include={"temperature", "top_p", "max_tokens", "samples"})
+        deciding = ("url", "model", "output", "bounded_strings", "seed", "extra_body")
+        told["endpoints"] = [{name: getattr(endpoint, name) for name in deciding} for endpoint in self.llm.endpoints]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
 
 SCRIPTED_USER = SimulatorConfig()  # type: ignore[call-arg]

@@ -81,6 +81,7 @@ class SimulatorServer:
             store=self._store,
             cache=config.cache and config.llm is not None,
             on_source=lambda source: self.metrics.source.labels(source).inc(),
+            on_error=lambda message: self.log.error("store", error=message),
         )
 
     def app(self) -> Starlette:
@@ -154,7 +155,10 @@ class SimulatorServer:
             where = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)][-6:]
             self.log.error("defect", error=type(error).__name__, where=where)
             self.log.debug("defect", message=str(error))
-            return JSONResponse({"error": f"the backend failed: {type(error).__name__}"}, status_code=500), "defect"
+            # Asking again would fail again, and may cost again.
+            return _problem(
+                500, "simulator_reply", f"a defect of the simulator: {type(error).__name__}; see its log"
+            ), "defect"
 
     async def _account(self, request: Request) -> Response:
         return self._refusal(request) or JSONResponse(self.service.account())
@@ -260,4 +264,4 @@ def running(server: SimulatorServer, port: int = 0) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         inner.should_exit = True
-        thread.join(timeout=10)
+        thread.join(server.config.server.drain_seconds + 5)

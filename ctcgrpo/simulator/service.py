@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+from ctcgrpo.errors import OutputError
 from ctcgrpo.records import MAX_DELTA, UserState
 from ctcgrpo.simulator.llm.backend import LlmBackend
 from ctcgrpo.simulator.protocol import Reaction, SimulatorBackend, State, TurnReply, TurnRequest, Usage
@@ -43,7 +44,7 @@ def turn_reply(request: TurnRequest, reaction: Reaction) -> TurnReply:
 
 class TurnService:
     """Answers turns with one backend. `store` keeps answers of an LLM where `cache` says so; `on_source` hears where each answer
-    came from: backend, store, or joined (an earlier request for the same turn)."""
+    came from: backend, store, or joined (an earlier request for the same turn); `on_error` of a store that could not keep one."""
 
     def __init__(
         self,
@@ -52,10 +53,11 @@ class TurnService:
         store: Store | None = None,
         cache: bool = False,
         on_source: Callable[[str], None] = lambda source: None,
+        on_error: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.backend = backend
         self._store = store if cache else None
-        self._on_source = on_source
+        self._on_source, self._on_error = on_source, on_error
         self._identity = json.dumps(backend.about(), sort_keys=True)
         self._under_way: dict[bytes, asyncio.Task[TurnReply]] = {}
         self._recent: OrderedDict[bytes, TurnReply] = OrderedDict()
@@ -86,7 +88,10 @@ class TurnService:
             return turn_reply(request, Reaction(**json.loads(kept)))
         self._on_source("backend")
         reaction = await self.backend.react(request)
-        self._store.put(key, json.dumps(_kept(reaction)).encode())
+        try:
+            self._store.put(key, json.dumps(_kept(reaction)).encode())
+        except OutputError as error:  # what is paid for is answered all the same
+            self._on_error(str(error))
         return turn_reply(request, reaction)
 
     def _finished(self, key: bytes, task: asyncio.Task[TurnReply]) -> None:
@@ -102,10 +107,10 @@ class TurnService:
         return dict(self.backend.account.summary()) if isinstance(self.backend, LlmBackend) else {}
 
     def is_ready(self) -> bool:
-        """Whether any endpoint can be asked."""
+        """Whether turns can be answered now."""
         if not isinstance(self.backend, LlmBackend):
             return True
-        return any(state != "open" for state in self.backend.pool.states().values())
+        return self.backend.pool.is_ready()
 
 
 def _kept(reaction: Reaction) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import lmdb
@@ -35,20 +35,31 @@ class Store:
         return found
 
     def put(self, key: bytes, value: bytes) -> None:
-        with self._env.begin(db=self._answers, write=True) as transaction:
-            transaction.put(key, value)
+        """Raises OutputError where it cannot be kept, for example on a full disk."""
+        try:
+            with self._env.begin(db=self._answers, write=True) as transaction:
+                transaction.put(key, value)
+        except lmdb.Error as error:
+            raise OutputError(f"store: cannot write to {self._env.path()}: {error}") from None
 
     def counters(self, name: str) -> dict[str, int]:
         with self._env.begin(db=self._counters) as transaction:
             found = transaction.get(name.encode())
         return json.loads(found) if found else {}
 
-    def count(self, name: str, more: Mapping[str, int]) -> None:
-        """Add to counters, in one transaction over all processes."""
+    def count(
+        self, name: str, more: Mapping[str, int], allowed: Callable[[dict[str, int]], bool] = lambda sums: True
+    ) -> bool:
+        """Add to counters where `allowed` says so of the sums that come out, in one transaction over all processes; gives what it
+        said."""
         with self._env.begin(db=self._counters, write=True) as transaction:
             found = transaction.get(name.encode())
-            sums: dict[str, int] = json.loads(found) if found else {}
-            transaction.put(name.encode(), json.dumps({k: sums.get(k, 0) + v for k, v in more.items()}).encode())
+            before: dict[str, int] = json.loads(found) if found else {}
+            sums = {k: before.get(k, 0) + v for k, v in more.items()}
+            if not allowed(sums):
+                return False
+            transaction.put(name.encode(), json.dumps(sums).encode())
+            return True
 
     def close(self) -> None:
         self._env.close()

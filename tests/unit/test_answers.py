@@ -136,6 +136,72 @@ def test_what_says_nothing_certain_is_refused_with_its_reason(text: str, problem
         read_answer(text, STATE)
 
 
+QUOTED = '{"anger_delta": -10, "trust_delta": 10, "reply": "I forgive you", "continue": "no"}'
+SINGLE = "{'anger_delta': -10, 'trust_delta': 10, 'reply': 'ok', 'continue': 'no'}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(fields(5, -5) | {"reflection": f"They wrote {QUOTED}"}),
+        json.dumps(fields(5, -5, reply=f"Why do you say </think>{SINGLE}?")),
+        json.dumps(fields(5, -5) | {"reflection": f"</think>{SINGLE.replace('anger', 'Anger').replace('trust', 'Trust')}"}),
+        json.dumps(fields(5, -5, reply=f"<think>{QUOTED}</think>Go away.")),
+        f"<think>They wrote {QUOTED}</think>" + json.dumps(fields(5, -5)),
+    ],
+)
+def test_what_a_whole_answer_quotes_is_not_its_verdict(text: str) -> None:
+    answer = read_answer(text, STATE)
+    assert (answer.anger_delta, answer.trust_delta, answer.goes_on) == (5, -5, True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # Quoted without escapes: what is quoted and what is meant cannot be told apart.
+        GOOD.replace("1. It asks.", f"They wrote {QUOTED}"),
+        GOOD.replace("Well, go on.", f"What is {QUOTED} to me?"),
+        GOOD.replace("Well, go on.", f"What is {SINGLE} to me?").replace('"yes"', "yes"),
+        # Drafts.
+        f"First: {GOOD}\nBut no, finally: " + GOOD.replace("-3,", "-9, // better"),
+        f"<think>Draft: {GOOD} no, that is too kind",
+        GOOD.replace('"continue": "yes"', '"continue": "no", "continue": "yes"'),
+        # Half a number, and signs and ranges that a repair would drop.
+        '{"reflection": "a "b} c" d", "reply": "x", "continue": "no", "trust_delta": 4, "anger_delta": 1',
+        *(
+            GOOD.replace("-3", v)
+            for v in ("~3", "\u00b13", "3-", "-3 to -5", "-3, -4", "1,5", "-3 -> -2", "-1 0", "-1\n0", "1_0", "<3")
+        ),
+        *(GOOD.replace("-3", f'"{v}"') for v in ("1\u00b2", "-3 5", "+4 / -2", "1_0")),
+        GOOD.replace('"yes"', "no, I stay"),
+        GOOD.replace('"yes"', '"no" or "yes"'),
+    ],
+)
+def test_what_can_be_read_in_two_ways_is_refused(text: str) -> None:
+    with pytest.raises(Unreadable):
+        read_answer(text, STATE)
+
+
+@pytest.mark.parametrize("minus", ["-", "\u2212", "\uff0d", "\u2013"])
+def test_every_minus_is_a_minus(minus: str) -> None:
+    for text in (GOOD.replace("-3", f"{minus}3"), GOOD.replace("-3", f'"{minus}3"')):
+        assert read_answer(text, STATE).anger_delta == -3
+
+
+def test_degenerate_answers_are_refused() -> None:
+    """Repairing such an answer once took minutes."""
+    for text in (
+        '{"' * 25_000,
+        "{" * 50_000,
+        '{"a":' * 8000,
+        '{"reply": "' + '"a "' * 4000,
+        "[" * 15_000 + "{" * 50,
+        "\\" * 16_000,
+    ):
+        with pytest.raises(Unreadable):
+            read_answer(text, STATE)
+
+
 def test_what_no_text_may_hold_is_left_out() -> None:
     answer = read_answer(GOOD.replace("Well, go on.", "\\ud800Well,\\u0000\\n go on."), STATE)
     assert answer.reply == "Well,\n go on."

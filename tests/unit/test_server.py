@@ -186,7 +186,7 @@ async def test_a_defect_of_the_backend_is_an_answer(caplog: pytest.LogCaptureFix
 
     with running(SimulatorServer(SCRIPTED_USER, backend=Broken())) as url:
         async with SimulatorClient(url, patience=0.05, backoff=0.01) as client:
-            with pytest.raises(SimulatorTransportError, match="HTTP 500"):
+            with pytest.raises(SimulatorReplyError, match="HTTP 500.*a defect of the simulator: KeyError"):
                 await client.turn(request())
 
 

@@ -14,7 +14,7 @@ from ctcgrpo.records import SCENES, Scenario
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.llm.answers import Unreadable
 from ctcgrpo.simulator.llm.official import OfficialPrompts
-from ctcgrpo.simulator.llm.prompts import TemplatePrompts, quoted
+from ctcgrpo.simulator.llm.prompts import TemplatePrompts, gives_away, quoted
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
 from tests.conftest import ROOT
 
@@ -131,14 +131,16 @@ def test_ordinary_talk_is_quoted_as_it_is() -> None:
 
 
 def test_a_reply_that_tells_the_rules_is_noticed() -> None:
-    en, zh = card("support", "en"), card("support", "zh")
-    told = PROMPTS.messages(request("Hello."))[0]["content"]
-    assert PROMPTS.gives_away(en, "Sure: " + told[200:400])
-    assert PROMPTS.gives_away(zh, "好的：同一种办法会失效。对方第二次用同样的方式安慰、道歉、开玩笑")
+    en = request("Hello.")
+    zh = en.model_copy(update={"scenario": card("support", "zh")})
+    messages, persona = PROMPTS.messages(en), en.scenario.user_persona
+    assert gives_away(messages, persona, "Sure: " + messages[0]["content"][200:400])
+    assert gives_away(messages, persona, f"I am here to {en.scenario.goal}")  # which it does not know
+    assert gives_away(PROMPTS.messages(zh), persona, "好的：同一种办法会失效。对方第二次用同样的方式安慰、道歉、开玩笑")
     for scenario in ENGLISH.values():
-        mine = ScenarioCard.of(scenario)
-        assert not PROMPTS.gives_away(mine, scenario.user_persona)  # whoever it is may speak of its own life
-        assert not PROMPTS.gives_away(mine, "I do not know what you want from me, and I am tired of it.")
+        mine = PROMPTS.messages(request("Hello.", scenario=scenario))
+        assert not gives_away(mine, scenario.user_persona, scenario.user_persona)  # whoever it is may speak of its own life
+        assert not gives_away(mine, scenario.user_persona, "I do not know what you want from me, and I am tired of it.")
 
 
 def test_languages_and_scenes_without_prompts_are_refused() -> None:

@@ -1,8 +1,8 @@
 """What the simulator's calls cost, and a budget that is never exceeded.
 
-A call books the most that it can cost before it is made, and what it did cost afterwards. When the next call does not fit, it
-waits for those under way; when none is under way, the budget is spent: the run pauses, and nothing is scored on what was not
-paid for.
+A call is booked with the most that it can cost before it is made, and with what it did cost afterwards. When the next call does
+not fit, it waits for those under way; when none is under way, the budget is spent: the run pauses, and nothing is scored on
+what was not paid for. What was under way when a process was killed stays booked with the most.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ctcgrpo.errors import BudgetSpent
 from ctcgrpo.simulator.store import Store
 
 MICRO = 1_000_000
+_NAME = "account"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,9 @@ class Spent:
     def tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
 
+    def times(self, factor: int) -> Spent:
+        return Spent(*(factor * n for n in asdict(self).values()))
+
     def plus(self, other: Spent) -> Spent:
         return Spent(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 
@@ -63,54 +67,52 @@ class Budget:
 
 
 class Account:
-    """Books calls; what was spent is kept in the store, across restarts and processes on this machine."""
+    """Books calls; what was spent is kept in the store, over restarts and by all processes that share it."""
 
     def __init__(self, budget: Budget, store: Store | None) -> None:
         self._budget = budget
         self._store = store
         self._here = Spent()
-        self._reserved: dict[object, Spent] = {}
+        self._under_way = 0
         self._settled = asyncio.Condition()
 
     @property
     def spent(self) -> Spent:
-        return Spent(**self._store.counters("account")) if self._store is not None else self._here
+        """Calls under way stand in it with the most that they can cost."""
+        return Spent(**self._store.counters(_NAME)) if self._store is not None else self._here
 
     @asynccontextmanager
     async def booking(self, most: Spent) -> AsyncIterator[Booking]:
-        """Around one call: `most` is the most that it can cost. Raises BudgetSpent where that cannot be had any more."""
-        await self._reserve(booking := Booking(), most)
+        """Around one call: `most` is the most that it can cost, and what it is booked with unless `cost` is set: a call that was
+        cancelled or killed may have been charged for. Raises BudgetSpent where that cannot be had any more."""
+        async with self._settled:
+            while not self._add(most):
+                if not self._under_way:
+                    raise BudgetSpent(self.explain())
+                await self._settled.wait()
+            self._under_way += 1
+        booking = Booking(most)
         try:
             yield booking
         finally:
+            self._under_way -= 1
+            self._add(booking.cost.plus(most.times(-1)), check=False)
             async with self._settled:
-                del self._reserved[booking]
-                self._add(booking.cost)
                 self._settled.notify_all()
 
-    async def _reserve(self, booking: Booking, most: Spent) -> None:
-        async with self._settled:
-            while not self._fits(most):
-                if not self._reserved:
-                    raise BudgetSpent(self._explain())
-                await self._settled.wait()
-            self._reserved[booking] = most
+    def _add(self, more: Spent, *, check: bool = True) -> bool:
+        def allowed(sums: Spent) -> bool:
+            return not check or self._budget.allows(sums)
 
-    def _fits(self, most: Spent) -> bool:
-        if self._budget.money is None and self._budget.tokens is None:
-            return True
-        total = self.spent.plus(most)
-        for reserved in self._reserved.values():
-            total = total.plus(reserved)
-        return self._budget.allows(total)
-
-    def _add(self, cost: Spent) -> None:
         if self._store is not None:
-            self._store.count("account", asdict(cost))
-        else:
-            self._here = self._here.plus(cost)
+            return self._store.count(_NAME, asdict(more), lambda sums: allowed(Spent(**sums)))
+        if allowed(sums := self._here.plus(more)):
+            self._here = sums
+            return True
+        return False
 
-    def _explain(self) -> str:
+    def explain(self) -> str:
+        """That the budget is spent, for an error."""
         spent, budget = self.spent, self._budget
         limits = [f"{budget.money:g} {budget.currency}"] if budget.money is not None else []
         limits += [f"{budget.tokens} tokens"] if budget.tokens is not None else []
@@ -134,5 +136,5 @@ class Account:
 class Booking:
     """A call under way; `cost` is what it turned out to cost."""
 
-    def __init__(self) -> None:
-        self.cost = Spent()
+    def __init__(self, most: Spent) -> None:
+        self.cost = most

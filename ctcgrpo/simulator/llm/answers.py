@@ -5,6 +5,10 @@
 Form that is put up with: reasoning before the answer, code fences, leading plus signs, comments, trailing commas, raw
 newlines, unescaped quotes, numbers as strings, an end cut off after all that matters. What could mean two things is not
 guessed at: it is refused, with what to mend.
+
+An answer that is JSON from its first brace to its last says what it says, whatever its texts quote. One that is nearly JSON is
+read only if each field stands in it once, so that nothing which it quotes can be taken for its verdict; numbers and the
+verdict on going on are then taken from the text itself, whole, and only the words from the repair.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,13 +36,32 @@ ANGER, TRUST, REPLY, CONTINUE, REFLECTION, STOP_REASON = (
 ProblemKind = Literal["empty", "no_object", "several", "missing", "not_a_number", "out_of_range", "not_yes_or_no", "leak"]
 _BEYOND = 2 * MAX_DELTA
 """A change of up to this much is an exaggeration and is clipped; anything larger is no change at all."""
-_MOST = 50_000
-"""Characters: no answer worth reading is longer."""
+_MOST, _MOST_BRACES = 16_000, 60
+"""Characters, and opening braces among them: no answer worth reading has more, and repairing one takes seconds."""
 
-_THOUGHTS = re.compile(r"^.*</think>", re.DOTALL)
-_SIGNED = re.compile(r'("(?:anger|trust)_delta"\s*:\s*"?\s*)\+\s*(?=\d)')
+_MINUS = str.maketrans("\u2212\uff0d\u2013", "---")
 _NUMBER = re.compile(r"([+-]?)(\d{1,6})(?:\.0{1,6})?")
-_YES = {"yes": True, "true": True, "no": False, "false": False, "是": True, "否": False}
+_SPOKEN_THOUGHT = re.compile(r"^<think>.*?</think>", re.DOTALL)
+_VERDICTS = {"yes": True, "true": True, "no": False, "false": False, "是": True, "否": False}
+# What may follow a value that is whole: the next field, the end of the object, or a comment.
+_END = r"\s*(?=,\s*(?:[\"'}]|//|/\*|#)|}|//|/\*|#)"
+
+
+def _key_pattern(name: str) -> str:
+    return r"[\"']\s*" + name.replace("_", "[ _-]?") + r"\s*[\"']"
+
+
+_NAMED = {name: re.compile(_key_pattern(name) + r"\s*:", re.IGNORECASE) for name in (ANGER, TRUST, REPLY, CONTINUE)}
+_SPOKEN_OF = {name: re.compile(name.replace("_", "[ _-]?"), re.IGNORECASE) for name in (ANGER, TRUST)}
+_VALUE = r"\s*:\s*(?:/\*[^*]*\*/\s*)?"
+_WRITTEN = {
+    name: re.compile(_key_pattern(name) + _VALUE + r"([\"']?)\s*([+-]?\d{1,6}(?:\.0{1,6})?)\s*\1" + _END, re.IGNORECASE)
+    for name in (ANGER, TRUST)
+}
+_WRITTEN_VERDICT = re.compile(
+    _key_pattern(CONTINUE) + _VALUE + r"(?:([\"'])\s*(\w+)\s*\.?\s*\1(?:" + _END + r"|\s*$)|(\w+)" + _END + ")",
+    re.IGNORECASE,
+)
 
 
 class Unreadable(Exception):
@@ -64,9 +87,9 @@ class Answer:
 def read_answer(text: str, state: UserState) -> Answer:
     """The user's answer in a completion. `state` is the one that the answer changes: it tells a new level from a change.
     Raises Unreadable, and nothing else, for whatever it is given."""
-    fields, signed = _fields(text)
-    anger, trust = _deltas(_number(fields, ANGER, signed), _number(fields, TRUST, signed), state)
-    reply = _text(fields, REPLY)
+    fields = _fields(text)
+    anger, trust = _deltas(_number(fields, ANGER), _number(fields, TRUST), state)
+    reply = _SPOKEN_THOUGHT.sub("", _text(fields, REPLY)).strip()
     if not reply:
         raise Unreadable("missing", REPLY)
     return Answer(reply, anger, trust, _goes_on(fields), _text(fields, REFLECTION), _text(fields, STOP_REASON))
@@ -75,34 +98,29 @@ def read_answer(text: str, state: UserState) -> Answer:
 # --- from text to fields -------------------------------------------------------------------------------------------------
 
 
-def _fields(text: str) -> tuple[Mapping[str, Any], frozenset[str]]:
-    """The fields of the one JSON object, and which of them wrote a plus sign."""
-    text = _THOUGHTS.sub("", text[:_MOST]).strip()
+def _fields(text: str) -> Mapping[str, Any]:
+    """The fields of the one JSON object."""
+    text = _without_thoughts(text.strip())
     if not text:
         raise Unreadable("empty")
-    signed = frozenset(match[1].split('"')[1] for match in _SIGNED.finditer(text))
-    text = _SIGNED.sub(r"\1", text)
     start = text.find("{")
-    if start < 0:
+    if start < 0 or len(text) > _MOST or text.count("{") > _MOST_BRACES:
         raise Unreadable("no_object")
-    found = list(_exact_objects(text)) or [_repaired(text[start:])]
-    if len(found) > 1:
-        raise Unreadable("several")
-    return found[0], signed
+    try:
+        value = json.loads(text[start : text.rfind("}") + 1], strict=False, object_pairs_hook=_no_key_twice)
+    except (ValueError, RecursionError):
+        return _repaired(text[start:])
+    return value if isinstance(value, dict) else {}
 
 
-def _exact_objects(text: str) -> Iterator[dict[str, Any]]:
-    """Every object in the text that is proper JSON (but for raw newlines) and speaks of the user's state."""
-    decoder = json.JSONDecoder(strict=False, object_pairs_hook=_no_key_twice)
-    position = 0
-    while (position := text.find("{", position)) >= 0:
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError):
-            position += 1
-            continue
-        if isinstance(value, dict) and ANGER in value:
-            yield value
+def _without_thoughts(text: str) -> str:
+    """What follows the reasoning that opens an answer. A thought that is never closed leaves nothing: it may hold drafts."""
+    if text.startswith(("{", "`")):
+        return text
+    before, closed, after = text.partition("</think>")
+    if closed:
+        return after.strip()
+    return "" if text.startswith("<think") else before
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -118,9 +136,9 @@ def _key(name: str) -> str:
 
 
 def _repaired(text: str) -> dict[str, Any]:
-    """An object that is nearly JSON. Its last field is left out where the end is cut off: half a number is a number too."""
-    # A repair may take quoted text for fields; a field that is named twice could be either.
-    if any(len(re.findall(rf"\b{name}\b", text)) > 1 for name in (ANGER, TRUST)):
+    """An object that is nearly JSON. Its last field is left out where the end is cut off."""
+    text = text.translate(_MINUS)
+    if any(len(pattern.findall(text)) > 1 for pattern in (*_NAMED.values(), *_SPOKEN_OF.values())):
         raise Unreadable("several")
     try:
         value = json_repair.loads(text, skip_json_loads=True)
@@ -131,26 +149,25 @@ def _repaired(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Unreadable("no_object")
     fields = {_key(str(key)): part for key, part in value.items()}
-    if fields and _is_cut(text):
+    if fields and not text.rstrip("` \n\t").endswith("}"):
         fields.popitem()
-    return fields
+    return fields | _as_written(text, fields)
 
 
-def _is_cut(text: str) -> bool:
-    """Whether the text ends before its outermost brace is closed."""
-    depth, quoted, escaped = 0, False, False
-    for char in text:
-        if escaped:
-            escaped = False
-        elif quoted:
-            escaped, quoted = char == "\\", char != '"'
-        elif char == '"':
-            quoted = True
-        elif char in "{}":
-            depth += 1 if char == "{" else -1
-            if not depth:
-                return False
-    return True
+def _as_written(text: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers and the verdict as they stand in the text: a repair drops signs that it does not know, and takes half a value for a
+    whole one. A field that is there and not whole keeps its source, which says what is wrong with it."""
+    written: dict[str, Any] = {}
+    for name, pattern in _WRITTEN.items():
+        match = pattern.search(text)
+        if match:
+            written[name] = match[2]
+        elif name in fields:
+            written[name] = f"{_NAMED[name].split(text, 1)[-1].strip()[:20]} (not a whole number)"
+    verdict = _WRITTEN_VERDICT.search(text)
+    if CONTINUE in fields or verdict:
+        written[CONTINUE] = (verdict[2] or verdict[3]) if verdict else "cut off, or more than one word"
+    return written
 
 
 # --- from fields to values -----------------------------------------------------------------------------------------------
@@ -166,21 +183,20 @@ class _Number:
         return abs(self.value) <= _BEYOND
 
     def is_level(self, now: int) -> bool:
+        """A sign says that it is a change."""
         return not self.signed and 0 <= self.value <= 100 and abs(self.value - now) <= _BEYOND
 
 
-def _number(fields: Mapping[str, Any], field: str, signed: frozenset[str]) -> _Number:
-    if field not in fields or fields[field] is None:
+def _number(fields: Mapping[str, Any], field: str) -> _Number:
+    value = fields.get(field)
+    if value is None:
         raise Unreadable("missing", field)
-    value = fields[field]
-    shown = _shown(value)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise Unreadable("not_a_number", field, shown)
-    written = unicodedata.normalize("NFKC", str(value)).replace("\u2212", "-").strip()
-    match = _NUMBER.fullmatch(written) if written.isascii() else None
-    if match is None:
-        raise Unreadable("not_a_number", field, shown)
-    return _Number(field, int(match[1] + match[2]), field in signed or bool(match[1]))
+        raise Unreadable("not_a_number", field, _shown(value))
+    match = _NUMBER.fullmatch(str(value).translate(_MINUS).strip())
+    if match is None or not match[2].isascii():
+        raise Unreadable("not_a_number", field, _shown(value))
+    return _Number(field, int(match[1] + match[2]), bool(match[1]))
 
 
 def _deltas(anger: _Number, trust: _Number, state: UserState) -> tuple[int, int]:
@@ -202,12 +218,12 @@ def _clipped(delta: int) -> int:
 
 
 def _goes_on(fields: Mapping[str, Any]) -> bool:
-    if CONTINUE not in fields or fields[CONTINUE] is None:
+    value = fields.get(CONTINUE)
+    if value is None:
         raise Unreadable("missing", CONTINUE)
-    value = fields[CONTINUE]
     if isinstance(value, bool):
         return value
-    meant = _YES.get(str(value).strip().lower().rstrip(".")) if isinstance(value, str) else None
+    meant = _VERDICTS.get(value.strip().lower().rstrip(".")) if isinstance(value, str) else None
     if meant is None:
         raise Unreadable("not_yes_or_no", CONTINUE, _shown(value))
     return meant

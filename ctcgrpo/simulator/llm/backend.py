@@ -27,7 +27,7 @@ from ctcgrpo.simulator.llm.answers import (
 )
 from ctcgrpo.simulator.llm.endpoints import CallRecord, ChatCompletion, EndpointPool
 from ctcgrpo.simulator.llm.official import OfficialPrompts
-from ctcgrpo.simulator.llm.prompts import Message, Prompts, TemplatePrompts
+from ctcgrpo.simulator.llm.prompts import Message, Prompts, TemplatePrompts, gives_away
 from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, TurnRequest, Usage
 from ctcgrpo.simulator.store import Store
 
@@ -101,16 +101,18 @@ class LlmBackend:
                     asked, dialogue=card.id, seed=seed + attempt, schema=self._schema, deadline=deadline
                 )
             )
+            if calls[-1].ended == "content_filter":
+                raise SimulatorReplyError(f"{calls[-1].endpoint}: its content filter withheld the user's answer")
             try:
                 answer = read_answer(calls[-1].text, state)
-                if self.prompts.gives_away(card, answer.reply):
+                if gives_away(messages, card.user_persona, answer.reply):
                     raise Unreadable("leak", REPLY)
                 return answer, calls
             except Unreadable as error:
                 problem = error
         raise SimulatorReplyError(
             f"{calls[-1].endpoint} gave no usable answer, asked twice (last problem: {problem}"
-            f"{', cut off by max_tokens' if calls[-1].cut else ''})"
+            f"{', cut off by llm.max_tokens' if calls[-1].ended == 'length' else ''})"
         )
 
 

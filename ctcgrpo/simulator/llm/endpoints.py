@@ -24,7 +24,7 @@ from typing import Any, Literal
 import openai
 from aiolimiter import AsyncLimiter
 
-from ctcgrpo.errors import RecipeError, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.errors import BudgetSpent, RecipeError, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.simulator.config import Endpoint, Llm
 from ctcgrpo.simulator.llm.account import Account, Price, Spent
 from ctcgrpo.simulator.llm.prompts import Message
@@ -32,15 +32,19 @@ from ctcgrpo.simulator.llm.prompts import Message
 _RETRIED = frozenset({408, 409, 425, 429})
 _LONGEST_PAUSE = 30.0
 _LONGEST_OPEN = 300.0
+_SHORTEST_CALL = 0.05
+"""Seconds: with less than this left, a call is not begun."""
+_FREE = frozenset({"rate_limited", "http_5xx", "refused", "unreachable"})
+"""Results of a call that nobody charges for."""
 _NO_KEY = "not-needed"
 
 
 @dataclass(frozen=True, slots=True)
 class ChatCompletion:
-    """What an endpoint answered; `cut` says that it ran into the limit on tokens."""
+    """What an endpoint answered; `ended` is its finish reason (length: it ran into the limit on tokens)."""
 
     text: str
-    cut: bool
+    ended: str
     prompt_tokens: int
     completion_tokens: int
     endpoint: str
@@ -90,6 +94,8 @@ class _Line:
         self._tokens = _limiter(settings.tokens_per_minute)
         self._mean_tokens = 2000.0
         self.resting_until = 0.0
+        self.problem = ""
+        """What kept it from answering last."""
         self.probing = False
         self.opened = 0
         self._failures = 0
@@ -121,6 +127,8 @@ class _Line:
     def failed(self, problem: _Refused, *, probe: bool) -> None:
         """`probe`: the call was made to see whether an open breaker may close."""
         now = time.monotonic()
+        if problem.result != "waiting":
+            self.problem = str(problem)
         if problem.wait is not None:
             self.resting_until = max(self.resting_until, now + problem.wait)
         if not problem.counts:
@@ -157,18 +165,23 @@ class _Line:
         except openai.APITimeoutError:
             raise _Refused("timeout", f"no answer within {timeout:.0f} s") from None
         except openai.APIConnectionError as error:
-            raise _Refused("connection", f"no connection ({type(error.__cause__ or error).__name__})") from None
+            cause = type(error.__cause__ or error).__name__
+            result = "unreachable" if cause in ("ConnectError", "ConnectTimeout") else "disconnected"
+            raise _Refused(result, f"{result} ({cause})") from None
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise _Refused("malformed", "what it answered is no chat completion") from None
 
     def _completion(self, data: dict[str, Any]) -> ChatCompletion:
         choice = data["choices"][0]
-        if choice.get("finish_reason") == "content_filter":
-            raise SimulatorReplyError(f"{self.name}: its content filter withheld the user's answer")
+        content = choice["message"].get("content") or ""
+        if isinstance(content, list):  # as some proxies answer
+            content = "".join(part["text"] for part in content if part.get("type") == "text")
+        if not isinstance(content, str):
+            raise TypeError("content is no text")
         usage = data.get("usage") or {}
         return ChatCompletion(
-            text=choice["message"].get("content") or "",
-            cut=choice.get("finish_reason") == "length",
+            text=content.encode("utf-8", "replace").decode(),
+            ended=str(choice.get("finish_reason")),
             prompt_tokens=int(usage.get("prompt_tokens") or 0),
             completion_tokens=int(usage.get("completion_tokens") or 0),
             endpoint=self.name,
@@ -201,6 +214,10 @@ class EndpointPool:
         for line in self._lines:
             await line.client.close()
 
+    def is_ready(self) -> bool:
+        """Whether any endpoint may be asked now."""
+        return any(line.ready for line in self._lines)
+
     def states(self) -> dict[str, Literal["ready", "resting", "open"]]:
         """How each endpoint is: open says that its breaker keeps calls from it."""
         return {line.name: "open" if line.opened else "ready" if line.ready else "resting" for line in self._lines}
@@ -216,17 +233,21 @@ class EndpointPool:
         problems: list[str] = []
         tries: Counter[str] = Counter()
         while True:
-            line = await self._choose(dialogue, tries, deadline, problems)
-            if rounds := tries[line.name]:
+            self._mind_the_time(0, deadline, problems)
+            if rounds := min(tries[line.name] for line in self._lines):
                 pause = min(_LONGEST_PAUSE, 0.25 * 2 ** min(rounds, 8)) * self._random.uniform(0.5, 1.5)
                 await self._sleep(pause, deadline, problems)
-            tries[line.name] += 1
+            line = await self._choose(dialogue, tries, deadline, problems)
+            # Nothing is awaited between the choice and this: of an open breaker one call finds out whether it may close.
             probe = line.probing = bool(line.opened)
+            tries[line.name] += 1
             try:
-                return await self._attempt(line, messages, seed, schema, deadline)
+                return await self._attempt(line, messages, seed, schema, deadline, probe=probe)
             except _Refused as problem:
                 line.failed(problem, probe=probe)
                 problems.append(f"{line.name}: {problem}")
+                if problem.result == "waiting":  # it was not asked
+                    tries[line.name] -= 1
             finally:
                 if probe:
                     line.probing = False
@@ -243,45 +264,73 @@ class EndpointPool:
             await self._sleep(max(0.05, soonest) + self._random.uniform(0, 0.05), deadline, problems)
 
     async def _sleep(self, seconds: float, deadline: float, problems: Sequence[str]) -> None:
-        if time.monotonic() + seconds >= deadline:
-            last = problems[-1] if problems else "every endpoint is resting after failures"
+        self._mind_the_time(seconds, deadline, problems)
+        await asyncio.sleep(seconds)
+
+    def _mind_the_time(self, seconds: float, deadline: float, problems: Sequence[str]) -> None:
+        """Raises SimulatorTransportError where so many seconds leave no time for a call."""
+        if time.monotonic() + seconds + _SHORTEST_CALL >= deadline:
+            resting = [f"{line.name}: {line.problem}" for line in self._lines if line.problem]
+            last = next(iter(problems[-1:] or resting), "it had no time left")
             raise SimulatorTransportError(
                 f"no endpoint answered within {self._llm.deadline:g} s ({len(problems)} attempts, last: {last})"
             )
-        await asyncio.sleep(seconds)
 
     async def _attempt(
-        self, line: _Line, messages: Sequence[Message], seed: int, schema: dict[str, Any], deadline: float
+        self,
+        line: _Line,
+        messages: Sequence[Message],
+        seed: int,
+        schema: dict[str, Any],
+        deadline: float,
+        *,
+        probe: bool,
     ) -> ChatCompletion:
         price = Price(line.settings.price.prompt, line.settings.price.completion)
         most = self._most(messages, price)
         async with contextlib.AsyncExitStack() as stack:
             try:
-                async with asyncio.timeout(deadline - time.monotonic()):
+                async with asyncio.timeout(deadline - time.monotonic() - _SHORTEST_CALL):
                     await stack.enter_async_context(line.slots)
-                    booking = await stack.enter_async_context(self._account.booking(most))
                     await line.within_limits()
             except TimeoutError:
                 raise _Refused("waiting", "its limits left no room before the deadline", counts=False) from None
+            if not line.ready and not probe:  # others were told to stay away while this one waited
+                raise _Refused("waiting", line.problem, counts=False)
+            booking = await stack.enter_async_context(self._account.booking(most))
             started = time.monotonic()
             timeout = min(deadline - started, line.settings.timeout)
-            result = "ok"
+            if timeout < _SHORTEST_CALL:  # it had to wait for the budget: so little is left that calls go one by one
+                booking.cost = Spent()
+                raise BudgetSpent(self._account.explain())
+            result = "cancelled"
             try:
-                answer = await line.call(messages, seed, schema, timeout)
-                spent = _spent(answer.prompt_tokens, answer.completion_tokens, price)
-                booking.cost = spent if spent.tokens else Spent(1, most.prompt_tokens, 0, most.money)
+                async with asyncio.timeout(timeout):
+                    answer = await line.call(messages, seed, schema, timeout)
+                booking.cost = self._cost(answer, most, price)
                 line.succeeded(booking.cost.tokens)
+                result = "ok"
                 return answer
+            except TimeoutError:
+                result = "timeout"
+                raise _Refused("timeout", f"no answer within {timeout:.0f} s") from None
             except _Refused as problem:
                 result = problem.result
-                if result in ("timeout", "malformed"):  # it may have worked, and charge for it
-                    booking.cost = _spent(most.prompt_tokens // 4, 0, price)
+                if result in _FREE:
+                    booking.cost = Spent()
                 raise
             except SimulatorReplyError:
                 result = "refused"
+                booking.cost = Spent()
                 raise
             finally:
                 self._on_call(CallRecord(line.name, result, time.monotonic() - started, booking.cost))
+
+    def _cost(self, answer: ChatCompletion, most: Spent, price: Price) -> Spent:
+        """What an endpoint says that it took, or, where it does not say, the most that it can have taken."""
+        if not answer.prompt_tokens:
+            return most
+        return _spent(answer.prompt_tokens, answer.completion_tokens, price)
 
     def _most(self, messages: Sequence[Message], price: Price) -> Spent:
         """The most that a call can cost: no byte-level vocabulary makes more tokens than bytes."""

@@ -68,9 +68,6 @@ class OfficialPrompts:
     def correction(self, card: ScenarioCard, problem: Unreadable) -> str:
         return self._own.correction(card, problem)
 
-    def gives_away(self, card: ScenarioCard, reply: str) -> bool:
-        return self._own.gives_away(card, reply)
-
 
 def _function(module: types.ModuleType, name: str, file: Path) -> Callable[..., Any]:
     found = getattr(module, name, None)

@@ -27,7 +27,8 @@ _FOLDER = files("ctcgrpo.simulator.llm") / "prompts"
 _LONGEST_LINE = 6000
 """Characters of an utterance that the simulator reads: far more than 1,024 tokens of talk."""
 _LEAK_WORDS, _LEAK_CHARACTERS = 9, 16
-_CONTROL = re.compile(r"[<>]|\[(?=/?[A-Z_]{3,}\])")
+_UNSPACED = r"[\u3040-\u30ff\u3400-\u9fff]"
+_CONTROL = re.compile(r"[<>]|\[(?=/?g?s?[A-Z_]{3,}\])")
 
 
 class Message(TypedDict):
@@ -50,10 +51,6 @@ class Prompts(Protocol):
         """What is said to an LLM whose answer could not be read."""
         ...
 
-    def gives_away(self, card: ScenarioCard, reply: str) -> bool:
-        """Whether a reply quotes what the LLM was told about its task."""
-        ...
-
 
 class TemplatePrompts:
     """The project's own prompts."""
@@ -68,6 +65,10 @@ class TemplatePrompts:
             raise SimulatorReplyError(
                 f"there are no prompts for scene {card.scene!r} in {card.language!r}; there are {', '.join(sorted(scenes))}"
             )
+        try:
+            _standing(_told_of(card))
+        except jinja2.TemplateError as error:
+            raise SimulatorReplyError(f"the prompts for {card.scene} in {card.language!r} are broken: {error}") from None
 
     def messages(self, request: TurnRequest) -> list[Message]:
         card = request.scenario
@@ -78,15 +79,12 @@ class TemplatePrompts:
         lines = [{"speaker": u.speaker, "quoted": quoted(u.text)} for u in request.history]
         dialogue = _environment(card.language).get_template("dialogue.j2").render(lines=lines)
         return [
-            {"role": "system", "content": _standing(card.model_dump_json(exclude={"script"}))},
+            {"role": "system", "content": _standing(_told_of(card))},
             {"role": "user", "content": f"{dialogue}\n{now}"},
         ]
 
     def correction(self, card: ScenarioCard, problem: Unreadable) -> str:
         return _environment(card.language).get_template("correction.j2").render(problem=problem)
-
-    def gives_away(self, card: ScenarioCard, reply: str) -> bool:
-        return bool(word_runs(reply) & _task_runs(card.language, card.scene))
 
 
 def quoted(text: str) -> str:
@@ -109,10 +107,21 @@ def _escaped(char: str) -> str:
     return "".join(f"\\u{units[k] << 8 | units[k + 1]:04x}" for k in range(0, len(units), 2))
 
 
-def word_runs(text: str) -> frozenset[tuple[str, ...]]:
-    """All runs of nine words, and of sixteen Chinese characters: as long as nobody says twice by chance."""
-    words, han = re.findall(r"[a-z0-9']+", text.lower()), re.findall(r"[\u4e00-\u9fff]", text)
-    return _runs(words, _LEAK_WORDS) | _runs(han, _LEAK_CHARACTERS)
+def gives_away(messages: Sequence[Message], persona: str, reply: str) -> bool:
+    """Whether a reply quotes what the LLM was told about its task, in nine words on end or sixteen characters of a script without
+    spaces. Its persona is its own to speak of."""
+    return bool(_word_runs(reply) & _told_runs(messages[0]["content"].replace(persona, "\n")))
+
+
+@lru_cache(maxsize=1024)
+def _told_runs(text: str) -> frozenset[tuple[str, ...]]:
+    return _word_runs(text)
+
+
+def _word_runs(text: str) -> frozenset[tuple[str, ...]]:
+    unspaced = re.findall(_UNSPACED, text)
+    words = re.findall(r"[^\W_]+", re.sub(_UNSPACED, " ", text).lower())
+    return _runs(words, _LEAK_WORDS) | _runs(unspaced, _LEAK_CHARACTERS)
 
 
 def _runs(words: Sequence[str], n: int) -> frozenset[tuple[str, ...]]:
@@ -143,6 +152,10 @@ def _languages() -> list[str]:
     return sorted(entry.name for entry in _FOLDER.iterdir() if entry.is_dir())
 
 
+def _told_of(card: ScenarioCard) -> str:
+    return card.model_dump_json(exclude={"script"})
+
+
 @lru_cache(maxsize=4096)
 def _standing(card_json: str) -> str:
     """What stays the same throughout a dialogue. Rules come before the scene, the scene before the persona."""
@@ -150,13 +163,6 @@ def _standing(card_json: str) -> str:
     environment = _environment(card["language"])
     parts = ("rules.j2", f"scenes/{card['scene']}.j2", "persona.j2")
     return "\n".join(environment.get_template(part).render(card) for part in parts)
-
-
-@cache
-def _task_runs(language: str, scene: str) -> frozenset[tuple[str, ...]]:
-    environment = _environment(language)
-    told = "\n".join(environment.get_template(part).render() for part in ("rules.j2", f"scenes/{scene}.j2"))
-    return word_runs(told)
 
 
 def _digest() -> str:

@@ -8,6 +8,7 @@ effect; moves per scene), `lines` (what the user says where the scenario has no 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
@@ -28,7 +29,8 @@ _SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"')\]]*(?:\s+|(?<=[。！�
 _ENDED = re.compile(r"[.!?…。！？][\"')\]”’」]*\s*$")
 _KEPT = 8192
 """Texts whose reading is kept."""
-_STEM = snowballstemmer.stemmer("english")
+_stemmers = threading.local()
+"""A stemmer keeps state while it works: one for each thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,9 @@ class Language:
 
 @cache
 def stem(word: str) -> str:
-    return str(_STEM.stemWord(word))
+    if not hasattr(_stemmers, "english"):
+        _stemmers.english = snowballstemmer.stemmer("english")
+    return str(_stemmers.english.stemWord(word))
 
 
 @cache
