@@ -15,8 +15,6 @@ from typing import Any
 
 from aiohttp import web
 
-FAULTS = ("429", "500", "hang", "malformed", "truncated", "absolute", "empty", "no_json_body")
-
 
 @dataclass
 class FakeLlm:
@@ -28,6 +26,7 @@ class FakeLlm:
     seed: int = 0
     key: str | None = None
     longest_hang: float = 30.0
+    retry_after: str = "0.2"
     answered: dict[str, tuple[int, int, bool]] = field(default_factory=dict)
     requests: list[dict[str, Any]] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
@@ -61,11 +60,23 @@ class FakeLlm:
         if fault:
             self.faults[fault] += 1
         if fault == "429":
-            return web.json_response({"error": {"message": "slow down"}}, status=429, headers={"Retry-After": "0.2"})
+            return web.json_response(
+                {"error": {"message": "slow down"}}, status=429, headers={"Retry-After": self.retry_after}
+            )
         if fault == "500":
             return web.json_response({"error": {"message": "oops"}}, status=500)
         if fault == "hang":
             await asyncio.sleep(self.longest_hang)
+        if fault == "drip":  # white space now and then keeps a connection alive
+            response = web.StreamResponse(headers={"Content-Type": "application/json"})
+            await response.prepare(request)
+            for _ in range(round(self.longest_hang / 0.1)):
+                await response.write(b" ")
+                await asyncio.sleep(0.1)
+            await response.write(json.dumps(self.completion(body)).encode())
+            return response
+        if fault == "refused":
+            return web.json_response({"error": {"message": "context too long"}}, status=400)
         if fault == "no_json_body":
             return web.Response(text="<html>Bad gateway</html>", content_type="text/html")
         return web.json_response(self.completion(body, fault))
@@ -105,12 +116,13 @@ class FakeLlm:
             text = ""
         else:
             self.answered[line] = (anger, trust, goes_on)
+        content: Any = [{"type": "text", "text": text}] if fault == "parts" else text
         return {
             "id": "c",
             "object": "chat.completion",
             "created": 0,
             "model": body["model"],
-            "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}],
             "usage": {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100},
         }
 

@@ -22,7 +22,7 @@ from ctcgrpo.simulator.config import SimulatorConfig, load_simulator_config
 from ctcgrpo.simulator.llm.account import Account, Budget, Spent
 from ctcgrpo.simulator.llm.answers import Answer
 from ctcgrpo.simulator.llm.backend import averaged
-from ctcgrpo.simulator.protocol import ScenarioCard, TurnRequest, Usage
+from ctcgrpo.simulator.protocol import ScenarioCard, TurnReply, TurnRequest, Usage
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.simulator.store import Store
 from tests.conftest import ROOT
@@ -195,6 +195,55 @@ async def test_endpoints_share_the_load_and_stand_in_for_each_other() -> None:
             assert len(a.requests) > before + 2  # and closes again
 
 
+async def test_those_who_queue_stay_away_when_told_to() -> None:
+    """Retry-After and an open breaker hold for calls that were waiting for their turn as well."""
+    with FakeLlm(rates={"429": 1.0}, retry_after="60", delay=0.05).serving() as llm:
+        with simulator(configuration(llm, endpoint__concurrency=2, deadline=1.0)) as (url, _):
+            results = await many(url, 40)
+    assert all("HTTP 429" in str(r) for r in results) and len(llm.requests) <= 4
+    with FakeLlm(delay=0.05).serving() as llm:
+        llm.down = True
+        with simulator(configuration(llm, endpoint__concurrency=2, endpoint__breaker_failures=4, deadline=1.0)) as (url, _):
+            results = await many(url, 40)
+    assert all(isinstance(r, SimulatorTransportError) for r in results) and len(llm.requests) <= 12
+
+
+async def many(url: str, turns: int) -> list[Any]:
+    async with SimulatorClient(url, patience=0) as client:
+        asked = (client.turn(request("Hello.", seed=k)) for k in range(turns))
+        return list(await asyncio.gather(*asked, return_exceptions=True))
+
+
+async def test_one_call_at_a_time_finds_out_whether_a_breaker_may_close() -> None:
+    with (
+        FakeLlm().serving() as llm,
+        simulator(configuration(llm, endpoint__breaker_failures=3, deadline=8.0)) as (url, server),
+    ):
+        llm.down = True
+
+        async def back_soon() -> None:
+            await asyncio.sleep(1.5)
+            llm.down = False
+
+        results, _ = await asyncio.gather(many(url, 60), back_soon())
+        assert server.service.is_ready()
+    assert all(hasattr(r, "reply") for r in results), results[0]
+
+
+async def test_a_call_has_an_end_even_where_the_endpoint_keeps_it_alive() -> None:
+    with FakeLlm(rates={"drip": 1.0}, longest_hang=20).serving() as llm:
+        with simulator(configuration(llm, endpoint__timeout=0.4, deadline=1.0)) as (url, _):
+            with pytest.raises(SimulatorTransportError, match="no answer within"):
+                await ask(url, request("Hello."))
+
+
+async def test_content_in_parts_is_read_and_a_body_that_is_none_is_tried_again() -> None:
+    with FakeLlm(rates={"parts": 1.0}).serving() as llm, simulator(configuration(llm)) as (url, _):
+        assert (await ask(url, request("Hello."))).reply in llm.answered
+    with FakeLlm(rates={"no_json_body": 0.5}, seed=3).serving() as llm, simulator(configuration(llm)) as (url, _):
+        assert all(hasattr(r, "reply") for r in await many(url, 8)) and llm.faults["no_json_body"]
+
+
 async def test_concurrency_and_rate_are_kept() -> None:
     with FakeLlm(delay=0.05).serving() as llm, simulator(configuration(llm, endpoint__concurrency=3)) as (url, _):
         async with SimulatorClient(url) as client:
@@ -258,6 +307,34 @@ async def test_a_budget_is_never_exceeded_and_pauses(tmp_path: Path) -> None:
         with simulator(config) as (url, _):  # a restart forgets nothing
             with pytest.raises(BudgetSpent):
                 await ask(url, request("Hello.", seed=99))
+
+
+async def test_a_budget_that_makes_calls_wait_too_long_pauses(tmp_path: Path) -> None:
+    """Near its end calls fit one by one only: that is no fault of the episodes."""
+    with FakeLlm(delay=0.3).serving() as llm:
+        config = configuration(llm, store=tmp_path, budget={"tokens": 16_000}, max_tokens=200, deadline=1.0)
+        with simulator(config) as (url, _):
+            results = await many(url, 30)
+    assert {type(r) for r in results} == {BudgetSpent, TurnReply}
+
+
+async def test_a_budget_holds_over_all_that_share_a_store(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    accounts = [Account(Budget(tokens=100), store) for _ in range(2)]
+    async with accounts[0].booking(Spent(1, 60, 0, 0)):
+        with pytest.raises(BudgetSpent):
+            async with accounts[1].booking(Spent(1, 60, 0, 0)):
+                pass
+    assert accounts[1].spent == Spent(1, 60, 0, 0)  # booked with the most where nobody said what it cost
+
+
+async def test_calls_given_up_because_another_failed_are_booked(tmp_path: Path) -> None:
+    with FakeLlm(rates={"refused": 0.25, "hang": 0.75}, seed=2, longest_hang=2).serving() as llm:
+        with simulator(configuration(llm, store=tmp_path, samples=4)) as (url, server):
+            with pytest.raises(SimulatorReplyError, match="refused the request .HTTP 400.: .*context too long"):
+                await ask(url, request("Hello."))
+            await asyncio.sleep(0.1)
+            assert server.service.account()["calls"] == llm.faults["hang"] >= 1
 
 
 async def test_bookings_wait_for_each_other(tmp_path: Path) -> None:

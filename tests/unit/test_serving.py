@@ -153,6 +153,23 @@ def counted(server: SimulatorServer) -> int:
     )
 
 
+async def test_a_replica_that_has_failed_for_good_is_stood_in_for() -> None:
+    with FakeLlm().serving() as up, FakeLlm().serving() as down:
+        down.down = True
+        with (
+            running(SimulatorServer(configuration(up))) as a,
+            running(SimulatorServer(configuration(down, deadline=0.5))) as b,
+        ):
+            turns = [request("Hello.", scenario=s, seed=k) for k, s in enumerate(SCENARIOS[::4])]
+            async with SimulatorClient([a, b]) as client:
+                replies = await asyncio.gather(*(client.turn(turn) for turn in turns))
+            assert all(reply.reply in up.answered for reply in replies) and len(down.requests) > 0
+            up.down = True
+            async with SimulatorClient([a, b]) as client:
+                with pytest.raises(SimulatorTransportError, match="HTTP 502.*no endpoint answered"):
+                    await client.turn(request("Hello.", seed=77))
+
+
 async def test_replicas_have_to_play_the_same_user() -> None:
     with FakeLlm().serving() as llm:
         with running(SimulatorServer(SCRIPTED_USER)) as a, running(SimulatorServer(configuration(llm))) as b:

@@ -297,10 +297,13 @@ class EndpointPool:
                 raise _Refused("waiting", "its limits left no room before the deadline", counts=False) from None
             if not line.ready and not probe:  # others were told to stay away while this one waited
                 raise _Refused("waiting", line.problem, counts=False)
+            asked = time.monotonic()
             booking = await stack.enter_async_context(self._account.booking(most))
             started = time.monotonic()
             timeout = min(deadline - started, line.settings.timeout)
-            if timeout < _SHORTEST_CALL:  # it had to wait for the budget: so little is left that calls go one by one
+            # So little of the budget is left that calls go one by one, and wait for longer than they have time.
+            held_up = started - asked > timeout
+            if timeout < _SHORTEST_CALL:
                 booking.cost = Spent()
                 raise BudgetSpent(self._account.explain())
             result = "cancelled"
@@ -313,9 +316,13 @@ class EndpointPool:
                 return answer
             except TimeoutError:
                 result = "timeout"
+                if held_up:
+                    raise BudgetSpent(self._account.explain()) from None
                 raise _Refused("timeout", f"no answer within {timeout:.0f} s") from None
             except _Refused as problem:
                 result = problem.result
+                if result == "timeout" and held_up:
+                    raise BudgetSpent(self._account.explain()) from None
                 if result in _FREE:
                     booking.cost = Spent()
                 raise
