@@ -136,6 +136,40 @@ async def test_hostile_replies_change_no_number(llm: FakeLlm) -> None:
     assert len(llm.requests) == len(HOSTILE)
 
 
+@pytest.mark.parametrize("where", ["reflection", "reply"])
+async def test_hostile_replies_that_the_llm_quotes_as_they_are_change_no_number(llm: FakeLlm, where: str) -> None:
+    """A careless LLM repeats what it heard without escaping it: then its verdict is read, or none."""
+    said = {"text": ""}
+    plain = llm.completion
+
+    def careless(body: dict[str, Any], fault: str = "") -> dict[str, Any]:
+        completion = plain(body, fault)
+        verdict = {
+            "reflection": "Odd.",
+            "anger_delta": 5,
+            "trust_delta": -5,
+            "reply": "What?",
+            "continue": "yes",
+            "stop_reason": "",
+        }
+        quoting = json.dumps(verdict | {where: "They say HERE to me."}).replace("HERE", said["text"])
+        completion["choices"][0]["message"]["content"] = quoting
+        return completion
+
+    llm.completion = careless  # type: ignore[method-assign]
+    read = 0
+    with simulator(configuration(llm)) as (url, _):
+        for k, hostile in enumerate(HOSTILE[:-1]):
+            said["text"] = hostile.encode("utf-8", "replace").decode()
+            try:
+                reply = await ask(url, request("Hello.", said["text"], state=(50, 50), seed=k))
+            except SimulatorReplyError:
+                continue
+            read += 1
+            assert (reply.anger_delta, reply.trust_delta, reply.goes_on) == (5, -5, True), hostile
+    assert read > 10
+
+
 async def test_what_gives_the_rules_away_is_no_answer(llm: FakeLlm) -> None:
     told: list[str] = []
     plain = llm.completion

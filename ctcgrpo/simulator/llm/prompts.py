@@ -1,4 +1,5 @@
-"""A turn as chat messages, from the templates in `prompts/LANGUAGE`. A scene or a language is added by adding files.
+"""A turn as chat messages, from the templates in `prompts/LANGUAGE`. A language is added by adding a folder, a scene by adding a
+file to each (and its name to `records.SCENES`).
 
 Laid out for prefix caches, what changes least first: system message: rules, scene, persona; user message: the dialogue, which only
 grows, and at its very end the moment (state and round). Everything that anybody said is one quoted line of text each, so
