@@ -201,7 +201,7 @@ class SimulatorServer:
         return uvicorn.Server(
             uvicorn.Config(
                 self.app(),
-                log_level="error",
+                log_level="critical",  # ours is the log; its own is text
                 access_log=False,
                 lifespan="on",
                 timeout_graceful_shutdown=self.config.server.drain_seconds,
