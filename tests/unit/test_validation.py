@@ -14,7 +14,8 @@ from ctcgrpo.errors import TooManyFailures
 from ctcgrpo.records import Episode, Failure
 from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.validation import Validation, Validator, improvement, validation_of, validation_slots
-from tests.unit.test_run import FAST, TINY, Command, ctcgrpo  # noqa: F401 - a fixture
+from tests.conftest import Command
+from tests.unit.test_run import FAST, TINY
 from tests.unit.test_training_parts import scenario
 
 SCENARIOS = [scenario("support", "a"), scenario("support", "b"), scenario("charm", "c")]
@@ -140,7 +141,7 @@ def test_a_run_that_starts_takes_nothing_from_another_life(tmp_path: Path) -> No
     assert best is not None and (best.step, best.overall) == (5, pytest.approx(0.1))
 
 
-def test_a_run_with_validation_leaves_a_summary(ctcgrpo: Command, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_with_validation_leaves_a_summary(ctcgrpo: Command, tmp_path: Path) -> None:
     held_out = ["validation.scenarios=english/test", "validation.every=1", "validation.samples=1"]
     code, out, err = ctcgrpo("train", TINY, *FAST, f"run.output_dir={tmp_path}", *held_out)
     assert code == 0, err
