@@ -285,7 +285,7 @@ async def test_concurrency_and_rate_are_kept() -> None:
         assert llm.most_at_once == 3
     with (
         FakeLlm().serving() as llm,
-        simulator(configuration(llm, endpoint__requests_per_minute=20, deadline=1.5)) as (url, _),
+        simulator(configuration(llm, endpoint__requests_per_minute=20, deadline=4.0)) as (url, _),
     ):
         async with SimulatorClient(url) as client:
             results = await asyncio.gather(

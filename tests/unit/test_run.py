@@ -24,6 +24,7 @@ from ctcgrpo.simulator.protocol import Reaction, TurnRequest
 from ctcgrpo.simulator.scripted.backend import react
 from ctcgrpo.simulator.server import SimulatorServer, running
 from tests.conftest import ROOT, Backend, Command
+from tests.fake_llm import FakeLlm
 
 TINY = str(ROOT / "recipes" / "tiny.yaml")
 
@@ -245,10 +246,20 @@ def test_a_checkpoint_without_its_marker_is_never_loaded(ctcgrpo: Command, tmp_p
     assert "step 2/2" in out and "step 1/2" not in out
 
 
-def test_weights_and_biases_offline(ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_offline_learn_no_secret(
+    ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")  # so that the run's own setting is undone afterwards
     monkeypatch.setenv("WANDB_SILENT", "true")
-    code, _, err = ctcgrpo("train", TINY, *FAST, f"run.output_dir={tmp_path}", "run.wandb=offline")
+    monkeypatch.setenv("MARKED_KEY", "marked-secret-key")
+    monkeypatch.setenv("CTCGRPO_SIMULATOR_TOKEN", "marked-secret-token")
+    with FakeLlm(key="marked-secret-key").serving() as llm:
+        config = tmp_path / "simulator.yaml"
+        config.write_text(f"backend: llm\nllm:\n  endpoints:\n    - {{url: '{llm.url}', model: m, key_env: MARKED_KEY}}\n")
+        command = ["train", TINY, *FAST, f"run.output_dir={tmp_path}", "run.wandb=offline", f"simulator.config={config}"]
+        code, _, err = ctcgrpo(*command)
     assert code == 0, err
     assert list((tmp_path / "wandb").glob("offline-run-*"))
+    for file in (path for path in tmp_path.rglob("*") if path.is_file()):
+        assert b"marked-secret" not in file.read_bytes(), file
