@@ -65,7 +65,7 @@ def memory(pid: int, field: str = "VmHWM") -> float:
 # --- scripted ----------------------------------------------------------------------------------------------------------------
 
 
-async def dialogue(session: aiohttp.ClientSession, url: str, seed: int, times: list[float]) -> None:
+async def dialogue(session: aiohttp.ClientSession, url: str, seed: int, times: list[float], pause: float) -> None:
     """A dialogue that nobody had before, without the client's own parsing: the server is what is measured."""
     rng = random.Random(seed)
     scenario = rng.choice(SCENARIOS)
@@ -91,10 +91,11 @@ async def dialogue(session: aiohttp.ClientSession, url: str, seed: int, times: l
         history.append(Utterance(speaker="user", text=reply["reply"]))
         if not reply["goes_on"]:
             return
+        await asyncio.sleep(pause)
 
 
-async def load(url: str, connections: int, seconds: float, seed: int) -> list[float]:
-    """Dialogues over so many connections for so long; the seconds of each turn."""
+async def load(url: str, connections: int, seconds: float, seed: int, pause: float = 0.0) -> list[float]:
+    """Dialogues over so many connections for so long, each pausing between its turns; the seconds of each turn."""
     times: list[float] = []
     seeds = itertools.count(seed)
     stop = time.monotonic() + seconds
@@ -102,7 +103,7 @@ async def load(url: str, connections: int, seconds: float, seed: int) -> list[fl
 
         async def one_after_the_other() -> None:
             while time.monotonic() < stop:
-                await dialogue(session, url, next(seeds), times)
+                await dialogue(session, url, next(seeds), times, pause)
 
         await asyncio.gather(*(one_after_the_other() for _ in range(connections)))
     return times
@@ -110,16 +111,18 @@ async def load(url: str, connections: int, seconds: float, seed: int) -> list[fl
 
 def scripted(console: Console) -> None:
     table = Table(title="scripted user, every dialogue new")
-    for name in ("connections", "turns/s", "p50 ms", "p99 ms", "server MB"):
+    for name in ("connections", "pause between turns", "turns/s", "p50 ms", "p99 ms", "server MB"):
         table.add_column(name, justify="right")
     with server() as (url, pid):
         asyncio.run(load(url, 8, 3, 10**9))  # warm
-        for connections in (8, 256):
+        for connections, pause in ((8, 0.05), (8, 0.0), (256, 0.0)):
             started = time.monotonic()
-            times = sorted(asyncio.run(load(url, connections, 10, connections * 10**6)))
+            times = sorted(asyncio.run(load(url, connections, 10, round((connections + pause) * 10**6), pause)))
             rate = len(times) / (time.monotonic() - started)
             p50, p99 = (1000 * times[int(q * len(times))] for q in (0.5, 0.99))
-            table.add_row(str(connections), f"{rate:.0f}", f"{p50:.1f}", f"{p99:.1f}", f"{memory(pid):.0f}")
+            table.add_row(
+                str(connections), f"{1000 * pause:.0f} ms", f"{rate:.0f}", f"{p50:.1f}", f"{p99:.1f}", f"{memory(pid):.0f}"
+            )
     console.print(table)
 
 

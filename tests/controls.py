@@ -1,12 +1,12 @@
 """What a trained policy has to beat on held-out scenarios: replies that listen to nobody.
 
-    python -m tests.controls checkpoints/quickstart
+    python -m tests.controls checkpoints/quickstart [checkpoints/ANOTHER ...]
 
 Prints the policy's score beside those of (a) the best constant reply and (b) the best script of one reply for each scene and
 turn, both picked on the training scenarios from what the policy said in training and from what its starter was taught; (c) a
 parrot of the user's line; (d) nonsense around the user's words. For each: the paired difference with its 95 % interval.
-Takes some minutes. (Picked on the held-out scenarios themselves, a script of four lines for four scenarios a scene fits their
-very words, and says nothing about scripts.)
+Takes some five minutes a run; several are compared together as well, scenario by scenario. (Picked on the held-out scenarios
+themselves, a script of four lines for four scenarios a scene fits their very words, and says nothing about scripts.)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -120,7 +120,8 @@ def policy_outcomes(folder: Path, scenarios: Sequence[Scenario]) -> Validation:
     return Validation(**max(records, key=lambda record: record["step"]))
 
 
-def main(folder: Path) -> None:
+def against_controls(folder: Path, console: Console) -> tuple[Validation, dict[str, Validation]]:
+    """The policy of a run and its controls on the held-out scenarios; prints them."""
     recipe: Recipe = load_recipe(folder / "recipe.yaml")
     assert recipe.validation is not None
     scenarios = load_scenarios(recipe.validation.scenarios, "test")
@@ -133,27 +134,49 @@ def main(folder: Path) -> None:
     trained_on = load_scenarios(recipe.scenarios.train, "train")
     constant = best_constant(trained_on, replies, score)
     lines = best_script(trained_on, replies, turns, score)
-    controls: dict[str, Speaker] = {
+    speakers: dict[str, Speaker] = {
         "best constant reply": lambda *_: constant,
         "best script by scene and turn": script(lines),
         "parrot": parrot,
         "nonsense around the user's words": nonsense,
     }
+    controls = {
+        name: validation_of(0, scenarios, [(s.id, score(s, speaker)) for s in scenarios])
+        for name, speaker in speakers.items()
+    }
     policy = policy_outcomes(folder, scenarios)
-    table = Table(title=f"{folder}: held-out score {policy.overall:+.3f}, against")
-    for name in ("control", "score", "policy is better by", "95 % interval"):
-        table.add_column(name)
-    for name, speaker in controls.items():
-        control = validation_of(0, scenarios, [(s.id, score(s, speaker)) for s in scenarios])
-        gain = improvement(control, policy)
-        low, high = gain["ci95"]
-        table.add_row(name, f"{control.overall:+.3f}", f"{gain['overall']:+.3f}", f"{low:+.3f} to {high:+.3f}")
-    console = Console(width=110)
-    console.print(table)
+    console.print(compared(str(folder), policy, controls))
     console.print(f"best constant: {constant}", markup=False)
     for scene, said in lines.items():
         console.print(f"best script, {scene}: {' | '.join(said)}", markup=False)
+    return policy, controls
+
+
+def compared(title: str, policy: Validation, controls: Mapping[str, Validation]) -> Table:
+    table = Table(title=f"{title}: held-out score {policy.overall:+.3f}, against")
+    for name in ("control", "score", "policy is better by", "95 % interval"):
+        table.add_column(name)
+    for name, control in controls.items():
+        gain = improvement(control, policy)
+        low, high = gain["ci95"]
+        table.add_row(name, f"{control.overall:+.3f}", f"{gain['overall']:+.3f}", f"{low:+.3f} to {high:+.3f}")
+    return table
+
+
+def pooled(validations: Sequence[Validation]) -> Validation:
+    """Several runs as one: by scenario, the mean of each run."""
+    means = [v.by_scenario for v in validations]
+    return Validation(0, {name: [m[name] for m in means] for name in means[0]}, validations[0].scenes)
+
+
+def main(folders: Sequence[Path]) -> None:
+    console = Console(width=110)
+    runs = [against_controls(folder, console) for folder in folders]
+    if len(runs) > 1:
+        policy = pooled([policy for policy, _ in runs])
+        controls = {name: pooled([c[name] for _, c in runs]) for name in runs[0][1]}
+        console.print(compared(f"all {len(runs)} runs together", policy, controls))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main([Path(argument) for argument in sys.argv[1:]])
