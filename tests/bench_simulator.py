@@ -91,7 +91,7 @@ async def dialogue(session: aiohttp.ClientSession, url: str, seed: int, times: l
         history.append(Utterance(speaker="user", text=reply["reply"]))
         if not reply["goes_on"]:
             return
-        await asyncio.sleep(pause)
+        await asyncio.sleep(rng.uniform(0, 2 * pause))
 
 
 async def load(url: str, connections: int, seconds: float, seed: int, pause: float = 0.0) -> list[float]:
