@@ -133,7 +133,7 @@ async def test_the_server_refuses_what_is_no_request(simulator_url: str) -> None
 @pytest.mark.parametrize("first", [says("busy", 429), says("oops", 500), says("", 503), hangs_up, hangs])
 async def test_what_a_retry_can_mend_is_retried(first: Handler) -> None:
     async with misbehaving(first, says(GOOD)) as (url, count):
-        async with SimulatorClient(url, timeout=0.5, backoff=0.01) as client:
+        async with SimulatorClient(url, timeout=1.5, backoff=0.01) as client:
             assert (await client.turn(request())).reply == "Hm."
         assert count[0] == 2
 

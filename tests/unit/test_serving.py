@@ -110,7 +110,7 @@ async def test_the_log_is_json_without_texts_by_default(level: str, monkeypatch:
     out = io.StringIO()
     turn = request("A line of the user's own.", "An answer to it.", seed=1)
     with FakeLlm(key="marked-key").serving() as llm:
-        config = configuration(llm, deadline=0.3, endpoint__key_env="MARKED_KEY", endpoint__timeout=0.2)
+        config = configuration(llm, deadline=1.5, endpoint__key_env="MARKED_KEY")
         with running(SimulatorServer(config, log=json_log(out, level), token="marked-token")) as url:
             async with SimulatorClient(url, token="marked-token", patience=0) as client:
                 await client.turn(turn)
