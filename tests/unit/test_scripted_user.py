@@ -254,6 +254,44 @@ def test_broken_sentences_score_badly() -> None:
         assert sum(v < -0.5 for v in values) >= 0.9 * len(values), (scene, values)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "You had to carry the cold I can see why the glasses could feel like home to you.",
+        "I was wrong about the boat I know the harbour.",
+        "I want to help you I will stay.",
+        "I can forgive him he has the keys.",
+    ],
+)
+def test_two_sentences_run_into_one_are_broken(text: str) -> None:
+    assert not LANGUAGE.is_sound(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The coat you wore to the harbour was warm.",
+        "I read the letter you sent the council.",
+        "After the storm you took the ladder and ran.",
+        "You told the vicar I had no time.",
+        "I hope you know she means it.",
+        "It was the day she found the boat.",
+        "I promise you I will bring the keys.",
+        "It is not a debt; it is a gift.",
+        "That is what I would have told him if he had asked.",
+    ],
+)
+def test_clauses_that_belong_together_are_no_splices(text: str) -> None:
+    assert LANGUAGE.is_sound(text)
+
+
+def test_no_written_reply_is_a_splice() -> None:
+    for replies in REPLIES.values():
+        for reply in (r for kind in replies.values() for r in kind):
+            for sentence in LANGUAGE.sentences(reply):
+                assert not LANGUAGE._is_spliced(sentence), sentence
+
+
 def test_keywords_alone_score_badly() -> None:
     def keywords(scenario: Scenario) -> float:
         details = scenario.script["details"]

@@ -2,7 +2,8 @@
 
 Every word has a set of possible tags; a sentence is sound when tags can be chosen so that no two neighbours are a pair
 that English does not allow ("the of", "to the." with nothing after it), it has a verb, and function words and content
-words alternate as they do in talk. It does not parse, and it lets odd but grammatical sentences pass.
+words alternate as they do in talk. It does not parse, and it lets odd but grammatical sentences pass; two sentences run
+into one are looked for by themselves (`is_spliced`).
 
 Tags: D determiner, P subject pronoun, O object pronoun, X auxiliary, M modal, Z "n't", V verb, G -ing form, N noun, J adjective,
 R adverb, I preposition, T "to", C conjunction, W question word, U interjection, "." the end, "," a pause, "^" the beginning.
@@ -10,7 +11,7 @@ R adverb, I preposition, T "to", C conjunction, W question word, U interjection,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from itertools import pairwise
 
 # For each tag, the tags that cannot follow it.
@@ -37,6 +38,10 @@ _CANNOT_FOLLOW: dict[str, str] = {
 _FUNCTION_TAGS = frozenset("DPOXMZITCW")
 _LONGEST_CONTENT_RUN = 4
 _LONGEST_FRAGMENT = 7
+_SUBJECTS = frozenset(["i", "he", "she", "we", "they", "you", "it"])
+_ONLY_SUBJECTS = _SUBJECTS - {"you", "it"}
+_OBJECTS = frozenset(["me", "him", "her", "us", "them", "you"])
+_OPENS_CLAUSE = frozenset("IWC")
 
 
 def _tags_of(word: str, lexicon: Mapping[str, str]) -> str:
@@ -91,3 +96,53 @@ def _agrees(tokens: Sequence[str], lexicon: Mapping[str, str]) -> bool:
         if not reachable:
             return False
     return any("." not in _CANNOT_FOLLOW.get(tag, "") for tag in reachable)
+
+
+def is_spliced(tokens: Sequence[str], lexicon: Mapping[str, str], takes_clause: Set[str], takes_two: Set[str]) -> bool:
+    """Whether a second sentence begins in the middle of a first one, with nothing between them.
+
+    `tokens`: as for `is_sound`, of a stretch without colons, dashes and the like; `takes_clause`: words that a clause may follow
+    with no word between (I think, the day); `takes_two`: verbs with two objects. Told by two signs, each rare in good English: a
+    noun, a subject and its verb, as in "the coat you wore", but the verb has an object of its own ("the cold I can see
+    why"); or an object and a subject side by side ("to help you I will").
+    """
+    for k in range(2, len(tokens)):
+        before, after = tokens[k - 1], _verb_group(tokens, k, lexicon)
+        if not after or before in takes_clause:
+            continue
+        # "After the storm you took the ladder" is as it should be.
+        if _OPENS_CLAUSE & set(_tags_of(tokens[0], lexicon)) or any(_subordinates(t, lexicon) for t in tokens[:k]):
+            continue
+        if before in _OBJECTS and tokens[k] in _ONLY_SUBJECTS and not takes_clause & set(tokens[max(0, k - 3) : k]):
+            return True
+        # So is "told the vicar I had no time".
+        if "," in tokens[:k] or (takes_clause | takes_two) & set(tokens[max(0, k - 4) : k - 2]):
+            continue
+        noun = "D" in lexicon.get(tokens[k - 2], "") and not _FUNCTION_TAGS & set(_tags_of(before, lexicon))
+        if noun and tokens[after - 1] not in takes_two and after < len(tokens):
+            follows = set(_tags_of(tokens[after], lexicon))
+            if follows <= set("DO") or (follows <= set("WR") and "W" in follows):
+                return True
+    return False
+
+
+def _subordinates(token: str, lexicon: Mapping[str, str]) -> bool:
+    return lexicon.get(token) == "C" and token not in ("and", "or", "nor")
+
+
+def _verb_group(tokens: Sequence[str], k: int, lexicon: Mapping[str, str]) -> int:
+    """Where the verb of a clause that begins with the subject at `k` ends, or 0 where none begins there."""
+
+    def tags(at: int) -> set[str]:
+        return set(_tags_of(tokens[at], lexicon)) if at < len(tokens) else set()
+
+    if tokens[k] not in _SUBJECTS:
+        return 0
+    at = k + 1
+    while "R" in tags(at) and not set("XMV") & tags(at):
+        at += 1
+    if not set("XMV") & tags(at):
+        return 0
+    while set("XMZ") & tags(at) or tags(at) == {"R"}:
+        at += 1
+    return at + 1 if "V" in tags(at) and "D" not in tags(at) else at

@@ -1,8 +1,8 @@
 """What the scripted user knows of a language: `languages/CODE.yaml`. A language is added by adding a file.
 
-A file holds: `script` (latin or han), `lexicon` (tag -> words, latin only), `things` (concrete
-everyday words), `faults` and `moves` (name -> patterns and
-effect; moves per scene), `lines` (what the user says where the scenario has no words of its own).
+A file holds: `script` (latin or han), `lexicon` (tag -> words, latin only), `things` (concrete everyday words), `takes_clause`
+and `takes_two` (latin only: see `grammar.is_spliced`), `faults` and `moves` (name -> patterns and effect; moves per scene),
+`lines` (what the user says where the scenario has no words of its own).
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import snowballstemmer
 
 from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.records import Scene
-from ctcgrpo.simulator.scripted.grammar import is_sound
+from ctcgrpo.simulator.scripted.grammar import is_sound, is_spliced
 from ctcgrpo.strict_yaml import load_yaml
 
 _LANGUAGES = files("ctcgrpo.simulator.scripted") / "languages"
 _LATIN_TOKEN = re.compile(r"n't\b|'(?:s|m|re|ve|d|ll)\b|[a-z]+(?=n't\b)|[a-z]+|\d+(?:[.,:]\d+)*|,")
 _HAN_RUN = re.compile(r"[\u4e00-\u9fff]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"')\]]*(?:\s+|(?<=[。！？]))|\n+")
+_BREAK = re.compile(r"[;:()\"“”—–]| - |--")
 _ENDED = re.compile(r"[.!?…。！？][\"')\]”’」]*\s*$")
 _KEPT = 8192
 """Texts whose reading is kept."""
@@ -55,6 +56,8 @@ class Language:
     han: bool
     lexicon: Mapping[str, str]
     things: frozenset[str]
+    takes_clause: frozenset[str]
+    takes_two: frozenset[str]
     faults: tuple[Pattern, ...]
     scene_faults: Mapping[str, tuple[Pattern, ...]]
     moves: Mapping[str, tuple[Pattern, ...]]
@@ -119,10 +122,15 @@ class Language:
         """Whether it is a sentence of this language that hangs together."""
         if not self.han:
             first = next((char for char in sentence if char.isalnum()), "a")
-            return not first.islower() and is_sound(self.tokens(sentence), self.lexicon)
+            return not first.islower() and is_sound(self.tokens(sentence), self.lexicon) and not self._is_spliced(sentence)
         letters = re.findall(r"[\w]", sentence)
         han = sum(map(len, _HAN_RUN.findall(sentence)))
         return bool(letters) and han >= 0.6 * len(letters) and not re.search(r"(.{1,4})\1{2,}", sentence)
+
+    def _is_spliced(self, sentence: str) -> bool:
+        return any(
+            is_spliced(self.tokens(part), self.lexicon, self.takes_clause, self.takes_two) for part in _BREAK.split(sentence)
+        )
 
     def _is_content(self, token: str) -> bool:
         if self.han:
@@ -158,6 +166,8 @@ def load_language(code: str) -> Language:
         han=data["script"] == "han",
         lexicon=lexicon,
         things=things,
+        takes_clause=frozenset(str(data.get("takes_clause", "")).split()),
+        takes_two=frozenset(str(data.get("takes_two", "")).split()),
         faults=_patterns(data["faults"]),
         scene_faults={scene: _patterns(data["scene_faults"].get(scene, {})) for scene in scenes},
         moves={scene: _patterns(data["moves"][scene]) for scene in scenes},
