@@ -261,6 +261,7 @@ def test_broken_sentences_score_badly() -> None:
         "I was wrong about the boat I know the harbour.",
         "I want to help you I will stay.",
         "I can forgive him he has the keys.",
+        "You stood there with the floor and felt the steam that?",
     ],
 )
 def test_two_sentences_run_into_one_are_broken(text: str) -> None:
@@ -278,11 +279,25 @@ def test_two_sentences_run_into_one_are_broken(text: str) -> None:
         "It was the day she found the boat.",
         "I promise you I will bring the keys.",
         "It is not a debt; it is a gift.",
+        "No one wants that.",
+        "I told my mother that.",
         "That is what I would have told him if he had asked.",
     ],
 )
 def test_clauses_that_belong_together_are_no_splices(text: str) -> None:
     assert LANGUAGE.is_sound(text)
+
+
+def test_a_word_cut_short_breaks_a_sentence() -> None:
+    broken = []
+    for scenario in SCENARIOS.values():
+        for word in (w for w in scenario.opening_line.lower().split() if w.isalpha() and len(w) > 6):
+            if not LANGUAGE.is_common(word):
+                said = (f"I can see what the {w} meant to you." for w in (word[:-3], word))
+                cut, whole = ("make sense" in converse(scenario, [s])[1][0][2] for s in said)
+                broken.append(cut)
+                assert not whole, word
+    assert len(broken) > 60 and mean(broken) > 0.5  # the others have become another word, or the same one
 
 
 def test_no_written_reply_is_a_splice() -> None:

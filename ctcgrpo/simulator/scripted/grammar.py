@@ -104,8 +104,10 @@ def is_spliced(tokens: Sequence[str], lexicon: Mapping[str, str], takes_clause: 
     `tokens`: as for `is_sound`, of a stretch without colons, dashes and the like; `takes_clause`: words that a clause may follow
     with no word between (I think, the day); `takes_two`: verbs with two objects. Told by two signs, each rare in good English: a
     noun, a subject and its verb, as in "the coat you wore", but the verb has an object of its own ("the cold I can see
-    why"); or an object and a subject side by side ("to help you I will").
+    why"); or an object and a subject side by side ("to help you I will"). One that does not get beyond its "that" counts too.
     """
+    if len(tokens) > 3 and tokens[-1] == "that" and _is_noun(tokens, len(tokens) - 2, lexicon):
+        return not takes_two & set(tokens)
     for k in range(2, len(tokens)):
         before, after = tokens[k - 1], _verb_group(tokens, k, lexicon)
         if not after or before in takes_clause:
@@ -118,12 +120,17 @@ def is_spliced(tokens: Sequence[str], lexicon: Mapping[str, str], takes_clause: 
         # So is "told the vicar I had no time".
         if "," in tokens[:k] or (takes_clause | takes_two) & set(tokens[max(0, k - 4) : k - 2]):
             continue
-        noun = "D" in lexicon.get(tokens[k - 2], "") and not _FUNCTION_TAGS & set(_tags_of(before, lexicon))
-        if noun and tokens[after - 1] not in takes_two and after < len(tokens):
+        if _is_noun(tokens, k - 1, lexicon) and tokens[after - 1] not in takes_two and after < len(tokens):
             follows = set(_tags_of(tokens[after], lexicon))
             if follows <= set("DO") or (follows <= set("WR") and "W" in follows):
                 return True
     return False
+
+
+def _is_noun(tokens: Sequence[str], at: int, lexicon: Mapping[str, str]) -> bool:
+    """Whether a word with an article or the like before it stands there, so that it can be nothing else."""
+    before = set(lexicon.get(tokens[at - 1], "")) if at else set()
+    return "D" in before and before <= set("DUON") and not _FUNCTION_TAGS & set(_tags_of(tokens[at], lexicon))
 
 
 def _subordinates(token: str, lexicon: Mapping[str, str]) -> bool:

@@ -15,8 +15,8 @@ _RUN = 4
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """`sound`: it hangs together. `own`: it is not taken over from what was said before. `sensible`: most of its content
-    is everyday talk or belongs to this scenario."""
+    """`sound`: it hangs together, of whole words. `own`: it is not taken over from what was said before. `sensible`: most of its
+    content is everyday talk or belongs to this scenario."""
 
     text: str
     sound: bool
@@ -77,7 +77,8 @@ def read(
     """`heard`: what the user said and what the policy's role was told; `latest`: the user's last line, "" where the policy
     opens; `earlier`: the policy's earlier replies."""
     sources = _all_runs(heard, language)
-    sentences = tuple(_sentence(s, knowledge, language, sources) for s in language.sentences(text))
+    words = frozenset().union(*(_words(text, language) for text in heard))
+    sentences = tuple(_sentence(s, knowledge, language, sources, words) for s in language.sentences(text))
     counting = [s for s in sentences if s.counts]
     said = frozenset().union(*(s.content for s in counting))
     known = frozenset().union(*(language.content(text) for text in heard))
@@ -115,18 +116,30 @@ def _touches(content: frozenset[str], detail: Detail, just_raised: bool) -> bool
     return (bool(named) and len(content - named) >= 3) or len(around) >= (1 if just_raised else 2)
 
 
-def _sentence(text: str, knowledge: Knowledge, language: Language, sources: frozenset[tuple[str, ...]]) -> Sentence:
+def _sentence(
+    text: str, knowledge: Knowledge, language: Language, sources: frozenset[tuple[str, ...]], heard: frozenset[str]
+) -> Sentence:
     words = [t for t in language.tokens(text) if t != ","]
     content = language.content(text)
     talk = {stem(w) for w in words if language.is_common(w)} - language.thing_stems
     strange = content - knowledge.vocabulary - talk
     return Sentence(
         text=text,
-        sound=language.is_sound(text),
+        sound=language.is_sound(text) and not any(_is_cut(w, heard, knowledge, language) for w in words),
         own=_coverage(text, sources, language) <= 0.5,
         sensible=language.han or len(strange) <= max(1, len(content) // 3),
         content=content,
     )
+
+
+def _is_cut(word: str, heard: frozenset[str], knowledge: Knowledge, language: Language) -> bool:
+    """Whether it is the beginning of a word that was heard ("stri" for stride) and no word by itself that anybody here knows."""
+    if language.han or language.is_common(word) or not word.isalpha():
+        return False
+    if len(word) < 2 or word in heard or stem(word) in knowledge.vocabulary | language.thing_stems:
+        return False
+    longer = [h for h in heard if h.startswith(word) and stem(h) != stem(word)]
+    return any(not language.is_common(h.removeprefix(word)) for h in longer)  # "hall" is a word where there is a hallway
 
 
 def _alike(a: Sentence, b: Sentence, language: Language) -> bool:
