@@ -5,7 +5,9 @@ log-probabilities that put ratios between 0.7 and 1.4, so that both sides of the
 lengths; one failed episode. Compared are gradients per parameter (relative 1e-5), the gradient norm, log-probabilities per
 token, and the weights after two steps at lr 1e-3, relative to how far they moved (1e-3).
 
-    python -m tests.sameness OUT.pt BASE [--tokens-per-row N] [--shift]       also under torchrun, for several processes
+    python -m tests.sameness OUT.pt BASE [--tokens-per-row N] [--shift] [--backend zero1|zero2|zero3|fsdp2]
+
+Also under torchrun, for several processes; with a backend always so.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from trl import GRPOConfig
 
 from ctcgrpo.records import Anchors, Completion, Episode, Failure, Scenario, Turn, UserState
 from ctcgrpo.scoring import outcome_score
+from ctcgrpo.sharding import sharding_arguments
 from ctcgrpo.training.rows import Row
 from ctcgrpo.training.samples import CreditOptions
 from ctcgrpo.training.trainer import CtcGrpoTrainer, UpdateOptions
@@ -101,10 +104,77 @@ class _Capture(TrainerCallback):
         self.gradients: dict[str, torch.Tensor] = {}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.keep(model)
+
+    def keep_before(self, engine: Any) -> None:
+        """DeepSpeed takes its step by itself, before transformers would call."""
+        plain_step = engine.step
+
+        def step(*a: Any, **k: Any) -> Any:
+            self.keep(engine.module)
+            return plain_step(*a, **k)
+
+        engine.step = step
+
+    def keep(self, model: Any) -> None:
         if not self.gradients:
-            self.gradients = {
-                n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
-            }
+            named = ((n.removeprefix("module."), p) for n, p in model.named_parameters())
+            self.gradients = {n: g for n, p in named if (g := _gradient(p)) is not None}
+
+
+class _BeforeTraining(TrainerCallback):
+    """Log-probabilities under the first weights, once the model is wrapped as it will be trained."""
+
+    def __init__(self, trainer: CtcGrpoTrainer, capture: _Capture, logprobs: list[tuple[float, ...]]) -> None:
+        self.trainer, self.capture, self.logprobs = trainer, capture, logprobs
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer.is_deepspeed_enabled:
+            self.capture.keep_before(trainer.model_wrapped)
+        samples = trainer._new_batch([{}] * (GROUPS * GROUP_SIZE // trainer.accelerator.num_processes))[0]
+        self.logprobs += trainer.logprobs(trainer.model_wrapped, samples)
+
+
+def _gradient(parameter: Any) -> torch.Tensor | None:
+    """The whole gradient of a parameter, wherever its parts are."""
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter).float().clone()
+    if parameter.grad is None:
+        return None
+    grad = parameter.grad
+    return (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone()
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    """Every parameter whole, on every process."""
+    named = [(n.removeprefix("module."), p) for n, p in model.named_parameters()]
+    if any(hasattr(p, "ds_id") for _, p in named):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p for _, p in named]):
+            return {n: p.detach().clone() for n, p in named}
+    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in named}
+
+
+def on_cpu_with_gloo(backend: str) -> None:
+    """Let accelerate run DeepSpeed and FSDP2 on processes without GPUs, for which it has no communication of its own."""
+    from accelerate.state import DistributedType, PartialState
+
+    kind = DistributedType.DEEPSPEED if backend.startswith("zero") else DistributedType.MULTI_GPU
+    PartialState._prepare_backend = lambda self, *a, **k: ("gloo", kind)  # type: ignore[method-assign]
+    if backend.startswith("zero"):
+        import deepspeed.ops
+
+        # It would be compiled here, for over a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def backend_arguments(backend: str | None) -> dict[str, Any]:
+    """What chooses it, as a recipe does."""
+    return sharding_arguments({None: "none", "fsdp2": "fsdp2"}.get(backend, f"configs/deepspeed/{backend}.json"))
 
 
 def build_trainer(
@@ -116,6 +186,7 @@ def build_trainer(
     max_failed: float = 0.5,
     credit: CreditOptions = CreditOptions(),
     callbacks: Any = (),
+    peft_config: Any = None,
     **config: Any,
 ) -> CtcGrpoTrainer:
     """The trainer on the fixed episodes, each process with its contiguous share of them."""
@@ -139,7 +210,6 @@ def build_trainer(
             steps_per_generation=1,
             num_iterations=updates,
             temperature=TEMPERATURE,
-            learning_rate=1e-3,
             lr_scheduler_type="constant",
             gradient_checkpointing=False,
             shuffle_dataset=False,
@@ -148,7 +218,8 @@ def build_trainer(
             report_to=[],
             disable_tqdm=True,
             dataloader_pin_memory=False,
-            **{"model_init_kwargs": {"dtype": "float32"}, "max_grad_norm": 0.0, "save_strategy": "no"} | config,
+            **{"learning_rate": 1e-3, "model_init_kwargs": {"dtype": "float32"}, "max_grad_norm": 0.0, "save_strategy": "no"}
+            | config,
         ),
         train_dataset=Dataset.from_dict({"scenario": [0] * (GROUPS * STEPS)}),
         processing_class=AutoTokenizer.from_pretrained(base),
@@ -163,6 +234,7 @@ def build_trainer(
             max_failed=max_failed,
         ),
         callbacks=list(callbacks),
+        peft_config=peft_config,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -184,29 +256,37 @@ def shift_one_position(trainer: CtcGrpoTrainer) -> None:
     trainer._score = wrong  # type: ignore[method-assign]
 
 
-def run(base: str, *, tokens_per_row: int = 400, shift: bool = False) -> Outcome:
+def run(base: str, *, tokens_per_row: int = 400, shift: bool = False, backend: str | None = None) -> Outcome:
     capture = _Capture()
+    if backend:
+        on_cpu_with_gloo(backend)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(base, folder, tokens_per_row=tokens_per_row, callbacks=[capture])
+        before = weights(AutoModelForCausalLM.from_pretrained(base, dtype="float32"))
+        options = backend_arguments(backend)
+        trainer = build_trainer(base, folder, tokens_per_row=tokens_per_row, callbacks=[capture], **options)
         if shift:
             shift_one_position(trainer)
         made: list[int] = []
         plain_update = trainer.update_rows
         trainer.update_rows = lambda model, rows: (made.append(len(rows)), plain_update(model, rows))[1]  # type: ignore
-        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-        samples = trainer._new_batch([{}] * (GROUPS * GROUP_SIZE // trainer.accelerator.num_processes))[0]
-        logprobs = trainer.logprobs(trainer.model, samples)
+        trainer.add_callback(_BeforeTraining(trainer, capture, logprobs := []))
         trainer.train()
         norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
         return Outcome(
             processes=trainer.accelerator.num_processes,
-            backend=type(trainer.model_wrapped).__name__,
+            backend=_backend_of(trainer.model_wrapped),
             rows=made[0],
             gradients=capture.gradients,
             norm=float(norms[0]),
             logprobs={str(trainer.accelerator.process_index): logprobs},
-            moved={n: p.detach() - before[n] for n, p in trainer.model.named_parameters()},
+            moved={n: p - before[n] for n, p in weights(trainer.model).items()},
         )
+
+
+def _backend_of(wrapped: Any) -> str:
+    """What really ran, not what was asked for."""
+    stage = wrapped.zero_optimization_stage() if hasattr(wrapped, "zero_optimization_stage") else None
+    return type(wrapped).__name__ + (f", ZeRO-{stage}" if stage is not None else "")
 
 
 def difference(a: Outcome, b: Outcome) -> dict[str, float]:
@@ -235,8 +315,9 @@ def main() -> None:
     parser.add_argument("base")
     parser.add_argument("--tokens-per-row", type=int, default=400)
     parser.add_argument("--shift", action="store_true")
+    parser.add_argument("--backend")
     args = parser.parse_args()
-    outcome = run(args.base, tokens_per_row=args.tokens_per_row, shift=args.shift)
+    outcome = run(args.base, tokens_per_row=args.tokens_per_row, shift=args.shift, backend=args.backend)
     rank = next(iter(outcome.logprobs))
     torch.save(vars(outcome), args.out.with_suffix(f".rank{rank}.pt"))
 

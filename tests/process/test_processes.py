@@ -35,15 +35,38 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_are_the_same_as_one(tiny: Path, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    launched = run(*torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-                   "-m", "tests.sameness", str(tmp_path / "two"), str(tiny))  # fmt: skip
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+TORCHRUN += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+SHARDED = {k: v for k, v in ENVIRONMENT.items() if k != "ACCELERATE_USE_CPU"}
+SHARDED |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def one(tiny: Path) -> sameness.Outcome:
+    return sameness.run(str(tiny))
+
+
+@pytest.mark.parametrize(
+    ("backend", "ran"),
+    [
+        ("", "DistributedDataParallel"),
+        ("zero1", "DeepSpeedEngine, ZeRO-1"),
+        ("zero2", "DeepSpeedEngine, ZeRO-2"),
+        ("zero3", "DeepSpeedEngine, ZeRO-3"),
+        ("fsdp2", "FSDPQwen3ForCausalLM"),
+    ],
+)
+def test_two_processes_are_the_same_as_one(
+    one: sameness.Outcome, backend: str, ran: str, tiny: Path, tmp_path: Path
+) -> None:
+    options = ["--backend", backend] if backend else []
+    command = [*TORCHRUN, "-m", "tests.sameness", str(tmp_path / "two"), str(tiny), *options]
+    environment = SHARDED if backend else ENVIRONMENT
+    launched = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert launched.returncode == 0, launched.stderr
     parts = [sameness.Outcome(**torch.load(tmp_path / f"two.rank{r}.pt", weights_only=False)) for r in (0, 1)]
-    one = sameness.run(str(tiny))
     assert [p.processes for p in parts] == [2, 2]
-    assert {p.backend for p in parts} == {"DistributedDataParallel"}
+    assert [p.backend for p in parts] == [ran, ran]
     for part in parts:
         assert sameness.is_same(one, part), sameness.difference(one, part)
     together = [*parts[0].logprobs["0"], *parts[1].logprobs["1"]]
