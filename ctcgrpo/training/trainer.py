@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, gather_object
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import use_adapter
 
 from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.errors import RunPaused, TooManyFailures, too_many_failed
@@ -148,15 +149,27 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
             row.mask,
             clip=self._options.clip,
             entropy_bonus=self._options.entropy_bonus,
+            reference=self._reference(model, row) if self.beta else None,
+            kl_weight=self.beta,
         )
+
+    @torch.no_grad()
+    def _reference(self, model: torch.nn.Module, row: Row) -> torch.Tensor:
+        """Log-probabilities (B, T) under the policy as it was before training: TRL's copy of it, or itself without its adapter."""
+        if self.ref_model is not None:
+            return _from_next(self._forward(self.ref_model, row).log_probs)
+        policy = self.accelerator.unwrap_model(model)
+        with use_adapter(policy, None):
+            return _from_next(self._forward(policy, row).log_probs)
 
     def _score(self, model: torch.nn.Module, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and entropy (B, T) of each token at the sampling temperature; 0 where it is not trained."""
+        output = self._forward(model, row)
+        return _from_next(output.log_probs), _from_next(output.entropy)
+
+    def _forward(self, model: torch.nn.Module, row: Row) -> Any:
         with self.accelerator.autocast():
-            output = model(input_ids=row.input_ids, attention_mask=row.attention_mask, labels=row.labels, fused_lm_head=True)
-        # The head scores the prediction of t + 1 from t; a row keeps it with the token predicted.
-        pad = torch.nn.functional.pad
-        return pad(output.log_probs, (1, 0)), pad(output.entropy, (1, 0))
+            return model(input_ids=row.input_ids, attention_mask=row.attention_mask, labels=row.labels, fused_lm_head=True)
 
     @torch.no_grad()
     def logprobs(self, model: torch.nn.Module, samples: Sequence[TurnSample]) -> list[tuple[float, ...]]:
@@ -190,6 +203,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
     def _new_batch(self, inputs: Sequence[dict[str, Any]]) -> list[list[TurnSample]]:
         """Play the step's episodes, share their credit out, and split their turns over the step's updates."""
         started = time.perf_counter()
+        self._log_number("policy_version", self.state.global_step)
         episodes = self.unless_paused(lambda: self._collect(self.rollout_step + 1, inputs))
         summaries = gather_object([summarise(e, self._credit) for e in episodes])
         self._refuse_failures(summaries, episodes)
@@ -239,8 +253,8 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         gaps = [-math.inf]
         for sample, now in zip(flat, current, strict=True):
             completion = recorded[sample.prompt_ids, sample.completion_ids]
-            kept = completion.log_kept or (0.0,) * len(now)
-            gaps += [abs(r + k - c) for r, k, c in zip(completion.logprobs, kept, now, strict=True)]
+            # Where an engine cannot tell what top-p and top-k kept, its log-probabilities are of another distribution.
+            gaps += [abs(r + k - c) for r, k, c in zip(completion.logprobs, completion.log_kept, now, strict=False)]
         # The maxima below let a NaN through: it has to be seen. -inf says that nothing was compared.
         largest = torch.tensor(gaps, dtype=torch.float32, device=self.accelerator.device).max()
         overall = float(self.accelerator.gather(largest.unsqueeze(0)).max())
@@ -269,6 +283,8 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         self._log_number("clip_share", over_all["clipped"] / tokens)
         self._log_number("entropy", over_all["entropy"] / tokens)
         self._log_number("ratio", over_all["ratio"] / tokens)
+        if self.beta:
+            self._log_number("kl", over_all["kl"] / tokens)
         self._log_number("trained_tokens", tokens)
         return torch.tensor(over_all["loss"] / tokens, device=self.accelerator.device)
 
@@ -311,6 +327,11 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Left out: a card with the run's figures is written on export, not at every checkpoint."""
+
+
+def _from_next(scores: torch.Tensor) -> torch.Tensor:
+    """The head scores the prediction of t + 1 from t; a row keeps it with the token predicted."""
+    return torch.nn.functional.pad(scores, (1, 0))
 
 
 def _no_reward(**_: Any) -> list[float]:

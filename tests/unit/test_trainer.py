@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from ctcgrpo import credit
@@ -116,3 +117,16 @@ def test_the_scene_baseline_survives_a_resume(tiny: Path, tmp_path: Path) -> Non
     resumed, again = run(str(tmp_path / "whole"), resume=True)
     assert resumed == whole
     assert all(torch.equal(weights[n], again[n]) for n in weights)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")])
+def test_the_kl_term_is_to_the_policy_before_training(tiny: Path, tmp_path: Path, lora: LoraConfig | None) -> None:
+    """A second model, or the policy without its adapter: of both the first update is no distance away, the second is."""
+    trainer = sameness.build_trainer(str(tiny), str(tmp_path), peft_config=lora, beta=0.5, learning_rate=1e-2)
+    assert (trainer.ref_model is None) == (lora is not None)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    first, second = (entry["kl"] for entry in trainer.state.log_history if "kl" in entry)
+    assert first == pytest.approx(0.0, abs=1e-5) and second > 1e-4
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if "lora" in n} if lora else len(moved) == len(before)

@@ -210,3 +210,18 @@ def test_without_old_logprobs_the_gradient_is_that_of_logprobs() -> None:
     sums = token_sums(logprobs, torch.zeros(1, 2), None, advantages, mask, clip=0.2, entropy_bonus=0.0)
     sums.loss.backward()
     assert logprobs.grad is not None and logprobs.grad[0].tolist() == [-2.0, 1.0] and sums.loss.item() == -1.0
+
+
+def test_the_kl_term_by_hand() -> None:
+    logprobs = torch.tensor([[-1.0, -2.0, -5.0]], requires_grad=True)
+    reference, mask = torch.tensor([[-1.5, -1.0, 99.0]]), torch.tensor([[True, True, False]])
+    nothing = torch.zeros(1, 3)
+    sums = token_sums(
+        logprobs, nothing, None, nothing, mask, clip=0.2, entropy_bonus=0.0, reference=reference, kl_weight=0.3
+    )
+    # exp(ref - logp) - (ref - logp) - 1 with ref - logp = -0.5 and 1
+    expected = (math.exp(-0.5) + 0.5 - 1) + (math.e - 1 - 1)
+    assert float(sums.kl) == pytest.approx(expected) and sums.loss.item() == pytest.approx(0.3 * expected)
+    sums.loss.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad[0].tolist() == pytest.approx([0.3 * (1 - math.exp(-0.5)), 0.3 * (1 - math.e), 0.0])
