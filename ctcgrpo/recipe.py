@@ -18,6 +18,7 @@ from ctcgrpo.errors import RecipeError
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.records import SCENES, Scene
 from ctcgrpo.sections import Section, environment_name, parse_mapping, read_text, validated
+from ctcgrpo.sharding import splits_weights
 from ctcgrpo.simulator.config import TOKEN_ENV
 
 _PYTHON_KEY = "'"
@@ -66,8 +67,27 @@ class Scenarios(Section):
     per_step: int = Field(16, ge=1, description="scenarios a step, stratified by scene")
 
 
+class Vllm(Section):
+    gpu_memory: float = Field(0.35, gt=0, lt=1, description="vllm_colocated: the share of each GPU's memory that it takes")
+    urls: tuple[str, ...] = Field((), description="vllm_server: the servers, each as http://HOST:PORT")
+    key_env: str | None = Field(None, description="vllm_server: the environment variable with their API key, if any")
+    group_port: int = Field(51216, ge=1024, le=65000, description="vllm_server: the first port for weights, one a server")
+    timeout: float = Field(600.0, gt=0, description="vllm_server: seconds a request")
+    patience: float = Field(120.0, gt=0, description="vllm_server: seconds that a request is repeated for")
+
+    @field_validator("urls")
+    @classmethod
+    def _are_urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for url in value:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"{url!r} does not begin with http:// or https://")
+        return value
+
+
 class Rollout(Section):
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm_colocated", "vllm_server"] = Field(
+        "transformers", description="what samples: transformers, vLLM on the training GPUs, or vLLM servers"
+    )
     group_size: int = Field(8, ge=2, description="G: rollouts a scenario")
     max_turns: int = Field(8, ge=1)
     max_new_tokens: int = Field(1024, ge=1, description="a turn")
@@ -76,6 +96,7 @@ class Rollout(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0 for no limit")
     max_batch: int = Field(64, ge=1, description="requests that the engine generates together")
+    vllm: Vllm = Vllm()  # type: ignore[call-arg]
     deterministic: bool = Field(False, description="fix the composition of every batch, for bit-identical reruns")
     max_failed: float = Field(0.5, ge=0, le=1, description="the share of failed episodes in a step that stops the run")
 
@@ -172,11 +193,15 @@ class Training(Section):
     max_grad_norm: float = Field(1.0, ge=0, description="0 for no clipping")
     clip: float = Field(0.2, gt=0, lt=1, description="of the probability ratio, both sides")
     entropy_bonus: float = Field(0.001, ge=0)
+    kl: float = Field(0.0, ge=0, description="weight of the KL term to the policy before training; 0 as published")
     old_logprobs: Literal["recomputed", "recorded"] = Field(
         "recomputed", description="recomputed by the trainer, or as recorded by the engine (without top-p and top-k only)"
     )
     tokens_per_row: int = Field(16384, ge=1, description="padded tokens that one forward and backward pass takes")
     gradient_checkpointing: bool = False
+    sharding: str = Field(
+        "none", description="none (every process holds the policy), fsdp2, or a DeepSpeed configuration (configs/deepspeed)"
+    )
     bf16: bool = Field(False, description="mixed precision: bfloat16 compute on float32 weights")
     save_every: int = Field(10, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(3, ge=1)
@@ -225,6 +250,27 @@ class Recipe(Section):
             raise ValueError(
                 "training.old_logprobs is 'recorded' with top-p or top-k, under which recorded log-probabilities are "
                 "renormalised over the kept mass; use 'recomputed', or rollout.top_p=1 and rollout.top_k=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> Recipe:
+        engine, vllm = self.rollout.engine, self.rollout.vllm
+        if engine == "vllm_server" and not vllm.urls:
+            raise ValueError("rollout.engine is 'vllm_server' and rollout.vllm.urls names no server")
+        if engine != "vllm_server" and vllm.urls:
+            raise ValueError(
+                f"rollout.vllm.urls names servers, but rollout.engine is {engine!r}; it is 'vllm_server' for them"
+            )
+        if engine != "transformers" and self.rollout.deterministic:
+            raise ValueError(
+                "rollout.deterministic promises the same run bit by bit, which vLLM's batches do not allow; "
+                "it needs rollout.engine 'transformers'"
+            )
+        if engine == "transformers" and splits_weights(self.training.sharding):
+            raise ValueError(
+                f"training.sharding {self.training.sharding!r} leaves no process with the whole policy, which rollout.engine "
+                "'transformers' samples from; use vllm_colocated or vllm_server, or ZeRO-1 or -2"
             )
         return self
 

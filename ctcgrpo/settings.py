@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -11,6 +12,7 @@ from trl import GRPOConfig
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.runner import Play
+from ctcgrpo.sharding import FSDP2, sharding_arguments
 from ctcgrpo.training.samples import CreditOptions
 from ctcgrpo.training.trainer import UpdateOptions
 
@@ -63,6 +65,15 @@ def lora_config(recipe: Recipe) -> LoraConfig | None:
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=modules, task_type="CAUSAL_LM")
 
 
+def _sharding(recipe: Recipe) -> dict[str, Any]:
+    sharding, checkpointing = recipe.training.sharding, recipe.training.gradient_checkpointing
+    arguments = sharding_arguments(sharding)
+    if sharding == FSDP2 and checkpointing:  # FSDP's own is cheaper: the other would gather weights once more
+        arguments["fsdp_config"]["activation_checkpointing"] = True
+        checkpointing = False
+    return {**arguments, "gradient_checkpointing": checkpointing}
+
+
 def trainer_arguments(recipe: Recipe, processes: int) -> GRPOConfig:
     """TRL's and transformers' side of the settings. Making them sets up the process group."""
     training, rollout = recipe.training, recipe.rollout
@@ -97,9 +108,9 @@ def trainer_arguments(recipe: Recipe, processes: int) -> GRPOConfig:
         warmup_steps=round(training.warmup * steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
+        **_sharding(recipe),
         bf16=training.bf16,
-        beta=0.0,
+        beta=training.kl,
         disable_dropout=True,
         logging_steps=updates,
         logging_nan_inf_filter=False,

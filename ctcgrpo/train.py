@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
+from trl.trainer.utils import ensure_master_addr_port
 
 from ctcgrpo import __version__
 from ctcgrpo.errors import (
+    PolicyEngineError,
     PolicyError,
     RecipeError,
     RunInterrupted,
@@ -32,12 +34,17 @@ from ctcgrpo.processes import interrupts, on_main
 from ctcgrpo.progress import RunProgress
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Episode, Scenario
+from ctcgrpo.rollout.engine import PolicyEngine
 from ctcgrpo.rollout.runner import RolloutRunner, Slot
 from ctcgrpo.rollout.traces import TraceWriter
 from ctcgrpo.rollout.transformers_engine import TransformersEngine
+from ctcgrpo.rollout.vllm_adapter import ColocatedVllm, ServerWeights
+from ctcgrpo.rollout.vllm_colocated import VllmColocatedEngine
+from ctcgrpo.rollout.vllm_server import VllmServerEngine
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.settings import credit_options, lora_config, play_settings, trainer_arguments, update_options
+from ctcgrpo.sharding import check_launcher, deepspeed_stage
 from ctcgrpo.simulator.choice import introduced
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, load_simulator_config
@@ -70,6 +77,9 @@ class _Run:
         # DeepSpeed, if it is to shard a model while loading, has to be configured by then.
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         recipe.check_processes(processes)
+        check_launcher(recipe.training.sharding)
+        if deepspeed_stage(recipe.training.sharding) and processes == 1:
+            _alone()
         try:
             arguments = trainer_arguments(recipe, processes)
         except ValueError as error:  # what transformers and TRL refuse, for example bfloat16 where the machine has none
@@ -84,11 +94,6 @@ class _Run:
             raise RecipeError(
                 f"one process sees {arguments.n_gpu} GPUs; launch one process a GPU (ctcgrpo train --processes "
                 f"{arguments.n_gpu}, or accelerate launch), or let it see one with CUDA_VISIBLE_DEVICES"
-            )
-        if arguments.deepspeed_plugin is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-            raise RecipeError(
-                "DeepSpeed and FSDP shard the policy, which rollout.engine 'transformers' cannot sample from; "
-                "launch without them"
             )
         if self._state.num_processes != processes:
             raise RecipeError(
@@ -147,15 +152,10 @@ class _Run:
             callbacks=[_Bookkeeping(self)],
         )
         self._trainer.remove_callback(PrinterCallback)
+        self._engine = self._make_engine(tokenizer, ends, interrupted)
+        stack.callback(self._engine.close)
         self._runner = RolloutRunner(
-            engine=TransformersEngine(
-                self._trainer.accelerator.unwrap_model(self._trainer.model),
-                pad_id=tokenizer.pad_token_id,
-                stop_ids=ends,
-                max_batch=recipe.rollout.max_batch,
-                autocast=self._trainer.accelerator.autocast,
-                interrupted=interrupted,
-            ),
+            engine=self._engine,
             simulator=simulator,
             contexts=contexts,
             tokenizer=tokenizer,
@@ -171,6 +171,53 @@ class _Run:
         except (OSError, ValueError, ImportError) as error:
             where = f"policy (model {self._recipe.policy.model!r}, attention, lora)"
             raise PolicyError(f"{where}: {str(error).splitlines()[0]}") from None
+
+    def _make_engine(
+        self, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int], interrupted: Callable[[], bool]
+    ) -> PolicyEngine:
+        rollout, trainer, state = self._recipe.rollout, self._trainer, self._state
+        length = rollout.max_prompt_tokens + rollout.max_new_tokens
+        if rollout.engine == "vllm_colocated":
+            vllm = ColocatedVllm(
+                lambda: trainer.model,
+                trainer.accelerator,
+                tokenizer,
+                stop_ids=ends,
+                max_length=length,
+                max_requests=rollout.max_batch,
+                gpu_memory=rollout.vllm.gpu_memory,
+                seed=self._recipe.run.seed,
+            )
+            return VllmColocatedEngine(vllm, interrupted=interrupted)
+        if rollout.engine == "vllm_server":
+            weights = ServerWeights(
+                lambda: trainer.model,
+                trainer.accelerator,
+                tokenizer,
+                urls=rollout.vllm.urls,
+                group_port=rollout.vllm.group_port,
+                timeout=rollout.vllm.timeout,
+            )
+            return VllmServerEngine(
+                rollout.vllm.urls,
+                weights=weights,
+                stop_ids=ends,
+                max_length=length,
+                process=state.process_index,
+                processes=state.num_processes,
+                barrier=state.wait_for_everyone,
+                key=os.environ.get(rollout.vllm.key_env) if rollout.vllm.key_env else None,
+                timeout=rollout.vllm.timeout,
+                patience=rollout.vllm.patience,
+            )
+        return TransformersEngine(
+            trainer.accelerator.unwrap_model(trainer.model),
+            pad_id=tokenizer.pad_token_id,
+            stop_ids=ends,
+            max_batch=rollout.max_batch,
+            autocast=trainer.accelerator.autocast,
+            interrupted=interrupted,
+        )
 
     def _build_policy(self) -> str:
         """A builtin policy is built anew for a run that starts, and taken as it is by one that goes on."""
@@ -208,6 +255,7 @@ class _Run:
                 folder.write_summary(self._validator.summary(**facts))
             folder.finish()
         trainer.accelerator.wait_for_everyone()
+        self._engine.close()  # while the processes' groups exist: vLLM has some of its own in them
         trainer.accelerator.end_training()
         progress.say(f"trained policy: {folder.final}")
         return folder.final
@@ -263,7 +311,15 @@ class _Run:
             write(episode)
             self._progress.episode(episode)
 
-        return asyncio.run(runner.run(slots, on_episode))
+        version = self._trainer.state.global_step
+        self._engine.take_weights(version)
+        try:
+            episodes = asyncio.run(runner.run(slots, on_episode))
+        finally:
+            self._engine.rest()
+        if self._engine.version != version:  # one batch of rollouts, one policy
+            raise PolicyEngineError(f"rollouts of version {version} were sampled from version {self._engine.version}")
+        return episodes
 
     def _simulator_urls(self, stack: contextlib.ExitStack, scenarios: Sequence[Scenario]) -> str | tuple[str, ...]:
         """The URLs that all processes ask; the main one keeps the embedded server."""
@@ -318,6 +374,14 @@ class _Run:
         checkpoint = self._folder.newest_checkpoint()
         saved = f"Saved {checkpoint}" if checkpoint else "Nothing was trained yet"
         return f"{saved}; the same command again goes on from there"
+
+
+def _alone() -> None:
+    """A process that was launched by itself, for DeepSpeed: it wants to be told where to meet the others."""
+    for name in ("RANK", "LOCAL_RANK"):
+        os.environ.setdefault(name, "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    ensure_master_addr_port()
 
 
 def _scenarios(recipe: Recipe) -> list[Scenario]:

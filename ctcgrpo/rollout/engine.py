@@ -7,9 +7,10 @@ timing, process count or neighbours in the batch, but through floating-point bat
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Self
 
 from ctcgrpo.records import Completion
 
@@ -28,10 +29,33 @@ class Sampling:
         return self.top_p < 1.0 or self.top_k > 0
 
 
-class PolicyEngine(Protocol):
+class PolicyEngine(ABC):
+    """All processes call `take_weights` and `rest` together; in between each makes requests at its own pace, within
+    `async with engine`."""
+
+    version: int | None = None
+    """How many optimizer steps the weights that it samples from have seen; None before it has any."""
+
+    def take_weights(self, version: int) -> None:
+        """Sample from the trained policy as it is now, from here on. Raises PolicyEngineError where the weights cannot be
+        handed over whole, and while requests are under way: a batch of rollouts comes from one version."""
+        self.version = version
+
+    @abstractmethod
     async def generate(self, prompt_ids: Sequence[int], *, seed: int, sampling: Sampling) -> Completion:
         """Sample one completion. Raises PolicyEngineError where the engine cannot."""
-        ...
+
+    def rest(self) -> None:  # noqa: B027 - an engine without memory of its own has nothing to give back
+        """Nothing is asked for until `take_weights` comes again: leave the memory to the update."""
+
+    def close(self) -> None:  # noqa: B027
+        """The run is over; called once more does no harm."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
 
 
 def request_seed(*where: object) -> int:

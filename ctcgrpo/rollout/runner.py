@@ -89,7 +89,7 @@ class RolloutRunner:
         Raises RunPaused as soon as the run is asked to stop, or the simulator may spend no more.
         """
         players = [_Player(self, slot, on_episode) for slot in slots]
-        async with self.simulator:
+        async with self.simulator, self.engine:
             if self.play.deterministic:
                 for _ in range(self.play.max_turns):
                     await self._together(players, _Player.policy_turn)

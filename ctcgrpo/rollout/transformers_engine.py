@@ -26,7 +26,7 @@ from transformers import (
 
 from ctcgrpo.errors import PolicyEngineError, RunInterrupted
 from ctcgrpo.records import Completion
-from ctcgrpo.rollout.engine import Sampling
+from ctcgrpo.rollout.engine import PolicyEngine, Sampling
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +89,7 @@ def _fail(requests: Iterable[_Request], error: Exception) -> None:
             request.result.set_exception(error)
 
 
-class TransformersEngine:
+class TransformersEngine(PolicyEngine):
     """Batches whatever requests are waiting, in the order of their arrival, up to `max_batch` at a time.
 
     Requests made together are batched together, so a caller that makes them in a fixed order and waits for all of them

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from ctcgrpo.errors import PolicyEngineError, RunInterrupted
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.records import Completion, Episode
-from ctcgrpo.rollout.engine import Sampling, request_seed
+from ctcgrpo.rollout.engine import PolicyEngine, Sampling, request_seed
 from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot
 from ctcgrpo.rollout.traces import TraceWriter
 from ctcgrpo.rollout.transformers_engine import TransformersEngine
@@ -177,7 +177,7 @@ async def test_a_failing_simulator_is_a_failed_episode(parts: Parts) -> None:
 
 
 async def test_a_failing_engine_is_a_failed_episode(parts: Parts, simulator_url: str) -> None:
-    class OutOfMemory:
+    class OutOfMemory(PolicyEngine):
         async def generate(self, prompt_ids: Sequence[int], *, seed: int, sampling: Sampling) -> Completion:
             raise PolicyEngineError("out of memory")
 
@@ -191,7 +191,7 @@ async def test_a_failing_engine_is_a_failed_episode(parts: Parts, simulator_url:
 
 
 async def test_one_slow_episode_holds_up_nobody_else(parts: Parts, simulator_url: str) -> None:
-    class SlowForOne:
+    class SlowForOne(PolicyEngine):
         def __init__(self) -> None:
             self.inner = parts.engine()
             self.calls = 0

