@@ -61,7 +61,7 @@ def _files(source: str | Path, split: Split) -> list[Path]:
     if found is None:
         hint = ""
         if str(source).split("/")[0] == "eibench":
-            hint = " (EIBench's data is not part of this package: put its train/ and test/ folders there)"
+            hint = " (ctcgrpo scenarios fetch eibench puts it there; CC BY-NC 4.0, not part of this package)"
         raise ScenarioError(f"scenarios {str(source)!r} not found; looked at {', '.join(map(str, tried))}{hint}")
     if found.is_file():
         return [found]

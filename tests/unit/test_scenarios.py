@@ -90,7 +90,7 @@ def test_datasets_are_found_under_the_data_home(
     tmp_path: Path, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CTCGRPO_DATA", str(tmp_path))
-    with pytest.raises(ScenarioError, match=r"'eibench/train' not found.*EIBench's data is not part of this package"):
+    with pytest.raises(ScenarioError, match=r"'eibench/train' not found.*ctcgrpo scenarios fetch eibench"):
         load_scenarios("eibench/train")
     (tmp_path / "eibench" / "train").mkdir(parents=True)
     write(tmp_path / "eibench" / "train", record)
