@@ -214,8 +214,18 @@ class Validation(Section):
     seed: int = Field(0, ge=0, description="the same samples in every validation of every run with this seed")
 
 
+class Hardware(Section):
+    """What a run is meant for; read by `ctcgrpo check` alone."""
+
+    gpu: str | None = Field(None, description="the card that the memory plan is for; one of ctcgrpo/plan/cards.yaml")
+    processes: int = Field(1, ge=1, description="GPUs that train, one process each, over all nodes")
+    tokens_per_second: float | None = Field(
+        None, gt=0, description="sampled by the policy over all GPUs, where it was measured: for hours in the plan"
+    )
+
+
 class Recipe(Section):
-    """A whole run. `from_file` is the way to get one."""
+    """A whole run. `load_recipe` is the way to get one."""
 
     run: Run
     policy: Policy
@@ -226,6 +236,7 @@ class Recipe(Section):
     credit: Credit = Credit()  # type: ignore[call-arg]
     training: Training = Training()  # type: ignore[call-arg]
     validation: Validation | None = None
+    hardware: Hardware = Hardware()  # type: ignore[call-arg]
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:

@@ -155,7 +155,10 @@ class RunFolder:
 
     def _refuse_other_run(self, recipe: Recipe) -> None:
         old = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
-        if changed := differences(old, recipe.model_dump(mode="json")):
+        now = recipe.model_dump(mode="json")
+        for told in (old, now):
+            told.pop("hardware", None)  # what it was meant for says nothing of what it is
+        if changed := differences(old, now):
             raise OutputError(
                 f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])}); "
                 "undo the change to go on with it, or start another with run.name=NAME"
