@@ -80,6 +80,27 @@ def train(
 
 
 @app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value ...")] = None,
+) -> None:
+    """Find what would fail later, before any GPU is taken; then say what the run will need and cost."""
+    settings = load_recipe(recipe, overrides or [])
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from rich.console import Console
+    from transformers.utils import logging as transformers_logging
+
+    from ctcgrpo.plan.check import findings
+    from ctcgrpo.plan.report import print_findings
+
+    transformers_logging.disable_progress_bar()
+    found, subject = findings(settings)
+    print_findings(found, subject.memory, Console(width=None if sys.stdout.isatty() else 132), settings.run.name)
+    if any(finding.level == "failed" for finding in found):
+        sys.exit(RecipeError.exit_code)
+
+
+@app.command()
 def serve(
     config: Annotated[
         Path | None, typer.Argument(help="A configuration (configs/simulator); else the scripted user.")
@@ -182,6 +203,22 @@ def validate(
     found = load_scenarios(source, split)
     by_scene = ", ".join(f"{n} {scene}" for scene, n in sorted(Counter(s.scene for s in found).items()))
     print(f"{source}: {len(found)} scenarios ({by_scene})")
+
+
+@scenarios_app.command()
+def fetch(
+    dataset: Annotated[str, typer.Argument(help="eibench")],
+    source: Annotated[str | None, typer.Option(help="Another URL, or a folder with its train/ and test/.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Agree to the licence without being asked.")] = False,
+) -> None:
+    """Fetch a dataset that is not part of this package, under $CTCGRPO_DATA (default ~/.cache/ctcgrpo)."""
+    from ctcgrpo.fetch import DataSet, fetch
+
+    def agree(found: DataSet) -> bool:
+        print(f"{found.title}\nlicence: {found.licence}")
+        return yes or typer.confirm("Fetch it?")
+
+    print(f"it is in {fetch(dataset, agree, source=source)}")
 
 
 @app.command()

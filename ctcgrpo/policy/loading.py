@@ -12,7 +12,7 @@ from ctcgrpo.errors import PolicyError
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.policy.persona import told
 from ctcgrpo.policy.starter.corpus import Situation
-from ctcgrpo.policy.starter.teach import build_starter
+from ctcgrpo.policy.starter.teach import build_starter, untaught_starter
 from ctcgrpo.policy.tiny import build_tiny
 from ctcgrpo.scenarios import load_scenarios
 
@@ -44,8 +44,8 @@ STARTER_SECTIONS = ("Background", "Core goal")
 """What the starter is taught to be told of a role: as much as its few weights can keep in view."""
 
 
-def _starter(folder: Path, seed: int, say: Callable[[str], None]) -> None:
-    situations = [
+def _situations() -> list[Situation]:
+    return [
         Situation(
             s.scene,
             told(s.policy_persona, STARTER_SECTIONS),
@@ -53,7 +53,19 @@ def _starter(folder: Path, seed: int, say: Callable[[str], None]) -> None:
         )
         for s in load_scenarios("english/train")
     ]
-    build_starter(folder, situations, seed=seed, say=say)
+
+
+def _starter(folder: Path, seed: int, say: Callable[[str], None]) -> None:
+    build_starter(folder, _situations(), seed=seed, say=say)
+
+
+def build_untaught(model: str, folder: Path, seed: int) -> str:
+    """As `build_builtin`, in a moment: a policy of the same shape, with the same tokenizer, that has learned nothing."""
+    if model != f"{_BUILTIN}starter":
+        return build_builtin(model, folder, seed, keep=False)
+    for part in untaught_starter(_situations(), seed):
+        part.save_pretrained(folder)
+    return str(folder)
 
 
 BUILDERS: dict[str, Callable[[Path, int, Callable[[str], None]], None]] = {"tiny": _tiny, "starter": _starter}

@@ -29,14 +29,20 @@ def build_starter(
     folder: Path, situations: Sequence[Situation], *, seed: int, say: Callable[[str], None] = lambda _: None
 ) -> None:
     """Write model and tokenizer to `folder`; the same seed gives the same starter on the same machine."""
+    model, tokenizer = untaught_starter(situations, seed)
+    teach(model, curriculum(tokenizer, situations, seed), steps=REPEAT + NAMING + SHORT + LONG, say=say)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def untaught_starter(situations: Sequence[Situation], seed: int) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
+    """The starter before its first lesson."""
     tokenizer = build_tokenizer(_texts(situations), vocab_size=4096)
     model = build_model(tokenizer, seed=seed, hidden_size=128, layers=2, heads=4)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         wire(model)
-    teach(model, curriculum(tokenizer, situations, seed), steps=REPEAT + NAMING + SHORT + LONG, say=say)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return model, tokenizer
 
 
 def curriculum(tokenizer: PreTrainedTokenizerBase, situations: Sequence[Situation], seed: int) -> Iterator[list[Example]]:

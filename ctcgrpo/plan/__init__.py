@@ -1,0 +1,1 @@
+"""What a run will need and cost, before it takes anything: memory by part, calls, tokens, money, hours; what would fail later."""

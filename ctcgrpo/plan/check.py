@@ -1,0 +1,561 @@
+"""`ctcgrpo check`: everything that would fail later, found before any GPU is taken; then the plan of memory, calls, money, hours.
+
+A check is a small function with the decorator `check`: it takes what was loaded and yields findings. Order matters: a later one may
+need what an earlier one has loaded, and says nothing where that is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import netrc
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from accelerate.commands.config.config_args import default_config_file
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from ctcgrpo.errors import CtcGrpoError, PolicyError, RecipeError, ScenarioError, SimulatorTransportError
+from ctcgrpo.files import is_complete
+from ctcgrpo.naming import did_you_mean
+from ctcgrpo.plan.cost import Asked, Tokens, hours, money
+from ctcgrpo.plan.memory import GIB, PHASES, Load, MemoryPlan, Shape, memory_plan
+from ctcgrpo.policy.context import ContextBuilder
+from ctcgrpo.policy.loading import build_untaught, load_tokenizer, stop_ids
+from ctcgrpo.policy.reasoning import CLOSE, OPEN
+from ctcgrpo.recipe import Recipe, differences
+from ctcgrpo.records import Completion, Scenario
+from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.sharding import FSDP2, NONE, check_launcher, deepspeed_stage, offloads
+from ctcgrpo.simulator.choice import chosen_simulator
+from ctcgrpo.simulator.client import SimulatorClient
+from ctcgrpo.simulator.config import SCRIPTED_USER, SimulatorConfig, load_simulator_config
+from ctcgrpo.simulator.llm.prompts import TemplatePrompts
+from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
+
+Level = Literal["ok", "warning", "failed"]
+
+REPLY_TOKENS, LINE_TOKENS, VERDICT_TOKENS = 150, 60, 250
+"""What a reply of the policy, a line of the user and an answer of the simulating LLM are taken to have, on the average:
+assumptions, said beside every figure that rests on them."""
+_CHARACTERS_PER_TOKEN = {"zh": 1.6}
+_OTHER_LANGUAGES = 4.0
+_ROUNDED_AWAY = 1e-4
+"""AdamW moves a weight by about the learning rate; bfloat16 keeps 8 bits, so weights of the usual 0.02 need steps of 1e-4."""
+_PATIENCE = 20.0
+"""Seconds for a canary turn."""
+_SAMPLED = 48
+"""Scenarios whose prompts are measured, at most, of each scene."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check says: of what, how bad, and what is so or would have to change."""
+
+    about: str
+    level: Level
+    text: str
+
+
+@dataclass
+class Subject:
+    """The recipe, and what checks have loaded of it so far."""
+
+    recipe: Recipe
+    folder: Path
+    """For what is built in passing; gone after the check."""
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    scenarios: list[Scenario] = field(default_factory=list)
+    held_out: list[Scenario] = field(default_factory=list)
+    shape: Shape | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    contexts: ContextBuilder | None = None
+    simulator: SimulatorConfig | None = None
+    memory: MemoryPlan | None = None
+    asked: Asked | None = None
+
+    @property
+    def examples(self) -> list[Scenario]:
+        """Of what is played: the run's own scenarios, or the bundled ones while those are not here."""
+        return self.scenarios or load_scenarios("english/train")
+
+    @property
+    def longest(self) -> int:
+        return self.recipe.rollout.max_prompt_tokens + self.recipe.rollout.max_new_tokens
+
+
+Check = Callable[[Subject], Iterator[Finding]]
+CHECKS: list[Check] = []
+
+
+def check(function: Check) -> Check:
+    CHECKS.append(function)
+    return function
+
+
+def findings(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> tuple[list[Finding], Subject]:
+    """All findings, and what was loaded on the way. A check that raises one of this project's errors has found what is wrong."""
+    found: list[Finding] = []
+    with tempfile.TemporaryDirectory() as folder:
+        subject = Subject(recipe, Path(folder), environment)
+        for one in CHECKS:
+            try:
+                found += one(subject)
+            except CtcGrpoError as error:
+                found.append(Finding(one.__name__.replace("_", " "), "failed", str(error)))
+    return found, subject
+
+
+# --- what is there ------------------------------------------------------------------------------------------------------
+
+
+@check
+def scenarios(s: Subject) -> Iterator[Finding]:
+    wanted = s.recipe.scenarios
+    s.scenarios = [x for x in load_scenarios(wanted.train, "train") if x.scene in wanted.scenes]
+    if missing := set(wanted.scenes) - {x.scene for x in s.scenarios}:
+        raise ScenarioError(f"scenarios.scenes: {wanted.train} has none of {', '.join(sorted(missing))}")
+    yield Finding("scenarios", "ok", f"{len(s.scenarios)} to train on")
+
+
+@check
+def validation(s: Subject) -> Iterator[Finding]:
+    if s.recipe.validation is None:
+        yield Finding("validation", "warning", "none: the run will not say whether it got better (section validation)")
+        return
+    s.held_out = load_scenarios(s.recipe.validation.scenarios, "test")
+    if both := {x.id for x in s.held_out} & {x.id for x in s.scenarios}:
+        yield Finding(
+            "validation", "failed", f"validation.scenarios holds {len(both)} that are trained on, {min(both)!r} among them"
+        )
+    else:
+        yield Finding("validation", "ok", f"{len(s.held_out)} held out")
+
+
+@check
+def libraries(s: Subject) -> Iterator[Finding]:
+    needed = {
+        "vllm": s.recipe.rollout.engine != "transformers",
+        "deepspeed": deepspeed_stage(s.recipe.training.sharding) > 0,
+    }
+    missing = [name for name, wanted in needed.items() if wanted and importlib.util.find_spec(name) is None]
+    for name in missing:
+        yield Finding("libraries", "failed", f"{name} is not installed here: pip install 'ctcgrpo[{name}]'")
+    if not missing:
+        used = [name for name, wanted in needed.items() if wanted]
+        yield Finding("libraries", "ok", ", ".join(used) if used else "none beyond the base")
+
+
+@check
+def model(s: Subject) -> Iterator[Finding]:
+    name = s.recipe.policy.model
+    path = build_untaught(name, s.folder / "base", s.recipe.run.seed)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=s.recipe.policy.revision)
+    except (OSError, ValueError) as error:
+        s.shape = published_shapes().get(name)
+        plan = "; the plan below takes its published shape" if s.shape else ""
+        raise PolicyError(f"policy.model {name!r} cannot be loaded here ({str(error).splitlines()[0]}){plan}") from None
+    s.shape = shape_of(config)
+    s.tokenizer = load_tokenizer(path, s.recipe.policy.revision)
+    limit = getattr(config, "max_position_embeddings", s.longest)
+    if s.longest > limit:
+        raise PolicyError(
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens is {s.longest}, but {name!r} has {limit} positions; "
+            "lower one of them"
+        )
+    yield Finding("model", "ok", f"{name}, {s.shape.parameters / 1e6:,.1f} million parameters")
+    s.contexts = ContextBuilder(
+        s.tokenizer,
+        stop_ids=stop_ids(path, s.tokenizer, s.recipe.policy.revision),
+        max_prompt_tokens=s.recipe.rollout.max_prompt_tokens,
+        reasoning=s.recipe.policy.reasoning_context,
+        persona_sections=s.recipe.policy.persona_sections,
+        template_kwargs={"enable_thinking": s.recipe.policy.reasons},
+    )
+
+
+@check
+def reasoning_tags(s: Subject) -> Iterator[Finding]:
+    if s.tokenizer is None or not s.recipe.policy.reasons:
+        return
+    long = [tag for tag in (OPEN, CLOSE) if len(s.tokenizer.encode(tag, add_special_tokens=False)) != 1]
+    if long:
+        yield Finding(
+            "reasoning tags",
+            "warning",
+            f"{' and '.join(long)} are several tokens to this tokenizer: was it taught to reason so?",
+        )
+    else:
+        yield Finding("reasoning tags", "ok", f"{OPEN} and {CLOSE} are a token each")
+
+
+@check
+def context(s: Subject) -> Iterator[Finding]:
+    """Whether contexts stay a prefix under the template was found out when they were made; whether they fit is found out here."""
+    if s.contexts is None or not s.scenarios:
+        return
+    s.contexts.check([*s.scenarios, *s.held_out])
+    last = [_last_prompt(s, x) for x in _sample(s.scenarios)]
+    dropped = sum(n > 0 for _, n in last) / len(last)
+    reply = min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens)
+    text = (
+        f"the last of {s.recipe.rollout.max_turns} turns has a prompt of {max(n for n, _ in last)} tokens at most, "
+        f"{statistics.mean(n for n, _ in last):.0f} on the average (replies of {reply} tokens, lines of {LINE_TOKENS})"
+    )
+    if dropped:
+        share = f"{dropped:.0%} of the scenarios would drop exchanges by then; raise rollout.max_prompt_tokens"
+        yield Finding("context", "warning", f"{text}; {share}")
+    else:
+        yield Finding("context", "ok", text)
+
+
+def _last_prompt(s: Subject, scenario: Scenario) -> tuple[int, int]:
+    assert s.contexts is not None
+    dialogue = s.contexts.start(scenario)
+    reply = Completion((0,) * min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens), (), (), "stop")
+    for _ in range(s.recipe.rollout.max_turns - 1):
+        dialogue = s.contexts.extend(dialogue, reply, "word " * LINE_TOKENS)
+    ids, dropped = s.contexts.prompt(dialogue)
+    return len(ids), dropped
+
+
+# --- whether it fits together -------------------------------------------------------------------------------------------
+
+
+@check
+def processes(s: Subject) -> Iterator[Finding]:
+    wanted = s.recipe.hardware.processes
+    s.recipe.check_processes(wanted)
+    episodes = s.recipe.scenarios.per_step * s.recipe.rollout.group_size // wanted
+    text = f"{wanted} with {episodes} episodes a step each (hardware.processes)"
+    if episodes % s.recipe.rollout.group_size:
+        yield Finding("processes", "warning", f"{text}: groups are split over processes, and share no prefix cache")
+    else:
+        yield Finding("processes", "ok", text)
+
+
+@check
+def precision(s: Subject) -> Iterator[Finding]:
+    policy, training = s.recipe.policy, s.recipe.training
+    whole = policy.lora is None
+    masters = policy.dtype == "float32" or not whole or (deepspeed_stage(training.sharding) and training.bf16)
+    if not masters and 0 < training.learning_rate < _ROUNDED_AWAY:
+        yield Finding(
+            "precision",
+            "failed",
+            f"policy.dtype bfloat16 without float32 masters rounds updates of training.learning_rate {training.learning_rate:g} "
+            "away; use policy.dtype=float32 with training.bf16=true, or a DeepSpeed configuration",
+        )
+        return
+    if policy.dtype == "float32" and not training.bf16 and s.recipe.hardware.gpu:
+        yield Finding(
+            "precision", "warning", "training.bf16 is off: float32 throughout takes twice the memory and time on a GPU"
+        )
+    else:
+        trained = "adapters" if not whole else f"{policy.dtype} weights"
+        yield Finding("precision", "ok", f"{trained}, compute in {'bfloat16' if training.bf16 else policy.dtype}")
+
+
+@check
+def launcher(s: Subject) -> Iterator[Finding]:
+    sharding = s.recipe.training.sharding
+    check_launcher(sharding, s.environment)
+    file = Path(s.environment.get("ACCELERATE_CONFIG_FILE", default_config_file))
+    config = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    kind = str((config or {}).get("distributed_type", "NO"))
+    if (kind == "DEEPSPEED") or (kind == "FSDP" and sharding != FSDP2):
+        yield Finding(
+            "launcher",
+            "failed",
+            f"{file} makes accelerate launch with {kind}, and the recipe says training.sharding={sharding}; launch with "
+            "--config_file configs/accelerate/one_node.yaml",
+        )
+        return
+    how = {0: {NONE: "every process holds the policy", FSDP2: "FSDP2"}.get(sharding, sharding)}
+    yield Finding("launcher", "ok", how.get(deepspeed_stage(sharding), f"DeepSpeed ZeRO-{deepspeed_stage(sharding)}"))
+
+
+@check
+def memory(s: Subject) -> Iterator[Finding]:
+    gpu = s.recipe.hardware.gpu
+    if s.shape is None or gpu is None:
+        return
+    known = cards()
+    if gpu not in known:
+        raise RecipeError(f"hardware.gpu is {gpu!r}; {did_you_mean(gpu, known)}")
+    s.memory = plan = memory_plan(s.shape, load_of(s.recipe), known[gpu] * GIB)
+    worst = max(PHASES, key=plan.total)
+    text = f"{plan.total(worst) / GIB:.1f} of {gpu}'s {plan.card / GIB:.1f} GiB, most in the {worst}"
+    if not plan.fits:
+        what = "rollout.vllm.gpu_memory" if worst == "rollout" else "training.tokens_per_row"
+        more = "shard more (training.sharding), use more GPUs, or policy.lora"
+        yield Finding("memory", "failed", f"{text}; lower {what}, {more}")
+        return
+    yield Finding("memory", "ok", text)
+    if plan.kv_tokens is None:
+        return
+    rollouts = load_of(s.recipe).rollouts
+    room = f"vLLM has room for keys and values of {plan.kv_tokens:,} tokens, and {rollouts} rollouts of full length want"
+    if plan.kv_tokens < s.longest:
+        yield Finding("memory", "failed", f"{room} {plan.kv_wanted:,}: not even one fits; raise rollout.vllm.gpu_memory")
+    elif plan.kv_tokens < plan.kv_wanted:
+        yield Finding("memory", "warning", f"{room} {plan.kv_wanted:,}: some will wait for others")
+    else:
+        yield Finding("memory", "ok", f"{room} {plan.kv_wanted:,}")
+
+
+def load_of(recipe: Recipe) -> Load:
+    rollout, training, policy = recipe.rollout, recipe.training, recipe.policy
+    stage = deepspeed_stage(training.sharding)
+    here = recipe.scenarios.per_step * rollout.group_size // recipe.hardware.processes
+    return Load(
+        processes=recipe.hardware.processes,
+        sharding="fsdp2" if training.sharding == FSDP2 else ("none", "zero1", "zero2", "zero3")[stage],
+        offload=offloads(training.sharding),
+        weight_bytes=4 if policy.dtype == "float32" else 2,
+        bf16=training.bf16,
+        lora_rank=policy.lora.rank if policy.lora else None,
+        reference=training.kl > 0,
+        checkpointing=training.gradient_checkpointing,
+        tokens_per_row=training.tokens_per_row,
+        longest=rollout.max_prompt_tokens + rollout.max_new_tokens,
+        rollouts=min(rollout.max_batch, max(1, here)),
+        gpu_memory=rollout.vllm.gpu_memory if rollout.engine == "vllm_colocated" else 0.0,
+        samples_here=rollout.engine == "transformers",
+    )
+
+
+# --- the simulator --------------------------------------------------------------------------------------------------------
+
+
+@check
+def simulator(s: Subject) -> Iterator[Finding]:
+    """One canary turn, on the real simulator: it costs a call."""
+    settings = s.recipe.simulator
+    with ExitStack() as stack:
+        if settings.url == "embedded":
+            s.simulator = SCRIPTED_USER if settings.config is None else load_simulator_config(settings.config)
+            client = stack.enter_context(chosen_simulator(settings.config, []))
+        else:
+            urls = [settings.url] if isinstance(settings.url, str) else list(settings.url)
+            client = SimulatorClient(urls, token=s.environment.get(settings.token_env), timeout=_PATIENCE, patience=2)
+        says, reply = asyncio.run(_canary(client, s.examples[0]))
+    if (says.get("deadline") or 0) >= settings.timeout:
+        raise RecipeError(
+            f"simulator.timeout is {settings.timeout:g} s, but the simulator may take {says['deadline']:g} s for a turn; "
+            "it must be larger"
+        )
+    who = ", ".join(map(str, says.get("models") or [says.get("backend")]))
+    yield Finding("simulator", "ok", f"{who} answered a canary turn: {reply!r}")
+
+
+async def _canary(client: SimulatorClient, scenario: Scenario) -> tuple[dict[str, Any], str]:
+    try:
+        async with asyncio.timeout(_PATIENCE), client:
+            says = await client.health()
+            reply = await client.turn(_turn(scenario, [("policy", "Hello. I am here and I am listening.")], 1, 8))
+    except TimeoutError:
+        raise SimulatorTransportError(f"no answer to a canary turn within {_PATIENCE:g} s") from None
+    return says, reply.reply[:60]
+
+
+def _turn(scenario: Scenario, said: Sequence[tuple[Any, str]], round: int, rounds: int) -> TurnRequest:
+    opening = [("user", scenario.opening_line)] if scenario.opening_line else []
+    state = scenario.anchors.initial
+    return TurnRequest(
+        request_id=f"check/{scenario.id}/{round}",
+        scenario=ScenarioCard.of(scenario),
+        history=tuple(Utterance(speaker=who, text=text) for who, text in [*opening, *said]),
+        state=State(anger=state.anger, trust=state.trust),
+        round=round,
+        max_rounds=rounds,
+        seed=0,
+    )
+
+
+@check
+def cost(s: Subject) -> Iterator[Finding]:
+    recipe, config = s.recipe, s.simulator
+    steps = recipe.training.max_steps
+    held_out, every = recipe.validation, recipe.validation.every if recipe.validation else 0
+    llm = config.llm if config else None
+    s.asked = asked = Asked(
+        steps=steps,
+        episodes_per_step=recipe.scenarios.per_step * recipe.rollout.group_size,
+        turns=recipe.rollout.max_turns,
+        validations=2 + (steps - 1) // every if held_out else 0,
+        episodes_per_validation=len(s.held_out) * held_out.samples if held_out else 0,
+        calls_per_turn=llm.samples if llm else 1,
+    )
+    yield Finding(
+        "simulator calls", "ok", f"up to {asked.calls_per_step:,} a step, {asked.calls:,} in all, validation included"
+    )
+    if llm is None and recipe.simulator.url == "embedded":
+        yield Finding("cost", "ok", "the scripted user costs nothing")
+    else:
+        tokens = _simulator_tokens(s)
+        total = asked.calls * (tokens.prompt + tokens.completion)
+        step = asked.calls_per_step * (tokens.prompt + tokens.completion)
+        text = (
+            f"some {step / 1e6:.1f} million tokens a step, {total / 1e6:,.0f} million in all ({tokens.prompt:.0f} to read and "
+            f"{VERDICT_TOKENS} to write a call, replies of {REPLY_TOKENS} tokens, lines of {LINE_TOKENS}"
+            f"{'' if s.scenarios else ', by the bundled English scenarios'})"
+        )
+        prices = [e.price for e in llm.endpoints if e.price.prompt or e.price.completion] if llm else []
+        if prices and config is not None:
+            worst = max(money(asked.calls, tokens, p.prompt, p.completion) for p in prices)
+            text += f"; up to {worst:,.0f} {config.budget.currency} at the dearest endpoint's prices"
+            limit = config.budget.money
+            if limit is not None and worst > limit:
+                yield Finding("cost", "warning", f"{text}, and budget.money is {limit:g}: the run will pause there")
+                return
+        elif llm is not None:
+            text += "; no prices are configured (llm.endpoints: price)"
+        yield Finding("cost", "ok", text)
+    if recipe.hardware.tokens_per_second:
+        reply = min(REPLY_TOKENS, recipe.rollout.max_new_tokens)
+        took = hours(asked, reply, recipe.hardware.tokens_per_second)
+        yield Finding(
+            "hours",
+            "ok",
+            f"{took:.1f} of sampling at {recipe.hardware.tokens_per_second:,.0f} tokens/s; updates come on top",
+        )
+
+
+def _simulator_tokens(s: Subject) -> Tokens:
+    """Of a call, over a dialogue of full length, by our prompts; the official ones differ."""
+    prompts, rounds = TemplatePrompts(), s.recipe.rollout.max_turns
+    counts = []
+    for scenario in _sample(s.examples)[:16]:
+        rate = _CHARACTERS_PER_TOKEN.get(scenario.language, _OTHER_LANGUAGES)
+        said: list[tuple[Any, str]] = []
+        for round in range(1, rounds + 1):
+            said.append(("policy", "x" * _rounded_up(REPLY_TOKENS * rate)))
+            text = "".join(m["content"] for m in prompts.messages(_turn(scenario, said, round, rounds)))
+            exact = s.tokenizer is not None and scenario.language == "en"
+            words = sum(len(t) for _, t in said)
+            standing = len(s.tokenizer.encode(text.replace("x" * 40, ""))) if exact and s.tokenizer is not None else 0
+            counts.append(standing + words / rate if exact else len(text) / rate)
+            said.append(("user", "x" * _rounded_up(LINE_TOKENS * rate)))
+    return Tokens(statistics.mean(counts), VERDICT_TOKENS)
+
+
+def _rounded_up(number: float) -> int:
+    return -int(-number // 1)
+
+
+# --- the machine ----------------------------------------------------------------------------------------------------------
+
+
+@check
+def disk(s: Subject) -> Iterator[Finding]:
+    if s.shape is None:
+        return
+    recipe = s.recipe
+    lora = recipe.policy.lora
+    size = (
+        2
+        if deepspeed_stage(recipe.training.sharding) and recipe.training.bf16
+        else 4
+        if recipe.policy.dtype == "float32"
+        else 2
+    )
+    weights = s.shape.parameters * size if lora is None else s.shape.lora_parameters(lora.rank) * 4
+    optimizer = (s.shape.parameters * 12) if lora is None else s.shape.lora_parameters(lora.rank) * 8
+    # One more than are kept stands beside them while it is written.
+    needed = (recipe.training.keep_checkpoints + 1) * (weights + optimizer) + 2 * weights
+    where = next(p for p in [recipe.folder, *recipe.folder.absolute().parents] if p.exists())
+    free = shutil.disk_usage(where).free
+    text = f"{needed / GIB:.1f} GiB for {recipe.training.keep_checkpoints} checkpoints, best and final; {free / GIB:.0f} are free"
+    level: Level = "ok" if needed < free else "failed"
+    more = "" if needed < free else f" at {where}; lower training.keep_checkpoints, or set run.output_dir"
+    yield Finding("disk", level, text + more)
+
+
+@check
+def output(s: Subject) -> Iterator[Finding]:
+    folder = RunFolder(s.recipe.folder)
+    if is_complete(folder.final):
+        yield Finding("output", "failed", f"{folder.path} holds a finished run; take another run.name")
+    elif folder.newest_checkpoint() and folder.recipe_file.exists():
+        old, now = yaml.safe_load(folder.recipe_file.read_text(encoding="utf-8")), s.recipe.model_dump(mode="json")
+        changed = differences(old | {"hardware": None}, now | {"hardware": None})
+        if changed:
+            yield Finding("output", "failed", f"{folder.path} holds a run of another recipe ({'; '.join(changed[:5])})")
+        else:
+            yield Finding("output", "ok", f"goes on from {folder.newest_checkpoint()}")
+    else:
+        yield Finding("output", "ok", f"{folder.path} is free")
+
+
+@check
+def weights_and_biases(s: Subject) -> Iterator[Finding]:
+    if s.recipe.run.wandb != "online":
+        return
+    known = "WANDB_API_KEY" in s.environment
+    if not known:
+        try:
+            known = netrc.netrc().authenticators("api.wandb.ai") is not None
+        except (FileNotFoundError, netrc.NetrcParseError):
+            known = False
+    if known:
+        yield Finding("W&B", "ok", "a key is there")
+    else:
+        yield Finding("W&B", "failed", "run.wandb is 'online' and there is no key: wandb login, or run.wandb=offline")
+
+
+# --- data -----------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def cards() -> dict[str, float]:
+    """GiB by card."""
+    loaded: dict[str, float] = yaml.safe_load((files("ctcgrpo.plan") / "cards.yaml").read_text(encoding="utf-8"))
+    return loaded
+
+
+@cache
+def published_shapes() -> dict[str, Shape]:
+    loaded = yaml.safe_load((files("ctcgrpo.plan") / "models.yaml").read_text(encoding="utf-8"))
+    return {name: Shape(**fields) for name, fields in loaded.items()}
+
+
+def shape_of(config: Any) -> Shape:
+    """Raises PolicyError for a model that is no dense decoder, of which the plan would be wrong."""
+    try:
+        heads = config.num_attention_heads
+        return Shape(
+            hidden=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            intermediate=config.intermediate_size,
+            vocabulary=config.vocab_size,
+            tied=bool(config.tie_word_embeddings),
+        )
+    except AttributeError as error:
+        raise PolicyError(
+            f"policy.model: {config.model_type!r} is no dense decoder that can be planned for ({error})"
+        ) from None
+
+
+def _sample(scenarios: Sequence[Scenario]) -> list[Scenario]:
+    """Some of each scene, evenly over the list."""
+    chosen = []
+    for scene in sorted({x.scene for x in scenarios}):
+        of_scene = [x for x in scenarios if x.scene == scene]
+        chosen += of_scene[:: max(1, len(of_scene) // _SAMPLED)]
+    return chosen

@@ -1,0 +1,182 @@
+"""`ctcgrpo check`: what would fail later is found before, in a line each; the plan is the arithmetic that it says it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from ctcgrpo.plan.check import Finding, findings, published_shapes, shape_of
+from ctcgrpo.plan.cost import Asked, Tokens, hours, money
+from ctcgrpo.plan.memory import GIB, Load, memory_plan
+from ctcgrpo.recipe import load_recipe
+from tests.conftest import ROOT, Command
+
+TINY = ROOT / "recipes" / "tiny.yaml"
+
+
+def look(tmp_path: Path, *overrides: str, environment: dict[str, str] | None = None) -> dict[str, list[Finding]]:
+    nowhere = {"ACCELERATE_CONFIG_FILE": str(tmp_path / "none.yaml")}
+    found, _ = findings(load_recipe(TINY, [f"run.output_dir={tmp_path}", *overrides]), nowhere | (environment or {}))
+    by_name: dict[str, list[Finding]] = {}
+    for finding in found:
+        by_name.setdefault(finding.about, []).append(finding)
+    return by_name
+
+
+def failed(found: dict[str, list[Finding]]) -> dict[str, str]:
+    return {name: f.text for name, many in found.items() for f in many if f.level == "failed"}
+
+
+def test_a_recipe_that_will_run_is_ready(ctcgrpo: Command, tmp_path: Path) -> None:
+    overrides = [f"run.output_dir={tmp_path}", "validation.scenarios=english/test", "hardware.tokens_per_second=500"]
+    code, out, err = ctcgrpo("check", str(TINY), *overrides)
+    assert code == 0 and "ready to run" in out, (out, err)
+    # 2 steps of 16 episodes, and 16 held-out ones before and after, 3 turns each.
+    assert "up to 48 a step, 192 in all" in out and "scripted answered a canary turn" in out
+    assert "0.0 of sampling at 500 tokens/s" in out and "64 to train on" in out and "16 held out" in out
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("qwen*.yaml")), ids=lambda f: f.stem)
+def test_a_shipped_recipe_prints_its_plan(
+    file: Path, ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DASHSCOPE_API_KEY", raising=False)
+    code, out, err = ctcgrpo(
+        "check", str(file), f"run.output_dir={tmp_path}", "simulator.url=embedded", "simulator.config=null"
+    )
+    assert "Traceback" not in err and code in (0, 2)
+    assert "memory by part" in out and "vLLM" in out + "vLLM" and "in all" in out
+    plan = next(line for line in out.splitlines() if "most in the" in line)
+    assert " ok " in plan, plan  # it fits the card that it names
+
+
+@pytest.mark.parametrize(
+    ("overrides", "about", "reason"),
+    [
+        (["scenarios.train=eibench/nowhere"], "scenarios", "ctcgrpo scenarios fetch eibench"),
+        (["validation.scenarios=english/train"], "validation", "64 that are trained on, 'charm-train-01' among them"),
+        (["policy.model=Nobody/Nothing-8B"], "model", "policy.model 'Nobody/Nothing-8B' cannot be loaded here"),
+        (["rollout.max_prompt_tokens=4000", "rollout.max_new_tokens=200"], "model", "is 4200, but 'builtin/tiny' has 4096"),
+        (["rollout.max_prompt_tokens=40"], "context", "rollout.max_prompt_tokens is 40; raise it or drop the scenario"),
+        (["hardware.processes=3"], "processes", "4 x 4 = 16 episodes a step, which 3 processes cannot share equally"),
+        (["policy.dtype=bfloat16", "training.learning_rate=1e-6"], "precision", "rounds updates of training.learning_rate 1e-06"),
+        (["training.sharding=zero3.json"], "", "there is no such file"),
+        (["rollout.engine=vllm_colocated", "rollout.deterministic=false"], "libraries", "pip install 'ctcgrpo[vllm]'"),
+        (["hardware.gpu=H100"], "memory", "did you mean 'H100-80GB'"),
+        (["hardware.gpu=A10G-24GB", "training.tokens_per_row=99000000"], "memory", "lower training.tokens_per_row"),
+        (
+            ["hardware.gpu=A10G-24GB", "rollout.engine=vllm_colocated", "rollout.deterministic=false",
+             "rollout.vllm.gpu_memory=0.05"],
+            "memory", "not even one fits; raise rollout.vllm.gpu_memory",
+        ),
+        (["simulator.url=http://127.0.0.1:9"], "simulator", "failed"),
+        (["simulator.config=configs/simulator/qwen3_max.yaml"], "simulator", "DASHSCOPE_API_KEY (key_env) is empty or not set"),
+        (["training.keep_checkpoints=99999999"], "disk", "lower training.keep_checkpoints"),
+        (["run.wandb=online"], "W&B", "wandb login, or run.wandb=offline"),
+    ],
+)  # fmt: skip
+def test_a_broken_recipe_gets_its_reason(
+    overrides: list[str], about: str, reason: str, tmp_path: Path, ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DASHSCOPE_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if not about:  # the recipe itself says so, before anything is checked
+        code, _, err = ctcgrpo("check", str(TINY), *overrides)
+        assert code == 2 and reason in err and "Traceback" not in err, err
+        return
+    assert reason in failed(look(tmp_path, *overrides))[about]
+
+
+def test_a_launcher_that_shards_otherwise_is_refused(tmp_path: Path) -> None:
+    def said(*overrides: str, **environment: str) -> str:
+        return failed(look(tmp_path, *overrides, environment=environment))["launcher"]
+
+    config = tmp_path / "default_config.yaml"
+    config.write_text("distributed_type: FSDP\n")
+    assert "makes accelerate launch with FSDP" in said(ACCELERATE_CONFIG_FILE=str(config))
+    launched = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    assert "shards with fsdp2 and the recipe says training.sharding=none" in said(**launched)
+    zero2 = "training.sharding=configs/deepspeed/zero2.json"
+    assert "configuration of its own" in said(zero2, ACCELERATE_USE_DEEPSPEED="true")
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "checkpoint-2" / "COMPLETE").touch()
+    recipe = load_recipe(TINY, [f"run.output_dir={tmp_path}"])
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    assert look(tmp_path)["output"][0].text == f"goes on from {folder / 'checkpoint-2'}"
+    assert look(tmp_path, "hardware.processes=2")["output"][0].level == "ok"
+    assert "credit.alpha: 15.0 -> 3.0" in failed(look(tmp_path, "credit.alpha=3"))["output"]
+    (folder / "final").mkdir()
+    (folder / "final" / "COMPLETE").touch()
+    assert "holds a finished run" in failed(look(tmp_path))["output"]
+
+
+def test_what_a_run_costs(tmp_path: Path) -> None:
+    asked = Asked(250, 128, 8, 10, 213, calls_per_turn=2)
+    assert asked.calls_per_step == 2048 and asked.calls == 250 * 2048 + 10 * 213 * 16
+    assert money(1000, Tokens(2000, 200), 1.2, 6.0) == pytest.approx(3.6)
+    assert hours(asked, 150, 10_000) == pytest.approx((250 * 1024 + 10 * 213 * 8) * 150 / 10_000 / 3600)
+    prices = {"url": "http://127.0.0.1:9/v1", "model": "m", "price": {"prompt": 1.0, "completion": 5.0}}
+    llm: dict[str, Any] = {"backend": "llm", "store": str(tmp_path / "store"), "budget": {"money": 0.001}}
+    llm["llm"] = {"endpoints": [prices], "deadline": 1}
+    (tmp_path / "llm.yaml").write_text(yaml.safe_dump(llm))
+    found = look(tmp_path, f"simulator.config={tmp_path / 'llm.yaml'}")
+    (cost,) = found["cost"]
+    assert cost.level == "warning" and "budget.money is 0.001: the run will pause there" in cost.text
+
+
+def test_parameters_are_counted_exactly_but_for_norms(tiny: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    exact = sum(p.numel() for p in model.parameters())
+    assert (
+        shape_of(model.config).parameters == pytest.approx(exact, rel=0.005) and shape_of(model.config).parameters <= exact
+    )
+    billions = {name: round(s.parameters / 1e9, 1) for name, s in published_shapes().items()}
+    assert billions["Qwen/Qwen3-8B"] == 8.2 and billions["Qwen/Qwen3-32B"] == 32.8 and billions["Qwen/Qwen3-1.7B"] == 1.7
+    from peft import LoraConfig, get_peft_model
+
+    lora = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapters = sum(p.numel() for n, p in lora.named_parameters() if "lora" in n)
+    assert shape_of(model.config).lora_parameters(4) == adapters
+
+
+def test_memory_by_hand() -> None:
+    shape = published_shapes()["Qwen/Qwen3-8B"]
+    load: dict[str, Any] = {"processes": 8, "sharding": "zero3", "offload": False, "weight_bytes": 4, "bf16": True}
+    load |= {"lora_rank": None, "reference": False, "checkpointing": True, "tokens_per_row": 16384, "longest": 9216}
+    load |= {"rollouts": 16, "gpu_memory": 0.5, "samples_here": False}
+    P = shape.parameters
+
+    def parts(**changes: Any) -> dict[str, dict[str, float]]:
+        return json.loads(
+            json.dumps({k: dict(v) for k, v in memory_plan(shape, Load(**load | changes), 79.1 * GIB).parts.items()})
+        )
+
+    zero3 = parts()
+    assert zero3["weights"]["update"] == 2 * P / 8 and zero3["gradients"]["update"] == 4 * P / 8
+    assert zero3["optimizer"]["update"] == 12 * P / 8
+    assert parts(offload=True)["optimizer"]["update"] == 0
+    zero2 = parts(sharding="zero2")
+    assert zero2["weights"]["update"] == 2 * P and zero2["gradients"]["update"] == 4 * P / 8
+    assert parts(sharding="zero1")["gradients"]["update"] == 4 * P
+    fsdp = parts(sharding="fsdp2")
+    assert [fsdp[k]["update"] for k in ("weights", "gradients", "optimizer")] == [4 * P / 8, 4 * P / 8, 8 * P / 8]
+    alone = parts(sharding="none", processes=1)
+    assert sum(alone[k]["update"] for k in ("weights", "gradients", "optimizer")) == 16 * P
+    adapters = parts(sharding="none", lora_rank=32, weight_bytes=2)
+    assert adapters["optimizer"]["update"] == 8 * shape.lora_parameters(32)
+    assert parts(checkpointing=False)["activations"]["update"] > 5 * zero3["activations"]["update"]
+    assert parts(reference=True)["reference policy"]["rollout"] == 2 * P / 8
+    plan = memory_plan(shape, Load(**load), 79.1 * GIB)
+    # 2 bytes for keys and values of 36 layers with 8 heads of 128
+    assert shape.kv_bytes == 147_456 and plan.kv_wanted == 16 * 9216
+    assert plan.kv_tokens == pytest.approx((0.5 * 79.1 * GIB - 2 * P - 2 * GIB) / 147_456, abs=1)
+    assert plan.fits and not memory_plan(shape, Load(**load | {"sharding": "none"}), 79.1 * GIB).fits
