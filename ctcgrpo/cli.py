@@ -188,6 +188,26 @@ def show(
     show_run(run, Console(width=None if sys.stdout.isatty() else 120), scenario=scenario)
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    which: Annotated[str, typer.Option(help="final, best, or the number of a checkpoint.")] = "final",
+    out: Annotated[Path | None, typer.Option(help="Where to; RUN/export by default.")] = None,
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
+    push: Annotated[str | None, typer.Option(help="Upload to this repository of the Hub as well (private).")] = None,
+) -> None:
+    """Write a trained policy in one piece: adapters merged, shards joined, with a card of what was measured."""
+    from transformers.utils import logging as transformers_logging
+
+    from ctcgrpo import export as exporting
+
+    transformers_logging.disable_progress_bar()
+    written = exporting.export(run, out or run / "export", which=which, dtype=dtype)
+    print(f"exported to {written}")
+    if push is not None:
+        print(f"uploaded to {exporting.push(written, push)}")
+
+
 @scenarios_app.command()
 def validate(
     source: Annotated[str, typer.Argument(help="A path, a bundled pack (english/train) or a dataset (eibench/train).")],

@@ -104,6 +104,9 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         started = time.perf_counter()
         loss = self.update(model, self._updates[update])
         self._log_number("seconds/update", time.perf_counter() - started)
+        if self.accelerator.device.type == "cuda":  # to hold against what `ctcgrpo check` computed
+            self._log_number("memory/peak_gib", torch.cuda.max_memory_allocated() / 2**30)
+            torch.cuda.reset_peak_memory_stats()
         if update == self._options.updates_per_step - 1:
             self._updates = []
             asked = bool(self._sum_over_processes([float(self._interrupted())])[0])

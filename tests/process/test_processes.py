@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests import sameness
 from tests.conftest import ROOT
@@ -96,6 +98,33 @@ def test_a_recipe_trains_on_two_processes_through_accelerate(tmp_path: Path) -> 
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["before"]["n"] == summary["after"]["n"] == 16 and (folder / "best" / "STEP").exists()
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["training"]["max_steps"] == 1
+
+
+def test_a_sharded_run_goes_on_from_its_checkpoint_and_is_exported(tmp_path: Path) -> None:
+    """ZeRO-2 on two processes; its last checkpoint is lost before it was complete; the same command makes the same policy."""
+    command = [*TORCHRUN, "-m", "tests.on_gloo", "zero2", "recipes/tiny.yaml", f"run.output_dir={tmp_path}"]
+    command += ["training.sharding=configs/deepspeed/zero2.json"]
+    folder = tmp_path / "tiny"
+
+    def train() -> dict[str, torch.Tensor]:
+        done = subprocess.run(command, cwd=ROOT, env=SHARDED, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return load_file(folder / "final" / "model.safetensors")
+
+    first = train()
+    assert list((folder / "checkpoint-4").glob("global_step4/*zero_pp_rank_1*optim_states.pt"))
+    shutil.rmtree(folder / "final")
+    (folder / "checkpoint-4" / "COMPLETE").unlink()
+    (folder / "checkpoint-4" / "global_step4").rename(folder / "checkpoint-4" / "broken")
+    again = train()
+    assert [m["step"] for m in metrics(folder)] == [1, 2]
+    assert first.keys() == again.keys() and all(torch.equal(first[n], again[n]) for n in first)
+
+    from ctcgrpo.export import export
+
+    joined = load_file(export(folder, tmp_path / "out", which="4", dtype="float32") / "model.safetensors")
+    # DeepSpeed's own saving writes tied weights twice.
+    assert first.keys() - joined.keys() == {"lm_head.weight"} and all(torch.equal(joined[n], first[n]) for n in joined)
 
 
 def test_python_runs_a_recipe_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:

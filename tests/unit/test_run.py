@@ -193,6 +193,17 @@ def test_lora_changes_the_adapter_alone(ctcgrpo: Command, tmp_path: Path, monkey
         name = key if key in state else key.replace(".weight", ".base_layer.weight")
         assert torch.equal(state[name], value), key
 
+    # Merged, it says the same.
+    code, out, err = ctcgrpo("export", str(folder), "--dtype", "float32")
+    assert code == 0 and str(folder / "export") in out, err
+    assert not (folder / "export" / "adapter_config.json").exists() and (folder / "export" / "model.safetensors").exists()
+    merged = AutoModelForCausalLM.from_pretrained(folder / "export")
+    ids = torch.randint(0, merged.config.vocab_size, (4, 50), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole, adapted = (model.eval()(ids).logits.log_softmax(-1) for model in (merged, tuned))
+    assert (whole - adapted).abs().max() < 1e-5
+    assert "LoRA of rank 4, merged" in (folder / "export" / "README.md").read_text()
+
 
 def test_a_run_that_fails_too_often_stops_and_can_go_on(ctcgrpo: Command, tmp_path: Path) -> None:
     class BreaksDown(Backend):

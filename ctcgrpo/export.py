@@ -1,0 +1,134 @@
+"""A trained policy to take home: adapters merged, ZeRO's shards joined, in safetensors, with a card that says what was measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from ctcgrpo import __version__
+from ctcgrpo.errors import OutputError, PolicyError
+from ctcgrpo.files import checkpoints, is_complete
+from ctcgrpo.policy.loading import stop_ids
+from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.run_folder import RunFolder
+
+Dtype = Literal["bfloat16", "float32"]
+
+
+def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat16") -> Path:
+    """Write a policy of a run to `out`: `which` is final, best, or the number of a checkpoint (its optimizer steps).
+
+    Adapters are merged, and shards joined, in float32, then rounded to `dtype`. Raises OutputError for a run or checkpoint that is
+    not there or not complete, and where `out` exists; PolicyError where the base model cannot be loaded.
+    """
+    folder = RunFolder(run)
+    if not folder.recipe_file.exists():
+        raise OutputError(f"{run} is no run's folder: it holds no recipe.yaml")
+    if out.exists():
+        raise OutputError(f"{out} is there already; choose another with --out")
+    recipe = load_recipe(folder.recipe_file)
+    source = _source(folder, which)
+    base = str(folder.base) if recipe.policy.model.startswith("builtin/") else recipe.policy.model
+    try:
+        model = _whole(source, base, recipe.policy.revision).to(getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(source if (source / "tokenizer_config.json").exists() else base)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{source} cannot be loaded on {base!r}: {str(error).splitlines()[0]}") from None
+    model.generation_config = _generation(recipe, sorted(stop_ids(base, tokenizer, recipe.policy.revision)))
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    summary = run / "summary.json"
+    figures = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
+    (partial / "README.md").write_text(model_card(recipe, figures, which=which), encoding="utf-8")
+    partial.rename(out)
+    return out
+
+
+def push(folder: Path, repository: str, *, private: bool = True) -> str:
+    """Upload an export to the Hub; gives its address. Raises OutputError where the Hub refuses."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise OutputError(
+            f"the Hub did not take {repository}: {str(error).splitlines()[0]}; {folder} stays as it is"
+        ) from None
+    return f"https://huggingface.co/{repository}"
+
+
+def _source(folder: RunFolder, which: str) -> Path:
+    if which in ("final", "best"):
+        source = folder.final if which == "final" else folder.best
+        there = is_complete(source) if which == "final" else folder.best_step is not None
+    else:
+        source = folder.path / f"checkpoint-{which}"
+        there = is_complete(source)
+    if not there:
+        complete = sorted(step for step, path in checkpoints(folder.path).items() if is_complete(path))
+        have = [name for name, ok in (("final", is_complete(folder.final)), ("best", folder.best_step is not None)) if ok]
+        known = ", ".join([*have, *map(str, complete)]) or "nothing"
+        raise OutputError(f"{folder.path} has no complete {which!r}; it has {known}")
+    return source
+
+
+def _whole(source: Path, base: str, revision: str | None) -> PreTrainedModel:
+    """The policy in float32, in one piece."""
+    if (source / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, str(source)).merge_and_unload()
+        return merged
+    if any(
+        source.glob("global_step*")
+    ):  # DeepSpeed's own, with the float32 masters; beside them lie weights rounded to bfloat16
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        state = get_fp32_state_dict_from_zero_checkpoint(str(source))
+        joined: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
+        missing, unexpected = joined.load_state_dict(state, strict=False)
+        joined.tie_weights()
+        tied = {"lm_head.weight"} if joined.config.tie_word_embeddings else set()
+        if set(missing) - tied or unexpected:
+            raise PolicyError(
+                f"{source}: its shards lack {sorted(set(missing) - tied)[:3]} or hold {sorted(unexpected)[:3]}"
+            )
+        return joined
+    whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    return whole
+
+
+def _generation(recipe: Recipe, ends: list[int]) -> GenerationConfig:
+    """How it was sampled from in training, which is how its figures were made."""
+    rollout = recipe.rollout
+    truncation: dict[str, Any] = {"top_p": rollout.top_p} if rollout.top_p < 1 else {}
+    truncation |= {"top_k": rollout.top_k or 0}
+    return GenerationConfig(
+        do_sample=True,
+        temperature=rollout.temperature,
+        max_new_tokens=rollout.max_new_tokens,
+        eos_token_id=ends,
+        **truncation,
+    )
+
+
+def model_card(recipe: Recipe, summary: dict[str, Any] | None, *, which: str) -> str:
+    """The README of an export: what it comes from, how it was trained, what was measured and on what. `summary`: of the run."""
+    template = jinja2.Template(
+        (files("ctcgrpo") / "model_card.md.j2").read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined
+    )
+    builtin = recipe.policy.model.startswith("builtin/")
+    return str(template.render(recipe=recipe, summary=summary, which=which, version=__version__, builtin=builtin))

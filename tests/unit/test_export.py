@@ -1,0 +1,104 @@
+"""What is taken home: figures on the card, what is missing named, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from ctcgrpo.errors import OutputError
+from ctcgrpo.export import export, push
+from ctcgrpo.recipe import load_recipe
+from tests.conftest import ROOT, Command
+
+
+@pytest.fixture
+def run(tiny: Path, tmp_path: Path) -> Path:
+    """A finished run's folder, as far as an export looks at it."""
+    folder = tmp_path / "run"
+    overrides = ["scenarios.train=eibench/train", f"policy.model={tiny}", "rollout.top_p=0.9"]
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(load_recipe(ROOT / "recipes" / "tiny.yaml", overrides).to_yaml())
+    for name, mark in (("final", "COMPLETE"), ("checkpoint-4", "COMPLETE"), ("checkpoint-6", ""), ("best", "STEP")):
+        model = AutoModelForCausalLM.from_pretrained(tiny)
+        torch.nn.init.constant_(model.model.norm.weight, len(name))
+        model.save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(tiny).save_pretrained(folder / name)
+        if mark:
+            (folder / name / mark).write_text("4\n")
+    return folder
+
+
+SUMMARY = {
+    "before": {"overall": -0.5, "scenes": {"support": -0.5, "charm": -0.5}, "n": 16},
+    "after": {"overall": -0.25, "scenes": {"support": -0.25, "charm": -0.25}, "n": 16},
+    "improvement": {"overall": 0.25, "ci95": [0.1, 0.4]},
+    "scoring_variant": "training",
+    "simulator": {"backend": "llm", "models": ["qwen3-max"], "prompts": "ctcgrpo/12345678"},
+}
+
+
+def test_an_export_loads_and_says_what_was_measured(run: Path, ctcgrpo: Command) -> None:
+    (run / "summary.json").write_text(json.dumps(SUMMARY))
+    code, out, err = ctcgrpo("export", str(run), "--which", "4", "--out", str(run / "four"))
+    assert code == 0 and f"exported to {run / 'four'}" in out, err
+    model = AutoModelForCausalLM.from_pretrained(run / "four")
+    assert model.dtype == torch.bfloat16 and float(model.model.norm.weight[0]) == len("checkpoint-4")
+    assert AutoTokenizer.from_pretrained(run / "four").chat_template
+    generation = GenerationConfig.from_pretrained(run / "four")
+    assert (generation.do_sample, generation.temperature, generation.top_p, generation.top_k) == (True, 1.0, 0.9, 0)
+    card = (run / "four" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "transformers" and "base_model" in front
+    for part in ("| overall (16) | -0.500 | -0.250 |", "| charm | -0.500 | -0.250 |", "+0.250", "+0.100 to +0.400", "qwen3-max",
+                 "ctcgrpo/12345678", "CC BY-NC 4.0", "the 4 policy", "all weights", "variant `training`"):  # fmt: skip
+        assert part in card, card
+    assert not list(run.glob("*.partial"))
+    export(run, run / "best-one", which="best")
+    card = (run / "best-one" / "README.md").read_text()
+    assert "the best policy" in card
+
+
+def test_without_validation_the_card_says_that_nothing_is_known(run: Path) -> None:
+    export(run, run / "out")
+    assert "nothing is known of how good this policy is" in (run / "out" / "README.md").read_text()
+
+
+def test_what_is_not_there_is_named(run: Path, ctcgrpo: Command, tmp_path: Path) -> None:
+    def fails(expected: str, *arguments: str, code: int = 6) -> None:
+        got, _, err = ctcgrpo("export", *arguments)
+        assert got == code and expected in err and "Traceback" not in err, err
+
+    fails("holds no recipe.yaml", str(tmp_path))
+    fails("has no complete '6'; it has final, best, 4", str(run), "--which", "6")
+    fails("has no complete 'lost'", str(run), "--which", "lost")
+    fails("is there already", str(run), "--out", str(run))
+    (run / "final" / "config.json").unlink()
+    fails("final cannot be loaded on", str(run), code=4)
+    assert not (run / "export").exists()
+
+
+def test_the_hub_takes_it_or_says_why_not(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    calls: list[Any] = []
+
+    class Hub:
+        def create_repo(self, name: str, **options: Any) -> None:
+            if "/" not in name:
+                raise ValueError("Repo id must be in the form 'namespace/repo_name'")
+            calls.append((name, options))
+
+        def upload_folder(self, **options: Any) -> None:
+            calls.append(options)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert push(run, "me/policy") == "https://huggingface.co/me/policy"
+    assert calls == [("me/policy", {"private": True, "exist_ok": True}), {"repo_id": "me/policy", "folder_path": run}]
+    with pytest.raises(OutputError, match="did not take policy: Repo id must be"):
+        push(run, "policy")
