@@ -316,6 +316,15 @@ def test_keywords_alone_score_badly() -> None:
         assert max(values) < -0.5, (scene, values)
 
 
+def test_one_sentence_for_every_turn_is_a_formula() -> None:
+    words = [("patience", "doorstep"), ("anger", "kettle"), ("pride", "ladder")]
+    said = [f"You have put {a} into the {b}, and I can see it." for a, b in words]
+    for scenario in SCENARIOS.values():
+        first, *others = (why for _, _, why, _ in converse(scenario, said)[1])
+        assert "same sentence" not in first
+        assert others and all("the same sentence as before with other words in it" in why for why in others)
+
+
 def test_saying_the_same_again_does_harm() -> None:
     for scenario, replies in REPLIES.items():
         _, turns = converse(SCENARIOS[scenario], [replies["good"][0]] * 3)

@@ -11,6 +11,7 @@ from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
 from ctcgrpo.simulator.scripted.language import Language, Pattern, stem
 
 _RUN = 4
+_SHORTEST_FRAME = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Reading:
     `engaged` are the touched details about which it does so while it listens, that is, takes up what was said as well or comes with
     two such words: one alone may be luck, and a script that says "promise" in every dialogue is bound to be right now and
     then. `answers`: it takes up a word of the user's last line that is not everyday talk, so it could not be said to anybody.
+    `frames` are its longer sentences with their content left open: "You have put _ and _ into the _, and I can see it".
     `raised` is the detail that the user brought up last. `moves` and
     `musts` are what counting sentences do. `echo` and `repetition` are the shares taken from what was heard and from earlier
     replies; `twice` says that two of its sentences are nearly one.
@@ -52,6 +54,7 @@ class Reading:
     moves: tuple[Pattern, ...]
     musts: frozenset[str]
     answers: bool
+    frames: frozenset[tuple[str, ...]]
     questions: int
     echo: float
     repetition: float
@@ -101,6 +104,7 @@ def read(
         moves=tuple(m for m in moves if any(m.matches(s.text.lower()) for s in counting)),
         answers=bool(said & language.content(latest) & (knowledge.matter | language.thing_stems)),
         musts=frozenset(name for name, words in knowledge.musts.items() if any(s.content & words for s in counting)),
+        frames=frozenset(f for s in sentences if len(f := _frame(s.text, language)) >= _SHORTEST_FRAME),
         questions=sum("?" in s.text or "？" in s.text for s in sentences),
         echo=_coverage(text, sources, language),
         repetition=max((_similarity(content, text, other, language) for other in earlier), default=0.0),
@@ -145,6 +149,10 @@ def _is_cut(word: str, heard: frozenset[str], knowledge: Knowledge, language: La
 def _alike(a: Sentence, b: Sentence, language: Language) -> bool:
     shared, both = a.content & b.content, a.content | b.content
     return language.tokens(a.text) == language.tokens(b.text) or 2 * len(shared) > len(both)
+
+
+def _frame(text: str, language: Language) -> tuple[str, ...]:
+    return tuple("_" if language.content(word) else word for word in _words(text, language))
 
 
 def _words(text: str, language: Language) -> tuple[str, ...]:

@@ -107,6 +107,13 @@ def repeating(h: Heard) -> Iterator[Finding]:
 
 
 @spoiler
+def formulaic(h: Heard) -> Iterator[Finding]:
+    """Filling other words into the sentence of before is a formula, however well each word fits."""
+    if any(h.reading.frames & earlier.frames for earlier in h.earlier):
+        yield Finding(3, -3, "the same sentence as before with other words in it")
+
+
+@spoiler
 def stammering(h: Heard) -> Iterator[Finding]:
     if h.reading.twice:
         yield Finding(4, -4, "says the same thing twice")
