@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 COMPLETE = "COMPLETE"
-"""The marker of a folder whose every file is written."""
+"""The marker of a folder whose every file is written: it lists them, with their sizes."""
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -22,8 +23,32 @@ def whole_lines(file: Path) -> list[str]:
     return [line for line in lines if line.endswith("\n")]
 
 
+def mark_complete(folder: Path) -> None:
+    """The last thing that is written to a folder."""
+    files = {
+        str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file() and f.name != COMPLETE
+    }
+    write_whole(folder / COMPLETE, json.dumps(files, indent=0) + "\n")
+
+
 def is_complete(folder: Path) -> bool:
-    return (folder / COMPLETE).exists()
+    """Whether the marker stands there, and every file that it lists, in its whole length."""
+    return missing_in(folder) is None
+
+
+def missing_in(folder: Path) -> str | None:
+    """What keeps a folder from being complete; None where nothing does."""
+    try:
+        files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        for name, size in files.items():
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} of {size} bytes"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(folder)} is missing"
+    except (ValueError, AttributeError, OSError) as error:
+        return f"{COMPLETE} cannot be read ({error})"
+    return None
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:

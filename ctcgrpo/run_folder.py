@@ -9,7 +9,7 @@ checkpoints/RUN/
     validation.jsonl  one line a validation
     summary.json      before, after, and the improvement between them
     traces/*.jsonl    one line an episode
-    checkpoint-N/     after N optimizer steps; complete once COMPLETE stands in it
+    checkpoint-N/     after N optimizer steps; complete once COMPLETE stands in it, with the size of every file
     best/             the policy that did best in a validation
     final/            the trained policy and its tokenizer; the run is finished once COMPLETE stands in it
 """
@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from ctcgrpo.errors import OutputError
-from ctcgrpo.files import COMPLETE, checkpoints, is_complete, whole_lines, write_whole
+from ctcgrpo.files import checkpoints, is_complete, mark_complete, missing_in, whole_lines, write_whole
 from ctcgrpo.recipe import Recipe, differences
 
 BEST_STEP = "STEP"
@@ -138,6 +138,13 @@ class RunFolder:
         found = {step: folder for step, folder in checkpoints(self.path).items() if is_complete(folder)}
         return found[max(found)] if found else None
 
+    def passed_over(self) -> list[str]:
+        """Checkpoints that would be newer than the newest complete one, and what they lack."""
+        kept = self.newest_checkpoint()
+        found = checkpoints(self.path)
+        newer = (found[step] for step in sorted(found) if kept is None or step > int(kept.name.rpartition("-")[2]))
+        return [f"{folder.name}: {missing_in(folder)}" for folder in newer]
+
     def _rewind(self, steps: int) -> None:
         if self.metrics_file.exists():
             kept = [line for line in whole_lines(self.metrics_file) if json.loads(line)["step"] <= steps]
@@ -151,7 +158,7 @@ class RunFolder:
         write_whole(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def finish(self) -> None:
-        write_whole(self.final / COMPLETE, "")
+        mark_complete(self.final)
 
     def _refuse_other_run(self, recipe: Recipe) -> None:
         old = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))

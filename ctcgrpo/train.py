@@ -108,6 +108,8 @@ class _Run:
             episodes_per_step=recipe.scenarios.per_step * recipe.rollout.group_size // processes,
             enabled=self._state.is_main_process,
         )
+        for broken in on_main(self._state, self._folder.passed_over):
+            self._progress.say(f"passing over {broken}")
         policy = recipe.policy
         model: str = on_main(self._state, lambda: self._build_policy())
         tokenizer = load_tokenizer(model, policy.revision)

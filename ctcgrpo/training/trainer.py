@@ -28,7 +28,7 @@ from trl.trainer.utils import use_adapter
 
 from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.errors import RunPaused, TooManyFailures, too_many_failed
-from ctcgrpo.files import COMPLETE, checkpoints, is_complete, write_whole
+from ctcgrpo.files import checkpoints, is_complete, mark_complete
 from ctcgrpo.records import Episode, TurnSample
 from ctcgrpo.training.head import score_trained_positions_only
 from ctcgrpo.training.loss import TokenSums, token_sums
@@ -305,7 +305,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         if self.accelerator.is_main_process:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             (folder / SCENE_BASELINE).write_text(json.dumps(asdict(self._baseline)))
-            write_whole(folder / COMPLETE, f"{self.state.global_step}\n")
+            mark_complete(folder)
             self._rotate()
         self.accelerator.wait_for_everyone()
 

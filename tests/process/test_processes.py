@@ -100,6 +100,12 @@ def test_a_recipe_trains_on_two_processes_through_accelerate(tmp_path: Path) -> 
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["training"]["max_steps"] == 1
 
 
+def test_killed_runs_end_as_if_nothing_had_happened() -> None:
+    """One kill in each phase; `python -m tests.kills` does more."""
+    done = run(sys.executable, "-m", "tests.kills", "3", "--seed", "5")
+    assert done.returncode == 0 and "3 of 3 as if nothing had happened" in done.stdout, (done.stdout, done.stderr)
+
+
 def test_a_sharded_run_goes_on_from_its_checkpoint_and_is_exported(tmp_path: Path) -> None:
     """ZeRO-2 on two processes; its last checkpoint is lost before it was complete; the same command makes the same policy."""
     command = [*TORCHRUN, "-m", "tests.on_gloo", "zero2", "recipes/tiny.yaml", f"run.output_dir={tmp_path}"]

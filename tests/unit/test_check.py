@@ -10,6 +10,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
+from ctcgrpo.files import mark_complete
 from ctcgrpo.plan.check import Finding, findings, published_shapes, shape_of
 from ctcgrpo.plan.cost import Asked, Tokens, hours, money
 from ctcgrpo.plan.memory import GIB, Load, memory_plan
@@ -108,14 +109,14 @@ def test_a_launcher_that_shards_otherwise_is_refused(tmp_path: Path) -> None:
 def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
     (folder / "checkpoint-2").mkdir(parents=True)
-    (folder / "checkpoint-2" / "COMPLETE").touch()
+    mark_complete(folder / "checkpoint-2")
     recipe = load_recipe(TINY, [f"run.output_dir={tmp_path}"])
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     assert look(tmp_path)["output"][0].text == f"goes on from {folder / 'checkpoint-2'}"
     assert look(tmp_path, "hardware.processes=2")["output"][0].level == "ok"
     assert "credit.alpha: 15.0 -> 3.0" in failed(look(tmp_path, "credit.alpha=3"))["output"]
     (folder / "final").mkdir()
-    (folder / "final" / "COMPLETE").touch()
+    mark_complete(folder / "final")
     assert "holds a finished run" in failed(look(tmp_path))["output"]
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.export import export, push
+from ctcgrpo.files import mark_complete
 from ctcgrpo.recipe import load_recipe
 from tests.conftest import ROOT, Command
 
@@ -29,8 +30,10 @@ def run(tiny: Path, tmp_path: Path) -> Path:
         torch.nn.init.constant_(model.model.norm.weight, len(name))
         model.save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(tiny).save_pretrained(folder / name)
-        if mark:
+        if mark == "STEP":
             (folder / name / mark).write_text("4\n")
+        elif mark:
+            mark_complete(folder / name)
     return folder
 
 
@@ -79,6 +82,8 @@ def test_what_is_not_there_is_named(run: Path, ctcgrpo: Command, tmp_path: Path)
     fails("has no complete 'lost'", str(run), "--which", "lost")
     fails("is there already", str(run), "--out", str(run))
     (run / "final" / "config.json").unlink()
+    fails("has no complete 'final'; it has best, 4", str(run))
+    mark_complete(run / "final")
     fails("final cannot be loaded on", str(run), code=4)
     assert not (run / "export").exists()
 

@@ -132,3 +132,51 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes("run: é".encode("latin-1"))
     with pytest.raises(RecipeError, match="not UTF-8 text"):
         load_recipe(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda f: f.stem)
+def test_a_shipped_launcher_configuration_leaves_the_rest_to_the_recipe(file: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(file))
+    assert config.mixed_precision == "no" and not getattr(config, "deepspeed_config", None)
+    assert config.num_processes == {"one_gpu": 1, "one_node": 8, "nodes": 16, "fsdp2": 8, "cpu_two_processes": 2}[file.stem]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "deepspeed").glob("*.json")), ids=lambda f: f.stem)
+def test_a_shipped_deepspeed_configuration_sums_gradients_in_float32(file: Path) -> None:
+    from ctcgrpo.sharding import deepspeed_stage, offloads, sharding_arguments, splits_weights
+
+    stage = int(file.stem[4])
+    assert deepspeed_stage(str(file)) == stage and splits_weights(str(file)) == (stage == 3)
+    assert offloads(str(file)) == ("offload" in file.stem)
+    assert sharding_arguments(str(file))["deepspeed"]["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "is no DeepSpeed configuration"),
+        ("{}", "is no DeepSpeed configuration with a ZeRO stage"),
+        ('{"zero_optimization": {"stage": 7}}', "stage 7; it is 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": 2}}', "grad_accum_dtype None; it must be 'fp32'"),
+    ],
+)
+def test_a_deepspeed_configuration_that_cannot_serve_is_refused(text: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(RecipeError, match=reason):
+        load_recipe(TINY, [f"training.sharding={tmp_path / 'ds.json'}"])
+
+
+def test_engines_and_sharding_that_do_not_go_together_are_refused() -> None:
+    zero3 = "training.sharding=configs/deepspeed/zero3.json"
+    for overrides, reason in (
+        ([zero3], "leaves no process with the whole policy"),
+        (["training.sharding=fsdp2"], "leaves no process with the whole policy"),
+        (["rollout.engine=vllm_server", "rollout.deterministic=false"], "rollout.vllm.urls names no server"),
+        (["rollout.vllm.urls=[http://a:1]"], "rollout.vllm.urls names servers"),
+        (["rollout.vllm.urls=[a:1]"], "'a:1' does not begin with http"),
+        (["rollout.engine=vllm_colocated"], "rollout.deterministic promises"),
+    ):
+        with pytest.raises(RecipeError, match=reason):
+            load_recipe(TINY, overrides)

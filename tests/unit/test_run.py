@@ -244,17 +244,28 @@ def test_a_run_that_fails_too_often_stops_and_can_go_on(ctcgrpo: Command, tmp_pa
     assert steps == [1, 2]
 
 
-def test_a_checkpoint_without_its_marker_is_never_loaded(ctcgrpo: Command, tmp_path: Path) -> None:
-    code, _, err = ctcgrpo("train", TINY, *FAST, "training.max_steps=2", f"run.output_dir={tmp_path}")
+def test_a_broken_checkpoint_is_never_loaded(ctcgrpo: Command, tmp_path: Path) -> None:
+    command = ["train", TINY, *FAST, "training.max_steps=3", f"run.output_dir={tmp_path}"]
+    code, _, err = ctcgrpo(*command)
     assert code == 0, err
     folder = tmp_path / "tiny"
+    final = (folder / "final" / "model.safetensors").read_bytes()
     (folder / "final" / "COMPLETE").unlink()
-    (folder / "checkpoint-2" / "COMPLETE").unlink()
-    (folder / "checkpoint-2" / "model.safetensors").write_bytes(b"half")
+    # One without its marker, one with a file cut short, one that somebody made.
+    (folder / "checkpoint-3" / "COMPLETE").unlink()
+    whole = (folder / "checkpoint-2" / "optimizer.pt").read_bytes()
+    (folder / "checkpoint-2" / "optimizer.pt").write_bytes(whole[:100])
     (folder / "checkpoint-9").mkdir()
-    code, out, err = ctcgrpo("train", TINY, *FAST, "training.max_steps=2", f"run.output_dir={tmp_path}")
+    code, out, err = ctcgrpo(*command)
     assert code == 0, err
-    assert "step 2/2" in out and "step 1/2" not in out
+    for reason in (
+        f"checkpoint-2: optimizer.pt has 100 of {len(whole)} bytes",
+        "checkpoint-3: COMPLETE is missing",
+        "checkpoint-9",
+    ):
+        assert f"passing over {reason}" in " ".join(out.split()), out
+    assert "step 2/3" in out and "step 1/3" not in out
+    assert (folder / "final" / "model.safetensors").read_bytes() == final
 
 
 def test_weights_and_biases_offline_learn_no_secret(
