@@ -16,6 +16,10 @@ from ctcgrpo.sharding import FSDP2, sharding_arguments
 from ctcgrpo.training.samples import CreditOptions
 from ctcgrpo.training.trainer import UpdateOptions
 
+_PATIENCE = 4 * 3600
+"""Seconds that a process waits for the others: the slowest dialogue of a step, or of a validation, decides, and PyTorch's own
+limit of half an hour would end the run in the middle of it."""
+
 
 def play_settings(recipe: Recipe) -> Play:
     rollout = recipe.rollout
@@ -118,5 +122,6 @@ def trainer_arguments(recipe: Recipe, processes: int) -> GRPOConfig:
         save_steps=training.save_every * updates,
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
+        ddp_timeout=_PATIENCE,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
