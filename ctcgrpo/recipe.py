@@ -49,6 +49,13 @@ class Policy(Section):
         None, description="the sections of its role (### headings) that the policy is told; all of it where absent"
     )
     lora: Lora | None = None
+    quantization: Literal["none", "nf4"] = Field("none", description="of the frozen weights under an adapter; nf4 is QLoRA")
+
+    @model_validator(mode="after")
+    def _quantized_under_an_adapter(self) -> Policy:
+        if self.quantization != "none" and self.lora is None:
+            raise ValueError("quantization freezes the weights, so it needs an adapter to train: policy.lora={rank: 16}")
+        return self
 
 
 class Scenarios(Section):
@@ -277,6 +284,11 @@ class Recipe(Section):
             raise ValueError(
                 "rollout.deterministic promises the same run bit by bit, which vLLM's batches do not allow; "
                 "it needs rollout.engine 'transformers'"
+            )
+        if self.policy.quantization != "none" and (engine != "transformers" or self.training.sharding != "none"):
+            raise ValueError(
+                "policy.quantization works with rollout.engine 'transformers' and training.sharding none: vLLM, DeepSpeed and FSDP "
+                "would need the weights whole"
             )
         if engine == "transformers" and splits_weights(self.training.sharding):
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from transformers import BitsAndBytesConfig
 from trl import GRPOConfig
 
 from ctcgrpo.recipe import Recipe
@@ -69,6 +70,16 @@ def lora_config(recipe: Recipe) -> LoraConfig | None:
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=modules, task_type="CAUSAL_LM")
 
 
+def _quantization(recipe: Recipe) -> dict[str, Any]:
+    if recipe.policy.quantization == "none":
+        return {}
+    compute = torch.bfloat16 if recipe.training.bf16 or recipe.policy.dtype == "bfloat16" else torch.float32
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+    return {"quantization_config": config}
+
+
 def _sharding(recipe: Recipe) -> dict[str, Any]:
     sharding, checkpointing = recipe.training.sharding, recipe.training.gradient_checkpointing
     arguments = sharding_arguments(sharding)
@@ -105,6 +116,7 @@ def trainer_arguments(recipe: Recipe, processes: int) -> GRPOConfig:
             "dtype": recipe.policy.dtype,
             "attn_implementation": recipe.policy.attention,
             "revision": recipe.policy.revision,
+            **_quantization(recipe),
         },
         learning_rate=training.learning_rate,
         lr_scheduler_type="cosine_with_min_lr" if cosine else "constant_with_warmup",

@@ -148,10 +148,12 @@ def libraries(s: Subject) -> Iterator[Finding]:
     needed = {
         "vllm": s.recipe.rollout.engine != "transformers",
         "deepspeed": deepspeed_stage(s.recipe.training.sharding) > 0,
+        "bitsandbytes": s.recipe.policy.quantization != "none",
     }
     missing = [name for name, wanted in needed.items() if wanted and importlib.util.find_spec(name) is None]
     for name in missing:
-        yield Finding("libraries", "failed", f"{name} is not installed here: pip install 'ctcgrpo[{name}]'")
+        extra = {"bitsandbytes": "qlora"}.get(name, name)
+        yield Finding("libraries", "failed", f"{name} is not installed here: pip install 'ctcgrpo[{extra}]'")
     if not missing:
         used = [name for name, wanted in needed.items() if wanted]
         yield Finding("libraries", "ok", ", ".join(used) if used else "none beyond the base")
@@ -325,6 +327,7 @@ def load_of(recipe: Recipe) -> Load:
         sharding="fsdp2" if training.sharding == FSDP2 else ("none", "zero1", "zero2", "zero3")[stage],
         offload=offloads(training.sharding),
         weight_bytes=4 if policy.dtype == "float32" else 2,
+        quantized=policy.quantization != "none",
         bf16=training.bf16,
         lora_rank=policy.lora.rank if policy.lora else None,
         reference=training.kl > 0,

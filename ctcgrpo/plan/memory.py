@@ -15,6 +15,7 @@ from typing import Literal
 Phase = Literal["rollout", "update"]
 PHASES: tuple[Phase, ...] = ("rollout", "update")
 GIB = 2**30
+_NF4_BYTES = 0.52
 _RUNTIME = 2 * GIB
 """CUDA's context, NCCL's buffers, and what fragmentation loses."""
 _VLLM_RUNTIME = 2 * GIB
@@ -66,6 +67,8 @@ class Load:
     sharding: Literal["none", "zero1", "zero2", "zero3", "fsdp2"]
     offload: bool
     weight_bytes: int
+    quantized: bool
+    """Whether the layers' frozen weights are held in 4 bits (half a byte, and what undoes the rounding)."""
     bf16: bool
     lora_rank: int | None
     reference: bool
@@ -112,7 +115,8 @@ def memory_plan(shape: Shape, load: Load, card: float) -> MemoryPlan:
     else:
         split = n if load.sharding == "fsdp2" else 1
         each = load.weight_bytes if load.lora_rank is None else 4  # adapters are trained in float32
-        weights = (frozen * load.weight_bytes + trained * each) / split
+        layers = shape.layers * shape.per_layer if load.quantized else 0
+        weights = (layers * _NF4_BYTES + (frozen - layers) * load.weight_bytes + trained * each) / split
         gradients, optimizer = trained * each / split, trained * 2 * each / split
         gathered = 2 * shape.per_layer * compute + 2 * shape.vocabulary * shape.hidden * compute if split > 1 else 0.0
     copies = total * 2 if not deepspeed and load.sharding == "none" and load.bf16 and load.weight_bytes == 4 else 0
