@@ -17,7 +17,7 @@ from ctcgrpo.sections import Section, environment_name, parse_mapping, read_text
 TOKEN_ENV = "CTCGRPO_SIMULATOR_TOKEN"
 
 
-class PriceSection(Section):
+class Price(Section):
     """Money for a million tokens."""
 
     prompt: float = Field(0.0, ge=0)
@@ -39,7 +39,7 @@ class Endpoint(Section):
     bounded_strings: bool = Field(False, description="put maxLength into the schema (vLLM keeps to it; some refuse it)")
     seed: bool = Field(True, description="send a seed with each call")
     extra_body: dict[str, Any] = Field({}, description="further fields of the request, for example enable_thinking: false")
-    price: PriceSection = PriceSection()  # type: ignore[call-arg]
+    price: Price = Price()  # type: ignore[call-arg]
     breaker_failures: int = Field(10, ge=1, description="failures in a row that open its circuit breaker")
     breaker_seconds: float = Field(10.0, gt=0, description="how long it stays open at first; doubles each time")
 
@@ -87,7 +87,7 @@ class Llm(Section):
         return self
 
 
-class BudgetSection(Section):
+class Budget(Section):
     """A hard limit on what is spent over all runs that share the store; reaching it pauses the run."""
 
     money: float | None = Field(None, gt=0, description="in `currency`, by the prices of the endpoints")
@@ -121,7 +121,7 @@ class SimulatorConfig(Section):
         None, description="the folder for answers already paid for and the account; none keeps nothing"
     )
     cache: bool = Field(True, description="answer a turn from the store that it has answered before")
-    budget: BudgetSection = BudgetSection()  # type: ignore[call-arg]
+    budget: Budget = Budget()  # type: ignore[call-arg]
     server: ServerSection = ServerSection()  # type: ignore[call-arg]
 
     @model_validator(mode="after")

@@ -17,8 +17,8 @@ from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.rollout.traces import trace_record
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import SimulatorConfig, load_simulator_config
-from ctcgrpo.simulator.llm.account import Account, Budget, Spent
+from ctcgrpo.simulator.config import Budget, SimulatorConfig, load_simulator_config
+from ctcgrpo.simulator.llm.account import Account, Spent
 from ctcgrpo.simulator.llm.answers import Answer
 from ctcgrpo.simulator.llm.backend import averaged
 from ctcgrpo.simulator.protocol import ScenarioCard, TurnReply, TurnRequest, Usage

@@ -14,22 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ctcgrpo.errors import BudgetSpent
+from ctcgrpo.simulator.config import Budget, Price
 from ctcgrpo.simulator.store import Store
 
 MICRO = 1_000_000
 _NAME = "account"
-
-
-@dataclass(frozen=True, slots=True)
-class Price:
-    """Money for a million tokens."""
-
-    prompt: float = 0.0
-    completion: float = 0.0
-
-    def of(self, prompt_tokens: int, completion_tokens: int) -> int:
-        """In millionths of the currency unit, which add up exactly."""
-        return round(prompt_tokens * self.prompt + completion_tokens * self.completion)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +41,15 @@ class Spent:
         return Spent(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """None for no limit."""
+def cost(price: Price, prompt_tokens: int, completion_tokens: int) -> int:
+    """In millionths of the currency unit, which add up exactly."""
+    return round(prompt_tokens * price.prompt + completion_tokens * price.completion)
 
-    money: float | None = None
-    tokens: int | None = None
-    currency: str = "USD"
 
-    def allows(self, spent: Spent) -> bool:
-        return (self.money is None or spent.money <= self.money * MICRO) and (
-            self.tokens is None or spent.tokens <= self.tokens
-        )
+def _allows(budget: Budget, spent: Spent) -> bool:
+    return (budget.money is None or spent.money <= budget.money * MICRO) and (
+        budget.tokens is None or spent.tokens <= budget.tokens
+    )
 
 
 class Account:
@@ -102,7 +88,7 @@ class Account:
 
     def _add(self, more: Spent, *, check: bool = True) -> bool:
         def allowed(sums: Spent) -> bool:
-            return not check or self._budget.allows(sums)
+            return not check or _allows(self._budget, sums)
 
         if self._store is not None:
             return self._store.count(_NAME, asdict(more), lambda sums: allowed(Spent(**sums)))

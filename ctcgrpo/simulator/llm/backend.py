@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.records import MAX_DELTA, UserState
 from ctcgrpo.simulator.config import SimulatorConfig
-from ctcgrpo.simulator.llm.account import Account, Budget
+from ctcgrpo.simulator.llm.account import Account
 from ctcgrpo.simulator.llm.answers import (
     ANGER,
     CONTINUE,
@@ -50,7 +50,7 @@ class LlmBackend:
         self._llm = config.llm
         self._digest = config.digest
         self.prompts: Prompts = TemplatePrompts() if self._llm.official is None else OfficialPrompts(self._llm.official)
-        self.account = Account(Budget(config.budget.money, config.budget.tokens, config.budget.currency), store)
+        self.account = Account(config.budget, store)
         self.pool = EndpointPool(self._llm, self.account, on_call)
         bounded = all(endpoint.bounded_strings for endpoint in self._llm.endpoints)
         self._schema = answer_schema(bounded=bounded)
