@@ -76,6 +76,7 @@ def train(
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]
         command += ["--main_process_port", "0"]
     os.environ[_LAUNCHED] = "1"
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # else what saves after Ctrl-C is killed after 30 s
     os.execv(sys.executable, [*command, "--module", "ctcgrpo", "train", str(recipe), *(overrides or [])])
 
 

@@ -37,8 +37,10 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
     source = _source(folder, which)
     base = str(folder.base) if recipe.policy.model.startswith("builtin/") else recipe.policy.model
     try:
-        model = _whole(source, base, recipe.policy.revision).to(getattr(torch, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(source if (source / "tokenizer_config.json").exists() else base)
+        model = _whole(source, base, recipe.policy.revision, dtype).to(getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(
+            source if (source / "tokenizer_config.json").exists() else base, revision=recipe.policy.revision
+        )
     except (OSError, ValueError) as error:
         raise PolicyError(f"{source} cannot be loaded on {base!r}: {str(error).splitlines()[0]}") from None
     model.generation_config = _generation(recipe, sorted(stop_ids(base, tokenizer, recipe.policy.revision)))
@@ -56,16 +58,14 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
 def push(folder: Path, repository: str, *, private: bool = True) -> str:
     """Upload an export to the Hub; gives its address. Raises OutputError where the Hub refuses."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise OutputError(
-            f"the Hub did not take {repository}: {str(error).splitlines()[0]}; {folder} stays as it is"
-        ) from None
+    except Exception as error:  # noqa: BLE001 - what its HTTP library raises changes with it; the export is written in any case
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OutputError(f"the Hub did not take {repository}: {reason}; {folder} stays as it is") from None
     return f"https://huggingface.co/{repository}"
 
 
@@ -84,7 +84,7 @@ def _source(folder: RunFolder, which: str) -> Path:
     return source
 
 
-def _whole(source: Path, base: str, revision: str | None) -> PreTrainedModel:
+def _whole(source: Path, base: str, revision: str | None, dtype: Dtype) -> PreTrainedModel:
     """The policy in float32, in one piece."""
     if (source / "adapter_config.json").exists():
         from peft import PeftModel
@@ -109,6 +109,13 @@ def _whole(source: Path, base: str, revision: str | None) -> PreTrainedModel:
         return joined
     whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     return whole
+
+
+def _is_whole(source: Path) -> bool:
+    """Whether weights lie there in one piece, and the optimizer's states are no ZeRO checkpoint."""
+    states = next(source.glob("global_step*/bf16_zero_*optim_states.pt"))
+    state = torch.load(states, map_location="cpu", weights_only=False)["optimizer_state_dict"]
+    return "zero_stage" not in state and any(source.glob("model*.safetensors"))
 
 
 def _generation(recipe: Recipe, ends: list[int]) -> GenerationConfig:

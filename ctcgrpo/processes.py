@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,19 +26,26 @@ def on_main(state: PartialState, do: Callable[[], Any]) -> Any:
     return result[0]
 
 
+_ONE_SIGNAL = 3.0
+"""Seconds within which two signals are one."""
+
+
 @contextlib.contextmanager
 def interrupts(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     """Ctrl-C (and a scheduler's TERM) asks the run to stop at the next safe point; a second one stops it at once.
 
     Gives a function that tells whether this process was asked.
     """
-    asked = False
+    asked, when = False, 0.0
 
     def ask(signum: int, frame: Any) -> None:
-        nonlocal asked
+        nonlocal asked, when
+        now = time.monotonic()
+        if asked and now - when < _ONE_SIGNAL:  # a launcher and a terminal, or a scheduler, send it twice
+            return
         if asked:
             raise KeyboardInterrupt
-        asked = True
+        asked, when = True, now
         say("stopping at the next safe point and saving; once more stops at once")
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -77,7 +77,6 @@ class Scenarios(Section):
 class Vllm(Section):
     gpu_memory: float = Field(0.35, gt=0, lt=1, description="vllm_colocated: the share of each GPU's memory that it takes")
     urls: tuple[str, ...] = Field((), description="vllm_server: the servers, each as http://HOST:PORT")
-    key_env: str | None = Field(None, description="vllm_server: the environment variable with their API key, if any")
     group_port: int = Field(51216, ge=1024, le=65000, description="vllm_server: the first port for weights, one a server")
     timeout: float = Field(600.0, gt=0, description="vllm_server: seconds a request")
     patience: float = Field(120.0, gt=0, description="vllm_server: seconds that a request is repeated for")
@@ -226,6 +225,7 @@ class Hardware(Section):
 
     gpu: str | None = Field(None, description="the card that the memory plan is for; one of ctcgrpo/plan/cards.yaml")
     processes: int = Field(1, ge=1, description="GPUs that train, one process each, over all nodes")
+    nodes: int = Field(1, ge=1, description="that train")
     tokens_per_second: float | None = Field(
         None, gt=0, description="sampled by the policy over all GPUs, where it was measured: for hours in the plan"
     )
@@ -290,16 +290,20 @@ class Recipe(Section):
                 "policy.quantization works with rollout.engine 'transformers' and training.sharding none: vLLM, DeepSpeed and FSDP "
                 "would need the weights whole"
             )
-        if engine == "transformers" and splits_weights(self.training.sharding):
-            raise ValueError(
-                f"training.sharding {self.training.sharding!r} leaves no process with the whole policy, which rollout.engine "
-                "'transformers' samples from; use vllm_colocated or vllm_server, or ZeRO-1 or -2"
-            )
         return self
 
     @property
     def folder(self) -> Path:
         return self.run.output_dir / self.run.name
+
+    def check_sharding(self) -> None:
+        """Refuse sharding that the engine cannot sample from, and a DeepSpeed configuration that cannot serve. Reads that file, so
+        it is no part of reading a recipe."""
+        if splits_weights(self.training.sharding) and self.rollout.engine == "transformers":
+            raise RecipeError(
+                f"training.sharding {self.training.sharding!r} leaves no process with the whole policy, which rollout.engine "
+                "'transformers' samples from; use vllm_colocated or vllm_server, or ZeRO-1 or -2"
+            )
 
     def check_processes(self, processes: int) -> None:
         """Refuse a number of processes that the episodes of a step cannot be shared among."""

@@ -5,6 +5,7 @@ checkpoints/RUN/
     base/             the starting policy, where the recipe has it built
     metrics.jsonl     one line a step
     simulator.json    who plays the user
+    sharding.json     how DeepSpeed or FSDP2 is configured
     simulator.jsonl   the log of the embedded simulator server
     validation.jsonl  one line a validation
     summary.json      before, after, and the improvement between them
@@ -16,6 +17,7 @@ checkpoints/RUN/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.files import checkpoints, is_complete, mark_complete, missing_in, whole_lines, write_whole
@@ -106,14 +109,14 @@ class RunFolder:
             self.discard_best()
         self._rewind(steps)
 
-    def keep_to_simulator(self, says: Mapping[str, Any], *, resumes: bool) -> None:
-        """Record who plays the user; raises OutputError where a run that goes on would meet somebody else."""
-        file = self.path / "simulator.json"
-        now = {name: value for name, value in says.items() if name not in ("status", "version", "deadline")}
+    def keep_to(self, name: str, now: Mapping[str, Any], *, resumes: bool) -> None:
+        """Record in a file what decides the run beside its recipe (who plays the user, how it is sharded); raises OutputError where
+        a run that goes on would meet something else."""
+        file = self.path / name
         if resumes and file.exists() and (changed := differences(json.loads(file.read_text(encoding="utf-8")), now)):
             raise OutputError(
-                f"{self.path} was trained with another simulator ({'; '.join(changed)}); go on with that one, or start another run "
-                "with run.name=NAME"
+                f"{self.path} was trained with another {name.removesuffix('.json')} ({'; '.join(changed)}); go on with that one, "
+                "or start another run with run.name=NAME"
             )
         write_whole(file, json.dumps(now) + "\n")
 
@@ -161,12 +164,18 @@ class RunFolder:
         mark_complete(self.final)
 
     def _refuse_other_run(self, recipe: Recipe) -> None:
-        old = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
-        now = recipe.model_dump(mode="json")
-        for told in (old, now):
-            told.pop("hardware", None)  # what it was meant for says nothing of what it is
-        if changed := differences(old, now):
+        if changed := self.changes(recipe):
             raise OutputError(
                 f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])}); "
                 "undo the change to go on with it, or start another with run.name=NAME"
             )
+
+    def changes(self, recipe: Recipe) -> list[str]:
+        """What the recorded recipe and this one differ in; `hardware` says what a run was meant for, not what it is."""
+        old = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
+        with contextlib.suppress(ValidationError):  # what an older version did not know yet had its default
+            old = Recipe.model_validate(old).model_dump(mode="json")
+        now = recipe.model_dump(mode="json")
+        for told in (old, now):
+            told.pop("hardware", None)
+        return differences(old, now)

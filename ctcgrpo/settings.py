@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import BitsAndBytesConfig
 from trl import GRPOConfig
 
@@ -97,7 +98,7 @@ def trainer_arguments(recipe: Recipe, processes: int) -> GRPOConfig:
     cosine = training.schedule == "cosine"
     if recipe.run.wandb != "disabled":
         os.environ["WANDB_MODE"] = recipe.run.wandb
-    return GRPOConfig(
+    arguments = GRPOConfig(
         output_dir=str(recipe.folder),
         run_name=recipe.run.name,
         report_to=["wandb"] if recipe.run.wandb != "disabled" else [],
@@ -137,3 +138,9 @@ def trainer_arguments(recipe: Recipe, processes: int) -> GRPOConfig:
         ddp_timeout=_PATIENCE,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if training.sharding == FSDP2 and training.bf16:
+        # Left to itself accelerate sums gradients in bfloat16 and rounds log-probabilities to it.
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
+    return arguments

@@ -19,7 +19,7 @@ from trl.trainer.utils import ensure_master_addr_port
 
 from ctcgrpo import __version__
 from ctcgrpo.errors import (
-    PolicyEngineError,
+    CtcGrpoError,
     PolicyError,
     RecipeError,
     RunInterrupted,
@@ -29,7 +29,7 @@ from ctcgrpo.errors import (
     TooManyFailures,
 )
 from ctcgrpo.policy.context import ContextBuilder
-from ctcgrpo.policy.loading import build_builtin, check_positions, load_tokenizer, stop_ids
+from ctcgrpo.policy.loading import build_builtin, check_positions, load_tokenizer, pinned, stop_ids
 from ctcgrpo.processes import interrupts, on_main
 from ctcgrpo.progress import RunProgress
 from ctcgrpo.recipe import Recipe
@@ -44,7 +44,7 @@ from ctcgrpo.rollout.vllm_server import VllmServerEngine
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.settings import credit_options, lora_config, play_settings, trainer_arguments, update_options
-from ctcgrpo.sharding import check_launcher, deepspeed_stage
+from ctcgrpo.sharding import check_launcher, deepspeed_stage, sharding_arguments
 from ctcgrpo.simulator.choice import introduced
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, load_simulator_config
@@ -77,6 +77,7 @@ class _Run:
         # DeepSpeed, if it is to shard a model while loading, has to be configured by then.
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         recipe.check_processes(processes)
+        recipe.check_sharding()
         check_launcher(recipe.training.sharding)
         if deepspeed_stage(recipe.training.sharding) and processes == 1:
             _alone()
@@ -108,6 +109,8 @@ class _Run:
             episodes_per_step=recipe.scenarios.per_step * recipe.rollout.group_size // processes,
             enabled=self._state.is_main_process,
         )
+        sharding = sharding_arguments(recipe.training.sharding)
+        on_main(self._state, lambda: self._folder.keep_to("sharding.json", sharding, resumes=self._resume is not None))
         for broken in on_main(self._state, self._folder.passed_over):
             self._progress.say(f"passing over {broken}")
         policy = recipe.policy
@@ -133,7 +136,8 @@ class _Run:
         )
         self._simulator = simulator
         self._simulator_says = asyncio.run(introduced(simulator))
-        on_main(self._state, lambda: self._folder.keep_to_simulator(self._simulator_says, resumes=self._resume is not None))
+        says = {k: v for k, v in self._simulator_says.items() if k not in ("status", "version", "deadline")}
+        on_main(self._state, lambda: self._folder.keep_to("simulator.json", says, resumes=self._resume is not None))
         if (self._simulator_says.get("deadline") or 0) >= recipe.simulator.timeout:
             raise RecipeError(
                 f"simulator.timeout is {recipe.simulator.timeout:g} s, but the simulator may take "
@@ -147,6 +151,7 @@ class _Run:
             processing_class=tokenizer,
             peft_config=lora_config(recipe),
             collect=self._collect,
+            confirm=lambda: self._together(self._engine.confirm),
             before_step=self._validate_when_due,
             credit=credit_options(recipe),
             options=update_options(recipe),
@@ -154,7 +159,7 @@ class _Run:
             callbacks=[_Bookkeeping(self)],
         )
         self._trainer.remove_callback(PrinterCallback)
-        self._engine = self._make_engine(tokenizer, ends, interrupted)
+        self._engine: PolicyEngine = self._make_engine(tokenizer, ends, interrupted)
         stack.callback(self._engine.close)
         self._runner = RolloutRunner(
             engine=self._engine,
@@ -208,7 +213,7 @@ class _Run:
                 process=state.process_index,
                 processes=state.num_processes,
                 barrier=state.wait_for_everyone,
-                key=os.environ.get(rollout.vllm.key_env) if rollout.vllm.key_env else None,
+                run=f"{self._recipe.run.name}/{self._recipe.run.seed}",
                 timeout=rollout.vllm.timeout,
                 patience=rollout.vllm.patience,
             )
@@ -224,7 +229,7 @@ class _Run:
     def _build_policy(self) -> str:
         """A builtin policy is built anew for a run that starts, and taken as it is by one that goes on."""
         return build_builtin(
-            self._recipe.policy.model,
+            pinned(self._recipe.policy.model, self._recipe.policy.revision),
             self._folder.base.resolve(),
             self._recipe.run.seed,
             keep=self._resume is not None,
@@ -306,6 +311,12 @@ class _Run:
         ]
         return self._play(self._runner, slots, f"step-{step:06d}")
 
+    def _confirmed(self, play: Callable[[], list[Episode]]) -> list[Episode]:
+        """Episodes of one version of the weights."""
+        episodes = self._trainer.unless_paused(play)
+        self._together(self._engine.confirm)
+        return episodes
+
     def _play(self, runner: RolloutRunner, slots: Sequence[Slot], name: str) -> list[Episode]:
         write = TraceWriter(self._folder.traces / f"{name}.rank-{self._state.process_index}.jsonl")
 
@@ -313,21 +324,32 @@ class _Run:
             write(episode)
             self._progress.episode(episode)
 
-        version = self._trainer.state.global_step
-        self._engine.take_weights(version)
+        self._together(lambda: self._engine.take_weights(self._trainer.state.global_step))
         try:
-            episodes = asyncio.run(runner.run(slots, on_episode))
+            return asyncio.run(runner.run(slots, on_episode))
         finally:
             self._engine.rest()
-        if self._engine.version != version:  # one batch of rollouts, one policy
-            raise PolicyEngineError(f"rollouts of version {version} were sampled from version {self._engine.version}")
-        return episodes
+
+    def _together(self, do: Callable[[], None]) -> None:
+        """What a part of the processes cannot do fails on all of them: none must wait for one that is gone."""
+        problem: CtcGrpoError | None = None
+        try:
+            do()
+        except CtcGrpoError as error:
+            problem = error
+        if told := next((error for error in gather_object([problem]) if error is not None), None):
+            raise told
 
     def _simulator_urls(self, stack: contextlib.ExitStack, scenarios: Sequence[Scenario]) -> str | tuple[str, ...]:
         """The URLs that all processes ask; the main one keeps the embedded server."""
         settings = self._recipe.simulator
         if settings.url != "embedded":
             return settings.url
+        if self._state.num_processes > int(os.environ.get("LOCAL_WORLD_SIZE", self._state.num_processes)):
+            raise RecipeError(
+                "simulator.url is 'embedded', which other nodes cannot reach; start `ctcgrpo serve CONFIG --host 0.0.0.0` with a "
+                "token and name it (simulator.url=http://HOST:8765), as launch/slurm.sbatch does"
+            )
         config = SCRIPTED_USER if settings.config is None else load_simulator_config(settings.config)
 
         def start() -> str:
@@ -359,7 +381,7 @@ class _Run:
             samples=settings.samples,
             every=settings.every,
             file=self._folder.validation_file,
-            play=lambda step, slots: self._trainer.unless_paused(lambda: play(step, slots)),
+            play=lambda step, slots: self._confirmed(lambda: play(step, slots)),
             gather=gather_object,
             keep_best=self._keep_best,
             max_failed=self._recipe.rollout.max_failed,

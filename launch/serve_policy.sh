@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || { sed -n 2,5p "$0"; exit 2; }
 model="$1"
 shift
-gpus=0 host=0.0.0.0 port=8000
+gpus=0 host=127.0.0.1 port=8000
 while [ $# -gt 0 ]; do
   case "$1" in
     --gpus) gpus="$2"; shift 2 ;;

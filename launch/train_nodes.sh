@@ -10,6 +10,8 @@ for name in NODES NODE_RANK MAIN_ADDRESS; do
   [ -n "${!name:-}" ] || { echo "train_nodes.sh: $name is not set" >&2; exit 2; }
 done
 gpus="${GPUS:-8}"
+# Else the launcher kills what is saving 30 s after it was told to stop.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}"
 exec "${CTCGRPO_VENV:-.venv}/bin/accelerate" launch --config_file configs/accelerate/nodes.yaml --num_machines "$NODES" \
   --num_processes "$((NODES * gpus))" --machine_rank "$NODE_RANK" --main_process_ip "$MAIN_ADDRESS" \
   --main_process_port "${MAIN_PORT:-29500}" "$@"

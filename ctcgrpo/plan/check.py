@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import netrc
 import os
 import shutil
 import statistics
 import tempfile
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -33,8 +35,9 @@ from ctcgrpo.plan.memory import GIB, PHASES, Load, MemoryPlan, Shape, memory_pla
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import build_untaught, load_tokenizer, stop_ids
 from ctcgrpo.policy.reasoning import CLOSE, OPEN
-from ctcgrpo.recipe import Recipe, differences
+from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Completion, Scenario
+from ctcgrpo.rollout.vllm_server import base_url
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.sharding import FSDP2, NONE, check_launcher, deepspeed_stage, offloads
@@ -76,6 +79,7 @@ class Subject:
     folder: Path
     """For what is built in passing; gone after the check."""
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    accelerate_config: Path = Path(default_config_file)
     scenarios: list[Scenario] = field(default_factory=list)
     held_out: list[Scenario] = field(default_factory=list)
     shape: Shape | None = None
@@ -104,16 +108,19 @@ def check(function: Check) -> Check:
     return function
 
 
-def findings(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> tuple[list[Finding], Subject]:
+def findings(
+    recipe: Recipe, environment: Mapping[str, str] = os.environ, accelerate_config: Path = Path(default_config_file)
+) -> tuple[list[Finding], Subject]:
     """All findings, and what was loaded on the way. A check that raises one of this project's errors has found what is wrong."""
     found: list[Finding] = []
     with tempfile.TemporaryDirectory() as folder:
-        subject = Subject(recipe, Path(folder), environment)
+        subject = Subject(recipe, Path(folder), environment, accelerate_config)
         for one in CHECKS:
             try:
                 found += one(subject)
             except CtcGrpoError as error:
-                found.append(Finding(one.__name__.replace("_", " "), "failed", str(error)))
+                if str(error) not in {f.text for f in found}:  # one mistake may be in the way of several checks
+                    found.append(Finding(one.__name__.replace("_", " "), "failed", str(error)))
     return found, subject
 
 
@@ -141,6 +148,14 @@ def validation(s: Subject) -> Iterator[Finding]:
         )
     else:
         yield Finding("validation", "ok", f"{len(s.held_out)} held out")
+
+
+@check
+def sharding(s: Subject) -> Iterator[Finding]:
+    s.recipe.check_sharding()
+    chosen = s.recipe.training.sharding
+    stage = deepspeed_stage(chosen)
+    yield Finding("sharding", "ok", f"DeepSpeed ZeRO-{stage}" if stage else {NONE: "none", FSDP2: "FSDP2"}[chosen])
 
 
 @check
@@ -274,7 +289,7 @@ def precision(s: Subject) -> Iterator[Finding]:
 def launcher(s: Subject) -> Iterator[Finding]:
     sharding = s.recipe.training.sharding
     check_launcher(sharding, s.environment)
-    file = Path(s.environment.get("ACCELERATE_CONFIG_FILE", default_config_file))
+    file = s.accelerate_config
     config = yaml.safe_load(file.read_text()) if file.is_file() else {}
     kind = str((config or {}).get("distributed_type", "NO"))
     if (kind == "DEEPSPEED") or (kind == "FSDP" and sharding != FSDP2):
@@ -285,8 +300,9 @@ def launcher(s: Subject) -> Iterator[Finding]:
             "--config_file configs/accelerate/one_node.yaml",
         )
         return
-    how = {0: {NONE: "every process holds the policy", FSDP2: "FSDP2"}.get(sharding, sharding)}
-    yield Finding("launcher", "ok", how.get(deepspeed_stage(sharding), f"DeepSpeed ZeRO-{deepspeed_stage(sharding)}"))
+    yield Finding(
+        "launcher", "ok", f"accelerate's default is {kind}; a --config-file decides otherwise" if config else "plain"
+    )
 
 
 @check
@@ -340,6 +356,27 @@ def load_of(recipe: Recipe) -> Load:
     )
 
 
+@check
+def policy_servers(s: Subject) -> Iterator[Finding]:
+    for url in map(base_url, s.recipe.rollout.vllm.urls):
+        try:
+            with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as response:
+                served = json.load(response)["data"][0]
+            with urllib.request.urlopen(f"{url}/server_info?config_format=json", timeout=5) as response:
+                transfer = json.load(response).get("vllm_config", {}).get("weight_transfer_config")
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            why = f"{url} does not answer as a vLLM server with development endpoints ({error})"
+            yield Finding("policy servers", "failed", f"{why}; launch/serve_policy.sh and launch/slurm.sbatch start such")
+            continue
+        if transfer is None:
+            why = f"{url} cannot take weights: it needs --weight-transfer-config"
+            yield Finding("policy servers", "failed", f"{why} (launch/serve_policy.sh)")
+        elif (length := served.get("max_model_len") or s.longest) < s.longest:
+            yield Finding("policy servers", "failed", f"{url} has max_model_len {length}, and the recipe needs {s.longest}")
+        else:
+            yield Finding("policy servers", "ok", f"{url} serves {served['id']}")
+
+
 # --- the simulator --------------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +384,11 @@ def load_of(recipe: Recipe) -> Load:
 def simulator(s: Subject) -> Iterator[Finding]:
     """One canary turn, on the real simulator: it costs a call."""
     settings = s.recipe.simulator
+    if settings.url == "embedded" and s.recipe.hardware.nodes > 1:
+        raise RecipeError(
+            f"simulator.url is 'embedded', which the others of {s.recipe.hardware.nodes} nodes cannot reach; start "
+            "`ctcgrpo serve CONFIG --host 0.0.0.0` and name it, or leave it to launch/slurm.sbatch"
+        )
     with ExitStack() as stack:
         if settings.url == "embedded":
             s.simulator = SCRIPTED_USER if settings.config is None else load_simulator_config(settings.config)
@@ -493,8 +535,7 @@ def output(s: Subject) -> Iterator[Finding]:
     if is_complete(folder.final):
         yield Finding("output", "failed", f"{folder.path} holds a finished run; take another run.name")
     elif folder.newest_checkpoint() and folder.recipe_file.exists():
-        old, now = yaml.safe_load(folder.recipe_file.read_text(encoding="utf-8")), s.recipe.model_dump(mode="json")
-        changed = differences(old | {"hardware": None}, now | {"hardware": None})
+        changed = folder.changes(s.recipe)
         if changed:
             yield Finding("output", "failed", f"{folder.path} holds a run of another recipe ({'; '.join(changed[:5])})")
         else:

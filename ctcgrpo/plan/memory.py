@@ -130,8 +130,13 @@ def memory_plan(shape: Shape, load: Load, card: float) -> MemoryPlan:
         parts["bfloat16 copies (autocast)"] = {"rollout": float(copies), "update": float(copies)}
     if gathered:
         parts["gathered and buffers"] = {"rollout": gathered, "update": gathered}
+    if load.sharding == "none" and n > 1:  # DistributedDataParallel's buckets
+        parts["DDP buckets"] = {"rollout": gradients, "update": gradients}
+    if load.lora_rank is not None and load.sharding in ("zero3", "fsdp2") and load.gpu_memory:
+        parts["gathered to merge the adapter"] = {"rollout": float(total * load.weight_bytes), "update": 0.0}
     if load.reference and load.lora_rank is None:
-        parts["reference policy"] = {"rollout": weights, "update": weights}
+        whole = total * compute if load.sharding == "fsdp2" else weights  # FSDP2 gathers it at every forward pass
+        parts["reference policy"] = {"rollout": weights, "update": float(whole)}
     wanted = load.rollouts * load.longest
     room = None
     if load.gpu_memory:

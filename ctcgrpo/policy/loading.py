@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyError
@@ -70,6 +71,16 @@ def build_untaught(model: str, folder: Path, seed: int) -> str:
 
 BUILDERS: dict[str, Callable[[Path, int, Callable[[str], None]], None]] = {"tiny": _tiny, "starter": _starter}
 """By name: write model and tokenizer to a folder, from a seed."""
+
+
+def pinned(model: str, revision: str | None) -> str:
+    """A Hub model at a revision as a folder, so that everybody who loads it loads the same: vLLM is told a name alone."""
+    if revision is None or Path(model).exists() or model.startswith(_BUILTIN):
+        return model
+    try:
+        return str(snapshot_download(model, revision=revision))
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"policy.model {model!r} at {revision!r} cannot be had: {str(error).splitlines()[0]}") from None
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:

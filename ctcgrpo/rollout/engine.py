@@ -45,6 +45,9 @@ class PolicyEngine(ABC):
     async def generate(self, prompt_ids: Sequence[int], *, seed: int, sampling: Sampling) -> Completion:
         """Sample one completion. Raises PolicyEngineError where the engine cannot."""
 
+    def confirm(self) -> None:  # noqa: B027 - one that shares the trainer's memory can hold no other weights
+        """Raises PolicyEngineError where what was sampled since `take_weights` may come from other weights."""
+
     def rest(self) -> None:  # noqa: B027 - an engine without memory of its own has nothing to give back
         """Nothing is asked for until `take_weights` comes again: leave the memory to the update."""
 

@@ -166,7 +166,7 @@ class ServerWeights:
         was started otherwise."""
         self._policy = policy
         self._accelerator = accelerator
-        self._urls = tuple(urls)
+        self._urls = tuple(url.rstrip("/").removesuffix("/v1") for url in urls)
         self._generation = _generation(
             policy(),
             accelerator,
@@ -280,7 +280,7 @@ def _keep_weights_on_cpu() -> None:
 def _as_engine_error(doing: str) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, ValueError, OSError, NotImplementedError) as error:
+    except Exception as error:
         raise PolicyEngineError(f"{doing}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 
 

@@ -7,8 +7,11 @@ and a group's rollouts are mostly played by one process, so that they find the p
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self
 
@@ -19,6 +22,7 @@ from ctcgrpo.records import Completion
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
 from ctcgrpo.rollout.vllm_adapter import completion, room
 
+_ADMIN_SECONDS = 60.0
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -39,20 +43,20 @@ class VllmServerEngine(PolicyEngine):
         process: int = 0,
         processes: int = 1,
         barrier: Callable[[], None] = lambda: None,
-        key: str | None = None,
+        run: str = "",
         timeout: float = 600.0,
         patience: float = 120.0,
         backoff: float = 1.0,
     ) -> None:
-        """`max_length`: tokens of a prompt and its completion; `barrier` waits for all processes; `timeout` seconds a request;
-        `patience` seconds that a request is repeated for where a server does not answer."""
-        self._urls = tuple(url.rstrip("/").removesuffix("/v1") for url in urls)
+        """`max_length`: tokens of a prompt and its completion; `barrier` waits for all processes; `run` names the weights'
+        versions; `timeout` seconds a request; `patience` seconds that a request is repeated for where a server does not answer."""
+        self._urls = tuple(map(base_url, urls))
+        self._is_main, self._run = process == 0, run
         self._mine = self._urls[process::processes] or (self._urls[process % len(self._urls)],)
         self._weights = weights
         self._stop_ids = sorted(stop_ids)
         self._max_length = max_length
         self._barrier = barrier
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._timeout, self._patience, self._backoff = timeout, patience, backoff
         self._random = random.Random()  # of its own: training's random state must not depend on retries
         self._session: aiohttp.ClientSession | None = None
@@ -66,14 +70,28 @@ class VllmServerEngine(PolicyEngine):
             raise PolicyEngineError(f"{self._under_way} requests are under way; weights cannot change beneath them")
         self._barrier()  # until no process asks for anything
         self._weights.send()
+        if self._is_main:
+            for url in self._urls:
+                _admin(f"{url}/update_weight_version", {"new_version": self._name(version)})
         self._barrier()  # until all servers have all of it
         self.version = version
 
+    def confirm(self) -> None:
+        """A server that was restarted meanwhile would have gone on with the weights of its disk."""
+        for url in self._mine:
+            found = _admin(f"{url}/weight_info").get("weight_version")
+            if found != self._name(self.version):
+                raise PolicyEngineError(
+                    f"{url} holds weights {found!r}, not {self._name(self.version)!r}: it was restarted, or serves another run; "
+                    "this batch of rollouts is not trained on"
+                )
+
+    def _name(self, version: int | None) -> str:
+        return f"{self._run}/{version}"
+
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=self._timeout),
-            connector=aiohttp.TCPConnector(limit=0),
-            headers=self._headers,
+            timeout=aiohttp.ClientTimeout(total=self._timeout), connector=aiohttp.TCPConnector(limit=0)
         )
         return self
 
@@ -147,3 +165,22 @@ class VllmServerEngine(PolicyEngine):
             )
         self._models[url] = str(served["id"])
         return self._models[url]
+
+
+def base_url(url: str) -> str:
+    """A server's address without the /v1 that other clients want."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def _admin(url: str, body: dict[str, str] | None = None) -> dict[str, Any]:
+    """Asks one of vLLM's development endpoints, which are there with VLLM_SERVER_DEV_MODE=1."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=_ADMIN_SECONDS) as response:
+            answer: dict[str, Any] = json.load(response)
+            return answer
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise PolicyEngineError(
+            f"{url}: {error}; start the server as launch/serve_policy.sh does (VLLM_SERVER_DEV_MODE=1)"
+        ) from None

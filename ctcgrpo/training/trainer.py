@@ -29,6 +29,7 @@ from trl.trainer.utils import use_adapter
 from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.errors import RunPaused, TooManyFailures, too_many_failed
 from ctcgrpo.files import checkpoints, is_complete, mark_complete
+from ctcgrpo.processes import on_main
 from ctcgrpo.records import Episode, TurnSample
 from ctcgrpo.training.head import score_trained_positions_only
 from ctcgrpo.training.loss import TokenSums, token_sums
@@ -59,7 +60,8 @@ Collect = Callable[[int, Sequence[dict[str, Any]]], list[Episode]]
 
 class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
     """See the module's docstring. `args.num_iterations` must equal `options.updates_per_step`; the data set holds one row a
-    scenario and step, in order. `before_step` is called with the number of batches done before the next one is collected.
+    scenario and step, in order. `before_step` is called with the number of batches done before the next one is collected, `confirm`
+    after it, to refuse it.
     `interrupted` is polled between rollouts and after the last update of a step."""
 
     def __init__(
@@ -70,6 +72,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         collect: Collect,
         credit: CreditOptions,
         options: UpdateOptions,
+        confirm: Callable[[], None] = lambda: None,
         before_step: Callable[[int], None] = lambda step: None,
         interrupted: Callable[[], bool] = lambda: False,
         **kwargs: Any,
@@ -81,6 +84,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         self._collect = collect
         self._credit = credit
         self._options = options
+        self._confirm = confirm
         self._before_step = before_step
         self._interrupted = interrupted
         self._updates: list[list[TurnSample]] = []
@@ -192,8 +196,9 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         return [*rows, *[dummy_row(self._tokenizer.pad_token_id)] * (int(counts.max()) - len(rows))]
 
     def _without_sync(self, model: torch.nn.Module, is_last: bool) -> contextlib.AbstractContextManager[Any]:
-        # DeepSpeed reduces by itself and takes its boundary from gradient_state.
-        if is_last or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # DeepSpeed reduces by itself and takes its boundary from gradient_state; FSDP2 would keep whole gradients between rows.
+        reduces = self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        if is_last or reduces:
             return contextlib.nullcontext()
         context: contextlib.AbstractContextManager[Any] = self.accelerator.no_sync(model)
         return context
@@ -208,6 +213,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         started = time.perf_counter()
         self._log_number("policy_version", self.state.global_step)
         episodes = self.unless_paused(lambda: self._collect(self.rollout_step + 1, inputs))
+        self._confirm()
         summaries = gather_object([summarise(e, self._credit) for e in episodes])
         self._refuse_failures(summaries, episodes)
         credit = step_credit(summaries, self._credit, self._baseline, step=self.rollout_step)
@@ -325,7 +331,9 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def save_now(self) -> None:
         """A checkpoint of the last finished optimizer step, unless it has one."""
-        if self.state.global_step and not is_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        # One process looks: on a shared disk others may see the marker later, and saving takes all of them.
+        if self.state.global_step and not on_main(self.accelerator.state, lambda: is_complete(folder)):
             self._save_checkpoint(self.model, trial=None)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -186,6 +186,18 @@ def test_a_server_that_does_not_come_up_ends_the_job(cluster: Cluster) -> None:
     assert not any(line.startswith("train") for line in cluster.lines()) and cluster.is_quiet()
 
 
+def test_a_hosted_user_is_served_where_all_nodes_reach_it(cluster: Cluster, tmp_path: Path) -> None:
+    config = tmp_path / "scripted.yaml"
+    config.write_text("backend: scripted\n")
+    nodes = {"SLURM_JOB_NODELIST": "127.0.0.1,localhost,node-c", "SIMULATOR_NODES": "0", "SIMULATOR_CONFIG": str(config)}
+    job = cluster.start(**nodes)
+    out, _ = job.communicate(timeout=180)
+    assert job.returncode == 0, out
+    train = [line for line in cluster.lines() if line.startswith("train launch")]
+    assert len(train) == 2 and all(f"simulator.url=[http://localhost:{cluster.simulator}]" in line for line in train)
+    assert cluster.is_quiet()
+
+
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [

@@ -95,6 +95,8 @@ def test_the_hub_takes_it_or_says_why_not(run: Path, monkeypatch: pytest.MonkeyP
 
     class Hub:
         def create_repo(self, name: str, **options: Any) -> None:
+            if "offline" in name:
+                raise RuntimeError("[Errno 111] Connection refused")
             if "/" not in name:
                 raise ValueError("Repo id must be in the form 'namespace/repo_name'")
             calls.append((name, options))
@@ -107,3 +109,5 @@ def test_the_hub_takes_it_or_says_why_not(run: Path, monkeypatch: pytest.MonkeyP
     assert calls == [("me/policy", {"private": True, "exist_ok": True}), {"repo_id": "me/policy", "folder_path": run}]
     with pytest.raises(OutputError, match="did not take policy: Repo id must be"):
         push(run, "policy")
+    with pytest.raises(OutputError, match="Connection refused; .* stays as it is"):
+        push(run, "me/offline")

@@ -165,7 +165,7 @@ def test_a_shipped_deepspeed_configuration_sums_gradients_in_float32(file: Path)
 def test_a_deepspeed_configuration_that_cannot_serve_is_refused(text: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(text)
     with pytest.raises(RecipeError, match=reason):
-        load_recipe(TINY, [f"training.sharding={tmp_path / 'ds.json'}"])
+        load_recipe(TINY, [f"training.sharding={tmp_path / 'ds.json'}"]).check_sharding()
 
 
 def test_engines_and_sharding_that_do_not_go_together_are_refused() -> None:
@@ -184,4 +184,4 @@ def test_engines_and_sharding_that_do_not_go_together_are_refused() -> None:
         ),
     ):
         with pytest.raises(RecipeError, match=reason):
-            load_recipe(TINY, overrides)
+            load_recipe(TINY, overrides).check_sharding()

@@ -39,19 +39,32 @@ def status(code: int, text: str = "no") -> Answer:
 
 
 @asynccontextmanager
-async def serving(*answers: Answer, length: int = 64) -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
+async def serving(
+    *answers: Answer, length: int = 64, developing: bool = True
+) -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
     """The k-th request gets the k-th answer, the last one for ever; gives URL and what was asked."""
     asked: list[dict[str, Any]] = []
 
     async def complete(request: web.Request) -> web.Response:
-        asked.append(await request.json() | {"key": request.headers.get("Authorization")})
+        asked.append(await request.json())
         return answers[min(len(asked), len(answers)) - 1](asked[-1])
 
     async def models(request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "policy", "max_model_len": length}]})
 
+    held = {"weight_version": "default"}
+
+    async def update(request: web.Request) -> web.Response:
+        held["weight_version"] = (await request.json())["new_version"]
+        return web.json_response({"success": True})
+
+    async def info(request: web.Request) -> web.Response:
+        return web.json_response(held)
+
     app = web.Application()
     app.add_routes([web.post("/v1/completions", complete), web.get("/v1/models", models)])
+    if developing:
+        app.add_routes([web.post("/update_weight_version", update), web.get("/weight_info", info)])
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -66,7 +79,7 @@ def engine(url: str, **options: Any) -> VllmServerEngine:
         [url],
         **{"weights": Weights(), "stop_ids": frozenset({7}), "max_length": 64, "patience": 2.0, "backoff": 0.01} | options,
     )
-    made.take_weights(5)
+    made.version = 5
     return made
 
 
@@ -77,10 +90,10 @@ async def ask(made: VllmServerEngine, prompt: list[int] | None = None, seed: int
 
 async def test_a_request_leaves_nothing_to_the_servers_defaults() -> None:
     async with serving(tokens(4, 5, 7)) as (url, asked):
-        done = await ask(engine(url + "/v1/", key="secret"), list(range(60)))
+        done = await ask(engine(url + "/v1/"), list(range(60)))
     assert done == Completion((4, 5, 7), (-0.5,) * 3, (), "stop")
     (body,) = asked
-    assert body["max_tokens"] == 4 and body["seed"] == 9 and body["stop_token_ids"] == [7] and body["key"] == "Bearer secret"
+    assert body["max_tokens"] == 4 and body["seed"] == 9 and body["stop_token_ids"] == [7]
     assert (body["temperature"], body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (
         0.6,
         0.95,
@@ -131,18 +144,30 @@ async def test_weights_wait_for_requests_and_go_once_a_version() -> None:
         def send(self) -> None:
             order.append("send")
 
-    async with serving(tokens(4)) as (url, asked):
-        made = engine(url, weights=Noted(), barrier=lambda: order.append("barrier"))
-        made.take_weights(5)
-        assert order == ["barrier", "send", "barrier"] and made.version == 5
+    async with serving(tokens(4)) as (url, _):
+        made = engine(url, weights=Noted(), barrier=lambda: order.append("barrier"), run="run/0")
+        for _ in range(2):
+            await asyncio.to_thread(made.take_weights, 6)
+        assert order == ["barrier", "send", "barrier"] and made.version == 6
+        await asyncio.to_thread(made.confirm)
         async with made:
             task = asyncio.create_task(made.generate([1], seed=0, sampling=SAMPLING))
             await asyncio.sleep(0)
             with pytest.raises(PolicyEngineError, match="1 requests are under way"):
-                made.take_weights(6)
+                made.take_weights(7)
             await task
-        made.take_weights(6)
-    assert made.version == 6 and len(order) == 6 and len(asked) == 1
+        # Somebody else's weights, or those of its disk after a restart.
+        other = engine(url, run="run/1")
+        await asyncio.to_thread(other.take_weights, 0)
+        with pytest.raises(PolicyEngineError, match="holds weights 'run/1/0', not 'run/0/6'.*is not trained on"):
+            await asyncio.to_thread(made.confirm)
+        second = engine(url, process=1, processes=2, run="run/0")  # the main process names the version for all
+        await asyncio.to_thread(second.take_weights, 6)
+        with pytest.raises(PolicyEngineError, match="holds weights 'run/1/0'"):
+            await asyncio.to_thread(second.confirm)
+    async with serving(tokens(4), developing=False) as (url, _):
+        with pytest.raises(PolicyEngineError, match="404.*VLLM_SERVER_DEV_MODE=1"):
+            await asyncio.to_thread(engine(url).take_weights, 6)
 
 
 def test_processes_share_the_servers_out() -> None:

@@ -11,8 +11,10 @@ import random
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,16 @@ def colocated(base: Path) -> Iterator[Colocated]:
     both.engine.close()
 
 
+def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 300
+    while True:
+        assert server.poll() is None and time.monotonic() < deadline, "the server did not start"
+        with suppress(OSError):
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        time.sleep(1)
+
+
 def prompts(parts: Parts, n: int) -> list[list[int]]:
     said = [f"{s.opening_line} {s.policy_persona}" for s in load_scenarios("english/train")][:n]
     return [parts.tokenizer.encode(text)[: 20 + 7 * k] for k, text in enumerate(said)]
@@ -133,7 +145,8 @@ def test_a_server_gives_what_the_colocated_engine_gives(colocated: Colocated, ba
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--max-model-len", str(LENGTH), "--max-num-seqs", "16"]
     command += ["--max-num-batched-tokens", "4096", "--logprobs-mode", "processed_logprobs"]
-    server = subprocess.Popen(command, cwd=base.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen(command, cwd=base.parent, env=os.environ | {"VLLM_SERVER_DEV_MODE": "1"}, **quiet)  # type: ignore[call-overload]
     sent = []
 
     class Nowhere:
@@ -158,6 +171,8 @@ def test_a_server_gives_what_the_colocated_engine_gives(colocated: Colocated, ba
         truncated = asyncio.run(sample(engine, asked[:2], Sampling(max_new_tokens=5, top_p=0.5)))
         narrow = VllmServerEngine([url], weights=Nowhere(), stop_ids=frozenset(), max_length=LENGTH + 1, patience=3)
         narrow.take_weights(0)
+        with pytest.raises(PolicyEngineError, match="holds weights '/0', not 'run/0/0'"):
+            engine.confirm()
         refused = asyncio.run(sample(narrow, asked[:1]))[0]
     finally:
         server.terminate()
