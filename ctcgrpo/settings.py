@@ -139,8 +139,10 @@ def trainer_arguments(recipe: Recipe, processes: int) -> GRPOConfig:
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     if training.sharding == FSDP2 and training.bf16:
-        # Left to itself accelerate sums gradients in bfloat16 and rounds log-probabilities to it.
-        arguments.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
-        )
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = fsdp2_precision()
     return arguments
+
+
+def fsdp2_precision() -> MixedPrecisionPolicy:
+    """Compute in bfloat16. Left to itself accelerate sums gradients in it as well, and rounds log-probabilities to it."""
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)

@@ -108,7 +108,7 @@ def without_chat_template(tiny: Path, folder: Path) -> Path:
     "override, code, message",
     [
         ("scenarios.train=nowhere", 3, "scenarios 'nowhere' not found"),
-        ("scenarios.train=eibench/train", 3, "EIBench's data is not part of this package"),
+        ("scenarios.train=eibench/train", 3, "ctcgrpo scenarios fetch eibench"),
         ("rollout.group_size=1", 2, "rollout.group_size is 1; input should be greater than or equal to 2"),
         ("rollout.gruop_size=4", 2, "unknown field rollout.gruop_size; did you mean 'group_size'?"),
         ("scenarios.per_step=5", 2, "scenarios.per_step is 5 for 4 scenes"),

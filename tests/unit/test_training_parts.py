@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,3 +226,24 @@ def test_the_kl_term_by_hand() -> None:
     sums.loss.backward()
     assert logprobs.grad is not None
     assert logprobs.grad[0].tolist() == pytest.approx([0.3 * (1 - math.exp(-0.5)), 0.3 * (1 - math.e), 0.0])
+
+
+def test_fsdp2_sums_gradients_and_gives_logprobs_in_float32(tmp_path: Path) -> None:
+    """Left to itself accelerate does both in bfloat16."""
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.fsdp import fully_shard
+
+    from ctcgrpo.settings import fsdp2_precision
+
+    init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model = fully_shard(torch.nn.Linear(8, 8, bias=False), mesh=mesh, mp_policy=fsdp2_precision())
+        seen = []
+        model.register_forward_pre_hook(lambda module, args: seen.append(module.weight.dtype))
+        for _ in range(2):
+            out = model(torch.ones(2, 8))
+            out.sum().backward()
+        assert out.dtype == torch.float32 and model.weight.grad.dtype == torch.float32 and torch.bfloat16 in seen
+    finally:
+        destroy_process_group()
