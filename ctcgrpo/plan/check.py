@@ -23,11 +23,19 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from accelerate.commands.config.config_args import default_config_file
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from ctcgrpo.errors import CtcGrpoError, PolicyError, RecipeError, ScenarioError, SimulatorTransportError
+from ctcgrpo.errors import (
+    CtcGrpoError,
+    PolicyError,
+    RecipeError,
+    ScenarioError,
+    SimulatorReplyError,
+    SimulatorTransportError,
+)
 from ctcgrpo.files import is_complete
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.plan.cost import Asked, Tokens, hours, money
@@ -41,11 +49,11 @@ from ctcgrpo.rollout.vllm_server import base_url
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.sharding import FSDP2, NONE, check_launcher, deepspeed_stage, offloads
-from ctcgrpo.simulator.choice import chosen_simulator
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, SimulatorConfig, load_simulator_config
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
+from ctcgrpo.simulator.server import SimulatorServer, running
 
 Level = Literal["ok", "warning", "failed"]
 
@@ -83,6 +91,8 @@ class Subject:
     scenarios: list[Scenario] = field(default_factory=list)
     held_out: list[Scenario] = field(default_factory=list)
     shape: Shape | None = None
+    config: Any = None
+    """The model's own configuration, where it is at hand."""
     tokenizer: PreTrainedTokenizerBase | None = None
     contexts: ContextBuilder | None = None
     simulator: SimulatorConfig | None = None
@@ -184,7 +194,7 @@ def model(s: Subject) -> Iterator[Finding]:
         s.shape = published_shapes().get(name)
         plan = "; the plan below takes its published shape" if s.shape else ""
         raise PolicyError(f"policy.model {name!r} cannot be loaded here ({str(error).splitlines()[0]}){plan}") from None
-    s.shape = shape_of(config)
+    s.shape, s.config = shape_of(config), config
     s.tokenizer = load_tokenizer(path, s.recipe.policy.revision)
     limit = getattr(config, "max_position_embeddings", s.longest)
     if s.longest > limit:
@@ -201,6 +211,28 @@ def model(s: Subject) -> Iterator[Finding]:
         persona_sections=s.recipe.policy.persona_sections,
         template_kwargs={"enable_thinking": s.recipe.policy.reasons},
     )
+
+
+@check
+def adapter(s: Subject) -> Iterator[Finding]:
+    lora = s.recipe.policy.lora
+    if s.config is None or lora is None or isinstance(lora.target_modules, str):
+        return
+    with torch.device("meta"):
+        names = [name for name, _ in AutoModelForCausalLM.from_config(s.config).named_modules()]
+    if missing := [t for t in lora.target_modules if not any(name == t or name.endswith(f".{t}") for name in names)]:
+        known = sorted({name.rpartition(".")[2] for name in names if name.endswith("_proj")})
+        raise PolicyError(f"policy.lora.target_modules: the model has no {', '.join(missing)}; it has {', '.join(known)}")
+    yield Finding("adapter", "ok", f"LoRA on {', '.join(lora.target_modules)}")
+
+
+@check
+def attention(s: Subject) -> Iterator[Finding]:
+    wanted = s.recipe.policy.attention
+    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(wanted)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise PolicyError(f"policy.attention is {wanted!r}, and {package} is not installed here; use sdpa, or install it")
+    yield Finding("attention", "ok", wanted)
 
 
 @check
@@ -392,7 +424,14 @@ def simulator(s: Subject) -> Iterator[Finding]:
     with ExitStack() as stack:
         if settings.url == "embedded":
             s.simulator = SCRIPTED_USER if settings.config is None else load_simulator_config(settings.config)
-            client = stack.enter_context(chosen_simulator(settings.config, []))
+            server = SimulatorServer(s.simulator)
+            for scenario in [*s.scenarios, *s.held_out]:
+                try:
+                    server.backend.check(ScenarioCard.of(scenario))
+                except SimulatorReplyError as error:
+                    raise ScenarioError(f"scenario {scenario.id!r} cannot be played by the simulator: {error}") from None
+            deadline = s.simulator.llm.deadline if s.simulator.llm else 0
+            client = SimulatorClient(stack.enter_context(running(server)), timeout=deadline + 30, patience=2)
         else:
             urls = [settings.url] if isinstance(settings.url, str) else list(settings.url)
             client = SimulatorClient(urls, token=s.environment.get(settings.token_env), timeout=_PATIENCE, patience=2)

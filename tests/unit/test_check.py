@@ -63,6 +63,8 @@ def test_a_shipped_recipe_prints_its_plan(
         (["validation.scenarios=english/train"], "validation", "64 that are trained on, 'charm-train-01' among them"),
         (["policy.model=Nobody/Nothing-8B"], "model", "policy.model 'Nobody/Nothing-8B' cannot be loaded here"),
         (["rollout.max_prompt_tokens=4000", "rollout.max_new_tokens=200"], "model", "is 4200, but 'builtin/tiny' has 4096"),
+        (["policy.lora={target_modules: [q_proj, nope]}"], "adapter", "the model has no nope; it has down_proj, gate_proj"),
+        (["policy.attention=flash_attention_2"], "attention", "flash_attn is not installed here; use sdpa"),
         (["rollout.max_prompt_tokens=40"], "context", "rollout.max_prompt_tokens is 40; raise it or drop the scenario"),
         (["hardware.processes=3"], "processes", "4 x 4 = 16 episodes a step, which 3 processes cannot share equally"),
         (["policy.dtype=bfloat16", "training.learning_rate=1e-6"], "precision", "rounds updates of training.learning_rate 1e-06"),
