@@ -158,13 +158,15 @@ def test_a_server_gives_what_the_colocated_engine_gives(colocated: Colocated, ba
     try:
         url = f"http://127.0.0.1:{port}/v1/"
         engine = VllmServerEngine(
-            [url], weights=Nowhere(), stop_ids=colocated.parts.stop_ids, max_length=LENGTH, patience=300
+            [url], weights=Nowhere(), stop_ids=colocated.parts.stop_ids, max_length=LENGTH, run="run/0"
         )
         with pytest.raises(PolicyEngineError, match="before it had the policy's weights"):
             asyncio.run(engine.generate([1], seed=0, sampling=SAMPLING))
+        wait_for(f"{url}models", server)
         engine.take_weights(0)
         engine.take_weights(0)
-        there = asyncio.run(sample(engine, asked))  # waits for the server to come up
+        there = asyncio.run(sample(engine, asked))
+        engine.confirm()
         assert sent == [True] and all(isinstance(done, Completion) for done in there), there
         again = asyncio.run(sample(engine, asked))
         cut = asyncio.run(sample(engine, [asked[0] * 100], Sampling(max_new_tokens=5)))[0]
