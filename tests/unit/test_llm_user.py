@@ -205,7 +205,12 @@ async def test_a_refused_key_is_said_so_and_never_shown(monkeypatch: pytest.Monk
 
 
 async def test_endpoints_share_the_load_and_stand_in_for_each_other() -> None:
-    with FakeLlm(seed=1).serving() as a, FakeLlm(seed=2).serving() as b, simulator(configuration(a, b)) as (url, server):
+    roomy = {"endpoint__concurrency": 300}  # one that is full hands on to the other
+    with (
+        FakeLlm(seed=1).serving() as a,
+        FakeLlm(seed=2).serving() as b,
+        simulator(configuration(a, b, **roomy)) as (url, server),
+    ):
         turns = [request("Hello.", scenario=s, seed=k) for s in SCENARIOS for k in range(2)]
         async with SimulatorClient(url) as client:
             await asyncio.gather(*(client.turn(turn) for turn in turns))
@@ -219,10 +224,12 @@ async def test_endpoints_share_the_load_and_stand_in_for_each_other() -> None:
             await asyncio.gather(*(client.turn(turn.model_copy(update={"seed": 10})) for turn in turns[:20]))
             assert len(a.requests) - before <= 2  # an open breaker lets a call through now and then
             a.down = False
-            await asyncio.sleep(0.5)
             before = len(a.requests)
-            for k in range(20):
-                await client.turn(turns[4 * k].model_copy(update={"seed": 11}))
+            for k in range(400):  # how long it stays open depends on how often it was tried meanwhile
+                await client.turn(turns[2 * k % len(turns)].model_copy(update={"seed": 11 + k}))
+                if len(a.requests) > before + 2:
+                    break
+                await asyncio.sleep(0.05)
             assert len(a.requests) > before + 2  # and closes again
 
 
