@@ -217,13 +217,10 @@ def validate(
     ] = "train",
 ) -> None:
     """Read scenarios and say what they are, or what is wrong with them."""
-    from collections import Counter
-
-    from ctcgrpo.scenarios import load_scenarios
+    from ctcgrpo.scenarios import by_scene, load_scenarios
 
     found = load_scenarios(source, split)
-    by_scene = ", ".join(f"{n} {scene}" for scene, n in sorted(Counter(s.scene for s in found).items()))
-    print(f"{source}: {len(found)} scenarios ({by_scene})")
+    print(f"{source}: {len(found)} scenarios ({by_scene(found)})")
 
 
 @scenarios_app.command()

@@ -92,9 +92,15 @@ def _whole(source: Path, base: str, revision: str | None, dtype: Dtype) -> PreTr
         model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
         merged: PreTrainedModel = PeftModel.from_pretrained(model, str(source)).merge_and_unload()
         return merged
-    if any(
+    shards = any(
         source.glob("global_step*")
-    ):  # DeepSpeed's own, with the float32 masters; beside them lie weights rounded to bfloat16
+    )  # DeepSpeed's own, with float32 masters; beside them lie weights rounded to bfloat16
+    if shards and _is_zero1(source):
+        if dtype == "float32":
+            raise PolicyError(
+                f"{source}: ZeRO-1 keeps its float32 masters in a form that cannot be joined; use --dtype bfloat16"
+            )
+    elif shards:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         state = get_fp32_state_dict_from_zero_checkpoint(str(source))
@@ -111,11 +117,12 @@ def _whole(source: Path, base: str, revision: str | None, dtype: Dtype) -> PreTr
     return whole
 
 
-def _is_whole(source: Path) -> bool:
-    """Whether weights lie there in one piece, and the optimizer's states are no ZeRO checkpoint."""
-    states = next(source.glob("global_step*/bf16_zero_*optim_states.pt"))
-    state = torch.load(states, map_location="cpu", weights_only=False)["optimizer_state_dict"]
-    return "zero_stage" not in state and any(source.glob("model*.safetensors"))
+def _is_zero1(source: Path) -> bool:
+    """Whether it is of ZeRO-1 in bfloat16, whose optimizer names no stage."""
+    states = next(source.glob("global_step*/bf16_zero_*optim_states.pt"), None)
+    if states is None:
+        return False
+    return "zero_stage" not in torch.load(states, map_location="cpu", weights_only=False)["optimizer_state_dict"]
 
 
 def _generation(recipe: Recipe, ends: list[int]) -> GenerationConfig:

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import urllib.error
 import urllib.request
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from ctcgrpo.errors import OutputError, ScenarioError
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.records import SCENES
-from ctcgrpo.scenarios import data_home, load_scenarios
+from ctcgrpo.scenarios import by_scene, data_home, load_scenarios
 
 _TIMEOUT = 60.0
 
@@ -64,8 +63,7 @@ def fetch(
             _copy(source or dataset.source, file, partial / file)
         for split in ("train", "test"):
             found = load_scenarios(partial / split, "train" if split == "train" else "test")
-            scenes = ", ".join(f"{n} {scene}" for scene, n in sorted(Counter(s.scene for s in found).items()))
-            say(f"{split}: {len(found)} scenarios ({scenes})")
+            say(f"{split}: {len(found)} scenarios ({by_scene(found)})")
         (partial / "SOURCE").write_text(
             f"{dataset.title}\n{dataset.licence}\n{source or dataset.source}\n", encoding="utf-8"
         )

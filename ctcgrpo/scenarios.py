@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.naming import did_you_mean, nearest
-from ctcgrpo.records import SCENES, Anchors, Scenario, UserState
+from ctcgrpo.records import SCENES, Anchors, Scenario, Scene, UserState
 
 Split = Literal["train", "test"]
 PACKS = Path(__file__).parent / "packs"
@@ -53,6 +54,19 @@ def load_scenarios(source: str | Path, split: Split = "train") -> list[Scenario]
     if not scenarios:
         raise ScenarioError(f"{source}: holds no scenarios; expected one JSON object a line in *.jsonl")
     return list(scenarios.values())
+
+
+def load_scenes(source: str | Path, scenes: Sequence[Scene]) -> list[Scenario]:
+    """The training scenarios of these scenes. Raises ScenarioError for a scene that has none."""
+    found = [s for s in load_scenarios(source, "train") if s.scene in scenes]
+    if missing := set(scenes) - {s.scene for s in found}:
+        raise ScenarioError(f"scenarios.scenes asks for {', '.join(sorted(missing))}, which {source} has none of")
+    return found
+
+
+def by_scene(scenarios: Iterable[Scenario]) -> str:
+    """How many there are of each scene, in words."""
+    return ", ".join(f"{n} {scene}" for scene, n in sorted(Counter(s.scene for s in scenarios).items()))
 
 
 def _files(source: str | Path, split: Split) -> list[Path]:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from trl import GRPOConfig
 
+from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.runner import Play
@@ -31,6 +32,18 @@ def play_settings(recipe: Recipe) -> Play:
         seed=recipe.run.seed,
         variant=recipe.scoring.variant,
         deterministic=rollout.deterministic,
+    )
+
+
+def context_builder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> ContextBuilder:
+    """Raises PolicyError for a chat template that cannot serve."""
+    return ContextBuilder(
+        tokenizer,
+        stop_ids=ends,
+        max_prompt_tokens=recipe.rollout.max_prompt_tokens,
+        reasoning=recipe.policy.reasoning_context,
+        persona_sections=recipe.policy.persona_sections,
+        template_kwargs={"enable_thinking": recipe.policy.reasons},
     )
 
 

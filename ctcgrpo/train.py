@@ -24,11 +24,8 @@ from ctcgrpo.errors import (
     RecipeError,
     RunInterrupted,
     RunPaused,
-    ScenarioError,
-    SimulatorReplyError,
     TooManyFailures,
 )
-from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import build_builtin, check_positions, load_tokenizer, pinned, stop_ids
 from ctcgrpo.processes import interrupts, on_main
 from ctcgrpo.progress import RunProgress
@@ -42,14 +39,13 @@ from ctcgrpo.rollout.vllm_adapter import ColocatedVllm, ServerWeights
 from ctcgrpo.rollout.vllm_colocated import VllmColocatedEngine
 from ctcgrpo.rollout.vllm_server import VllmServerEngine
 from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.scenarios import load_scenarios
-from ctcgrpo.settings import credit_options, lora_config, play_settings, trainer_arguments, update_options
+from ctcgrpo.scenarios import load_scenarios, load_scenes
+from ctcgrpo.settings import context_builder, credit_options, lora_config, play_settings, trainer_arguments, update_options
 from ctcgrpo.sharding import check_launcher, deepspeed_stage, sharding_arguments
-from ctcgrpo.simulator.choice import introduced
+from ctcgrpo.simulator.choice import check_patience, introduced
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, load_simulator_config
 from ctcgrpo.simulator.logs import json_log
-from ctcgrpo.simulator.protocol import ScenarioCard
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.training.schedule import step_schedule
 from ctcgrpo.training.trainer import CtcGrpoTrainer
@@ -71,7 +67,7 @@ class _Run:
 
     def __init__(self, recipe: Recipe, stack: contextlib.ExitStack) -> None:
         self._recipe = recipe
-        self._scenarios = _scenarios(recipe)
+        self._scenarios = load_scenes(recipe.scenarios.train, recipe.scenarios.scenes)
         held_out = load_scenarios(recipe.validation.scenarios, "test") if recipe.validation else []
         # The arguments come before everything else that asks which process this is: they set up the process group, and
         # DeepSpeed, if it is to shard a model while loading, has to be configured by then.
@@ -117,14 +113,7 @@ class _Run:
         model: str = on_main(self._state, lambda: self._build_policy())
         tokenizer = load_tokenizer(model, policy.revision)
         ends = stop_ids(model, tokenizer, policy.revision)
-        contexts = ContextBuilder(
-            tokenizer,
-            stop_ids=ends,
-            max_prompt_tokens=recipe.rollout.max_prompt_tokens,
-            reasoning=policy.reasoning_context,
-            persona_sections=policy.persona_sections,
-            template_kwargs={"enable_thinking": policy.reasons},
-        )
+        contexts = context_builder(recipe, tokenizer, ends)
         contexts.check([*self._scenarios, *held_out])
         check_positions(model, recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens, policy.revision)
         urls = self._simulator_urls(stack, [*self._scenarios, *held_out])
@@ -138,11 +127,7 @@ class _Run:
         self._simulator_says = asyncio.run(introduced(simulator))
         says = {k: v for k, v in self._simulator_says.items() if k not in ("status", "version", "deadline")}
         on_main(self._state, lambda: self._folder.keep_to("simulator.json", says, resumes=self._resume is not None))
-        if (self._simulator_says.get("deadline") or 0) >= recipe.simulator.timeout:
-            raise RecipeError(
-                f"simulator.timeout is {recipe.simulator.timeout:g} s, but the simulator may take "
-                f"{self._simulator_says['deadline']:g} s for a turn (llm.deadline); it must be larger"
-            )
+        check_patience(self._simulator_says, recipe.simulator.timeout)
         interrupted = stack.enter_context(interrupts(self._progress.say))
         self._trainer = self._make_trainer(
             model=model,
@@ -311,12 +296,6 @@ class _Run:
         ]
         return self._play(self._runner, slots, f"step-{step:06d}")
 
-    def _confirmed(self, play: Callable[[], list[Episode]]) -> list[Episode]:
-        """Episodes of one version of the weights."""
-        episodes = self._trainer.unless_paused(play)
-        self._together(self._engine.confirm)
-        return episodes
-
     def _play(self, runner: RolloutRunner, slots: Sequence[Slot], name: str) -> list[Episode]:
         write = TraceWriter(self._folder.traces / f"{name}.rank-{self._state.process_index}.jsonl")
 
@@ -355,13 +334,7 @@ class _Run:
         def start() -> str:
             log = json_log(stack.enter_context(self._folder.simulator_log.open("a", encoding="utf-8")))
             server = SimulatorServer(config, log=log)
-            for scenario in scenarios:
-                try:
-                    server.backend.check(ScenarioCard.of(scenario))
-                except SimulatorReplyError as error:
-                    raise ScenarioError(
-                        f"scenario {scenario.id!r} cannot be played by the embedded simulator: {error}"
-                    ) from None
+            server.check(scenarios)
             return stack.enter_context(running(server, settings.port))
 
         return str(on_main(self._state, start))
@@ -381,7 +354,7 @@ class _Run:
             samples=settings.samples,
             every=settings.every,
             file=self._folder.validation_file,
-            play=lambda step, slots: self._confirmed(lambda: play(step, slots)),
+            play=lambda step, slots: self._trainer.unless_paused(lambda: play(step, slots)),
             gather=gather_object,
             keep_best=self._keep_best,
             max_failed=self._recipe.rollout.max_failed,
@@ -406,15 +379,6 @@ def _alone() -> None:
         os.environ.setdefault(name, "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     ensure_master_addr_port()
-
-
-def _scenarios(recipe: Recipe) -> list[Scenario]:
-    scenarios = [s for s in load_scenarios(recipe.scenarios.train, "train") if s.scene in recipe.scenarios.scenes]
-    if missing := set(recipe.scenarios.scenes) - {s.scene for s in scenarios}:
-        raise ScenarioError(
-            f"scenarios.scenes asks for {', '.join(sorted(missing))}, which {recipe.scenarios.train} has none of"
-        )
-    return scenarios
 
 
 def _data_set(recipe: Recipe, scenarios: Sequence[Scenario]) -> Dataset:

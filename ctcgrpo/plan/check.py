@@ -18,8 +18,6 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,23 +30,24 @@ from ctcgrpo.errors import (
     CtcGrpoError,
     PolicyError,
     RecipeError,
-    ScenarioError,
-    SimulatorReplyError,
     SimulatorTransportError,
 )
 from ctcgrpo.files import is_complete
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.plan.cost import Asked, Tokens, hours, money
+from ctcgrpo.plan.known import cards, published_shapes, shape_of
 from ctcgrpo.plan.memory import GIB, PHASES, Load, MemoryPlan, Shape, memory_plan
 from ctcgrpo.policy.context import ContextBuilder
-from ctcgrpo.policy.loading import build_untaught, load_tokenizer, stop_ids
+from ctcgrpo.policy.loading import build_untaught, load_tokenizer, refuse_positions, stop_ids
 from ctcgrpo.policy.reasoning import CLOSE, OPEN
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Completion, Scenario
-from ctcgrpo.rollout.vllm_server import base_url
+from ctcgrpo.rollout.vllm_adapter import base_url
 from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.scenarios import load_scenarios, load_scenes
+from ctcgrpo.settings import context_builder
 from ctcgrpo.sharding import FSDP2, NONE, check_launcher, deepspeed_stage, offloads
+from ctcgrpo.simulator.choice import check_patience
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, SimulatorConfig, load_simulator_config
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
@@ -66,8 +65,8 @@ _ROUNDED_AWAY = 1e-4
 """AdamW moves a weight by about the learning rate; bfloat16 keeps 8 bits, so weights of the usual 0.02 need steps of 1e-4."""
 _PATIENCE = 20.0
 """Seconds for a canary turn."""
-_SAMPLED = 48
-"""Scenarios whose prompts are measured, at most, of each scene."""
+_MEASURED, _PLAYED = 48, 4
+"""Scenarios of each scene whose prompts are measured, and whose dialogues are laid out for the simulator, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,6 @@ class Subject:
     contexts: ContextBuilder | None = None
     simulator: SimulatorConfig | None = None
     memory: MemoryPlan | None = None
-    asked: Asked | None = None
 
     @property
     def examples(self) -> list[Scenario]:
@@ -139,10 +137,7 @@ def findings(
 
 @check
 def scenarios(s: Subject) -> Iterator[Finding]:
-    wanted = s.recipe.scenarios
-    s.scenarios = [x for x in load_scenarios(wanted.train, "train") if x.scene in wanted.scenes]
-    if missing := set(wanted.scenes) - {x.scene for x in s.scenarios}:
-        raise ScenarioError(f"scenarios.scenes: {wanted.train} has none of {', '.join(sorted(missing))}")
+    s.scenarios = load_scenes(s.recipe.scenarios.train, s.recipe.scenarios.scenes)
     yield Finding("scenarios", "ok", f"{len(s.scenarios)} to train on")
 
 
@@ -196,21 +191,9 @@ def model(s: Subject) -> Iterator[Finding]:
         raise PolicyError(f"policy.model {name!r} cannot be loaded here ({str(error).splitlines()[0]}){plan}") from None
     s.shape, s.config = shape_of(config), config
     s.tokenizer = load_tokenizer(path, s.recipe.policy.revision)
-    limit = getattr(config, "max_position_embeddings", s.longest)
-    if s.longest > limit:
-        raise PolicyError(
-            f"rollout.max_prompt_tokens + rollout.max_new_tokens is {s.longest}, but {name!r} has {limit} positions; "
-            "lower one of them"
-        )
+    refuse_positions(config, s.longest, name)
     yield Finding("model", "ok", f"{name}, {s.shape.parameters / 1e6:,.1f} million parameters")
-    s.contexts = ContextBuilder(
-        s.tokenizer,
-        stop_ids=stop_ids(path, s.tokenizer, s.recipe.policy.revision),
-        max_prompt_tokens=s.recipe.rollout.max_prompt_tokens,
-        reasoning=s.recipe.policy.reasoning_context,
-        persona_sections=s.recipe.policy.persona_sections,
-        template_kwargs={"enable_thinking": s.recipe.policy.reasons},
-    )
+    s.contexts = context_builder(s.recipe, s.tokenizer, stop_ids(path, s.tokenizer, s.recipe.policy.revision))
 
 
 @check
@@ -256,7 +239,7 @@ def context(s: Subject) -> Iterator[Finding]:
     if s.contexts is None or not s.scenarios:
         return
     s.contexts.check([*s.scenarios, *s.held_out])
-    last = [_last_prompt(s, x) for x in _sample(s.scenarios)]
+    last = [_last_prompt(s, x) for x in _sample(s.scenarios, _MEASURED)]
     dropped = sum(n > 0 for _, n in last) / len(last)
     reply = min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens)
     text = (
@@ -425,22 +408,14 @@ def simulator(s: Subject) -> Iterator[Finding]:
         if settings.url == "embedded":
             s.simulator = SCRIPTED_USER if settings.config is None else load_simulator_config(settings.config)
             server = SimulatorServer(s.simulator)
-            for scenario in [*s.scenarios, *s.held_out]:
-                try:
-                    server.backend.check(ScenarioCard.of(scenario))
-                except SimulatorReplyError as error:
-                    raise ScenarioError(f"scenario {scenario.id!r} cannot be played by the simulator: {error}") from None
+            server.check([*s.scenarios, *s.held_out])
             deadline = s.simulator.llm.deadline if s.simulator.llm else 0
             client = SimulatorClient(stack.enter_context(running(server)), timeout=deadline + 30, patience=2)
         else:
             urls = [settings.url] if isinstance(settings.url, str) else list(settings.url)
             client = SimulatorClient(urls, token=s.environment.get(settings.token_env), timeout=_PATIENCE, patience=2)
         says, reply = asyncio.run(_canary(client, s.examples[0]))
-    if (says.get("deadline") or 0) >= settings.timeout:
-        raise RecipeError(
-            f"simulator.timeout is {settings.timeout:g} s, but the simulator may take {says['deadline']:g} s for a turn; "
-            "it must be larger"
-        )
+    check_patience(says, settings.timeout)
     who = ", ".join(map(str, says.get("models") or [says.get("backend")]))
     yield Finding("simulator", "ok", f"{who} answered a canary turn: {reply!r}")
 
@@ -475,7 +450,7 @@ def cost(s: Subject) -> Iterator[Finding]:
     steps = recipe.training.max_steps
     held_out, every = recipe.validation, recipe.validation.every if recipe.validation else 0
     llm = config.llm if config else None
-    s.asked = asked = Asked(
+    asked = Asked(
         steps=steps,
         episodes_per_step=recipe.scenarios.per_step * recipe.rollout.group_size,
         turns=recipe.rollout.max_turns,
@@ -522,7 +497,7 @@ def _simulator_tokens(s: Subject) -> Tokens:
     """Of a call, over a dialogue of full length, by our prompts; the official ones differ."""
     prompts, rounds = TemplatePrompts(), s.recipe.rollout.max_turns
     counts = []
-    for scenario in _sample(s.examples)[:16]:
+    for scenario in _sample(s.examples, _PLAYED):
         rate = _CHARACTERS_PER_TOKEN.get(scenario.language, _OTHER_LANGUAGES)
         said: list[tuple[Any, str]] = []
         for round in range(1, rounds + 1):
@@ -549,13 +524,8 @@ def disk(s: Subject) -> Iterator[Finding]:
         return
     recipe = s.recipe
     lora = recipe.policy.lora
-    size = (
-        2
-        if deepspeed_stage(recipe.training.sharding) and recipe.training.bf16
-        else 4
-        if recipe.policy.dtype == "float32"
-        else 2
-    )
+    rounded = recipe.policy.dtype == "bfloat16" or (deepspeed_stage(recipe.training.sharding) and recipe.training.bf16)
+    size = 2 if rounded else 4
     weights = s.shape.parameters * size if lora is None else s.shape.lora_parameters(lora.rank) * 4
     optimizer = (s.shape.parameters * 12) if lora is None else s.shape.lora_parameters(lora.rank) * 8
     # One more than are kept stands beside them while it is written.
@@ -599,46 +569,10 @@ def weights_and_biases(s: Subject) -> Iterator[Finding]:
         yield Finding("W&B", "failed", "run.wandb is 'online' and there is no key: wandb login, or run.wandb=offline")
 
 
-# --- data -----------------------------------------------------------------------------------------------------------------
-
-
-@cache
-def cards() -> dict[str, float]:
-    """GiB by card."""
-    loaded: dict[str, float] = yaml.safe_load((files("ctcgrpo.plan") / "cards.yaml").read_text(encoding="utf-8"))
-    return loaded
-
-
-@cache
-def published_shapes() -> dict[str, Shape]:
-    loaded = yaml.safe_load((files("ctcgrpo.plan") / "models.yaml").read_text(encoding="utf-8"))
-    return {name: Shape(**fields) for name, fields in loaded.items()}
-
-
-def shape_of(config: Any) -> Shape:
-    """Raises PolicyError for a model that is no dense decoder, of which the plan would be wrong."""
-    try:
-        heads = config.num_attention_heads
-        return Shape(
-            hidden=config.hidden_size,
-            layers=config.num_hidden_layers,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            intermediate=config.intermediate_size,
-            vocabulary=config.vocab_size,
-            tied=bool(config.tie_word_embeddings),
-        )
-    except AttributeError as error:
-        raise PolicyError(
-            f"policy.model: {config.model_type!r} is no dense decoder that can be planned for ({error})"
-        ) from None
-
-
-def _sample(scenarios: Sequence[Scenario]) -> list[Scenario]:
-    """Some of each scene, evenly over the list."""
+def _sample(scenarios: Sequence[Scenario], of_each: int) -> list[Scenario]:
+    """At most so many of each scene, evenly over the list."""
     chosen = []
     for scene in sorted({x.scene for x in scenarios}):
         of_scene = [x for x in scenarios if x.scene == scene]
-        chosen += of_scene[:: max(1, len(of_scene) // _SAMPLED)]
+        chosen += of_scene[:: max(1, len(of_scene) // of_each)][:of_each]
     return chosen

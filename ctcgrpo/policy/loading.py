@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyError
 from ctcgrpo.naming import did_you_mean
@@ -112,9 +112,14 @@ def check_positions(model: str, wanted: int, revision: str | None = None) -> Non
         config = AutoConfig.from_pretrained(model, revision=revision)
     except (OSError, ValueError) as error:
         raise PolicyError(f"policy.model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    refuse_positions(config, wanted, model)
+
+
+def refuse_positions(config: PretrainedConfig, wanted: int, name: str) -> None:
+    """Raises PolicyError where a model of this configuration has fewer positions."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and wanted > limit:
         raise PolicyError(
-            f"rollout.max_prompt_tokens + rollout.max_new_tokens is {wanted}, but {model!r} has {limit} positions; "
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens is {wanted}, but {name!r} has {limit} positions; "
             "lower one of them"
         )

@@ -32,7 +32,6 @@ class Finished:
 
     name: str
     completion: Completion
-    cached_tokens: int
 
 
 class ColocatedVllm:
@@ -116,7 +115,7 @@ class ColocatedVllm:
                 _, sampling = self._asked.pop(output.request_id)
                 said = output.outputs[0]
                 made = completion(said.token_ids, said.logprobs.logprobs, said.finish_reason, sampling)
-                finished.append(Finished(output.request_id, made, output.num_cached_tokens or 0))
+                finished.append(Finished(output.request_id, made))
         return finished
 
     @property
@@ -166,7 +165,7 @@ class ServerWeights:
         was started otherwise."""
         self._policy = policy
         self._accelerator = accelerator
-        self._urls = tuple(url.rstrip("/").removesuffix("/v1") for url in urls)
+        self._urls = tuple(map(base_url, urls))
         self._generation = _generation(
             policy(),
             accelerator,
@@ -204,6 +203,11 @@ class ServerWeights:
         with _as_engine_error("handing weights to the vLLM servers"):
             for client in self._clients:
                 client.reset_prefix_cache()
+
+
+def base_url(url: str) -> str:
+    """A server's address without the /v1 that other clients want."""
+    return url.rstrip("/").removesuffix("/v1")
 
 
 def chunks(named: Iterator[tuple[str, torch.Tensor]], *, keep: bool, size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:

@@ -38,8 +38,8 @@ class VllmColocatedEngine(PolicyEngine):
         self._running: dict[str, _Request] = {}
         self._pump: asyncio.Task[None] | None = None
         self._awake = self._closed = False
-        self.steps = self.mixed_steps = 0
-        """Steps of vLLM so far, and those in which requests of different ages ran together."""
+        self.mixed_steps = 0
+        """Steps of vLLM in which requests of different ages ran together."""
 
     def take_weights(self, version: int) -> None:
         if self._awake and version == self.version:
@@ -105,7 +105,6 @@ class VllmColocatedEngine(PolicyEngine):
                 self._vllm.add(request.name, request.prompt_ids, request.seed, request.sampling)
             except PolicyEngineError as error:
                 refused[request.name] = error
-        self.steps += 1
         self.mixed_steps += 0 < before < self._vllm.under_way
         return refused, self._vllm.step() if self._vllm.under_way else []
 

@@ -20,7 +20,7 @@ import aiohttp
 from ctcgrpo.errors import PolicyEngineError
 from ctcgrpo.records import Completion
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
-from ctcgrpo.rollout.vllm_adapter import completion, room
+from ctcgrpo.rollout.vllm_adapter import base_url, completion, room
 
 _ADMIN_SECONDS = 60.0
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -165,11 +165,6 @@ class VllmServerEngine(PolicyEngine):
             )
         self._models[url] = str(served["id"])
         return self._models[url]
-
-
-def base_url(url: str) -> str:
-    """A server's address without the /v1 that other clients want."""
-    return url.rstrip("/").removesuffix("/v1")
 
 
 def _admin(url: str, body: dict[str, str] | None = None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,15 @@ def chosen_simulator(config: Path | None, urls: Sequence[str]) -> Iterator[Simul
     deadline = server.config.llm.deadline if server.config.llm is not None else 0
     with running(server) as url:
         yield SimulatorClient(url, timeout=deadline + 30, patience=_PATIENCE)
+
+
+def check_patience(says: Mapping[str, Any], timeout: float) -> None:
+    """Refuse to wait for a turn no longer than the simulator may take for it, by what it says of itself."""
+    if (says.get("deadline") or 0) >= timeout:
+        raise RecipeError(
+            f"simulator.timeout is {timeout:g} s, but the simulator may take {says['deadline']:g} s for a turn (llm.deadline); it "
+            "must be larger"
+        )
 
 
 async def introduced(simulator: SimulatorClient) -> dict[str, Any]:

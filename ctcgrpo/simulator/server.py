@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
@@ -31,7 +31,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ctcgrpo import __version__
-from ctcgrpo.errors import BudgetSpent, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.errors import BudgetSpent, ScenarioError, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.records import Scenario
 from ctcgrpo.simulator.config import SimulatorConfig, check_listening
 from ctcgrpo.simulator.llm.backend import LlmBackend
 from ctcgrpo.simulator.llm.endpoints import CallRecord
@@ -43,6 +44,7 @@ from ctcgrpo.simulator.protocol import (
     METRICS_PATH,
     READY_PATH,
     TURN_PATH,
+    ScenarioCard,
     SimulatorBackend,
     TurnProblem,
     TurnRequest,
@@ -83,6 +85,16 @@ class SimulatorServer:
             on_source=lambda source: self.metrics.source.labels(source).inc(),
             on_error=lambda message: self.log.error("store", error=message),
         )
+
+    def check(self, scenarios: Iterable[Scenario]) -> None:
+        """Raises ScenarioError for one that the backend cannot play."""
+        for scenario in scenarios:
+            try:
+                self.backend.check(ScenarioCard.of(scenario))
+            except SimulatorReplyError as error:
+                raise ScenarioError(
+                    f"scenario {scenario.id!r} cannot be played by the embedded simulator: {error}"
+                ) from None
 
     def app(self) -> Starlette:
         routes = [

@@ -213,7 +213,6 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         started = time.perf_counter()
         self._log_number("policy_version", self.state.global_step)
         episodes = self.unless_paused(lambda: self._collect(self.rollout_step + 1, inputs))
-        self._confirm()
         summaries = gather_object([summarise(e, self._credit) for e in episodes])
         self._refuse_failures(summaries, episodes)
         credit = step_credit(summaries, self._credit, self._baseline, step=self.rollout_step)
@@ -248,6 +247,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         told = next((error for error in gather_object([pause]) if error is not None), None)
         if told is not None:
             raise type(told)(str(told))
+        self._confirm()
         return episodes
 
     def _check_recorded(

@@ -11,8 +11,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from ctcgrpo.files import mark_complete
-from ctcgrpo.plan.check import Finding, findings, published_shapes, shape_of
+from ctcgrpo.plan.check import Finding, findings
 from ctcgrpo.plan.cost import Asked, Tokens, hours, money
+from ctcgrpo.plan.known import published_shapes, shape_of
 from ctcgrpo.plan.memory import GIB, Load, memory_plan
 from ctcgrpo.recipe import load_recipe
 from tests.conftest import ROOT, Command

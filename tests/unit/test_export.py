@@ -111,3 +111,18 @@ def test_the_hub_takes_it_or_says_why_not(run: Path, monkeypatch: pytest.MonkeyP
         push(run, "policy")
     with pytest.raises(OutputError, match="Connection refused; .* stays as it is"):
         push(run, "me/offline")
+
+
+def test_zero_1_in_bfloat16_is_exported_from_its_rounded_weights(run: Path, ctcgrpo: Command) -> None:
+    """Its masters cannot be joined; laid out as DeepSpeed 0.19 writes them (a real one takes processes of its own)."""
+    states = run / "checkpoint-4" / "global_step4" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    states.parent.mkdir()
+    torch.save({"optimizer_state_dict": {"single_partition_of_fp32_groups": []}}, states)
+    (run / "checkpoint-4" / "COMPLETE").unlink()
+    mark_complete(run / "checkpoint-4")
+    code, _, err = ctcgrpo("export", str(run), "--which", "4", "--dtype", "float32")
+    assert code == 4 and "use --dtype bfloat16" in err and "Traceback" not in err, err
+    code, _, err = ctcgrpo("export", str(run), "--which", "4")
+    assert code == 0, err
+    model = AutoModelForCausalLM.from_pretrained(run / "export")
+    assert float(model.model.norm.weight[0]) == len("checkpoint-4")
