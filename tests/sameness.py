@@ -320,6 +320,9 @@ def main() -> None:
     outcome = run(args.base, tokens_per_row=args.tokens_per_row, shift=args.shift, backend=args.backend)
     rank = next(iter(outcome.logprobs))
     torch.save(vars(outcome), args.out.with_suffix(f".rank{rank}.pt"))
+    if torch.distributed.is_initialized():  # left to the interpreter's end, its threads may abort the process
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
