@@ -205,7 +205,6 @@ def test_turns_are_batched_as_they_come_and_follow_the_weights(colocated: Coloca
         return [(t.prompt_ids, t.completion) for e in episodes for t in e.turns]
 
     first = play(0)
-    assert colocated.engine.mixed_steps > 3
     assert max(colocated.gap(*turn) for turn in first) < NOISE
     optimizer = torch.optim.AdamW(colocated.parts.model.parameters(), lr=3e-2)
     ids = torch.tensor([list(first[0][0])])
@@ -216,6 +215,26 @@ def test_turns_are_batched_as_they_come_and_follow_the_weights(colocated: Coloca
     asleep = asyncio.run(sample(colocated.engine, [[1]]))[0]
     assert isinstance(asleep, PolicyEngineError) and "before it had the policy's weights" in str(asleep)
     assert max(colocated.gap(*turn) for turn in play(1)) < NOISE
+
+
+def test_a_short_request_does_not_wait_for_a_long_one(colocated: Colocated) -> None:
+    engine, asked = colocated.engine, prompts(colocated.parts, 4)
+    engine.take_weights(2)
+
+    async def beside() -> tuple[bool, list[Completion]]:
+        async with engine:
+            tokens = Sampling(temperature=1.0, max_new_tokens=400)
+            long = asyncio.create_task(engine.generate(asked[0], seed=3, sampling=tokens))
+            while not colocated.vllm.under_way:
+                await asyncio.sleep(0.001)
+            mixed = engine.mixed_steps
+            short = [await engine.generate(p, seed=k, sampling=SAMPLING) for k, p in enumerate(asked[1:])]
+            waited = long.done()
+            assert engine.mixed_steps >= mixed + len(short)
+            return waited, [await long, *short]
+
+    waited, done = asyncio.run(beside())
+    assert not waited and len(done[0].token_ids) > max(len(d.token_ids) for d in done[1:])
 
 
 def test_weights_do_not_change_beneath_a_request_and_failures_stay_alone(
