@@ -203,7 +203,14 @@ class Training(Section):
     old_logprobs: Literal["recomputed", "recorded"] = Field(
         "recomputed", description="recomputed by the trainer, or as recorded by the engine (without top-p and top-k only)"
     )
-    tokens_per_row: int = Field(16384, ge=1, description="padded tokens that one forward and backward pass takes")
+    tokens_per_row: int = Field(
+        16384, ge=1, description="distinct tokens (without packing: padded ones) that one forward and backward pass takes"
+    )
+    packing: Literal["auto", "segments", "flex", "flash3", "none"] = Field(
+        "auto",
+        description="forward what turns and rollouts have in common once, attended to as the device allows (auto), by segments, "
+        "flex_attention, or TRL's kernel on Hopper (flash3); none: a sequence a turn, padded",
+    )
     gradient_checkpointing: bool = False
     sharding: str = Field(
         "none", description="none (every process holds the policy), fsdp2, or a DeepSpeed configuration (configs/deepspeed)"
@@ -274,6 +281,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _engine_fits(self) -> Recipe:
         engine, vllm = self.rollout.engine, self.rollout.vllm
+        if self.policy.attention != "sdpa" and (self.training.packing != "none" or engine == "transformers"):
+            raise ValueError(
+                f"policy.attention is {self.policy.attention!r}, but packing and the transformers engine bring their own, "
+                "so it would not be used; leave it out, or set training.packing=none and let vLLM sample"
+            )
         if engine == "vllm_server" and not vllm.urls:
             raise ValueError("rollout.engine is 'vllm_server' and rollout.vllm.urls names no server")
         if engine != "vllm_server" and vllm.urls:

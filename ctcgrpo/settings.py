@@ -68,6 +68,7 @@ def update_options(recipe: Recipe) -> UpdateOptions:
     return UpdateOptions(
         updates_per_step=training.updates_per_step,
         tokens_per_row=training.tokens_per_row,
+        packing=training.packing,
         clip=training.clip,
         entropy_bonus=training.entropy_bonus,
         recorded_logprobs=training.old_logprobs == "recorded",

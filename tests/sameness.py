@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,12 @@ from ctcgrpo.sharding import sharding_arguments
 from ctcgrpo.training.rows import Row
 from ctcgrpo.training.samples import CreditOptions
 from ctcgrpo.training.trainer import CtcGrpoTrainer, UpdateOptions
+from ctcgrpo.training.tree_attention import Packing
 
 GROUPS, GROUP_SIZE, STEPS = 2, 4, 2
 TEMPERATURE, CLIP, ENTROPY_BONUS = 0.8, 0.2, 0.01
+TURNS = ((1, 8, 3, 5), (4, 2, 6, 1))
+"""By group and rollout."""
 FAILED = (1, 2)
 """(group, rollout) of the episode that failed."""
 
@@ -52,27 +55,33 @@ class Outcome:
 
 
 def fixed_episodes(base: str) -> list[Episode]:
-    """Two groups of four, 1 to 5 turns each, made of random tokens; the same on every process."""
+    """Two groups of four dialogues of 1 to 8 turns, made of random tokens; the same on every process. A group's begin alike; a turn
+    is some reasoning and a reply, and later turns see the reply alone (group 0) or both (group 1), and the user's line."""
     rng = random.Random(7)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="float32").eval()
     vocabulary = model.config.vocab_size
     anchors = Anchors(UserState(60, 40), UserState(20, 80), UserState(95, 5))
     episodes = []
+
+    def some(least: int, most: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(vocabulary) for _ in range(rng.randint(least, most)))
+
     for group in range(GROUPS):
+        opening = some(30, 50)
         scenario = Scenario(
             f"s{group}", "", ("support", "repair")[group], "en", "user", "hello", "policy", "", (), (), anchors
         )
         for rollout in range(GROUP_SIZE):
-            state, turns = anchors.initial, []
-            for _ in range(rng.randint(1, 5)):
-                prompt = tuple(rng.randrange(vocabulary) for _ in range(rng.randint(4, 60)))
-                reply = tuple(rng.randrange(vocabulary) for _ in range(rng.randint(2, 30)))
-                ratios = torch.tensor([rng.uniform(0.7, 1.4) for _ in reply])
-                old = naive_logprobs(model, prompt, reply)[0] - ratios.log()
+            state, turns, prompt = anchors.initial, [], opening
+            for _ in range(TURNS[group][rollout]):
+                reasoning, reply = some(0, 20), some(2, 20)
+                completion_ids, seen = reasoning + reply, (reply, reasoning + reply)[group]
+                ratios = torch.tensor([rng.uniform(0.7, 1.4) for _ in completion_ids])
+                old = naive_logprobs(model, prompt, completion_ids)[0] - ratios.log()
                 after = state.plus(rng.randint(-10, 10), rng.randint(-10, 10))
-                completion = Completion(reply, tuple(old.tolist()), (), "stop")
+                completion = Completion(completion_ids, tuple(old.tolist()), (), "stop")
                 turns.append(Turn(prompt, completion, "", None, (), state, after, "", True, ""))
-                state = after
+                state, prompt = after, prompt + seen + some(3, 12)
             failed = (group, rollout) == FAILED
             episodes.append(
                 Episode(
@@ -185,6 +194,7 @@ def build_trainer(
     updates: int = 1,
     max_failed: float = 0.5,
     credit: CreditOptions = CreditOptions(),
+    packing: Packing = "auto",
     callbacks: Any = (),
     peft_config: Any = None,
     **config: Any,
@@ -211,14 +221,19 @@ def build_trainer(
             num_iterations=updates,
             temperature=TEMPERATURE,
             lr_scheduler_type="constant",
-            gradient_checkpointing=False,
             shuffle_dataset=False,
             remove_unused_columns=False,
             logging_steps=1,
             report_to=[],
             disable_tqdm=True,
             dataloader_pin_memory=False,
-            **{"learning_rate": 1e-3, "model_init_kwargs": {"dtype": "float32"}, "max_grad_norm": 0.0, "save_strategy": "no"}
+            **{
+                "learning_rate": 1e-3,
+                "model_init_kwargs": {"dtype": "float32"},
+                "max_grad_norm": 0.0,
+                "save_strategy": "no",
+                "gradient_checkpointing": False,
+            }
             | config,
         ),
         train_dataset=Dataset.from_dict({"scenario": [0] * (GROUPS * STEPS)}),
@@ -228,6 +243,7 @@ def build_trainer(
         options=UpdateOptions(
             updates_per_step=updates,
             tokens_per_row=tokens_per_row,
+            packing=packing,
             clip=CLIP,
             entropy_bonus=ENTROPY_BONUS,
             recorded_logprobs=updates == 1,
@@ -241,29 +257,44 @@ def build_trainer(
 
 
 def shift_one_position(trainer: CtcGrpoTrainer) -> None:
-    """A deliberate mistake, to see that the comparison notices: the sixth token of each sample sits one position late."""
+    """A deliberate mistake, to see that the comparison notices: the sixth token of each row sits one position late."""
     plain = trainer._score
 
     def wrong(model: Any, row: Row) -> Any:
-        positions = torch.arange(row.input_ids.shape[1]).repeat(len(row.input_ids), 1)
+        positions = row.positions.clone()
         positions[:, 5] += 1
-
-        def shifted(**kwargs: Any) -> Any:
-            return model(**kwargs, position_ids=positions)
-
-        return plain(shifted, row)  # type: ignore[arg-type]
+        return plain(model, replace(row, positions=positions))
 
     trainer._score = wrong  # type: ignore[method-assign]
+    trainer._refuse_other_logprobs = lambda samples: None  # type: ignore[method-assign]  # it would notice first
 
 
-def run(base: str, *, tokens_per_row: int = 400, shift: bool = False, backend: str | None = None) -> Outcome:
+def run(
+    base: str,
+    *,
+    tokens_per_row: int = 400,
+    packing: Packing = "auto",
+    shift: bool = False,
+    backend: str | None = None,
+    peft_config: Any = None,
+    **config: Any,
+) -> Outcome:
     capture = _Capture()
     if backend:
         on_cpu_with_gloo(backend)
     with tempfile.TemporaryDirectory() as folder:
         before = weights(AutoModelForCausalLM.from_pretrained(base, dtype="float32"))
-        options = backend_arguments(backend)
-        trainer = build_trainer(base, folder, tokens_per_row=tokens_per_row, callbacks=[capture], **options)
+        trainer = build_trainer(
+            base,
+            folder,
+            tokens_per_row=tokens_per_row,
+            packing=packing,
+            callbacks=[capture],
+            peft_config=peft_config,
+            **config | backend_arguments(backend),
+        )
+        if peft_config is not None:
+            before = weights(trainer.model)
         if shift:
             shift_one_position(trainer)
         made: list[int] = []

@@ -1,13 +1,17 @@
-"""Scoring trained positions only, on every device.
+"""Scoring trained positions only, on every device, in pieces that suit it.
 
 TRL's fused head does so where Triton runs. Elsewhere it scores every position, so that accelerators that compile for each
-shape need not recompile; on a CPU that made most of the update (25 s of a quickstart step, where 6 s will do).
+shape need not recompile; on a CPU that made most of the update (25 s of a quickstart step, where 6 s will do). There its
+pieces of 4,096 tokens also fall out of the caches: a quarter of that is faster, and takes a quarter of the memory.
 """
 
 from __future__ import annotations
 
 import torch
+from trl.kernels import chunked_logprob
 from trl.trainer import utils
+
+_TOKENS_WITHOUT_GPU = 1024
 
 
 def score_trained_positions_only() -> None:
@@ -16,6 +20,8 @@ def score_trained_positions_only() -> None:
     def compact(device: torch.device) -> bool:
         return True
 
-    if not hasattr(utils, "_use_triton"):
+    if not hasattr(utils, "_use_triton") or not hasattr(chunked_logprob, "TOKEN_CHUNK_SIZE"):
         raise RuntimeError("this version of TRL chooses what its fused head scores in another way; look at training/head.py")
     utils._use_triton = compact
+    if not torch.cuda.is_available():
+        chunked_logprob.TOKEN_CHUNK_SIZE = _TOKENS_WITHOUT_GPU

@@ -21,7 +21,6 @@ class TokenSums:
     """Sums over the trained tokens of a row; `loss` carries the gradient."""
 
     loss: torch.Tensor
-    tokens: torch.Tensor
     clipped: torch.Tensor
     entropy: torch.Tensor
     ratio: torch.Tensor
@@ -33,28 +32,26 @@ def token_sums(
     entropy: torch.Tensor,
     old_logprobs: torch.Tensor | None,
     advantages: torch.Tensor,
-    mask: torch.Tensor,
     *,
     clip: float,
     entropy_bonus: float,
     reference: torch.Tensor | None = None,
     kl_weight: float = 0.0,
 ) -> TokenSums:
-    """All tensors (B, T); old_logprobs None means the detached current ones, so the ratio is 1 and its gradient that of
-    logprobs. `reference`: log-probabilities under the reference policy, None for no KL term. `clipped` counts tokens where
-    the clip is active, so that they pass on no policy gradient."""
+    """All tensors (E,), one number a trained token; old_logprobs None means the detached current ones, so the ratio is 1 and its
+    gradient that of logprobs. `reference`: log-probabilities under the reference policy, None for no KL term. `clipped` counts
+    tokens where the clip is active, so that they pass on no policy gradient."""
     old = logprobs.detach() if old_logprobs is None else old_logprobs
-    ratio = torch.exp(torch.where(mask, logprobs - old, 0.0))
+    ratio = torch.exp(logprobs - old)
     free = ratio * advantages
     bounded = ratio.clamp(1 - clip, 1 + clip) * advantages
-    gap = torch.zeros_like(logprobs) if reference is None else torch.where(mask, reference - logprobs, 0.0)
+    gap = torch.zeros_like(logprobs) if reference is None else reference - logprobs
     kl = gap.exp() - gap - 1
     per_token = -torch.minimum(free, bounded) - entropy_bonus * entropy + kl_weight * kl
     return TokenSums(
-        loss=(per_token * mask).sum(),
-        tokens=mask.sum(),
-        clipped=((bounded < free) & mask).sum(),
-        entropy=(entropy.detach() * mask).sum(),
-        ratio=(ratio.detach() * mask).sum(),
-        kl=(kl.detach() * mask).sum(),
+        loss=per_token.sum(),
+        clipped=(bounded < free).sum(),
+        entropy=entropy.detach().sum(),
+        ratio=ratio.detach().sum(),
+        kl=kl.detach().sum(),
     )

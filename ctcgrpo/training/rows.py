@@ -1,44 +1,53 @@
-"""Plain rows: turn samples, one after the other, padded to the longest of their row.
+"""Rows: what one forward and backward pass takes, and what of it is trained.
 
-A row is what one forward and backward pass takes. How samples are cut into rows changes nothing but speed and memory.
+How samples are cut into rows, and whether they share what they have in common (packing.py) or stand one beside the other,
+padded, as `plain_rows` has them, changes nothing but speed and memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ctcgrpo.records import TurnSample
+from ctcgrpo.training.tree_attention import Segments
 
 IGNORE = -100
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """B samples padded on the right to T tokens.
+    """B sequences of T tokens, and E trained tokens.
 
-    Position t holds what belongs to the token at t, predicted from t - 1: `labels` (B, T) its id or -100 where it is not
-    trained, `advantages` (B, T), `old_logprobs` (B, T) or None, `mask` (B, T) True where it is trained. `index` (B,) is
-    each sample's position among the samples that the rows were made from; a dummy row, which keeps processes in step and
-    enters nothing, has an index of -1 and an empty mask.
+    `input_ids`, `positions` (B, T); `labels` (B, T): the token that each position is to predict, -100 for none. `attention_mask`
+    (B, T) says what is no padding; a row with `segments` has none, and B = 1. A trained token is an entry: `at` (E,) is the
+    flat position in (B, T) that predicts it, `advantages` (E,), `old_logprobs` (E,) or None, `sample` (E,) its sample's
+    place among those that the rows were made from. Entries of a sample are in order and together. Samples that
+    share a position have entries of their own there. A dummy row, which keeps processes in step, has no entries.
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    positions: torch.Tensor
     labels: torch.Tensor
+    at: torch.Tensor
     advantages: torch.Tensor
     old_logprobs: torch.Tensor | None
-    mask: torch.Tensor
-    index: tuple[int, ...]
+    sample: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    segments: Segments | None = None
 
     def to(self, device: torch.device) -> Row:
-        moved = {name: t.to(device) for name in _TENSORS if (t := getattr(self, name)) is not None}
-        return Row(**{"old_logprobs": None, **moved}, index=self.index)
+        return replace(self, **{name: t.to(device) for name in _TENSORS if (t := getattr(self, name)) is not None})
+
+    @property
+    def tokens(self) -> int:
+        """Positions that are no padding."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
 
-_TENSORS = ("input_ids", "attention_mask", "labels", "advantages", "old_logprobs", "mask")
+_TENSORS = ("input_ids", "positions", "labels", "at", "advantages", "old_logprobs", "sample", "attention_mask")
 
 
 def plain_rows(samples: Sequence[TurnSample], *, tokens_per_row: int, pad_id: int) -> list[Row]:
@@ -50,30 +59,50 @@ def plain_rows(samples: Sequence[TurnSample], *, tokens_per_row: int, pad_id: in
         if not rows or (len(rows[-1]) + 1) * len(samples[rows[-1][0]]) > tokens_per_row:
             rows.append([])
         rows[-1].append(k)
-    return [make_row([samples[k] for k in row], index=tuple(row), pad_id=pad_id) for row in rows]
+    return [_padded(samples, row, pad_id) for row in rows]
 
 
-def make_row(samples: Sequence[TurnSample], *, index: tuple[int, ...], pad_id: int) -> Row:
-    shape = (len(samples), max(map(len, samples)))
+def _padded(samples: Sequence[TurnSample], chosen: Sequence[int], pad_id: int) -> Row:
+    shape = (len(chosen), max(len(samples[k]) for k in chosen))
     input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
-    attention_mask, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-    advantages, old = torch.zeros(shape), torch.zeros(shape)
-    given = [sample.old_logprobs is not None for sample in samples]
-    if any(given) != all(given):
-        raise ValueError("either all samples of a row have old log-probabilities or none has")
-    for b, sample in enumerate(samples):
-        trained = slice(len(sample.prompt_ids), len(sample))
+    mask = torch.zeros(shape, dtype=torch.long)
+    at = []
+    for b, k in enumerate(chosen):
+        sample = samples[k]
+        predicting = slice(len(sample.prompt_ids) - 1, len(sample) - 1)
         input_ids[b, : len(sample)] = torch.tensor([*sample.prompt_ids, *sample.completion_ids])
-        attention_mask[b, : len(sample)] = 1
-        labels[b, trained] = torch.tensor(sample.completion_ids)
-        mask[b, trained] = True
-        advantages[b, trained] = sample.advantage
-        if sample.old_logprobs is not None:
-            old[b, trained] = torch.tensor(sample.old_logprobs)
-    return Row(input_ids, attention_mask, labels, advantages, old if all(given) else None, mask, index)
+        mask[b, : len(sample)] = 1
+        labels[b, predicting] = torch.tensor(sample.completion_ids)
+        at.append(torch.arange(predicting.start, predicting.stop) + b * shape[1])
+    positions = torch.arange(shape[1]).expand(shape)
+    return Row(input_ids, positions, labels, torch.cat(at), *entries(samples, chosen), attention_mask=mask)
+
+
+def entries(samples: Sequence[TurnSample], chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """(advantages, old log-probabilities, sample) of the trained tokens of the chosen samples, one after the other."""
+    counts = torch.tensor([len(samples[k].completion_ids) for k in chosen], dtype=torch.long)
+    given = [samples[k].old_logprobs for k in chosen]
+    old = [numbers for numbers in given if numbers is not None]
+    if old and len(old) < len(given):
+        raise ValueError("either all samples of a row have old log-probabilities or none has")
+    return (
+        torch.tensor([samples[k].advantage for k in chosen], dtype=torch.float32).repeat_interleave(counts),
+        torch.tensor([x for numbers in old for x in numbers], dtype=torch.float32) if old else None,
+        torch.tensor(chosen, dtype=torch.long).repeat_interleave(counts),
+    )
 
 
 def dummy_row(pad_id: int) -> Row:
     """A row that runs through the model and changes nothing; its one label is there because a head may need one."""
-    row = make_row([TurnSample((pad_id,), (pad_id,), 0.0)], index=(-1,), pad_id=pad_id)
-    return Row(row.input_ids, row.attention_mask, row.labels, row.advantages, None, torch.zeros_like(row.mask), row.index)
+    ids = torch.full((1, 2), pad_id)
+    nothing = torch.zeros(0, dtype=torch.long)
+    return Row(
+        ids,
+        torch.arange(2).unsqueeze(0),
+        torch.tensor([[pad_id, IGNORE]]),
+        nothing,
+        torch.zeros(0),
+        None,
+        nothing,
+        attention_mask=torch.ones_like(ids),
+    )

@@ -2,7 +2,8 @@
 
 How it differs from GRPOTrainer:
 1. a batch of rollouts is collected by `collect` (episodes against a simulator), not generated from prompts;
-2. `training_step` is a whole optimizer step: it loops over rows of turn samples and synchronises gradients on the last;
+2. `training_step` is a whole optimizer step: it loops over rows of turn samples (which share what they have in common, and are
+   dealt out so that all processes have equally much to do) and synchronises gradients on the last;
 3. the loss is a sum over tokens divided by the trained tokens of the whole step, over all rows and processes;
 4. a step of rollouts can make several updates, each on an equal share of every group, with old log-probabilities
    recomputed once before the first.
@@ -18,24 +19,29 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, gather_object
+from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import use_adapter
 
 from ctcgrpo.credit import SceneBaseline
-from ctcgrpo.errors import RunPaused, TooManyFailures, too_many_failed
+from ctcgrpo.errors import PolicyError, RunPaused, TooManyFailures, too_many_failed
 from ctcgrpo.files import checkpoints, is_complete, mark_complete
+from ctcgrpo.policy.attention import use_layouts, with_layout
 from ctcgrpo.processes import on_main
 from ctcgrpo.records import Episode, TurnSample
 from ctcgrpo.training.head import score_trained_positions_only
 from ctcgrpo.training.loss import TokenSums, token_sums
 from ctcgrpo.training.metrics import rollout_metrics
-from ctcgrpo.training.rows import Row, dummy_row, plain_rows
+from ctcgrpo.training.planning import Plan, forward_costs, plan
+from ctcgrpo.training.rows import Row
 from ctcgrpo.training.samples import CreditOptions, Summary, step_credit, summarise, turn_samples, update_of
+from ctcgrpo.training.tree_attention import Packing, how_to_attend, tree_layout
 
 SCENE_BASELINE = "scene_baseline.json"
 """What earlier steps say of each scene's turns, in a checkpoint."""
@@ -47,12 +53,17 @@ class UpdateOptions:
 
     updates_per_step: int = 1
     tokens_per_row: int = 16384
+    packing: Packing = "auto"
     clip: float = 0.2
     entropy_bonus: float = 0.001
     recorded_logprobs: bool = False
     max_failed: float = 0.5
     keep_checkpoints: int = 3
 
+
+PACKED_TOLERANCE = 0.02
+"""How far packed log-probabilities may be from plain ones on the mean, in nats. bfloat16 differs by some 0.01 between any two ways
+of computing attention; a wrong one differs by more than 0.1."""
 
 Collect = Callable[[int, Sequence[dict[str, Any]]], list[Episode]]
 """Plays this process's share of a step's episodes: (step, its rows of the data set) -> episodes."""
@@ -81,6 +92,11 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
             raise ValueError("num_iterations must equal updates_per_step, and gradient_accumulation_steps must be 1")
         score_trained_positions_only()
         super().__init__(model=model, args=args, reward_funcs=_no_reward, **kwargs)
+        self._how = how_to_attend(options.packing, self.accelerator.device)
+        if self._how is not None:
+            for part in filter(None, (self.accelerator.unwrap_model(self.model), self.ref_model)):
+                use_layouts(part.get_base_model() if isinstance(part, PeftModel) else part)
+        self._costs = forward_costs(self.accelerator.unwrap_model(self.model))
         self._collect = collect
         self._credit = credit
         self._options = options
@@ -123,19 +139,22 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         Returns the step's loss, a scalar over all processes. Every process runs the same number of rows. A step
         without any trained token leaves no gradient anywhere, so the optimizer changes nothing.
         """
-        rows = plain_rows(samples, tokens_per_row=self._options.tokens_per_row, pad_id=self._tokenizer.pad_token_id)
-        return self.update_rows(model, rows)
+        made = self._plan(gather_object(list(samples)))
+        self._log_number("packing/tokens", made.tokens)
+        self._log_number("packing/forwarded", made.forwarded)
+        self._log_number("packing/padding", made.padding)
+        self._log_number("packing/imbalance", made.imbalance)
+        return self.update_rows(model, made.rows)
 
     def update_rows(self, model: torch.nn.Module, rows: Sequence[Row]) -> torch.Tensor:
-        """`update` for rows already made."""
+        """`update` for rows already made, equally many on every process."""
         model.train()
-        tokens = self._sum_over_processes([float(sum(int(row.mask.sum()) for row in rows))])[0]
+        tokens = self._sum_over_processes([float(sum(len(row.at) for row in rows))])[0]
         if not tokens:
             return torch.zeros((), device=self.accelerator.device)
-        padded = self._same_number(rows)
         totals: list[TokenSums] = []
-        for k, row in enumerate(padded):
-            is_last = k == len(padded) - 1
+        for k, row in enumerate(rows):
+            is_last = k == len(rows) - 1
             self.accelerator.gradient_state._set_sync_gradients(is_last)
             with self._without_sync(model, is_last):
                 sums = self._row_sums(model, row)
@@ -145,6 +164,17 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
             totals.append(TokenSums(*(getattr(sums, field.name).detach() for field in fields(TokenSums))))
         return self._log_update(totals, tokens)
 
+    def _plan(self, samples: Sequence[TurnSample], *, packed: bool = True) -> Plan:
+        return plan(
+            samples,
+            packed=packed and self._how is not None,
+            tokens_per_row=self._options.tokens_per_row,
+            pad_id=self._tokenizer.pad_token_id,
+            costs=self._costs,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+        )
+
     def _row_sums(self, model: torch.nn.Module, row: Row) -> TokenSums:
         row = row.to(self.accelerator.device)
         logprobs, entropy = self._score(model, row)
@@ -153,7 +183,6 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
             entropy,
             row.old_logprobs,
             row.advantages,
-            row.mask,
             clip=self._options.clip,
             entropy_bonus=self._options.entropy_bonus,
             reference=self._reference(model, row) if self.beta else None,
@@ -162,38 +191,53 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def _reference(self, model: torch.nn.Module, row: Row) -> torch.Tensor:
-        """Log-probabilities (B, T) under the policy as it was before training: TRL's copy of it, or itself without its adapter."""
+        """Log-probabilities (E,) under the policy as it was before training: TRL's copy of it, or itself without its adapter."""
         if self.ref_model is not None:
-            return _from_next(self._forward(self.ref_model, row).log_probs)
+            return _of_entries(self._forward(self.ref_model, row).log_probs, row)
         policy = self.accelerator.unwrap_model(model)
         with use_adapter(policy, None):
-            return _from_next(self._forward(policy, row).log_probs)
+            return _of_entries(self._forward(policy, row).log_probs, row)
 
     def _score(self, model: torch.nn.Module, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability and entropy (B, T) of each token at the sampling temperature; 0 where it is not trained."""
+        """Log-probability and entropy (E,) of a row's trained tokens at the sampling temperature."""
         output = self._forward(model, row)
-        return _from_next(output.log_probs), _from_next(output.entropy)
+        return _of_entries(output.log_probs, row), _of_entries(output.entropy, row)
 
     def _forward(self, model: torch.nn.Module, row: Row) -> Any:
+        layout = None
+        if row.segments is not None and self._how is not None:
+            layout = tree_layout(row.segments, self._how, self.accelerator.device)
         with self.accelerator.autocast():
-            return model(input_ids=row.input_ids, attention_mask=row.attention_mask, labels=row.labels, fused_lm_head=True)
+            return model(
+                input_ids=row.input_ids,
+                position_ids=row.positions,
+                shift_labels=row.labels,
+                fused_lm_head=True,
+                **with_layout(layout, row.attention_mask),
+            )
+
+    def logprobs(
+        self, model: torch.nn.Module, samples: Sequence[TurnSample], *, packed: bool = True
+    ) -> list[tuple[float, ...]]:
+        """Log-probabilities of the completions of this process's samples at the sampling temperature, under the current weights;
+        `packed` False computes them the plain way, whatever `options.packing` says."""
+        everybodys = gather_object([list(samples)])
+        before = sum(len(part) for part in everybodys[: self.accelerator.process_index])
+        rows = self._plan([s for part in everybodys for s in part], packed=packed).rows
+        scored = {k: v for part in gather_object([self._scored(model, rows)]) for k, v in part.items()}
+        return [scored[before + k] for k in range(len(samples))]
 
     @torch.no_grad()
-    def logprobs(self, model: torch.nn.Module, samples: Sequence[TurnSample]) -> list[tuple[float, ...]]:
-        """Log-probabilities of each sample's completion at the sampling temperature, under the current weights."""
-        rows = plain_rows(samples, tokens_per_row=self._options.tokens_per_row, pad_id=self._tokenizer.pad_token_id)
-        result: list[tuple[float, ...]] = [()] * len(samples)
-        for row in self._same_number(rows):
+    def _scored(self, model: torch.nn.Module, rows: Sequence[Row]) -> dict[int, tuple[float, ...]]:
+        """By a sample's place: what the rows say of it."""
+        result: dict[int, tuple[float, ...]] = {}
+        for row in rows:
             scores, _ = self._score(model, row.to(self.accelerator.device))
-            for b, k in enumerate(row.index):
-                if k >= 0:
-                    result[k] = tuple(scores[b][row.mask[b].to(scores.device)].float().tolist())
+            which, counts = torch.unique_consecutive(row.sample, return_counts=True)
+            parts = scores.float().cpu().split_with_sizes(counts.tolist())
+            for k, numbers in zip(which.tolist(), parts, strict=True):
+                result[k] = tuple(numbers.tolist())
         return result
-
-    def _same_number(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows, with dummies up to the largest number that any process has."""
-        counts = self.accelerator.gather(torch.tensor([len(rows)], device=self.accelerator.device))
-        return [*rows, *[dummy_row(self._tokenizer.pad_token_id)] * (int(counts.max()) - len(rows))]
 
     def _without_sync(self, model: torch.nn.Module, is_last: bool) -> contextlib.AbstractContextManager[Any]:
         # DeepSpeed reduces by itself and takes its boundary from gradient_state; FSDP2 would keep whole gradients between rows.
@@ -228,8 +272,10 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         parts = [[e for e in episodes if update_of(e, updates) == k] for k in range(updates)]
         samples = [turn_samples(p, credit.advantages, recorded=self._options.recorded_logprobs) for p in parts]
         if updates > 1 or not self._checked:
-            self._checked = True
             started = time.perf_counter()
+            if not self._checked and self._how is not None:
+                self._refuse_other_logprobs([s for part in samples for s in part])
+            self._checked = True
             current = iter(self._check_recorded(episodes, samples))
             if updates > 1 and not self._options.recorded_logprobs:
                 samples = [[replace(sample, old_logprobs=next(current)) for sample in part] for part in samples]
@@ -249,6 +295,24 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
             raise type(told)(str(told))
         self._confirm()
         return episodes
+
+    def _refuse_other_logprobs(self, samples: Sequence[TurnSample]) -> None:
+        """Once a run, packed log-probabilities are held against plain ones, as many samples as a row of each process takes: a
+        kernel or a model that sees positions in a way of its own must not train on something else without a word."""
+        ends = accumulate(map(len, samples))
+        few = [s for s, end in zip(samples, ends, strict=True) if end <= self._options.tokens_per_row] or list(samples[:1])
+        self.model_wrapped.train()
+        packed, plain = (self.logprobs(self.model_wrapped, few, packed=packed) for packed in (True, False))
+        apart = [abs(a - b) for p, q in zip(packed, plain, strict=True) for a, b in zip(p, q, strict=True)]
+        total, tokens = self._sum_over_processes([math.fsum(apart), float(len(apart))])
+        mean = total / tokens if tokens else 0.0
+        self._log_number("packing/logprob_gap", mean)
+        if not mean <= PACKED_TOLERANCE:
+            name = type(self.accelerator.unwrap_model(self.model)).__name__
+            raise PolicyError(
+                f"{name}: log-probabilities in rows of shared prefixes (training.packing={self._options.packing}, {self._how}) are "
+                f"{mean:.3g} nats off the plain ones on the mean, beyond {PACKED_TOLERANCE}; set training.packing=none"
+            )
 
     def _check_recorded(
         self, episodes: Sequence[Episode], samples: Sequence[Sequence[TurnSample]]
@@ -340,9 +404,8 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         """Left out: a card with the run's figures is written on export, not at every checkpoint."""
 
 
-def _from_next(scores: torch.Tensor) -> torch.Tensor:
-    """The head scores the prediction of t + 1 from t; a row keeps it with the token predicted."""
-    return torch.nn.functional.pad(scores, (1, 0))
+def _of_entries(scores: torch.Tensor, row: Row) -> torch.Tensor:
+    return scores.flatten()[row.at]
 
 
 def _no_reward(**_: Any) -> list[float]:

@@ -17,7 +17,7 @@ from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.noise import Noise, measure, recorded_turns
 from ctcgrpo.simulator.protocol import Reaction, TurnRequest
 from ctcgrpo.simulator.server import SimulatorServer, running
-from tests.bench_simulator import prompts_of_a_group, reused_share
+from tests.benchmarks.simulator import prompts_of_a_group, reused_share
 from tests.conftest import Backend, Command
 
 SCENARIOS = load_scenarios("english/train")

@@ -12,15 +12,17 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from ctcgrpo import credit
+from ctcgrpo.errors import PolicyError
 from ctcgrpo.records import Failure
 from ctcgrpo.scoring import turn_score
 from ctcgrpo.training.samples import CreditOptions
+from ctcgrpo.training.tree_attention import Packing, SegmentLayout
 from tests import sameness
 
 
 @pytest.fixture(scope="module")
 def plain(tiny: Path) -> sameness.Outcome:
-    return sameness.run(str(tiny), tokens_per_row=10_000)
+    return sameness.run(str(tiny), tokens_per_row=10_000, packing="none")
 
 
 def test_the_comparison_covers_both_sides_of_the_clip_and_a_failure(tiny: Path) -> None:
@@ -59,18 +61,43 @@ def test_gradients_are_those_of_the_formula_turn_by_turn(tiny: Path, plain: same
     assert plain.norm == pytest.approx(float(norm), rel=1e-5)
 
 
-@pytest.mark.parametrize("tokens_per_row, rows", [(1100, 2), (290, 5)])
-def test_cutting_into_rows_changes_nothing(tiny: Path, plain: sameness.Outcome, tokens_per_row: int, rows: int) -> None:
-    cut = sameness.run(str(tiny), tokens_per_row=tokens_per_row)
+@pytest.mark.parametrize(
+    ("packing", "tokens_per_row", "rows"),
+    [("none", 1500, 3), ("segments", 10_000, 1), ("segments", 300, 4), ("auto", 90, 20)],
+)
+def test_cutting_into_rows_and_sharing_prefixes_change_nothing(
+    tiny: Path, plain: sameness.Outcome, packing: Packing, tokens_per_row: int, rows: int
+) -> None:
+    cut = sameness.run(str(tiny), tokens_per_row=tokens_per_row, packing=packing)
     assert (plain.rows, cut.rows) == (1, rows)
     assert sameness.is_same(plain, cut), sameness.difference(plain, cut)
     for a, b in zip(plain.logprobs["0"], cut.logprobs["0"], strict=True):
         assert a == pytest.approx(b, abs=1e-5)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_sharing_prefixes_changes_nothing_under_checkpointing_and_lora(tiny: Path, lora: bool) -> None:
+    def run(packing: Packing, checkpointing: bool) -> sameness.Outcome:
+        adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+        return sameness.run(str(tiny), packing=packing, peft_config=adapter, gradient_checkpointing=checkpointing)
+
+    plain, packed = run("none", False), run("segments", True)
+    assert all(("lora" in name) == lora for name in plain.gradients) and plain.gradients
+    assert sameness.is_same(plain, packed), sameness.difference(plain, packed)
+
+
+def test_a_layout_that_sees_otherwise_is_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = sameness.build_trainer(str(tiny), str(tmp_path))
+    plain = SegmentLayout._masks_of
+    monkeypatch.setattr(SegmentLayout, "_masks_of", lambda self, window, dtype: plain(self, 1, dtype))
+    with pytest.raises(PolicyError, match=r"training.packing=auto, segments.*beyond 0.02; set training.packing=none"):
+        trainer.train()
+
+
 def test_a_wrong_position_is_noticed(tiny: Path, plain: sameness.Outcome) -> None:
-    wrong = sameness.run(str(tiny), tokens_per_row=10_000, shift=True)
-    assert not sameness.is_same(plain, wrong)
+    for packing in ("none", "segments"):
+        wrong = sameness.run(str(tiny), tokens_per_row=10_000, packing=packing, shift=True)
+        assert not sameness.is_same(plain, wrong)
 
 
 def test_a_step_without_comparable_episodes_changes_nothing(tiny: Path, tmp_path: Path) -> None:

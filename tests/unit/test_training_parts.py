@@ -158,22 +158,23 @@ samples_strategy = st.lists(
 @given(samples_strategy, st.integers(20, 200))
 def test_rows_hold_every_sample_once_within_the_budget(samples: list[TurnSample], budget: int) -> None:
     rows = plain_rows(samples, tokens_per_row=budget, pad_id=0)
-    assert sorted(k for row in rows for k in row.index) == list(range(len(samples)))
+    assert sorted(k for row in rows for k in row.sample.unique().tolist()) == list(range(len(samples)))
     for row in rows:
-        assert row.input_ids.numel() <= budget or len(row.index) == 1
-        for b, k in enumerate(row.index):
-            sample, n = samples[k], len(samples[k])
+        chosen, width = row.sample.unique_consecutive().tolist(), row.input_ids.shape[1]
+        assert row.input_ids.numel() <= budget or len(chosen) == 1
+        assert row.attention_mask is not None and len(row.at) == int((row.labels >= 0).sum())
+        for b, k in enumerate(chosen):
+            sample, n, own = samples[k], len(samples[k]), row.sample == k
             assert row.input_ids[b, :n].tolist() == [*sample.prompt_ids, *sample.completion_ids]
-            assert row.attention_mask[b].sum() == n
-            assert row.labels[b][row.mask[b]].tolist() == list(sample.completion_ids)
-            assert (row.labels[b][~row.mask[b]] == -100).all()
-            assert row.advantages[b][row.mask[b]].tolist() == pytest.approx([sample.advantage] * len(sample.completion_ids))
-            assert row.mask[b].nonzero().flatten().tolist() == list(range(len(sample.prompt_ids), n))
+            assert row.attention_mask[b].tolist() == [1] * n + [0] * (width - n)
+            assert (row.at[own] - b * width).tolist() == list(range(len(sample.prompt_ids) - 1, n - 1))
+            assert row.labels.flatten()[row.at[own]].tolist() == list(sample.completion_ids)
+            assert row.advantages[own].tolist() == pytest.approx([sample.advantage] * len(sample.completion_ids))
 
 
 def test_a_dummy_row_trains_nothing() -> None:
     row = dummy_row(3)
-    assert not row.mask.any() and row.index == (-1,) and (row.labels >= 0).any()
+    assert not len(row.at) and (row.labels >= 0).any()
 
 
 def test_rows_do_not_mix_samples_with_and_without_old_logprobs() -> None:
@@ -183,49 +184,43 @@ def test_rows_do_not_mix_samples_with_and_without_old_logprobs() -> None:
 
 def test_the_loss_by_hand() -> None:
     # Four trained tokens with A = +1, +1, -1, -1 and ratios 1.5, 0.5, 1.5, 0.5; clip 0.2.
-    ratios = torch.tensor([[1.5, 0.5, 1.5, 0.5, 9.0]])
+    ratios = torch.tensor([1.5, 0.5, 1.5, 0.5])
     logprobs = ratios.log().requires_grad_()
-    mask = torch.tensor([[True, True, True, True, False]])
     sums = token_sums(
         logprobs,
-        torch.full((1, 5), 2.0),
-        torch.zeros(1, 5),
-        torch.tensor([[1.0, 1.0, -1.0, -1.0, 1.0]]),
-        mask,
+        torch.full((4,), 2.0),
+        torch.zeros(4),
+        torch.tensor([1.0, 1.0, -1.0, -1.0]),
         clip=0.2,
         entropy_bonus=0.01,
     )
     # min(1.5, 1.2) + min(0.5, 0.8) + min(-1.5, -1.2) + min(-0.5, -0.8) = 1.2 + 0.5 - 1.5 - 0.8, entropy 4 x 0.02
     assert sums.loss.item() == pytest.approx(-(1.2 + 0.5 - 1.5 - 0.8) - 0.08)
-    assert (int(sums.tokens), int(sums.clipped)) == (4, 2)
+    assert int(sums.clipped) == 2
     assert float(sums.entropy) == 8 and float(sums.ratio) == pytest.approx(4.0)
     sums.loss.backward()
     # Clipped tokens pass nothing on; the others -A * ratio.
     assert logprobs.grad is not None
-    assert logprobs.grad[0].tolist() == pytest.approx([0, -0.5, 1.5, 0, 0])
+    assert logprobs.grad.tolist() == pytest.approx([0, -0.5, 1.5, 0])
 
 
 def test_without_old_logprobs_the_gradient_is_that_of_logprobs() -> None:
-    logprobs = torch.tensor([[-3.0, -1.0]], requires_grad=True)
-    mask, advantages = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[2.0, -1.0]])
-    sums = token_sums(logprobs, torch.zeros(1, 2), None, advantages, mask, clip=0.2, entropy_bonus=0.0)
+    logprobs = torch.tensor([-3.0, -1.0], requires_grad=True)
+    sums = token_sums(logprobs, torch.zeros(2), None, torch.tensor([2.0, -1.0]), clip=0.2, entropy_bonus=0.0)
     sums.loss.backward()
-    assert logprobs.grad is not None and logprobs.grad[0].tolist() == [-2.0, 1.0] and sums.loss.item() == -1.0
+    assert logprobs.grad is not None and logprobs.grad.tolist() == [-2.0, 1.0] and sums.loss.item() == -1.0
 
 
 def test_the_kl_term_by_hand() -> None:
-    logprobs = torch.tensor([[-1.0, -2.0, -5.0]], requires_grad=True)
-    reference, mask = torch.tensor([[-1.5, -1.0, 99.0]]), torch.tensor([[True, True, False]])
-    nothing = torch.zeros(1, 3)
-    sums = token_sums(
-        logprobs, nothing, None, nothing, mask, clip=0.2, entropy_bonus=0.0, reference=reference, kl_weight=0.3
-    )
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    reference, nothing = torch.tensor([-1.5, -1.0]), torch.zeros(2)
+    sums = token_sums(logprobs, nothing, None, nothing, clip=0.2, entropy_bonus=0.0, reference=reference, kl_weight=0.3)
     # exp(ref - logp) - (ref - logp) - 1 with ref - logp = -0.5 and 1
     expected = (math.exp(-0.5) + 0.5 - 1) + (math.e - 1 - 1)
     assert float(sums.kl) == pytest.approx(expected) and sums.loss.item() == pytest.approx(0.3 * expected)
     sums.loss.backward()
     assert logprobs.grad is not None
-    assert logprobs.grad[0].tolist() == pytest.approx([0.3 * (1 - math.exp(-0.5)), 0.3 * (1 - math.e), 0.0])
+    assert logprobs.grad.tolist() == pytest.approx([0.3 * (1 - math.exp(-0.5)), 0.3 * (1 - math.e)])
 
 
 def test_fsdp2_sums_gradients_and_gives_logprobs_in_float32(tmp_path: Path) -> None:

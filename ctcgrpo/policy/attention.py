@@ -1,0 +1,107 @@
+"""Attention with a layout: who sees whom among the tokens of a forward pass, told to the model beside its inputs.
+
+transformers lets a model's attention be replaced by name. Ours is its sdpa, unless the call carries a `layout`; then that decides:
+a tree of shared prefixes in the update, a cache of running dialogues in generation. A layout travels in the forward call, never in
+the model, so that gradient checkpointing, which calls layers again, meets the one that belongs to its inputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from ctcgrpo.errors import PolicyError
+
+NAME = "ctcgrpo"
+
+
+class Layout(ABC):
+    """B rows of T tokens each, in some arrangement of sequences."""
+
+    @abstractmethod
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """query (B, heads, T, D), key and value (B, key heads, T, D) of layer `module` -> (B, T, heads, D). `window`: how many
+        positions a token sees, itself included; None for all before it."""
+
+
+def with_layout(layout: Layout | None, attention_mask: torch.Tensor | None) -> dict[str, Any]:
+    """The arguments of a model's forward call that put `layout` in force; without one, those of a call with a plain mask."""
+    if layout is None:
+        return {"attention_mask": attention_mask}
+    # A mask of four dimensions is taken as made already: none is built, and ours never looks at it.
+    return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "layout": layout}
+
+
+def use_layouts(model: PreTrainedModel) -> None:
+    """From now on `model` heeds layouts. Raises PolicyError for a model whose layers see others in another way than by
+    attention to earlier positions (recurrent ones), or that our attention would compute wrongly (sinks, soft caps)."""
+    problem = _problem(model)
+    if problem is None:
+        model.set_attn_implementation(NAME)
+        if model.config.get_text_config()._attn_implementation != NAME:
+            problem = "its attention cannot be replaced"
+    if problem:
+        raise PolicyError(
+            f"{type(model).__name__} cannot share prefixes or reuse its cache: {problem}; "
+            "set training.packing=none and let vLLM sample (rollout.engine)"
+        )
+
+
+def _problem(model: PreTrainedModel) -> str | None:
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of type {', '.join(sorted(kinds))}"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its layers do not take their attention from transformers' interface"
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        return "it takes no position ids"
+    if getattr(config, "position_embedding_type", "absolute") not in ("absolute", None) or getattr(config, "alibi", False):
+        return "its positions are not rotary"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "its attention scores are soft-capped (attn_logit_softcapping)"
+    if any("sinks" in name for name, _ in model.named_parameters()):
+        return "its attention has sinks"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"attention_dropout is {config.attention_dropout}"
+    return None
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    if layout is None:
+        plain: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
+        )
+        return plain
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return layout.attend(module, query, key, value, scale=scale, window=sliding_window), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

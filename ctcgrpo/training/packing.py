@@ -1,0 +1,208 @@
+"""Packing: the turn samples of a step as rows of a prefix tree, in which what several samples begin with stands once.
+
+The turns of a dialogue begin with the same context, and so do the rollouts of a group. Sorted as strings, samples lie in the
+order of a walk through the tree of their prefixes, and each needs only what it does not share with its neighbour:
+
+    sample i = path[:fork_i] + its own tokens,    fork_i = the length of what it shares with sample i - 1
+
+A row is a stretch of that order. Rows are cut where they cost the least to cut and so that all cost about the same, and each
+process of a run takes equally many of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ctcgrpo.records import TurnSample
+from ctcgrpo.training.rows import IGNORE, Row, entries
+from ctcgrpo.training.tree_attention import Segments
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What the work on a row is made of, in any unit: each of its tokens, each pair of a token and one that it sees, each
+    trained token (the head)."""
+
+    token: float = 1.0
+    pair: float = 0.0
+    trained: float = 0.0
+
+    def of(self, tokens: Ints, shared: Ints, trained: Ints) -> Floats:
+        """Of sequences of `tokens` tokens behind `shared` ones that are there already."""
+        pairs = tokens * shared + tokens * (tokens + 1) / 2
+        cost: Floats = self.token * tokens + self.pair * pairs + self.trained * trained
+        return cost
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """N samples in the order of a walk through the tree of their prefixes. `order` (N,): their places in what was given;
+    `tokens` (sum of lengths,) and `offsets` (N + 1,): their tokens, end to end; `prompts` (N,): the lengths of their prompts;
+    `forks` (N,): how many of its first tokens each has from the path of the one before, 0 for the first."""
+
+    order: Ints
+    tokens: Ints
+    offsets: Ints
+    prompts: Ints
+    forks: Ints
+
+    @property
+    def lengths(self) -> Ints:
+        return np.diff(self.offsets)
+
+
+def prefix_tree(samples: Sequence[TurnSample]) -> Tree:
+    """The tree of some samples, at least one."""
+    ids = [np.array(s.prompt_ids + s.completion_ids, dtype=">i4") for s in samples]
+    keys = [x.tobytes() for x in ids]  # big-endian numbers compare as their bytes do
+    order = sorted(range(len(samples)), key=keys.__getitem__)
+    lengths = np.array([len(ids[k]) for k in order])
+    prompts = np.array([len(samples[k].prompt_ids) for k in order])
+    common = np.array([0, *(_common(ids[a], ids[b]) for a, b in pairwise(order))])
+    before = np.array([0, *lengths[:-1]])
+    # A position predicts one token. So a sample leaves the one before it a token early, with a copy of the position from which they
+    # differ; where the one before ended, it just goes on.
+    forks = np.maximum(common - ((common < lengths) & (common < before)), 0)
+    return Tree(
+        order=np.array(order),
+        tokens=np.concatenate([ids[k] for k in order]).astype(np.int64),
+        offsets=np.array([0, *np.cumsum(lengths)]),
+        prompts=prompts,
+        forks=forks,
+    )
+
+
+def _common(a: npt.NDArray[np.int32], b: npt.NDArray[np.int32]) -> int:
+    """How many tokens two sequences begin with together."""
+    n = min(len(a), len(b))
+    differs = a[:n] != b[:n]
+    first = int(differs.argmax()) if n else 0
+    return first if n and differs[first] else n
+
+
+def cut(tree: Tree, *, tokens_per_row: int, processes: int, costs: Costs) -> list[range]:
+    """The tree's samples as rows: stretches of at most `tokens_per_row` distinct tokens (a longer sample makes a row of its own),
+    as few as there may be for a multiple of `processes`, and the dearest as cheap as it gets."""
+    lengths, trained = tree.lengths, tree.lengths - tree.prompts
+    cutter = _Cutter(
+        whole=costs.of(lengths, np.zeros_like(lengths), trained),
+        added=costs.of(lengths - tree.forks, tree.forks, trained),
+        lengths=lengths,
+        forks=tree.forks,
+        limit=tokens_per_row,
+    )
+    low, high = float(cutter.whole.max()), float(cutter.whole.sum())
+    fewest = cutter.rows(high)
+    wanted = min(-(-len(fewest) // processes) * processes, len(lengths))
+    if wanted == 1:
+        return fewest
+    best = fewest
+    for _ in range(30):
+        middle = (low + high) / 2
+        rows = cutter.rows(middle)
+        if len(rows) <= wanted:
+            best, high = rows, middle
+        else:
+            low = middle
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class _Cutter:
+    """`whole` (N,): what each sample costs by itself; `added` (N,): behind the one before."""
+
+    whole: Floats
+    added: Floats
+    lengths: Ints
+    forks: Ints
+    limit: int
+
+    def rows(self, cost: float) -> list[range]:
+        """Greedily, rows of at most `cost` and `limit` tokens."""
+        spent, tokens = np.cumsum(self.added), np.cumsum(self.lengths - self.forks)
+        rows, start, n = [], 0, len(self.lengths)
+        while start < n:
+            by_cost = np.searchsorted(spent, cost - self.whole[start] + spent[start], side="right")
+            by_tokens = np.searchsorted(tokens, self.limit - self.lengths[start] + tokens[start], side="right")
+            end = max(int(min(by_cost, by_tokens)), start + 1)
+            if end < n:  # within the last eighth of the row, where the next one has the least to repeat
+                near = max(start + 1, end - (end - start) // 8)
+                end = near + int(np.argmin(self.forks[near : end + 1]))
+            rows.append(range(start, end))
+            start = end
+        return rows
+
+
+def dealt(costs: Floats, processes: int) -> list[list[int]]:
+    """Which rows each process takes: equally many (but for a rest), the dearest first, each to who has the least to do."""
+    share = -(-len(costs) // processes)
+    taken: list[list[int]] = [[] for _ in range(processes)]
+    load = [0.0] * processes
+    for k in np.argsort(-costs, kind="stable"):
+        who = min((p for p in range(processes) if len(taken[p]) < share), key=lambda p: (load[p], p))
+        taken[who].append(int(k))
+        load[who] += float(costs[k])
+    return taken
+
+
+def row_costs(tree: Tree, rows: Sequence[range], costs: Costs) -> Floats:
+    lengths, trained = tree.lengths, tree.lengths - tree.prompts
+    forks = tree.forks.copy()
+    forks[[row.start for row in rows]] = 0
+    each = costs.of(lengths - forks, forks, trained)
+    return np.array([each[row.start : row.stop].sum() for row in rows])
+
+
+def packed_row(tree: Tree, row: range, samples: Sequence[TurnSample]) -> Row:
+    """A stretch of the tree as a row of one sequence; `samples` are those that the tree was made from."""
+    lengths = tree.lengths[row.start : row.stop]
+    forks = tree.forks[row.start : row.stop].copy()
+    forks[0] = 0
+    own = lengths - forks
+    starts = np.concatenate([[0], np.cumsum(own)])
+    total = int(starts[-1])
+    ids, labels, positions = np.empty(total, np.int64), np.full(total, IGNORE), np.empty(total, np.int64)
+    path = np.empty(int(lengths.max()), np.int64)  # the row's positions of the sequence at hand
+    at: list[Ints] = []
+    sizes: list[int] = []
+    paths: list[Ints] = []
+    ends = np.full(total, total)
+    for k, (fork, length, start) in enumerate(zip(forks, lengths, starts[:-1], strict=True)):
+        n = length - fork
+        if k:
+            ends[path[fork : lengths[k - 1]]] = start  # what the sample before had beyond here is over
+        path[fork:length] = np.arange(start, start + n)
+        tokens = tree.tokens[tree.offsets[row.start + k] :][:length]
+        ids[start : start + n], positions[start : start + n] = tokens[fork:], np.arange(fork, length)
+        prompt = tree.prompts[row.start + k]
+        at.append(path[prompt - 1 : length - 1].copy())
+        labels[at[-1]] = tokens[prompt:]
+        if k and fork == lengths[k - 1]:  # goes on where the one before ended
+            sizes[-1] += int(n)
+            paths[-1] = path[:length].copy()
+        elif n:
+            sizes.append(int(n))
+            paths.append(path[:length].copy())
+    return Row(
+        torch.from_numpy(ids).unsqueeze(0),
+        torch.from_numpy(positions).unsqueeze(0),
+        torch.from_numpy(labels).unsqueeze(0),
+        torch.from_numpy(np.concatenate(at)),
+        *entries(samples, tree.order[row.start : row.stop].tolist()),
+        segments=Segments(
+            lengths=tuple(sizes),
+            path_lengths=tuple(map(len, paths)),
+            paths=torch.from_numpy(np.concatenate(paths)),
+            ends=torch.from_numpy(ends),
+            positions=torch.from_numpy(positions),
+        ),
+    )

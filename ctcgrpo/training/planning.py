@@ -1,0 +1,92 @@
+"""The plan of an update: which rows, and which process runs them. Every process makes the same plan and takes its part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from ctcgrpo.records import TurnSample
+from ctcgrpo.training.packing import Costs, Floats, cut, dealt, packed_row, prefix_tree, row_costs
+from ctcgrpo.training.rows import Row, dummy_row, plain_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`rows`: one process's, the longest first, as many as any process has. The rest is about all processes: `tokens` of all
+    samples, `forwarded` of them after sharing, `padding` as a share of what is forwarded, `imbalance`: the work of the
+    busiest process over the mean, 1 at best; `trained` tokens."""
+
+    rows: list[Row]
+    tokens: int
+    forwarded: int
+    padding: float
+    imbalance: float
+    trained: int
+
+
+def forward_costs(model: PreTrainedModel) -> Costs:
+    """The floating-point operations of a forward pass: two a weight and token, four a pair, channel and layer."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    channels = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    embedding = config.vocab_size * config.hidden_size
+    weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    body = max(0, weights - embedding * (1 if config.tie_word_embeddings else 2))
+    return Costs(token=2.0 * body, pair=4.0 * channels * config.num_hidden_layers, trained=2.0 * embedding)
+
+
+def plan(
+    samples: Sequence[TurnSample],
+    *,
+    packed: bool,
+    tokens_per_row: int,
+    pad_id: int,
+    costs: Costs,
+    process: int = 0,
+    processes: int = 1,
+) -> Plan:
+    """`samples`: those of all processes, in the same order on each."""
+    trained = sum(len(s.completion_ids) for s in samples)
+    if not samples:
+        return Plan([], 0, 0, 0.0, 1.0, 0)
+    if packed:
+        tree = prefix_tree(samples)
+        stretches = cut(tree, tokens_per_row=tokens_per_row, processes=processes, costs=costs)
+        work = row_costs(tree, stretches, costs)
+        taken = dealt(work, processes)
+        mine = [packed_row(tree, stretches[k], samples) for k in taken[process]]
+        forwarded = int(
+            sum(tree.lengths[r.start] + (tree.lengths - tree.forks)[r.start + 1 : r.stop].sum() for r in stretches)
+        )
+        padding = 0.0
+    else:
+        rows = plain_rows(samples, tokens_per_row=tokens_per_row, pad_id=pad_id)
+        work = np.array([_padded_cost(row, costs) for row in rows])
+        taken = dealt(work, processes)
+        mine = [rows[k] for k in taken[process]]
+        forwarded = sum(row.tokens for row in rows)
+        padding = 1 - forwarded / sum(row.input_ids.numel() for row in rows)
+    most = max(map(len, taken))
+    mine = sorted(mine, key=lambda row: row.input_ids.numel(), reverse=True)
+    return Plan(
+        rows=[*mine, *[dummy_row(pad_id)] * (most - len(mine))],
+        tokens=sum(map(len, samples)),
+        forwarded=forwarded,
+        padding=padding,
+        imbalance=_imbalance(work, taken),
+        trained=trained,
+    )
+
+
+def _padded_cost(row: Row, costs: Costs) -> float:
+    sequences, length = row.input_ids.shape
+    each = costs.of(np.array([length]), np.array([0]), np.array([0]))[0]
+    return float(sequences * each + costs.trained * len(row.at))
+
+
+def _imbalance(work: Floats, taken: Sequence[Sequence[int]]) -> float:
+    loads = [float(work[list(rows)].sum()) for rows in taken]
+    return max(loads) / (sum(loads) / len(loads))

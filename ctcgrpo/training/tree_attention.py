@@ -1,0 +1,198 @@
+"""Attention in a row of shared prefixes: each token sees its own sequence, wherever in the row its beginning lies.
+
+Three ways with the same result: segment by segment with sdpa (any device), flex_attention (CUDA), and TRL's tree attention
+on FlashAttention 3 (Hopper). A row is cut into segments; a segment's tokens see the path from its sequence's first token, in
+order, up to themselves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.flex_attention import flex_attention_forward
+
+from ctcgrpo.errors import RecipeError
+from ctcgrpo.policy.attention import Layout
+
+TreeAttention = Literal["segments", "flex", "flash3"]
+Packing = Literal["auto", "segments", "flex", "flash3", "none"]
+
+
+def how_to_attend(packing: Packing, device: torch.device) -> TreeAttention | None:
+    """How rows of shared prefixes are attended to on a device, None for rows that share nothing. `auto`: TRL's kernel on Hopper
+    where the package `kernels` is installed, flex_attention on other CUDA, segments elsewhere. Raises RecipeError for
+    a way that the device does not have."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if packing == "auto":
+        if hopper and importlib.util.find_spec("kernels"):
+            return "flash3"
+        return "flex" if device.type == "cuda" else "segments"
+    if packing == "flex" and device.type != "cuda":
+        raise RecipeError(f"training.packing is 'flex', which cannot be trained on {device.type}; use auto or segments")
+    if packing == "flash3" and not (hopper and importlib.util.find_spec("kernels")):
+        raise RecipeError(
+            "training.packing is 'flash3', which needs a Hopper GPU and the package kernels; use auto, flex or segments"
+        )
+    return None if packing == "none" else packing
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """A row of T tokens as segments laid end to end. `lengths` (S,): their tokens; `paths` (sum of path lengths,): for each
+    segment in turn the row's positions of its sequence from the first token to the segment's last; `path_lengths` (S,).
+    `ends` (T,): the end of what descends from each token, which in the row lies right behind it."""
+
+    lengths: tuple[int, ...]
+    path_lengths: tuple[int, ...]
+    paths: torch.Tensor
+    ends: torch.Tensor
+    positions: torch.Tensor
+
+
+def tree_layout(segments: Segments, how: TreeAttention, device: torch.device) -> Layout:
+    if how == "segments":
+        return SegmentLayout(segments, segments.paths.to(device))
+    if how == "flex":
+        return FlexLayout(segments.ends.to(device), segments.positions.to(device))
+    starts = [torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in (segments.lengths, segments.path_lengths)]
+    longest = max(segments.lengths), max(segments.path_lengths)
+    return Flash3Layout(segments.paths.to(device), starts[0].to(device), starts[1].to(device), longest)
+
+
+class SegmentLayout(Layout):
+    def __init__(self, segments: Segments, paths: torch.Tensor) -> None:
+        self._segments, self._paths = segments, paths
+        self._masks: dict[tuple[int | None, torch.dtype], list[torch.Tensor | None]] = {}
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        # Gathered with tokens in front, where a token's heads lie together, and as one operation: a slice a segment would write
+        # a gradient as long as the row for each of them.
+        keys, values = (
+            x[0].transpose(0, 1).index_select(0, self._paths).split_with_sizes(self._segments.path_lengths)
+            for x in (key, value)
+        )
+        queries = query.split_with_sizes(self._segments.lengths, dim=2)
+        seen = [
+            scaled_dot_product_attention(
+                q,
+                k.transpose(0, 1).unsqueeze(0),
+                v.transpose(0, 1).unsqueeze(0),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=True,
+            )
+            for q, k, v, mask in zip(queries, keys, values, self._masks_of(window, query.dtype), strict=True)
+        ]
+        return torch.cat(seen, dim=2).transpose(1, 2)
+
+    def _masks_of(self, window: int | None, dtype: torch.dtype) -> Sequence[torch.Tensor | None]:
+        """For each segment (n, path): its last n tokens see what comes before them; None where plain causality says the same.
+        What is seen depends on distance alone, so all are cut from one strip: every layer keeps its masks for the backward pass."""
+        if (window, dtype) not in self._masks:
+            sizes = list(zip(self._segments.lengths, self._segments.path_lengths, strict=True))
+            height, before = max(n for n, _ in sizes), max(path - n for n, path in sizes)
+            seen = torch.ones(height, before + height, dtype=torch.bool, device=self._paths.device).tril(before)
+            if window is not None:
+                seen = seen.triu(before - window + 1)
+            strip = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+            def cut(n: int, path: int) -> torch.Tensor | None:
+                if n == path and (window is None or path <= window):
+                    return None
+                return strip[:n, before - (path - n) : before + n]
+
+            self._masks[window, dtype] = [cut(n, path) for n, path in sizes]
+        return self._masks[window, dtype]
+
+
+class FlexLayout(Layout):
+    """The row lies in the order of a walk through the tree, so what descends from a token is the stretch behind it."""
+
+    def __init__(self, ends: torch.Tensor, positions: torch.Tensor) -> None:
+        self._ends, self._positions = ends, positions
+        self._masks: dict[int | None, BlockMask] = {}
+
+    def sees(
+        self, window: int | None, batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, kv: torch.Tensor
+    ) -> torch.Tensor:
+        """Whether the token at q sees the one at kv: flex_attention's mask_mod."""
+        seen = (kv <= q) & (q < self._ends[kv])
+        return seen if window is None else seen & (self._positions[q] - self._positions[kv] < window)
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        if window not in self._masks:
+            tokens = query.shape[2]
+
+            def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+                return self.sees(window, b, h, q, kv)
+
+            self._masks[window] = create_block_mask(sees, None, None, tokens, tokens, device=query.device)
+        mask = self._masks[window]
+        if query.device.type == "cpu":  # compiled, it cannot be trained there
+            eager: torch.Tensor = flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
+            return eager.transpose(1, 2)
+        output: torch.Tensor = flex_attention_forward(module, query, key, value, mask, scaling=scale)[0]
+        return output
+
+
+@dataclass(frozen=True, slots=True)
+class Flash3Layout(Layout):
+    paths: torch.Tensor
+    starts: torch.Tensor
+    path_starts: torch.Tensor
+    longest: tuple[int, int]
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        # Where it is needed: it is experimental, says so when imported, and takes seconds.
+        from trl.experimental.async_grpo.packing import tree_attention
+
+        output: torch.Tensor = tree_attention(
+            module,
+            query,
+            key,
+            value,
+            None,
+            tree_kv_index=self.paths,
+            tree_cu_seqlens_q=self.starts,
+            tree_cu_seqlens_k=self.path_starts,
+            tree_max_seqlen_q=self.longest[0],
+            tree_max_seqlen_k=self.longest[1],
+            scaling=scale,
+            sliding_window=window,
+        )[0]
+        return output

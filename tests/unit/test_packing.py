@@ -1,0 +1,213 @@
+"""Shared prefixes: every sample once, exactly as it stands alone, in rows that cost about the same."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from ctcgrpo.errors import PolicyError, RecipeError
+from ctcgrpo.policy.attention import use_layouts, with_layout
+from ctcgrpo.records import TurnSample
+from ctcgrpo.training.packing import Costs, dealt, prefix_tree
+from ctcgrpo.training.planning import Plan, forward_costs, plan
+from ctcgrpo.training.tree_attention import TreeAttention, how_to_attend, tree_layout
+
+CPU = torch.device("cpu")
+
+
+def model_of(**more: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        vocab_size=20,
+        initializer_range=0.3,
+        **more,  # type: ignore[arg-type]
+    )
+    model: PreTrainedModel = Qwen3ForCausalLM(config).eval()
+    use_layouts(model)
+    return model
+
+
+MODELS = {
+    "full": model_of(),
+    "sliding": model_of(use_sliding_window=True, sliding_window=4, max_window_layers=1),
+}
+
+
+@st.composite
+def sample_lists(draw: st.DrawFn) -> list[TurnSample]:
+    """Samples that begin alike, end inside each other, go on from each other, or are the same."""
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    vocabulary = rng.choice([2, 3, 20])
+
+    def some(least: int, most: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(vocabulary) for _ in range(rng.randint(least, most)))
+
+    beginnings, samples = [some(1, 8), some(1, 8)], []
+    for _ in range(draw(st.integers(1, 14))):
+        samples.append(TurnSample(rng.choice(beginnings) + some(0, 3), some(1, 6), rng.gauss(0, 1)))
+        if rng.random() < 0.5:
+            beginnings.append(samples[-1].prompt_ids + samples[-1].completion_ids)
+    return samples + samples[: draw(st.integers(0, 1))]
+
+
+def planned(samples: list[TurnSample], *, packed: bool = True, budget: int = 50, processes: int = 1) -> list[Plan]:
+    costs = forward_costs(MODELS["full"])
+    return [
+        plan(samples, packed=packed, tokens_per_row=budget, pad_id=0, costs=costs, process=p, processes=processes)
+        for p in range(processes)
+    ]
+
+
+def scored(model: PreTrainedModel, plans: list[Plan], how: TreeAttention = "segments") -> dict[int, torch.Tensor]:
+    """By sample, the log-probabilities that the rows give its completion."""
+    result: dict[int, torch.Tensor] = {}
+    for row in (row for made in plans for row in made.rows if len(row.at)):
+        layout = tree_layout(row.segments, how, CPU) if row.segments else None
+        output = model(
+            input_ids=row.input_ids, position_ids=row.positions, use_cache=False, **with_layout(layout, row.attention_mask)
+        )
+        log_p = output.logits.log_softmax(-1).flatten(0, 1)[row.at, row.labels.flatten()[row.at]]
+        which, counts = row.sample.unique_consecutive(return_counts=True)
+        for k, numbers in zip(which.tolist(), log_p.split(counts.tolist()), strict=True):
+            assert k not in result
+            result[k] = numbers
+    return result
+
+
+@settings(deadline=None, max_examples=60)
+@given(sample_lists(), st.integers(8, 80), st.integers(1, 3), st.sampled_from(sorted(MODELS)))
+def test_every_sample_is_scored_as_it_is_alone(samples: list[TurnSample], budget: int, processes: int, kind: str) -> None:
+    model = MODELS[kind]
+    with torch.no_grad():
+        alone = scored(model, planned(samples, packed=False, budget=1))
+        for how in ("segments", "flex"):
+            shared = scored(model, planned(samples, budget=budget, processes=processes), how)  # type: ignore[arg-type]
+            assert shared.keys() == alone.keys() == set(range(len(samples)))
+            assert max(float((shared[k] - alone[k]).abs().max()) for k in alone) < 2e-5
+
+
+@settings(deadline=None)
+@given(sample_lists(), st.integers(8, 80), st.integers(1, 4))
+def test_rows_keep_to_the_budget_and_processes_take_equally_many(
+    samples: list[TurnSample], budget: int, processes: int
+) -> None:
+    plans = planned(samples, budget=budget, processes=processes)
+    assert len({len(made.rows) for made in plans}) == 1 and len({made.forwarded for made in plans}) == 1
+    rows = [row for made in plans for row in made.rows if len(row.at)]
+    assert sum(row.tokens for row in rows) == plans[0].forwarded
+    assert sum(len(row.at) for row in rows) == plans[0].trained
+    for row in rows:
+        assert row.tokens <= budget or len(row.sample.unique()) == 1
+        assert row.segments is not None and sum(row.segments.lengths) == row.tokens
+        for k in row.sample.unique().tolist():
+            own = row.sample == k
+            assert row.labels.flatten()[row.at[own]].tolist() == list(samples[k].completion_ids)
+            assert row.advantages[own].unique().tolist() == pytest.approx([samples[k].advantage])
+
+
+def dialogue(opening: tuple[int, ...], turns: int, rng: random.Random, reasoning: int) -> list[TurnSample]:
+    def some(n: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(2000) for _ in range(n))
+
+    samples, context = [], opening
+    for _ in range(turns):
+        reply = some(60)
+        samples.append(TurnSample(context, some(reasoning) + reply, 1.0))
+        context += reply + some(35)
+    return samples
+
+
+@pytest.mark.parametrize("reasoning", [0, 150])
+def test_what_is_forwarded_is_what_is_distinct(reasoning: int) -> None:
+    rng = random.Random(1)
+    opening = tuple(range(480))
+    samples = [s for _ in range(4) for s in dialogue(opening, 8, rng, reasoning)]
+    distinct = len({(s.prompt_ids + s.completion_ids)[: n + 1] for s in samples for n in range(len(s))})
+    made = planned(samples, budget=10**6)[0]
+    # A copy of a position for each place where samples part.
+    assert distinct <= made.forwarded <= distinct + len(samples)
+    assert len(made.rows) == 1 and made.padding == 0
+
+
+def test_processes_have_equally_much_to_do_however_long_the_dialogues() -> None:
+    rng = random.Random(2)
+    samples = []
+    for _ in range(8):
+        opening = tuple(rng.randrange(2000) for _ in range(480))
+        samples += [s for turns in (1, 1, 2, 8) for s in dialogue(opening, turns, rng, 50)]
+    made = planned(samples, budget=6000, processes=4)[0]
+    assert made.imbalance < 1.15
+    one = planned(samples, budget=6000)[0]
+    assert made.forwarded < 1.25 * one.forwarded  # what cutting repeats
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=30), st.integers(1, 6))
+def test_rows_are_dealt_out_evenly(work: list[float], processes: int) -> None:
+    taken = dealt(np.array(work), processes)
+    assert sorted(k for rows in taken for k in rows) == list(range(len(work)))
+    assert max(map(len, taken)) == -(-len(work) // processes)
+
+
+def test_a_tree_says_what_each_sample_adds() -> None:
+    tree = prefix_tree([TurnSample((1, 2), (3, 4), 0.0), TurnSample((1, 2, 3), (5,), 0.0), TurnSample((1,), (2,), 0.0)])
+    # [1, 2], then [1, 2 | 3, 4] goes on from its end, then [1, 2 | 3, 5] with a copy of the 3 that predicts 5.
+    assert tree.order.tolist() == [2, 0, 1] and tree.forks.tolist() == [0, 2, 2]
+    assert Costs(pair=1.0, token=0.0).of(np.array([2]), np.array([3]), np.array([0])).tolist() == [2 * 3 + 3]
+
+
+def test_left_padded_generation_with_layouts_in_force_is_sdpas() -> None:
+    model, plain = model_of(), model_of()
+    plain.set_attn_implementation("sdpa")
+    ids = torch.tensor([[0, 0, 0, 5, 6, 7], [1, 2, 3, 4, 5, 6]])
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6])
+    asked = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    results = [m.generate(ids, attention_mask=mask, **asked) for m in (model, plain)]  # type: ignore[operator]
+    assert torch.equal(results[0].sequences, results[1].sequences)
+    assert all(torch.equal(a, b) for a, b in zip(results[0].logits, results[1].logits, strict=True))
+
+
+def test_what_cannot_share_prefixes_is_refused_by_name() -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
+    dropout = GemmaForCausalLM(GemmaConfig(**small, head_dim=8, attention_dropout=0.1))
+    with pytest.raises(PolicyError, match="GemmaForCausalLM cannot share prefixes.*attention_dropout is 0.1"):
+        use_layouts(dropout)
+    capped = GemmaForCausalLM(GemmaConfig(**small, head_dim=8))
+    capped.config.attn_logit_softcapping = 50.0
+    with pytest.raises(PolicyError, match="soft-capped.*training.packing=none"):
+        use_layouts(capped)
+    recurrent = GemmaForCausalLM(GemmaConfig(**small, head_dim=8))
+    recurrent.config.layer_types = ["linear_attention"]
+    with pytest.raises(PolicyError, match="layers of type linear_attention"):
+        use_layouts(recurrent)
+    use_layouts(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, attn_pdrop=0.0)))
+    with pytest.raises(RecipeError, match="'flex', which cannot be trained on cpu; use auto or segments"):
+        how_to_attend("flex", CPU)
+    with pytest.raises(RecipeError, match="needs a Hopper GPU"):
+        how_to_attend("flash3", CPU)
+    assert how_to_attend("auto", CPU) == "segments" and how_to_attend("none", CPU) is None
