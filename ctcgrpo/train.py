@@ -31,12 +31,12 @@ from ctcgrpo.processes import interrupts, on_main
 from ctcgrpo.progress import RunProgress
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Episode, Scenario
+from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import PolicyEngine
 from ctcgrpo.rollout.runner import RolloutRunner, Slot
 from ctcgrpo.rollout.traces import TraceWriter
-from ctcgrpo.rollout.transformers_engine import TransformersEngine
+from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
 from ctcgrpo.rollout.vllm_adapter import ColocatedVllm, ServerWeights
-from ctcgrpo.rollout.vllm_colocated import VllmColocatedEngine
 from ctcgrpo.rollout.vllm_server import VllmServerEngine
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import load_scenarios, load_scenes
@@ -180,7 +180,7 @@ class _Run:
                 gpu_memory=rollout.vllm.gpu_memory,
                 seed=self._recipe.run.seed,
             )
-            return VllmColocatedEngine(vllm, interrupted=interrupted)
+            return ContinuousEngine(vllm, interrupted=interrupted)
         if rollout.engine == "vllm_server":
             weights = ServerWeights(
                 lambda: trainer.model,
@@ -202,14 +202,14 @@ class _Run:
                 timeout=rollout.vllm.timeout,
                 patience=rollout.vllm.patience,
             )
-        return TransformersEngine(
+        batcher = TransformersBatcher(
             trainer.accelerator.unwrap_model(trainer.model),
             pad_id=tokenizer.pad_token_id,
             stop_ids=ends,
             max_batch=rollout.max_batch,
             autocast=trainer.accelerator.autocast,
-            interrupted=interrupted,
         )
+        return ContinuousEngine(batcher, interrupted=interrupted)
 
     def _build_policy(self) -> str:
         """A builtin policy is built anew for a run that starts, and taken as it is by one that goes on."""

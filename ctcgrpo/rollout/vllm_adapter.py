@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -20,23 +19,17 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.records import Completion
+from ctcgrpo.rollout.continuous import Batcher, Finished
 from ctcgrpo.rollout.engine import Sampling
 
 _CHUNK_BYTES = 512 * 2**20
 """How much of the policy is gathered before it is sent on to the servers."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A request that is over: its name, and what came of it."""
+class ColocatedVllm(Batcher):
+    """vLLM in this process, on the GPU that trains."""
 
-    name: str
-    completion: Completion
-
-
-class ColocatedVllm:
-    """vLLM in this process, on the GPU that trains. Every method but `take_weights`, `rest` and the constructor may be called
-    from one other thread."""
+    name = "vLLM"
 
     def __init__(
         self,
@@ -110,7 +103,11 @@ class ColocatedVllm:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # a thread has a current device of its own
         finished = []
-        for output in self._engine.step():
+        try:
+            outputs = self._engine.step()
+        except Exception as error:  # vLLM's own kinds are many
+            raise PolicyEngineError(f"vLLM failed: {type(error).__name__}: {error}") from error
+        for output in outputs:
             if output.finished:
                 _, sampling = self._asked.pop(output.request_id)
                 said = output.outputs[0]

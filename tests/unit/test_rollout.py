@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 
 from ctcgrpo.errors import PolicyEngineError, RunInterrupted
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.records import Completion, Episode
+from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling, request_seed
 from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot
+from ctcgrpo.rollout.sampler import draw
 from ctcgrpo.rollout.traces import TraceWriter
-from ctcgrpo.rollout.transformers_engine import TransformersEngine
+from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.scoring import outcome_score
 from ctcgrpo.simulator.client import SimulatorClient
@@ -37,10 +40,15 @@ class Parts:
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
         self.stop_ids = frozenset({self.tokenizer.eos_token_id})
 
-    def engine(self, max_batch: int = 16) -> TransformersEngine:
-        return TransformersEngine(
+    def batcher(self, max_batch: int = 16) -> TransformersBatcher:
+        return TransformersBatcher(
             self.model, pad_id=self.tokenizer.pad_token_id, stop_ids=self.stop_ids, max_batch=max_batch
         )
+
+    def engine(self, max_batch: int = 16, **options: Any) -> ContinuousEngine:
+        engine = ContinuousEngine(self.batcher(max_batch), **options)
+        engine.take_weights(0)
+        return engine
 
     def runner(
         self, url: str, *, sampling: Sampling = Sampling(max_new_tokens=12), engine: Any = None, **options: Any
@@ -141,11 +149,90 @@ async def test_sampling_follows_the_distribution(parts: Parts) -> None:
     top = torch.topk(logits, 4)
     expected = dict(zip(top.indices.tolist(), torch.softmax(top.values, -1).tolist(), strict=True))
     counts = {token: sum(d.token_ids[0] == token for d in drawn) / 2000 for token in expected}
-    assert sum(counts.values()) == 1
+    assert sum(counts.values()) == pytest.approx(1)
     for token, probability in expected.items():
         assert counts[token] == pytest.approx(probability, abs=4 * math.sqrt(probability * (1 - probability) / 2000))
     greedy = await engine.generate(prompt, seed=0, sampling=Sampling(temperature=0, max_new_tokens=3))
     assert greedy.token_ids[0] == int(logits.argmax())
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(top_p=0.6), Sampling(top_p=0.999), Sampling(top_k=7, top_p=0.8), Sampling(1.3, top_k=3)]
+)
+def test_what_top_p_and_top_k_keep_is_what_transformers_keeps(sampling: Sampling) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 3000, generator=generator) * torch.linspace(0.01, 6, 40).unsqueeze(1)
+    full = torch.log_softmax(logits / sampling.temperature, -1)
+    kept = full
+    if sampling.top_k:
+        kept = TopKLogitsWarper(sampling.top_k)(None, kept)  # type: ignore[arg-type]
+    if sampling.top_p < 1:
+        kept = TopPLogitsWarper(sampling.top_p)(None, kept)  # type: ignore[arg-type]
+    mass = torch.logsumexp(kept, -1)
+    for u in (0.0, 0.3, 0.9999999):
+        tokens, logprobs, log_kept = draw(logits, torch.full((40,), u, dtype=torch.float64), sampling)
+        assert torch.isfinite(kept.gather(-1, tokens.unsqueeze(-1))).all()
+        torch.testing.assert_close(log_kept, mass, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logprobs, full.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - mass, atol=1e-5, rtol=0)
+
+
+async def test_what_a_slot_holds_is_taken_over_and_changes_nothing(parts: Parts) -> None:
+    """Dialogues of several turns, each turn's prompt another's beginning, more of them than slots: as if each stood alone."""
+    rng, sampling = random.Random(5), Sampling(max_new_tokens=9)
+    forwarded: list[int] = []
+
+    def some(n: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(5, 200) for _ in range(n))
+
+    batcher = parts.batcher(max_batch=4)
+    engine = ContinuousEngine(batcher)
+    engine.take_weights(0)
+    plain = batcher._forward
+    batcher._forward = lambda tokens, *rest: (forwarded.append(tokens.numel()), plain(tokens, *rest))[1]  # type: ignore
+    opening = some(60)
+
+    async def dialogue(seed: int, beginning: tuple[int, ...]) -> list[tuple[tuple[int, ...], Completion]]:
+        turns, prompt = [], beginning
+        for turn in range(4):
+            done = await engine.generate(prompt, seed=10 * seed + turn, sampling=sampling)
+            turns.append((prompt, done))
+            prompt += done.token_ids[seed % 3 :] + some(5)  # what is stripped of a reply is not in what follows
+        return turns
+
+    starts = [opening, opening, opening + some(3), some(30), opening[:40] + some(4), some(1), opening]
+    dialogues = await asyncio.gather(*(dialogue(k, start) for k, start in enumerate(starts)))
+    for k, turns in enumerate(dialogues):
+        for turn, (prompt, done) in enumerate(turns):
+            engine = parts.engine(max_batch=1)
+            alone = await engine.generate(prompt, seed=10 * k + turn, sampling=sampling)
+            assert alone.token_ids == done.token_ids and alone.finish_reason == done.finish_reason
+            assert alone.logprobs == pytest.approx(done.logprobs, abs=1e-5)
+    asked = sum(len(prompt) + len(done.token_ids) for turns in dialogues for prompt, done in turns)
+    assert sum(forwarded) < 0.65 * asked  # seven dialogues in four slots: some lose theirs
+
+
+async def test_a_slot_that_a_failed_step_has_touched_is_not_used_again(parts: Parts) -> None:
+    batcher = parts.batcher()
+    engine = ContinuousEngine(batcher)
+    engine.take_weights(0)
+    prompt, sampling = tuple(range(5, 45)), Sampling(max_new_tokens=5)
+    plain, calls = batcher._forward, []
+
+    def broken(*arguments: Any) -> torch.Tensor:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return plain(*arguments)
+
+    batcher._forward = broken  # type: ignore[method-assign]
+    with pytest.raises(PolicyEngineError, match="transformers failed: RuntimeError: out of memory"):
+        await engine.generate(prompt, seed=1, sampling=sampling)
+    assert batcher.under_way == 0
+    again = await engine.generate(prompt, seed=1, sampling=sampling)
+    assert again == await parts.engine().generate(prompt, seed=1, sampling=sampling)
+    with pytest.raises(PolicyEngineError, match="before it had the policy's weights"):
+        engine.rest()
+        await engine.generate(prompt, seed=1, sampling=sampling)
 
 
 async def test_the_models_own_generation_config_changes_nothing(parts: Parts) -> None:
@@ -185,7 +272,7 @@ async def test_a_failing_engine_is_a_failed_episode(parts: Parts, simulator_url:
     assert [str(e.failure.message) for e in episodes if e.failure] == ["turn 1: out of memory"] * 2
 
     broken = parts.engine()
-    broken._model = None  # type: ignore[assignment]
+    broken._batcher._model = None  # type: ignore[attr-defined]
     with pytest.raises(AttributeError):  # a defect of the program is not a failed episode
         await asyncio.wait_for(parts.runner(simulator_url, engine=broken).run(SLOTS[:2]), 20)
 
@@ -220,9 +307,7 @@ async def test_interruption_stops_a_reply_between_two_tokens(parts: Parts) -> No
         asked.append(True)
         return len(asked) > 3
 
-    engine = TransformersEngine(
-        parts.model, pad_id=parts.tokenizer.pad_token_id, stop_ids=parts.stop_ids, max_batch=4, interrupted=interrupted
-    )
+    engine = parts.engine(max_batch=4, interrupted=interrupted)
     with pytest.raises(RunInterrupted, match="in the middle of a reply"):
         await engine.generate((5, 6, 7), seed=1, sampling=Sampling(max_new_tokens=500))
     assert len(asked) < 20

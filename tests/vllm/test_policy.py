@@ -38,10 +38,10 @@ from ctcgrpo.errors import PolicyEngineError, RunInterrupted
 from ctcgrpo.policy.tiny import build_tiny
 from ctcgrpo.records import Completion
 from ctcgrpo.rollout import vllm_adapter
+from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
 from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.rollout.vllm_adapter import ColocatedVllm, ServerWeights
-from ctcgrpo.rollout.vllm_colocated import VllmColocatedEngine
 from ctcgrpo.rollout.vllm_server import VllmServerEngine
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.config import SCRIPTED_USER
@@ -97,7 +97,7 @@ class Colocated:
             gpu_memory=0.5,
             seed=3,
         )
-        self.engine = VllmColocatedEngine(self.vllm, interrupted=lambda: self.asked_to_stop)
+        self.engine = ContinuousEngine(self.vllm, interrupted=lambda: self.asked_to_stop)
 
     def gap(self, prompt: Sequence[int], done: Completion) -> float:
         """How far recorded log-probabilities are from those of the policy as it is now."""

@@ -1,13 +1,15 @@
-"""The policy engine on vLLM in the training process: continuous batching over the turns of all dialogues.
+"""The policy engine in the training process: continuous batching over the turns of all dialogues.
 
-Requests wait in an inbox; a pump lets them in between two steps of vLLM and hands out what a step ended, so a dialogue goes on as
-soon as its reply is there, beside others in the middle of theirs. vLLM steps in one thread of its own: the event loop stays free
-for the simulator.
+Requests wait in an inbox; a pump lets them in between two steps, each a token for every request under way, and hands out what a
+step ended, so a dialogue goes on as soon as its reply is there, beside others in the middle of theirs. Steps are made in one thread
+of their own, as many as nothing comes of: the event loop stays free for the simulator. What makes the steps is a batcher: vLLM,
+or transformers.
 """
 
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +18,48 @@ from itertools import count
 from ctcgrpo.errors import PolicyEngineError, RunInterrupted
 from ctcgrpo.records import Completion
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
-from ctcgrpo.rollout.vllm_adapter import ColocatedVllm, Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request that is over: its name, and what came of it."""
+
+    name: str
+    completion: Completion
+
+
+class Batcher(ABC):
+    """Samples for several requests at once, a token a step. `add`, `abort`, `step` and `under_way` are called from one thread, the
+    others from the one that trains, while nothing is under way."""
+
+    name: str
+
+    @abstractmethod
+    def take_weights(self) -> None:
+        """Sample from the trained policy as it is now. Raises PolicyEngineError while requests are under way."""
+
+    @abstractmethod
+    def add(self, name: str, prompt_ids: Sequence[int], seed: int, sampling: Sampling) -> None:
+        """Raises PolicyEngineError for a request that cannot be served."""
+
+    @abstractmethod
+    def abort(self, names: Sequence[str]) -> None:
+        """Forget these requests, and any that is not under way."""
+
+    @abstractmethod
+    def step(self) -> list[Finished]:
+        """A token for each request under way; gives those that are over. Raises RuntimeError or PolicyEngineError where the engine
+        cannot: the requests fail. Anything else is a defect, and ends the run."""
+
+    @property
+    @abstractmethod
+    def under_way(self) -> int: ...
+
+    @abstractmethod
+    def rest(self) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,18 +71,18 @@ class _Request:
     result: asyncio.Future[Completion]
 
 
-class VllmColocatedEngine(PolicyEngine):
-    def __init__(self, vllm: ColocatedVllm, *, interrupted: Callable[[], bool] = lambda: False) -> None:
-        self._vllm = vllm
+class ContinuousEngine(PolicyEngine):
+    def __init__(self, batcher: Batcher, *, interrupted: Callable[[], bool] = lambda: False) -> None:
+        self._batcher = batcher
         self._interrupted = interrupted
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vllm")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampling")
         self._names = count()
         self._inbox: list[_Request] = []
         self._running: dict[str, _Request] = {}
         self._pump: asyncio.Task[None] | None = None
         self._awake = self._closed = False
         self.mixed_steps = 0
-        """Steps of vLLM in which requests of different ages ran together."""
+        """Steps in which requests that had begun already ran with new ones."""
 
     def take_weights(self, version: int) -> None:
         if self._awake and version == self.version:
@@ -48,18 +91,18 @@ class VllmColocatedEngine(PolicyEngine):
             raise PolicyEngineError(
                 f"{len(self._inbox) + len(self._running)} requests wait; weights cannot change beneath them"
             )
-        self._vllm.take_weights()
+        self._batcher.take_weights()
         self.version, self._awake = version, True
 
     def rest(self) -> None:
-        self._vllm.rest()
+        self._batcher.rest()
         self._awake = False
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             self._thread.shutdown()
-            self._vllm.close()
+            self._batcher.close()
 
     async def generate(self, prompt_ids: Sequence[int], *, seed: int, sampling: Sampling) -> Completion:
         if not self._awake:
@@ -96,37 +139,40 @@ class VllmColocatedEngine(PolicyEngine):
     def _exchange_and_step(
         self, given_up: Sequence[str], new: Iterable[_Request]
     ) -> tuple[dict[str, PolicyEngineError], list[Finished]]:
-        """In vLLM's thread: what leaves, what enters (a request that is refused fails alone), one step."""
+        """In the sampling thread: what leaves, what enters (a request that is refused fails alone), and steps until one has ended
+        something, or somebody comes or goes."""
         refused: dict[str, PolicyEngineError] = {}
-        self._vllm.abort(given_up)
-        before = self._vllm.under_way
+        self._batcher.abort(given_up)
+        before = self._batcher.under_way
         for request in new:
             try:
-                self._vllm.add(request.name, request.prompt_ids, request.seed, request.sampling)
+                self._batcher.add(request.name, request.prompt_ids, request.seed, request.sampling)
             except PolicyEngineError as error:
                 refused[request.name] = error
-        self.mixed_steps += 0 < before < self._vllm.under_way
-        return refused, self._vllm.step() if self._vllm.under_way else []
+        self.mixed_steps += 0 < before < self._batcher.under_way
+        while self._batcher.under_way:
+            finished = self._batcher.step()
+            if finished or self._inbox or self._interrupted() or any(r.result.done() for r in self._running.values()):
+                return refused, finished
+        return refused, []
 
     async def _give_up(self, error: BaseException) -> None:
-        """vLLM failed in the middle of a step, or the run stops: no request may stay in it, and none may wait for ever."""
+        """A step failed, or the run stops: no request may stay under way, and none may wait for ever."""
         waiting = [*self._running.values(), *self._inbox]
         names = list(self._running)
         self._running, self._inbox = {}, []
-        problem = (
-            error
-            if isinstance(error, RunInterrupted)
-            else PolicyEngineError(f"vLLM failed: {type(error).__name__}: {error}")
-        )
+        problem = error
+        if isinstance(error, RuntimeError | asyncio.CancelledError):  # what torch raises, out-of-memory included
+            problem = PolicyEngineError(f"{self._batcher.name} failed: {type(error).__name__}: {error}")
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._vllm.abort, names)
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._batcher.abort, names)
         except Exception as other:  # noqa: BLE001 - an engine that is broken for good; the requests fail with the first reason
             problem.add_note(f"and could not be cleared: {other}")
         for request in waiting:
             _resolve(request, problem)
 
 
-def _resolve(request: _Request, outcome: Completion | Exception) -> None:
+def _resolve(request: _Request, outcome: Completion | BaseException) -> None:
     if request.result.done():
         return
     if isinstance(outcome, Completion):
