@@ -57,6 +57,12 @@ class SimulatorReplyError(CtcGrpoError):
     kind = "simulator_reply"
 
 
+class DeadlinePassed(CtcGrpoError):
+    """An episode that was still going on at rollout.deadline."""
+
+    kind = "deadline"
+
+
 class OutputError(CtcGrpoError):
     exit_code = 6
     kind = "output"
@@ -81,7 +87,7 @@ class RunInterrupted(RunPaused):
     kind = "interrupted"
 
 
-EPISODE_ERRORS = (PolicyEngineError, SimulatorTransportError, SimulatorReplyError)
+EPISODE_ERRORS = (PolicyEngineError, SimulatorTransportError, SimulatorReplyError, DeadlinePassed)
 """What turns an episode into a failed one; anything else is a defect of this program and stops it."""
 
 

@@ -104,6 +104,12 @@ class Rollout(Section):
     max_batch: int = Field(64, ge=1, description="requests that the engine generates together")
     vllm: Vllm = Vllm()  # type: ignore[call-arg]
     deterministic: bool = Field(False, description="fix the composition of every batch, for bit-identical reruns")
+    deadline: float | None = Field(
+        None,
+        gt=0,
+        description="seconds after which a step no longer waits for episodes that still go on: they fail. Long dialogues are what it "
+        "cuts, so what is learned from leans to short ones; the log says how many turns they had (deadline/...)",
+    )
     max_failed: float = Field(0.5, ge=0, le=1, description="the share of failed episodes in a step that stops the run")
 
 
@@ -291,6 +297,10 @@ class Recipe(Section):
         if engine != "vllm_server" and vllm.urls:
             raise ValueError(
                 f"rollout.vllm.urls names servers, but rollout.engine is {engine!r}; it is 'vllm_server' for them"
+            )
+        if self.rollout.deterministic and self.rollout.deadline is not None:
+            raise ValueError(
+                "rollout.deterministic promises the same run bit by bit, and what a deadline cuts depends on the clock; leave one out"
             )
         if engine != "transformers" and self.rollout.deterministic:
             raise ValueError(

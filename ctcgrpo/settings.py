@@ -32,6 +32,7 @@ def play_settings(recipe: Recipe) -> Play:
         seed=recipe.run.seed,
         variant=recipe.scoring.variant,
         deterministic=rollout.deterministic,
+        deadline=rollout.deadline,
     )
 
 

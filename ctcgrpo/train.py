@@ -344,7 +344,7 @@ class _Run:
     def _make_validator(self, held_out: Sequence[Scenario]) -> Validator:
         settings = self._recipe.validation
         assert settings is not None
-        runner = self._runner.with_play(replace(play_settings(self._recipe), seed=settings.seed))
+        runner = self._runner.with_play(replace(play_settings(self._recipe), seed=settings.seed, deadline=None))
 
         def play(step: int, slots: Sequence[Slot]) -> list[Episode]:
             return self._play(runner, slots, f"validation-{step:06d}")

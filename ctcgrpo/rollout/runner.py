@@ -1,7 +1,8 @@
 """Playing episodes: the policy and the simulated user take turns until the user leaves or the rounds are over.
 
 What fails is a record with its reason. With `deterministic`, all episodes of a step take each turn together, in a fixed
-order, so the composition of every batch is fixed and a run repeats bit by bit; otherwise each goes at its own pace.
+order, so the composition of every batch is fixed and a run repeats bit by bit; otherwise each goes at its own pace, and with a
+`deadline` those that are not over by then are failed ones.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ctcgrpo.errors import EPISODE_ERRORS, CtcGrpoError, RunInterrupted
+from ctcgrpo.errors import EPISODE_ERRORS, CtcGrpoError, DeadlinePassed, RunInterrupted
 from ctcgrpo.policy.context import ContextBuilder, Dialogue
 from ctcgrpo.policy.reasoning import parse_completion
 from ctcgrpo.records import Completion, Episode, Failure, Scenario, Turn, UserState
@@ -51,6 +52,8 @@ class Play:
     seed: int
     variant: Variant = "training"
     deterministic: bool = False
+    deadline: float | None = None
+    """Seconds after the start of a batch."""
 
 
 class RolloutRunner:
@@ -95,14 +98,23 @@ class RolloutRunner:
                     await self._together(players, _Player.policy_turn)
                     await self._together(players, _Player.user_turn)
             else:
-                await self._together(players, _Player.to_the_end)
+                await self._together(players, _Player.to_the_end, self.play.deadline)
+                for player in players:
+                    player.cut()
         return [player.episode() for player in players]
 
-    async def _together(self, players: Sequence[_Player], what: Callable[[_Player], Coroutine[None, None, None]]) -> None:
+    async def _together(
+        self,
+        players: Sequence[_Player],
+        what: Callable[[_Player], Coroutine[None, None, None]],
+        deadline: float | None = None,
+    ) -> None:
         tasks = [asyncio.create_task(what(player)) for player in players if not player.over]
         try:
-            for task in tasks:
-                await task
+            if tasks:
+                over, _ = await asyncio.wait(tasks, timeout=deadline, return_when=asyncio.FIRST_EXCEPTION)
+                for task in over:
+                    task.result()
         finally:
             for task in tasks:
                 task.cancel()
@@ -200,6 +212,11 @@ class _Player:
         self._dialogue = runner.contexts.extend(self._dialogue, completion, answer.reply)
         if not goes_on:
             self._finish()
+
+    def cut(self) -> None:
+        """The deadline has passed."""
+        if not self.over:
+            self._fail(DeadlinePassed(f"rollout.deadline of {self._runner.play.deadline:g} s has passed"))
 
     def _fail(self, error: CtcGrpoError) -> None:
         self._failure = Failure(error.kind, f"turn {len(self._turns) + 1}: {error}")

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from ctcgrpo.errors import EPISODE_ERRORS
+from ctcgrpo.errors import EPISODE_ERRORS, DeadlinePassed
 from ctcgrpo.records import SCENES
 from ctcgrpo.training.samples import StepCredit, Summary
 
@@ -32,6 +32,8 @@ def rollout_metrics(summaries: Sequence[Summary], credit: StepCredit) -> dict[st
             metrics[f"outcome/{scene}"] = _mean(s.outcome for s in here)
             metrics[f"final_anger/{scene}"] = _mean(s.final_anger for s in here)
             metrics[f"final_trust/{scene}"] = _mean(s.final_trust for s in here)
+    cut = Counter(len(s.turn_scores) for s in summaries if s.failure == DeadlinePassed.kind)
+    metrics |= {f"deadline/after_{turns}_turns": float(count) for turns, count in sorted(cut.items())}
     kinds = Counter(s.failure for s in summaries if s.failure)
     return metrics | {f"failed/{error.kind}": float(kinds[error.kind]) for error in EPISODE_ERRORS}
 
