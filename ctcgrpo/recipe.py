@@ -107,8 +107,8 @@ class Rollout(Section):
     deadline: float | None = Field(
         None,
         gt=0,
-        description="seconds after which a step no longer waits for episodes that still go on: they fail. Long dialogues are what it "
-        "cuts, so what is learned from leans to short ones; the log says how many turns they had (deadline/...)",
+        description="seconds after which a step no longer waits for episodes that still go on: they fail. It cuts long dialogues, "
+        "so what is learned from leans to short ones; the log says how many turns they had (deadline/...)",
     )
     max_failed: float = Field(0.5, ge=0, le=1, description="the share of failed episodes in a step that stops the run")
 
@@ -300,7 +300,8 @@ class Recipe(Section):
             )
         if self.rollout.deterministic and self.rollout.deadline is not None:
             raise ValueError(
-                "rollout.deterministic promises the same run bit by bit, and what a deadline cuts depends on the clock; leave one out"
+                "rollout.deterministic promises the same run bit by bit, and what rollout.deadline cuts depends on the clock; "
+                "leave one out"
             )
         if engine != "transformers" and self.rollout.deterministic:
             raise ValueError(

@@ -37,6 +37,7 @@ from ctcgrpo.naming import did_you_mean
 from ctcgrpo.plan.cost import Asked, Tokens, hours, money
 from ctcgrpo.plan.known import cards, published_shapes, shape_of
 from ctcgrpo.plan.memory import GIB, PHASES, Load, MemoryPlan, Shape, memory_plan
+from ctcgrpo.policy.attention import refuse_layouts
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import build_untaught, load_tokenizer, refuse_positions, stop_ids
 from ctcgrpo.policy.reasoning import CLOSE, OPEN
@@ -215,7 +216,11 @@ def attention(s: Subject) -> Iterator[Finding]:
     package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(wanted)
     if package is not None and importlib.util.find_spec(package) is None:
         raise PolicyError(f"policy.attention is {wanted!r}, and {package} is not installed here; use sdpa, or install it")
-    yield Finding("attention", "ok", wanted)
+    packing = s.recipe.training.packing
+    if s.config is not None and (packing != "none" or s.recipe.rollout.engine == "transformers"):
+        with torch.device("meta"):
+            refuse_layouts(AutoModelForCausalLM.from_config(s.config))
+    yield Finding("attention", "ok", f"{wanted}, packing {packing}")
 
 
 @check
@@ -363,6 +368,7 @@ def load_of(recipe: Recipe) -> Load:
         lora_rank=policy.lora.rank if policy.lora else None,
         reference=training.kl > 0,
         checkpointing=training.gradient_checkpointing,
+        packed=training.packing != "none",
         tokens_per_row=training.tokens_per_row,
         longest=rollout.max_prompt_tokens + rollout.max_new_tokens,
         rollouts=min(rollout.max_batch, max(1, here)),

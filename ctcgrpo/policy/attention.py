@@ -48,14 +48,15 @@ def with_layout(layout: Layout | None, attention_mask: torch.Tensor | None) -> d
 
 
 def use_layouts(model: PreTrainedModel) -> None:
-    """From now on `model` heeds layouts. Raises PolicyError for a model whose layers see others in another way than by
-    attention to earlier positions (recurrent ones), or that our attention would compute wrongly (sinks, soft caps)."""
-    problem = _problem(model)
-    if problem is None:
-        model.set_attn_implementation(NAME)
-        if model.config.get_text_config()._attn_implementation != NAME:
-            problem = "its attention cannot be replaced"
-    if problem:
+    """From now on `model` heeds layouts. Raises PolicyError for one that cannot."""
+    refuse_layouts(model)
+    model.set_attn_implementation(NAME)
+
+
+def refuse_layouts(model: PreTrainedModel) -> None:
+    """Raises PolicyError for a model whose layers see others in another way than by attention to earlier positions (recurrent
+    ones), or that our attention would compute wrongly (sinks, soft caps)."""
+    if problem := _problem(model):
         raise PolicyError(
             f"{type(model).__name__} cannot share prefixes or reuse its cache: {problem}; "
             "set training.packing=none and let vLLM sample (rollout.engine)"
@@ -67,7 +68,7 @@ def _problem(model: PreTrainedModel) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"it has layers of type {', '.join(sorted(kinds))}"
-    if not getattr(model, "_supports_attention_backend", False):
+    if not getattr(model, "_supports_attention_backend", False) or not model._can_set_attn_implementation():
         return "its layers do not take their attention from transformers' interface"
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return "it takes no position ids"

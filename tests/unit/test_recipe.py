@@ -177,6 +177,8 @@ def test_engines_and_sharding_that_do_not_go_together_are_refused() -> None:
         (["rollout.vllm.urls=[http://a:1]"], "rollout.vllm.urls names servers"),
         (["rollout.vllm.urls=[a:1]"], "'a:1' does not begin with http"),
         (["rollout.engine=vllm_colocated"], "rollout.deterministic promises"),
+        (["rollout.deadline=60"], "what rollout.deadline cuts depends on the clock"),
+        (["policy.attention=eager"], "policy.attention is 'eager', but packing and the transformers engine bring their own"),
         (["policy.quantization=nf4"], "it needs an adapter to train"),
         (
             ["policy.quantization=nf4", "policy.lora.rank=4", "training.sharding=configs/deepspeed/zero1.json"],

@@ -16,9 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 
+from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.errors import PolicyEngineError, RunInterrupted
 from ctcgrpo.policy.context import ContextBuilder
-from ctcgrpo.records import Completion, Episode
+from ctcgrpo.records import Completion, Episode, Failure
 from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling, request_seed
 from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot
@@ -28,6 +29,8 @@ from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.scoring import outcome_score
 from ctcgrpo.simulator.client import SimulatorClient
+from ctcgrpo.training.metrics import rollout_metrics
+from ctcgrpo.training.samples import CreditOptions, step_credit, summarise
 from tests.unit.test_server import GOOD, misbehaving, says
 
 SCENARIOS = [next(s for s in load_scenarios("english/train") if s.scene == scene) for scene in ("support", "charm")]
@@ -53,7 +56,7 @@ class Parts:
     def runner(
         self, url: str, *, sampling: Sampling = Sampling(max_new_tokens=12), engine: Any = None, **options: Any
     ) -> RolloutRunner:
-        play = {k: options.pop(k) for k in ("deterministic", "seed", "max_turns") if k in options}
+        play = {k: options.pop(k) for k in ("deterministic", "seed", "max_turns", "deadline") if k in options}
         return RolloutRunner(
             engine=engine or self.engine(),
             simulator=SimulatorClient(url, timeout=5, patience=0.05, backoff=0.01),
@@ -292,6 +295,29 @@ async def test_one_slow_episode_holds_up_nobody_else(parts: Parts, simulator_url
     order: list[Episode] = []
     await parts.runner(simulator_url, engine=SlowForOne()).run(SLOTS, order.append)
     assert (order[-1].group, order[-1].rollout) == (0, 0)
+
+
+async def test_a_deadline_cuts_stragglers_and_says_after_how_many_turns(parts: Parts, simulator_url: str) -> None:
+    class SlowFromTheSecondTurn(PolicyEngine):
+        def __init__(self) -> None:
+            self.inner = parts.engine()
+            self.slow = {request_seed(11, *SLOTS[1].seeds, 1)}
+
+        async def generate(self, prompt_ids: Sequence[int], *, seed: int, sampling: Sampling) -> Completion:
+            if seed in self.slow:
+                await asyncio.sleep(60)
+            return await self.inner.generate(prompt_ids, seed=seed, sampling=sampling)
+
+    heard: list[Episode] = []
+    runner = parts.runner(simulator_url, engine=SlowFromTheSecondTurn(), deadline=6.0)
+    episodes = await asyncio.wait_for(runner.run(SLOTS, heard.append), 30)
+    failed = [e for e in episodes if e.failure]
+    assert [(e.group, e.rollout, len(e.turns)) for e in failed] == [(0, 1, 1)] and len(heard) == len(SLOTS)
+    assert failed[0].failure == Failure("deadline", "turn 2: rollout.deadline of 6 s has passed")
+    summaries = [summarise(e, CreditOptions()) for e in episodes]
+    metrics = rollout_metrics(summaries, step_credit(summaries, CreditOptions(), SceneBaseline()))
+    assert metrics["failed/deadline"] == metrics["deadline/after_1_turns"] == 1
+    assert "deadline/after_2_turns" not in metrics
 
 
 async def test_interruption_stops_a_rollout(parts: Parts, simulator_url: str) -> None:
