@@ -5,7 +5,7 @@ log-probabilities that put ratios between 0.7 and 1.4, so that both sides of the
 lengths; one failed episode. Compared are gradients per parameter (relative 1e-5), the gradient norm, log-probabilities per
 token, and the weights after two steps at lr 1e-3, relative to how far they moved (1e-3).
 
-    python -m tests.sameness OUT.pt BASE [--tokens-per-row N] [--shift] [--backend zero1|zero2|zero3|fsdp2]
+    python -m tests.sameness OUT.pt BASE [--tokens-per-row N] [--shift] [--backend zero1|zero2|zero3|fsdp2] [--kl B]
 
 Also under torchrun, for several processes; with a backend always so.
 """
@@ -347,8 +347,9 @@ def main() -> None:
     parser.add_argument("--tokens-per-row", type=int, default=400)
     parser.add_argument("--shift", action="store_true")
     parser.add_argument("--backend")
+    parser.add_argument("--kl", type=float, default=0.0)
     args = parser.parse_args()
-    outcome = run(args.base, tokens_per_row=args.tokens_per_row, shift=args.shift, backend=args.backend)
+    outcome = run(args.base, tokens_per_row=args.tokens_per_row, shift=args.shift, backend=args.backend, beta=args.kl)
     rank = next(iter(outcome.logprobs))
     torch.save(vars(outcome), args.out.with_suffix(f".rank{rank}.pt"))
     if torch.distributed.is_initialized():  # left to the interpreter's end, its threads may abort the process

@@ -54,6 +54,7 @@ from ctcgrpo.simulator.config import SCRIPTED_USER, SimulatorConfig, load_simula
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
 from ctcgrpo.simulator.server import SimulatorServer, running
+from ctcgrpo.training.tree_attention import how_to_attend
 
 Level = Literal["ok", "warning", "failed"]
 
@@ -217,6 +218,9 @@ def attention(s: Subject) -> Iterator[Finding]:
     if package is not None and importlib.util.find_spec(package) is None:
         raise PolicyError(f"policy.attention is {wanted!r}, and {package} is not installed here; use sdpa, or install it")
     packing = s.recipe.training.packing
+    if s.recipe.hardware.gpu is None:  # meant for this machine
+        half = s.recipe.training.bf16 or s.recipe.policy.dtype == "bfloat16"
+        how_to_attend(packing, torch.device("cuda" if torch.cuda.is_available() else "cpu"), half=half)
     if s.config is not None and (packing != "none" or s.recipe.rollout.engine == "transformers"):
         with torch.device("meta"):
             refuse_layouts(AutoModelForCausalLM.from_config(s.config))
@@ -368,7 +372,7 @@ def load_of(recipe: Recipe) -> Load:
         lora_rank=policy.lora.rank if policy.lora else None,
         reference=training.kl > 0,
         checkpointing=training.gradient_checkpointing,
-        packed=training.packing != "none",
+        gathers=training.packing in ("auto", "segments", "flash3"),
         tokens_per_row=training.tokens_per_row,
         longest=rollout.max_prompt_tokens + rollout.max_new_tokens,
         rollouts=min(rollout.max_batch, max(1, here)),

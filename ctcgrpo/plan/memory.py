@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ctcgrpo.training.packing import MOST_SEEN
+
 Phase = Literal["rollout", "update"]
 PHASES: tuple[Phase, ...] = ("rollout", "update")
 GIB = 2**30
@@ -22,9 +24,6 @@ _VLLM_RUNTIME = 2 * GIB
 """vLLM's activations and CUDA graphs, inside its share."""
 _BUCKETS = 2 * GIB
 """DeepSpeed's communication buffers under ZeRO-1 and -2, and the parameters that ZeRO-3 holds gathered."""
-
-_SHARED = 4
-"""How many sequences see a token of a packed row, on the mean: 8 turns with some 150 tokens of reasoning, 8 rollouts a group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,8 @@ class Load:
     lora_rank: int | None
     reference: bool
     checkpointing: bool
-    packed: bool
+    gathers: bool
+    """Whether packed rows gather keys and values for each sequence (segments, flash3)."""
     tokens_per_row: int
     longest: int
     rollouts: int
@@ -161,7 +161,7 @@ def _activations(shape: Shape, load: Load, compute: int) -> float:
     queries, keys, values, the attention's output, and the gated MLP's three wide vectors with their product."""
     tokens = max(load.tokens_per_row, load.longest)
     # Shared prefixes: what a sequence sees is gathered for each.
-    gathered = _SHARED if load.packed else 0
+    gathered = MOST_SEEN if load.gathers else 0
     attention = (2 * shape.heads + 2 * (1 + gathered) * shape.kv_heads) * shape.head_dim
     layer = tokens * compute * (4 * shape.hidden + attention + 4 * shape.intermediate)
     mask = tokens * load.longest

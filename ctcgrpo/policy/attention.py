@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -74,6 +76,8 @@ def _problem(model: PreTrainedModel) -> str | None:
         return "it takes no position ids"
     if getattr(config, "position_embedding_type", "absolute") not in ("absolute", None) or getattr(config, "alibi", False):
         return "its positions are not rotary"
+    if stretched := _rope_types(config) & {"dynamic", "longrope"}:
+        return f"its rotary positions ({', '.join(stretched)}) depend on the longest one of a batch"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention scores are soft-capped (attn_logit_softcapping)"
     if any("sinks" in name for name, _ in model.named_parameters()):
@@ -81,6 +85,13 @@ def _problem(model: PreTrainedModel) -> str | None:
     if getattr(config, "attention_dropout", 0.0):
         return f"attention_dropout is {config.attention_dropout}"
     return None
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Of all layers: the parameters are one mapping, or one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    each = [parameters, *(p for p in parameters.values() if isinstance(p, Mapping))]
+    return {str(p["rope_type"]) for p in each if "rope_type" in p}
 
 
 def _attention(
@@ -101,7 +112,20 @@ def _attention(
         )
         return plain
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Under autocast norms leave queries and keys in float32, and sdpa would round them: here layouts keep and gather them.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     return layout.attend(module, query, key, value, scale=scale, window=sliding_window), None
+
+
+def masked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """sdpa over (B, heads, T, D) and (B, key heads, T', D); without a mask it is causal, and T = T'."""
+    if mask is not None and query.device.type == "cuda":  # heads that share keys, with a mask, have no fused kernel there
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
 
 
 AttentionInterface.register(NAME, _attention)

@@ -129,7 +129,7 @@ class ContinuousEngine(PolicyEngine):
                 await self._give_up(error)
                 if isinstance(error, asyncio.CancelledError):
                     raise
-                return
+                continue
             for name, problem in refused.items():
                 _resolve(self._running.pop(name), problem)
             for done in finished:
@@ -142,6 +142,7 @@ class ContinuousEngine(PolicyEngine):
         """In the sampling thread: what leaves, what enters (a request that is refused fails alone), and steps until one has ended
         something, or somebody comes or goes."""
         refused: dict[str, PolicyEngineError] = {}
+        asked = self._running  # whoever gives all of it up puts another in its place
         self._batcher.abort(given_up)
         before = self._batcher.under_way
         for request in new:
@@ -152,7 +153,7 @@ class ContinuousEngine(PolicyEngine):
         self.mixed_steps += 0 < before < self._batcher.under_way
         while self._batcher.under_way:
             finished = self._batcher.step()
-            if finished or self._inbox or self._interrupted() or any(r.result.done() for r in self._running.values()):
+            if finished or self._inbox or self._interrupted() or any(r.result.done() for r in asked.values()):
                 return refused, finished
         return refused, []
 
@@ -164,12 +165,12 @@ class ContinuousEngine(PolicyEngine):
         problem = error
         if isinstance(error, RuntimeError | asyncio.CancelledError):  # what torch raises, out-of-memory included
             problem = PolicyEngineError(f"{self._batcher.name} failed: {type(error).__name__}: {error}")
+        for request in waiting:  # first of all, so that steps under way end for want of somebody who waits
+            _resolve(request, problem)
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._batcher.abort, names)
         except Exception as other:  # noqa: BLE001 - an engine that is broken for good; the requests fail with the first reason
             problem.add_note(f"and could not be cleared: {other}")
-        for request in waiting:
-            _resolve(request, problem)
 
 
 def _resolve(request: _Request, outcome: Completion | BaseException) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ctcgrpo.policy.attention import Layout
+from ctcgrpo.policy.attention import Layout, masked_attention
 
 _BLOCK = 64
 """Room grows, and attention reads, in steps of so many tokens."""
@@ -28,18 +28,20 @@ class KvCache:
             self.slots = max(slots, min(2 * self.slots, slots + 16))
         if tokens > self.room:
             self.room = -(-tokens // _BLOCK) * _BLOCK
-        self._layers = {n: (self._grown(k), self._grown(v)) for n, (k, v) in self._layers.items()}
+        for index in self._layers:  # one at a time: the old ones make room
+            self._layers[index] = tuple(map(self._grown, self._layers[index]))  # type: ignore[assignment]
 
     def _grown(self, old: torch.Tensor) -> torch.Tensor:
         new = old.new_zeros(self.slots, old.shape[1], self.room, old.shape[3])
         new[: old.shape[0], :, : old.shape[2]] = old
         return new
 
-    def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a layer keeps, made like its first key and value."""
         if index not in self._layers:
             # Zeros: what nobody may see is masked, but a NaN there would come through.
-            shape = (self.slots, like.shape[1], self.room, like.shape[3])
-            self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
+            key, value = (x.new_zeros(self.slots, x.shape[1], self.room, x.shape[3]) for x in (key, value))
+            self._layers[index] = key, value
         return self._layers[index]
 
     def copy(self, source: int, target: int, tokens: int) -> None:
@@ -58,8 +60,8 @@ class CacheLayout(Layout):
     """R rows of T new tokens each, written to and reading from the cache.
 
     `slots`: (R,) the row's slots, or their number for the first so many, which are read in place; `positions` (R, T): where
-    each new token stands in its slot, behind all that it sees. Rows of fewer tokens repeat positions beyond their end, which
-    nobody sees and later tokens overwrite.
+    each new token stands in its slot, behind all that it sees. Rows of fewer tokens have their padding at the position behind their
+    last, which nobody sees before another token overwrites it.
     """
 
     def __init__(self, cache: KvCache, slots: Sequence[int] | int, positions: torch.Tensor) -> None:
@@ -81,7 +83,7 @@ class CacheLayout(Layout):
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        keys, values = self._cache.layer(int(module.layer_idx), key)  # type: ignore[arg-type]
+        keys, values = self._cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
         at = (self._rows.unsqueeze(1), slice(None), self._positions)
         keys[at], values[at] = key.transpose(1, 2), value.transpose(1, 2)
         k, v = (x[self._read, :, : self._width] for x in (keys, values))
@@ -90,9 +92,8 @@ class CacheLayout(Layout):
         if new == 1:  # heads that share keys become rows of one product
             grouped = query.reshape(rows, k.shape[1], heads // k.shape[1], channels)
             seen = scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
-            return seen.reshape(rows, 1, heads, channels)
-        seen = scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-        return seen.transpose(1, 2)
+            return seen.reshape(rows, 1, heads, -1)
+        return masked_attention(query, k, v, mask, scale).transpose(1, 2)
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """(R, 1, T, width), 0 where a token sees what stands there, -inf elsewhere."""

@@ -23,6 +23,7 @@ from ctcgrpo.rollout.continuous import Batcher, Finished
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.kv_cache import CacheLayout, KvCache
 from ctcgrpo.rollout.sampler import draw
+from ctcgrpo.tokens import common_prefix
 
 Ids = npt.NDArray[np.int64]
 
@@ -78,6 +79,9 @@ class TransformersBatcher(Batcher):
         self._cache = KvCache()
         self._held: list[Ids] = []
         """By slot, idle ones too: the tokens whose keys and values it holds."""
+        self._left: list[int] = []
+        """By slot: when its last request left, in requests that have."""
+        self._leavings = 0
 
     def take_weights(self) -> None:
         if self.under_way:
@@ -157,6 +161,8 @@ class TransformersBatcher(Batcher):
         """The request in a slot is over: the last one under way takes its place, and what it held stays for the next turn."""
         request = self._running[slot]
         self._held[slot] = np.concatenate([request.prompt, np.array(request.token_ids, dtype=np.int64)])[:-1]
+        self._leavings += 1
+        self._left[slot] = self._leavings
         last = len(self._running) - 1
         self._exchange(slot, last)
         self._running[slot] = self._running[last]
@@ -166,6 +172,7 @@ class TransformersBatcher(Batcher):
         if a != b:
             self._cache.swap(a, b)
             self._held[a], self._held[b] = self._held[b], self._held[a]
+            self._left[a], self._left[b] = self._left[b], self._left[a]
 
     # --- requests that begin -------------------------------------------------------------------------------------------
 
@@ -178,7 +185,7 @@ class TransformersBatcher(Batcher):
             later = []
             for request in coming:
                 source, held = self._best(request.prompt)
-                promised = max((_common(request.prompt, self._running[s].prompt) for s, _ in first), default=0)
+                promised = max((common_prefix(request.prompt, self._running[s].prompt) for s, _ in first), default=0)
                 if min(promised, len(request.prompt) - 1) >= held + _WORTH_WAITING:
                     later.append(request)
                 else:
@@ -191,7 +198,7 @@ class TransformersBatcher(Batcher):
         first new one is predicted from it."""
         best: tuple[int | None, int] = (None, 0)
         for slot in reversed(range(len(self._held))):
-            common = min(_common(prompt, self._held[slot]), len(prompt) - 1)
+            common = min(common_prefix(prompt, self._held[slot]), len(prompt) - 1)
             if common > best[1]:
                 best = (slot, common)
             if common == len(prompt) - 1:
@@ -202,20 +209,23 @@ class TransformersBatcher(Batcher):
         """Give a request the slot behind those under way, with the beginning that `source` holds."""
         slot = len(self._running)
         if slot == len(self._held):
-            self._held.append(request.prompt[:0])
-        self._cache.reserve(len(self._held), len(request.prompt))
+            self._open_slot()
         if source is not None and source >= slot:
             self._exchange(source, slot)
         else:  # what this slot holds is kept, in a new one or in that which has been idle for the longest
             if len(self._held) < self._max_batch and len(self._held[slot]):
-                self._held.append(request.prompt[:0])
-                self._cache.reserve(len(self._held), len(request.prompt))
-            self._exchange(slot, len(self._held) - 1)
+                self._open_slot()
+            self._exchange(slot, min(range(slot, len(self._held)), key=self._left.__getitem__))
             if source is not None:
                 self._cache.copy(source, slot, held)
         self._held[slot] = request.prompt[:held]
         self._running.append(request)
         return slot
+
+    def _open_slot(self) -> None:
+        self._held.append(np.zeros(0, dtype=np.int64))
+        self._left.append(0)
+        self._cache.reserve(len(self._held), 1)
 
     def _prefill(self, placed: Sequence[tuple[int, int]]) -> None:
         """Batches of about the same length, the longest first."""
@@ -225,12 +235,16 @@ class TransformersBatcher(Batcher):
         missing = [m for m in missing if m[0]]
         while missing:
             longest = missing[0][0]
-            batch, missing = missing[: max(1, _PREFILL_TOKENS // longest)], missing[max(1, _PREFILL_TOKENS // longest) :]
+            fits = max(1, min(_PREFILL_TOKENS // longest, sum(2 * n >= longest for n, _, _ in missing)))
+            batch, missing = missing[:fits], missing[fits:]
             tokens = torch.full((len(batch), longest), self._pad_id)
             for row, (n, slot, held) in enumerate(batch):
                 tokens[row, :n] = torch.from_numpy(self._running[slot].prompt[held : held + n])
-            starts = torch.tensor([held for _, _, held in batch])
-            positions = (starts.unsqueeze(1) + torch.arange(longest)).to(self._model.device)
+            starts, ends = (
+                torch.tensor(x).unsqueeze(1) for x in zip(*((held, held + n) for n, _, held in batch), strict=True)
+            )
+            # Padding goes where the prompt's last token will: nobody sees it there, and no room is made for it.
+            positions = torch.minimum(starts + torch.arange(longest), ends).to(self._model.device)
             self._cache.reserve(len(self._held), int(positions.max()) + 1)
             self._forward(
                 tokens.to(self._model.device), positions, CacheLayout(self._cache, [slot for _, slot, _ in batch], positions)
@@ -244,11 +258,3 @@ class TransformersBatcher(Batcher):
         )
         logits: torch.Tensor = output.logits
         return logits
-
-
-def _common(a: Ids, b: Ids) -> int:
-    """How many tokens two sequences begin with together."""
-    n = min(len(a), len(b))
-    differs = a[:n] != b[:n]
-    first = int(differs.argmax()) if n else 0
-    return first if n and differs[first] else n

@@ -15,32 +15,45 @@ from typing import Literal
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.policy.attention import Layout
+from ctcgrpo.policy.attention import Layout, masked_attention
 
 TreeAttention = Literal["segments", "flex", "flash3"]
 Packing = Literal["auto", "segments", "flex", "flash3", "none"]
 
 
-def how_to_attend(packing: Packing, device: torch.device) -> TreeAttention | None:
+def how_to_attend(packing: Packing, device: torch.device, *, half: bool) -> TreeAttention | None:
     """How rows of shared prefixes are attended to on a device, None for rows that share nothing. `auto`: TRL's kernel on Hopper
-    where the package `kernels` is installed, flex_attention on other CUDA, segments elsewhere. Raises RecipeError for
-    a way that the device does not have."""
+    where the package `kernels` is installed and compute is in 16 bits (`half`), flex_attention on other CUDA, segments
+    elsewhere. Raises RecipeError for a way that cannot be had; the kernel is fetched here, before anything is sampled."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    if packing == "auto":
-        if hopper and importlib.util.find_spec("kernels"):
-            return "flash3"
-        return "flex" if device.type == "cuda" else "segments"
+    suits = hopper and half and importlib.util.find_spec("kernels") is not None
+    if packing == "flash3" and not suits:
+        raise RecipeError(
+            "training.packing is 'flash3', which needs a Hopper GPU, 16-bit compute and the package kernels; "
+            "use auto, flex or segments"
+        )
     if packing == "flex" and device.type != "cuda":
         raise RecipeError(f"training.packing is 'flex', which cannot be trained on {device.type}; use auto or segments")
-    if packing == "flash3" and not (hopper and importlib.util.find_spec("kernels")):
-        raise RecipeError(
-            "training.packing is 'flash3', which needs a Hopper GPU and the package kernels; use auto, flex or segments"
-        )
+    if packing == "flash3" or (packing == "auto" and suits):
+        _fetch_kernel()
+        return "flash3"
+    if packing == "auto":
+        return "flex" if device.type == "cuda" else "segments"
     return None if packing == "none" else packing
+
+
+def _fetch_kernel() -> None:
+    from trl.experimental.async_grpo import packing
+
+    try:
+        packing._flash_attn()
+    except Exception as error:  # the hub's own kinds are many
+        raise RecipeError(
+            f"TRL's tree attention cannot load its kernel ({type(error).__name__}: {error}); set training.packing=flex"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +102,7 @@ class SegmentLayout(Layout):
         )
         queries = query.split_with_sizes(self._segments.lengths, dim=2)
         seen = [
-            scaled_dot_product_attention(
-                q,
-                k.transpose(0, 1).unsqueeze(0),
-                v.transpose(0, 1).unsqueeze(0),
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scale,
-                enable_gqa=True,
-            )
+            masked_attention(q, k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), mask, scale)
             for q, k, v, mask in zip(queries, keys, values, self._masks_of(window, query.dtype), strict=True)
         ]
         return torch.cat(seen, dim=2).transpose(1, 2)
@@ -152,7 +157,8 @@ class FlexLayout(Layout):
             def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
                 return self.sees(window, b, h, q, kv)
 
-            self._masks[window] = create_block_mask(sees, None, None, tokens, tokens, device=query.device)
+            compiled = query.device.type != "cpu"  # else it would hold T x T booleans
+            self._masks[window] = create_block_mask(sees, None, None, tokens, tokens, device=query.device, _compile=compiled)
         mask = self._masks[window]
         if query.device.type == "cpu":  # compiled, it cannot be trained there
             eager: torch.Tensor = flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)

@@ -1,6 +1,7 @@
 """Shared prefixes against one sequence a turn: forward and backward, and peak memory.
 
     python -m tests.benchmarks.packing [--reasoning 0 150 400] [--times 5] [--threads 2] [--groups 1]
+    python -m tests.benchmarks.packing --width 1024 --layers 28 --groups 4 --packing flex     (on a GPU: bfloat16; segments, flash3)
 
 A batch of a published shape: dialogues of 8 turns, prompt about 480 tokens, replies about 60, user lines about 35, with so many
 reasoning tokens a turn, which later turns do not see; 8 rollouts a group. The policy has 4 layers of width 256 and a vocabulary of
@@ -15,6 +16,7 @@ import multiprocessing
 import os
 import random
 import resource
+import statistics
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,7 +33,7 @@ from ctcgrpo.records import TurnSample
 from ctcgrpo.training.head import score_trained_positions_only
 from ctcgrpo.training.planning import forward_costs, plan
 from ctcgrpo.training.rows import Row, plain_rows
-from ctcgrpo.training.tree_attention import how_to_attend, tree_layout
+from ctcgrpo.training.tree_attention import Packing, how_to_attend, tree_layout
 from tests.benchmarks.timing import alternate, ratio
 
 VOCABULARY = 2048
@@ -104,10 +106,16 @@ def unpadded(row: Row) -> tuple[Row, Layout]:
 
 
 def work(
-    model: Any, samples: Sequence[TurnSample], *, packed: bool, tokens_per_row: int, device: torch.device
+    model: Any,
+    samples: Sequence[TurnSample],
+    *,
+    packed: bool,
+    tokens_per_row: int,
+    device: torch.device,
+    packing: Packing = "auto",
 ) -> tuple[Callable[[], None], int]:
     """Forward and backward over all rows of one side, and the tokens it forwards."""
-    how = how_to_attend("auto", device)
+    how = how_to_attend(packing, device, half=model.dtype == torch.bfloat16)
     assert how is not None
     if packed:
         made = plan(samples, packed=True, tokens_per_row=tokens_per_row, pad_id=0, costs=forward_costs(model)).rows
@@ -173,16 +181,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--tokens-per-row", type=int, default=8192)
+    parser.add_argument("--packing", choices=["auto", "segments", "flex", "flash3"], default="auto")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=256)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = policy(device)
+    model = policy(device, asked.layers, asked.width)
+    if device.type == "cuda":
+        model = model.bfloat16()
     for reasoning in asked.reasoning:
         samples = dialogues(groups=asked.groups, reasoning=reasoning)
         sides, tokens = {}, {}
         for name in ("packed", "plain"):
             sides[name], tokens[name] = work(
-                model, samples, packed=name == "packed", tokens_per_row=asked.tokens_per_row, device=device
+                model,
+                samples,
+                packed=name == "packed",
+                tokens_per_row=asked.tokens_per_row,
+                device=device,
+                packing=asked.packing,
             )
         seconds = alternate(sides, asked.times)
         print(
@@ -190,6 +208,10 @@ def main() -> None:
             f"{tokens['packed']:,} ({tokens['plain'] / tokens['packed']:.2f} x)",
             flush=True,
         )
+        if device.type == "cuda":
+            rate = tokens["plain"] / statistics.median(seconds["packed"])
+            print(f"    {rate:,.0f} tokens of samples a second, packed; {torch.cuda.get_device_name()}", flush=True)
+            continue  # memory is measured on a CPU
         os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18)  # what is freed goes back to the system, and is not counted twice
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as alone:
             rest = (reasoning, asked.groups, asked.tokens_per_row, asked.threads)

@@ -48,20 +48,35 @@ def one(tiny: Path) -> sameness.Outcome:
     return sameness.run(str(tiny), packing="none")
 
 
+@pytest.fixture(scope="module")
+def one_with_kl(tiny: Path) -> sameness.Outcome:
+    return sameness.run(str(tiny), packing="none", beta=0.5)
+
+
 @pytest.mark.parametrize(
-    ("backend", "ran"),
+    ("backend", "kl", "ran"),
     [
-        ("", "DistributedDataParallel"),
-        ("zero1", "DeepSpeedEngine, ZeRO-1"),
-        ("zero2", "DeepSpeedEngine, ZeRO-2"),
-        ("zero3", "DeepSpeedEngine, ZeRO-3"),
-        ("fsdp2", "FSDPQwen3ForCausalLM"),
+        ("", 0.0, "DistributedDataParallel"),
+        ("zero1", 0.0, "DeepSpeedEngine, ZeRO-1"),
+        ("zero2", 0.5, "DeepSpeedEngine, ZeRO-2"),
+        ("zero3", 0.5, "DeepSpeedEngine, ZeRO-3"),
+        ("fsdp2", 0.0, "FSDPQwen3ForCausalLM"),
     ],
 )
 def test_two_processes_are_the_same_as_one(
-    one: sameness.Outcome, backend: str, ran: str, tiny: Path, tmp_path: Path
+    one: sameness.Outcome,
+    one_with_kl: sameness.Outcome,
+    backend: str,
+    kl: float,
+    ran: str,
+    tiny: Path,
+    tmp_path: Path,
 ) -> None:
-    options = ["--backend", backend] if backend else []
+    """One of them plain, the two with shared prefixes."""
+    if kl:
+        assert not sameness.is_same(one, one_with_kl)
+        one = one_with_kl
+    options = ["--kl", str(kl), *(["--backend", backend] if backend else [])]
     command = [*TORCHRUN, "-m", "tests.sameness", str(tmp_path / "two"), str(tiny), *options]
     environment = SHARDED if backend else ENVIRONMENT
     launched = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

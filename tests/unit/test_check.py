@@ -65,7 +65,12 @@ def test_a_shipped_recipe_prints_its_plan(
         (["policy.model=Nobody/Nothing-8B"], "model", "policy.model 'Nobody/Nothing-8B' cannot be loaded here"),
         (["rollout.max_prompt_tokens=4000", "rollout.max_new_tokens=200"], "model", "is 4200, but 'builtin/tiny' has 4096"),
         (["policy.lora={target_modules: [q_proj, nope]}"], "adapter", "the model has no nope; it has down_proj, gate_proj"),
-        (["policy.attention=flash_attention_2"], "attention", "flash_attn is not installed here; use sdpa"),
+        (
+            ["policy.attention=flash_attention_2", "training.packing=none", "rollout.engine=vllm_server",
+             "rollout.deterministic=false", "rollout.vllm.urls=[http://127.0.0.1:9]"],
+            "attention", "flash_attn is not installed here; use sdpa",
+        ),
+        (["training.packing=flash3"], "attention", "needs a Hopper GPU, 16-bit compute"),
         (["rollout.max_prompt_tokens=40"], "context", "rollout.max_prompt_tokens is 40; raise it or drop the scenario"),
         (["hardware.processes=3"], "processes", "4 x 4 = 16 episodes a step, which 3 processes cannot share equally"),
         (["policy.dtype=bfloat16", "training.learning_rate=1e-6"], "precision", "rounds updates of training.learning_rate 1e-06"),
@@ -158,7 +163,7 @@ def test_parameters_are_counted_exactly_but_for_norms(tiny: Path) -> None:
 def test_memory_by_hand() -> None:
     shape = published_shapes()["Qwen/Qwen3-8B"]
     load: dict[str, Any] = {"processes": 8, "sharding": "zero3", "offload": False, "weight_bytes": 4, "bf16": True}
-    load |= {"quantized": False, "packed": False}
+    load |= {"quantized": False, "gathers": False}
     load |= {"lora_rank": None, "reference": False, "checkpointing": True, "tokens_per_row": 16384, "longest": 9216}
     load |= {"rollouts": 16, "gpu_memory": 0.5, "samples_here": False}
     P = shape.parameters
@@ -184,7 +189,7 @@ def test_memory_by_hand() -> None:
     quantized = parts(sharding="none", lora_rank=32, weight_bytes=2, quantized=True)
     assert 0.3 < quantized["weights"]["update"] / adapters["weights"]["update"] < 0.4
     assert parts(checkpointing=False)["activations"]["update"] > 5 * zero3["activations"]["update"]
-    gathered = parts(packed=True)["activations"]["update"] - zero3["activations"]["update"]
+    gathered = parts(gathers=True)["activations"]["update"] - zero3["activations"]["update"]
     assert (
         gathered == 2 * 16384 * 2 * 2 * 4 * 8 * 128
     )  # of one layer and its gradients: keys and values that four sequences see

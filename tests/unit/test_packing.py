@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -22,7 +27,7 @@ from transformers import (
 from ctcgrpo.errors import PolicyError, RecipeError
 from ctcgrpo.policy.attention import use_layouts, with_layout
 from ctcgrpo.records import TurnSample
-from ctcgrpo.training.packing import Costs, dealt, prefix_tree
+from ctcgrpo.training.packing import MOST_SEEN, Costs, dealt, prefix_tree
 from ctcgrpo.training.planning import Plan, forward_costs, plan
 from ctcgrpo.training.tree_attention import TreeAttention, how_to_attend, tree_layout
 
@@ -149,6 +154,40 @@ def test_what_is_forwarded_is_what_is_distinct(reasoning: int) -> None:
     assert len(made.rows) == 1 and made.padding == 0
 
 
+def test_a_row_gathers_no_more_than_some_paths_a_token() -> None:
+    rng = random.Random(3)
+    opening = tuple(range(1000))
+    samples = [TurnSample(opening, tuple(rng.randrange(2000) for _ in range(20)), 1.0) for _ in range(200)]
+    for row in planned(samples, budget=4000)[0].rows:
+        assert row.segments is not None and len(row.segments.paths) <= MOST_SEEN * 4000
+
+
+def test_trls_kernel_is_told_where_segments_and_paths_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention 3 replaced by attention over each stretch, aligned at its end as the kernel's is."""
+    from trl.experimental.async_grpo import packing
+
+    def varlen(q: Any, k: Any, v: Any, q_starts: Any, k_starts: Any, q_most: int, k_most: int, **options: Any) -> Any:
+        assert options["causal"] and int(q_starts.diff().max()) == q_most and int(k_starts.diff().max()) == k_most
+        parts = []
+        for a, b, c, d in zip(q_starts[:-1], q_starts[1:], k_starts[:-1], k_starts[1:], strict=True):
+            mask = torch.ones(int(b - a), int(d - c), dtype=torch.bool).tril(int(d - c - b + a))
+            heads = (x.transpose(0, 1).unsqueeze(0) for x in (q[a:b], k[c:d], v[c:d]))
+            seen = scaled_dot_product_attention(*heads, attn_mask=mask, scale=options["softmax_scale"], enable_gqa=True)
+            parts.append(seen[0].transpose(0, 1))
+        return torch.cat(parts)
+
+    monkeypatch.setattr(packing, "_flash_attn", lambda: SimpleNamespace(flash_attn_varlen_func=varlen))
+    samples = [
+        TurnSample(tuple(t % 20 for t in s.prompt_ids), tuple(t % 20 for t in s.completion_ids), s.advantage)
+        for s in dialogue(tuple(range(10)), 4, random.Random(4), 5)
+    ]
+    with torch.no_grad():
+        segments = scored(MODELS["full"], planned(samples, budget=300), "segments")
+        kernel = scored(MODELS["full"], planned(samples, budget=300), "flash3")
+    for k in segments:
+        torch.testing.assert_close(segments[k], kernel[k], atol=1e-5, rtol=0)
+
+
 def test_processes_have_equally_much_to_do_however_long_the_dialogues() -> None:
     rng = random.Random(2)
     samples = []
@@ -205,9 +244,13 @@ def test_what_cannot_share_prefixes_is_refused_by_name() -> None:
     recurrent.config.layer_types = ["linear_attention"]
     with pytest.raises(PolicyError, match="layers of type linear_attention"):
         use_layouts(recurrent)
+    stretched = Phi3ForCausalLM(Phi3Config(**small, pad_token_id=0))
+    stretched.config.rope_parameters = {"rope_type": "longrope", "rope_theta": 1e4}
+    with pytest.raises(PolicyError, match=r"rotary positions \(longrope\) depend on the longest one of a batch"):
+        use_layouts(stretched)
     use_layouts(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, attn_pdrop=0.0)))
     with pytest.raises(RecipeError, match="'flex', which cannot be trained on cpu; use auto or segments"):
-        how_to_attend("flex", CPU)
+        how_to_attend("flex", CPU, half=False)
     with pytest.raises(RecipeError, match="needs a Hopper GPU"):
-        how_to_attend("flash3", CPU)
-    assert how_to_attend("auto", CPU) == "segments" and how_to_attend("none", CPU) is None
+        how_to_attend("flash3", CPU, half=True)
+    assert how_to_attend("auto", CPU, half=True) == "segments" and how_to_attend("none", CPU, half=False) is None

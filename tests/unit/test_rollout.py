@@ -8,6 +8,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,35 @@ async def test_a_deadline_cuts_stragglers_and_says_after_how_many_turns(parts: P
     metrics = rollout_metrics(summaries, step_credit(summaries, CreditOptions(), SceneBaseline()))
     assert metrics["failed/deadline"] == metrics["deadline/after_1_turns"] == 1
     assert "deadline/after_2_turns" not in metrics
+
+
+async def test_who_gives_up_does_not_wait_for_the_reply_to_end(parts: Parts) -> None:
+    batcher, steps = parts.batcher(), []
+    engine = ContinuousEngine(batcher)
+    engine.take_weights(0)
+    plain = batcher.step
+    batcher.step = lambda: (steps.append(1), plain())[1]  # type: ignore[method-assign]
+    batcher._stop_ids = frozenset()
+    task = asyncio.create_task(engine.generate((5, 6, 7), seed=1, sampling=Sampling(max_new_tokens=3000)))
+    while len(steps) < 5:
+        await asyncio.sleep(0.001)
+    assert engine._pump is not None
+    engine._pump.cancel()  # as asyncio.run does to what is left
+    with pytest.raises(PolicyEngineError, match="CancelledError"):
+        await task
+    await asyncio.gather(engine._pump, return_exceptions=True)
+    assert len(steps) < 1000 and batcher.under_way == 0
+
+
+async def test_the_engine_samples_in_mixed_precision(parts: Parts) -> None:
+    """Under autocast, norms leave keys in float32 and values in bfloat16."""
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    batcher = TransformersBatcher(parts.model, pad_id=0, stop_ids=[], max_batch=2, autocast=autocast)
+    engine = ContinuousEngine(batcher)
+    engine.take_weights(0)
+    prompt = tuple(range(5, 25))
+    done = await engine.generate(prompt, seed=1, sampling=Sampling(max_new_tokens=10))
+    assert done.logprobs == pytest.approx(parts.full_logprobs(prompt, done.token_ids, 1.0), abs=0.1)
 
 
 async def test_interruption_stops_a_rollout(parts: Parts, simulator_url: str) -> None:
