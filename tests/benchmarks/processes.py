@@ -24,7 +24,7 @@ from ctcgrpo.policy.loading import build_builtin
 from tests import sameness
 from tests.benchmarks.packing import dialogues, policy
 
-UPDATES = 3
+UPDATES = 2
 
 
 def worker(base: str) -> None:
@@ -32,7 +32,7 @@ def worker(base: str) -> None:
         trainer = sameness.build_trainer(base, folder, tokens_per_row=4096)
         model = trainer.accelerator.prepare(trainer.model)
         n, me = trainer.accelerator.num_processes, trainer.accelerator.process_index
-        samples = dialogues(groups=4, turns=6, reasoning=60)
+        samples = dialogues(groups=2, turns=6, reasoning=60)
         mine = samples[len(samples) // n * me : len(samples) // n * (me + 1)]
         seconds = []
         for _ in range(UPDATES + 1):
