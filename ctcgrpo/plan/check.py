@@ -372,7 +372,6 @@ def load_of(recipe: Recipe) -> Load:
         lora_rank=policy.lora.rank if policy.lora else None,
         reference=training.kl > 0,
         checkpointing=training.gradient_checkpointing,
-        gathers=training.packing in ("auto", "segments", "flash3"),
         tokens_per_row=training.tokens_per_row,
         longest=rollout.max_prompt_tokens + rollout.max_new_tokens,
         rollouts=min(rollout.max_batch, max(1, here)),

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ctcgrpo.training.packing import MOST_SEEN
-
 Phase = Literal["rollout", "update"]
 PHASES: tuple[Phase, ...] = ("rollout", "update")
 GIB = 2**30
@@ -75,8 +73,6 @@ class Load:
     lora_rank: int | None
     reference: bool
     checkpointing: bool
-    gathers: bool
-    """Whether packed rows gather keys and values for each sequence (segments, flash3)."""
     tokens_per_row: int
     longest: int
     rollouts: int
@@ -160,9 +156,7 @@ def _activations(shape: Shape, load: Load, compute: int) -> float:
     """Of one row, forward and backward. What a layer keeps for its backward pass, a token: its input twice (residual, normed),
     queries, keys, values, the attention's output, and the gated MLP's three wide vectors with their product."""
     tokens = max(load.tokens_per_row, load.longest)
-    # Shared prefixes: what a sequence sees is gathered for each.
-    gathered = MOST_SEEN if load.gathers else 0
-    attention = (2 * shape.heads + 2 * (1 + gathered) * shape.kv_heads) * shape.head_dim
+    attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
     layer = tokens * compute * (4 * shape.hidden + attention + 4 * shape.intermediate)
     mask = tokens * load.longest
     head = tokens * shape.hidden * 4 * 2

@@ -27,19 +27,17 @@ from ctcgrpo.training.tree_attention import Segments
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-MOST_SEEN = 4
-"""How often a row's tokens may be seen, on the mean: many short branches behind a long opening would gather it for each of them.
-Dialogues of 8 turns come to between 2 and 4."""
-
 
 @dataclass(frozen=True, slots=True)
 class Costs:
     """What the work on a row is made of, in any unit: each of its tokens, each pair of a token and one that it sees, each
-    trained token (the head)."""
+    trained token (the head). `path`: the memory that a token takes on the path of a sequence, whose keys and values are gathered
+    for it, in that of a token of the row."""
 
     token: float = 1.0
     pair: float = 0.0
     trained: float = 0.0
+    path: float = 0.0
 
     def of(self, tokens: Ints, shared: Ints, trained: Ints) -> Floats:
         """Of sequences of `tokens` tokens behind `shared` ones that are there already."""
@@ -87,15 +85,19 @@ def prefix_tree(samples: Sequence[TurnSample]) -> Tree:
 
 
 def cut(tree: Tree, *, tokens_per_row: int, processes: int, costs: Costs) -> list[range]:
-    """The tree's samples as rows: stretches of at most `tokens_per_row` distinct tokens (a longer sample makes a row of its own),
-    about as few as that takes and a multiple of `processes`, and the dearest about as cheap as can be: cutting is greedy."""
+    """The tree's samples as rows: stretches of at most `tokens_per_row` distinct tokens, paths counted with what they take (a
+    larger sample makes a row of its own); about as few as that takes and a multiple of `processes`, and the dearest about as
+    cheap as can be: cutting is greedy."""
     lengths, trained = tree.lengths, tree.lengths - tree.prompts
+    seen = np.where(
+        np.append(tree.forks[1:], 0) == lengths, 0, lengths
+    )  # one path for those who go on from each other's end
     cutter = _Cutter(
         whole=costs.of(lengths, np.zeros_like(lengths), trained),
         added=costs.of(lengths - tree.forks, tree.forks, trained),
-        lengths=lengths,
+        own=lengths + costs.path * seen,
+        more=lengths - tree.forks + costs.path * seen,
         forks=tree.forks,
-        seen=np.where(np.append(tree.forks[1:], 0) == lengths, 0, lengths),
         limit=tokens_per_row,
     )
     low, high = float(cutter.whole.max()), float(cutter.whole.sum())
@@ -116,25 +118,24 @@ def cut(tree: Tree, *, tokens_per_row: int, processes: int, costs: Costs) -> lis
 
 @dataclass(frozen=True, slots=True)
 class _Cutter:
-    """`whole` (N,): what each sample costs by itself; `added` (N,): behind the one before. `seen` (N,): the length of the path that
-    it sees, whose keys and values are gathered for it; 0 where the next one goes on from its end."""
+    """`whole` (N,): what each sample costs by itself, `added` (N,): behind the one before; `own` and `more` (N,): what it takes of
+    `limit`, likewise."""
 
     whole: Floats
     added: Floats
-    lengths: Ints
+    own: Floats
+    more: Floats
     forks: Ints
-    seen: Ints
     limit: int
 
     def rows(self, cost: float) -> list[range]:
-        """Greedily, rows of at most `cost`, `limit` tokens, and MOST_SEEN times that of paths."""
-        spent, tokens, seen = np.cumsum(self.added), np.cumsum(self.lengths - self.forks), np.cumsum(self.seen)
-        rows, start, n = [], 0, len(self.lengths)
+        """Greedily, rows of at most `cost` and `limit`."""
+        spent, taken = np.cumsum(self.added), np.cumsum(self.more)
+        rows, start, n = [], 0, len(self.own)
         while start < n:
             by_cost = np.searchsorted(spent, cost - self.whole[start] + spent[start], side="right")
-            by_tokens = np.searchsorted(tokens, self.limit - self.lengths[start] + tokens[start], side="right")
-            by_seen = np.searchsorted(seen, MOST_SEEN * self.limit + seen[start] - self.seen[start], side="right")
-            end = max(int(min(by_cost, by_tokens, by_seen)), start + 1)
+            by_limit = np.searchsorted(taken, self.limit - self.own[start] + taken[start], side="right")
+            end = max(int(min(by_cost, by_limit)), start + 1)
             if end < n:  # within the last eighth of the row, where the next one has the least to repeat
                 near = max(start + 1, end - (end - start) // 8)
                 end = near + int(np.argmin(self.forks[near : end + 1]))

@@ -27,15 +27,28 @@ class Plan:
     trained: int
 
 
-def forward_costs(model: PreTrainedModel) -> Costs:
-    """The floating-point operations of a forward pass: two a weight and token, four a pair, channel and layer."""
+def forward_costs(model: PreTrainedModel, *, gathers: bool = False) -> Costs:
+    """The floating-point operations of a forward pass: two a weight and token, four a pair, channel and layer. `gathers`: attention
+    gathers keys and values along paths; they take their part of what a layer keeps of a token (as in plan/memory.py)."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
-    channels = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    channels, seen = heads * head_dim, 2 * head_dim * (getattr(config, "num_key_value_heads", None) or heads)
+    kept = (
+        4 * config.hidden_size
+        + 2 * channels
+        + seen
+        + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    )
     embedding = config.vocab_size * config.hidden_size
     weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     body = max(0, weights - embedding * (1 if config.tie_word_embeddings else 2))
-    return Costs(token=2.0 * body, pair=4.0 * channels * config.num_hidden_layers, trained=2.0 * embedding)
+    return Costs(
+        token=2.0 * body,
+        pair=4.0 * channels * config.num_hidden_layers,
+        trained=2.0 * embedding,
+        path=seen / kept if gathers else 0.0,
+    )
 
 
 def plan(

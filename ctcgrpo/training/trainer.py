@@ -99,7 +99,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
             reference = [] if self.ref_model is None else [self.accelerator.unwrap_model(self.ref_model)]
             for model in (policy, *reference):
                 use_layouts(model.get_base_model() if isinstance(model, PeftModel) else model)
-        self._costs = forward_costs(policy)
+        self._costs = forward_costs(policy, gathers=self._how in ("segments", "flash3"))
         self._collect = collect
         self._credit = credit
         self._options = options

@@ -118,7 +118,9 @@ def work(
     how = how_to_attend(packing, device, half=model.dtype == torch.bfloat16)
     assert how is not None
     if packed:
-        made = plan(samples, packed=True, tokens_per_row=tokens_per_row, pad_id=0, costs=forward_costs(model)).rows
+        made = plan(
+            samples, packed=True, tokens_per_row=tokens_per_row, pad_id=0, costs=forward_costs(model, gathers=how != "flex")
+        ).rows
         rows = [(r.to(device), tree_layout(r.segments, how, device)) for r in made if r.segments]
     else:
         made = plain_rows(samples, tokens_per_row=tokens_per_row, pad_id=0)
