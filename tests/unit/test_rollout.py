@@ -32,6 +32,7 @@ from ctcgrpo.scoring import outcome_score
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.samples import CreditOptions, step_credit, summarise
+from tests.unit.test_packing import model_of
 from tests.unit.test_server import GOOD, misbehaving, says
 
 SCENARIOS = [next(s for s in load_scenarios("english/train") if s.scene == scene) for scene in ("support", "charm")]
@@ -337,6 +338,20 @@ async def test_who_gives_up_does_not_wait_for_the_reply_to_end(parts: Parts) -> 
         await task
     await asyncio.gather(engine._pump, return_exceptions=True)
     assert len(steps) < 1000 and batcher.under_way == 0
+
+
+async def test_the_cache_keeps_to_sliding_windows() -> None:
+    model = model_of(use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    engine = ContinuousEngine(TransformersBatcher(model, pad_id=0, stop_ids=[], max_batch=3))
+    engine.take_weights(0)
+    prompts = [tuple(range(1, 1 + n)) for n in (3, 9, 15)]
+    for _ in range(2):  # the second time with what the first has left in the slots
+        done = await asyncio.gather(*(engine.generate(p, seed=1, sampling=Sampling(max_new_tokens=12)) for p in prompts))
+        for prompt, said in zip(prompts, done, strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *said.token_ids]])).logits[0, len(prompt) - 1 : -1]
+            expected = torch.log_softmax(logits, -1)[range(12), list(said.token_ids)].tolist()
+            assert said.logprobs == pytest.approx(expected, abs=1e-5)
 
 
 async def test_the_engine_samples_in_mixed_precision(parts: Parts) -> None:
