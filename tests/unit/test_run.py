@@ -120,7 +120,7 @@ def without_chat_template(tiny: Path, folder: Path) -> Path:
         ("simulator.port=TAKEN", 5, "choose another port, or 0 for any free one"),
         ("run.output_dir=A_FILE", 6, "cannot write to"),
         ("training.bf16=true", 2, "this machine cannot run the recipe's training section"),
-        ("policy.attention=foo", 4, "policy (model 'builtin/tiny', attention, lora)"),
+        ("policy.attention=foo", 2, "policy.attention is 'foo', but packing and the transformers engine bring their own"),
         ("policy.lora={target_modules: [nope]}", 4, "policy (model 'builtin/tiny', attention, lora)"),
         ("policy.model=WITHOUT_WEIGHTS", 4, "without_weights', attention, lora)"),
     ],
