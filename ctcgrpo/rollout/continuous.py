@@ -91,10 +91,12 @@ class ContinuousEngine(PolicyEngine):
             raise PolicyEngineError(
                 f"{len(self._inbox) + len(self._running)} requests wait; weights cannot change beneath them"
             )
+        self._until_idle()
         self._batcher.take_weights()
         self.version, self._awake = version, True
 
     def rest(self) -> None:
+        self._until_idle()
         self._batcher.rest()
         self._awake = False
 
@@ -165,12 +167,25 @@ class ContinuousEngine(PolicyEngine):
         problem = error
         if isinstance(error, RuntimeError | asyncio.CancelledError):  # what torch raises, out-of-memory included
             problem = PolicyEngineError(f"{self._batcher.name} failed: {type(error).__name__}: {error}")
-        for request in waiting:  # first of all, so that steps under way end for want of somebody who waits
-            _resolve(request, problem)
+        # Submitted by itself, so that a loop that ends does not take it along.
+        cleared = asyncio.wrap_future(self._thread.submit(self._batcher.abort, names))
+        if isinstance(error, asyncio.CancelledError):  # steps may be under way; they end for want of somebody who waits
+            _resolve_all(waiting, problem)
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._batcher.abort, names)
+            await asyncio.shield(cleared)
         except Exception as other:  # noqa: BLE001 - an engine that is broken for good; the requests fail with the first reason
             problem.add_note(f"and could not be cleared: {other}")
+        finally:
+            _resolve_all(waiting, problem)
+
+    def _until_idle(self) -> None:
+        """What was given up may still be on its way out."""
+        self._thread.submit(lambda: None).result()
+
+
+def _resolve_all(requests: Iterable[_Request], outcome: BaseException) -> None:
+    for request in requests:
+        _resolve(request, outcome)
 
 
 def _resolve(request: _Request, outcome: Completion | BaseException) -> None:
