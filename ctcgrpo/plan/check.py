@@ -18,13 +18,14 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
 from accelerate.commands.config.config_args import default_config_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ctcgrpo.errors import (
     CtcGrpoError,
@@ -98,6 +99,13 @@ class Subject:
     contexts: ContextBuilder | None = None
     simulator: SimulatorConfig | None = None
     memory: MemoryPlan | None = None
+
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The model without its weights; there must be a configuration."""
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+        return model
 
     @property
     def examples(self) -> list[Scenario]:
@@ -203,8 +211,7 @@ def adapter(s: Subject) -> Iterator[Finding]:
     lora = s.recipe.policy.lora
     if s.config is None or lora is None or isinstance(lora.target_modules, str):
         return
-    with torch.device("meta"):
-        names = [name for name, _ in AutoModelForCausalLM.from_config(s.config).named_modules()]
+    names = [name for name, _ in s.skeleton.named_modules()]
     if missing := [t for t in lora.target_modules if not any(name == t or name.endswith(f".{t}") for name in names)]:
         known = sorted({name.rpartition(".")[2] for name in names if name.endswith("_proj")})
         raise PolicyError(f"policy.lora.target_modules: the model has no {', '.join(missing)}; it has {', '.join(known)}")
@@ -222,8 +229,7 @@ def attention(s: Subject) -> Iterator[Finding]:
         half = s.recipe.training.bf16 or s.recipe.policy.dtype == "bfloat16"
         how_to_attend(packing, torch.device("cuda" if torch.cuda.is_available() else "cpu"), half=half)
     if s.config is not None and (packing != "none" or s.recipe.rollout.engine == "transformers"):
-        with torch.device("meta"):
-            refuse_layouts(AutoModelForCausalLM.from_config(s.config))
+        refuse_layouts(s.skeleton)
     yield Finding("attention", "ok", f"{wanted}, packing {packing}")
 
 

@@ -152,12 +152,23 @@ def memory_plan(shape: Shape, load: Load, card: float) -> MemoryPlan:
     return MemoryPlan(parts, card, room, wanted)
 
 
+def kept_per_token(*, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int) -> int:
+    """Numbers that a layer keeps of a token for its backward pass: its input twice (residual, normed), queries, keys, values, the
+    attention's output, and the gated MLP's three wide vectors with their product."""
+    return 4 * hidden + (2 * heads + 2 * kv_heads) * head_dim + 4 * intermediate
+
+
 def _activations(shape: Shape, load: Load, compute: int) -> float:
-    """Of one row, forward and backward. What a layer keeps for its backward pass, a token: its input twice (residual, normed),
-    queries, keys, values, the attention's output, and the gated MLP's three wide vectors with their product."""
+    """Of one row, forward and backward."""
     tokens = max(load.tokens_per_row, load.longest)
-    attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    layer = tokens * compute * (4 * shape.hidden + attention + 4 * shape.intermediate)
+    kept = kept_per_token(
+        hidden=shape.hidden,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate=shape.intermediate,
+    )
+    layer = tokens * compute * kept
     mask = tokens * load.longest
     head = tokens * shape.hidden * 4 * 2
     if load.checkpointing:  # inputs of all layers, and one layer at a time with its gradients

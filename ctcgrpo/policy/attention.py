@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -49,8 +50,10 @@ def with_layout(layout: Layout | None, attention_mask: torch.Tensor | None) -> d
     return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "layout": layout}
 
 
-def use_layouts(model: PreTrainedModel) -> None:
-    """From now on `model` heeds layouts. Raises PolicyError for one that cannot."""
+def use_layouts(model: PreTrainedModel | PeftModel) -> None:
+    """From now on `model`, or the one beneath its adapter, heeds layouts. Raises PolicyError for one that cannot."""
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
     refuse_layouts(model)
     model.set_attn_implementation(NAME)
 

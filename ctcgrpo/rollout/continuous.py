@@ -1,9 +1,9 @@
 """The policy engine in the training process: continuous batching over the turns of all dialogues.
 
 Requests wait in an inbox; a pump lets them in between two steps, each a token for every request under way, and hands out what a
-step ended, so a dialogue goes on as soon as its reply is there, beside others in the middle of theirs. Steps are made in one thread
-of their own, as many as nothing comes of: the event loop stays free for the simulator. What makes the steps is a batcher: vLLM,
-or transformers.
+step ended, so a dialogue goes on as soon as its reply is there, beside others in the middle of theirs. Steps are made in a thread
+of their own, one after the other until one ends a request: the event loop stays free for the simulator. What makes the steps is
+a batcher: vLLM, or transformers.
 """
 
 from __future__ import annotations

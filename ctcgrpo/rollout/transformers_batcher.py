@@ -63,7 +63,7 @@ class TransformersBatcher(Batcher):
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """`max_batch`: requests under way at once; others wait. Raises PolicyError for a model that it cannot serve."""
-        use_layouts(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        use_layouts(model)
         self._model = model
         self._autocast = autocast
         self._pad_id = pad_id
@@ -164,11 +164,11 @@ class TransformersBatcher(Batcher):
         self._leavings += 1
         self._left[slot] = self._leavings
         last = len(self._running) - 1
-        self._exchange(slot, last)
+        self._swap(slot, last)
         self._running[slot] = self._running[last]
         self._running.pop()
 
-    def _exchange(self, a: int, b: int) -> None:
+    def _swap(self, a: int, b: int) -> None:
         if a != b:
             self._cache.swap(a, b)
             self._held[a], self._held[b] = self._held[b], self._held[a]
@@ -211,11 +211,11 @@ class TransformersBatcher(Batcher):
         if slot == len(self._held):
             self._open_slot()
         if source is not None and source >= slot:
-            self._exchange(source, slot)
+            self._swap(source, slot)
         else:  # what this slot holds is kept, in a new one or in that which has been idle for the longest
             if len(self._held) < self._max_batch and len(self._held[slot]):
                 self._open_slot()
-            self._exchange(slot, min(range(slot, len(self._held)), key=self._left.__getitem__))
+            self._swap(slot, min(range(slot, len(self._held)), key=self._left.__getitem__))
             if source is not None:
                 self._cache.copy(source, slot, held)
         self._held[slot] = request.prompt[:held]

@@ -89,9 +89,8 @@ def cut(tree: Tree, *, tokens_per_row: int, processes: int, costs: Costs) -> lis
     larger sample makes a row of its own); about as few as that takes and a multiple of `processes`, and the dearest about as
     cheap as can be: cutting is greedy."""
     lengths, trained = tree.lengths, tree.lengths - tree.prompts
-    seen = np.where(
-        np.append(tree.forks[1:], 0) == lengths, 0, lengths
-    )  # one path for those who go on from each other's end
+    goes_on = np.append(tree.forks[1:], 0) == lengths  # the next sample, from this one's end: it has their path
+    seen = np.where(goes_on, 0, lengths)
     cutter = _Cutter(
         whole=costs.of(lengths, np.zeros_like(lengths), trained),
         added=costs.of(lengths - tree.forks, tree.forks, trained),
@@ -157,11 +156,21 @@ def dealt(costs: Floats, processes: int) -> list[list[int]]:
 
 
 def row_costs(tree: Tree, rows: Sequence[range], costs: Costs) -> Floats:
-    lengths, trained = tree.lengths, tree.lengths - tree.prompts
+    forks = _forks_in(tree, rows)
+    each = costs.of(tree.lengths - forks, forks, tree.lengths - tree.prompts)
+    return np.array([each[row.start : row.stop].sum() for row in rows])
+
+
+def distinct_tokens(tree: Tree, rows: Sequence[range]) -> int:
+    """The tokens of all rows together, each row with the beginning of its first sample."""
+    return int((tree.lengths - _forks_in(tree, rows)).sum())
+
+
+def _forks_in(tree: Tree, rows: Sequence[range]) -> Ints:
+    """The tree's forks, where the first sample of each row shares nothing."""
     forks = tree.forks.copy()
     forks[[row.start for row in rows]] = 0
-    each = costs.of(lengths - forks, forks, trained)
-    return np.array([each[row.start : row.stop].sum() for row in rows])
+    return forks
 
 
 def packed_row(tree: Tree, row: range, samples: Sequence[TurnSample]) -> Row:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedModel
 
+from ctcgrpo.plan.memory import kept_per_token
 from ctcgrpo.records import TurnSample
-from ctcgrpo.training.packing import Costs, Floats, cut, dealt, packed_row, prefix_tree, row_costs
+from ctcgrpo.training.packing import Costs, Floats, cut, dealt, distinct_tokens, packed_row, prefix_tree, row_costs
 from ctcgrpo.training.rows import Row, dummy_row, plain_rows
 
 
@@ -17,37 +18,32 @@ from ctcgrpo.training.rows import Row, dummy_row, plain_rows
 class Plan:
     """`rows`: one process's, the longest first, as many as any process has. The rest is about all processes: `tokens` of all
     samples, `forwarded` of them after sharing, `padding` as a share of what is forwarded, `imbalance`: the work of the
-    busiest process over the mean, 1 at best; `trained` tokens."""
+    busiest process over the mean, 1 at best."""
 
     rows: list[Row]
     tokens: int
     forwarded: int
     padding: float
     imbalance: float
-    trained: int
 
 
 def forward_costs(model: PreTrainedModel, *, gathers: bool = False) -> Costs:
     """The floating-point operations of a forward pass: two a weight and token, four a pair, channel and layer. `gathers`: attention
-    gathers keys and values along paths; they take their part of what a layer keeps of a token (as in plan/memory.py)."""
+    gathers keys and values along paths; they take their part of what a layer keeps of a token."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    channels, seen = heads * head_dim, 2 * head_dim * (getattr(config, "num_key_value_heads", None) or heads)
-    kept = (
-        4 * config.hidden_size
-        + 2 * channels
-        + seen
-        + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-    )
-    embedding = config.vocab_size * config.hidden_size
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    kept = kept_per_token(hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim, intermediate=intermediate)
+    embedding = config.vocab_size * hidden
     weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     body = max(0, weights - embedding * (1 if config.tie_word_embeddings else 2))
     return Costs(
         token=2.0 * body,
-        pair=4.0 * channels * config.num_hidden_layers,
+        pair=4.0 * heads * head_dim * config.num_hidden_layers,
         trained=2.0 * embedding,
-        path=seen / kept if gathers else 0.0,
+        path=2 * kv_heads * head_dim / kept if gathers else 0.0,
     )
 
 
@@ -62,18 +58,14 @@ def plan(
     processes: int = 1,
 ) -> Plan:
     """`samples`: those of all processes, in the same order on each."""
-    trained = sum(len(s.completion_ids) for s in samples)
     if not samples:
-        return Plan([], 0, 0, 0.0, 1.0, 0)
+        return Plan([], 0, 0, 0.0, 1.0)
     if packed:
         tree = prefix_tree(samples)
         stretches = cut(tree, tokens_per_row=tokens_per_row, processes=processes, costs=costs)
-        work = row_costs(tree, stretches, costs)
+        work, forwarded = row_costs(tree, stretches, costs), distinct_tokens(tree, stretches)
         taken = dealt(work, processes)
         mine = [packed_row(tree, stretches[k], samples) for k in taken[process]]
-        forwarded = int(
-            sum(tree.lengths[r.start] + (tree.lengths - tree.forks)[r.start + 1 : r.stop].sum() for r in stretches)
-        )
         padding = 0.0
     else:
         rows = plain_rows(samples, tokens_per_row=tokens_per_row, pad_id=pad_id)
@@ -90,7 +82,6 @@ def plan(
         forwarded=forwarded,
         padding=padding,
         imbalance=_imbalance(work, taken),
-        trained=trained,
     )
 
 

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, gather_object
-from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import use_adapter
 
@@ -98,7 +97,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         if self._how is not None:
             reference = [] if self.ref_model is None else [self.accelerator.unwrap_model(self.ref_model)]
             for model in (policy, *reference):
-                use_layouts(model.get_base_model() if isinstance(model, PeftModel) else model)
+                use_layouts(model)
         self._costs = forward_costs(policy, gathers=self._how in ("segments", "flash3"))
         self._collect = collect
         self._credit = credit

@@ -120,7 +120,7 @@ def test_rows_keep_to_the_budget_and_processes_take_equally_many(
     assert len({len(made.rows) for made in plans}) == 1 and len({made.forwarded for made in plans}) == 1
     rows = [row for made in plans for row in made.rows if len(row.at)]
     assert sum(row.tokens for row in rows) == plans[0].forwarded
-    assert sum(len(row.at) for row in rows) == plans[0].trained
+    assert sum(len(row.at) for row in rows) == sum(len(s.completion_ids) for s in samples)
     for row in rows:
         assert row.tokens <= budget or len(row.sample.unique()) == 1
         assert row.segments is not None and sum(row.segments.lengths) == row.tokens
