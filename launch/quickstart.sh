@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs, builds a small policy, trains it on a simulated user, and shows what it learned: some thirteen minutes on two
+# Installs, builds a small policy, trains it on a simulated user, and shows what it learned: some eight minutes on two
 # cores, without a GPU, a key or a download of a model. Ctrl-C saves; the same command goes on.
 #   ./launch/quickstart.sh                                     checkpoints/quickstart
 #   ./launch/quickstart.sh run.seed=1 run.name=quickstart-1    another starter, trained with other samples
