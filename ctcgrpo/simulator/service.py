@@ -104,13 +104,13 @@ class TurnService:
 
     def account(self) -> dict[str, Any]:
         """What the backend spent, over all runs that share its store; empty for one that costs nothing."""
-        return dict(self.backend.account.summary()) if isinstance(self.backend, LlmBackend) else {}
+        return dict(self.backend.llm.spent()) if isinstance(self.backend, LlmBackend) else {}
 
     def is_ready(self) -> bool:
         """Whether turns can be answered now."""
         if not isinstance(self.backend, LlmBackend):
             return True
-        return self.backend.pool.is_ready()
+        return self.backend.llm.is_ready()
 
 
 def _kept(reaction: Reaction) -> dict[str, Any]:

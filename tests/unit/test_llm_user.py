@@ -100,7 +100,7 @@ def test_three_hundred_episodes_against_an_endpoint_that_misbehaves(tiny: Path) 
         runner.simulator = SimulatorClient(url, timeout=120)
         slots = [Slot(SCENARIOS[k % 60], 1, k // 5, k % 5) for k in range(300)]
         episodes = asyncio.run(runner.run(slots))
-        states = server.backend.pool.states()  # type: ignore[attr-defined]
+        states = server.backend.llm.states()  # type: ignore[attr-defined]
     assert len(episodes) == 300 and set(llm.faults) == set(rates)
     failures = Counter(e.failure.kind for e in episodes if e.failure)
     for episode in episodes:
@@ -218,7 +218,7 @@ async def test_endpoints_share_the_load_and_stand_in_for_each_other() -> None:
             a.down = True
             replies = await asyncio.gather(*(client.turn(turn.model_copy(update={"seed": 9})) for turn in turns[::2]))
             assert all(reply.reply in b.answered for reply in replies)
-            states = server.backend.pool.states()  # type: ignore[attr-defined]
+            states = server.backend.llm.states()  # type: ignore[attr-defined]
             assert states[f"fake-0 at {a.url.split('/')[2]}"] == "open"
             before = len(a.requests)
             await asyncio.gather(*(client.turn(turn.model_copy(update={"seed": 10})) for turn in turns[:20]))

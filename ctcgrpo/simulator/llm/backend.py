@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.records import MAX_DELTA, UserState
@@ -36,45 +37,83 @@ _LONGEST_BACK = 4000
 """Characters of an unreadable answer that are shown to the LLM again."""
 
 
+class ChatModel(Protocol):
+    """What answers chat messages: endpoints, or a model that somebody else calls."""
+
+    async def complete(
+        self, messages: Sequence[Message], *, dialogue: str, seed: int, schema: dict[str, Any], deadline: float
+    ) -> ChatCompletion:
+        """A completion before `deadline` (time.monotonic()), held to a JSON schema where that is possible.
+
+        Raises SimulatorTransportError where there was none, SimulatorReplyError for a request that is refused for good,
+        BudgetSpent where it cannot be paid for.
+        """
+        ...
+
+    def is_ready(self) -> bool: ...
+
+    def spent(self) -> Mapping[str, Any]:
+        """Over all calls: of every run, where they share a store."""
+        ...
+
+    async def close(self) -> None: ...
+
+
 class LlmBackend:
-    """`on_call` sees every call to an endpoint. Raises RecipeError for a configuration that cannot work here: a key that is not
-    set, a folder without the official code."""
+    """`about` says what decides the answers beside the prompts; `samples` answers are averaged, within `deadline` seconds a turn."""
 
     name = "llm"
 
     def __init__(
-        self, config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None] = lambda record: None
+        self,
+        llm: ChatModel,
+        prompts: Prompts,
+        *,
+        about: Mapping[str, Any],
+        samples: int = 1,
+        deadline: float = 180.0,
+        bounded_strings: bool = False,
     ) -> None:
-        if config.llm is None:
+        self.llm, self.prompts = llm, prompts
+        self._about = about
+        self._samples, self._deadline = samples, deadline
+        self._schema = answer_schema(bounded=bounded_strings)
+
+    @classmethod
+    def configured(
+        cls, config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None] = lambda record: None
+    ) -> LlmBackend:
+        """The one that a configuration describes; `on_call` sees every call to an endpoint. Raises RecipeError for what cannot work
+        here: a key that is not set, a folder without the official code."""
+        llm = config.llm
+        if llm is None:
             raise ValueError("the configuration has no llm section")
-        self._llm = config.llm
-        self._digest = config.digest
-        self.prompts: Prompts = TemplatePrompts() if self._llm.official is None else OfficialPrompts(self._llm.official)
-        self.account = Account(config.budget, store)
-        self.pool = EndpointPool(self._llm, self.account, on_call)
-        bounded = all(endpoint.bounded_strings for endpoint in self._llm.endpoints)
-        self._schema = answer_schema(bounded=bounded)
+        return cls(
+            EndpointPool(llm, Account(config.budget, store), on_call),
+            chosen_prompts(llm.official),
+            about={
+                "models": sorted({endpoint.model for endpoint in llm.endpoints}),
+                "temperature": llm.temperature,
+                "settings": config.digest,
+            },
+            samples=llm.samples,
+            deadline=llm.deadline,
+            bounded_strings=all(endpoint.bounded_strings for endpoint in llm.endpoints),
+        )
 
     def about(self) -> dict[str, Any]:
-        return {
-            "backend": self.name,
-            "prompts": self.prompts.name,
-            "models": sorted({endpoint.model for endpoint in self._llm.endpoints}),
-            "samples": self._llm.samples,
-            "temperature": self._llm.temperature,
-            "settings": self._digest,
-        }
+        return {"backend": self.name, "prompts": self.prompts.name, "samples": self._samples, **self._about}
 
     def check(self, card: ScenarioCard) -> None:
         self.prompts.check(card)
 
     async def close(self) -> None:
-        await self.pool.close()
+        await self.llm.close()
 
     async def react(self, request: TurnRequest) -> Reaction:
         messages = self.prompts.messages(request)
-        deadline = time.monotonic() + self._llm.deadline
-        seeds = [request.seed + k for k in range(self._llm.samples)]
+        deadline = time.monotonic() + self._deadline
+        seeds = [request.seed + k for k in range(self._samples)]
         results = await _together([self._answer(request, messages, seed, deadline) for seed in seeds])
         answers = [answer for answer, _ in results]
         usage = Usage(
@@ -97,9 +136,7 @@ class LlmBackend:
                 back: list[Message] = [{"role": "assistant", "content": calls[-1].text[:_LONGEST_BACK] or "-"}]
                 asked = [*messages, *back, {"role": "user", "content": self.prompts.correction(card, problem)}]
             calls.append(
-                await self.pool.complete(
-                    asked, dialogue=card.id, seed=seed + attempt, schema=self._schema, deadline=deadline
-                )
+                await self.llm.complete(asked, dialogue=card.id, seed=seed + attempt, schema=self._schema, deadline=deadline)
             )
             if calls[-1].ended == "content_filter":
                 raise SimulatorReplyError(f"{calls[-1].endpoint}: its content filter withheld the user's answer")
@@ -114,6 +151,11 @@ class LlmBackend:
             f"{calls[-1].endpoint} gave no usable answer, asked twice (last problem: {problem}"
             f"{', cut off by llm.max_tokens' if calls[-1].ended == 'length' else ''})"
         )
+
+
+def chosen_prompts(official: Path | None) -> Prompts:
+    """The project's own, or the authors' out of a copy of their code (which is executed)."""
+    return TemplatePrompts() if official is None else OfficialPrompts(official)
 
 
 async def _together(asked: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:

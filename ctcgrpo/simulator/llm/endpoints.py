@@ -16,7 +16,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal
@@ -217,6 +217,9 @@ class EndpointPool:
     def is_ready(self) -> bool:
         """Whether any endpoint may be asked now."""
         return any(line.ready for line in self._lines)
+
+    def spent(self) -> Mapping[str, Any]:
+        return self._account.summary()
 
     def states(self) -> dict[str, Literal["ready", "resting", "open"]]:
         """How each endpoint is: open says that its breaker keeps calls from it."""
