@@ -12,14 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ctcgrpo.errors import TooManyFailures, too_many_failed
 from ctcgrpo.files import whole_lines, write_whole
+from ctcgrpo.intervals import interval, means, paired
 from ctcgrpo.records import SCENES, Episode, Scenario
 from ctcgrpo.rollout.runner import Slot
-
-BOOTSTRAP_SAMPLES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +31,7 @@ class Validation:
     @property
     def by_scenario(self) -> dict[str, float]:
         """Mean outcome of each scenario that has a valid episode."""
-        return {name: math.fsum(values) / len(values) for name, values in self.outcomes.items() if values}
+        return means((name, value) for name, values in self.outcomes.items() for value in values)
 
     @property
     def overall(self) -> float:
@@ -69,14 +66,11 @@ def validation_of(step: int, scenarios: Sequence[Scenario], episodes: Sequence[t
 
 def improvement(before: Validation, after: Validation, *, seed: int = 0) -> dict[str, Any]:
     """The mean paired difference over the scenarios that both have, and its 95 % interval by a bootstrap over them."""
-    a, b = before.by_scenario, after.by_scenario
-    differences = np.array([b[name] - a[name] for name in a if name in b])
-    if not len(differences):
+    differences = list(paired(before.by_scenario, after.by_scenario).values())
+    if not differences:
         return {"overall": None, "ci95": None, "n": 0}
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(differences), size=(BOOTSTRAP_SAMPLES, len(differences)))
-    low, high = np.percentile(differences[drawn].mean(axis=1), [2.5, 97.5])
-    return {"overall": float(differences.mean()), "ci95": [float(low), float(high)], "n": len(differences)}
+    mean = math.fsum(differences) / len(differences)
+    return {"overall": mean, "ci95": list(interval(differences, seed=seed)), "n": len(differences)}
 
 
 def validation_slots(scenarios: Sequence[Scenario], samples: int, step: int) -> list[Slot]:

@@ -1,0 +1,35 @@
+"""How sure a mean over scenarios is: percentile bootstraps that draw scenarios, seeded. Pure.
+
+Scenarios are what a benchmark has few of, so they are what is drawn; the episodes of one are averaged first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+BOOTSTRAP_SAMPLES = 10_000
+
+
+def means(values: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The mean of each scenario's values, from (scenario, value) pairs, in the order in which scenarios first come."""
+    by_name: dict[str, list[float]] = {}
+    for name, value in values:
+        by_name.setdefault(name, []).append(value)
+    return {name: math.fsum(found) / len(found) for name, found in by_name.items()}
+
+
+def interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of the mean of `values` (n,), n > 0, by drawing n of them with replacement 10,000 times."""
+    found = np.asarray(values, dtype=float)
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(found), size=(BOOTSTRAP_SAMPLES, len(found)))
+    low, high = np.percentile(found[drawn].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def paired(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """after - before for every scenario that both have, in the order of `before`."""
+    return {name: after[name] - value for name, value in before.items() if name in after}
