@@ -13,7 +13,7 @@ from ctcgrpo.naming import did_you_mean
 from ctcgrpo.records import Scenario, UserState
 from ctcgrpo.scoring import outcome_score
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
+from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
 
 
 def find_scenario(scenarios: Sequence[Scenario], name: str | None) -> Scenario:
@@ -65,14 +65,8 @@ async def chat(
             if not said:
                 break
             history.append(Utterance(speaker="policy", text=said))
-            request = TurnRequest(
-                request_id=f"chat/{seed}/{round}",
-                scenario=card,
-                history=tuple(history),
-                state=State(anger=state.anger, trust=state.trust),
-                round=round,
-                max_rounds=rounds,
-                seed=seed + round,
+            request = turn_request(
+                card, history, state, request_id=f"chat/{seed}/{round}", max_rounds=rounds, seed=seed + round
             )
             with console.status("..."):
                 reply = await simulator.turn(request)

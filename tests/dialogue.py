@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ctcgrpo.records import Scenario
 from ctcgrpo.scoring import Variant, outcome_score
-from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
+from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
 from ctcgrpo.simulator.scripted.backend import react
 
 Speaker = Callable[[list[Utterance]], str]
@@ -20,19 +20,9 @@ def converse(
     to make of the history."""
     card, state, turns = ScenarioCard.of(scenario), scenario.anchors.initial, []
     history = [Utterance(speaker="user", text=scenario.opening_line)] if scenario.opening_line else []
-    for round, reply in enumerate(replies, 1):
+    for reply in replies:
         history.append(Utterance(speaker="policy", text=reply if isinstance(reply, str) else reply(history)))
-        reaction = react(
-            TurnRequest(
-                request_id="t",
-                scenario=card,
-                history=tuple(history),
-                state=State(anger=state.anger, trust=state.trust),
-                round=round,
-                max_rounds=rounds,
-                seed=0,
-            )
-        )
+        reaction = react(turn_request(card, history, state, request_id="t", max_rounds=rounds, seed=0))
         turns.append((reaction.anger_delta, reaction.trust_delta, reaction.why, reaction.reply))
         state = state.plus(reaction.anger_delta, reaction.trust_delta)
         history.append(Utterance(speaker="user", text=reaction.reply))

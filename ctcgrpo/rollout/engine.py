@@ -62,6 +62,6 @@ class PolicyEngine(ABC):
 
 
 def request_seed(*where: object) -> int:
-    """A seed in [0, 2**63) from (run seed, step, group, scenario, rollout, turn)."""
+    """A seed in [0, 2**31), which every provider of models takes, from (run seed, step, group, scenario, rollout, turn)."""
     digest = hashlib.sha256("/".join(map(str, where)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(digest[:4], "big") >> 1

@@ -22,7 +22,7 @@ from ctcgrpo.records import Completion, Episode, Failure, Scenario, Turn, UserSt
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling, request_seed
 from ctcgrpo.scoring import Variant, outcome_score
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
+from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,12 +173,11 @@ class _Player:
         parsed = parse_completion(runner.tokenizer.decode(ids), completion.finish_reason, runner.contexts.opens_reasoning)
         round = len(self._turns) + 1
         self._history.append(Utterance(speaker="policy", text=parsed.reply))
-        request = TurnRequest(
+        request = turn_request(
+            self._card,
+            self._history,
+            self._state,
             request_id=f"{play.seed}/{slot.step}/{slot.group}/{slot.scenario.id}/{slot.rollout}/{round}",
-            scenario=self._card,
-            history=tuple(self._history),
-            state=State(anger=self._state.anger, trust=self._state.trust),
-            round=round,
             max_rounds=play.max_turns,
             seed=request_seed("user", play.seed, *slot.seeds, round),
         )

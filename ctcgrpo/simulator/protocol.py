@@ -6,6 +6,7 @@ any replica can answer it and a retry is safe.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -94,6 +95,21 @@ class TurnRequest(_Message):
         if self.history[-1].speaker != "policy":
             raise ValueError("history must end with the policy's reply")
         return self
+
+
+def turn_request(
+    card: ScenarioCard, history: Sequence[Utterance], state: UserState, *, request_id: str, max_rounds: int, seed: int
+) -> TurnRequest:
+    """The request for the user's reaction to the last reply in `history`; `state` is the one before it."""
+    return TurnRequest(
+        request_id=request_id,
+        scenario=card,
+        history=tuple(history),
+        state=State(anger=state.anger, trust=state.trust),
+        round=sum(utterance.speaker == "policy" for utterance in history),
+        max_rounds=max_rounds,
+        seed=seed,
+    )
 
 
 class Usage(_Message):

@@ -141,7 +141,7 @@ def test_request_seeds_differ_in_every_part() -> None:
         ("b", 1, 0, "s", 0, 0),
     ]
     seeds = {request_seed(*w) for w in where}
-    assert len(seeds) == len(where) and all(0 <= s < 2**63 for s in seeds)
+    assert len(seeds) == len(where) and all(0 <= s < 2**31 for s in seeds)
 
 
 async def test_sampling_follows_the_distribution(parts: Parts) -> None:

@@ -60,7 +60,8 @@ class ChatModel(Protocol):
 
 
 class LlmBackend:
-    """`about` says what decides the answers beside the prompts; `samples` answers are averaged, within `deadline` seconds a turn."""
+    """`about` says what decides the answers beside the prompts; `samples` answers are averaged, within `deadline` seconds a
+    turn."""
 
     name = "llm"
 
