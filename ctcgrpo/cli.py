@@ -16,6 +16,7 @@ import typer
 
 from ctcgrpo import __version__
 from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
+from ctcgrpo.evaluation import commands as evaluation
 from ctcgrpo.recipe import Recipe, load_recipe
 
 _LAUNCHED = "CTCGRPO_LAUNCHED"
@@ -29,6 +30,9 @@ app = typer.Typer(
 )
 scenarios_app = typer.Typer(help="Scenarios.", no_args_is_help=True)
 app.add_typer(scenarios_app, name="scenarios")
+app.command()(evaluation.evaluate)
+app.command()(evaluation.compare)
+app.command()(evaluation.leaderboard)
 
 
 def main() -> None:

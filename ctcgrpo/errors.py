@@ -7,9 +7,11 @@
     policy engine         PolicyEngineError       4      a failed episode
     simulator transport   SimulatorTransportError 5      a failed episode
     simulator reply       SimulatorReplyError     5      a failed episode
+    judge                 JudgeReplyError         5      -
     run folder            OutputError             6      -
     too many failures     TooManyFailures         7      stops the run after saving
     simulator's budget    BudgetSpent             8      stops the run after saving
+    evaluation's gate     GateFailed              9      -
     Ctrl-C                RunInterrupted          130    stops the run after saving
 
 A bad episode is data, not a result: it is recorded with its reason and left out of every statistic. What the policy
@@ -57,6 +59,13 @@ class SimulatorReplyError(CtcGrpoError):
     kind = "simulator_reply"
 
 
+class JudgeReplyError(CtcGrpoError):
+    """A judge that gives no verdict: a failed item of an evaluation."""
+
+    exit_code = 5
+    kind = "judge"
+
+
 class DeadlinePassed(CtcGrpoError):
     """An episode that was still going on at rollout.deadline."""
 
@@ -71,6 +80,13 @@ class OutputError(CtcGrpoError):
 class TooManyFailures(CtcGrpoError):
     exit_code = 7
     kind = "too_many_failures"
+
+
+class GateFailed(CtcGrpoError):
+    """An evaluation ended well, with a score below what was asked for."""
+
+    exit_code = 9
+    kind = "gate"
 
 
 class RunPaused(CtcGrpoError):

@@ -10,6 +10,10 @@ from ctcgrpo.errors import PolicyError
 _HEADING = re.compile(r"^#+ *(.+?) *$", re.MULTILINE)
 
 
+def has_sections(persona: str) -> bool:
+    return _HEADING.search(persona) is not None
+
+
 def told(persona: str, sections: Sequence[str] | None) -> str:
     """The named sections of a persona (`### Heading` and the lines below it) in the persona's own order, or, for None, all of
     it. Raises PolicyError naming a section that is not there."""

@@ -1,0 +1,130 @@
+"""Two or more evaluations of one benchmark, scenario by scenario: the paired difference to the first, with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ctcgrpo.errors import OutputError
+from ctcgrpo.evaluation.results import Result, read_results, read_summary
+from ctcgrpo.intervals import interval, paired
+
+_MIND = ("other", "task", "generation", "limit")
+"""What of a summary has to be the same for figures to be comparable; models may differ."""
+
+
+def compared(folders: Sequence[Path], names: Sequence[str] | None = None) -> dict[str, Any]:
+    """The comparison of evaluations with the first: `baseline`, `others` (each with the mean over the scenarios that both have, the
+    paired difference, its 95 % interval, and the same by group), and `warnings` of what else differs between them.
+
+    Raises OutputError for fewer than two, for folders that hold no evaluation, and for different benchmarks or no scenario in
+    common.
+    """
+    if len(folders) < 2:
+        raise OutputError("name at least two evaluations to compare")
+    summaries = [read_summary(folder) for folder in folders]
+    names = list(names or _names(folders, summaries))
+    first, *others = summaries
+    for folder, summary in zip(folders, summaries, strict=True):
+        if summary["bench"] != first["bench"]:
+            raise OutputError(
+                f"{folders[0]} is of {first['bench']}, {folder} of {summary['bench']}: their scores mean other things"
+            )
+    rows = [
+        _against(first, other, folders[0], folder, name)
+        for other, folder, name in zip(others, folders[1:], names[1:], strict=True)
+    ]
+    return {
+        "bench": first["bench"],
+        "baseline": {"name": names[0], "mean": first["score"]["mean"], "folder": str(folders[0])},
+        "others": rows,
+        "warnings": _warnings(names, summaries),
+    }
+
+
+def _against(first: Mapping[str, Any], other: Mapping[str, Any], a: Path, b: Path, name: str) -> dict[str, Any]:
+    differences = paired(first["scenarios"], other["scenarios"])
+    if not differences:
+        raise OutputError(f"{a} and {b} have no scored scenario in common")
+    groups: dict[str, list[str]] = {}
+    for scenario in differences:
+        groups.setdefault(first["group_of"][scenario], []).append(scenario)
+    row = _row(list(differences), differences, other["scenarios"])
+    return {
+        "name": name,
+        "folder": str(b),
+        **row,
+        "groups": {group: _row(scenarios, differences, other["scenarios"]) for group, scenarios in groups.items()},
+        "by_scenario": differences,
+    }
+
+
+def _row(scenarios: Sequence[str], differences: Mapping[str, float], scores: Mapping[str, float]) -> dict[str, Any]:
+    found = [differences[s] for s in scenarios]
+    return {
+        "mean": sum(scores[s] for s in scenarios) / len(scenarios),
+        "difference": sum(found) / len(found),
+        "ci95": list(interval(found)),
+        "n": len(found),
+    }
+
+
+def _names(folders: Sequence[Path], summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Models where they differ, else folders."""
+    models = [summary["model"] for summary in summaries]
+    return models if len(set(models)) == len(models) else [str(folder) for folder in folders]
+
+
+def _warnings(names: Sequence[str], summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = []
+    first = summaries[0]
+    for name, summary in zip(names[1:], summaries[1:], strict=True):
+        for part in _MIND:
+            if summary.get(part) != first.get(part):
+                found.append(f"{part} differs: {names[0]} has {_short(first.get(part))}, {name} {_short(summary.get(part))}")
+        missing = len(set(first["scenarios"]) ^ set(summary["scenarios"]))
+        if missing:
+            found.append(f"{missing} scenarios are scored in one of {names[0]} and {name} only, and are left out")
+    return found
+
+
+def _short(value: Any) -> str:
+    return str(value) if len(str(value)) < 200 else str(value)[:200] + "..."
+
+
+def most_changed(found: Mapping[str, Any], most: int = 3) -> list[dict[str, Any]]:
+    """For each evaluation beside the first, the scenarios that changed most, in both directions, and a dialogue of each side: the
+    one whose score is closest to its scenario's mean. Raises OutputError where results are missing."""
+    shown = []
+    before = _by_scenario(read_results(Path(found["baseline"]["folder"])))
+    for other in found["others"]:
+        after = _by_scenario(read_results(Path(other["folder"])))
+        ranked = sorted(other["by_scenario"], key=lambda s: other["by_scenario"][s])
+        worst = [s for s in ranked[:most] if other["by_scenario"][s] < 0]
+        best = [s for s in reversed(ranked[-most:]) if other["by_scenario"][s] > 0]
+        for scenario in dict.fromkeys([*best, *worst]):
+            shown.append(
+                {
+                    "other": other["name"],
+                    "scenario": scenario,
+                    "difference": other["by_scenario"][scenario],
+                    "before": _typical(before[scenario]),
+                    "after": _typical(after[scenario]),
+                }
+            )
+    return shown
+
+
+def _by_scenario(results: Sequence[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        if result.score is not None:
+            found.setdefault(result.scenario, []).append(result)
+    return found
+
+
+def _typical(results: Sequence[Result]) -> Result:
+    scores = [r.score or 0.0 for r in results]
+    mean = sum(scores) / len(scores)
+    return min(results, key=lambda r: abs((r.score or 0.0) - mean))

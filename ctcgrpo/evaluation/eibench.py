@@ -1,0 +1,149 @@
+"""EIBench: the model talks to a simulated user for some rounds, and is scored by the state that it leaves the user in.
+
+    inspect eval ctcgrpo/eibench --model PROVIDER/MODEL --model-role simulator=PROVIDER/MODEL
+    inspect eval ctcgrpo/eibench --model PROVIDER/MODEL -T simulator=scripted
+
+Prompts, reading, states and scores are those of training and of the validation during it, and so are the seeds: for the same seed
+and settings, episode k of a scenario draws here what it draws there. Source: EIBench (arXiv 2606.15532).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from inspect_ai import Epochs, Task, task
+from inspect_ai.dataset import MemoryDataset, Sample
+from inspect_ai.log import transcript
+from inspect_ai.model import ChatMessage, ChatMessageSystem, ChatMessageUser, GenerateConfig
+from inspect_ai.scorer import Score, Scorer, Target, grouped, mean, scorer
+from inspect_ai.solver import Generate, Solver, TaskState, solver
+from inspect_ai.util import span
+
+from ctcgrpo.errors import RecipeError
+from ctcgrpo.evaluation.record import Record
+from ctcgrpo.evaluation.speaking import say
+from ctcgrpo.evaluation.users import User, chosen_user
+from ctcgrpo.records import Scenario, UserState
+from ctcgrpo.rollout.engine import request_seed
+from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.scoring import Variant, outcome_score
+from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
+
+
+@task
+def eibench(
+    scenarios: str = "english/test",
+    simulator: str | None = None,
+    rounds: int = 8,
+    variant: Variant = "evaluation",
+    repeats: int = 1,
+    seed: int = 0,
+    official: str | None = None,
+) -> Task:
+    """EIBench on a set of scenarios.
+
+    Args:
+      scenarios: a path, a bundled pack (english/test) or a dataset under $CTCGRPO_DATA (eibench/test: the 213 published ones).
+      simulator: who plays the user: nothing for the model with the role `simulator`; scripted; the file of a configuration
+        (configs/simulator); or the URL of a server.
+      rounds: replies of the model at most.
+      variant: how a final state is scored: evaluation (as published figures are) or training.
+      repeats: dialogues a scenario; a scenario counts with their mean.
+      seed: of what is sampled, where providers heed it.
+      official: a folder with the authors' code, whose prompts the simulator is given (it is executed).
+    """
+    found = load_scenarios(scenarios, "test")
+    user = chosen_user(simulator, None if official is None else Path(official).expanduser())
+    if rounds < 1 or repeats < 1:
+        raise RecipeError(f"rounds is {rounds} and repeats {repeats}; both are at least 1")
+    samples = [
+        Sample(id=s.id, input=_opening(s), metadata={"group": s.scene, "title": s.title, "position": k})
+        for k, s in enumerate(found)
+    ]
+    return Task(
+        name="eibench",
+        dataset=MemoryDataset(samples, name=scenarios),
+        solver=_conversing({s.id: s for s in found}, user, rounds, seed),
+        scorer=_judging({s.id: s for s in found}, variant),
+        config=GenerateConfig(temperature=0.6, top_p=0.95, max_tokens=1024),
+        epochs=Epochs(repeats, "mean"),
+        fail_on_error=False,
+    )
+
+
+def _opening(scenario: Scenario) -> list[ChatMessage]:
+    system = ChatMessageSystem(content=scenario.policy_persona)
+    return [system, *([ChatMessageUser(content=scenario.opening_line)] if scenario.opening_line else [])]
+
+
+def _conversing(scenarios: Mapping[str, Scenario], user: User, rounds: int, seed: int) -> Solver:
+    """Model and user take turns until the user leaves or the rounds are over."""
+
+    async def solve(state: TaskState, generate: Generate) -> TaskState:
+        scenario = scenarios[str(state.sample_id)]
+        record = state.store_as(Record)
+        record.about = await user.about()
+        card, now = ScenarioCard.of(scenario), scenario.anchors.initial
+        place = (0, state.metadata["position"], scenario.id, state.epoch - 1)
+        history = [Utterance(speaker="user", text=scenario.opening_line)] if scenario.opening_line else []
+        if scenario.opening_line:
+            record.user_said(scenario.opening_line, now._asdict())
+        for round in range(1, rounds + 1):
+            async with span(f"turn {round}", type="turn"):
+                reply = await say(state.messages, seed=request_seed(seed, *place, round - 1))
+                state.messages.append(reply.message)
+                record.model_said(reply.text, reply.tokens)
+                history.append(Utterance(speaker="policy", text=reply.text))
+                answer = await user.turn(
+                    turn_request(
+                        card,
+                        history,
+                        now,
+                        request_id=f"{seed}/{'/'.join(map(str, place))}/{round}",
+                        max_rounds=rounds,
+                        seed=request_seed("user", seed, *place, round),
+                    )
+                )
+                before, now = now, UserState(answer.state.anger, answer.state.trust)
+                history.append(Utterance(speaker="user", text=answer.reply, reflection=answer.reflection))
+                heard: dict[str, Any] = {
+                    "before": before._asdict(),
+                    "after": now._asdict(),
+                    "why": answer.why,
+                    "goes_on": answer.goes_on,
+                }
+                state.messages.append(ChatMessageUser(content=answer.reply, metadata=heard))
+                transcript().info(heard, source="simulator")
+                record.user_said(answer.reply, now._asdict(), answer.why)
+                record.spend("simulator", (answer.usage.prompt_tokens, answer.usage.completion_tokens))
+            if not answer.goes_on:
+                break
+        record.over = True
+        return state
+
+    # What a solver is made with goes into the log: the scenarios stay out of it.
+    return solver(name="converse")(lambda: solve)()
+
+
+def _judging(scenarios: Mapping[str, Scenario], variant: Variant) -> Scorer:
+    """The outcome of the state that the user is left in."""
+
+    async def score(state: TaskState, target: Target) -> Score:
+        record, scenario = state.store_as(Record), scenarios[str(state.sample_id)]
+        if not record.over:
+            raise RuntimeError("the dialogue was cut off by a limit; what it had come to is no outcome")
+        heard = [UserState(**line["state"]) for line in record.lines if line["speaker"] == "user"]
+        found = measured(heard if scenario.opening_line else [scenario.anchors.initial, *heard], scenario, variant)
+        return Score(value=found.pop("outcome"), metadata=found)
+
+    return scorer(metrics=[grouped(mean(), "group", all_label="all")], name="outcome")(lambda: score)()
+
+
+def measured(states: Sequence[UserState], scenario: Scenario, variant: Variant) -> dict[str, float]:
+    """Outcome and measures of a dialogue from its states, the initial one first."""
+    outcomes = [outcome_score(state, scenario.anchors, variant) for state in states]
+    there = next((k for k, value in enumerate(outcomes) if k and value >= 1.0), None)
+    found = {"outcome": outcomes[-1], "escalated": float(outcomes[-1] < 0), "reached": float(there is not None)}
+    return found if there is None else {**found, "turns_to_target": float(there)}

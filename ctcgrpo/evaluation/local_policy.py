@@ -1,0 +1,174 @@
+"""A policy in a folder as an Inspect model: --model ctcgrpo/checkpoints/RUN/final (or best, base, an export, any model's folder).
+
+Contexts and sampling are those of training, id by id: what was sampled in earlier turns stands in later prompts as it was
+sampled, a prompt that grows too long drops its oldest exchange, and requests of all dialogues are batched while they go on.
+Within a run's folder its recipe says how contexts are made (reasoning, length, which sections of a role the policy is told).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from inspect_ai.model import (
+    ChatMessage,
+    ChatMessageAssistant,
+    GenerateConfig,
+    ModelAPI,
+    ModelOutput,
+    ModelUsage,
+)
+from inspect_ai.tool import ToolChoice, ToolInfo
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ctcgrpo.errors import PolicyEngineError, PolicyError
+from ctcgrpo.policy.context import ContextBuilder, Dialogue
+from ctcgrpo.policy.loading import load_tokenizer, stop_ids
+from ctcgrpo.policy.persona import has_sections, told
+from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.records import Completion
+from ctcgrpo.rollout.continuous import ContinuousEngine
+from ctcgrpo.rollout.engine import Sampling
+from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
+from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.settings import context_builder
+
+_REMEMBERED = 65536
+"""Replies whose ids are kept for later turns."""
+_NEW_TOKENS = 1024
+"""Where nobody says how long a reply may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: frozenset[int]
+    contexts: ContextBuilder
+    engine: ContinuousEngine
+
+
+class LocalPolicy(ModelAPI):
+    """`recipe`: the file of the recipe that says how contexts are made, where it is not that of the run around the folder;
+    `max_batch`: requests under way at once. Raises PolicyError for a folder that holds no model."""
+
+    def __init__(
+        self,
+        model_name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: GenerateConfig | None = None,
+        recipe: str | None = None,
+        max_batch: int = 64,
+    ) -> None:
+        super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
+        folder = Path(model_name).expanduser()
+        self._model = str(folder) if folder.exists() else model_name
+        if folder.exists() and not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+            raise PolicyError(f"{model_name} holds no model; name a folder with its config.json (checkpoints/RUN/final)")
+        self._recipe = load_recipe(recipe) if recipe is not None else recipe_of(folder)
+        self._max_batch = max_batch
+        self._sampled: OrderedDict[str, Completion] = OrderedDict()
+
+    @cached_property
+    def _parts(self) -> _Parts:
+        """Loaded when it is first asked: Inspect makes models only to look at them, too."""
+        return _parts(self._model, self._recipe, self._max_batch)
+
+    async def generate(
+        self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
+    ) -> ModelOutput:
+        if tools:
+            raise PolicyEngineError("a policy of this project calls no tools")
+        prompt_ids, _ = self._parts.contexts.prompt(self._dialogue(input))
+        completion = await self._parts.engine.generate(
+            prompt_ids,
+            seed=secrets.randbits(31) if config.seed is None else config.seed,
+            sampling=Sampling(
+                temperature=1.0 if config.temperature is None else config.temperature,
+                top_p=1.0 if config.top_p is None else config.top_p,
+                top_k=config.top_k or 0,
+                max_new_tokens=config.max_tokens or _NEW_TOKENS,
+            ),
+        )
+        text = self._parts.tokenizer.decode([token for token in completion.token_ids if token not in self._parts.stop_ids])
+        if self._parts.contexts.opens_reasoning:
+            text = "<think>" + text
+        output = ModelOutput.from_content(
+            self.model_name, text, stop_reason="max_tokens" if completion.finish_reason == "length" else "stop"
+        )
+        read, written = len(prompt_ids), len(completion.token_ids)
+        output.usage = ModelUsage(input_tokens=read, output_tokens=written, total_tokens=read + written)
+        self._remember(output.choices[0].message, completion)
+        return output
+
+    def max_connections(self) -> int:
+        return self._max_batch
+
+    def close(self) -> None:
+        if "_parts" in self.__dict__:
+            self._parts.engine.close()
+
+    def _remember(self, message: ChatMessageAssistant, completion: Completion) -> None:
+        assert message.id is not None
+        self._sampled[message.id] = completion
+        while len(self._sampled) > _REMEMBERED:
+            self._sampled.popitem(last=False)
+
+    def _dialogue(self, messages: list[ChatMessage]) -> Dialogue:
+        """Raises PolicyEngineError for messages that do not take turns."""
+        persona = messages[0].text if messages and messages[0].role == "system" else ""
+        if self._recipe is not None and has_sections(persona):
+            persona = told(persona, self._recipe.policy.persona_sections)
+        said = messages[1 if persona else 0 :]
+        opening = said[0].text if said and said[0].role == "user" else ""
+        said = said[1 if opening else 0 :]
+        if not (persona or opening) or [m.role for m in said] != ["assistant", "user"] * (len(said) // 2):
+            raise PolicyEngineError(f"messages do not take turns: {', '.join(m.role for m in messages)}")
+        dialogue = Dialogue(persona, opening)
+        for reply, line in zip(said[::2], said[1::2], strict=True):
+            dialogue = self._parts.contexts.extend(dialogue, self._completion(reply), line.text)
+        return dialogue
+
+    def _completion(self, reply: ChatMessage) -> Completion:
+        """What was sampled, or, of a reply that comes from elsewhere, its text."""
+        kept = self._sampled.get(reply.id or "")
+        if kept is not None:
+            return kept
+        ids = tuple(self._parts.tokenizer.encode(reply.text, add_special_tokens=False))
+        return Completion(ids, (0.0,) * len(ids), (), "stop")
+
+
+def recipe_of(folder: Path) -> Recipe | None:
+    """The recipe of the run that a policy's folder belongs to."""
+    file = RunFolder(folder.resolve().parent).recipe_file
+    return load_recipe(file) if file.exists() else None
+
+
+def _parts(name: str, recipe: Recipe | None, max_batch: int) -> _Parts:
+    """Raises PolicyError for what cannot be loaded."""
+    tokenizer = load_tokenizer(name)
+    ends = stop_ids(name, tokenizer)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from None
+    contexts = (
+        context_builder(recipe, tokenizer, ends)
+        if recipe is not None
+        else ContextBuilder(tokenizer, stop_ids=ends, max_prompt_tokens=_room(model))
+    )
+    engine = ContinuousEngine(TransformersBatcher(model, pad_id=tokenizer.pad_token_id, stop_ids=ends, max_batch=max_batch))
+    engine.take_weights(0)
+    return _Parts(tokenizer, ends, contexts, engine)
+
+
+def _room(model: PreTrainedModel) -> int:
+    """Tokens of a prompt, so that a reply has room behind it."""
+    positions = int(getattr(model.config, "max_position_embeddings", 0) or 32768)
+    return max(positions // 2, positions - 4096)

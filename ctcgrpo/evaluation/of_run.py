@@ -1,0 +1,68 @@
+"""A run's base and final policy as evaluations: the way that its recipe validates them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ctcgrpo.errors import OutputError, RecipeError
+from ctcgrpo.evaluation.run import LOCAL, Evaluation
+from ctcgrpo.files import is_complete
+from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.run_folder import RunFolder
+
+
+def evaluations_of(
+    folder: RunFolder, task: dict[str, Any], generation: dict[str, Any], simulator: str | None, limit: int | None
+) -> dict[str, Evaluation]:
+    """By name (base, final). `task` and `generation` go before what the recipe says. Raises OutputError for a folder without a
+    finished run, RecipeError where neither the recipe nor an option says what to evaluate on."""
+    if not folder.recipe_file.exists():
+        raise OutputError(f"{folder.path} is no run's folder: it holds no recipe.yaml")
+    if not is_complete(folder.final):
+        raise OutputError(f"{folder.path} holds no finished run; evaluate a folder in it: --model {folder.path}/best")
+    recipe = load_recipe(folder.recipe_file)
+    rollout = recipe.rollout
+    sampled = {
+        "temperature": rollout.temperature,
+        "top_p": rollout.top_p,
+        "top_k": rollout.top_k,
+        "max_tokens": rollout.max_new_tokens,
+    }
+    played = {**_as_validated(recipe), **({"simulator": simulator} if simulator else {}), **task}
+    if "scenarios" not in played:
+        raise RecipeError(f"{folder.recipe_file} has no validation section; say what to evaluate on with --scenarios")
+    base = str(folder.base) if recipe.policy.model.startswith("builtin/") else recipe.policy.model
+    return {
+        name: Evaluation(
+            bench="eibench",
+            model=f"{LOCAL}{model}",
+            task=played,
+            generation={**sampled, **generation},
+            model_args={"recipe": str(folder.recipe_file), "max_batch": rollout.max_batch},
+            limit=limit,
+        )
+        for name, model in (("base", base), ("final", str(folder.final)))
+    }
+
+
+def _as_validated(recipe: Recipe) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "rounds": recipe.rollout.max_turns,
+        "variant": recipe.scoring.variant,
+        "simulator": _simulator(recipe),
+    }
+    if recipe.validation is not None:
+        found |= {
+            "scenarios": recipe.validation.scenarios,
+            "repeats": recipe.validation.samples,
+            "seed": recipe.validation.seed,
+        }
+    return found
+
+
+def _simulator(recipe: Recipe) -> str:
+    settings = recipe.simulator
+    if settings.url != "embedded":
+        return settings.url if isinstance(settings.url, str) else settings.url[0]
+    return "scripted" if settings.config is None else str(Path(settings.config))

@@ -1,0 +1,133 @@
+"""What an evaluation found: a result for each dialogue, and their summary. Pure; no part of it knows what played them.
+
+results.jsonl   a Result a line
+summary.json    what `summarise` makes of them: means over scenarios, with intervals
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ctcgrpo.errors import OutputError
+from ctcgrpo.evaluation.benches import Bench
+from ctcgrpo.files import write_whole
+from ctcgrpo.intervals import interval, means
+
+RESULTS, SUMMARY = "results.jsonl", "summary.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Something that was said. `state` is the user's after it, by axis, and `why` what moved it; empty for the model's lines."""
+
+    speaker: Literal["model", "user"]
+    text: str
+    state: Mapping[str, float] = field(default_factory=dict)
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One dialogue, or set of answers. `score` is None exactly where `failure` says why there is none: its `kind` and the message.
+    `tokens` are those that each role took (input, output)."""
+
+    scenario: str
+    repeat: int
+    group: str
+    score: float | None
+    measures: Mapping[str, float] = field(default_factory=dict)
+    failure: tuple[str, str] | None = None
+    lines: tuple[Line, ...] = ()
+    tokens: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def figures(values: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """Mean over scenarios with its 95 % interval, and how many scenarios there are; all None for no values."""
+    by_scenario = list(means(values).values())
+    if not by_scenario:
+        return {"mean": None, "ci95": None, "n": 0}
+    return {
+        "mean": sum(by_scenario) / len(by_scenario),
+        "ci95": list(interval(by_scenario)),
+        "n": len(by_scenario),
+    }
+
+
+def summarise(bench: Bench, results: Sequence[Result], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary of an evaluation. `facts` are what else decides its figures: model, simulator or judge, settings, versions."""
+    scored = [r for r in results if r.score is not None]
+    groups = list(dict.fromkeys(r.group for r in results))
+    measures = {}
+    for name in bench.measures:
+        values = [(r.scenario, r.measures[name]) for r in scored if name in r.measures]
+        measures[name] = figures(values)
+        if name in bench.shares:
+            measures[name]["count"] = int(sum(value for _, value in values))
+    failures = Counter(r.failure[0] for r in results if r.failure is not None)
+    tokens = {
+        role: {
+            kind: sum(r.tokens[role][k] for r in results if role in r.tokens) for k, kind in enumerate(("input", "output"))
+        }
+        for role in sorted({role for r in results for role in r.tokens})
+    }
+    return {
+        "bench": bench.name,
+        **facts,
+        "score": figures(_scores(scored)),
+        "groups": {group: figures(_scores([r for r in scored if r.group == group])) for group in groups},
+        "measures": measures,
+        "results": len(results),
+        "failed": len(results) - len(scored),
+        "failures": dict(failures),
+        "tokens": tokens,
+        "scenarios": means(_scores(scored)),
+        "group_of": {r.scenario: r.group for r in results},
+    }
+
+
+def _scores(results: Sequence[Result]) -> list[tuple[str, float]]:
+    return [(r.scenario, r.score) for r in results if r.score is not None]
+
+
+def write_results(folder: Path, results: Sequence[Result], summary: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / RESULTS, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in results))
+    write_whole(folder / SUMMARY, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Raises OutputError for a folder that holds no evaluation."""
+    file = folder / SUMMARY
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OutputError(f"{folder} holds no {SUMMARY}: no finished evaluation") from None
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{file} cannot be read: {error}") from None
+    if not isinstance(summary, dict) or "bench" not in summary:
+        raise OutputError(f"{file} is no summary of an evaluation (`ctcgrpo evaluate` writes those)")
+    return summary
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Raises OutputError for a file that is not there or holds something else."""
+    file = folder / RESULTS
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        return [_result(row) for row in rows]
+    except FileNotFoundError:
+        raise OutputError(f"{folder} holds no {RESULTS}") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise OutputError(f"{file} holds no results of an evaluation: {error}") from None
+
+
+def _result(row: dict[str, Any]) -> Result:
+    row["lines"] = tuple(Line(**line) for line in row["lines"])
+    row["failure"] = tuple(row["failure"]) if row["failure"] is not None else None
+    row["tokens"] = {role: tuple(pair) for role, pair in row["tokens"].items()}
+    return Result(**row)

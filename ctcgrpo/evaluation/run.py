@@ -1,0 +1,169 @@
+"""`ctcgrpo evaluate`: a benchmark played by Inspect into a folder, once; what was cut off or failed is played again by the same
+command.
+
+evaluation.json   what was asked for
+logs/             Inspect's own (inspect view start --log-dir FOLDER/logs)
+results.jsonl     every dialogue
+summary.json      the figures
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import inspect_ai
+from inspect_ai.log import EvalLog
+
+from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError, RecipeError, RunInterrupted
+from ctcgrpo.evaluation import _registry
+from ctcgrpo.evaluation.benches import named
+from ctcgrpo.evaluation.logs import newest_log, results_of
+from ctcgrpo.evaluation.results import summarise, write_results
+from ctcgrpo.files import write_whole
+from ctcgrpo.recipe import differences
+
+LOCAL = "ctcgrpo/"
+"""The provider of policies in folders."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What is evaluated, on what, and how. `task` are the arguments of the benchmark's task, `generation` those of sampling
+    (temperature, top_p, max_tokens, ...), `roles` models by role, `model_args` what the model's provider takes."""
+
+    bench: str
+    model: str
+    task: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    limit: int | None = None
+
+
+def model_name(model: str) -> str:
+    """How Inspect is told of a model: folders are policies of ours, anything else is PROVIDER/NAME. Raises PolicyError for what is
+    neither."""
+    folder = Path(model).expanduser()
+    if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
+        return f"{LOCAL}{model}"
+    if "/" not in model or folder.exists():
+        raise PolicyError(
+            f"--model {model!r} is neither a folder with a model (checkpoints/RUN/final) nor PROVIDER/NAME (openai/gpt-4o, "
+            "openai-api/local/NAME, hf/NAME, vllm/NAME)"
+        )
+    return model
+
+
+def evaluate(
+    wanted: Evaluation, folder: Path, *, display: str = "plain", connections: int | None = None, prices: Path | None = None
+) -> dict[str, Any]:
+    """The summary of an evaluation, which stands in `folder` with all that it comes from. `prices`: a file that tells Inspect what
+    models cost.
+
+    Raises OutputError where the folder holds another evaluation, RecipeError and PolicyError for what cannot be evaluated here, and
+    RunInterrupted on Ctrl-C: the same call goes on.
+    """
+    bench = named(wanted.bench)
+    _keep_to(folder, wanted)
+    logs = folder / "logs"
+    options: dict[str, Any] = {
+        "log_dir": str(logs),
+        "display": display,
+        "fail_on_error": False,
+        "log_level": "warning",
+    }
+    if connections is not None:
+        options["max_connections"] = connections
+    log = newest_log(logs)
+    try:
+        if log is None or not log.eval.dataset.sample_ids:
+            [log] = inspect_ai.eval(
+                f"ctcgrpo/{bench.name}",
+                model=wanted.model,
+                model_args=dict(wanted.model_args),
+                model_roles=dict(wanted.roles) or None,
+                task_args=dict(wanted.task),
+                limit=wanted.limit,
+                model_cost_config=None if prices is None else str(prices),
+                max_samples=connections,
+                **options,
+                **wanted.generation,
+            )
+        elif log.status != "success" or _failed(log):
+            [log] = inspect_ai.eval_retry(log.location, max_samples=connections, **options)
+    except CtcGrpoError:
+        raise
+    except KeyboardInterrupt:
+        raise RunInterrupted("interrupted; the same command goes on") from None
+    except Exception as error:
+        raise _explained(error, wanted) from error
+    if log.status == "cancelled":
+        raise RunInterrupted("interrupted; the same command goes on")
+    if log.status == "error":
+        raise PolicyError(f"{wanted.bench} could not be played: {log.error.message if log.error else 'no reason given'}")
+    results, facts = results_of(log)
+    summary = summarise(bench, results, facts)
+    write_results(folder, results, summary)
+    return summary
+
+
+def _failed(log: EvalLog) -> bool:
+    return log.results is None or log.results.completed_samples < log.results.total_samples
+
+
+def _keep_to(folder: Path, wanted: Evaluation) -> None:
+    """A folder holds one evaluation."""
+    file = folder / "evaluation.json"
+    asked = json.loads(json.dumps(asdict(wanted)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            if changed := differences(before, asked):
+                raise OutputError(f"{folder} holds another evaluation ({'; '.join(changed)}); choose another with --out")
+        write_whole(file, json.dumps(asked, indent=2) + "\n")
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder} ({error.strerror}); choose another with --out") from None
+
+
+def _explained(error: Exception, wanted: Evaluation) -> Exception:
+    """What Inspect and its providers raise for a user's mistake, as one line; anything else as it is."""
+    from inspect_ai._util.error import PrerequisiteError
+
+    told = " ".join(str(getattr(error, "message", error)).split())
+    told = _plain(told).removeprefix("ERROR: ")
+    if isinstance(error, PrerequisiteError) or "not recognized" in told or "Unknown" in told:
+        return RecipeError(f"--model {wanted.model} {dict(wanted.roles) or ''}: {told}".replace("  ", " "))
+    return error
+
+
+def _plain(text: str) -> str:
+    from rich.text import Text
+
+    return Text.from_markup(text).plain
+
+
+def settled(parts: Sequence[str]) -> dict[str, Any]:
+    """key=value arguments (of a provider or a task) as YAML reads the values. Raises RecipeError for one without a value."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for part in parts:
+        name, sign, value = part.partition("=")
+        if not sign or not name:
+            raise RecipeError(f"{part!r}: write NAME=VALUE")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RecipeError(f"{part!r}: the value is not valid YAML") from None
+    return found
+
+
+def task_options(bench: str) -> list[str]:
+    """The arguments of a benchmark's task."""
+    return list(inspect.signature(getattr(_registry, bench)).parameters)

@@ -1,0 +1,174 @@
+"""The rules of SAGE: a user whose emotion is one number, moved by what a model says. Pure.
+
+The user opens; emotion starts at 40. After each reply of the model a simulator first plans (labels Content, TargetCompletion,
+Activity, Analyse, Change; the first signed number after Change, clipped to 10 either way, moves the emotion), then speaks (labels
+Thinking, Origin, Change, Response), told only the emotion's letter. It ends at a goodbye, at 100, below 10, or with the model's
+reply to the tenth line of the user. Source: SAGE (Tencent/digitalhuman), whose data is the user's own copy.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctcgrpo.errors import ScenarioError
+from ctcgrpo.evaluation.results import Line, Result
+
+START, SUCCESS, FAILURE, USER_TURNS = 40, 100, 10, 10
+PROFILES = "simulator_profile_withfirsttalk.jsonl"
+_LETTERS = ((100, "S"), (70, "A"), (40, "B"), (10, "C"))
+_MOST = 10
+_GOODBYES = re.compile(r"再见|拜拜|\bgood ?bye\b|\bbye\b", re.IGNORECASE)
+_DASHES = str.maketrans({"−": "-", "－": "-", "＋": "+", "–": "-"})
+
+
+class Unreadable(Exception):
+    """An answer of the simulator without what was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    id: str
+    player: str
+    scene: str
+    character: str
+    task: str
+    first_talk: str
+
+
+def load_profiles(path: Path) -> list[Profile]:
+    """The profiles of a file, or of the folder that holds it. Raises ScenarioError naming file, line and field."""
+    file = path / PROFILES if path.is_dir() else path
+    if not file.is_file():
+        raise ScenarioError(
+            f"{file} not found: SAGE's profiles are in the folder SAGE of Tencent/digitalhuman (MIT); name your copy of it, or of "
+            f"{PROFILES}, with --data"
+        )
+    fields = {
+        "id": "id",
+        "player": "player",
+        "scene": "scene",
+        "character": "main_cha",
+        "task": "task",
+        "first_talk": "first_talk",
+    }
+    found: dict[str, Profile] = {}
+    for place, record in _records(file):
+        missing = [name for name in fields.values() if not isinstance(record.get(name), str) or not record[name].strip()]
+        if missing:
+            raise ScenarioError(f"{place}: {missing[0]} is missing or no text; a profile has {', '.join(fields.values())}")
+        profile = Profile(**{ours: record[theirs] for ours, theirs in fields.items()})
+        if profile.id in found:
+            raise ScenarioError(f"{place}: id {profile.id!r} stands twice")
+        found[profile.id] = profile
+    if not found:
+        raise ScenarioError(f"{file} holds no profiles")
+    return list(found.values())
+
+
+def _records(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    found = []
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScenarioError(f"{file} cannot be read as UTF-8 text: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            place = f"{file}, line {number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ScenarioError(f"{place}: not valid JSON: {error}") from None
+            if not isinstance(record, dict):
+                raise ScenarioError(f"{place}: a JSON object is expected, this is a {type(record).__name__}")
+            found.append((place, record))
+    return found
+
+
+def letter(emotion: int) -> str:
+    """What the simulator is told of an emotion in [0, 100]: S from 100, A from 70, B from 40, C from 10, else F."""
+    return next((name for least, name in _LETTERS if emotion >= least), "F")
+
+
+def planned_change(text: str) -> int:
+    """The change of a plan, within [-10, 10]. Raises Unreadable for a plan without one."""
+    after = _after_label(text, "Change")
+    number = None if after is None else re.search(r"[+-]?\d+", after.translate(_DASHES))
+    if number is None:
+        raise Unreadable("no number after Change")
+    return max(-_MOST, min(_MOST, int(number[0])))
+
+
+def analysis(text: str) -> str:
+    """Why the emotion moves, as a plan says it."""
+    after = _after_label(text, "Analyse")
+    return (after or "").strip()
+
+
+def spoken(text: str) -> str:
+    """What the user says in an answer with labels. Raises Unreadable for one that says nothing."""
+    after = _after_label(text, "Response")
+    said = (after or "").strip().strip('"“”').strip()
+    if not said:
+        raise Unreadable("nothing after Response")
+    return said
+
+
+def _after_label(text: str, name: str) -> str | None:
+    """The text behind the last label of that name, up to the next label."""
+    labels = list(re.finditer(r"^[\s#*\[【]*([A-Za-z]+)[\]】*\s]*[:：]", text, re.MULTILINE))
+    ends = [match.start() for match in labels[1:]] + [len(text)]
+    found = [text[match.end() : end] for match, end in zip(labels, ends, strict=True) if match[1].lower() == name.lower()]
+    return found[-1] if found else None
+
+
+def is_over(emotion: int, said: str) -> bool:
+    """After a line of the user."""
+    return emotion >= SUCCESS or emotion < FAILURE or _GOODBYES.search(said) is not None
+
+
+def measures(emotion: int, user_turns: int) -> dict[str, float]:
+    return {"success": float(emotion >= SUCCESS), "failure": float(emotion < FAILURE), "turns": float(user_turns)}
+
+
+def read_results(file: Path) -> list[Result]:
+    """A file of results as SAGE publishes them, a dialogue a line. Raises ScenarioError naming line and field."""
+    if not file.is_file():
+        raise ScenarioError(f"{file} not found")
+    results: list[Result] = []
+    for place, record in _records(file):
+        emotion, history = record.get("emo_point"), record.get("history")
+        if type(emotion) is not int or not 0 <= emotion <= 100:
+            raise ScenarioError(f"{place}: emo_point is {emotion!r}; it is a whole number from 0 to 100")
+        if not isinstance(history, list) or not all(isinstance(said, dict) and "role" in said for said in history):
+            raise ScenarioError(f"{place}: history is no list of messages")
+        lines = tuple(map(_line, history))
+        points = [line.state["emotion"] for line in lines if line.state]
+        if points and points[-1] != emotion:
+            raise ScenarioError(f"{place}: emo_point is {emotion}, but its history ends at {points[-1]:g}")
+        results.append(
+            Result(
+                scenario=str(record.get("id")),
+                repeat=1 + sum(r.scenario == str(record.get("id")) for r in results),
+                group=str(record.get("character") or "?"),
+                score=float(emotion),
+                measures=measures(emotion, len(points)),
+                lines=lines,
+            )
+        )
+    if not results:
+        raise ScenarioError(f"{file} holds no results")
+    return results
+
+
+def _line(said: Mapping[str, Any]) -> Line:
+    text = str(said.get("content", ""))
+    if said["role"] == "assistant":
+        return Line("model", text)
+    point, planning = said.get("emotion-point"), said.get("planning")
+    why = str(planning.get("analyse", "")) if isinstance(planning, dict) else ""
+    return Line("user", text, {"emotion": point} if isinstance(point, int) else {}, why)

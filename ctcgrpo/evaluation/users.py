@@ -1,0 +1,144 @@
+"""Who plays the user in EIBench: an Inspect model with the role `simulator`, the scripted user, an LLM by a configuration of
+ours, or a simulator server that runs already. Prompts, reading and states are those of training."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from inspect_ai.model import (
+    ChatMessage,
+    ChatMessageAssistant,
+    ChatMessageSystem,
+    ChatMessageUser,
+    GenerateConfig,
+    Model,
+    ResponseSchema,
+)
+from inspect_ai.util import JSONSchema
+
+from ctcgrpo.errors import RecipeError, SimulatorReplyError
+from ctcgrpo.evaluation.speaking import role, said
+from ctcgrpo.simulator.client import SimulatorClient
+from ctcgrpo.simulator.config import TOKEN_ENV, load_simulator_config
+from ctcgrpo.simulator.llm.backend import LlmBackend, chosen_prompts
+from ctcgrpo.simulator.llm.endpoints import ChatCompletion
+from ctcgrpo.simulator.llm.prompts import Message
+from ctcgrpo.simulator.protocol import SimulatorBackend, TurnReply, TurnRequest
+from ctcgrpo.simulator.scripted import ScriptedBackend
+from ctcgrpo.simulator.server import SimulatorServer, running
+from ctcgrpo.simulator.service import answer
+
+SCRIPTED = "scripted"
+_TEMPERATURE = 0.7
+_MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
+
+
+class User(ABC):
+    @abstractmethod
+    async def turn(self, request: TurnRequest) -> TurnReply:
+        """Raises SimulatorReplyError and SimulatorTransportError, which make the sample a failed one."""
+
+    @abstractmethod
+    async def about(self) -> dict[str, Any]:
+        """What decides how the user reacts."""
+
+
+class InProcess(User):
+    """A backend in this process."""
+
+    def __init__(self, backend: SimulatorBackend) -> None:
+        self._backend = backend
+
+    async def turn(self, request: TurnRequest) -> TurnReply:
+        self._backend.check(request.scenario)
+        return await answer(self._backend, request)
+
+    async def about(self) -> dict[str, Any]:
+        return self._backend.about()
+
+
+class Served(User):
+    """A simulator server. Each turn has a client of its own: nothing of it outlives the event loop that it was made in."""
+
+    def __init__(self, url: str, timeout: float = 240.0) -> None:
+        self._url, self._timeout = url, timeout
+
+    def _client(self) -> SimulatorClient:
+        return SimulatorClient(self._url, token=os.environ.get(TOKEN_ENV), timeout=self._timeout, patience=60.0)
+
+    async def turn(self, request: TurnRequest) -> TurnReply:
+        async with self._client() as client:
+            return await client.turn(request)
+
+    async def about(self) -> dict[str, Any]:
+        async with self._client() as client:
+            says = await client.health()
+        return {name: value for name, value in says.items() if name not in ("status", "deadline")}
+
+
+class InspectModel:
+    """An Inspect model as the LLM behind the simulator: Inspect makes the calls, repeats them, limits them and logs them."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.temperature = _TEMPERATURE if model.config.temperature is None else model.config.temperature
+
+    async def complete(
+        self, messages: Sequence[Message], *, dialogue: str, seed: int, schema: dict[str, Any], deadline: float
+    ) -> ChatCompletion:
+        said_to: list[ChatMessage] = [_MESSAGES[m["role"]](content=m["content"]) for m in messages]
+        config = GenerateConfig(
+            seed=seed % 2**31,
+            temperature=self.temperature,
+            response_schema=ResponseSchema(name="answer", json_schema=JSONSchema.model_validate(schema), strict=True),
+        )
+        output = await self._model.generate(said_to, config=config)
+        if not output.choices:
+            raise SimulatorReplyError(f"{self._model.name} answered nothing: {output.error}")
+        ended = "length" if output.stop_reason == "max_tokens" else output.stop_reason
+        read, written = said(output).tokens
+        return ChatCompletion(output.choices[0].message.text, ended, read, written, str(self._model))
+
+    def is_ready(self) -> bool:
+        return True
+
+    def spent(self) -> Mapping[str, Any]:
+        """Inspect keeps the books."""
+        return {}
+
+    async def close(self) -> None: ...
+
+
+def chosen_user(simulator: str | None, official: Path | None) -> User:
+    """`simulator`: None for the model with that role, "scripted", the file of a configuration, or the URL of a server.
+    `official`: a folder with the authors' code, whose prompts the role's model is given. Raises RecipeError for what cannot be
+    had."""
+    if official is not None and simulator is not None:
+        raise RecipeError(
+            "official prompts are for a model with the role simulator; a configuration names its own (llm.official)"
+        )
+    if simulator is None:
+        model = InspectModel(role("simulator"))
+        about = {"models": [str(role("simulator"))], "temperature": model.temperature}
+        return InProcess(LlmBackend(model, chosen_prompts(official), about=about))
+    if simulator == SCRIPTED:
+        return InProcess(ScriptedBackend())
+    if simulator.startswith(("http://", "https://")):
+        return Served(simulator)
+    config = load_simulator_config(simulator)
+    return Served(_started(config), (config.llm.deadline if config.llm else 0) + 30)
+
+
+_servers = ExitStack()
+atexit.register(_servers.close)
+
+
+def _started(config: Any) -> str:
+    """A server of this process, until it ends."""
+    return _servers.enter_context(running(SimulatorServer(config)))
