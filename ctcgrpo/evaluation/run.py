@@ -69,17 +69,18 @@ def evaluate(
     RunInterrupted on Ctrl-C: the same call goes on.
     """
     bench = named(wanted.bench)
-    _keep_to(folder, wanted)
     logs = folder / "logs"
+    log = newest_log(logs)
+    _keep_to(folder, wanted, begun=log is not None)
     options: dict[str, Any] = {
         "log_dir": str(logs),
         "display": display,
         "fail_on_error": False,
         "log_level": "warning",
+        "log_buffer": 1,  # what a model has said is paid for: it is written down as soon as a dialogue is over
     }
     if connections is not None:
         options["max_connections"] = connections
-    log = newest_log(logs)
     try:
         if log is None or not log.eval.dataset.sample_ids:
             [log] = inspect_ai.eval(
@@ -116,13 +117,13 @@ def _failed(log: EvalLog) -> bool:
     return log.results is None or log.results.completed_samples < log.results.total_samples
 
 
-def _keep_to(folder: Path, wanted: Evaluation) -> None:
+def _keep_to(folder: Path, wanted: Evaluation, *, begun: bool) -> None:
     """A folder holds one evaluation."""
     file = folder / "evaluation.json"
     asked = json.loads(json.dumps(asdict(wanted)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if file.exists():
+        if begun and file.exists():
             before = json.loads(file.read_text(encoding="utf-8"))
             if changed := differences(before, asked):
                 raise OutputError(f"{folder} holds another evaluation ({'; '.join(changed)}); choose another with --out")

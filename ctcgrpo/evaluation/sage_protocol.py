@@ -121,8 +121,8 @@ def spoken(text: str) -> str:
 def _after_label(text: str, name: str) -> str | None:
     """The text behind the last label of that name, up to the next label."""
     labels = list(re.finditer(r"^[\s#*\[【]*([A-Za-z]+)[\]】*\s]*[:：]", text, re.MULTILINE))
-    ends = [match.start() for match in labels[1:]] + [len(text)]
-    found = [text[match.end() : end] for match, end in zip(labels, ends, strict=True) if match[1].lower() == name.lower()]
+    ends = [*(match.start() for match in labels[1:]), len(text)]
+    found = [text[match.end() : ends[k]] for k, match in enumerate(labels) if match[1].lower() == name.lower()]
     return found[-1] if found else None
 
 

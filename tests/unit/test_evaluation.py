@@ -1,0 +1,478 @@
+"""Evaluation: protocols by hand and on real files, benchmarks played with models of a table, comparison and ranking."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctcgrpo.errors import OutputError, ScenarioError
+from ctcgrpo.evaluation import eqbench3_protocol as eq
+from ctcgrpo.evaluation import sage_protocol as sage
+from ctcgrpo.evaluation.benches import EIBENCH
+from ctcgrpo.evaluation.compare import compared, most_changed
+from ctcgrpo.evaluation.leaderboard import ranked
+from ctcgrpo.evaluation.results import Line, Result, figures, read_results, summarise, write_results
+from ctcgrpo.evaluation.run import Evaluation, evaluate
+from ctcgrpo.records import SCENES
+from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.scoring import outcome_score
+from tests import inspect_models
+from tests.conftest import SHARED_DATA, Command
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+REAL_SAGE, REAL_EQ = SHARED_DATA / "sage", SHARED_DATA / "eqbench3"
+needs_sage = pytest.mark.skipif(not REAL_SAGE.is_dir(), reason=f"SAGE's files are not in {REAL_SAGE}")
+needs_eq = pytest.mark.skipif(not REAL_EQ.is_dir(), reason=f"EQ-Bench 3's files are not in {REAL_EQ}")
+
+
+def play(folder: Path, bench: str = "eibench", model: str = "talker", **options: Any) -> dict[str, Any]:
+    return evaluate(Evaluation(bench, f"scripted/{model}", **options), folder, display="none")
+
+
+# --- SAGE ----------------------------------------------------------------------------------------------------------------------
+
+
+@needs_sage
+@pytest.mark.parametrize(
+    ("model", "score", "successes", "failures"), [("gpt-4.1", 68.15, 35, 13), ("llama3.3-70b", 33.25, 7, 47)]
+)
+def test_released_results_of_sage_are_rescored(
+    model: str, score: float, successes: int, failures: int, ctcgrpo: Command, tmp_path: Path
+) -> None:
+    file = REAL_SAGE / f"{model}_result.jsonl"
+    code, out, err = ctcgrpo(
+        "evaluate", "sage", "--rescore", str(file), "--simulator", "DeepSeek-V3-1227", "--out", str(tmp_path)
+    )
+    assert (code, err) == (0, "")
+    assert f"{score:.2f}" in out and f"emotion 100: {successes} of 100" in out and f"below 10: {failures} of 100" in out
+    assert "DeepSeek-V3-1227" in out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    low, high = summary["score"]["ci95"]
+    assert summary["score"]["mean"] == pytest.approx(score) and low < score < high and 6 < high - low < 16
+    assert summary["measures"]["success"]["count"] == successes and summary["measures"]["failure"]["count"] == failures
+    assert len(read_results(tmp_path)) == 100 and summary["groups"]["负面型"]["n"] == 41
+
+
+def test_plans_and_lines_are_read_as_models_write_them() -> None:
+    for text, change in {
+        "Content: a\nChange: +5": 5,
+        "**Change**：-3（有点失望）": -3,
+        "[Change]: −7": -7,
+        "Analyse: it fell by 30\nChange:\n  +40 at least": 10,
+        "Change: -99\nNote: x": -10,
+        "Change: 0": 0,
+    }.items():
+        assert sage.planned_change(text) == change, text
+    for text in ("", "nothing", "Change: none", "The change is +3"):
+        with pytest.raises(sage.Unreadable):
+            sage.planned_change(text)
+    assert sage.spoken("Thinking: x\nChange: y\nResponse: “好吧。\n再说。”") == "好吧。\n再说。"
+    with pytest.raises(sage.Unreadable):
+        sage.spoken("Thinking: x\nResponse:  ")
+    assert [sage.letter(e) for e in (100, 99, 70, 69, 40, 39, 10, 9, 0)] == list("SAABBCCFF")
+    assert sage.is_over(100, "") and sage.is_over(9, "") and not sage.is_over(10, "嗯") and sage.is_over(50, "好，再见！")
+
+
+@given(st.text())
+def test_reading_sage_raises_nothing_else(text: str) -> None:
+    for read in (sage.planned_change, sage.spoken):
+        try:
+            read(text)
+        except sage.Unreadable:
+            continue
+
+
+def profile(**changes: Any) -> dict[str, Any]:
+    return {
+        "id": "a",
+        "player": "小云",
+        "scene": "加班",
+        "main_cha": "被动型",
+        "task": "倾听",
+        "first_talk": "好累。",
+    } | changes
+
+
+def test_a_dialogue_of_sage_by_hand(tmp_path: Path) -> None:
+    """40, and 8 more after each reply: 100 (clamped) after the eighth change, with the user's ninth line."""
+    file = tmp_path / sage.PROFILES
+    file.write_text(json.dumps(profile(), ensure_ascii=False) + "\n" + json.dumps(profile(id="b", main_cha="回避型")) + "\n")
+    summary = play(tmp_path / "out", "sage", task={"data": str(tmp_path)}, roles={"simulator": "scripted/confidant"})
+    assert summary["score"] == {"mean": 100.0, "ci95": [100.0, 100.0], "n": 2} and summary["failed"] == 0
+    assert list(summary["groups"]) == ["被动型", "回避型"] and summary["measures"]["turns"]["mean"] == 9
+    assert summary["other"]["models"] == ["scripted/confidant"] and summary["other"]["prompts"].startswith("ctcgrpo-sage/")
+    found = read_results(tmp_path / "out")[0]
+    assert [line.state["emotion"] for line in found.lines if line.speaker == "user"] == [40, 48, 56, 64, 72, 80, 88, 96, 100]
+    assert found.lines[2].text == "嗯，你说得对。" and found.lines[2].why == "觉得被理解了"
+    assert found.tokens["simulator"][1] > 0
+
+
+def test_profiles_that_are_wrong_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ScenarioError, match="profile.*not found.*Tencent/digitalhuman.*--data"):
+        sage.load_profiles(tmp_path)
+    file = tmp_path / "p.jsonl"
+    for text, problem in {
+        "": "holds no profiles",
+        "{": "line 1: not valid JSON",
+        "[]": "line 1: a JSON object",
+        json.dumps(profile(task="")): "line 1: task is missing",
+        json.dumps(profile()) + "\n" + json.dumps(profile()): "'a' stands twice",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(ScenarioError, match=problem):
+            sage.load_profiles(file)
+    file.write_text(
+        json.dumps({"id": "a", "emo_point": 50, "history": [{"role": "user", "content": "x", "emotion-point": 40}]})
+    )
+    with pytest.raises(ScenarioError, match="line 1: emo_point is 50, but its history ends at 40"):
+        sage.read_results(file)
+
+
+# --- EQ-Bench 3 ----------------------------------------------------------------------------------------------------------------
+
+
+def eq_folder(folder: Path) -> Path:
+    """One scenario of each kind, in the layout of the benchmark's data, with texts of our own."""
+    texts = {
+        "scenario_prompts.txt": "######## 1 | Work | A desk\n####### Prompt1\nYour desk is gone.\n# not a heading\n"
+        "####### Prompt2\nIt is back.\n\n######## 208 | Friend | A note\n####### Prompt1\nWrite to her.\n\n"
+        "######## 401 | Analytical Interpretation | A quarrel\n####### Prompt1\nA: {b}\n######## 9 | Work | Nothing yet\n",
+        "scenario_master_prompt.txt": "Play: {scenario_prompt}\n# I'm thinking",
+        "scenario_master_prompt_message_drafting.txt": "{scenario_prompt}\n# Draft brainstorming",
+        "scenario_master_prompt_analysis.txt": "Read: {scenario_prompt}",
+        "debrief_prompt.txt": "How did it go?\n",
+        "rubric_scoring_criteria.txt": "\n".join(inspect_models.NAMES),
+        "rubric_scoring_criteria_analysis.txt": "\n".join(inspect_models.OF_ANALYSES),
+        "rubric_scoring_prompt.txt": "Judge {transcript} and {debrief} as {output_format}",
+        "rubric_scoring_prompt_analysis.txt": "Judge {transcript} as {output_format}",
+    }
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@needs_eq
+def test_the_real_files_of_eqbench3() -> None:
+    bench = eq.load_eqbench(REAL_EQ)
+    kinds = [s.kind for s in bench.scenarios]
+    assert len(kinds) == 45 and sum(len(s.lines) for s in bench.scenarios) == 92
+    assert [kinds.count(k) for k in ("role-play", "drafting", "analysis")] == [25, 1, 19]
+    assert sum(bench.debrief in bench.asked(s) for s in bench.scenarios) == 26
+    for s in bench.scenarios:
+        asked = bench.asked(s)
+        prompt = bench.judged(s, asked, [f"answer-{k}" for k in range(len(asked))])
+        assert "{transcript}" not in prompt and "{debrief}" not in prompt and "{output_format}" not in prompt
+        assert all(prompt.count(f"answer-{k}") == 1 for k in range(len(asked)))
+        assert all(f'"{name}": 0-20' in prompt for name in eq.COUNTED[s.kind])
+
+
+@pytest.mark.parametrize("folder", [None, pytest.param(REAL_EQ, marks=needs_eq)])
+def test_one_scenario_of_each_kind_scores_as_by_hand(folder: Path | None, tmp_path: Path) -> None:
+    data = folder or eq_folder(tmp_path / "data")
+    if folder:  # one of each kind out of the real ones
+        chosen = {s.kind: s for s in eq.load_eqbench(data).scenarios}
+        shutil.copytree(data, tmp_path / "data", copy_function=shutil.copyfile)
+        data = tmp_path / "data"
+        blocks = (
+            f"######## {s.id} | {s.category} | {s.title}\n"
+            + "".join(f"####### Prompt{k}\n{line}\n" for k, line in enumerate(s.lines, 1))
+            for s in chosen.values()
+        )
+        (data / "scenario_prompts.txt").write_text("\n".join(blocks))
+    summary = play(tmp_path / "out", "eqbench3", task={"data": str(data)}, roles={"judge": "scripted/judge"})
+    # role-play and drafting: 5 x (12 + 10 + 9 + 11 + 10 + 8) / 6 = 50; analysis: 5 x (10 + 12 + 14 + 8 + 6 + 10) / 6 = 50.
+    assert {name: found["mean"] for name, found in summary["groups"].items()} == {
+        "role-play": 50,
+        "drafting": 50,
+        "analysis": 50,
+    }
+    assert summary["score"]["mean"] == 50 and summary["score"]["n"] == 3 and summary["failed"] == 0
+    assert summary["measures"]["demonstrated_empathy"]["mean"] == 12 and summary["measures"]["correctness"]["mean"] == 10
+    assert summary["other"]["models"] == ["scripted/judge"] and summary["tokens"]["judge"]["input"] > 0
+
+
+def test_a_judge_that_answers_nonsense_costs_its_item_only(tmp_path: Path, ctcgrpo: Command) -> None:
+    data = eq_folder(tmp_path / "data")
+    summary = play(tmp_path / "out", "eqbench3", task={"data": str(data)}, roles={"judge": "scripted/confused_judge"})
+    assert summary["score"]["n"] == 2 and summary["score"]["mean"] == 50
+    assert (summary["results"], summary["failed"], summary["failures"]) == (3, 1, {"judge": 1})
+    failed = next(r for r in read_results(tmp_path / "out") if r.failure)
+    assert failed.group == "drafting" and "asked 3 times" in failed.failure[1] and failed.lines[1].speaker == "model"
+
+
+def test_judgements_are_read_without_guessing() -> None:
+    whole = dict.fromkeys(eq.COUNTED["analysis"], 7)
+    assert eq.read_scores("x " + json.dumps({**whole, "style": 3}) + " y", "analysis") == {**whole, "style": 3}
+    assert eq.read_scores("```json\n{" + ", ".join(f'"{k}": "7/20"' for k in whole) + "}\n```", "analysis") == whole
+    for change in (
+        {"correctness": 21},
+        {"correctness": -1},
+        {"correctness": True},
+        {"correctness": "about 7"},
+        {"correctness": None},
+    ):
+        with pytest.raises(eq.Unreadable, match="correctness"):
+            eq.read_scores(json.dumps({**whole, **change}), "analysis")
+    for text in ("", "18", "[]", "{}", "{" * 50):
+        with pytest.raises(eq.Unreadable):
+            eq.read_scores(text, "analysis")
+
+
+def test_existing_judgements_are_rescored(tmp_path: Path, ctcgrpo: Command) -> None:
+    said = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    task = {"conversation_history": said, "debrief_prompt": "d", "debrief_response": "r", "status": "rubric_scored"}
+    run = {
+        "model_name": "m1",
+        "rubric_judge_model": "j",
+        "scenario_tasks": {
+            "1": {
+                "1": {**task, "rubric_scores": dict.fromkeys(eq.COUNTED["role-play"], 10)},
+                "208": {**task, "rubric_scores": dict.fromkeys(eq.COUNTED["drafting"], 14)},
+                "401": {**task, "debrief_prompt": None, "rubric_scores": dict.fromkeys(eq.COUNTED["analysis"], 18)},
+                "2": {**task, "rubric_scores": None, "error": "could not be parsed"},
+            }
+        },
+    }
+    file = tmp_path / "runs.json"
+    file.write_text(json.dumps({"k1": run, "k2": {**run, "model_name": "m2"}, "__metadata__": {}}))
+    code, out, _ = ctcgrpo("evaluate", "eqbench3", "--rescore", str(file), "--run", "m1")
+    assert code == 0 and "70.00" in out and "judge: j" in out and "1 of 4 (1 judge)" in out  # (50 + 70 + 90) / 3
+    code, _, err = ctcgrpo("evaluate", "eqbench3", "--rescore", str(file))
+    assert code == 3 and "2 runs; name one with --run: k1, k2" in err
+    code, _, err = ctcgrpo("evaluate", "eibench", "--rescore", str(file))
+    assert code == 2 and "--rescore is for sage and eqbench3" in err
+
+
+def test_files_of_eqbench3_that_are_wrong_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ScenarioError, match=r"scenario_prompts.txt not found.*EQ-bench/eqbench3"):
+        eq.load_eqbench(tmp_path)
+    for name, text, problem in [
+        ("scenario_prompts.txt", "nothing", "it holds no scenarios"),
+        ("scenario_prompts.txt", "######## 1 | only two\n", "a heading is"),
+        ("rubric_scoring_prompt.txt", "{transcript} {output_format}", "it has no {debrief}"),
+        ("rubric_scoring_criteria.txt", "warmth", "lacks demonstrated_empathy"),
+    ]:
+        folder = eq_folder(tmp_path / "data")
+        (folder / name).write_text(text)
+        with pytest.raises(ScenarioError, match=problem):
+            eq.load_eqbench(folder)
+
+
+# --- EIBench -------------------------------------------------------------------------------------------------------------------
+
+
+def test_eibench_scores_what_the_dialogues_come_to(tmp_path: Path) -> None:
+    summary = play(tmp_path, task={"simulator": "scripted", "rounds": 3, "repeats": 2})
+    scenarios = {s.id: s for s in load_scenarios("english/test", "test")}
+    results = read_results(tmp_path)
+    assert len(results) == 32 and [r.scenario for r in results[:3:2]] == list(scenarios)[:2] and summary["failed"] == 0
+    for r in results:
+        anchors = scenarios[r.scenario].anchors
+        states = [line.state for line in r.lines if line.speaker == "user"]
+        final = type(anchors.initial)(**states[-1])
+        assert r.score == outcome_score(final, anchors, "evaluation") and r.measures["escalated"] == (r.score < 0)
+        assert len([line for line in r.lines if line.speaker == "model"]) <= 3 and "<think>" not in str(r.lines)
+        assert (r.lines[0].speaker == "model") == scenarios[r.scenario].policy_opens
+    means = {name: sum(r.score or 0 for r in results if r.scenario == name) / 2 for name in scenarios}
+    assert summary["scenarios"] == pytest.approx(means)
+    assert summary["score"]["mean"] == pytest.approx(sum(means.values()) / 16) and summary["score"]["n"] == 16
+    assert (
+        {scene: found["n"] for scene, found in summary["groups"].items()} == dict.fromkeys(SCENES, 4) | summary["groups"] * 0
+        if False
+        else True
+    )
+    assert set(summary["groups"]) == set(SCENES) and all(found["n"] == 4 for found in summary["groups"].values())
+    assert summary["task"]["variant"] == "evaluation" and summary["generation"]["temperature"] == 0.6
+    assert summary["versions"]["inspect_ai"] and summary["tokens"]["model"]["output"] > 0
+    assert summary["measures"]["escalated"]["count"] == sum(r.measures["escalated"] for r in results)
+
+
+def test_a_model_plays_the_user_and_fails_at_times(tmp_path: Path) -> None:
+    """A user who for a fifth of the turns cannot be had: what fails is counted by its reason and enters nothing."""
+    options: dict[str, Any] = {"task": {"rounds": 2}}
+    steady = play(tmp_path / "a", **options, roles={"simulator": "scripted/user"})
+    assert steady["failed"] == 0 and steady["other"]["prompts"].startswith("ctcgrpo/")
+    assert steady["other"]["models"] == ["scripted/user"] and steady["tokens"]["simulator"]["input"] > 10_000
+    unsteady = play(tmp_path / "b", **options, roles={"simulator": "scripted/unsteady_user"})
+    assert 2 <= unsteady["failed"] <= 12 and unsteady["failures"] == {"simulator_reply": unsteady["failed"]}
+    failed = [r for r in read_results(tmp_path / "b") if r.failure]
+    assert all(r.score is None and "asked twice" in r.failure[1] and r.lines for r in failed if r.failure)
+    kept = {name: steady["scenarios"][name] for name in unsteady["scenarios"]}
+    assert unsteady["scenarios"] == kept and unsteady["score"]["n"] == 16 - unsteady["failed"]
+
+
+def test_a_model_that_says_nothing_is_scored_for_it(tmp_path: Path) -> None:
+    summary = play(tmp_path, model="silent", task={"simulator": "scripted", "rounds": 2}, limit=4)
+    assert summary["failed"] == 0 and summary["score"]["mean"] < 0 and summary["score"]["n"] == 4
+    assert all(line.text == "" for r in read_results(tmp_path) for line in r.lines if line.speaker == "model")
+
+
+def test_the_same_command_again_plays_what_failed_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = tmp_path / "calls"
+    monkeypatch.setenv("CTCGRPO_TEST_CALLS", str(calls))
+    options: dict[str, Any] = {"model": "talker", "task": {"simulator": "scripted", "rounds": 2}, "limit": 6}
+
+    def broken(messages: Any, config: Any) -> str:
+        if "Odhiambo" in messages[0].text or len(messages[0].text) % 2:
+            raise ConnectionError("the provider is down")
+        return inspect_models.talker(messages, config)
+
+    monkeypatch.setitem(inspect_models.ANSWERS, "talker", broken)
+    first = play(tmp_path / "out", **options)
+    assert 0 < first["failed"] < 6 and first["failures"] == {"model": first["failed"]}
+    monkeypatch.undo()
+    monkeypatch.setenv("CTCGRPO_TEST_CALLS", str(calls))
+    before = calls.stat().st_size
+    second = play(tmp_path / "out", **options)
+    assert second["failed"] == 0 and calls.stat().st_size - before <= 2 * first["failed"]
+    assert {name: second["scenarios"][name] for name in first["scenarios"]} == first["scenarios"]
+    before = calls.stat().st_size
+    assert play(tmp_path / "out", **options)["scenarios"] == second["scenarios"] and calls.stat().st_size == before
+    with pytest.raises(OutputError, match="another evaluation.*task.rounds: 2 -> 3"):
+        play(tmp_path / "out", **{**options, "task": {"simulator": "scripted", "rounds": 3}})
+
+
+def test_mistakes_are_named_and_no_traceback(tmp_path: Path, ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    out = ("--out", str(tmp_path / "out"))
+    for arguments, code, problem in [
+        (("eibenc", "--model", "a/b"), 2, "did you mean 'eibench'?"),
+        (("eibench",), 2, "--model is missing"),
+        (("eibench", "--model", "a/b"), 2, "--simulator is missing"),
+        (("eibench", "--model", "gpt", "--simulator", "scripted"), 4, "neither a folder with a model .* nor PROVIDER/NAME"),
+        (("eibench", "--model", "nope/x", "--simulator", "scripted"), 2, "nope"),
+        (("eibench", "--model", "openai/x", "--simulator", "scripted"), 2, "OPENAI_API_KEY"),
+        (("eibench", "--model", "scripted/talker", "--simulator", "no.yaml"), 2, "'no.yaml' not found"),
+        (("eibench", "--model", "scripted/talker", "--simulator", "scripted", "--scenarios", "no"), 3, "'no' not found"),
+        (
+            ("eibench", "--model", "scripted/talker", "--simulator", "scripted", "--data", "x"),
+            2,
+            "--data is not for eibench",
+        ),
+        (("eibench", "--model", "scripted/talker", "--judge", "a/b"), 2, "--judge is not for eibench"),
+        (("sage", "--model", "scripted/talker", "--simulator", "scripted/user", "--data", "no"), 3, "no not found"),
+        (
+            ("eqbench3", "--model", "scripted/talker", "--judge", "scripted/judge", "--data", "no"),
+            3,
+            "no/scenario_prompts.txt not",
+        ),
+        (("eibench", "--model", "scripted/talker", "--simulator", "scripted", "-M", "x"), 2, "'x': write NAME=VALUE"),
+        ((str(tmp_path),), 6, "is no run's folder"),
+    ]:
+        status, _, err = ctcgrpo("evaluate", *arguments, *out)
+        assert status == code, (arguments, status, err)
+        assert re.search(problem, err), (arguments, err)
+        assert "Traceback" not in err
+
+
+def test_a_gate_fails_below_its_score(tmp_path: Path, ctcgrpo: Command) -> None:
+    asked = ("evaluate", "eibench", "--model", "scripted/silent", "--simulator", "scripted", "--rounds", "1", "--limit", "4")
+    asked = (*asked, "--display", "none", "--out", str(tmp_path / "out"))
+    code, out, err = ctcgrpo(*asked, "--fail-under", "0.5")
+    assert code == 9 and "below +0.500" in err and "escalat" not in err and "95 % interval" in out
+    assert ctcgrpo(*asked, "--fail-under", "-1")[0] == 0
+
+
+# --- summaries, comparison, ranking ----------------------------------------------------------------------------------------------
+
+
+def made(folder: Path, scores: dict[str, list[float]], model: str = "m/a", **facts: Any) -> Path:
+    """An evaluation with these scores by scenario."""
+    results = [
+        Result(
+            name,
+            k + 1,
+            name[0],
+            None if math.isnan(score) else score,
+            {"escalated": float(score < 0)},
+            ("x", "y") if math.isnan(score) else None,
+            (Line("user", "<script>alert(1)</script>"), Line("model", f"reply {score}")),
+        )
+        for name, of_name in scores.items()
+        for k, score in enumerate(of_name)
+    ]
+    known = {
+        "model": model,
+        "other": {"backend": "scripted"},
+        "task": {"rounds": 8},
+        "generation": {},
+        "limit": None,
+        "cost": None,
+    }
+    write_results(folder, results, summarise(EIBENCH, results, known | facts))
+    return folder
+
+
+def test_a_summary_by_hand(tmp_path: Path) -> None:
+    folder = made(tmp_path, {"a1": [0.2, 0.4], "a2": [-0.5], "b1": [math.nan], "b2": [math.nan, 0.8]})
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["scenarios"] == pytest.approx({"a1": 0.3, "a2": -0.5, "b2": 0.8})
+    assert summary["score"]["mean"] == pytest.approx(0.2) and summary["score"]["n"] == 3
+    assert summary["groups"]["a"]["mean"] == pytest.approx(-0.1) and summary["groups"]["b"]["n"] == 1
+    assert (summary["results"], summary["failed"], summary["failures"]) == (6, 2, {"x": 2})
+    # Means over scenarios: 0, 1, 0; of dialogues one.
+    assert (
+        summary["measures"]["escalated"]["mean"] == pytest.approx(1 / 3) and summary["measures"]["escalated"]["count"] == 1
+    )
+    assert figures([]) == {"mean": None, "ci95": None, "n": 0}
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+
+
+def test_comparison_is_paired_and_shown(tmp_path: Path, ctcgrpo: Command) -> None:
+    before = {f"{g}{k}": [0.1 * k - 0.5] for g in "ab" for k in range(5)}
+    after = {name: [score[0] + (0.2 if name < "b" else -0.1) + 0.01 * int(name[1])] for name, score in before.items()}
+    a, b = made(tmp_path / "a", before), made(tmp_path / "b", after, "m/<b>")
+    c = made(tmp_path / "c", {"a0": [0.0]}, "m/c", task={"rounds": 4})
+    found = compared([a, b, c])
+    first, other = found["others"]
+    assert first["difference"] == pytest.approx(0.05 + 0.02) and first["n"] == 10
+    assert first["groups"]["a"]["difference"] == pytest.approx(0.22) and first["groups"]["a"]["ci95"][0] > 0
+    assert first["groups"]["b"]["ci95"][1] < 0
+    assert other["n"] == 1 and other["difference"] == pytest.approx(0.5)
+    assert any("task differs" in w for w in found["warnings"]) and any("9 scenarios" in w for w in found["warnings"])
+    changed = most_changed(compared([a, b]), 2)
+    assert [item["scenario"] for item in changed] == ["a4", "a3", "b0", "b1"]
+    code, out, err = ctcgrpo("compare", str(a), str(b))
+    assert (code, err) == (0, "") and "+0.070" in out and "+0.220" in out
+    page = (b / "comparison.html").read_text()
+    assert (b / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+    assert (
+        "<script>" not in page
+        and "&lt;script&gt;" in page
+        and "m/&lt;b&gt;" in page
+        and "http" not in page.replace("http-equiv", "")
+    )
+    sage_like = tmp_path / "s"
+    sage_like.mkdir()
+    (sage_like / "summary.json").write_text(json.dumps({"bench": "sage", "model": "x"}))
+    for folders, problem in [
+        ((a,), "at least two"),
+        ((a, tmp_path), "holds no summary.json"),
+        ((a, sage_like), "mean other things"),
+    ]:
+        code, _, err = ctcgrpo("compare", *map(str, folders))
+        assert code == 6 and problem in err
+    made(tmp_path / "d", {"z9": [0.0]})
+    assert "no scored scenario in common" in ctcgrpo("compare", str(a), str(tmp_path / "d"))[2]
+
+
+def test_a_leaderboard_keeps_apart_what_cannot_be_compared(tmp_path: Path, ctcgrpo: Command) -> None:
+    for k, score in enumerate((0.1, 0.5, -0.2)):
+        made(tmp_path / f"e{k}", {"a": [score], "b": [score]}, f"m/{k}")
+    made(tmp_path / "deep" / "other", {"a": [0.9]}, "m/9", other={"models": ["x/judge-like"]})
+    (tmp_path / "summary.json").write_text('{"before": 1}')  # a run's
+    boards = ranked(tmp_path)["boards"]
+    assert [[entry["model"] for entry in board["entries"]] for board in boards] == [["m/1", "m/0", "m/2"], ["m/9"]]
+    code, out, _ = ctcgrpo("leaderboard", str(tmp_path))
+    assert code == 0 and out.index("m/1") < out.index("m/0") < out.index("m/2") and "x/judge-like" in out
+    code, _, err = ctcgrpo("leaderboard", str(tmp_path / "deep" / "nothing"))
+    assert code == 6 and "no evaluation" in err
