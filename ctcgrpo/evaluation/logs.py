@@ -10,6 +10,9 @@ from inspect_ai.log import EvalLog, list_eval_logs, read_eval_log
 from ctcgrpo.evaluation.record import Record, result_of
 from ctcgrpo.evaluation.results import Result
 
+_HOW_FAST = {"max_connections", "adaptive_connections", "max_retries", "timeout", "attempt_timeout", "stream_idle_timeout"}
+"""Options of sampling that decide no figure."""
+
 
 def newest_log(folder: Path) -> EvalLog | None:
     """The header of the last log in a folder; None where there is none."""
@@ -35,7 +38,7 @@ def facts_of(log: EvalLog, about: dict[str, Any]) -> dict[str, Any]:
         "other": about,
         "task": dict(log.eval.task_args),
         "limit": log.eval.config.limit,
-        "generation": log.plan.config.merge(log.eval.model_generate_config).model_dump(exclude_none=True),
+        "generation": log.plan.config.merge(log.eval.model_generate_config).model_dump(exclude_none=True, exclude=_HOW_FAST),
         "versions": dict(log.eval.packages),
         "cost": sum(c for c in costs if c is not None) if costs and None not in costs else None,
         "began": log.eval.created,

@@ -83,7 +83,7 @@ def evaluate(
         options["max_connections"] = connections
     try:
         if log is None or not log.eval.dataset.sample_ids:
-            [log] = inspect_ai.eval(
+            played = inspect_ai.eval(
                 f"ctcgrpo/{bench.name}",
                 model=wanted.model,
                 model_args=dict(wanted.model_args),
@@ -96,15 +96,18 @@ def evaluate(
                 **wanted.generation,
             )
         elif log.status != "success" or _failed(log):
-            [log] = inspect_ai.eval_retry(log.location, max_samples=connections, **options)
+            played = inspect_ai.eval_retry(log.location, max_samples=connections, **options)
+        else:
+            played = [log]
     except CtcGrpoError:
         raise
     except KeyboardInterrupt:
         raise RunInterrupted("interrupted; the same command goes on") from None
     except Exception as error:
         raise _explained(error, wanted) from error
-    if log.status == "cancelled":
+    if not played or played[0].status == "cancelled":  # Inspect takes Ctrl-C for an answer
         raise RunInterrupted("interrupted; the same command goes on")
+    log = played[0]
     if log.status == "error":
         raise PolicyError(f"{wanted.bench} could not be played: {log.error.message if log.error else 'no reason given'}")
     results, facts = results_of(log)

@@ -26,6 +26,7 @@ from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.scoring import outcome_score
 from tests import inspect_models
 from tests.conftest import SHARED_DATA, Command
+from tests.unit.test_run import FAST, TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 REAL_SAGE, REAL_EQ = SHARED_DATA / "sage", SHARED_DATA / "eqbench3"
@@ -476,3 +477,36 @@ def test_a_leaderboard_keeps_apart_what_cannot_be_compared(tmp_path: Path, ctcgr
     assert code == 0 and out.index("m/1") < out.index("m/0") < out.index("m/2") and "x/judge-like" in out
     code, _, err = ctcgrpo("leaderboard", str(tmp_path / "deep" / "nothing"))
     assert code == 6 and "no evaluation" in err
+
+
+def test_a_run_is_evaluated_as_it_was_validated(tmp_path: Path, ctcgrpo: Command) -> None:
+    """Base and final through Inspect say what they said in the run's validations, but where another composition of batches makes
+    floating-point numbers, and with them a token, differ; scores and improvement are those of the run's summary."""
+    held_out = ["validation.scenarios=english/test", "validation.every=1", "validation.samples=2", "rollout.top_p=0.9"]
+    code, _, err = ctcgrpo("train", TINY, *FAST, f"run.output_dir={tmp_path}", *held_out)
+    assert code == 0, err
+    run = tmp_path / "tiny"
+    code, out, err = ctcgrpo("evaluate", str(run), "--display", "none")
+    assert code == 0, err
+    trained = json.loads((run / "summary.json").read_text())
+    for which, when in (("base", "before"), ("final", "after")):
+        traces = (run / "traces" / f"validation-{trained[when]['step']:06d}.rank-0.jsonl").read_text().splitlines()
+        episodes = {(e["scenario"], e["rollout"] + 1): e for e in map(json.loads, traces)}
+        results = read_results(run / "evaluations" / f"eibench-{which}")
+        assert len(results) == len(episodes) == 32
+        same = [
+            r
+            for r in results
+            if [line.text for line in r.lines if line.speaker == "model"]
+            == [turn["reply"] for turn in episodes[r.scenario, r.repeat]["turns"]]
+        ]
+        assert len(same) >= 29  # one token in 1,536 differed on the machine that this was written on
+        assert all(r.score == pytest.approx(episodes[r.scenario, r.repeat]["outcome"]) for r in same)
+        summary = json.loads((run / "evaluations" / f"eibench-{which}" / "summary.json").read_text())
+        assert summary["score"]["mean"] == pytest.approx(trained[when]["overall"], abs=0.02)
+        assert summary["task"]["variant"] == "training"
+    found = compared([run / "evaluations" / f"eibench-{which}" for which in ("base", "final")])
+    gain = trained["improvement"]
+    assert found["others"][0]["difference"] == pytest.approx(gain["overall"], abs=0.04)
+    assert "better by" in out
+    assert (run / "evaluations" / "comparison.html").exists()
