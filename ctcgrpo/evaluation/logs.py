@@ -30,7 +30,7 @@ def results_of(header: EvalLog) -> tuple[list[Result], dict[str, Any]]:
 
 
 def facts_of(log: EvalLog, about: dict[str, Any]) -> dict[str, Any]:
-    """`cost` is in US dollars; None where Inspect knows no price for a model that it asked."""
+    """`cost` are US dollars for what Inspect asked; None where it knows no price of a model."""
     costs = [usage.total_cost for usage in log.stats.model_usage.values()]
     return {
         "model": log.eval.model,

@@ -61,8 +61,9 @@ def _lines(bench: Bench, summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"failed, and in no figure: {summary['failed']} of {summary['results']} ({kinds})")
     if summary["tokens"]:
         spent = "; ".join(f"{role} {t['input']:,} in, {t['output']:,} out" for role, t in summary["tokens"].items())
-        cost = f"; {summary['cost']:.2f} USD" if summary.get("cost") is not None else ""
-        lines.append(f"tokens: {spent}{cost}")
+        lines.append(f"tokens: {spent}")
+    for who, cost in summary["cost"].items():
+        lines.append(f"cost of the {who}: {cost['money']:.4g} {cost['currency']}")
     variant = summary["task"].get("variant")
     lines += [f"scoring variant: {variant}"] if variant else []
     return lines

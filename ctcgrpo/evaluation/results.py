@@ -85,9 +85,22 @@ def summarise(bench: Bench, results: Sequence[Result], facts: Mapping[str, Any])
         "failed": len(results) - len(scored),
         "failures": dict(failures),
         "tokens": tokens,
+        "cost": _cost(facts, tokens),
         "scenarios": means(_scores(scored)),
         "group_of": {r.scenario: r.group for r in results},
     }
+
+
+def _cost(facts: Mapping[str, Any], tokens: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Any]]:
+    """By who was asked: what it came to, where prices are known."""
+    found = {}
+    if facts.get("cost") is not None:
+        found["models"] = {"money": facts["cost"], "currency": "USD"}
+    price = facts.get("other", {}).get("price")
+    if price is not None and (spent := tokens.get("simulator")):
+        money = (spent["input"] * price["prompt"] + spent["output"] * price["completion"]) / 1e6
+        found["simulator"] = {"money": money, "currency": price["currency"]}
+    return found
 
 
 def _scores(results: Sequence[Result]) -> list[tuple[str, float]]:

@@ -25,7 +25,7 @@ from inspect_ai.util import JSONSchema
 from ctcgrpo.errors import RecipeError, SimulatorReplyError
 from ctcgrpo.evaluation.speaking import role, said
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import TOKEN_ENV, load_simulator_config
+from ctcgrpo.simulator.config import TOKEN_ENV, SimulatorConfig, load_simulator_config
 from ctcgrpo.simulator.llm.backend import LlmBackend, chosen_prompts
 from ctcgrpo.simulator.llm.endpoints import ChatCompletion
 from ctcgrpo.simulator.llm.prompts import Message
@@ -66,8 +66,9 @@ class InProcess(User):
 class Served(User):
     """A simulator server. Each turn has a client of its own: nothing of it outlives the event loop that it was made in."""
 
-    def __init__(self, url: str, timeout: float = 240.0) -> None:
-        self._url, self._timeout = url, timeout
+    def __init__(self, url: str, config: SimulatorConfig | None = None) -> None:
+        self._url, self._config = url, config
+        self._timeout = 240.0 if config is None or config.llm is None else config.llm.deadline + 30
 
     def _client(self) -> SimulatorClient:
         return SimulatorClient(self._url, token=os.environ.get(TOKEN_ENV), timeout=self._timeout, patience=60.0)
@@ -79,7 +80,8 @@ class Served(User):
     async def about(self) -> dict[str, Any]:
         async with self._client() as client:
             says = await client.health()
-        return {name: value for name, value in says.items() if name not in ("status", "deadline")}
+        about = {name: value for name, value in says.items() if name not in ("status", "deadline", "version")}
+        return about | ({} if self._config is None else priced(self._config))
 
 
 class InspectModel:
@@ -132,13 +134,23 @@ def chosen_user(simulator: str | None, official: Path | None) -> User:
     if simulator.startswith(("http://", "https://")):
         return Served(simulator)
     config = load_simulator_config(simulator)
-    return Served(_started(config), (config.llm.deadline if config.llm else 0) + 30)
+    return Served(_started(config), config)
+
+
+def priced(config: SimulatorConfig) -> dict[str, Any]:
+    """What a million tokens cost, where all endpoints agree on that."""
+    prices = {endpoint.price for endpoint in config.llm.endpoints} if config.llm is not None else set()
+    if len(prices) != 1:
+        return {}
+    [price] = prices
+    known = price.prompt or price.completion
+    return {"price": {**price.model_dump(), "currency": config.budget.currency}} if known else {}
 
 
 _servers = ExitStack()
 atexit.register(_servers.close)
 
 
-def _started(config: Any) -> str:
+def _started(config: SimulatorConfig) -> str:
     """A server of this process, until it ends."""
     return _servers.enter_context(running(SimulatorServer(config)))

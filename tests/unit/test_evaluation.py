@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +27,8 @@ from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.scoring import outcome_score
 from tests import inspect_models
 from tests.conftest import SHARED_DATA, Command
+from tests.fake_llm import FakeLlm
+from tests.unit.test_llm_user import configuration
 from tests.unit.test_run import FAST, TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -510,3 +513,17 @@ def test_a_run_is_evaluated_as_it_was_validated(tmp_path: Path, ctcgrpo: Command
     assert found["others"][0]["difference"] == pytest.approx(gain["overall"], abs=0.04)
     assert "better by" in out
     assert (run / "evaluations" / "comparison.html").exists()
+
+
+def test_a_configured_llm_plays_the_user_and_is_paid_for(tmp_path: Path) -> None:
+    """The simulator of training, with its retries and its prices, from the file that describes it."""
+    with FakeLlm(rates={"fences": 0.3, "429": 0.1}, seed=3).serving() as llm:
+        file = tmp_path / "user.yaml"
+        file.write_text(yaml.safe_dump(configuration(llm).model_dump(mode="json", exclude_none=True)))
+        summary = play(tmp_path / "out", task={"simulator": str(file), "rounds": 2}, limit=4)
+    assert summary["failed"] == 0 and summary["score"]["n"] == 4
+    assert summary["other"]["models"] == ["fake-0"] and summary["other"]["prompts"].startswith("ctcgrpo/")
+    tokens = summary["tokens"]["simulator"]
+    assert tokens["input"] > 1000
+    money = (tokens["input"] * 1.0 + tokens["output"] * 5.0) / 1e6
+    assert summary["cost"] == {"simulator": {"money": pytest.approx(money), "currency": "USD"}}
