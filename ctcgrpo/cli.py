@@ -18,6 +18,7 @@ from ctcgrpo import __version__
 from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
 from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.sweep import commands as sweeping
 
 _LAUNCHED = "CTCGRPO_LAUNCHED"
 """Set for the processes that `ctcgrpo train` starts through accelerate: they run, and launch nothing further."""
@@ -33,6 +34,7 @@ app.add_typer(scenarios_app, name="scenarios")
 app.command()(evaluation.evaluate)
 app.command()(evaluation.compare)
 app.command()(evaluation.leaderboard)
+app.command()(sweeping.sweep)
 
 
 def main() -> None:

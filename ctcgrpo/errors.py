@@ -12,6 +12,7 @@
     too many failures     TooManyFailures         7      stops the run after saving
     simulator's budget    BudgetSpent             8      stops the run after saving
     evaluation's gate     GateFailed              9      -
+    a sweep's runs        RunFailed               10     -
     Ctrl-C                RunInterrupted          130    stops the run after saving
 
 A bad episode is data, not a result: it is recorded with its reason and left out of every statistic. What the policy
@@ -80,6 +81,13 @@ class OutputError(CtcGrpoError):
 class TooManyFailures(CtcGrpoError):
     exit_code = 7
     kind = "too_many_failures"
+
+
+class RunFailed(CtcGrpoError):
+    """Runs of a sweep ended with errors of their own."""
+
+    exit_code = 10
+    kind = "runs"
 
 
 class GateFailed(CtcGrpoError):

@@ -33,3 +33,18 @@ def interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
 def paired(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
     """after - before for every scenario that both have, in the order of `before`."""
     return {name: after[name] - value for name, value in before.items() if name in after}
+
+
+def crossed(runs: Sequence[Mapping[str, float]], *, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of the mean over runs and scenarios, from each run's means by scenario: both are drawn, the same
+    scenarios for all runs that are drawn together. With few runs it is narrow: what was not run cannot be drawn."""
+    names = [name for name in runs[0] if all(name in run for run in runs)]
+    table = np.array([[run[name] for name in names] for run in runs])
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(len(runs), size=(BOOTSTRAP_SAMPLES, len(runs)))
+    columns = rng.integers(len(names), size=(BOOTSTRAP_SAMPLES, len(names)))
+    weights = np.stack([(rows == k).mean(axis=1) for k in range(len(runs))], axis=1)
+    by_scenario = weights @ table
+    drawn = np.take_along_axis(by_scenario, columns, axis=1).mean(axis=1)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(low), float(high)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -79,9 +79,15 @@ def _refuse_unknown(data: Mapping[str, Any], model: type[BaseModel], path: str, 
         section = _section_type(field.annotation)
         if section is None:
             continue
-        for k, part in enumerate(value if isinstance(value, list) else [value]):
+        named = get_origin(field.annotation) is dict  # sections by a name that is the file's own
+        parts = (
+            value.items()
+            if named and isinstance(value, Mapping)
+            else enumerate(value if isinstance(value, list) else [value])
+        )
+        for k, part in parts:
             if isinstance(part, Mapping):
-                below = f"{path}{key}.{k}." if isinstance(value, list) else f"{path}{key}."
+                below = f"{path}{key}.{k}." if named or isinstance(value, list) else f"{path}{key}."
                 _refuse_unknown(part, section, below, file)
 
 

@@ -1,0 +1,1 @@
+"""Sweeps: many runs of one recipe, from a file in W&B's format, with or without W&B."""

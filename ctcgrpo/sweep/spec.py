@@ -1,0 +1,179 @@
+"""A sweep file: W&B's format, as far as a run here can follow it. What is not understood is refused, not ignored.
+
+    program: recipes/quickstart.yaml          the recipe
+    method: grid                              grid, random or bayes (Optuna's TPE)
+    metric: {name: validation/overall, goal: maximize}
+    parameters:
+      credit.alpha: {values: [0, 5, 15]}
+      credit.gamma: {min: 0.8, max: 1.0}
+      run.seed: {values: [0, 1, 2]}           aggregated over in tables
+      training.max_steps: {value: 40}
+    command: [...]                            as W&B's agents start a run: ${program} ${args_no_hyphens}
+    run_cap: 20                               runs at most (random, bayes)
+    early_terminate: {type: hyperband, min_iter: 30, eta: 2}
+
+Reference: W&B, sweep configuration options.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ctcgrpo.errors import RecipeError
+from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.sections import Section, parse_mapping, read_text, validated
+
+METRIC = "validation/overall"
+"""What a sweep here maximises: the score on the recipe's held-out scenarios, after training. W&B knows it by this name."""
+SEED = "run.seed"
+
+
+class Parameter(Section):
+    """What one parameter may be: a list of values, or a range."""
+
+    value: Any = None
+    values: tuple[Any, ...] | None = Field(None, min_length=1)
+    distribution: Literal["constant", "categorical", "uniform", "int_uniform", "q_uniform", "log_uniform_values"] | None = (
+        None
+    )
+    min: int | float | None = None
+    max: int | float | None = None
+    q: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> Parameter:
+        ranged = self.min is not None or self.max is not None
+        kinds = [
+            name
+            for name, there in (("value", "value" in self.model_fields_set), ("values", self.values), ("min", ranged))
+            if there
+        ]
+        if len(kinds) != 1:
+            raise ValueError("give value, values, or min and max")
+        if ranged and (self.min is None or self.max is None or not self.min < self.max):
+            raise ValueError(f"min is {self.min} and max {self.max}; both are needed, and min < max")
+        if self.values is not None and any(value in self.values[:k] for k, value in enumerate(self.values)):
+            raise ValueError("a value stands twice")
+        if not all(isinstance(value, bool | int | float | str | None) for value in self.values or (self.value,)):
+            raise ValueError(
+                "values are numbers, texts, true, false or null; name fields of sections with dots (validation.every)"
+            )
+        if (self.q is not None) != (self.distribution == "q_uniform"):
+            raise ValueError("q belongs to distribution q_uniform, and it needs one")
+        fits = {
+            "value": ("constant",),
+            "values": ("categorical",),
+            "min": ("uniform", "int_uniform", "q_uniform", "log_uniform_values"),
+        }
+        if self.distribution is not None and self.distribution not in fits[kinds[0]]:
+            raise ValueError(f"distribution {self.distribution!r} does not fit {kinds[0]}")
+        if self.distribution == "log_uniform_values" and not (self.min or 0) > 0:
+            raise ValueError("log_uniform_values needs min > 0")
+        if self.distribution == "int_uniform" and not (isinstance(self.min, int) and isinstance(self.max, int)):
+            raise ValueError("int_uniform needs whole numbers for min and max")
+        return self
+
+    @property
+    def choices(self) -> tuple[Any, ...] | None:
+        """The values of a list; None for a range."""
+        if self.values is not None:
+            return self.values
+        return (self.value,) if self.min is None else None
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Of a range."""
+        assert self.min is not None and self.max is not None
+        return (int(self.min), int(self.max)) if self.is_whole else (self.min, self.max)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a range is of whole numbers: it says so, or says nothing and both ends are written as whole numbers."""
+        written = isinstance(self.min, int) and isinstance(self.max, int)
+        return self.distribution == "int_uniform" or (self.distribution is None and written)
+
+
+class Metric(Section):
+    name: str
+    goal: Literal["maximize"] = "maximize"
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if value != METRIC:
+            raise ValueError(f"a sweep compares runs by {METRIC}")
+        return value
+
+
+class EarlyTerminate(Section):
+    """Stop runs that do worse than others did by then."""
+
+    type: Literal["hyperband"] = "hyperband"
+    min_iter: int = Field(ge=1, description="steps before the first comparison")
+    eta: float = Field(3, gt=1, description="each comparison is so many times later; of those compared 1/eta go on")
+
+
+class Sweep(Section):
+    program: Path
+    method: Literal["grid", "random", "bayes"]
+    metric: Metric = Metric(name=METRIC)
+    parameters: dict[str, Parameter] = Field(min_length=1)
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str | None = None
+    project: str | None = None
+    entity: str | None = None
+    command: tuple[str, ...] | None = None
+    run_cap: int | None = Field(None, ge=1)
+    early_terminate: EarlyTerminate | None = None
+
+    @model_validator(mode="after")
+    def _can_be_run(self) -> Sweep:
+        ranges = [name for name, parameter in self.parameters.items() if parameter.choices is None and parameter.q is None]
+        if self.method == "grid" and ranges:
+            raise ValueError(f"a grid needs lists of values; {ranges[0]} is a range")
+        if self.method != "grid" and self.run_cap is None:
+            raise ValueError(f"method {self.method} needs a run_cap: the number of runs")
+        return self
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Every combination, the last parameter changing fastest."""
+        values = [_on_grid(parameter) for parameter in self.parameters.values()]
+        return [dict(zip(self.parameters, chosen, strict=True)) for chosen in itertools.product(*values)]
+
+
+def _on_grid(parameter: Parameter) -> list[Any]:
+    if parameter.choices is not None:
+        return list(parameter.choices)
+    assert parameter.q is not None and parameter.min is not None and parameter.max is not None
+    steps = int((parameter.max - parameter.min) / parameter.q + 1e-9)
+    return [parameter.min + k * parameter.q for k in range(steps + 1)]
+
+
+def overrides(chosen: Mapping[str, Any]) -> list[str]:
+    """Values as overrides of a recipe, as YAML reads them."""
+    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in chosen.items()]
+
+
+def load_sweep(file: Path) -> tuple[Sweep, Recipe]:
+    """The sweep in a file, and its recipe. Raises RecipeError naming file, field, value and what would be right: of the file
+    itself, and of every value that the recipe does not take."""
+    sweep = validated(parse_mapping(read_text(file, "sweep"), file, Sweep, "sweep"), Sweep, file)
+    fixed = {name: p.choices[0] for name, p in sweep.parameters.items() if p.choices is not None and len(p.choices) == 1}
+    for name, parameter in sweep.parameters.items():
+        for value in parameter.choices or parameter.ends:
+            try:
+                load_recipe(sweep.program, overrides({**fixed, name: value}))
+            except RecipeError as error:
+                raise RecipeError(f"{file}: parameters.{name}: {error}") from None
+    recipe = load_recipe(sweep.program, overrides(fixed))
+    if recipe.validation is None:
+        raise RecipeError(
+            f"{file}: program {sweep.program} has no validation section, so there is nothing to compare its runs by"
+        )
+    return sweep, recipe

@@ -1,0 +1,85 @@
+"""The table of a sweep: a row a trial, its seeds together, with an interval, from the best to the worst."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from rich.table import Table
+
+from ctcgrpo.files import whole_lines
+from ctcgrpo.intervals import crossed, means
+from ctcgrpo.run_folder import RunFolder
+
+_STATES = {
+    TrialState.COMPLETE: "done",
+    TrialState.PRUNED: "stopped early",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+}
+
+
+def table_of(study: optuna.Study, folder: Path) -> list[dict[str, Any]]:
+    """A row for each point: `params`, `score` (mean over seeds and held-out scenarios, after training), `ci95` (over both),
+    `gain` over the untrained policy, `by_seed`, and what became of it. A trial that was left and asked for again stands once."""
+    by_folder: dict[str, FrozenTrial] = {}
+    for trial in study.trials:
+        if name := trial.user_attrs.get("folder"):
+            by_folder[name] = trial
+    rows = [_row(name, trial, folder) for name, trial in by_folder.items()]
+    return sorted(rows, key=lambda row: (row["score"] is None, -(row["score"] or 0.0), row["trial"]))
+
+
+def _row(name: str, trial: FrozenTrial, folder: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "trial": name,
+        "params": trial.params,
+        "state": _STATES.get(trial.state, "failed"),
+        "reason": trial.user_attrs.get("reason", ""),
+        "score": None,
+        "ci95": None,
+        "gain": None,
+        "by_seed": {},
+    }
+    if trial.state != TrialState.COMPLETE:
+        return row
+    seeds = trial.user_attrs["seeds"]
+    found = [_scores(RunFolder(folder / name / f"seed-{seed}")) for seed in seeds]
+    after = [run[-1] for run in found]
+    row["by_seed"] = {str(seed): sum(scores.values()) / len(scores) for seed, scores in zip(seeds, after, strict=True)}
+    row["score"] = sum(row["by_seed"].values()) / len(seeds)
+    row["ci95"] = list(crossed(after))
+    before = [sum(run[0].values()) / len(run[0]) for run in found]
+    row["gain"] = row["score"] - sum(before) / len(before)
+    return row
+
+
+def _scores(run: RunFolder) -> list[dict[str, float]]:
+    """The mean of each held-out scenario, by validation, from the first to the last."""
+    records = sorted(map(json.loads, whole_lines(run.validation_file)), key=lambda record: record["step"])
+    return [means((name, value) for name, values in record["outcomes"].items() for value in values) for record in records]
+
+
+def printed(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Parameters that are the same in every row stand in no column."""
+    names = list(dict.fromkeys(name for row in rows for name in row["params"]))
+    names = [name for name in names if len({json.dumps(row["params"].get(name)) for row in rows}) > 1 or len(rows) == 1]
+    table = Table(title=title)
+    for name in ("trial", *names, "score", "95 % interval", "gain", "seeds", ""):
+        table.add_column(name, justify="right" if name in ("score", "95 % interval", "gain", "seeds") else "left")
+    for row in rows:
+        figures = ("-", "-", "-")
+        if row["score"] is not None:
+            figures = (f"{row['score']:+.3f}", f"{row['ci95'][0]:+.3f} to {row['ci95'][1]:+.3f}", f"{row['gain']:+.3f}")
+        told = row["state"] if not row["reason"] else f"{row['state']}: {row['reason']}"
+        cells = [_shown(row["params"].get(name)) for name in names]
+        table.add_row(row["trial"], *cells, *figures, str(len(row["by_seed"]) or "-"), "" if told == "done" else told)
+    return table
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
