@@ -37,7 +37,8 @@ from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.sweep.spec import SEED, Parameter, Sweep, overrides
 from ctcgrpo.sweep.table import table_of
 
-_POLL = 0.5
+TRAIN = (sys.executable, "-m", "ctcgrpo", "train")
+_POLL = 0.2
 _FOLDER = "folder"
 _PORTS = 100
 """How far apart the ports of two workers are."""
@@ -70,9 +71,10 @@ def run_sweep(
     devices: Sequence[str] = (),
     extra: Sequence[str] = (),
     say: Callable[[str], None] = lambda text: None,
+    train: Sequence[str] = TRAIN,
 ) -> list[dict[str, Any]]:
     """Run what is left of a sweep; gives its table. `devices`: for each worker what CUDA_VISIBLE_DEVICES is to be; `extra`:
-    overrides for every run.
+    overrides for every run; `train`: the command that a run's recipe and overrides are given to.
 
     Raises OutputError where another coordinator has the folder, or it holds another sweep; RunInterrupted on Ctrl-C, after the runs
     under way have saved.
@@ -95,7 +97,7 @@ def run_sweep(
                 if not running:
                     break
                 for one in list(running):
-                    if _advance(study, one, sweep, devices, extra, say):
+                    if _advance(study, one, sweep, devices, extra, say, train):
                         running.remove(one)
                         write_whole(folder / "table.json", json.dumps(table_of(study, folder), indent=2) + "\n")
                 time.sleep(_POLL)
@@ -195,12 +197,13 @@ def _advance(
     devices: Sequence[str],
     extra: Sequence[str],
     say: Callable[[str], None],
+    train: Sequence[str],
 ) -> bool:
     """Take a trial further; True once it is over."""
     if one.process is None:
         if is_complete(one.run.final):
             return _next_seed(study, one, say)
-        one.process = _start(one, sweep, devices, extra)
+        one.process = _start(one, sweep, devices, extra, train)
         return False
     code = one.process.poll()
     if code is None:
@@ -239,14 +242,16 @@ def score_of(run: RunFolder) -> float:
     return float(summary["after"]["overall"])
 
 
-def _start(one: _Running, sweep: Sweep, devices: Sequence[str], extra: Sequence[str]) -> subprocess.Popen[bytes]:
+def _start(
+    one: _Running, sweep: Sweep, devices: Sequence[str], extra: Sequence[str], train: Sequence[str]
+) -> subprocess.Popen[bytes]:
     one.folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "MASTER_PORT": str(29500 + _PORTS * one.worker)}
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = devices[one.worker % len(devices)]
     seed = one.seeds[0]
     arguments = [*overrides(one.chosen), *extra, f"run.seed={seed}", f"run.name=seed-{seed}", f"run.output_dir={one.folder}"]
-    command = [sys.executable, "-m", "ctcgrpo", "train", str(sweep.program), *arguments]
+    command = [*train, str(sweep.program), *arguments]
     with (one.folder / f"seed-{seed}.log").open("ab") as log:
         return subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent

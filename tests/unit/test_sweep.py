@@ -1,0 +1,236 @@
+"""Sweeps: the file's format, the coordinator with runs that fail, are killed and fall behind, the table, and W&B up to its call."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ctcgrpo.errors import OutputError, RecipeError
+from ctcgrpo.intervals import crossed
+from ctcgrpo.sweep import handover
+from ctcgrpo.sweep.spec import Sweep, load_sweep, overrides
+from ctcgrpo.sweep.study import run_sweep
+from tests.conftest import ROOT, Command
+
+TRAIN = (sys.executable, "-m", "tests.fake_train")
+GRID = {"credit.alpha": {"values": [0, 10]}, "credit.std_min": {"values": [0.1, 0.2]}, "run.seed": {"values": [0, 1]}}
+W_AND_B = {
+    "program",
+    "method",
+    "metric",
+    "parameters",
+    "name",
+    "description",
+    "project",
+    "entity",
+    "command",
+    "run_cap",
+    "early_terminate",
+}
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def written(file: Path, **changes: Any) -> Path:
+    settings = {"program": "recipes/quickstart.yaml", "method": "grid", "parameters": GRID} | changes
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def run(file: Path, folder: Path, **options: Any) -> list[dict[str, Any]]:
+    return run_sweep(*load_sweep(file), folder, train=TRAIN, **options)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda f: f.stem)
+def test_shipped_sweeps_hold_to_the_format_of_wandb(file: Path) -> None:
+    sweep, recipe = load_sweep(file)
+    data = yaml.safe_load(file.read_text())
+    assert set(data) <= W_AND_B and data["method"] in ("grid", "random", "bayes") and recipe.validation is not None
+    assert data["metric"] == {"name": "validation/overall", "goal": "maximize"}
+    for parameter in data["parameters"].values():
+        assert set(parameter) <= {"value", "values", "min", "max", "distribution", "q"}
+        assert ("min" in parameter) == ("max" in parameter)
+    if sweep.method == "grid":
+        assert len(sweep.grid()) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"parameters": {}}, "parameters: .*at least 1 item"),
+        ({"parameters": {"credit.alpha": {"values": []}}}, "parameters.credit.alpha.values"),
+        ({"parameters": {"credit.alpha": {"values": [1, 1]}}}, "a value stands twice"),
+        ({"parameters": {"credit.alpha": {"value": 1, "values": [2]}}}, "give value, values, or min and max"),
+        ({"parameters": {"credit.alpha": {"min": 1}}}, "min < max"),
+        ({"parameters": {"credit.alpha": {"min": 1, "max": 2}}}, "a grid needs lists of values; credit.alpha is a range"),
+        (
+            {"parameters": {"credit.alpha": {"vals": [1]}}},
+            "unknown field parameters.credit.alpha.vals; did you mean 'values'?",
+        ),
+        ({"parameters": {"credit.alpa": {"values": [1]}}}, "parameters.credit.alpa: .*alpa.*did you mean 'alpha'"),
+        ({"parameters": {"credit.centering": {"values": ["rollout", "wide"]}}}, "parameters.credit.centering: .*'wide'"),
+        ({"parameters": {"validation": {"value": {"every": 1}}}}, "name fields of sections with dots"),
+        ({"method": "bayes"}, "method bayes needs a run_cap"),
+        ({"method": "annealing"}, "method is 'annealing'"),
+        ({"metric": {"name": "loss"}}, "a sweep compares runs by validation/overall"),
+        ({"metric": {"name": "validation/overall", "goal": "minimize"}}, "metric.goal is 'minimize'"),
+        ({"program": "recipes/quickstar.yaml"}, "did you mean 'recipes/quickstart.yaml'"),
+        ({"program": "recipes/tiny.yaml", "parameters": {"credit.alpha": {"values": [1, 2]}}}, "no validation section"),
+        ({"early_terminate": {"type": "hyperband"}}, "early_terminate.min_iter is missing"),
+        ({"speed": 1}, "unknown field speed"),
+    ],
+)
+def test_what_a_sweep_cannot_be_is_named(changes: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=problem):
+        load_sweep(written(tmp_path / "s.yaml", **changes))
+
+
+def test_values_become_overrides_as_recipes_read_them() -> None:
+    assert overrides({"a.b": True, "c.d": 1e-7, "e.f": "x y", "g.h": None, "i.j": 3}) == [
+        "a.b=true",
+        "c.d=1e-07",
+        "e.f=x y",
+        "g.h=null",
+        "i.j=3",
+    ]
+
+
+def test_a_grid_is_run_once_with_its_seeds_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = tmp_path / "starts"
+    monkeypatch.setenv("FAKE_TRAIN", f"count={starts}")
+    file, folder = written(tmp_path / "s.yaml"), tmp_path / "out"
+    rows = run(file, folder, workers=2, devices=["0,1", "2,3"], extra=["training.max_steps=3"])
+    assert [row["params"]["credit.alpha"] for row in rows] == [10, 10, 0, 0] and len(rows) == 4
+    best = rows[0]
+    # Seeds 0 and 1 have 0.00 and 0.01; before training all have -1.
+    assert best["by_seed"] == pytest.approx({"0": 0.0, "1": 0.01})
+    assert best["score"] == pytest.approx(0.005) and best["gain"] == pytest.approx(1.005)
+    assert best["ci95"][0] < 0.005 < best["ci95"][1]
+    assert (folder / "best").resolve() == (folder / best["trial"] / "seed-1" / "best").resolve()
+    lines = sorted(line.split() for line in starts.read_text().splitlines())
+    assert len(lines) == 8 and {line[1] for line in lines} == {"0,1", "2,3"}
+    assert {(line[1], line[2]) for line in lines} == {("0,1", "29500"), ("2,3", "29600")}
+    again = run(file, folder, extra=["training.max_steps=3"])
+    assert again == rows == json.loads((folder / "table.json").read_text()) and len(starts.read_text().splitlines()) == 8
+    with pytest.raises(OutputError, match="another sweep .overrides differ"):
+        run(file, folder)
+
+
+def test_a_sweep_that_was_killed_goes_on_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = tmp_path / "starts"
+    monkeypatch.setenv("FAKE_TRAIN", f"count={starts},slow=0.1")
+    file, folder = written(tmp_path / "s.yaml"), tmp_path / "out"
+    code = (
+        "import sys; from pathlib import Path; from ctcgrpo.sweep.spec import load_sweep; "
+        "from ctcgrpo.sweep.study import run_sweep; "
+        f"run_sweep(*load_sweep(Path({str(file)!r})), Path({str(folder)!r}), train=(sys.executable, '-m', 'tests.fake_train'))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not starts.exists() or len(starts.read_text().splitlines()) < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = starts.read_text().splitlines()
+    time.sleep(1.5)  # whoever it had started is told to stop
+    finished = {
+        f"{f.parent.parent.parent.name}/{f.parent.parent.name}" for f in folder.glob("trial-*/seed-*/final/COMPLETE")
+    }
+    assert 2 <= len(finished) < 8
+    rows = run(file, folder)
+    after = [line.split()[0] for line in starts.read_text().splitlines()[len(before) :]]
+    assert not finished & set(after) and len(finished) + len(after) == 8
+    assert len(rows) == 4 and all(row["state"] == "done" and len(row["by_seed"]) == 2 for row in rows)
+    assert {path.name for path in folder.glob("trial-*")} == {row["trial"] for row in rows}
+
+
+def test_runs_that_fail_are_told_with_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_TRAIN", "fail=0")
+    rows = run(written(tmp_path / "s.yaml"), tmp_path / "out")
+    assert [row["state"] for row in rows] == ["done", "done", "failed", "failed"]
+    assert rows[2]["score"] is None and rows[2]["reason"] == "error: policy.model 'x' cannot be loaded"
+
+
+def test_a_search_stops_what_falls_behind_and_ends_at_its_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_TRAIN", "slow=0.6")
+    file = written(
+        tmp_path / "s.yaml",
+        method="bayes",
+        run_cap=6,
+        early_terminate={"type": "hyperband", "min_iter": 1, "eta": 2},
+        parameters={"credit.alpha": {"min": 1.0, "max": 60.0, "distribution": "log_uniform_values"}},
+    )
+    rows = run(file, tmp_path / "out", workers=3)
+    states = [row["state"] for row in rows]
+    assert len(rows) == 6 and set(states) == {"done", "stopped early"}
+    assert all(1 <= row["params"]["credit.alpha"] <= 60 for row in rows)
+    done = [row["score"] for row in rows if row["score"] is not None]
+    assert done == sorted(done, reverse=True)
+    assert run(file, tmp_path / "out", workers=3) == rows
+
+
+def test_one_coordinator_at_a_time(tmp_path: Path) -> None:
+    import fcntl
+
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with (folder / "LOCK").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another `ctcgrpo sweep` runs there"):
+            run(written(tmp_path / "s.yaml"), folder)
+
+
+def test_the_interval_over_seeds_and_scenarios_is_wider_than_over_either() -> None:
+    runs = [{f"s{k}": 0.1 * j + 0.05 * k for k in range(8)} for j in range(4)]
+    low, high = crossed(runs)
+    mean = sum(sum(r.values()) for r in runs) / 32
+    assert low < mean < high
+    same_runs, same_scenarios = crossed([runs[0]] * 4), crossed([dict.fromkeys(r, r["s0"]) for r in runs])
+    assert high - low > same_runs[1] - same_runs[0] and high - low > same_scenarios[1] - same_scenarios[0]
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path, ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    file = written(tmp_path / "s.yaml")
+    for arguments, code, problem in [
+        ((str(tmp_path / "no.yaml"),), 2, "did you mean"),
+        ((str(file), "--workers", "2", "--devices", "0"), 2, "names 1 sets for 2 workers"),
+        ((str(file), "--wandb", "--name", "x"), 2, "hands the file over as it is"),
+        ((str(file), "--wandb"), 2, "WANDB_API_KEY"),
+    ]:
+        status, _, err = ctcgrpo("sweep", *arguments)
+        assert status == code and problem in err and "Traceback" not in err, (arguments, err)
+
+
+def test_the_hand_over_to_wandb_up_to_its_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    asked: list[Any] = []
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setattr(wandb, "sweep", lambda config, **where: asked.append((config, where)) or "abc123")
+    assert handover.hand_over(written(tmp_path / "s.yaml", project="p", entity="e")) == "wandb agent e/p/abc123"
+    config, where = asked[0]
+    assert where == {"project": "p", "entity": "e"} and config["command"] == handover.COMMAND
+    Sweep.model_validate(config)
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise wandb.errors.CommError("HTTP 403")
+
+    monkeypatch.setattr(wandb, "sweep", refuse)
+    with pytest.raises(RecipeError, match="W&B did not take .*403"):
+        handover.hand_over(written(tmp_path / "s.yaml"))
