@@ -1,7 +1,7 @@
 """Stands in for `ctcgrpo train` where the coordinator of a sweep is tested: leaves what a run leaves, in no time.
 
 The score of a run is -(alpha - 10)^2 / 100 + seed / 100, the same on each of four scenarios but for their places. $FAKE_TRAIN says
-how it misbehaves: `fail=ALPHA` ends with an error, `slow=SECONDS` takes so long a validation, `count=FILE` gets a line for each start.
+how it misbehaves: `fail=ALPHA` ends with an error, `slow=SECONDS` takes so long a validation, `count=FILE` gets a line a start.
 """
 
 from __future__ import annotations

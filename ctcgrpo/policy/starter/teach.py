@@ -18,6 +18,7 @@ from ctcgrpo.policy.tiny import TURN_END, TURN_START, build_model, build_tokeniz
 
 # How many batches of each kind of lesson, and how many examples in one.
 REPEAT, NAMING, SHORT, LONG = 60, 300, 60, 520
+VOCABULARY = 8192
 REPEAT_BATCH, SHORT_BATCH, LONG_BATCH = 64, 32, 8
 LEARNING_RATE, WARMUP = 6e-3, 20
 IGNORE = -100
@@ -37,7 +38,7 @@ def build_starter(
 
 def untaught_starter(situations: Sequence[Situation], seed: int) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
     """The starter before its first lesson."""
-    tokenizer = build_tokenizer(_texts(situations), vocab_size=4096)
+    tokenizer = build_tokenizer(_texts(situations), vocab_size=VOCABULARY)
     model = build_model(tokenizer, seed=seed, hidden_size=128, layers=2, heads=4)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -145,4 +146,4 @@ def _texts(situations: Sequence[Situation]) -> Iterator[str]:
         for replies in corpus.replies[scene].values():
             yield from replies
     for _ in range(20):
-        yield from (f"the {word}" for word in corpus.around)
+        yield from (f"the {word}" for word in (*corpus.around, *sorted(corpus.whole)))
