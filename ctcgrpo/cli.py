@@ -18,6 +18,7 @@ from ctcgrpo import __version__
 from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
 from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.report import commands as reporting
 from ctcgrpo.sweep import commands as sweeping
 
 _LAUNCHED = "CTCGRPO_LAUNCHED"
@@ -35,6 +36,7 @@ app.command()(evaluation.evaluate)
 app.command()(evaluation.compare)
 app.command()(evaluation.leaderboard)
 app.command()(sweeping.sweep)
+app.command()(reporting.report)
 
 
 def main() -> None:

@@ -1,0 +1,41 @@
+"""`ctcgrpo report`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ctcgrpo.errors import OutputError
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's folder; or a sweep's: its trials, and the run that it found best.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; report.html in the folder by default.")] = None,
+) -> None:
+    """Write one HTML page: scores, states and credit over steps, and every dialogue with each turn's credit."""
+    from ctcgrpo.report.page import write_report
+    from ctcgrpo.report.reading import read_run
+
+    trials: list[dict[str, Any]] = []
+    source = run
+    if (run / "table.json").exists():
+        trials = json.loads((run / "table.json").read_text(encoding="utf-8"))
+        if not (run / "best").exists():
+            raise OutputError(f"{run} holds a sweep without a finished trial; there is nothing to report")
+        source = (run / "best").resolve().parent
+    found = read_run(source)
+    file = out or run / "report.html"
+    wrote = write_report(found, file, trials)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    sampled = "" if wrote["shown"] == wrote["of"] else f" (a sample of {wrote['of']})"
+    console.print(
+        f"{file}: {wrote['shown']} episodes{sampled}, {wrote['bytes'] / 1e6:.1f} MB",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,179 @@
+"""From a run to one HTML page that needs no network: figures reckoned here, episodes packed beside them.
+
+Everything that a model, a user or a dataset wrote travels as data and reaches the page as text, never as markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from ctcgrpo import __version__
+from ctcgrpo.intervals import interval, means
+from ctcgrpo.records import SCENES
+from ctcgrpo.report.reading import Run, Trace
+
+MOST_BYTES = 20_000_000
+"""Of packed episodes: beyond it whole groups are left out, evenly over the steps."""
+_BINS = np.linspace(-3, 3, 25)
+_PHASES = 3
+"""Training in so many parts, to see states and credit change."""
+_TIMES = ("seconds/rollout", "seconds/update", "seconds/simulator_per_episode", "tokens_per_second")
+
+
+def write_report(run: Run, file: Path, trials: Sequence[Mapping[str, Any]] = ()) -> dict[str, int]:
+    """Write the page; gives how many episodes it shows, of how many, and its size in bytes."""
+    figures = figures_of(run)
+    kept = _within(run.episodes, MOST_BYTES)
+    packed = _packed([_lean(e) for e in kept])
+    figures["shown"], figures["of"] = len(kept), len(run.episodes)
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        (files("ctcgrpo.report") / "page.html.j2").read_text(encoding="utf-8")
+    )
+    page = template.render(
+        name=run.name, figures=_packed({**figures, "trials": list(trials)}), episodes=packed, version=__version__
+    )
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(file)
+    return {"shown": len(kept), "of": len(run.episodes), "bytes": file.stat().st_size}
+
+
+def figures_of(run: Run) -> dict[str, Any]:
+    """What the charts show."""
+    trained = [e for e in run.episodes if e["kind"] == "step"]
+    phases = _phases(trained)
+    return {
+        "name": run.name,
+        "finished": run.finished,
+        "steps": max((e["step"] for e in trained), default=0),
+        "max_steps": run.recipe.training.max_steps,
+        "unreadable": run.unreadable,
+        "credit_options": run.recipe.credit.model_dump(mode="json"),
+        "validations": [_validation(record) for record in run.validations],
+        "training": [
+            {"step": m["step"], "overall": m.get("outcome/all"), **{s: m.get(f"outcome/{s}") for s in SCENES}}
+            for m in run.metrics
+        ],
+        "times": [{"step": m["step"], **{name: m.get(name) for name in _TIMES}} for m in run.metrics],
+        "failures": _failures(run.metrics),
+        "states": [_states(part) for part in phases],
+        "credit": _credit(trained),
+    }
+
+
+def _validation(record: Mapping[str, Any]) -> dict[str, Any]:
+    by_scenario = means((name, value) for name, values in record["outcomes"].items() for value in values)
+    of_scene = {"overall": list(by_scenario.values())}
+    for name, mean in by_scenario.items():
+        of_scene.setdefault(record["scenes"].get(name, "?"), []).append(mean)
+    found = {
+        name: {"mean": sum(values) / len(values), "ci95": list(interval(values)), "n": len(values)}
+        for name, values in of_scene.items()
+        if values
+    }
+    return {"step": record["step"], "failed": record.get("failed", 0), "scores": found}
+
+
+def _phases(trained: Sequence[Trace]) -> list[list[Trace]]:
+    steps = sorted({e["step"] for e in trained})
+    parts = (
+        [set(part.tolist()) for part in np.array_split(np.array(steps, dtype=int), min(_PHASES, len(steps)))]
+        if steps
+        else []
+    )
+    return [[e for e in trained if e["step"] in part] for part in parts]
+
+
+def _states(part: Sequence[Trace]) -> dict[str, Any]:
+    """The mean state before each turn and after the last, by scene; who has left counts with the state that they left in."""
+    found: dict[str, Any] = {"from": min(e["step"] for e in part), "to": max(e["step"] for e in part), "scenes": {}}
+    for scene in SCENES:
+        paths = [
+            [e["initial_state"], *(t["after"] for t in e["turns"])] for e in part if e["scene"] == scene and not e["failure"]
+        ]
+        if paths:
+            longest = max(map(len, paths))
+            table = np.array([path + [path[-1]] * (longest - len(path)) for path in paths], dtype=float)
+            found["scenes"][scene] = table.mean(axis=0).round(2).tolist()
+    return found
+
+
+def _credit(trained: Sequence[Trace]) -> dict[str, Any]:
+    """Histograms of the turns' advantages: by turn and by scene; what lies beyond the ends is in the outermost bins."""
+    by_turn: dict[int, list[float]] = {}
+    by_scene: dict[str, list[float]] = {}
+    for episode in trained:
+        for turn, advantage in enumerate(episode["advantages"] or (), 1):
+            by_turn.setdefault(turn, []).append(advantage)
+            by_scene.setdefault(episode["scene"], []).append(advantage)
+
+    def counts(values: Sequence[float]) -> dict[str, Any]:
+        clipped = np.clip(values, _BINS[0] + 1e-9, _BINS[-1] - 1e-9)
+        return {
+            "counts": np.histogram(clipped, _BINS)[0].tolist(),
+            "mean": float(np.mean(values)),
+            "std": float(np.std(values)),
+        }
+
+    return {
+        "bins": _BINS.tolist(),
+        "turns": {str(turn): counts(values) for turn, values in sorted(by_turn.items())},
+        "scenes": {scene: counts(by_scene[scene]) for scene in SCENES if scene in by_scene},
+    }
+
+
+def _failures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for m in metrics:
+        for name, value in m.items():
+            if name.startswith("failed/") and value:
+                found[name.removeprefix("failed/")] = found.get(name.removeprefix("failed/"), 0) + value
+    return found
+
+
+def _lean(e: Trace) -> list[Any]:
+    """An episode as a list, without names that would stand in every one of them."""
+    turns = [
+        [t["reasoning"], t["reply"], t["user_line"], t["before"], t["after"], t["why"], t["faults"], t["completion_tokens"]]
+        for t in e["turns"]
+    ]
+    advantages = None if e["advantages"] is None else [round(a, 6) for a in e["advantages"]]
+    failure = None if e["failure"] is None else f"{e['failure']['kind']}: {e['failure']['message']}"
+    return [
+        e["kind"],
+        e["step"],
+        e["scenario"],
+        e["scene"],
+        e["rollout"],
+        e["outcome"],
+        failure,
+        e["opening_line"],
+        turns,
+        advantages,
+    ]
+
+
+def _within(episodes: Sequence[Trace], most: int) -> list[Trace]:
+    """All episodes, or whole groups evenly over the steps, so that what is packed keeps to `most` bytes."""
+    size = len(_packed([_lean(e) for e in episodes]))
+    if size <= most:
+        return list(episodes)
+    groups = list(dict.fromkeys((e["kind"], e["step"], e["group"]) for e in episodes))
+    keep = max(1, int(len(groups) * most / size * 0.95))
+    chosen = {groups[int(k)] for k in np.linspace(0, len(groups) - 1, keep)}
+    return [e for e in episodes if (e["kind"], e["step"], e["group"]) in chosen]
+
+
+def _packed(value: Any) -> str:
+    return base64.b64encode(
+        gzip.compress(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"), 6, mtime=0)
+    ).decode()
