@@ -30,6 +30,15 @@ def interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def share_interval(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson), which does not vanish where all or none succeeded; n > 0."""
+    z = 1.959964
+    p, factor = successes / n, 1 + z * z / n
+    middle = (p + z * z / (2 * n)) / factor
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / factor
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def paired(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
     """after - before for every scenario that both have, in the order of `before`."""
     return {name: after[name] - value for name, value in before.items() if name in after}

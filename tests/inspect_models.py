@@ -74,7 +74,7 @@ def confused_judge(messages: list[ChatMessage], config: GenerateConfig) -> str:
     return "A moving piece, 18/20." if "Draft brainstorming" in messages[-1].text else judge(messages, config)
 
 
-ANSWERS: dict[str, Callable[[list[ChatMessage], GenerateConfig], str]] = {
+ANSWERS: dict[str, Callable[[list[ChatMessage], GenerateConfig], str | ModelOutput]] = {
     f.__name__: f for f in (talker, user, unsteady_user, confidant, judge, confused_judge)
 }
 ANSWERS["silent"] = lambda messages, config: ""
@@ -88,6 +88,8 @@ class Scripted(ModelAPI):
                 out.write(".")
         await asyncio.sleep(float(os.environ.get("CTCGRPO_TEST_DELAY", "0")))
         text = ANSWERS[self.model_name](input, config)
+        if isinstance(text, ModelOutput):
+            return text
         output = ModelOutput.from_content(self.model_name, text)
         read, written = sum(len(m.text) for m in input), len(re.findall(r"\S+", text))
         output.usage = ModelUsage(input_tokens=read, output_tokens=written, total_tokens=read + written)

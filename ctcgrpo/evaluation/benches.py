@@ -58,6 +58,7 @@ class Bench:
         return format(value, f"{signed}.{digits}f")
 
 
+_FAULTS = {"empty": "dialogues with an empty reply", "cut": "dialogues with a reply that max_tokens cut off"}
 EIBENCH = Bench(
     name="eibench",
     title="EIBench",
@@ -69,8 +70,9 @@ EIBENCH = Bench(
         "escalated": "dialogues that end worse than they began",
         "reached": "dialogues that reach the target",
         "turns_to_target": "turns to it, where it was reached",
+        **_FAULTS,
     },
-    shares=("escalated", "reached"),
+    shares=("escalated", "reached", *_FAULTS),
 )
 SAGE = Bench(
     name="sage",
@@ -83,8 +85,9 @@ SAGE = Bench(
         "success": "dialogues that end with emotion 100",
         "failure": "dialogues that end with emotion below 10",
         "turns": "times that the user spoke",
+        **_FAULTS,
     },
-    shares=("success", "failure"),
+    shares=("success", "failure", *_FAULTS),
 )
 EQBENCH3 = Bench(
     name="eqbench3",
@@ -96,7 +99,9 @@ EQBENCH3 = Bench(
     measures={
         name: f"{name.replace('_', ' ')}, 0 to {MOST}"
         for name in dict.fromkeys(n for kind in COUNTED.values() for n in kind)
-    },
+    }
+    | _FAULTS,
+    shares=tuple(_FAULTS),
 )
 BENCHES: Mapping[str, Bench] = {bench.name: bench for bench in (EIBENCH, SAGE, EQBENCH3)}
 

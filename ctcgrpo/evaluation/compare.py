@@ -7,19 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo.errors import OutputError
+from ctcgrpo.evaluation.report import other_of
 from ctcgrpo.evaluation.results import Result, read_results, read_summary
 from ctcgrpo.intervals import interval, paired
 
-_MIND = ("other", "task", "generation", "limit")
-"""What of a summary has to be the same for figures to be comparable; models may differ."""
+_DECIDING = ("other", "data", "generation", "limit")
+"""What of a summary figures depend on, beside the model and the task's arguments."""
+_PLACES = ("data", "scenarios", "rescored")
+"""Arguments that say where something is, not what it is."""
 
 
-def compared(folders: Sequence[Path], names: Sequence[str] | None = None) -> dict[str, Any]:
-    """The comparison of evaluations with the first: `baseline`, `others` (each with the mean over the scenarios that both have, the
-    paired difference, its 95 % interval, and the same by group), and `warnings` of what else differs between them.
+def compared(folders: Sequence[Path], names: Sequence[str] | None = None, *, mixed: bool = False) -> dict[str, Any]:
+    """The comparison of evaluations with the first: `baseline`, `others` (each with what it was and is over the scenarios that
+    both have, the paired difference, its 95 % interval, and the same by group), `other` (who played the simulator or the judge),
+    and `warnings` of what else differs between them.
 
-    Raises OutputError for fewer than two, for folders that hold no evaluation, and for different benchmarks or no scenario in
-    common.
+    Raises OutputError for fewer than two, for folders that hold no evaluation, for different benchmarks or no scenario in common,
+    and, unless they may be `mixed`, for another simulator, judge or scoring variant: such scores mean other things.
     """
     if len(folders) < 2:
         raise OutputError("name at least two evaluations to compare")
@@ -31,16 +35,26 @@ def compared(folders: Sequence[Path], names: Sequence[str] | None = None) -> dic
             raise OutputError(
                 f"{folders[0]} is of {first['bench']}, {folder} of {summary['bench']}: their scores mean other things"
             )
-    rows = [
-        _against(first, other, folders[0], folder, name)
-        for other, folder, name in zip(others, folders[1:], names[1:], strict=True)
-    ]
+        if not mixed and (told := _meaning(summary)) != _meaning(first):
+            raise OutputError(
+                f"{folders[0]} was scored by {_meaning(first)}, {folder} by {told}: their scores mean other things (--mixed "
+                "compares them all the same)"
+            )
     return {
         "bench": first["bench"],
-        "baseline": {"name": names[0], "mean": first["score"]["mean"], "folder": str(folders[0])},
-        "others": rows,
+        "other": " / ".join(dict.fromkeys(map(_meaning, summaries))),
+        "baseline": {"name": names[0], "folder": str(folders[0])},
+        "others": [
+            _against(first, summary, folders[0], folder, name)
+            for summary, folder, name in zip(others, folders[1:], names[1:], strict=True)
+        ],
         "warnings": _warnings(names, summaries),
     }
+
+
+def _meaning(summary: Mapping[str, Any]) -> str:
+    variant = summary["task"].get("variant")
+    return other_of(summary) + (f", variant {variant}" if variant else "")
 
 
 def _against(first: Mapping[str, Any], other: Mapping[str, Any], a: Path, b: Path, name: str) -> dict[str, Any]:
@@ -50,23 +64,23 @@ def _against(first: Mapping[str, Any], other: Mapping[str, Any], a: Path, b: Pat
     groups: dict[str, list[str]] = {}
     for scenario in differences:
         groups.setdefault(first["group_of"][scenario], []).append(scenario)
-    row = _row(list(differences), differences, other["scenarios"])
+
+    def row(scenarios: Sequence[str]) -> dict[str, Any]:
+        found = [differences[s] for s in scenarios]
+        return {
+            "was": sum(first["scenarios"][s] for s in scenarios) / len(scenarios),
+            "mean": sum(other["scenarios"][s] for s in scenarios) / len(scenarios),
+            "difference": sum(found) / len(found),
+            "ci95": list(interval(found)) if len(found) > 1 else None,
+            "n": len(found),
+        }
+
     return {
         "name": name,
         "folder": str(b),
-        **row,
-        "groups": {group: _row(scenarios, differences, other["scenarios"]) for group, scenarios in groups.items()},
+        **row(list(differences)),
+        "groups": {group: row(scenarios) for group, scenarios in groups.items()},
         "by_scenario": differences,
-    }
-
-
-def _row(scenarios: Sequence[str], differences: Mapping[str, float], scores: Mapping[str, float]) -> dict[str, Any]:
-    found = [differences[s] for s in scenarios]
-    return {
-        "mean": sum(scores[s] for s in scenarios) / len(scenarios),
-        "difference": sum(found) / len(found),
-        "ci95": list(interval(found)),
-        "n": len(found),
     }
 
 
@@ -80,9 +94,15 @@ def _warnings(names: Sequence[str], summaries: Sequence[Mapping[str, Any]]) -> l
     found = []
     first = summaries[0]
     for name, summary in zip(names[1:], summaries[1:], strict=True):
-        for part in _MIND:
+        for part in _DECIDING:
             if summary.get(part) != first.get(part):
                 found.append(f"{part} differs: {names[0]} has {_short(first.get(part))}, {name} {_short(summary.get(part))}")
+        ours, theirs = ({k: v for k, v in s["task"].items() if k not in _PLACES} for s in (first, summary))
+        found += [
+            f"{key} differs: {names[0]} has {_short(ours.get(key))}, {name} {_short(theirs.get(key))}"
+            for key in sorted({*ours, *theirs})
+            if ours.get(key) != theirs.get(key)
+        ]
         missing = len(set(first["scenarios"]) ^ set(summary["scenarios"]))
         if missing:
             found.append(f"{missing} scenarios are scored in one of {names[0]} and {name} only, and are left out")

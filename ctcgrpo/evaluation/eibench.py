@@ -16,12 +16,12 @@ from typing import Any
 from inspect_ai import Epochs, Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.log import transcript
-from inspect_ai.model import ChatMessage, ChatMessageSystem, ChatMessageUser, GenerateConfig
+from inspect_ai.model import ChatMessage, ChatMessageSystem, ChatMessageUser, GenerateConfig, get_model
 from inspect_ai.scorer import Score, Scorer, Target, grouped, mean, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.util import span
 
-from ctcgrpo.errors import RecipeError
+from ctcgrpo.errors import PolicyEngineError, RecipeError
 from ctcgrpo.evaluation.record import Record
 from ctcgrpo.evaluation.speaking import say
 from ctcgrpo.evaluation.users import User, chosen_user
@@ -30,6 +30,9 @@ from ctcgrpo.rollout.engine import request_seed
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.scoring import Variant, outcome_score
 from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
+
+_NEED_A_USER = ("anthropic/", "google/")
+"""Providers that refuse messages without one of a user."""
 
 
 @task
@@ -41,6 +44,7 @@ def eibench(
     repeats: int = 1,
     seed: int = 0,
     official: str | None = None,
+    opener: str | None = None,
 ) -> Task:
     """EIBench on a set of scenarios.
 
@@ -53,13 +57,15 @@ def eibench(
       repeats: dialogues a scenario; a scenario counts with their mean.
       seed: of what is sampled, where providers heed it.
       official: a folder with the authors' code, whose prompts the simulator is given (it is executed).
+      opener: what a user's message says where the model speaks first (charm), for providers that take no dialogue without one
+        (anthropic, google); published figures have none.
     """
     found = load_scenarios(scenarios, "test")
     user = chosen_user(simulator, None if official is None else Path(official).expanduser())
     if rounds < 1 or repeats < 1:
         raise RecipeError(f"rounds is {rounds} and repeats {repeats}; both are at least 1")
     samples = [
-        Sample(id=s.id, input=_opening(s), metadata={"group": s.scene, "title": s.title, "position": k})
+        Sample(id=s.id, input=_opening(s, opener), metadata={"group": s.scene, "title": s.title, "position": k})
         for k, s in enumerate(found)
     ]
     return Task(
@@ -73,9 +79,10 @@ def eibench(
     )
 
 
-def _opening(scenario: Scenario) -> list[ChatMessage]:
+def _opening(scenario: Scenario, opener: str | None) -> list[ChatMessage]:
     system = ChatMessageSystem(content=scenario.policy_persona)
-    return [system, *([ChatMessageUser(content=scenario.opening_line)] if scenario.opening_line else [])]
+    line = scenario.opening_line or opener
+    return [system, *([ChatMessageUser(content=line)] if line else [])]
 
 
 def _conversing(scenarios: Mapping[str, Scenario], user: User, rounds: int, seed: int) -> Solver:
@@ -88,13 +95,16 @@ def _conversing(scenarios: Mapping[str, Scenario], user: User, rounds: int, seed
         card, now = ScenarioCard.of(scenario), scenario.anchors.initial
         place = (0, state.metadata["position"], scenario.id, state.epoch - 1)
         history = [Utterance(speaker="user", text=scenario.opening_line)] if scenario.opening_line else []
+        if len(state.messages) == 1 and str(get_model()).startswith(_NEED_A_USER):
+            raise PolicyEngineError(f"{get_model()} takes no dialogue that the model opens; give it a line with opener=TEXT")
         if scenario.opening_line:
             record.user_said(scenario.opening_line, now._asdict())
         for round in range(1, rounds + 1):
             async with span(f"turn {round}", type="turn"):
-                reply = await say(state.messages, seed=request_seed(seed, *place, round - 1))
+                config = GenerateConfig(seed=request_seed(seed, *place, round - 1))
+                reply = await say(state.messages, role="model", config=config)
                 state.messages.append(reply.message)
-                record.model_said(reply.text, reply.tokens)
+                record.model_said(reply)
                 history.append(Utterance(speaker="policy", text=reply.text))
                 answer = await user.turn(
                     turn_request(

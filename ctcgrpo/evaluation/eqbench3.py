@@ -19,7 +19,7 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 from ctcgrpo.errors import JudgeReplyError
 from ctcgrpo.evaluation.eqbench3_protocol import EqBench, EqScenario, Unreadable, load_eqbench, read_scores, task_score
 from ctcgrpo.evaluation.record import Record
-from ctcgrpo.evaluation.speaking import role, say
+from ctcgrpo.evaluation.speaking import played_by, say, temperature_of
 from ctcgrpo.rollout.engine import request_seed
 from ctcgrpo.scenarios import data_home
 
@@ -38,7 +38,7 @@ def eqbench3(data: str | None = None, repeats: int = 1, seed: int = 0) -> Task:
       seed: of what is sampled, where providers heed it.
     """
     bench = load_eqbench(data_home() / "eqbench3" if data is None else Path(data).expanduser())
-    judge = role("judge")
+    judge = played_by("judge")
     samples = [
         Sample(id=s.id, input=bench.asked(s)[0], metadata={"group": s.kind, "title": s.title, "category": s.category})
         for s in bench.scenarios
@@ -60,20 +60,24 @@ def _answering(bench: EqBench, scenarios: Mapping[str, EqScenario], judge: Model
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
         scenario, record = scenarios[str(state.sample_id)], state.store_as(Record)
-        record.about = {"models": [str(judge)], "temperature": _of_judge(judge)}
+        record.about = {
+            "models": [str(judge)],
+            "prompts": f"eqbench3/{bench.digest}",
+            "temperature": temperature_of(judge, _OF_JUDGE),
+        }
         state.messages = []
         asked = bench.asked(scenario)
         for turn, line in enumerate(asked):
             debrief = scenario.kind != "analysis" and turn == len(asked) - 1
             state.messages.append(ChatMessageUser(content=line))
             record.user_said(line)
-            said = await say(
-                state.messages,
+            config = GenerateConfig(
                 seed=request_seed("eqbench3", seed, scenario.id, state.epoch, turn),
                 temperature=_OF_DEBRIEF if debrief else None,
             )
+            said = await say(state.messages, role="model", config=config)
             state.messages.append(said.message)
-            record.model_said(said.text, said.tokens)
+            record.model_said(said)
         record.over = True
         return state
 
@@ -91,15 +95,16 @@ def _judging(bench: EqBench, scenarios: Mapping[str, EqScenario], judge: Model, 
         prompt = bench.judged(scenario, said["user"], said["model"])
         problem = ""
         for attempt in range(_ATTEMPTS):
-            verdict = await say(
-                [ChatMessageUser(content=prompt)],
+            config = GenerateConfig(
                 seed=request_seed("judge", seed, scenario.id, state.epoch, attempt),
-                model=judge,
-                temperature=_of_judge(judge),
+                temperature=temperature_of(judge, _OF_JUDGE),
                 max_tokens=_JUDGE_TOKENS,
             )
+            verdict = await say([ChatMessageUser(content=prompt)], role="judge", model=judge, config=config)
             record.spend("judge", verdict.tokens)
             try:
+                if verdict.cut:
+                    raise Unreadable("cut off by max_tokens")
                 found = read_scores(verdict.text, scenario.kind)
                 return Score(value=task_score(found, scenario.kind), explanation=verdict.text, metadata=found)
             except Unreadable as error:
@@ -107,7 +112,3 @@ def _judging(bench: EqBench, scenarios: Mapping[str, EqScenario], judge: Model, 
         raise JudgeReplyError(f"{judge} gave no usable verdict, asked {_ATTEMPTS} times (last problem: {problem})")
 
     return scorer(metrics=[grouped(mean(), "group", all_label="all")], name="rubric")(lambda: score)()
-
-
-def _of_judge(judge: Model) -> float:
-    return _OF_JUDGE if judge.config.temperature is None else judge.config.temperature

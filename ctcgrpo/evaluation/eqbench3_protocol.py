@@ -7,6 +7,7 @@ over tasks. Scenarios, prompts and criteria are read from the user's copy. Sourc
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,12 @@ class EqBench:
     rubrics: Mapping[Kind, str]
     criteria: Mapping[Kind, tuple[str, ...]]
     debrief: str
+
+    @property
+    def digest(self) -> str:
+        """Of what the judge is told, down to its wording."""
+        told = json.dumps([dict(self.rubrics), {kind: list(names) for kind, names in self.criteria.items()}], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:8]
 
     def asked(self, scenario: EqScenario) -> list[str]:
         """The user's messages, in order, the debrief last where there is one."""
@@ -147,10 +154,10 @@ def parse_scenarios(text: str, place: str = "scenario_prompts.txt") -> list[EqSc
 def read_scores(text: str, kind: Kind) -> dict[str, float]:
     """A judge's scores by criterion, each in [0, 20]. Tolerates fences, text around the JSON, and numbers as "15" or "15/20".
     Raises Unreadable where a criterion that counts has no such number."""
-    start = text.find("{")
-    if start < 0:
-        raise Unreadable("there is no JSON object in it")
-    value = json_repair.loads(text[start:])
+    start, end = text.find("{"), text.rfind("}")
+    if not 0 <= start < end:
+        raise Unreadable("there is no whole JSON object in it")
+    value = json_repair.loads(text[start : end + 1])
     return checked_scores(value if isinstance(value, dict) else {}, kind)
 
 
@@ -203,6 +210,8 @@ def read_judgements(file: Path, run: str | None = None) -> tuple[list[Result], d
     [found] = chosen.values()
     results = []
     for iteration, tasks in found["scenario_tasks"].items():
+        if not str(iteration).isdigit() or not isinstance(tasks, dict):
+            raise ScenarioError(f"{file}: scenario_tasks holds {iteration!r}; it maps iterations (numbers) to tasks by id")
         for id, task in tasks.items():
             results.append(_judged(str(id), int(iteration), task))
     judge = found.get("rubric_judge_model") or found.get("judge_model") or "not named"

@@ -8,6 +8,7 @@ Within a run's folder its recipe says how contexts are made (reasoning, length, 
 from __future__ import annotations
 
 import secrets
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,6 +52,15 @@ class _Parts:
     engine: ContinuousEngine
 
 
+_MADE: weakref.WeakSet[LocalPolicy] = weakref.WeakSet()
+
+
+def close_all() -> None:
+    """Close every policy that is loaded: Inspect keeps what it made, and a card has room for one."""
+    for policy in list(_MADE):
+        policy.close()
+
+
 class LocalPolicy(ModelAPI):
     """`recipe`: the file of the recipe that says how contexts are made, where it is not that of the run around the folder;
     `max_batch`: requests under way at once. Raises PolicyError for a folder that holds no model."""
@@ -71,6 +81,7 @@ class LocalPolicy(ModelAPI):
             raise PolicyError(f"{model_name} holds no model; name a folder with its config.json (checkpoints/RUN/final)")
         self._recipe = load_recipe(recipe) if recipe is not None else recipe_of(folder)
         self._max_batch = max_batch
+        _MADE.add(self)
         self._sampled: OrderedDict[str, Completion] = OrderedDict()
 
     @cached_property
@@ -109,8 +120,10 @@ class LocalPolicy(ModelAPI):
         return self._max_batch
 
     def close(self) -> None:
+        """Give the memory back; asked again, it loads again."""
         if "_parts" in self.__dict__:
             self._parts.engine.close()
+            del self._parts
 
     def _remember(self, message: ChatMessageAssistant, completion: Completion) -> None:
         assert message.id is not None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from inspect_ai.log import EvalLog, list_eval_logs, read_eval_log
+from inspect_ai.log import EvalLog, read_eval_log
 
 from ctcgrpo.evaluation.record import Record, result_of
 from ctcgrpo.evaluation.results import Result
@@ -14,10 +16,15 @@ _HOW_FAST = {"max_connections", "adaptive_connections", "max_retries", "timeout"
 """Options of sampling that decide no figure."""
 
 
-def newest_log(folder: Path) -> EvalLog | None:
-    """The header of the last log in a folder; None where there is none."""
-    found = list_eval_logs(str(folder)) if folder.is_dir() else []
-    return read_eval_log(max(found, key=lambda info: Path(info.name).name), header_only=True) if found else None
+def newest_log(folder: Path, say: Callable[[str], None]) -> EvalLog | None:
+    """The header of the last log in a folder that can be read; None where there is none. `say` hears of those that cannot."""
+    found = sorted(folder.glob("*.eval"), key=lambda file: file.name) if folder.is_dir() else []
+    for file in reversed(found):
+        try:
+            return read_eval_log(str(file), header_only=True)
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            say(f"{file} cannot be read ({error}); the one before it is taken")
+    return None
 
 
 def results_of(header: EvalLog) -> tuple[list[Result], dict[str, Any]]:
@@ -25,13 +32,13 @@ def results_of(header: EvalLog) -> tuple[list[Result], dict[str, Any]]:
     log = read_eval_log(header.location)
     order = {name: k for k, name in enumerate(log.eval.dataset.sample_ids or [])}
     samples = sorted(log.samples or [], key=lambda sample: (order.get(sample.id, 0), sample.epoch))
-    about = next((record.about for sample in samples if (record := sample.store_as(Record)).about), {})
+    about = next((dict(record.about) for sample in samples if (record := sample.store_as(Record)).about), {})
     return [result_of(sample) for sample in samples], facts_of(log, about)
 
 
 def facts_of(log: EvalLog, about: dict[str, Any]) -> dict[str, Any]:
-    """`cost` are US dollars for what Inspect asked; None where it knows no price of a model."""
-    costs = [usage.total_cost for usage in log.stats.model_usage.values()]
+    """`prices` by role, for a million tokens: of the simulator where its configuration says so."""
+    price = about.pop("price", None)
     return {
         "model": log.eval.model,
         "roles": {role: getattr(found, "model", str(found)) for role, found in (log.eval.model_roles or {}).items()},
@@ -40,7 +47,7 @@ def facts_of(log: EvalLog, about: dict[str, Any]) -> dict[str, Any]:
         "limit": log.eval.config.limit,
         "generation": log.plan.config.merge(log.eval.model_generate_config).model_dump(exclude_none=True, exclude=_HOW_FAST),
         "versions": dict(log.eval.packages),
-        "cost": sum(c for c in costs if c is not None) if costs and None not in costs else None,
+        "prices": {} if price is None else {"simulator": price},
         "began": log.eval.created,
         "log": Path(log.location).name,
     }

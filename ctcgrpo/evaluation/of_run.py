@@ -13,10 +13,14 @@ from ctcgrpo.run_folder import RunFolder
 
 
 def evaluations_of(
-    folder: RunFolder, task: dict[str, Any], generation: dict[str, Any], simulator: str | None, limit: int | None
+    folder: RunFolder,
+    task: dict[str, Any],
+    generation: dict[str, Any],
+    roles: dict[str, str],
+    limit: int | None,
 ) -> dict[str, Evaluation]:
-    """By name (base, final). `task` and `generation` go before what the recipe says. Raises OutputError for a folder without a
-    finished run, RecipeError where neither the recipe nor an option says what to evaluate on."""
+    """By name (base, final). `task`, `generation` and `roles` go before what the recipe says. Raises OutputError for a folder
+    without a finished run, RecipeError where neither the recipe nor an option says what to evaluate on."""
     if not folder.recipe_file.exists():
         raise OutputError(f"{folder.path} is no run's folder: it holds no recipe.yaml")
     if not is_complete(folder.final):
@@ -29,7 +33,9 @@ def evaluations_of(
         "top_k": rollout.top_k,
         "max_tokens": rollout.max_new_tokens,
     }
-    played = {**_as_validated(recipe), **({"simulator": simulator} if simulator else {}), **task}
+    played = {**_as_validated(recipe), **task}
+    if roles:
+        del played["simulator"]
     if "scenarios" not in played:
         raise RecipeError(f"{folder.recipe_file} has no validation section; say what to evaluate on with --scenarios")
     base = str(folder.base) if recipe.policy.model.startswith("builtin/") else recipe.policy.model
@@ -39,6 +45,7 @@ def evaluations_of(
             model=f"{LOCAL}{model}",
             task=played,
             generation={**sampled, **generation},
+            roles=roles,
             model_args={"recipe": str(folder.recipe_file), "max_batch": rollout.max_batch},
             limit=limit,
         )

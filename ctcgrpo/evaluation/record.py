@@ -12,6 +12,7 @@ from inspect_ai.util import StoreModel
 
 from ctcgrpo import errors
 from ctcgrpo.evaluation.results import Line, Result
+from ctcgrpo.evaluation.speaking import Said
 
 _KINDS = {
     error.__name__: error.kind
@@ -25,14 +26,17 @@ class Record(StoreModel):
 
     lines: list[dict[str, Any]] = []
     tokens: dict[str, list[int]] = {}
+    faults: list[str] = []
     about: dict[str, Any] = {}
     over: bool = False
 
     # Assigned anew each time: the store sees assignments, not changes within a list.
 
-    def model_said(self, text: str, tokens: tuple[int, int]) -> None:
-        self.lines = [*self.lines, {"speaker": "model", "text": text}]
-        self.spend("model", tokens)
+    def model_said(self, said: Said) -> None:
+        self.lines = [*self.lines, {"speaker": "model", "text": said.text}]
+        found = [name for name, there in (("empty", not said.text), ("cut", said.cut)) if there]
+        self.faults = [*self.faults, *found]
+        self.spend("model", said.tokens)
 
     def user_said(self, text: str, state: Mapping[str, float] | None = None, why: str = "") -> None:
         self.lines = [*self.lines, {"speaker": "user", "text": text, "state": dict(state or {}), "why": why}]
@@ -48,12 +52,13 @@ def result_of(sample: EvalSample) -> Result:
     score = None if failure is not None else next(iter((sample.scores or {}).values()))
     value = None if score is None else score.as_float()
     assert value is None or math.isfinite(value)
+    faults = {name: float(name in record.faults) for name in ("empty", "cut")}
     return Result(
         scenario=str(sample.id),
         repeat=sample.epoch,
         group=str(sample.metadata["group"]),
         score=value,
-        measures={name: float(x) for name, x in (score.metadata or {}).items()} if score is not None else {},
+        measures={} if score is None else {name: float(x) for name, x in (score.metadata or {}).items()} | faults,
         failure=failure,
         lines=tuple(Line(**line) for line in record.lines),
         tokens={role: (read, written) for role, (read, written) in record.tokens.items()},
@@ -62,6 +67,8 @@ def result_of(sample: EvalSample) -> Result:
 
 def failure_of(sample: EvalSample) -> tuple[str, str] | None:
     """Kind and message of what kept a sample from being scored; None where it was."""
+    if sample.limit is not None:
+        return "limit", f"the sample ran into its limit on {sample.limit.type}: what it had come to is no result"
     if sample.error is not None:
         raised = (sample.error.traceback or sample.error.message).strip().splitlines()[-1]
         name, _, message = raised.partition(": ")

@@ -1,8 +1,8 @@
-"""What evaluations print: one, several compared, many ranked."""
+"""What evaluations print: one, several compared, many ranked. Names come from models and datasets: they are text, never markup."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -16,7 +16,7 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     bench = named(summary["bench"])
     console.print(_scores(bench, summary))
     for line in _lines(bench, summary):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(Text(line), soft_wrap=True)
 
 
 def other_of(summary: Mapping[str, Any]) -> str:
@@ -27,21 +27,36 @@ def other_of(summary: Mapping[str, Any]) -> str:
     return f"{', '.join(models)}{prompts}"
 
 
-def _scores(bench: Bench, summary: Mapping[str, Any]) -> Table:
-    table = Table(title=f"{bench.title}: {summary['model']} ({bench.other}: {other_of(summary)})")
-    for name in (bench.grouped_by, "scenarios", "score", "95 % interval"):
-        table.add_column(name, justify="left" if name == bench.grouped_by else "right")
-    rows = {"overall": summary["score"], **summary["groups"]}
-    for name, found in rows.items():
-        table.add_row(name, str(found["n"]), *_figures(bench, found), style="bold" if name == "overall" else None)
+def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
+    table = Table(title=Text(title))
+    for name in columns:
+        table.add_column(Text(name), justify="left" if name in left else "right")
     return table
 
 
-def _figures(bench: Bench, found: Mapping[str, Any]) -> tuple[str, str]:
-    if found["mean"] is None:
+def _row(table: Table, cells: Sequence[str], style: str | None = None) -> None:
+    table.add_row(*map(Text, cells), style=style)
+
+
+def _scores(bench: Bench, summary: Mapping[str, Any]) -> Table:
+    title = f"{bench.title}: {summary['model']} ({bench.other}: {other_of(summary)})"
+    table = _table(title, (bench.grouped_by, "scenarios", "score", "95 % interval", "failed"), (bench.grouped_by,))
+    overall = {**summary["score"], "failed": summary["failed"]}
+    for name, found in {"overall": overall, **summary["groups"]}.items():
+        cells = (name, str(found["n"]), *_figures(bench, found), str(found["failed"] or "-"))
+        _row(table, cells, style="bold" if name == "overall" else None)
+    return table
+
+
+def _figures(bench: Bench, found: Mapping[str, Any], *, key: str = "mean", change: bool = False) -> tuple[str, str]:
+    """A figure and its interval; a single scenario has none."""
+    if found[key] is None:
         return "-", "-"
-    low, high = found["ci95"]
-    return bench.shown(found["mean"]), f"{bench.shown(low)} to {bench.shown(high)}"
+    shown = bench.shown(found[key], change=change)
+    if found["ci95"] is None:
+        return shown, "-"
+    low, high = (bench.shown(x, change=change) for x in found["ci95"])
+    return shown, f"{low} to {high}"
 
 
 def _lines(bench: Bench, summary: Mapping[str, Any]) -> list[str]:
@@ -49,21 +64,25 @@ def _lines(bench: Bench, summary: Mapping[str, Any]) -> list[str]:
     scored = summary["results"] - summary["failed"]
     for name, what in bench.measures.items():
         found = summary["measures"][name]
-        if found["mean"] is None:
+        if found["mean"] is None or (name in ("empty", "cut") and not found["count"]):
             continue
-        low, high = found["ci95"]
+        spread = found["ci95"]
         if "count" in found:
-            lines.append(f"{what}: {found['count']} of {scored} ({found['mean']:.0%}, {low:.0%} to {high:.0%})")
+            between = "" if spread is None else f", {spread[0]:.0%} to {spread[1]:.0%}"
+            lines.append(f"{what}: {found['count']} of {scored} ({found['mean']:.0%}{between})")
         else:
-            lines.append(f"{what}: {found['mean']:.2f} ({low:.2f} to {high:.2f})")
+            between = "" if spread is None else f" ({spread[0]:.2f} to {spread[1]:.2f})"
+            lines.append(f"{what}: {found['mean']:.2f}{between}")
     if summary["failed"]:
         kinds = ", ".join(f"{n} {kind}" for kind, n in summary["failures"].items())
         lines.append(f"failed, and in no figure: {summary['failed']} of {summary['results']} ({kinds})")
+    if without := [group for group, found in summary["groups"].items() if not found["n"]]:
+        lines.append(f"the overall score is incomplete: {', '.join(without)} has none")
     if summary["tokens"]:
         spent = "; ".join(f"{role} {t['input']:,} in, {t['output']:,} out" for role, t in summary["tokens"].items())
         lines.append(f"tokens: {spent}")
-    for who, cost in summary["cost"].items():
-        lines.append(f"cost of the {who}: {cost['money']:.4g} {cost['currency']}")
+    for role, cost in summary["cost"].items():
+        lines.append(f"cost of the {role}: {cost['money']:.4g} {cost['currency']}")
     variant = summary["task"].get("variant")
     lines += [f"scoring variant: {variant}"] if variant else []
     return lines
@@ -72,37 +91,29 @@ def _lines(bench: Bench, summary: Mapping[str, Any]) -> list[str]:
 def print_comparison(found: Mapping[str, Any], console: Console) -> None:
     """`found`: what compare.compared gives."""
     bench = named(found["bench"])
-    table = Table(title=f"{bench.title}: against {found['baseline']['name']} ({bench.shown(found['baseline']['mean'])})")
-    for name in ("", "score", "better by", "95 % interval", "scenarios"):
-        table.add_column(name, justify="left" if not name else "right")
+    title = f"{bench.title}: against {found['baseline']['name']} ({bench.other}: {found['other']})"
+    table = _table(title, ("", "it was", "is", "better by", "95 % interval", "scenarios"), ("",))
     for other in found["others"]:
         for k, (name, row) in enumerate({other["name"]: other, **other["groups"]}.items()):
-            low, high = row["ci95"]
-            table.add_row(
-                name if not k else f"  {name}",
-                bench.shown(row["mean"]),
-                bench.shown(row["difference"], change=True),
-                f"{bench.shown(low, change=True)} to {bench.shown(high, change=True)}",
-                str(row["n"]),
-                style="bold" if not k else None,
-            )
+            difference, spread = _figures(bench, row, key="difference", change=True)
+            cells = (bench.shown(row["was"]), bench.shown(row["mean"]), difference, spread, str(row["n"]))
+            _row(table, (name if not k else f"  {name}", *cells), style="bold" if not k else None)
         table.add_section()
     console.print(table)
     for warning in found["warnings"]:
         console.print(Text(f"mind: {warning}", style="yellow"), soft_wrap=True)
 
 
-def print_leaderboard(rows: Mapping[str, Any], console: Console) -> None:
-    """`rows`: what leaderboard.ranked gives."""
+def print_leaderboard(boards: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """`boards`: what leaderboard.ranked gives."""
     tables = []
-    for board in rows["boards"]:
+    for board in boards:
         bench = named(board["bench"])
-        table = Table(title=f"{bench.title} ({bench.other}: {board['other']}; {board['settings']})")
         groups = board["groups"]
-        for name in ("", "model", "score", "95 % interval", *groups, "failed"):
-            table.add_column(name, justify="left" if name == "model" else "right")
+        title = f"{bench.title} ({bench.other}: {board['other']}; {board['settings']})"
+        table = _table(title, ("", "model", "score", "95 % interval", *groups, "failed"), ("model",))
         for place, entry in enumerate(board["entries"], 1):
             cells = [bench.shown(entry["groups"][g]) if g in entry["groups"] else "-" for g in groups]
-            table.add_row(str(place), entry["model"], *_figures(bench, entry["score"]), *cells, str(entry["failed"]))
+            _row(table, (str(place), entry["model"], *_figures(bench, entry["score"]), *cells, str(entry["failed"])))
         tables.append(table)
     console.print(Group(*tables))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo import __version__
-from ctcgrpo.errors import RecipeError
 from ctcgrpo.evaluation.eqbench3_protocol import read_judgements
 from ctcgrpo.evaluation.results import Result
 from ctcgrpo.evaluation.sage_protocol import read_results
@@ -14,14 +13,12 @@ from ctcgrpo.evaluation.sage_protocol import read_results
 
 def rescored(bench: str, file: Path, *, other: str | None, run: str | None) -> tuple[list[Result], dict[str, Any]]:
     """The results in a file, and the facts of their summary. `other` names the simulator or judge where the file does not, `run`
-    one of several runs in it. Raises RecipeError for a benchmark without such files, ScenarioError for what cannot be read."""
+    one of several runs in it. Raises ScenarioError for what cannot be read."""
     if bench == "sage":
         results, model = read_results(file), file.name.removesuffix(".jsonl").removesuffix("_result")
-    elif bench == "eqbench3":
-        results, named = read_judgements(file, run)
-        model, other = named["model"], named["judge"]
     else:
-        raise RecipeError(f"--rescore is for sage and eqbench3; `ctcgrpo evaluate {bench}` plays its dialogues itself")
+        results, found = read_judgements(file, run)
+        model, other = found["model"], found["judge"]
     return results, {
         "model": model,
         "roles": {},
@@ -30,5 +27,6 @@ def rescored(bench: str, file: Path, *, other: str | None, run: str | None) -> t
         "limit": None,
         "generation": {},
         "versions": {"ctcgrpo": __version__},
-        "cost": None,
+        "data": None,
+        "prices": {},
     }

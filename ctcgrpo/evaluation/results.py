@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ctcgrpo.errors import OutputError
-from ctcgrpo.evaluation.benches import Bench
+from ctcgrpo.evaluation.benches import BENCHES, Bench
 from ctcgrpo.files import write_whole
-from ctcgrpo.intervals import interval, means
+from ctcgrpo.intervals import interval, means, share_interval
 
 RESULTS, SUMMARY = "results.jsonl", "summary.json"
 
@@ -47,14 +47,13 @@ class Result:
 
 
 def figures(values: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    """Mean over scenarios with its 95 % interval, and how many scenarios there are; all None for no values."""
+    """Mean over scenarios, and how many there are; its 95 % interval where there are two or more. None for what there is not."""
     by_scenario = list(means(values).values())
-    if not by_scenario:
-        return {"mean": None, "ci95": None, "n": 0}
+    n = len(by_scenario)
     return {
-        "mean": sum(by_scenario) / len(by_scenario),
-        "ci95": list(interval(by_scenario)),
-        "n": len(by_scenario),
+        "mean": sum(by_scenario) / n if n else None,
+        "ci95": list(interval(by_scenario)) if n > 1 else None,
+        "n": n,
     }
 
 
@@ -66,8 +65,11 @@ def summarise(bench: Bench, results: Sequence[Result], facts: Mapping[str, Any])
     for name in bench.measures:
         values = [(r.scenario, r.measures[name]) for r in scored if name in r.measures]
         measures[name] = figures(values)
-        if name in bench.shares:
-            measures[name]["count"] = int(sum(value for _, value in values))
+        if name in bench.shares and values:
+            count = int(sum(value for _, value in values))
+            measures[name]["count"] = count
+            if measures[name]["n"] == len(values):  # one dialogue a scenario
+                measures[name]["ci95"] = list(share_interval(count, len(values)))
     failures = Counter(r.failure[0] for r in results if r.failure is not None)
     tokens = {
         role: {
@@ -79,28 +81,34 @@ def summarise(bench: Bench, results: Sequence[Result], facts: Mapping[str, Any])
         "bench": bench.name,
         **facts,
         "score": figures(_scores(scored)),
-        "groups": {group: figures(_scores([r for r in scored if r.group == group])) for group in groups},
+        "groups": {
+            group: {
+                **figures(_scores([r for r in scored if r.group == group])),
+                "failed": sum(r.group == group and r.score is None for r in results),
+            }
+            for group in groups
+        },
         "measures": measures,
         "results": len(results),
         "failed": len(results) - len(scored),
         "failures": dict(failures),
         "tokens": tokens,
-        "cost": _cost(facts, tokens),
+        "cost": _cost(facts.get("prices", {}), tokens),
         "scenarios": means(_scores(scored)),
         "group_of": {r.scenario: r.group for r in results},
     }
 
 
-def _cost(facts: Mapping[str, Any], tokens: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Any]]:
-    """By who was asked: what it came to, where prices are known."""
-    found = {}
-    if facts.get("cost") is not None:
-        found["models"] = {"money": facts["cost"], "currency": "USD"}
-    price = facts.get("other", {}).get("price")
-    if price is not None and (spent := tokens.get("simulator")):
-        money = (spent["input"] * price["prompt"] + spent["output"] * price["completion"]) / 1e6
-        found["simulator"] = {"money": money, "currency": price["currency"]}
-    return found
+def _cost(prices: Mapping[str, Any], tokens: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Any]]:
+    """By role what its tokens came to; `prices` are for a million tokens, with their currency."""
+    return {
+        role: {
+            "money": (tokens[role]["input"] * price["input"] + tokens[role]["output"] * price["output"]) / 1e6,
+            "currency": price["currency"],
+        }
+        for role, price in prices.items()
+        if role in tokens
+    }
 
 
 def _scores(results: Sequence[Result]) -> list[tuple[str, float]]:
@@ -122,8 +130,14 @@ def read_summary(folder: Path) -> dict[str, Any]:
         raise OutputError(f"{folder} holds no {SUMMARY}: no finished evaluation") from None
     except (OSError, ValueError) as error:
         raise OutputError(f"{file} cannot be read: {error}") from None
-    if not isinstance(summary, dict) or "bench" not in summary:
-        raise OutputError(f"{file} is no summary of an evaluation (`ctcgrpo evaluate` writes those)")
+    needed = ("bench", "model", "other", "task", "score", "groups", "scenarios", "group_of", "failed")
+    if (
+        not isinstance(summary, dict)
+        or summary.get("bench") not in BENCHES
+        or (missing := [n for n in needed if n not in summary])
+    ):
+        lacks = f" (it lacks {missing[0]})" if isinstance(summary, dict) and summary.get("bench") in BENCHES else ""
+        raise OutputError(f"{file} is no summary of an evaluation{lacks}; `ctcgrpo evaluate` writes those")
     return summary
 
 

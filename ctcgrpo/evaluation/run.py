@@ -11,17 +11,23 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import inspect_ai
+import yaml
+from inspect_ai._util.error import PrerequisiteError
 from inspect_ai.log import EvalLog
+from rich.errors import MarkupError
+from rich.text import Text
 
 from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError, RecipeError, RunInterrupted
 from ctcgrpo.evaluation import _registry
 from ctcgrpo.evaluation.benches import named
+from ctcgrpo.evaluation.fingerprints import fingerprint
 from ctcgrpo.evaluation.logs import newest_log, results_of
 from ctcgrpo.evaluation.results import summarise, write_results
 from ctcgrpo.files import write_whole
@@ -45,39 +51,49 @@ class Evaluation:
     limit: int | None = None
 
 
-def model_name(model: str) -> str:
+def model_name(model: str, option: str = "--model") -> str:
     """How Inspect is told of a model: folders are policies of ours, anything else is PROVIDER/NAME. Raises PolicyError for what is
     neither."""
     folder = Path(model).expanduser()
     if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
         return f"{LOCAL}{model}"
-    if "/" not in model or folder.exists():
+    first = model.partition("/")[0]
+    if "/" not in model or folder.exists() or first in ("", ".", "..", "~") or Path(first).is_dir():
         raise PolicyError(
-            f"--model {model!r} is neither a folder with a model (checkpoints/RUN/final) nor PROVIDER/NAME (openai/gpt-4o, "
+            f"{option} {model!r} is neither a folder with a model (checkpoints/RUN/final) nor PROVIDER/NAME (openai/gpt-4o, "
             "openai-api/local/NAME, hf/NAME, vllm/NAME)"
         )
     return model
 
 
 def evaluate(
-    wanted: Evaluation, folder: Path, *, display: str = "plain", connections: int | None = None, prices: Path | None = None
+    wanted: Evaluation,
+    folder: Path,
+    *,
+    display: str = "plain",
+    connections: int | None = None,
+    price: tuple[float, float] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """The summary of an evaluation, which stands in `folder` with all that it comes from. `prices`: a file that tells Inspect what
-    models cost.
+    """The summary of an evaluation, which stands in `folder` with all that it comes from. `price`: US dollars for a million
+    tokens that the model reads and writes.
 
-    Raises OutputError where the folder holds another evaluation, RecipeError and PolicyError for what cannot be evaluated here, and
-    RunInterrupted on Ctrl-C: the same call goes on.
+    Raises OutputError where the folder holds another evaluation, or one of other data or another policy under the same name;
+    RecipeError and PolicyError for what cannot be evaluated here; RunInterrupted on Ctrl-C: the same call goes on.
     """
     bench = named(wanted.bench)
     logs = folder / "logs"
-    log = newest_log(logs)
-    _keep_to(folder, wanted, begun=log is not None)
+    log = newest_log(logs, say)
+    default = inspect.signature(_registry.eibench).parameters["scenarios"].default
+    of = fingerprint(bench.name, wanted.model.removeprefix(LOCAL), wanted.task, default)
+    _keep_to(folder, {**asdict(wanted), "of": of}, begun=log is not None)
     options: dict[str, Any] = {
         "log_dir": str(logs),
         "display": display,
         "fail_on_error": False,
         "log_level": "warning",
         "log_buffer": 1,  # what a model has said is paid for: it is written down as soon as a dialogue is over
+        "max_samples": connections,
     }
     if connections is not None:
         options["max_connections"] = connections
@@ -90,14 +106,13 @@ def evaluate(
                 model_roles=dict(wanted.roles) or None,
                 task_args=dict(wanted.task),
                 limit=wanted.limit,
-                model_cost_config=None if prices is None else str(prices),
-                max_samples=connections,
                 **options,
                 **wanted.generation,
             )
         elif log.status != "success" or _failed(log):
-            played = inspect_ai.eval_retry(log.location, max_samples=connections, **options)
+            played = inspect_ai.eval_retry(log.location, **options)
         else:
+            say(f"{folder} was played on {log.eval.created[:10]}: nothing is played again")
             played = [log]
     except CtcGrpoError:
         raise
@@ -105,25 +120,37 @@ def evaluate(
         raise RunInterrupted("interrupted; the same command goes on") from None
     except Exception as error:
         raise _explained(error, wanted) from error
+    finally:
+        _close_policies()
     if not played or played[0].status == "cancelled":  # Inspect takes Ctrl-C for an answer
         raise RunInterrupted("interrupted; the same command goes on")
     log = played[0]
     if log.status == "error":
         raise PolicyError(f"{wanted.bench} could not be played: {log.error.message if log.error else 'no reason given'}")
     results, facts = results_of(log)
+    facts["data"] = of["data"]
+    if price is not None:
+        facts["prices"] = {**facts["prices"], "model": {"input": price[0], "output": price[1], "currency": "USD"}}
     summary = summarise(bench, results, facts)
     write_results(folder, results, summary)
     return summary
+
+
+def _close_policies() -> None:
+    """Give back what local policies hold, where there are any: importing them takes PyTorch."""
+    module = sys.modules.get("ctcgrpo.evaluation.local_policy")
+    if module is not None:
+        module.close_all()
 
 
 def _failed(log: EvalLog) -> bool:
     return log.results is None or log.results.completed_samples < log.results.total_samples
 
 
-def _keep_to(folder: Path, wanted: Evaluation, *, begun: bool) -> None:
+def _keep_to(folder: Path, asked: Mapping[str, Any], *, begun: bool) -> None:
     """A folder holds one evaluation."""
     file = folder / "evaluation.json"
-    asked = json.loads(json.dumps(asdict(wanted)))
+    asked = json.loads(json.dumps(asked))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if begun and file.exists():
@@ -137,25 +164,28 @@ def _keep_to(folder: Path, wanted: Evaluation, *, begun: bool) -> None:
 
 def _explained(error: Exception, wanted: Evaluation) -> Exception:
     """What Inspect and its providers raise for a user's mistake, as one line; anything else as it is."""
-    from inspect_ai._util.error import PrerequisiteError
-
-    told = " ".join(str(getattr(error, "message", error)).split())
-    told = _plain(told).removeprefix("ERROR: ")
-    if isinstance(error, PrerequisiteError) or "not recognized" in told or "Unknown" in told:
-        return RecipeError(f"--model {wanted.model} {dict(wanted.roles) or ''}: {told}".replace("  ", " "))
+    told = _plain(" ".join(str(getattr(error, "message", error)).split())).removeprefix("ERROR: ")
+    others = "".join(f", --{role} {name}" for role, name in wanted.roles.items())
+    where = f"--model {wanted.model}{others}"
+    if isinstance(error, PrerequisiteError) or "not recognized" in told:
+        return RecipeError(f"{where}: {told}")
+    if isinstance(error, TypeError) and "unexpected keyword" in told:
+        return RecipeError(f"-M: {told}")
+    if isinstance(error, OSError):
+        return PolicyError(f"{where}: {told}")
     return error
 
 
 def _plain(text: str) -> str:
-    from rich.text import Text
-
-    return Text.from_markup(text).plain
+    """Without rich's markup, where it is markup."""
+    try:
+        return Text.from_markup(text).plain
+    except MarkupError:
+        return text
 
 
 def settled(parts: Sequence[str]) -> dict[str, Any]:
     """key=value arguments (of a provider or a task) as YAML reads the values. Raises RecipeError for one without a value."""
-    import yaml
-
     found: dict[str, Any] = {}
     for part in parts:
         name, sign, value = part.partition("=")

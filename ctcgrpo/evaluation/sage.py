@@ -35,7 +35,7 @@ from ctcgrpo.evaluation.sage_protocol import (
     planned_change,
     spoken,
 )
-from ctcgrpo.evaluation.speaking import Said, role, say
+from ctcgrpo.evaluation.speaking import Said, played_by, say, temperature_of
 from ctcgrpo.rollout.engine import request_seed
 from ctcgrpo.scenarios import data_home
 
@@ -56,7 +56,7 @@ def sage(data: str | None = None, repeats: int = 1, seed: int = 0) -> Task:
       seed: of what is sampled, where providers heed it.
     """
     profiles = load_profiles(data_home() / "sage" if data is None else Path(data).expanduser())
-    simulator = role("simulator")
+    simulator = played_by("simulator")
     prompts = {name: (_FOLDER / f"{name}.j2").read_text(encoding="utf-8") for name in ("model", "plan", "reply")}
     samples = [
         Sample(
@@ -83,7 +83,7 @@ def _conversing(profiles: Mapping[str, Profile], simulator: Model, prompts: Mapp
     about = {
         "models": [str(simulator)],
         "prompts": f"ctcgrpo-sage/{hashlib.sha256(''.join(prompts.values()).encode()).hexdigest()[:8]}",
-        "temperature": _temperature(simulator),
+        "temperature": temperature_of(simulator, _TEMPERATURE),
     }
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
@@ -97,9 +97,9 @@ def _conversing(profiles: Mapping[str, Profile], simulator: Model, prompts: Mapp
 
         for turn in range(1, USER_TURNS + 1):
             async with span(f"turn {turn}", type="turn"):
-                said = await say(state.messages, seed=seeded(turn))
+                said = await say(state.messages, role="model", config=GenerateConfig(seed=seeded(turn)))
                 state.messages.append(said.message)
-                record.model_said(said.text, said.tokens)
+                record.model_said(said)
                 if turn == USER_TURNS:
                     break
                 told = {"profile": profile, "dialogue": _dialogue(record)}
@@ -131,19 +131,16 @@ async def _asked(simulator: Model, prompt: str, read: Callable[[str], _T], recor
     """An answer of the simulator, and what was read in it. Raises SimulatorReplyError where none of three could be read."""
     problem = ""
     for attempt in range(_ATTEMPTS):
-        said = await say(
-            [ChatMessageUser(content=prompt)], seed=seed + attempt, model=simulator, temperature=_temperature(simulator)
-        )
+        config = GenerateConfig(seed=(seed + attempt) % 2**31, temperature=temperature_of(simulator, _TEMPERATURE))
+        said = await say([ChatMessageUser(content=prompt)], role="simulator", model=simulator, config=config)
         record.spend("simulator", said.tokens)
         try:
+            if said.cut:
+                raise Unreadable("cut off by max_tokens")
             return said, read(said.text)
         except Unreadable as error:
             problem = str(error)
     raise SimulatorReplyError(f"{simulator} gave no usable answer, asked {_ATTEMPTS} times (last problem: {problem})")
-
-
-def _temperature(simulator: Model) -> float:
-    return _TEMPERATURE if simulator.config.temperature is None else simulator.config.temperature
 
 
 def _dialogue(record: Record) -> str:

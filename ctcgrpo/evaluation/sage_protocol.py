@@ -23,6 +23,10 @@ PROFILES = "simulator_profile_withfirsttalk.jsonl"
 _LETTERS = ((100, "S"), (70, "A"), (40, "B"), (10, "C"))
 _MOST = 10
 _GOODBYES = re.compile(r"再见|拜拜|\bgood ?bye\b|\bbye\b", re.IGNORECASE)
+_LABELS = re.compile(
+    r"^[\s#*\[【]*(Content|TargetCompletion|Activity|Analyse|Change|Thinking|Origin|Response)[\]】*\s]*[:：]",
+    re.MULTILINE | re.IGNORECASE,
+)
 _DASHES = str.maketrans({"−": "-", "－": "-", "＋": "+", "–": "-"})
 
 
@@ -96,11 +100,12 @@ def letter(emotion: int) -> str:
 
 def planned_change(text: str) -> int:
     """The change of a plan, within [-10, 10]. Raises Unreadable for a plan without one."""
-    after = _after_label(text, "Change")
-    number = None if after is None else re.search(r"[+-]?\d+", after.translate(_DASHES))
+    after = (_after_label(text, "Change") or "").translate(_DASHES)
+    # Without a sign a number is a change only where nothing stands before it: "from 40 to 45, +5" is 5.
+    number = re.search(r"[+-]\s*\d+", after) or re.match(r"[\s*]*\d+(?!\d|\s*(?:/|到|至|to\b|->|→))", after)
     if number is None:
-        raise Unreadable("no number after Change")
-    return max(-_MOST, min(_MOST, int(number[0])))
+        raise Unreadable("no signed number after Change")
+    return max(-_MOST, min(_MOST, int(re.sub(r"[\s*]", "", number[0]))))
 
 
 def analysis(text: str) -> str:
@@ -120,7 +125,7 @@ def spoken(text: str) -> str:
 
 def _after_label(text: str, name: str) -> str | None:
     """The text behind the last label of that name, up to the next label."""
-    labels = list(re.finditer(r"^[\s#*\[【]*([A-Za-z]+)[\]】*\s]*[:：]", text, re.MULTILINE))
+    labels = list(_LABELS.finditer(text))
     ends = [*(match.start() for match in labels[1:]), len(text)]
     found = [text[match.end() : ends[k]] for k, match in enumerate(labels) if match[1].lower() == name.lower()]
     return found[-1] if found else None
@@ -142,6 +147,9 @@ def read_results(file: Path) -> list[Result]:
     results: list[Result] = []
     for place, record in _records(file):
         emotion, history = record.get("emo_point"), record.get("history")
+        for name in ("id", "character"):
+            if not isinstance(record.get(name), str) or not record[name]:
+                raise ScenarioError(f"{place}: {name} is {record.get(name)!r}; a result names it")
         if type(emotion) is not int or not 0 <= emotion <= 100:
             raise ScenarioError(f"{place}: emo_point is {emotion!r}; it is a whole number from 0 to 100")
         if not isinstance(history, list) or not all(isinstance(said, dict) and "role" in said for said in history):
@@ -152,9 +160,9 @@ def read_results(file: Path) -> list[Result]:
             raise ScenarioError(f"{place}: emo_point is {emotion}, but its history ends at {points[-1]:g}")
         results.append(
             Result(
-                scenario=str(record.get("id")),
-                repeat=1 + sum(r.scenario == str(record.get("id")) for r in results),
-                group=str(record.get("character") or "?"),
+                scenario=record["id"],
+                repeat=1 + sum(r.scenario == record["id"] for r in results),
+                group=record["character"],
                 score=float(emotion),
                 measures=measures(emotion, len(points)),
                 lines=lines,

@@ -1,29 +1,39 @@
-"""Asking the models of an evaluation: the one that is evaluated, and those that play a role beside it."""
+"""Asking the models of an evaluation: the one that is evaluated, and those that play a role beside it.
+
+What a model says is an outcome, an empty answer or one that ran into the limit included. What its provider could not deliver (an
+error, a context that is too long, an answer that a filter withheld) is none: it fails the sample, with whose fault it was.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from inspect_ai.model import (
-    ChatMessage,
-    ChatMessageAssistant,
-    GenerateConfig,
-    Model,
-    ModelOutput,
-    get_model,
-)
+from inspect_ai.model import ChatMessage, ChatMessageAssistant, GenerateConfig, Model, ModelOutput, get_model
+from inspect_ai.util import LimitExceededError
 
-from ctcgrpo.errors import RecipeError
+from ctcgrpo.errors import CtcGrpoError, JudgeReplyError, PolicyEngineError, RecipeError, SimulatorTransportError
 from ctcgrpo.policy.reasoning import parse_completion
+
+Role = Literal["model", "simulator", "judge"]
+_ERRORS: dict[str, type[CtcGrpoError]] = {
+    "model": PolicyEngineError,
+    "simulator": SimulatorTransportError,
+    "judge": JudgeReplyError,
+}
+_OUTCOMES = ("stop", "max_tokens", "unknown", "tool_calls")
+_NO_CONTENT = "(no content)"
+"""What Inspect writes where a provider answered with nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A model's visible text. `message` goes into later contexts: the text alone, under the id of what was sampled."""
+    """A model's visible text; `cut` says that it ran into the limit on tokens. `message` goes into later contexts: the text
+    alone, under the id of what was sampled. `tokens` are those read and written."""
 
     text: str
-    reasoning: str
+    cut: bool
     message: ChatMessageAssistant
     tokens: tuple[int, int]
 
@@ -31,39 +41,61 @@ class Said:
 async def say(
     messages: Sequence[ChatMessage],
     *,
-    seed: int,
+    role: Role,
     model: Model | None = None,
-    temperature: float | None = None,
-    max_tokens: int | None = None,
+    config: GenerateConfig,
 ) -> Said:
-    """What the model that is evaluated (or another) says next. Reasoning is told apart whether its provider does so or leaves it
-    between <think> tags; an answer without any text is an empty one, which is the model's own doing."""
-    config = GenerateConfig(seed=seed, temperature=temperature, max_tokens=max_tokens)
-    output = await (model or get_model()).generate(list(messages), config=config)
-    return said(output)
-
-
-def said(output: ModelOutput) -> Said:
-    sampled = output.choices[0].message if output.choices else ChatMessageAssistant(content="")
-    parsed = parse_completion(sampled.text, "length" if output.choices and output.stop_reason == "max_tokens" else "stop")
-    apart = [part.reasoning for part in sampled.content_list if part.type == "reasoning"]
-    usage = output.usage
-    read = (
-        (usage.input_tokens + (usage.input_tokens_cache_read or 0) + (usage.input_tokens_cache_write or 0)) if usage else 0
-    )
+    """What a model says next, in a role; without `model`, the one that is evaluated. Reasoning is told apart whether its provider
+    does so or leaves it between <think> tags. Raises the role's error where there is nothing that the model said."""
+    output = await generated(messages, role=role, model=model or get_model(), config=config)
+    sampled = output.choices[0].message
+    cut = output.stop_reason == "max_tokens"
+    text = "" if sampled.text.strip() == _NO_CONTENT else sampled.text
+    reply = parse_completion(text, "length" if cut else "stop").reply
     return Said(
-        text=parsed.reply,
-        reasoning="\n".join([*apart, *([parsed.reasoning] if parsed.reasoning else [])]),
-        message=ChatMessageAssistant(id=sampled.id, content=parsed.reply, model=sampled.model, source="generate"),
-        tokens=(read, usage.output_tokens if usage else 0),
+        text=reply,
+        cut=cut,
+        message=ChatMessageAssistant(id=sampled.id, content=reply, model=sampled.model, source="generate"),
+        tokens=tokens_of(output),
     )
 
 
-def role(name: str) -> Model:
+async def generated(messages: Sequence[ChatMessage], *, role: Role, model: Model, config: GenerateConfig) -> ModelOutput:
+    """A completion with something that the model said. Raises the role's error where there is none."""
+    problem = _ERRORS[role]
+    try:
+        output = await model.generate(list(messages), config=config)
+    except (CtcGrpoError, LimitExceededError):
+        raise
+    except Exception as error:  # whatever a provider's client raises
+        told = " ".join(str(error).split())[:300]
+        raise problem(f"{model}: {type(error).__name__}: {told}") from error
+    if output.error or not output.choices:
+        raise problem(f"{model}: {output.error or 'it answered without a choice'}")
+    if output.stop_reason not in _OUTCOMES:
+        raise problem(f"{model}: it ended with {output.stop_reason}: {' '.join(output.completion.split())[:200]}")
+    return output
+
+
+def tokens_of(output: ModelOutput) -> tuple[int, int]:
+    """Read (cached ones too) and written."""
+    usage = output.usage
+    if usage is None:
+        return 0, 0
+    cached = (usage.input_tokens_cache_read or 0) + (usage.input_tokens_cache_write or 0)
+    return usage.input_tokens + cached, usage.output_tokens
+
+
+def played_by(role: Role) -> Model:
     """The model that plays a role. Raises RecipeError where nobody was named for it."""
     try:
-        return get_model(role=name, required=True)
+        return get_model(role=role, required=True)
     except ValueError:
         raise RecipeError(
-            f"this benchmark needs a {name}: --model-role {name}=PROVIDER/MODEL (with `ctcgrpo evaluate`: --{name} PROVIDER/MODEL)"
+            f"this benchmark needs a {role}: --model-role {role}=PROVIDER/MODEL (with `ctcgrpo evaluate`: --{role} PROVIDER/MODEL)"
         ) from None
+
+
+def temperature_of(model: Model, default: float) -> float:
+    """What the model was made with, or else what the benchmark asks for."""
+    return default if model.config.temperature is None else model.config.temperature

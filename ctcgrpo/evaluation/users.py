@@ -22,8 +22,8 @@ from inspect_ai.model import (
 )
 from inspect_ai.util import JSONSchema
 
-from ctcgrpo.errors import RecipeError, SimulatorReplyError
-from ctcgrpo.evaluation.speaking import role, said
+from ctcgrpo.errors import RecipeError
+from ctcgrpo.evaluation.speaking import generated, played_by, temperature_of, tokens_of
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import TOKEN_ENV, SimulatorConfig, load_simulator_config
 from ctcgrpo.simulator.llm.backend import LlmBackend, chosen_prompts
@@ -89,22 +89,20 @@ class InspectModel:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self.temperature = _TEMPERATURE if model.config.temperature is None else model.config.temperature
+        self.temperature = temperature_of(model, _TEMPERATURE)
 
     async def complete(
         self, messages: Sequence[Message], *, dialogue: str, seed: int, schema: dict[str, Any], deadline: float
     ) -> ChatCompletion:
-        said_to: list[ChatMessage] = [_MESSAGES[m["role"]](content=m["content"]) for m in messages]
+        told: list[ChatMessage] = [_MESSAGES[m["role"]](content=m["content"]) for m in messages]
         config = GenerateConfig(
             seed=seed % 2**31,
             temperature=self.temperature,
             response_schema=ResponseSchema(name="answer", json_schema=JSONSchema.model_validate(schema), strict=True),
         )
-        output = await self._model.generate(said_to, config=config)
-        if not output.choices:
-            raise SimulatorReplyError(f"{self._model.name} answered nothing: {output.error}")
+        output = await generated(told, role="simulator", model=self._model, config=config)
         ended = "length" if output.stop_reason == "max_tokens" else output.stop_reason
-        read, written = said(output).tokens
+        read, written = tokens_of(output)
         return ChatCompletion(output.choices[0].message.text, ended, read, written, str(self._model))
 
     def is_ready(self) -> bool:
@@ -126,9 +124,10 @@ def chosen_user(simulator: str | None, official: Path | None) -> User:
             "official prompts are for a model with the role simulator; a configuration names its own (llm.official)"
         )
     if simulator is None:
-        model = InspectModel(role("simulator"))
-        about = {"models": [str(role("simulator"))], "temperature": model.temperature}
-        return InProcess(LlmBackend(model, chosen_prompts(official), about=about))
+        model = played_by("simulator")
+        llm = InspectModel(model)
+        about = {"models": [str(model)], "temperature": llm.temperature}
+        return InProcess(LlmBackend(llm, chosen_prompts(official), about=about))
     if simulator == SCRIPTED:
         return InProcess(ScriptedBackend())
     if simulator.startswith(("http://", "https://")):
@@ -144,7 +143,8 @@ def priced(config: SimulatorConfig) -> dict[str, Any]:
         return {}
     [price] = prices
     known = price.prompt or price.completion
-    return {"price": {**price.model_dump(), "currency": config.budget.currency}} if known else {}
+    told = {"input": price.prompt, "output": price.completion, "currency": config.budget.currency}
+    return {"price": told} if known else {}
 
 
 _servers = ExitStack()

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from inspect_ai.model import ModelOutput
 
 from ctcgrpo.errors import OutputError, ScenarioError
 from ctcgrpo.evaluation import eqbench3_protocol as eq
@@ -22,8 +23,9 @@ from ctcgrpo.evaluation.compare import compared, most_changed
 from ctcgrpo.evaluation.leaderboard import ranked
 from ctcgrpo.evaluation.results import Line, Result, figures, read_results, summarise, write_results
 from ctcgrpo.evaluation.run import Evaluation, evaluate
+from ctcgrpo.intervals import share_interval
 from ctcgrpo.records import SCENES
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.scenarios import PACKS, load_scenarios
 from ctcgrpo.scoring import outcome_score
 from tests import inspect_models
 from tests.conftest import SHARED_DATA, Command
@@ -73,12 +75,16 @@ def test_plans_and_lines_are_read_as_models_write_them() -> None:
         "Analyse: it fell by 30\nChange:\n  +40 at least": 10,
         "Change: -99\nNote: x": -10,
         "Change: 0": 0,
+        "Change: 7（满意）": 7,
+        "Change: 情绪从40上升到45，+5": 5,
+        "Thinking: a\nChange: - 4": -4,
     }.items():
         assert sage.planned_change(text) == change, text
-    for text in ("", "nothing", "Change: none", "The change is +3"):
+    for text in ("", "nothing", "Change: none", "The change is +3", "Change: from 40 to 45", "Change: 40 到 45"):
         with pytest.raises(sage.Unreadable):
             sage.planned_change(text)
     assert sage.spoken("Thinking: x\nChange: y\nResponse: “好吧。\n再说。”") == "好吧。\n再说。"
+    assert sage.spoken("Response: 好吧。\nPS：明天见。") == "好吧。\nPS：明天见。"
     with pytest.raises(sage.Unreadable):
         sage.spoken("Thinking: x\nResponse:  ")
     assert [sage.letter(e) for e in (100, 99, 70, 69, 40, 39, 10, 9, 0)] == list("SAABBCCFF")
@@ -133,11 +139,19 @@ def test_profiles_that_are_wrong_are_named(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ScenarioError, match=problem):
             sage.load_profiles(file)
-    file.write_text(
-        json.dumps({"id": "a", "emo_point": 50, "history": [{"role": "user", "content": "x", "emotion-point": 40}]})
-    )
-    with pytest.raises(ScenarioError, match="line 1: emo_point is 50, but its history ends at 40"):
-        sage.read_results(file)
+    said = [{"role": "user", "content": "x", "emotion-point": 40}]
+    for record, problem in [
+        (
+            {"id": "a", "character": "c", "emo_point": 50, "history": said},
+            "line 1: emo_point is 50, but its history ends at 40",
+        ),
+        ({"character": "c", "emo_point": 40, "history": said}, "line 1: id is None"),
+        ({"id": "a", "emo_point": 40, "history": said}, "line 1: character is None"),
+        ({"id": "a", "character": "c", "emo_point": 140, "history": said}, "line 1: emo_point is 140"),
+    ]:
+        file.write_text(json.dumps(record))
+        with pytest.raises(ScenarioError, match=problem):
+            sage.read_results(file)
 
 
 # --- EQ-Bench 3 ----------------------------------------------------------------------------------------------------------------
@@ -226,7 +240,8 @@ def test_judgements_are_read_without_guessing() -> None:
     ):
         with pytest.raises(eq.Unreadable, match="correctness"):
             eq.read_scores(json.dumps({**whole, **change}), "analysis")
-    for text in ("", "18", "[]", "{}", "{" * 50):
+    cut = json.dumps(whole)[:-1]  # nobody knows whether a last score of 7 was to be 7
+    for text in ("", "18", "[]", "{}", "{" * 50, cut):
         with pytest.raises(eq.Unreadable):
             eq.read_scores(text, "analysis")
 
@@ -254,6 +269,9 @@ def test_existing_judgements_are_rescored(tmp_path: Path, ctcgrpo: Command) -> N
     assert code == 3 and "2 runs; name one with --run: k1, k2" in err
     code, _, err = ctcgrpo("evaluate", "eibench", "--rescore", str(file))
     assert code == 2 and "--rescore is for sage and eqbench3" in err
+    for unused in (("--limit", "2"), ("--model", "x/y"), ("--judge", "x/y")):
+        code, _, err = ctcgrpo("evaluate", "eqbench3", "--rescore", str(file), *unused)
+        assert code == 2 and f"{unused[0]} is not for --rescore of eqbench3" in err
 
 
 def test_files_of_eqbench3_that_are_wrong_are_named(tmp_path: Path) -> None:
@@ -289,11 +307,6 @@ def test_eibench_scores_what_the_dialogues_come_to(tmp_path: Path) -> None:
     means = {name: sum(r.score or 0 for r in results if r.scenario == name) / 2 for name in scenarios}
     assert summary["scenarios"] == pytest.approx(means)
     assert summary["score"]["mean"] == pytest.approx(sum(means.values()) / 16) and summary["score"]["n"] == 16
-    assert (
-        {scene: found["n"] for scene, found in summary["groups"].items()} == dict.fromkeys(SCENES, 4) | summary["groups"] * 0
-        if False
-        else True
-    )
     assert set(summary["groups"]) == set(SCENES) and all(found["n"] == 4 for found in summary["groups"].values())
     assert summary["task"]["variant"] == "evaluation" and summary["generation"]["temperature"] == 0.6
     assert summary["versions"]["inspect_ai"] and summary["tokens"]["model"]["output"] > 0
@@ -317,6 +330,7 @@ def test_a_model_plays_the_user_and_fails_at_times(tmp_path: Path) -> None:
 def test_a_model_that_says_nothing_is_scored_for_it(tmp_path: Path) -> None:
     summary = play(tmp_path, model="silent", task={"simulator": "scripted", "rounds": 2}, limit=4)
     assert summary["failed"] == 0 and summary["score"]["mean"] < 0 and summary["score"]["n"] == 4
+    assert summary["measures"]["empty"]["count"] == 4 and summary["measures"]["cut"]["count"] == 0
     assert all(line.text == "" for r in read_results(tmp_path) for line in r.lines if line.speaker == "model")
 
 
@@ -332,7 +346,7 @@ def test_the_same_command_again_plays_what_failed_and_nothing_else(tmp_path: Pat
 
     monkeypatch.setitem(inspect_models.ANSWERS, "talker", broken)
     first = play(tmp_path / "out", **options)
-    assert 0 < first["failed"] < 6 and first["failures"] == {"model": first["failed"]}
+    assert 0 < first["failed"] < 6 and first["failures"] == {"policy_engine": first["failed"]}
     monkeypatch.undo()
     monkeypatch.setenv("CTCGRPO_TEST_CALLS", str(calls))
     before = calls.stat().st_size
@@ -354,6 +368,11 @@ def test_mistakes_are_named_and_no_traceback(tmp_path: Path, ctcgrpo: Command, m
         (("eibench", "--model", "a/b"), 2, "--simulator is missing"),
         (("eibench", "--model", "gpt", "--simulator", "scripted"), 4, "neither a folder with a model .* nor PROVIDER/NAME"),
         (("eibench", "--model", "nope/x", "--simulator", "scripted"), 2, "nope"),
+        (("eibench", "--model", "nope[/b]/x", "--simulator", "scripted"), 2, "nope"),
+        (("eibench", "--model", "tests/nothing/there", "--simulator", "scripted"), 4, "neither a folder"),
+        (("eibench", "--model", "a/b", "--simulator", "qwen"), 4, "--simulator 'qwen' is neither"),
+        (("eibench", "--model", "scripted/talker", "--simulator", "scripted", "-M", "foo=1"), 2, "-M: .*foo"),
+        (("eibench", "--model", "a/b", "--simulator", "scripted", "--run", "x"), 2, "--run is for --rescore"),
         (("eibench", "--model", "openai/x", "--simulator", "scripted"), 2, "OPENAI_API_KEY"),
         (("eibench", "--model", "scripted/talker", "--simulator", "no.yaml"), 2, "'no.yaml' not found"),
         (("eibench", "--model", "scripted/talker", "--simulator", "scripted", "--scenarios", "no"), 3, "'no' not found"),
@@ -435,14 +454,16 @@ def test_comparison_is_paired_and_shown(tmp_path: Path, ctcgrpo: Command) -> Non
     before = {f"{g}{k}": [0.1 * k - 0.5] for g in "ab" for k in range(5)}
     after = {name: [score[0] + (0.2 if name < "b" else -0.1) + 0.01 * int(name[1])] for name, score in before.items()}
     a, b = made(tmp_path / "a", before), made(tmp_path / "b", after, "m/<b>")
-    c = made(tmp_path / "c", {"a0": [0.0]}, "m/c", task={"rounds": 4})
-    found = compared([a, b, c])
+    c = made(tmp_path / "c", {"a0": [0.0]}, "m/c", task={"rounds": 4, "variant": "training"})
+    with pytest.raises(OutputError, match="their scores mean other things .--mixed"):
+        compared([a, b, c])
+    found = compared([a, b, c], mixed=True)
     first, other = found["others"]
     assert first["difference"] == pytest.approx(0.05 + 0.02) and first["n"] == 10
     assert first["groups"]["a"]["difference"] == pytest.approx(0.22) and first["groups"]["a"]["ci95"][0] > 0
     assert first["groups"]["b"]["ci95"][1] < 0
-    assert other["n"] == 1 and other["difference"] == pytest.approx(0.5)
-    assert any("task differs" in w for w in found["warnings"]) and any("9 scenarios" in w for w in found["warnings"])
+    assert other["n"] == 1 and other["difference"] == pytest.approx(0.5) and other["ci95"] is None
+    assert any("rounds differs" in w for w in found["warnings"]) and any("9 scenarios" in w for w in found["warnings"])
     changed = most_changed(compared([a, b]), 2)
     assert [item["scenario"] for item in changed] == ["a4", "a3", "b0", "b1"]
     code, out, err = ctcgrpo("compare", str(a), str(b))
@@ -457,11 +478,16 @@ def test_comparison_is_paired_and_shown(tmp_path: Path, ctcgrpo: Command) -> Non
     )
     sage_like = tmp_path / "s"
     sage_like.mkdir()
-    (sage_like / "summary.json").write_text(json.dumps({"bench": "sage", "model": "x"}))
+    known = json.loads((a / "summary.json").read_text())
+    (sage_like / "summary.json").write_text(json.dumps({**known, "bench": "sage"}))
+    lacking = tmp_path / "l"
+    lacking.mkdir()
+    (lacking / "summary.json").write_text(json.dumps({"bench": "sage", "model": "x"}))
     for folders, problem in [
         ((a,), "at least two"),
         ((a, tmp_path), "holds no summary.json"),
         ((a, sage_like), "mean other things"),
+        ((a, lacking), "it lacks other"),
     ]:
         code, _, err = ctcgrpo("compare", *map(str, folders))
         assert code == 6 and problem in err
@@ -474,7 +500,7 @@ def test_a_leaderboard_keeps_apart_what_cannot_be_compared(tmp_path: Path, ctcgr
         made(tmp_path / f"e{k}", {"a": [score], "b": [score]}, f"m/{k}")
     made(tmp_path / "deep" / "other", {"a": [0.9]}, "m/9", other={"models": ["x/judge-like"]})
     (tmp_path / "summary.json").write_text('{"before": 1}')  # a run's
-    boards = ranked(tmp_path)["boards"]
+    boards = ranked(tmp_path)
     assert [[entry["model"] for entry in board["entries"]] for board in boards] == [["m/1", "m/0", "m/2"], ["m/9"]]
     code, out, _ = ctcgrpo("leaderboard", str(tmp_path))
     assert code == 0 and out.index("m/1") < out.index("m/0") < out.index("m/2") and "x/judge-like" in out
@@ -527,3 +553,82 @@ def test_a_configured_llm_plays_the_user_and_is_paid_for(tmp_path: Path) -> None
     assert tokens["input"] > 1000
     money = (tokens["input"] * 1.0 + tokens["output"] * 5.0) / 1e6
     assert summary["cost"] == {"simulator": {"money": pytest.approx(money), "currency": "USD"}}
+
+
+@pytest.mark.parametrize("ended", ["model_length", "content_filter", "error"])
+def test_what_a_provider_could_not_deliver_is_no_reply(ended: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Providers hand over their own words in the model's place; those are no outcome."""
+
+    def refused(messages: Any, config: Any) -> ModelOutput | str:
+        if len(messages) < 3:
+            return inspect_models.talker(messages, config)
+        output = ModelOutput.from_content("talker", "This request is too long.")
+        if ended == "error":
+            output.error = "HTTP 400"
+        else:
+            output.choices[0].stop_reason = ended  # type: ignore[assignment]
+        return output
+
+    monkeypatch.setitem(inspect_models.ANSWERS, "talker", refused)
+    summary = play(tmp_path, task={"simulator": "scripted", "rounds": 2}, limit=5)
+    assert (summary["failed"], summary["failures"], summary["score"]["mean"]) == (5, {"policy_engine": 5}, None)
+    assert "too long" not in str([r.lines for r in read_results(tmp_path)])
+
+
+def test_a_simulator_that_is_down_is_not_the_models_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def down(*_: Any) -> str:
+        raise ConnectionError("refused")
+
+    monkeypatch.setitem(inspect_models.ANSWERS, "user", down)
+    summary = play(tmp_path, task={"rounds": 1}, roles={"simulator": "scripted/user"}, limit=2)
+    assert summary["failures"] == {"simulator_transport": 2}
+    assert all("ConnectionError: refused" in r.failure[1] for r in read_results(tmp_path) if r.failure)
+
+
+def test_figures_of_other_data_under_the_same_name_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    lines = (PACKS / "english" / "test" / "support_final.jsonl").read_text().splitlines()
+    file.write_text(lines[0] + "\n")
+    options: dict[str, Any] = {"task": {"simulator": "scripted", "rounds": 1, "scenarios": str(file)}}
+    play(tmp_path / "out", **options)
+    file.write_text(lines[1] + "\n")
+    with pytest.raises(OutputError, match="another evaluation .of.data: "):
+        play(tmp_path / "out", **options)
+
+
+def test_a_log_that_cannot_be_read_does_not_block_its_folder(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"task": {"simulator": "scripted", "rounds": 1}, "limit": 2}
+    first = play(tmp_path, **options)
+    log = next((tmp_path / "logs").glob("*.eval"))
+    (tmp_path / "logs" / "9999-broken.eval").write_bytes(log.read_bytes()[:400])
+    heard: list[str] = []
+    wanted = Evaluation("eibench", "scripted/talker", **options)
+    assert evaluate(wanted, tmp_path, display="none", say=heard.append)["scenarios"] == first["scenarios"]
+    assert "9999-broken.eval cannot be read" in heard[0] and "nothing is played again" in heard[1]
+
+
+def test_names_from_outside_are_text_and_prices_are_reckoned(tmp_path: Path, ctcgrpo: Command) -> None:
+    results = [Result(k, 1, "x[/y] $\\frac$", 0.1, tokens={"model": (1_000_000, 500_000)}) for k in "ab"]
+    facts = {
+        "model": "m/[red]a[/b]",
+        "other": {"models": ["j[/x]"]},
+        "task": {},
+        "generation": {},
+        "limit": None,
+        "data": None,
+    }
+    prices = {"model": {"input": 2.0, "output": 10.0, "currency": "USD"}}
+    for name in "ab":
+        write_results(tmp_path / name, results, summarise(EIBENCH, results, {**facts, "prices": prices}))
+    code, out, err = ctcgrpo("compare", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert (code, err) == (0, "") and "x[/y] $" in out and "j[/x]" in out
+    code, out, _ = ctcgrpo("leaderboard", str(tmp_path))
+    assert code == 0 and "m/[red]a[/b]" in out
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["cost"] == {"model": {"money": 14.0, "currency": "USD"}}
+
+
+def test_a_single_scenario_and_a_share_without_spread_are_no_certainty() -> None:
+    assert figures([("a", 0.4)]) == {"mean": 0.4, "ci95": None, "n": 1}
+    low, high = share_interval(3, 3)
+    assert low == pytest.approx(0.4385, abs=1e-3) and high == 1.0  # Wilson's, by hand: 3 / (3 + 1.96^2)
+    assert share_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)

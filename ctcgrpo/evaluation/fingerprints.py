@@ -1,0 +1,62 @@
+"""What the names in an evaluation stood for when it was played: digests, so that figures of other data, of another policy under
+the same path, or of another simulator are not taken for the same."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ctcgrpo.evaluation.eqbench3_protocol import load_eqbench
+from ctcgrpo.evaluation.sage_protocol import load_profiles
+from ctcgrpo.evaluation.users import SCRIPTED, chosen_user
+from ctcgrpo.scenarios import data_home, load_scenarios
+from ctcgrpo.simulator.config import load_simulator_config
+from ctcgrpo.simulator.llm.backend import chosen_prompts
+
+_POLICY_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja")
+
+
+def fingerprint(bench: str, model: str, task: Mapping[str, Any], scenarios: str) -> dict[str, Any]:
+    """`data` of the scenarios, `policy` of a local folder, `simulator` of who plays the user; `scenarios` is what stands in for a
+    task that names none. Raises ScenarioError, RecipeError and SimulatorTransportError for what is not there."""
+    found: dict[str, Any] = {"data": data_digest(bench, task, scenarios)}
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        found["policy"] = _of_files(f for pattern in _POLICY_FILES for f in folder.glob(pattern))
+    if bench == "eibench":
+        found["simulator"] = _simulator(task)
+    return found
+
+
+def data_digest(bench: str, task: Mapping[str, Any], scenarios: str) -> str:
+    given = task.get("data")
+    if bench == "sage":
+        return _digest(map(repr, load_profiles(Path(given).expanduser() if given else data_home() / "sage")))
+    if bench == "eqbench3":
+        return _digest([repr(load_eqbench(Path(given).expanduser() if given else data_home() / "eqbench3"))])
+    return _digest(map(repr, load_scenarios(task.get("scenarios", scenarios), "test")))
+
+
+def _simulator(task: Mapping[str, Any]) -> Any:
+    simulator, official = task.get("simulator"), task.get("official")
+    if official is not None:
+        return chosen_prompts(Path(official).expanduser()).name
+    if simulator is None or simulator == SCRIPTED:
+        return chosen_prompts(None).name if simulator is None else SCRIPTED
+    if simulator.startswith(("http://", "https://")):
+        return asyncio.run(chosen_user(simulator, None).about())
+    config = load_simulator_config(simulator)
+    return [config.digest, chosen_prompts(config.llm.official).name if config.llm is not None else SCRIPTED]
+
+
+def _of_files(files: Iterable[Path]) -> str:
+    """Names, sizes and times: weights are too large to be read for this."""
+    return _digest(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(files))
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256(json.dumps(list(parts)).encode("utf-8", "replace")).hexdigest()[:12]
