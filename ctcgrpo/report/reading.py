@@ -1,7 +1,7 @@
 """What a run left behind, read for its report: episodes with the credit that each turn was trained with, validations, metrics.
 
-Credit is not in the traces: it is computed here by the trainer's own functions from the states that are, step by step as in training.
-A run may still be going, and a killed one may end in half a line: what cannot be read is counted and said.
+Credit is not in the traces: it is computed here by the trainer's own functions from the states that are, step by step as in
+training. A run may still be going, and a killed one may end in half a line: what cannot be read is counted and said.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Trace = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`episodes` are traces in the order of step, group and rollout, each with `kind` (step or validation) and, in those that were trained
-    on, `advantages`, a number a turn; `unreadable` counts lines that are no trace."""
+    """`episodes` are traces in the order of step, group and rollout, each with `kind` (step or validation) and, in those that
+    were trained on, `advantages`, a number a turn; `unreadable` counts lines that are no trace."""
 
     name: str
     recipe: Recipe
