@@ -65,12 +65,7 @@ class Corpus:
     reactions: Sequence[str]
     """What a user says of the last reply before going on."""
     nouns: Sequence[str]
-    whole: frozenset[str]
-    """Words that are a token each to the starter, so that taking one up is one copy: nouns, and what lines are about."""
-
-    def known(self, text: str) -> list[str]:
-        """The nouns of a text that are a token of their own."""
-        return [word for word in _NOUN.findall(text) if word in self.whole]
+    """Each a token of its own to the starter, so that taking one up is one copy."""
 
     def reply(self, scene: Scene, line: Line, rng: random.Random, kinds: Mapping[str, float] = KINDS) -> Reply:
         """A reply to a line: of a kind drawn by the weights `kinds`, with a thought before it."""
@@ -108,14 +103,12 @@ def load_corpus() -> Corpus:
         ]
         for scene, data in scenes.items()
     }
-    nouns = (_FOLDER / "nouns.txt").read_text(encoding="utf-8").split()
     return Corpus(
         lines=lines,
         replies={scene: {**frames[scene], "plain": data["plain"], "poor": data["poor"]} for scene, data in scenes.items()},
         thoughts=frames["thoughts"],
         reactions=frames["reactions"],
-        nouns=nouns,
-        whole=frozenset([*nouns, *(line.thing for of_scene in lines.values() for line in of_scene)]) - {""},
+        nouns=(_FOLDER / "nouns.txt").read_text(encoding="utf-8").split(),
         around=sorted(word for word, n in uses.items() if n >= _COMMON),
     )
 
@@ -141,39 +134,50 @@ class Situation:
 
 def short_lessons(situations: Sequence[Situation], seed: int, kinds: Mapping[str, float] = KINDS) -> Iterator[Lesson]:
     """A line and a reply, of any scene, without a role."""
-    corpus, rng = load_corpus(), random.Random(f"short/{seed}")
+    corpus, rng, rare = load_corpus(), random.Random(f"short/{seed}"), _rare_words(situations)
     while True:
         situation = rng.choice(situations)
-        line = _line(situation, corpus, rng)
+        line = _line(situation, corpus, rare, rng)
         yield Lesson("", ((line.text, corpus.reply(situation.scene, line, rng, kinds)),))
 
 
 def long_lessons(situations: Sequence[Situation], seed: int) -> Iterator[Lesson]:
     """Dialogues in a role."""
-    corpus, rng = load_corpus(), random.Random(f"long/{seed}")
+    corpus, rng, rare = load_corpus(), random.Random(f"long/{seed}"), _rare_words(situations)
     while True:
         situation = rng.choice(situations)
-        lines = [_line(situation, corpus, rng) for _ in range(rng.randint(2, 4))]
+        lines = [_line(situation, corpus, rare, rng) for _ in range(rng.randint(2, 4))]
         for k, line in enumerate(lines):
             if k and rng.random() < _REACTION:
                 lines[k] = replace(line, text=f"{rng.choice(corpus.reactions)} {line.text}")
         if situation.scene == "charm":  # the policy opens, on something that its role was told
-            lines[0] = Line("", rng.choice(corpus.known(situation.persona) or [""]))
+            lines[0] = Line("", rng.choice(_NOUN.findall(situation.persona) or [""]))
         exchanges = tuple((line.text, corpus.reply(situation.scene, line, rng)) for line in lines)
         yield Lesson(situation.persona, exchanges, last_only=rng.random() < _LAST_ONLY)
 
 
-def _line(situation: Situation, corpus: Corpus, rng: random.Random) -> Line:
+def _line(situation: Situation, corpus: Corpus, rare: Sequence[str], rng: random.Random) -> Line:
     """What a user says, with another thing in the place of the one that it is about, more often than not: there are too few
-    lines to learn from each what it is about, and enough to learn where in a line that stands. It is always a word that is one
-    token: of words in pieces, a model this small takes up the wrong piece."""
+    lines to learn from each what it is about, and enough to learn where in a line that stands."""
     line = rng.choice(corpus.lines[situation.scene])
     if rng.random() < _OWN_LINES:
         text = rng.choice(situation.lines)
-        line = Line(text, rng.choice(corpus.known(text) or [""]))
+        line = Line(text, rng.choice(_NOUN.findall(text) or [""]))
     if not line.thing or rng.random() > _VARIED:
         return line
     other = rng.choice(corpus.lines[rng.choice(SCENES)])
     if rng.random() < _RARE:
-        other = Line("", rng.choice(corpus.nouns))
+        other = Line("", rng.choice(rare) if rng.random() < 0.6 else _made_up(rng))
     return Line(re.sub(rf"\b{line.thing}\b", other.thing, line.text, count=1), other.thing, other.around)
+
+
+def _rare_words(situations: Sequence[Situation]) -> list[str]:
+    text = " ".join(s.persona + " " + " ".join(s.lines) for s in situations)
+    return sorted({*re.findall(r"\b[a-z]{4,}\b", text), *load_corpus().nouns})
+
+
+def _made_up(rng: random.Random) -> str:
+    """A word that nobody has heard before: taking it up is copying and nothing else."""
+    return "".join(rng.choice("bdfgklmnprstvw") + rng.choice("aeiou") for _ in range(rng.randint(2, 3))) + rng.choice(
+        "nrstlm"
+    )

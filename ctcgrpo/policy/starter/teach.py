@@ -18,7 +18,7 @@ from ctcgrpo.policy.tiny import TURN_END, TURN_START, build_model, build_tokeniz
 
 # How many batches of each kind of lesson, and how many examples in one.
 REPEAT, NAMING, SHORT, LONG = 60, 300, 60, 520
-VOCABULARY = 8192
+VOCABULARY = 6144
 REPEAT_BATCH, SHORT_BATCH, LONG_BATCH = 64, 32, 8
 LEARNING_RATE, WARMUP = 6e-3, 20
 IGNORE = -100
@@ -146,4 +146,4 @@ def _texts(situations: Sequence[Situation]) -> Iterator[str]:
         for replies in corpus.replies[scene].values():
             yield from replies
     for _ in range(20):
-        yield from (f"the {word}" for word in (*corpus.around, *sorted(corpus.whole)))
+        yield from (f"the {word}" for word in (*corpus.around, *corpus.nouns))
