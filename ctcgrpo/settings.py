@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -111,12 +110,10 @@ def trainer_arguments(recipe: Recipe, processes: int) -> GRPOConfig:
     updates = training.updates_per_step
     steps = training.max_steps * updates
     cosine = training.schedule == "cosine"
-    if recipe.run.wandb != "disabled":
-        os.environ["WANDB_MODE"] = recipe.run.wandb
     arguments = GRPOConfig(
         output_dir=str(recipe.folder),
         run_name=recipe.run.name,
-        report_to=["wandb"] if recipe.run.wandb != "disabled" else [],
+        report_to=[],  # tracking.py knows what is worth showing
         seed=recipe.run.seed,
         max_steps=steps,
         per_device_train_batch_size=recipe.scenarios.per_step * rollout.group_size // processes,

@@ -47,6 +47,7 @@ from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, load_simulator_config
 from ctcgrpo.simulator.logs import json_log
 from ctcgrpo.simulator.server import SimulatorServer, running
+from ctcgrpo.tracking import tracker_of
 from ctcgrpo.training.schedule import step_schedule
 from ctcgrpo.training.trainer import CtcGrpoTrainer
 from ctcgrpo.validation import Validator
@@ -128,6 +129,8 @@ class _Run:
         says = {k: v for k, v in self._simulator_says.items() if k not in ("status", "version", "deadline")}
         on_main(self._state, lambda: self._folder.keep_to("simulator.json", says, resumes=self._resume is not None))
         check_patience(self._simulator_says, recipe.simulator.timeout)
+        self._tracker = tracker_of(recipe, is_main=self._state.is_main_process)
+        stack.callback(self._tracker.close)
         interrupted = stack.enter_context(interrupts(self._progress.say))
         self._trainer = self._make_trainer(
             model=model,
@@ -274,6 +277,7 @@ class _Run:
     def logged(self, step: int, metrics: dict[str, Any]) -> None:
         if self._state.is_main_process:
             self._folder.append_metrics({"step": step, **metrics})
+            self._tracker.metrics(step, metrics)
             self._progress.step(step, metrics)
 
     @property
@@ -358,6 +362,7 @@ class _Run:
             gather=gather_object,
             keep_best=self._keep_best,
             max_failed=self._recipe.rollout.max_failed,
+            record=lambda validation: self._tracker.validated(validation, self._folder.path),
             share=lambda slots: slots[self._state.process_index :: self._state.num_processes],
             is_main=self._state.is_main_process,
             say=self._progress.say,

@@ -98,6 +98,8 @@ class Validator:
     is_main: bool
     say: Callable[[str], None]
     max_failed: float = 0.5
+    record: Callable[[Validation], None] = lambda validation: None
+    """Hears of each validation, on the main process."""
     done: dict[int, Validation] = field(default_factory=dict)
     best_step: int | None = None
 
@@ -132,6 +134,7 @@ class Validator:
             self.best_step = step
         if self.is_main:
             write_whole(self.file, "".join(json.dumps(asdict(self.done[k])) + "\n" for k in sorted(self.done)))
+            self.record(result)
         self.say(f"validation after step {step}: {_described(result.figures())}")
         return result
 

@@ -31,7 +31,7 @@ def sweep(
     if wandb:
         if name or overrides or devices:
             raise RecipeError("--wandb hands the file over as it is; put names and values into it")
-        from ctcgrpo.sweep.handover import hand_over
+        from ctcgrpo.tracking import hand_over
 
         print(hand_over(file))
         return

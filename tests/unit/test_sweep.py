@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from ctcgrpo import tracking
 from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.intervals import crossed
-from ctcgrpo.sweep import handover
 from ctcgrpo.sweep.spec import Sweep, load_sweep, overrides
 from ctcgrpo.sweep.study import run_sweep
 from tests.conftest import ROOT, Command
@@ -223,9 +223,9 @@ def test_the_hand_over_to_wandb_up_to_its_call(tmp_path: Path, monkeypatch: pyte
     asked: list[Any] = []
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setattr(wandb, "sweep", lambda config, **where: asked.append((config, where)) or "abc123")
-    assert handover.hand_over(written(tmp_path / "s.yaml", project="p", entity="e")) == "wandb agent e/p/abc123"
+    assert tracking.hand_over(written(tmp_path / "s.yaml", project="p", entity="e")) == "wandb agent e/p/abc123"
     config, where = asked[0]
-    assert where == {"project": "p", "entity": "e"} and config["command"] == handover.COMMAND
+    assert where == {"project": "p", "entity": "e"} and config["command"] == list(tracking.AGENT)
     Sweep.model_validate(config)
 
     def refuse(*_: Any, **__: Any) -> str:
@@ -233,4 +233,4 @@ def test_the_hand_over_to_wandb_up_to_its_call(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(wandb, "sweep", refuse)
     with pytest.raises(RecipeError, match="W&B did not take .*403"):
-        handover.hand_over(written(tmp_path / "s.yaml"))
+        tracking.hand_over(written(tmp_path / "s.yaml"))
