@@ -26,7 +26,7 @@ MOST_BYTES = 20_000_000
 _BINS = np.linspace(-3, 3, 25)
 _PHASES = 3
 """Training in so many parts, to see states and credit change."""
-_TIMES = ("seconds/rollout", "seconds/update", "seconds/simulator_per_episode", "tokens_per_second")
+_TIMES = ("seconds/rollout", "seconds/update")
 
 
 def write_report(run: Run, file: Path, trials: Sequence[Mapping[str, Any]] = ()) -> dict[str, int]:

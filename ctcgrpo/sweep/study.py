@@ -102,12 +102,9 @@ def run_sweep(
                         write_whole(folder / "table.json", json.dumps(table_of(study, folder), indent=2) + "\n")
                 time.sleep(_POLL)
         except KeyboardInterrupt:
-            for one in running:
-                _stop(one)
             raise RunInterrupted(f"interrupted; the same command goes on in {folder}") from None
         finally:
-            for one in running:
-                _stop(one)
+            _stop(running)
         rows = table_of(study, folder)
         write_whole(folder / "table.json", json.dumps(rows, indent=2) + "\n")
         _link_best(folder, rows)
@@ -264,13 +261,14 @@ def _end_with_parent() -> None:
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
 
 
-def _stop(one: _Running) -> None:
-    """Let the run save, and wait for it."""
-    if one.process is not None and one.process.poll() is None:
-        one.process.send_signal(signal.SIGINT)
+def _stop(running: Sequence[_Running]) -> None:
+    """Let the runs save, all at once, and wait for them."""
+    under_way = [one.process for one in running if one.process is not None and one.process.poll() is None]
+    for process in under_way:
+        process.send_signal(signal.SIGINT)
+    for process in under_way:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            one.process.wait(timeout=600)
-    one.process = None
+            process.wait(timeout=600)
 
 
 def _is_worse(one: _Running) -> bool:
