@@ -66,10 +66,10 @@ def summarise(bench: Bench, results: Sequence[Result], facts: Mapping[str, Any])
         values = [(r.scenario, r.measures[name]) for r in scored if name in r.measures]
         measures[name] = figures(values)
         if name in bench.shares and values:
-            count = int(sum(value for _, value in values))
-            measures[name]["count"] = count
-            if measures[name]["n"] == len(values):  # one dialogue a scenario
-                measures[name]["ci95"] = list(share_interval(count, len(values)))
+            measures[name]["count"] = int(sum(value for _, value in values))
+            by_scenario = list(means(values).values())
+            if set(by_scenario) <= {0.0, 1.0}:  # drawing from them knows no other values
+                measures[name]["ci95"] = list(share_interval(int(sum(by_scenario)), len(by_scenario)))
     failures = Counter(r.failure[0] for r in results if r.failure is not None)
     tokens = {
         role: {
