@@ -256,7 +256,9 @@ def _start(
 
 
 def _end_with_parent() -> None:
-    """For a child: be told to stop when the coordinator dies. Linux only; elsewhere a killed coordinator leaves its runs."""
+    """For a child: heed SIGINT, which a coordinator in the background was started to ignore, and be sent it when the coordinator
+    dies. The latter on Linux only; elsewhere a killed coordinator leaves its runs."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
 

@@ -49,7 +49,14 @@ def test_an_evaluation_killed_half_way_ends_like_one_that_nobody_disturbed(
     def begin(until: int) -> subprocess.Popen[str]:
         calls.write_bytes(b"")
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # Whoever runs the tests in the background has them ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 150
         while calls.stat().st_size < until:
