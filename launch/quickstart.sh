@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs, builds a small policy, trains it on a simulated user, and shows what it learned: some eight minutes on two
+# Installs, builds a small policy, trains it on a simulated user, and shows what it learned: some ten minutes on two
 # cores, without a GPU, a key or a download of a model. Ctrl-C saves; the same command goes on.
 #   ./launch/quickstart.sh                                     checkpoints/quickstart
 #   ./launch/quickstart.sh run.seed=1 run.name=quickstart-1    another starter, trained with other samples
@@ -18,7 +18,7 @@ done
 
 ./launch/install.sh
 bin="${CTCGRPO_VENV:-.venv}/bin"
-export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ -f "$folder/$name/final/COMPLETE" ]; then
   echo "$folder/$name is finished; remove it to train again"
 else
