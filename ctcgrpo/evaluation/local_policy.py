@@ -30,6 +30,7 @@ from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.policy.context import ContextBuilder, Dialogue
 from ctcgrpo.policy.loading import load_tokenizer, stop_ids
 from ctcgrpo.policy.persona import has_sections, told
+from ctcgrpo.policy.reasoning import OPEN
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.records import Completion
 from ctcgrpo.rollout.continuous import ContinuousEngine
@@ -107,7 +108,7 @@ class LocalPolicy(ModelAPI):
         )
         text = self._parts.tokenizer.decode([token for token in completion.token_ids if token not in self._parts.stop_ids])
         if self._parts.contexts.opens_reasoning:
-            text = "<think>" + text
+            text = OPEN + text
         output = ModelOutput.from_content(
             self.model_name, text, stop_reason="max_tokens" if completion.finish_reason == "length" else "stop"
         )

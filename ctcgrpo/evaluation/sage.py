@@ -6,7 +6,7 @@ inspect eval ctcgrpo/sage --model PROVIDER/MODEL --model-role simulator=PROVIDER
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -145,11 +145,7 @@ async def _asked(simulator: Model, prompt: str, read: Callable[[str], _T], recor
 
 def _dialogue(record: Record) -> str:
     names = {"user": "人物", "model": "对方"}
-    return "\n".join(f"{names[line['speaker']]}：{line['text']}" for line in _lines(record))
-
-
-def _lines(record: Record) -> Sequence[Mapping[str, str]]:
-    return record.lines
+    return "\n".join(f"{names[line['speaker']]}：{line['text']}" for line in record.lines)
 
 
 def _judging() -> Scorer:

@@ -36,6 +36,7 @@ from ctcgrpo.recipe import Recipe
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.sweep.spec import SEED, Parameter, Sweep, overrides
 from ctcgrpo.sweep.table import table_of
+from ctcgrpo.validation import Validation
 
 TRAIN = (sys.executable, "-m", "ctcgrpo", "train")
 _POLL = 0.2
@@ -281,8 +282,7 @@ def _is_worse(one: _Running) -> bool:
         record = json.loads(line)
         step = int(record["step"])
         if step and step not in one.reported:
-            values = [sum(v) / len(v) for v in record["outcomes"].values() if v]
-            one.trial.report(sum(values) / len(values), step)
+            one.trial.report(Validation(**record).overall, step)
             one.reported.add(step)
             if one.trial.should_prune():
                 return True

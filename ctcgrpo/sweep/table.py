@@ -12,8 +12,9 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
 
 from ctcgrpo.files import whole_lines
-from ctcgrpo.intervals import crossed, means
+from ctcgrpo.intervals import crossed
 from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.validation import Validation
 
 _STATES = {
     TrialState.COMPLETE: "done",
@@ -61,7 +62,7 @@ def _row(name: str, trial: FrozenTrial, folder: Path) -> dict[str, Any]:
 def _scores(run: RunFolder) -> list[dict[str, float]]:
     """The mean of each held-out scenario, by validation, from the first to the last."""
     records = sorted(map(json.loads, whole_lines(run.validation_file)), key=lambda record: record["step"])
-    return [means((name, value) for name, values in record["outcomes"].items() for value in values) for record in records]
+    return [Validation(**record).by_scenario for record in records]
 
 
 def printed(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
