@@ -19,6 +19,7 @@ from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.report import commands as reporting
+from ctcgrpo.study import commands as studying
 from ctcgrpo.sweep import commands as sweeping
 
 _LAUNCHED = "CTCGRPO_LAUNCHED"
@@ -36,6 +37,7 @@ app.command()(evaluation.evaluate)
 app.command()(evaluation.compare)
 app.command()(evaluation.leaderboard)
 app.command()(sweeping.sweep)
+app.command()(studying.study)
 app.command()(reporting.report)
 
 
@@ -51,7 +53,7 @@ def run_recipe(file: str) -> None:
     """
     if sys._getframe(1).f_globals.get("__name__") != "__main__":
         return
-    _guarded(lambda: _train(load_recipe(file, sys.argv[1:])))
+    _guarded(lambda: train_here(load_recipe(file, sys.argv[1:])))
 
 
 @app.command()
@@ -71,7 +73,7 @@ def train(
     if config_file is not None and not config_file.is_file():
         raise RecipeError(f"--config-file {config_file} not found")
     if _LAUNCHED in os.environ or (config_file is None and (processes or _gpus()) <= 1):
-        _train(settings)
+        train_here(settings)
         return
     if not _gpus():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else processes without GPUs do not find each other
@@ -253,7 +255,8 @@ def version() -> None:
     print(__version__)
 
 
-def _train(recipe: Recipe) -> None:
+def train_here(recipe: Recipe) -> None:
+    """Run a recipe in this process, without what other libraries say that is of no use to its user."""
     # TRL reports usage to its authors by default; a framework should not do so on a user's behalf.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # TRL's defaults name options that transformers is about to rename; nothing that a user could act on.

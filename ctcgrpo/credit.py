@@ -111,13 +111,14 @@ def groups_without_signal(outcomes: ArrayLike, group_ids: ArrayLike) -> float:
     return float(1 - telling / max(1, len(np.unique(groups))))
 
 
-def shuffled(advantages: Sequence[Array], seed: int | Sequence[int]) -> list[Array]:
-    """A control: the same advantages dealt out at random over all turns of all rollouts, so that none says anything about
-    the turn that it lands on. N arrays of the same lengths; the same seed deals the same way on every process."""
-    if not advantages:
+def shuffled(by_turn: Sequence[Array], seed: int | Sequence[int]) -> list[Array]:
+    """A control: the same numbers (turn scores, or advantages) dealt out at random over all turns of all rollouts, so that none
+    says anything about the turn that it lands on. N arrays of the same lengths; the same seed deals the same way on every
+    process."""
+    if not by_turn:
         return []
-    dealt = np.random.default_rng(seed).permutation(np.concatenate(list(advantages)))
-    return np.split(dealt, np.cumsum([len(a) for a in advantages])[:-1])
+    dealt = np.random.default_rng(seed).permutation(np.concatenate(list(by_turn)))
+    return np.split(dealt, np.cumsum([len(a) for a in by_turn])[:-1])
 
 
 # --- scale: from R - mean_s R of each group's valid rollouts to their outcome advantages ---------------------------------

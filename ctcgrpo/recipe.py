@@ -6,6 +6,7 @@ that runs it; for YAML that string's opening is a key named `'`, which the loade
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -172,7 +173,9 @@ class Credit(Section):
     center_weights: Literal["turn", "token"] = Field("turn", description="what weighs a turn in the means that center")
     scale: str = Field("group", description="how outcome advantages are scaled: " + ", ".join(SCALES))
     std_min: float = Field(_DEFAULT_STD_MIN, gt=0)
-    shuffled: bool = Field(False, description="a control: deal the advantages of a step out to its turns at random")
+    shuffle: Literal["nothing", "turn_scores", "advantages"] = Field(
+        "nothing", description="a control: what is dealt out at random over the turns of a step"
+    )
 
     @field_validator("centering", "credit", "scale")
     @classmethod
@@ -349,6 +352,11 @@ def load_recipe(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply(data, override)
     return validated(data, Recipe, path)
+
+
+def overrides(chosen: Mapping[str, Any]) -> list[str]:
+    """Values as overrides of a recipe, as YAML reads them."""
+    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in chosen.items()]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:

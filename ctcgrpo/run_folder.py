@@ -21,7 +21,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,11 @@ from pydantic import ValidationError
 from ctcgrpo.errors import OutputError
 from ctcgrpo.files import checkpoints, is_complete, mark_complete, missing_in, whole_lines, write_whole
 from ctcgrpo.recipe import Recipe, differences
+from ctcgrpo.workers import alone
 
 BEST_STEP = "STEP"
+_PATIENCE = 120.0
+"""Seconds for a run that was told to stop to save what it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +75,10 @@ class RunFolder:
     def final(self) -> Path:
         return self.path / "final"
 
-    def open(self, recipe: Recipe) -> Path | None:
-        """Make the folder ready for this recipe; gives the checkpoint to go on from, or None to start.
-
-        Raises OutputError where the folder cannot be written, holds a finished run, or one of another recipe that has
-        trained already.
-        """
+    @contextlib.contextmanager
+    def held(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Keep other runs out of the folder, which is made, for as long as the context lasts. Raises OutputError where it cannot be
+        written, and where another run has it and does not end."""
         try:
             self.traces.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -87,6 +88,14 @@ class RunFolder:
             raise OutputError(
                 f"run.output_dir: cannot write to {self.path} ({error.strerror}); choose another with run.output_dir=FOLDER"
             ) from None
+        with alone(self.path, patience=_PATIENCE, say=say):
+            yield
+
+    def open(self, recipe: Recipe) -> Path | None:
+        """Make the folder ready for this recipe; gives the checkpoint to go on from, or None to start.
+
+        Raises OutputError where it holds a finished run, or one of another recipe that has trained already.
+        """
         started = self.newest_checkpoint()
         if self.recipe_file.exists() and (started or is_complete(self.final)):
             self._refuse_other_run(recipe)

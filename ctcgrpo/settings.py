@@ -57,7 +57,8 @@ def credit_options(recipe: Recipe) -> CreditOptions:
         center_weights=credit.center_weights,
         scale=credit.scale,
         std_min=credit.std_min,
-        shuffle_seed=recipe.run.seed if credit.shuffled else None,
+        shuffle=credit.shuffle,
+        shuffle_seed=recipe.run.seed,
         turn_weights=scoring.turn_weights,
         shaping=(scoring.no_reasoning_penalty, scoring.fault_penalty) if recipe.policy.reasons else None,
     )

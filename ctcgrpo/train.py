@@ -99,13 +99,14 @@ class _Run:
                 "without GPUs set ACCELERATE_USE_CPU=true"
             )
         self._folder = RunFolder(recipe.folder)
-        self._resume: Path | None = on_main(self._state, lambda: self._folder.open(recipe))
         self._progress = RunProgress(
             name=recipe.run.name,
             steps=recipe.training.max_steps,
             episodes_per_step=recipe.scenarios.per_step * recipe.rollout.group_size // processes,
             enabled=self._state.is_main_process,
         )
+        on_main(self._state, lambda: stack.enter_context(self._folder.held(self._progress.say)))
+        self._resume: Path | None = on_main(self._state, lambda: self._folder.open(recipe))
         sharding = sharding_arguments(recipe.training.sharding)
         on_main(self._state, lambda: self._folder.keep_to("sharding.json", sharding, resumes=self._resume is not None))
         for broken in on_main(self._state, self._folder.passed_over):

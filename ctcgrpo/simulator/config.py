@@ -87,6 +87,18 @@ class Llm(Section):
         return self
 
 
+class Scripted(Section):
+    """The scripted user."""
+
+    reluctance: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="for studies of credit: the share of what a reply earns that goes the wrong way at first; with the next turn "
+        "it comes back, and all that was earned",
+    )
+
+
 class Budget(Section):
     """A hard limit on what is spent over all runs that share the store; reaching it pauses the run."""
 
@@ -116,6 +128,7 @@ class SimulatorConfig(Section):
     """Who plays the user. The default is the scripted user."""
 
     backend: Literal["scripted", "llm"] = "scripted"
+    scripted: Scripted = Scripted()  # type: ignore[call-arg]
     llm: Llm | None = None
     store: Path | None = Field(
         None, description="the folder for answers already paid for and the account; none keeps nothing"
@@ -128,6 +141,8 @@ class SimulatorConfig(Section):
     def _fits_together(self) -> SimulatorConfig:
         if (self.backend == "llm") != (self.llm is not None):
             raise ValueError(f"backend is {self.backend!r}: section llm belongs to backend 'llm', and it needs one")
+        if self.llm is not None and "scripted" in self.model_fields_set:
+            raise ValueError("section scripted belongs to backend 'scripted', and backend is 'llm'")
         limited = self.budget.money is not None or self.budget.tokens is not None
         if limited and self.store is None:
             raise ValueError("a budget needs a store, to know after a restart what was spent")

@@ -224,7 +224,9 @@ class SimulatorServer:
 def make_backend(
     config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None] = lambda record: None
 ) -> SimulatorBackend:
-    return ScriptedBackend() if config.llm is None else LlmBackend.configured(config, store, on_call)
+    if config.llm is None:
+        return ScriptedBackend(config.scripted.reluctance)
+    return LlmBackend.configured(config, store, on_call)
 
 
 def _problem(status: int, kind: str, error: str) -> Response:

@@ -36,7 +36,7 @@ def sweep(
         print(hand_over(file))
         return
     try:
-        from ctcgrpo.sweep.study import check_devices, run_sweep
+        from ctcgrpo.sweep.coordinator import check_devices, run_sweep
         from ctcgrpo.sweep.table import printed
     except ImportError as error:
         raise RecipeError(f"sweeping needs the extra sweep: pip install 'ctcgrpo[sweep]' ({error})") from None

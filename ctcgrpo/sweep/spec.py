@@ -18,15 +18,13 @@ Reference: W&B, sweep configuration options.
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.recipe import Recipe, load_recipe, overrides
 from ctcgrpo.sections import Section, parse_mapping, read_text, validated
 
 METRIC = "validation/overall"
@@ -153,11 +151,6 @@ def _on_grid(parameter: Parameter) -> list[Any]:
     assert parameter.q is not None and parameter.min is not None and parameter.max is not None
     steps = int((parameter.max - parameter.min) / parameter.q + 1e-9)
     return [parameter.min + k * parameter.q for k in range(steps + 1)]
-
-
-def overrides(chosen: Mapping[str, Any]) -> list[str]:
-    """Values as overrides of a recipe, as YAML reads them."""
-    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in chosen.items()]
 
 
 def load_sweep(file: Path) -> tuple[Sweep, Recipe]:

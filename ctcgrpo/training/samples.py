@@ -46,8 +46,9 @@ class CreditOptions:
     center_weights: Literal["turn", "token"] = "turn"
     scale: str = "group"
     std_min: float = 0.1
-    shuffle_seed: int | None = None
-    """Where advantages are to be dealt out at random (a control), what that depends on beside the step."""
+    shuffle: Literal["nothing", "turn_scores", "advantages"] = "nothing"
+    """A control: what is dealt out at random over the turns of a step, by `shuffle_seed` and the step."""
+    shuffle_seed: int = 0
     turn_weights: Mapping[Scene, tuple[float, float]] | None = None
     shaping: tuple[float, float] | None = None
     """(penalty for no reasoning, penalty for a fault), or None for a policy that does not reason."""
@@ -102,7 +103,13 @@ def step_credit(
 ) -> StepCredit:
     """Credit over all episodes of a step, whichever process played them; `baseline` is what earlier steps left."""
     rewards, groups = [s.reward for s in summaries], [s.group for s in summaries]
-    scores = [s.turn_scores for s in summaries]
+    trained = credit.in_loss(rewards, groups)
+    scores = [np.asarray(s.turn_scores) for s in summaries]
+    if options.shuffle == "turn_scores":
+        dealt = iter(
+            credit.shuffled([r for r, use in zip(scores, trained, strict=True) if use], [options.shuffle_seed, step])
+        )
+        scores = [next(dealt) if use else r for r, use in zip(scores, trained, strict=True)]
     weights = [s.turn_tokens for s in summaries] if options.center_weights == "token" else None
     outcome = credit.outcome_advantages(rewards, groups, std_min=options.std_min, scale=options.scale)
     turns = credit.turn_advantages(
@@ -118,12 +125,11 @@ def step_credit(
         std_min=options.std_min,
         scale=options.scale,
     )
-    trained = credit.in_loss(rewards, groups)
     credits = credit.turn_credits(scores, credit=options.credit, gamma=options.gamma)
     valid = [k for k, s in enumerate(summaries) if not s.failure]
     turn_terms = [t - a for t, a, use in zip(turns, outcome, trained, strict=True) if use]
     advantages = [t for t, use in zip(turns, trained, strict=True) if use]
-    if options.shuffle_seed is not None:
+    if options.shuffle == "advantages":
         advantages = credit.shuffled(advantages, [options.shuffle_seed, step])
     return StepCredit(
         baseline=credit.updated_baseline(

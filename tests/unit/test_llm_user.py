@@ -475,4 +475,4 @@ def test_the_configurations_that_come_along_are_whole(file: Path, monkeypatch: p
     server = SimulatorServer(load_simulator_config(file))
     for scenario in SCENARIOS[::20]:
         server.backend.check(ScenarioCard.of(scenario))
-    assert server.backend.about()["backend"] == ("scripted" if file.stem == "scripted" else "llm")
+    assert server.backend.about()["backend"] == ("scripted" if file.stem in ("scripted", "reluctant") else "llm")

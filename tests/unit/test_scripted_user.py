@@ -425,6 +425,24 @@ def test_the_user_leaves_when_it_is_well_and_when_it_is_too_much() -> None:
     assert last_line(bad_reply, low, round=4)[0] and not last_line(bad_reply, low, round=5)[0]
 
 
+def test_a_reluctant_user_resists_what_does_good_and_pays_a_turn_later() -> None:
+    better = 0
+    for name, scenario in SCENARIOS.items():
+        good = REPLIES[name]["good"]
+        _, shown = converse(scenario, good[:1])
+        _, resisted = converse(scenario, good[:1], reluctance=0.5)
+        (anger, trust, why, _), (later_anger, later_trust, later_why, _) = shown[0], resisted[0]
+        if anger <= -2 and trust >= 2:
+            assert later_anger > 0 and later_trust < 0 and "which is hard to hear" in later_why, (name, why, later_why)
+            # Nothing follows the good reply but an empty one: what it earned comes then.
+            _, after = converse(scenario, [good[0], "I see."], reluctance=0.5)
+            _, plain = converse(scenario, [good[0], "I see."])
+            assert "it has sunk in" in after[1][2] and after[1][0] < plain[1][0] and after[1][1] > plain[1][1], name
+            better += 1
+        assert converse(scenario, ["asdf qwer"], reluctance=0.5) == converse(scenario, ["asdf qwer"]), name
+    assert better > 0.5 * len(SCENARIOS)
+
+
 def test_the_same_request_gets_the_same_reaction() -> None:
     for scenario in list(SCENARIOS.values())[::6]:
         replies = REPLIES[scenario.id]["good"]

@@ -17,8 +17,9 @@ import yaml
 from ctcgrpo import tracking
 from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.intervals import crossed
-from ctcgrpo.sweep.spec import Sweep, load_sweep, overrides
-from ctcgrpo.sweep.study import run_sweep
+from ctcgrpo.recipe import overrides
+from ctcgrpo.sweep.coordinator import run_sweep
+from ctcgrpo.sweep.spec import Sweep, load_sweep
 from tests.conftest import ROOT, Command
 
 TRAIN = (sys.executable, "-m", "tests.fake_train")
@@ -134,7 +135,7 @@ def test_a_sweep_that_was_killed_goes_on_and_repeats_nothing(tmp_path: Path, mon
     file, folder = written(tmp_path / "s.yaml"), tmp_path / "out"
     code = (
         "import sys; from pathlib import Path; from ctcgrpo.sweep.spec import load_sweep; "
-        "from ctcgrpo.sweep.study import run_sweep; "
+        "from ctcgrpo.sweep.coordinator import run_sweep; "
         f"run_sweep(*load_sweep(Path({str(file)!r})), Path({str(folder)!r}), train=(sys.executable, '-m', 'tests.fake_train'))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
@@ -189,7 +190,7 @@ def test_one_coordinator_at_a_time(tmp_path: Path) -> None:
     folder.mkdir()
     with (folder / "LOCK").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match="another `ctcgrpo sweep` runs there"):
+        with pytest.raises(OutputError, match="another process is at work there"):
             run(written(tmp_path / "s.yaml"), folder)
 
 

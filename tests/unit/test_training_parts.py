@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -100,12 +101,31 @@ def test_shuffled_advantages_are_the_same_ones_elsewhere() -> None:
     options = CreditOptions()
     summaries = [summarise(e, options) for e in episodes]
     true = step_credit(summaries, options, SceneBaseline()).advantages
-    control = CreditOptions(shuffle_seed=1)
+    control = CreditOptions(shuffle="advantages", shuffle_seed=1)
     dealt = step_credit(summaries, control, SceneBaseline(), step=5).advantages
     assert {key: len(a) for key, a in dealt.items()} == {key: len(a) for key, a in true.items()} and dealt != true
     assert sorted(x for a in dealt.values() for x in a) == sorted(x for a in true.values() for x in a)
     assert dealt == step_credit(summaries, control, SceneBaseline(), step=5).advantages
     assert dealt != step_credit(summaries, control, SceneBaseline(), step=6).advantages
+
+
+def test_shuffled_turn_scores_leave_the_outcome_terms() -> None:
+    episodes = [
+        episode(g, r, [(-r, r), (g, -1), (2, r)][: 2 + r % 2], 0.1 * r - 0.2 * g) for g in range(3) for r in range(4)
+    ]
+    episodes.append(episode(0, 4, [(-9, 9)], math.nan))
+    options = CreditOptions(centering="none")
+    summaries = [summarise(e, options) for e in episodes]
+    true = step_credit(summaries, options, SceneBaseline())
+    dealt = step_credit(summaries, CreditOptions(centering="none", shuffle="turn_scores", shuffle_seed=1), SceneBaseline())
+    assert dealt.advantages.keys() == true.advantages.keys() and (0, 4) not in dealt.advantages
+    outcomes = step_credit(summaries, CreditOptions(alpha=0), SceneBaseline()).advantages
+
+    def turn_terms(advantages: Mapping[tuple[int, int], tuple[float, ...]]) -> list[float]:
+        return sorted(round(x - y, 9) for key, a in advantages.items() for x, y in zip(a, outcomes[key], strict=True))
+
+    assert turn_terms(dealt.advantages) == turn_terms(true.advantages) and dealt.advantages != true.advantages
+    assert dealt.outcome_term_std == true.outcome_term_std
 
 
 def test_shaping_only_where_the_policy_reasons() -> None:

@@ -19,33 +19,46 @@ _SHORT_TEMPER = 1.5
 
 
 class ScriptedBackend:
-    """Plays any scenario in a language that `languages/` has; the same request always gets the same reaction."""
+    """Plays any scenario in a language that `languages/` has; the same request always gets the same reaction. `reluctance`: see
+    `_deferred`; 0 is a user who shows at once what a reply did."""
 
     name = "scripted"
+
+    def __init__(self, reluctance: float = 0.0) -> None:
+        self._reluctance = reluctance
 
     def check(self, card: ScenarioCard) -> None:
         """Raises SimulatorReplyError for a scenario that it cannot play: its language, or the form of its `script`."""
         read_knowledge(card, load_language(card.language))
 
     def about(self) -> dict[str, Any]:
-        return {"backend": self.name}
+        return {"backend": self.name, **({"reluctance": self._reluctance} if self._reluctance else {})}
 
     async def react(self, request: TurnRequest) -> Reaction:
-        return react(request)
+        return react(request, self._reluctance)
 
     async def close(self) -> None:
         """Nothing is open."""
 
 
-def react(request: TurnRequest) -> Reaction:
+def react(request: TurnRequest, reluctance: float = 0.0) -> Reaction:
     """The reaction to the last reply in the history. Raises SimulatorReplyError for a language without rules."""
     card = request.scenario
     language = load_language(card.language)
     card_json = card.model_dump_json()
     knowledge = _knowledge(card_json)
     readings = _readings(card_json, request.history)
-    heard = Heard(readings[-1], tuple(readings[:-1]), knowledge, language, card.scene, request.round)
-    found = findings(heard)
+
+    def made_of(reply: int) -> list[Finding]:
+        heard = Heard(
+            readings[reply], tuple(readings[:reply]), knowledge, language, card.scene, request.round - last + reply
+        )
+        return findings(heard)
+
+    last = len(readings) - 1
+    found = made_of(last)
+    if reluctance:
+        found = _deferred(found, made_of(last - 1) if last else [], reluctance)
     before = UserState(request.state.anger, request.state.trust)
     anger_delta, trust_delta = _temper(found, before)
     after = before.plus(anger_delta, trust_delta)
@@ -100,6 +113,19 @@ def _reading(card_json: str, said: tuple[tuple[str, str], ...]) -> Reading:
         earlier=earlier,
         raised=_raised(knowledge, bool(card.opening_line), len(earlier) + 1),
     )
+
+
+def _deferred(now: Sequence[Finding], before: Sequence[Finding], reluctance: float) -> list[Finding]:
+    """A user who at first resists what does them good: a share `reluctance` of what a reply earns goes the wrong way at once;
+    with the next turn that comes back, and all of what was earned. What offends does so at once. Constructed, to see
+    what becomes of credit where a turn pays off only later; nothing of the last reply is paid."""
+    resisted = [
+        Finding(-reluctance * f.anger, -reluctance * f.trust, f"{f.why}, which is hard to hear") if f.is_credit else f
+        for f in now
+    ]
+    paid = 1 + reluctance
+    sunk_in = [Finding(paid * f.anger, paid * f.trust, f"it has sunk in: {f.why}") for f in before if f.is_credit]
+    return sorted(resisted + sunk_in, key=lambda f: f.trust - f.anger)
 
 
 def _temper(found: Sequence[Finding], before: UserState) -> tuple[int, int]:

@@ -14,15 +14,13 @@ the study. Trials that it left under way when it was killed are asked for again,
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,11 +30,12 @@ from optuna.trial import TrialState
 
 from ctcgrpo.errors import OutputError, RecipeError, RunInterrupted
 from ctcgrpo.files import is_complete, whole_lines, write_whole
-from ctcgrpo.recipe import Recipe
+from ctcgrpo.recipe import Recipe, overrides
 from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.sweep.spec import SEED, Parameter, Sweep, overrides
+from ctcgrpo.sweep.spec import SEED, Parameter, Sweep
 from ctcgrpo.sweep.table import table_of
 from ctcgrpo.validation import Validation
+from ctcgrpo.workers import alone, end_with_parent
 
 TRAIN = (sys.executable, "-m", "ctcgrpo", "train")
 _POLL = 0.2
@@ -80,7 +79,7 @@ def run_sweep(
     Raises OutputError where another coordinator has the folder, or it holds another sweep; RunInterrupted on Ctrl-C, after the runs
     under way have saved.
     """
-    with _alone(folder):
+    with alone(folder):
         _keep_to(folder, sweep, extra)
         study = _study(sweep, recipe, folder)
         again = _take_up(study, sweep)
@@ -252,16 +251,8 @@ def _start(
     command = [*train, str(sweep.program), *arguments]
     with (one.folder / f"seed-{seed}.log").open("ab") as log:
         return subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
+            command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
         )
-
-
-def _end_with_parent() -> None:
-    """For a child: heed SIGINT, which a coordinator in the background was started to ignore, and be sent it when the coordinator
-    dies. The latter on Linux only; elsewhere a killed coordinator leaves its runs."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
 
 
 def _stop(running: Sequence[_Running]) -> None:
@@ -296,17 +287,6 @@ def _last_words(run: RunFolder) -> str:
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "LOCK").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(f"{folder}: another `ctcgrpo sweep` runs there") from None
-        yield
 
 
 def _keep_to(folder: Path, sweep: Sweep, extra: Sequence[str]) -> None:

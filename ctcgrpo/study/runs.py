@@ -1,0 +1,198 @@
+"""The runs of a study: several a process, so that libraries are imported once; what is finished is not run again.
+
+checkpoints/studies/NAME/
+    study.json                          what is studied
+    starter/                            the policy that every run begins with, where the recipe names a builtin one
+    ENVIRONMENT/VARIANT/seed-1/         a run's folder, and beside it its log
+    times.json                          what each run took, in seconds
+    table.json, curves.svg              what came of it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from ctcgrpo.errors import CtcGrpoError, OutputError, RunFailed, RunInterrupted
+from ctcgrpo.files import is_complete, mark_complete, whole_lines, write_whole
+from ctcgrpo.recipe import Recipe
+from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.study.figures import Curves, curves_of
+from ctcgrpo.study.spec import Run, Study
+from ctcgrpo.validation import Validation
+from ctcgrpo.workers import alone, end_with_parent
+
+_RUNS_A_PROCESS = 20
+
+
+def run_study(
+    study: Study, recipe: Recipe, folder: Path, *, workers: int = 1, say: Callable[[str], None] = lambda text: None
+) -> dict[str, str]:
+    """Run what is left of a study, after saying how long that will take; gives the runs that failed, each with its reason.
+
+    Raises OutputError where another process has the folder or it holds another study, RunInterrupted on Ctrl-C.
+    """
+    with alone(folder):
+        _keep_to(folder, study, recipe)
+        starter = str(folder / "starter") if recipe.policy.model.startswith("builtin/") else recipe.policy.model
+        recipes = {run: run.recipe(study, folder, starter=starter) for run in study.runs()}
+        left = [run for run, of_run in recipes.items() if not _is_finished(of_run)]
+        times = _times(folder)
+        say(_plan(study, len(recipes), len(left), times, workers))
+        if not left:
+            return {}
+        _build(recipe, folder / "starter", say)
+        return _run_all({run: recipes[run] for run in left}, folder, times, workers, say)
+
+
+def found_curves(study: Study, folder: Path) -> dict[str, dict[str, Curves]]:
+    """The curves of the finished runs, by environment and variant."""
+    found: dict[str, dict[str, Curves]] = {}
+    for environment in study.environments:
+        for variant in study.variants:
+            place = folder / environment / variant
+            runs = {s: RunFolder(place / f"seed-{s}") for s in study.seeds}
+            curves = {s: _curve(run) for s, run in runs.items() if is_complete(run.final)}
+            if curves:
+                found.setdefault(environment, {})[variant] = curves_of(curves)
+    return found
+
+
+def _curve(run: RunFolder) -> list[tuple[int, float]]:
+    validations = [Validation(**json.loads(line)) for line in whole_lines(run.validation_file)]
+    return sorted((validation.step, validation.overall) for validation in validations)
+
+
+def _keep_to(folder: Path, study: Study, recipe: Recipe) -> None:
+    file = folder / "study.json"
+    asked = json.loads(study.model_dump_json(exclude={"seconds", "description"}))
+    asked["starter"] = [recipe.policy.model, recipe.run.seed]
+    if file.exists() and (before := json.loads(file.read_text(encoding="utf-8"))) != asked:
+        changed = ", ".join(sorted(name for name in {*before, *asked} if before.get(name) != asked.get(name)))
+        raise OutputError(
+            f"{folder} holds another study ({changed} differ); what is studied is fixed, give this one another --name"
+        )
+    write_whole(file, json.dumps(asked, indent=2) + "\n")
+
+
+def _is_finished(recipe: Recipe) -> bool:
+    run = RunFolder(recipe.folder)
+    if not is_complete(run.final):
+        return False
+    if changed := run.changes(recipe):
+        raise OutputError(
+            f"{run.path} is of another recipe ({'; '.join(changed[:3])}); undo the change, or give the study another --name"
+        )
+    return True
+
+
+def _times(folder: Path) -> dict[str, float]:
+    file = folder / "times.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def _plan(study: Study, runs: int, left: int, times: Mapping[str, float], workers: int) -> str:
+    seconds = statistics.median(times.values()) if times else study.seconds
+    known = "measured" if times else "by the file"
+    at_a_time = min(workers, left) or 1
+    return (
+        f"{runs} runs ({len(study.environments)} environments x {len(study.variants)} variants x {len(study.seeds)} seeds), "
+        f"{left} to go, {at_a_time} at a time: {left * seconds / at_a_time / 60:.0f} minutes at {seconds:.0f} s a run ({known})"
+    )
+
+
+def _build(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
+    from ctcgrpo.policy.loading import build_builtin
+
+    model, seed = recipe.policy.model, recipe.run.seed
+    if model.startswith("builtin/") and not is_complete(folder):
+        build_builtin(model, folder, seed, keep=False, say=say)
+        mark_complete(folder)
+
+
+# --- the processes ---------------------------------------------------------------------------------------------------------------
+
+
+def _run_all(
+    recipes: Mapping[Run, Recipe], folder: Path, times: dict[str, float], workers: int, say: Callable[[str], None]
+) -> dict[str, str]:
+    failed: dict[str, str] = {}
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=end_with_parent,
+        max_tasks_per_child=_RUNS_A_PROCESS,
+    )
+    waiting = list(recipes)
+    under_way: dict[Future[float], Run] = {}
+    try:
+        while waiting or under_way:
+            while waiting and len(under_way) < workers:  # no more: what is handed to the pool cannot be taken back from it
+                run = waiting.pop(0)
+                under_way[pool.submit(_train, recipes[run], folder / f"{run.name}.log")] = run
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                run = under_way.pop(future)
+                try:
+                    times[run.name] = future.result()
+                except RunInterrupted:
+                    raise KeyboardInterrupt from None
+                except CtcGrpoError as error:
+                    failed[run.name] = str(error)
+                    say(f"{run.name} failed: {error}")
+                else:
+                    write_whole(folder / "times.json", json.dumps(times, indent=0) + "\n")
+                    say(f"{_told(run, recipes[run])} in {times[run.name]:.0f} s, {len(waiting) + len(under_way)} to go")
+    except KeyboardInterrupt:
+        raise RunInterrupted(f"interrupted; the same command goes on in {folder}") from None
+    except BrokenProcessPool:
+        names = ", ".join(run.name for run in under_way.values())
+        raise RunFailed(
+            f"a worker process died ({run.name}{', ' if names else ''}{names}); the logs in {folder} may say why, and the same "
+            "command goes on"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return failed
+
+
+def _told(run: Run, recipe: Recipe) -> str:
+    curve = _curve(RunFolder(recipe.folder))
+    return f"{run.name}: {curve[0][1]:+.3f} -> {curve[-1][1]:+.3f}"
+
+
+def _train(recipe: Recipe, log: Path) -> float:
+    """In a worker: the seconds that the run took. What it prints goes to its log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with _printing_to(log):
+        from ctcgrpo.cli import train_here
+
+        started = time.monotonic()
+        train_here(recipe)
+        return time.monotonic() - started
+
+
+@contextlib.contextmanager
+def _printing_to(log: Path) -> Iterator[None]:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with log.open("ab") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)
