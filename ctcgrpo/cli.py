@@ -17,6 +17,7 @@ import typer
 from ctcgrpo import __version__
 from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
+from ctcgrpo.factory import commands as scenarios
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.report import commands as reporting
 from ctcgrpo.study import commands as studying
@@ -31,8 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-scenarios_app = typer.Typer(help="Scenarios.", no_args_is_help=True)
-app.add_typer(scenarios_app, name="scenarios")
+app.add_typer(scenarios.app, name="scenarios")
 app.command()(evaluation.evaluate)
 app.command()(evaluation.compare)
 app.command()(evaluation.leaderboard)
@@ -217,36 +217,6 @@ def export(
     print(f"exported to {written}")
     if push is not None:
         print(f"uploaded to {exporting.push(written, push)}")
-
-
-@scenarios_app.command()
-def validate(
-    source: Annotated[str, typer.Argument(help="A path, a bundled pack (english/train) or a dataset (eibench/train).")],
-    split: Annotated[
-        Literal["train", "test"], typer.Option(help="The folder, and the defaults for missing anchors.")
-    ] = "train",
-) -> None:
-    """Read scenarios and say what they are, or what is wrong with them."""
-    from ctcgrpo.scenarios import by_scene, load_scenarios
-
-    found = load_scenarios(source, split)
-    print(f"{source}: {len(found)} scenarios ({by_scene(found)})")
-
-
-@scenarios_app.command()
-def fetch(
-    dataset: Annotated[str, typer.Argument(help="eibench")],
-    source: Annotated[str | None, typer.Option(help="Another URL, or a folder with its train/ and test/.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Agree to the licence without being asked.")] = False,
-) -> None:
-    """Fetch a dataset that is not part of this package, under $CTCGRPO_DATA (default ~/.cache/ctcgrpo)."""
-    from ctcgrpo.fetch import DataSet, fetch
-
-    def agree(found: DataSet) -> bool:
-        print(f"{found.title}\nlicence: {found.licence}")
-        return yes or typer.confirm("Fetch it?")
-
-    print(f"it is in {fetch(dataset, agree, source=source)}")
 
 
 @app.command()

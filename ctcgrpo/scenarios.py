@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -40,20 +40,23 @@ def load_scenarios(source: str | Path, split: Split = "train") -> list[Scenario]
     and the worst possible state, in testing those of the authors' evaluation code. Raises ScenarioError naming file,
     line, field and value.
     """
-    files = _files(source, split)
     scenarios: dict[str, Scenario] = {}
     places: dict[str, str] = {}
-    for file in files:
-        for place, record in _records(file):
-            scenario = read_record(record, place, split)
-            if scenario.id in scenarios:
-                raise ScenarioError(
-                    f"{place}: id {scenario.id!r} is already used at {places[scenario.id]}; ids must be unique"
-                )
-            scenarios[scenario.id], places[scenario.id] = scenario, place
+    for place, record in read_records(source, split):
+        scenario = read_record(record, place, split)
+        if scenario.id in scenarios:
+            raise ScenarioError(f"{place}: id {scenario.id!r} is already used at {places[scenario.id]}; ids must be unique")
+        scenarios[scenario.id], places[scenario.id] = scenario, place
     if not scenarios:
         raise ScenarioError(f"{source}: holds no scenarios; expected one JSON object a line in *.jsonl")
     return list(scenarios.values())
+
+
+def read_records(source: str | Path, split: Split = "train") -> Iterator[tuple[str, dict[str, Any]]]:
+    """The raw records of a source in file order, unwrapped, each with its place (file and line). Raises ScenarioError for a source
+    that is not there and a line that holds no JSON object."""
+    for file in _files(source, split):
+        yield from _records(file)
 
 
 def load_scenes(source: str | Path, scenes: Sequence[Scene]) -> list[Scenario]:
@@ -69,8 +72,17 @@ def by_scene(scenarios: Iterable[Scenario]) -> str:
     return ", ".join(f"{n} {scene}" for scene, n in sorted(Counter(s.scene for s in scenarios).items()))
 
 
+def has_splits(source: str | Path) -> bool:
+    """Whether a source has folders train/ and test/."""
+    return any((path / "train").is_dir() and (path / "test").is_dir() for path in _tried(source))
+
+
+def _tried(source: str | Path) -> list[Path]:
+    return [Path(source), PACKS / source, data_home() / source]
+
+
 def _files(source: str | Path, split: Split) -> list[Path]:
-    tried = [Path(source), PACKS / source, data_home() / source]
+    tried = _tried(source)
     found = next((path for path in tried if path.exists()), None)
     if found is None:
         hint = ""
@@ -86,7 +98,7 @@ def _files(source: str | Path, split: Split) -> list[Path]:
     return files
 
 
-def _records(file: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
+def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         # Not splitlines(): a JSON string may hold U+2028 and its like, which end no line of JSONL.
         lines = file.read_text(encoding="utf-8-sig").split("\n")

@@ -1,0 +1,115 @@
+"""The rules of anchors, and the smallest move that keeps them.
+
+every value    a multiple of 5 in [0, 100]
+anger          target < initial < worst    (defense: target and initial below worst, since holding a boundary may cost some anger)
+trust          worst < initial < target
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import product
+from typing import Any, NamedTuple
+
+STEP = 5
+_LEVELS = tuple(range(0, 101, STEP))
+ANGER_MAY_RISE = frozenset({"defense"})
+"""Scenes whose target may lie at or above the initial anger."""
+
+FIELDS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "anger": (
+        ("initial_calibration", "initial_anger"),
+        ("rub_goals", "target_anger"),
+        ("worst_case", "worst_anger_min"),
+    ),
+    "trust": (
+        ("initial_calibration", "initial_trust"),
+        ("rub_goals", "target_trust"),
+        ("worst_case", "worst_trust_min"),
+    ),
+}
+"""By axis: where a record holds initial, target and worst."""
+
+Levels = tuple[float, float, float]
+"""Initial, target, worst of one axis."""
+
+
+class Move(NamedTuple):
+    field: str
+    before: float
+    after: int
+
+
+def anchor_problems(record: Mapping[str, Any], scene: str) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong) for each rule that a record breaks; for an axis with a value missing, that alone."""
+    for axis, places in FIELDS.items():
+        values = _levels(record, places)
+        missing = [f"{a}.{b}" for (a, b), value in zip(places, values, strict=True) if value is None]
+        for field in missing:
+            yield field, "is missing"
+        if missing:
+            continue
+        for (a, b), value in zip(places, values, strict=True):
+            if value not in _LEVELS:
+                yield f"{a}.{b}", f"is {value:g}; it must be a multiple of {STEP} in [0, 100]"
+        initial, target, worst = values
+        if not _in_order(axis, scene, (initial, target, worst)):  # type: ignore[arg-type]
+            yield axis, f"initial {initial:g}, target {target:g}, worst {worst:g}; {_order(axis, scene)}"
+
+
+def repaired(record: Mapping[str, Any], scene: str) -> tuple[dict[str, Any], list[Move]]:
+    """The record with anchors that keep the rules, moved as little as possible (the sum of all moves), and the moves. Raises
+    ValueError for a value that is missing or no number: what was meant cannot be known."""
+    told = dict(record)
+    moves = []
+    for axis, places in FIELDS.items():
+        values = _levels(record, places)
+        if any(value is None for value in values):
+            lacking = next(f"{a}.{b}" for (a, b), value in zip(places, values, strict=True) if value is None)
+            raise ValueError(f"{lacking} is missing or no number")
+        after = nearest_levels(axis, scene, values)  # type: ignore[arg-type]
+        for (section, field), old, new in zip(places, values, after, strict=True):
+            if old != new:
+                told[section] = {**told[section], field: new}
+                moves.append(Move(f"{section}.{field}", old or 0, new))
+    return told, moves
+
+
+def nearest_levels(axis: str, scene: str, values: Levels) -> tuple[int, int, int]:
+    """The levels in order that are nearest to `values`; of equally near ones those that keep initial, then target."""
+
+    def distance(levels: tuple[int, int, int]) -> Levels:
+        moved = [abs(a - b) for a, b in zip(levels, values, strict=True)]
+        return sum(moved), moved[0], moved[1]
+
+    return min(_allowed(axis, scene in ANGER_MAY_RISE), key=distance)
+
+
+@cache
+def _allowed(axis: str, anger_may_rise: bool) -> Sequence[tuple[int, int, int]]:
+    scene = next(iter(ANGER_MAY_RISE)) if anger_may_rise else ""
+    every = product(_LEVELS, _LEVELS, _LEVELS)
+    return [levels for levels in every if _in_order(axis, scene, levels)]
+
+
+def _in_order(axis: str, scene: str, levels: Levels) -> bool:
+    initial, target, worst = levels
+    if axis == "trust":
+        return worst < initial < target
+    return initial < worst and target < worst if scene in ANGER_MAY_RISE else target < initial < worst
+
+
+def _order(axis: str, scene: str) -> str:
+    if axis == "trust":
+        return "worst < initial < target is needed"
+    return "both below worst are needed" if scene in ANGER_MAY_RISE else "target < initial < worst is needed"
+
+
+def _levels(record: Mapping[str, Any], places: Sequence[tuple[str, str]]) -> list[float | None]:
+    found = []
+    for section, field in places:
+        value = (record.get(section) or {}).get(field)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        found.append(value if is_number else None)
+    return found

@@ -1,0 +1,212 @@
+"""`ctcgrpo scenarios ...`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ctcgrpo.errors import RecipeError, ScenarioError
+from ctcgrpo.scenarios import Split, by_scene, has_splits, load_scenarios, read_records
+
+app = typer.Typer(help="Scenarios: fetch, check and shape sets of them.", no_args_is_help=True)
+_SOURCE = typer.Argument(help="A path, a bundled pack (english/train) or a dataset (eibench/train).")
+_SPLIT = typer.Option(help="The folder, where the source has both.")
+_THRESHOLD = typer.Option(min=0.05, max=1.0, help="Similarity (TF-IDF cosine) from which two records count as one.")
+
+
+@app.command()
+def validate(
+    source: Annotated[str, _SOURCE],
+    split: Annotated[
+        Literal["train", "test"], typer.Option(help="The folder, and the defaults for missing anchors.")
+    ] = "train",
+    loose: Annotated[bool, typer.Option("--loose", help="Only what keeps scenarios from being played.")] = False,
+) -> None:
+    """Hold scenarios to every rule, and say what they are; each problem with file and line."""
+    from ctcgrpo.factory.rules import problems
+
+    if loose:
+        found = load_scenarios(source, split)
+        print(f"{source}: {len(found)} scenarios ({by_scene(found)})")
+        return
+    records = list(read_records(source, split))
+    broken = list(problems(records))
+    for problem in broken:
+        print(problem)
+    if broken:
+        worst = len({problem.place for problem in broken})
+        raise ScenarioError(f"{source}: {len(broken)} problems in {worst} of {len(records)} records")
+    found = load_scenarios(source, split)
+    print(f"{source}: {len(found)} scenarios ({by_scene(found)}); every rule holds")
+
+
+@app.command()
+def fetch(
+    dataset: Annotated[str, typer.Argument(help="eibench")],
+    source: Annotated[str | None, typer.Option(help="Another URL, or a folder with its train/ and test/.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Agree to the licence without being asked.")] = False,
+) -> None:
+    """Fetch a dataset that is not part of this package, under $CTCGRPO_DATA (default ~/.cache/ctcgrpo)."""
+    from ctcgrpo.fetch import DataSet
+    from ctcgrpo.fetch import fetch as fetched
+
+    def agree(found: DataSet) -> bool:
+        print(f"{found.title}\nlicence: {found.licence}")
+        return yes or typer.confirm("Fetch it?")
+
+    print(f"it is in {fetched(dataset, agree, source=source)}")
+
+
+@app.command()
+def dedup(
+    source: Annotated[str, _SOURCE],
+    against: Annotated[list[str] | None, typer.Option(help="A held-out set that must not leak in; several.")] = None,
+    split: Annotated[Literal["train", "test"], _SPLIT] = "train",
+    threshold: Annotated[float, _THRESHOLD] = 0.5,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the set without them there: of those alike the first stays.")
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, help="Pairs to show with their texts.")] = 10,
+) -> None:
+    """Find near-duplicates within a set and against held-out sets. Without --out it exits with 3 where there are any."""
+    with _needs_the_extra():
+        from ctcgrpo.factory.duplicates import clusters, duplicates
+        from ctcgrpo.factory.storage import write_layout
+
+    records = _records(source, split)
+    held = [record for name in against or () for record in _records(name, "test")]
+    within = duplicates(records, threshold=threshold)
+    leaks = duplicates(records, held, threshold=threshold) if held else []
+    console = _console()
+    for title, pairs, others in (("within the set", within, records), ("leaks from held-out sets", leaks, held)):
+        if pairs:
+            console.print(_pairs_table(f"{source}: {len(pairs)} pairs {title}", pairs[:show], records, others))
+    first = clusters(within, len(records))
+    dropped = {k for k, root in enumerate(first) if root != k} | {pair.a for pair in leaks}
+    print(
+        f"{source}: {len(dropped)} of {len(records)} records are duplicates ({len(within)} pairs within, {len(leaks)} leaks)"
+    )
+    if out is not None:
+        files = write_layout([record for k, record in enumerate(records) if k not in dropped], out)
+        print(f"{len(records) - len(dropped)} records without them: {', '.join(map(str, files))}")
+    elif dropped:
+        raise ScenarioError(f"{source} holds duplicates; --out FOLDER writes the set without them")
+
+
+@app.command()
+def stats(
+    source: Annotated[str, _SOURCE],
+    split: Annotated[Literal["train", "test"], _SPLIT] = "train",
+    tokenizer: Annotated[str | None, typer.Option(help="A model whose tokens lengths are in; else characters.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw it as well, to this PNG.")] = None,
+) -> None:
+    """Say how balanced a set is: by scene and seed, lengths, distances between anchors."""
+    with _needs_the_extra():
+        from ctcgrpo.factory.stats import stats_of, tables_of, write_picture
+
+    count: Callable[[str], int] | None = None
+    if tokenizer is not None:
+        from ctcgrpo.policy.loading import load_tokenizer
+
+        loaded = load_tokenizer(tokenizer)
+
+        def count(text: str) -> int:
+            return len(loaded.encode(text, add_special_tokens=False))
+
+    found = stats_of(load_scenarios(source, split), count)
+    for table in tables_of(found, source):
+        _console().print(table)
+    if picture is not None:
+        write_picture(found, picture)
+        print(f"drawn: {picture}")
+
+
+@app.command()
+def split(
+    source: Annotated[str, _SOURCE],
+    out: Annotated[Path, typer.Argument(help="A new folder; train/ and test/ are written there.")],
+    share: Annotated[float, typer.Option(min=0.0, max=0.9, help="Held out, of each scene.")] = 0.1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    threshold: Annotated[float, _THRESHOLD] = 0.5,
+) -> None:
+    """Split a set by scene; records that are alike stay on one side."""
+    with _needs_the_extra():
+        from ctcgrpo.factory.splitting import held_out
+        from ctcgrpo.factory.storage import write_layout
+
+    records = _records(source, "train")
+    chosen = held_out(records, share=share, seed=seed, threshold=threshold)
+    for name, wanted in (("train", False), ("test", True)):
+        part = [record for record, is_test in zip(records, chosen, strict=True) if is_test == wanted]
+        write_layout(part, out / name)
+        print(f"{out / name}: {len(part)} records")
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Scenarios as files, or a dataset: its folder, or hf://datasets/OWNER/NAME.")
+    ],
+    target: Annotated[str, typer.Argument(help="A new folder; or hf://datasets/OWNER/NAME to upload (private).")],
+    licence: Annotated[str | None, typer.Option(help="Of records that say none.")] = None,
+    origin: Annotated[str | None, typer.Option("--source", help="Of records that say none.")] = None,
+) -> None:
+    """Convert EIBench's layout to `datasets` (Arrow, Hub), or back; every value stays, licence and source in each record."""
+    from ctcgrpo.factory.storage import HUB, load_splits, save_dataset, with_origin, write_layout
+
+    if source.startswith(HUB) or any((Path(source) / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
+        if target.startswith(HUB):
+            raise RecipeError("one dataset is not converted to another; the Hub copies them")
+        found = load_splits(source)
+        for name, records in found.items():
+            folder = Path(target) / name if len(found) > 1 or has_splits(source) else Path(target)
+            print(f"{', '.join(map(str, write_layout(records, folder)))}: {len(records)} records")
+        return
+    names: Sequence[Split] = ("train", "test") if has_splits(source) else ("train",)
+    splits: dict[str, list[dict[str, Any]]] = {
+        name: [with_origin(record, licence=licence, source=origin) for record in _records(source, name)] for name in names
+    }
+    save_dataset(splits, target)
+    print(f"{target}: {', '.join(f'{len(records)} {name}' for name, records in splits.items())}")
+
+
+def _records(source: str, split: Split) -> list[dict[str, Any]]:
+    return [record for _, record in read_records(source, split)]
+
+
+def _pairs_table(
+    title: str, pairs: Sequence[Any], records: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
+) -> Table:
+    table = Table(title=title, show_lines=True)
+    for name in ("", "record", "is like", "what they say"):
+        table.add_column(name)
+    for pair in pairs:
+        a, b = records[pair.a], others[pair.b]
+        how = pair.level if pair.level == "same seeds" else f"{pair.level}\n{pair.similarity:.2f}"
+        table.add_row(how, str(a.get("id")), str(b.get("id")), f"{_excerpt(a)}\n{_excerpt(b)}")
+    return table
+
+
+def _excerpt(record: Mapping[str, Any]) -> str:
+    opening = (record.get("aggressor_profile") or {}).get("opening_line") or record.get("goal_one_liner") or ""
+    return f"{record.get('title', '')}: {opening}"[:110]
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 132)
+
+
+@contextlib.contextmanager
+def _needs_the_extra() -> Iterator[None]:
+    """Around imports of what `pip install ctcgrpo[factory]` brings."""
+    try:
+        yield
+    except ImportError as error:
+        raise RecipeError(f"this needs the extra factory: pip install 'ctcgrpo[factory]' ({error})") from None

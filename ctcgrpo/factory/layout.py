@@ -1,0 +1,122 @@
+"""The sections of a persona: `### Title` lines with text below. What can be mended by rule is mended here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Literal
+
+from ctcgrpo.naming import nearest
+from ctcgrpo.strict_yaml import load_yaml
+
+Role = Literal["user", "policy"]
+_TITLE = re.compile(r"^\s*#{1,6}\s*(.+?)\s*[:：]?\s*$")
+_LOOSE_TITLE = re.compile(r"^\s*(?:#{1,6}\s*)?(?:\*\*|【|\[)?\s*(.+?)\s*(?:\*\*|】|\])?\s*[:：]?\s*(?:\*\*)?\s*$")
+_FACT = re.compile(r"^\d+[.、)] ?\S")
+_LOOSE_FACT = re.compile(r"^\s*(?:[-*•·]|[（(]?\d+[.、)）:：])\s*(.+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Of one language: for each role the accepted titles of its sections in order, and those of sections of facts."""
+
+    titles: Mapping[Role, tuple[tuple[str, ...], ...]]
+    facts: frozenset[str]
+
+
+@cache
+def layouts() -> Mapping[str, Layout]:
+    """By language code, from layout.yaml."""
+    data = load_yaml((files("ctcgrpo.factory") / "layout.yaml").read_text(encoding="utf-8"))
+    return {
+        code: Layout(
+            {role: tuple(tuple(names) for names in entry[role]) for role in ("user", "policy")}, frozenset(entry["facts"])
+        )
+        for code, entry in data.items()
+    }
+
+
+def sections(persona: str) -> list[tuple[str, str]]:
+    """(title, text) in order; text before the first title has the title ""."""
+    found: list[tuple[str, list[str]]] = [("", [])]
+    for line in persona.splitlines():
+        if line.lstrip().startswith("#") and (title := _TITLE.match(line)):
+            found.append((title[1], []))
+        else:
+            found[-1][1].append(line)
+    told = [(title, "\n".join(lines).strip()) for title, lines in found]
+    return told[1:] if not told[0][1] else told
+
+
+def layout_problems(persona: str, role: Role, language: str) -> Iterator[str]:
+    """What is wrong with the sections of a persona, each in words; nothing for a language without a layout."""
+    if language not in layouts():
+        return
+    layout = layouts()[language]
+    wanted, found = layout.titles[role], sections(persona)
+    if found and found[0][0] == "":
+        yield f"text stands before the first section ({found[0][1][:30]!r})"
+        found = found[1:]
+    titles = [title for title, _ in found]
+    for names in wanted:
+        there = [title for title in titles if title in names]
+        if not there:
+            near = nearest(names[0], [title for title in titles if not _known(title, wanted)])
+            yield f"section {names[0]!r} is missing" + (f" ({near!r} is there)" if near else "")
+        elif len(there) > 1:
+            yield f"section {names[0]!r} stands twice"
+    for title in titles:
+        if not _known(title, wanted):
+            yield f"section {title!r} is unknown"
+    order = [_place(title, wanted) for title in titles if _known(title, wanted)]
+    if order != sorted(order):
+        yield f"the sections are out of order: {', '.join(titles)}"
+    for title, text in found:
+        if not text:
+            yield f"section {title!r} is empty"
+        elif title in layout.facts and not all(_FACT.match(line) for line in text.splitlines() if line.strip()):
+            yield f"section {title!r} is no numbered list"
+
+
+def mended(persona: str, role: Role, language: str) -> str:
+    """The persona with what a rule can mend: how titles are marked and which of their names is used, their order, how facts are
+    numbered, stray blank lines. No word of the text changes. Unknown sections stay, so that nothing is lost."""
+    if language not in layouts():
+        return persona
+    layout = layouts()[language]
+    wanted = layout.titles[role]
+    by_name = {name: names[0] for names in wanted for name in names}
+    lines = []
+    for line in persona.splitlines():
+        title = _LOOSE_TITLE.match(line)
+        known = by_name.get(title[1]) if title else None
+        lines.append(f"### {known}" if known else line.rstrip())
+    found = sections("\n".join(lines))
+    if any(title and not _known(title, wanted) for title, _ in found):
+        ordered = found
+    else:
+        ordered = sorted(found, key=lambda section: _place(section[0], wanted) if section[0] else -1)
+    told = []
+    for name, text in ordered:
+        body = _numbered(text) if name in layout.facts else text
+        told.append(f"### {name}\n{body}" if name else body)
+    return "\n\n".join(told)
+
+
+def _numbered(text: str) -> str:
+    facts = [line.strip() for line in text.splitlines() if line.strip()]
+    loose = [_LOOSE_FACT.match(fact) for fact in facts]
+    if not all(loose):
+        return text
+    return "\n".join(f"{k}. {match[1]}" for k, match in enumerate(loose, 1) if match)
+
+
+def _known(title: str, wanted: tuple[tuple[str, ...], ...]) -> bool:
+    return any(title in names for names in wanted)
+
+
+def _place(title: str, wanted: tuple[tuple[str, ...], ...]) -> int:
+    return next(k for k, names in enumerate(wanted) if title in names)

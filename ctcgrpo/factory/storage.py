@@ -1,0 +1,113 @@
+"""Where sets of scenarios are written: EIBench's layout (a JSONL file a scene), and `datasets` (Arrow on disk, or the Hub).
+
+Arrow gives every row the same columns and types, which records do not have, so a row carries its record whole, as the JSON of its
+line (column `record`), beside columns to filter by. Reading takes `record` alone: every value comes back as it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from ctcgrpo.errors import OutputError, ScenarioError
+from ctcgrpo.files import write_whole
+from ctcgrpo.scenarios import read_record
+
+Record = Mapping[str, Any]
+HUB = "hf://datasets/"
+
+
+def with_origin(record: Record, *, licence: str | None, source: str | None) -> dict[str, Any]:
+    """The record with its licence and source; what it says itself stays. Raises ScenarioError where neither it nor the caller
+    says one: texts of nobody knows whom are not passed on."""
+    told = dict(record)
+    for field, given in (("licence", licence), ("data_source", source)):
+        if not told.get(field):
+            if not given:
+                raise ScenarioError(f"scenario {record.get('id')!r} says no {field}; give --{field.removeprefix('data_')}")
+            told[field] = given
+    return told
+
+
+def write_layout(records: Iterable[Record], folder: Path) -> list[Path]:
+    """One `SCENE_final.jsonl` a scene, replacing none. Raises OutputError where one is there already."""
+    by_scene: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_scene[str(record["scene_tag"]).strip().lower()].append(record)
+    files = {folder / f"{scene}_final.jsonl": found for scene, found in sorted(by_scene.items())}
+    if there := next((file for file in files if file.exists()), None):
+        raise OutputError(f"{there} is there already; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, found in files.items():
+        write_whole(file, "".join(_line(record) + "\n" for record in found))
+    return list(files)
+
+
+def to_dataset(records: Sequence[Record]) -> Dataset:
+    """Columns id, scene, language, title, licence, source, prompt (chat messages for the policy) and record (JSON)."""
+    rows = []
+    for k, record in enumerate(records):
+        scenario = read_record(record, f"record {k + 1}")
+        messages = [{"role": "system", "content": scenario.policy_persona}]
+        if scenario.opening_line:
+            messages.append({"role": "user", "content": scenario.opening_line})
+        rows.append(
+            {
+                "id": scenario.id,
+                "scene": scenario.scene,
+                "language": scenario.language,
+                "title": scenario.title,
+                "licence": str(record.get("licence", "")),
+                "source": scenario.source,
+                "prompt": messages,
+                "record": _line(record),
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def from_dataset(rows: Iterable[Mapping[str, Any]], place: str) -> list[dict[str, Any]]:
+    """The records of a dataset that `to_dataset` made. Raises ScenarioError for one without the column `record`."""
+    records = []
+    for k, row in enumerate(rows):
+        if not isinstance(row.get("record"), str):
+            raise ScenarioError(
+                f"{place}, row {k + 1}: no column 'record'; it was not written by `ctcgrpo scenarios convert`"
+            )
+        records.append(json.loads(row["record"]))
+    return records
+
+
+def save_dataset(splits: Mapping[str, Sequence[Record]], target: str) -> None:
+    """To a folder, or to the Hub (hf://datasets/OWNER/NAME, private). Raises OutputError for a folder that is there, and for what
+    the Hub refuses."""
+    data = DatasetDict({split: to_dataset(records) for split, records in splits.items()})
+    if not target.startswith(HUB):
+        if Path(target).exists():
+            raise OutputError(f"{target} is there already; name another folder")
+        data.save_to_disk(target)
+        return
+    try:
+        data.push_to_hub(target.removeprefix(HUB), private=True)
+    except Exception as error:  # noqa: BLE001 - what its HTTP library raises changes with it; the records are where they were
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OutputError(f"{target}: the Hub does not take it: {reason}") from None
+
+
+def load_splits(source: str) -> dict[str, list[dict[str, Any]]]:
+    """By split. Raises ScenarioError for what cannot be had or read."""
+    try:
+        data = load_dataset(source.removeprefix(HUB)) if source.startswith(HUB) else load_from_disk(source)
+    except (OSError, ValueError) as error:
+        raise ScenarioError(f"{source}: cannot be read as a dataset: {str(error).splitlines()[0]}") from None
+    splits = data if isinstance(data, DatasetDict) else {"train": data}
+    return {str(split): from_dataset(rows, f"{source}, {split}") for split, rows in splits.items()}
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, ensure_ascii=False)
