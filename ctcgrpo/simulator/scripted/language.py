@@ -1,7 +1,8 @@
 """What the scripted user knows of a language: `languages/CODE.yaml`. A language is added by adding a file.
 
 A file holds: `script` (latin or han), `lexicon` (tag -> words, latin only), `things` (concrete everyday words), `takes_clause`
-and `takes_two` (latin only: see `grammar.is_spliced`), `faults` and `moves` (name -> patterns and effect; moves per scene),
+and `takes_two` (latin only: see `grammar.is_spliced`), `binding` (han only: characters that bind words into a clause), `faults`
+and `moves` (name -> patterns and effect; moves per scene),
 `lines` (what the user says where the scenario has no words of its own).
 """
 
@@ -26,6 +27,7 @@ _LANGUAGES = files("ctcgrpo.simulator.scripted") / "languages"
 _LATIN_TOKEN = re.compile(r"n't\b|'(?:s|m|re|ve|d|ll)\b|[a-z]+(?=n't\b)|[a-z]+|\d+(?:[.,:]\d+)*|,")
 _HAN_RUN = re.compile(r"[\u4e00-\u9fff]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"')\]]*(?:\s+|(?<=[。！？]))|\n+")
+_CLAUSE = re.compile(r"[，、；：,]")
 _BREAK = re.compile(r"[;:()\"“”—–]| - |--")
 _ENDED = re.compile(r"[.!?…。！？][\"')\]”’」]*\s*$")
 _KEPT = 8192
@@ -58,6 +60,7 @@ class Language:
     things: frozenset[str]
     takes_clause: frozenset[str]
     takes_two: frozenset[str]
+    binding: frozenset[str]
     faults: tuple[Pattern, ...]
     scene_faults: Mapping[str, tuple[Pattern, ...]]
     moves: Mapping[str, tuple[Pattern, ...]]
@@ -125,7 +128,14 @@ class Language:
             return not first.islower() and is_sound(self.tokens(sentence), self.lexicon) and not self._is_spliced(sentence)
         letters = re.findall(r"[\w]", sentence)
         han = sum(map(len, _HAN_RUN.findall(sentence)))
-        return bool(letters) and han >= 0.6 * len(letters) and not re.search(r"(.{1,4})\1{2,}", sentence)
+        is_chinese = bool(letters) and han >= 0.6 * len(letters)
+        return is_chinese and not re.search(r"(.{1,4})\1{2,}", sentence) and not self._is_list(sentence)
+
+    def _is_list(self, sentence: str) -> bool:
+        """Whether a Chinese sentence is words set side by side: hardly a clause in it has anything that binds them."""
+        clauses = [clause for clause in _CLAUSE.split(sentence) if _HAN_RUN.search(clause)]
+        bound = sum(any(char in self.binding for char in clause) for clause in clauses)
+        return len(clauses) >= 3 and 2 * bound <= len(clauses)
 
     def _is_spliced(self, sentence: str) -> bool:
         return any(
@@ -168,6 +178,7 @@ def load_language(code: str) -> Language:
         things=things,
         takes_clause=frozenset(str(data.get("takes_clause", "")).split()),
         takes_two=frozenset(str(data.get("takes_two", "")).split()),
+        binding=frozenset(str(data.get("binding", "")).split()),
         faults=_patterns(data["faults"]),
         scene_faults={scene: _patterns(data["scene_faults"].get(scene, {})) for scene in scenes},
         moves={scene: _patterns(data["moves"][scene]) for scene in scenes},
