@@ -12,7 +12,7 @@
     too many failures     TooManyFailures         7      stops the run after saving
     simulator's budget    BudgetSpent             8      stops the run after saving
     evaluation's gate     GateFailed              9      -
-    a sweep's runs        RunFailed               10     -
+    runs, requests        RunFailed               10     -
     Ctrl-C                RunInterrupted          130    stops the run after saving
 
 A bad episode is data, not a result: it is recorded with its reason and left out of every statistic. What the policy
@@ -84,7 +84,7 @@ class TooManyFailures(CtcGrpoError):
 
 
 class RunFailed(CtcGrpoError):
-    """Runs of a sweep ended with errors of their own."""
+    """Runs of a sweep or a study ended with errors of their own, or requests for scenarios got no answer."""
 
     exit_code = 10
     kind = "runs"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ctcgrpo.errors import RecipeError, ScenarioError
+from ctcgrpo.errors import RecipeError, RunFailed, ScenarioError
 from ctcgrpo.scenarios import Split, by_scene, has_splits, load_scenarios, read_records
 
 app = typer.Typer(help="Scenarios: fetch, check and shape sets of them.", no_args_is_help=True)
@@ -62,6 +63,94 @@ def fetch(
         return yes or typer.confirm("Fetch it?")
 
     print(f"it is in {fetched(dataset, agree, source=source)}")
+
+
+@app.command()
+def generate(
+    config: Annotated[Path, typer.Argument(help="Who writes, and from what (configs/factory).")],
+    out: Annotated[Path, typer.Argument(help="The folder that the set is written to.")],
+    count: Annotated[int, typer.Option(min=1, help="Scenarios that are asked for.")] = 200,
+    against: Annotated[list[str] | None, typer.Option(help="A held-out set that none may be like; several.")] = None,
+) -> None:
+    """Have a model write scenarios from seeds. The same command goes on after a kill, and pays for nothing twice."""
+    with _needs_the_extra():
+        from ctcgrpo.factory.generate import REPORT, counted, write_set
+        from ctcgrpo.factory.generate import generate as written
+    from ctcgrpo.factory.config import load_factory_config
+    from ctcgrpo.factory.gate import gate
+
+    settings = load_factory_config(config)
+    held = [record for name in against or () for record in _records(name, "test")]
+    outcomes, spent = written(settings, count=count, held_out=held)
+    files = write_set(outcomes, out)
+    for outcome in outcomes:
+        for told in (*outcome.repairs, *outcome.reasons):
+            print(f"{outcome.asked.id}: {outcome.status}: {told}")
+    for verdict in (gate(scenario) for scenario in (load_scenarios(out) if files else ())):
+        if verdict.problem:
+            print(f"{verdict.id}: gate: {verdict.problem}")
+    states = counted(outcomes)
+    print(f"{len(outcomes)} asked for: {', '.join(f'{n} {status}' for status, n in sorted(states.items()))}; {out / REPORT}")
+    print(
+        f"all answers in {settings.store}: {spent['calls']} calls, {spent['prompt_tokens']} + {spent['completion_tokens']} tokens, "
+        f"{spent['money']:.2f} {spent['currency']}"
+    )
+    if states["unanswered"]:
+        raise RunFailed(f"{states['unanswered']} requests got no answer; the same command asks for them again")
+
+
+@app.command()
+def clean(
+    source: Annotated[str, _SOURCE],
+    out: Annotated[Path, typer.Argument(help="A new folder for the set.")],
+    split: Annotated[Literal["train", "test"], _SPLIT] = "train",
+    config: Annotated[
+        Path | None, typer.Option(help="A model for what no rule can mend (configs/factory); else that is left as it is.")
+    ] = None,
+) -> None:
+    """Mend the layout of personas, and show each line that changes; no word is lost or comes in."""
+    with _needs_the_extra():
+        from ctcgrpo.factory.cleaning import by_model, by_rule
+        from ctcgrpo.factory.storage import write_layout
+
+    found = [by_rule(record, place) for place, record in read_records(source, split)]
+    left = [k for k, cleaned in enumerate(found) if cleaned.status == "left"]
+    if config is not None and left:
+        from ctcgrpo.factory.config import load_factory_config
+
+        for k, cleaned in zip(left, by_model([found[k] for k in left], load_factory_config(config)), strict=True):
+            found[k] = cleaned
+    for cleaned in found:
+        for told in (*cleaned.differences, *(f"left: {reason}" for reason in cleaned.reasons)):
+            print(f"{cleaned.record['id']}: {told}")
+    write_layout([cleaned.record for cleaned in found], out)
+    states = Counter(cleaned.status for cleaned in found)
+    print(f"{out}: {len(found)} records, {', '.join(f'{n} {status}' for status, n in sorted(states.items()))}")
+    if states["left"]:
+        raise ScenarioError(f"{states['left']} records of {source} could not be cleaned; each says why above")
+
+
+@app.command()
+def gate(
+    source: Annotated[str, _SOURCE],
+    split: Annotated[Literal["train", "test"], _SPLIT] = "train",
+) -> None:
+    """Play each scenario with a good, a mediocre and a bad canned policy; report those that do not tell them apart."""
+    from ctcgrpo.factory.gate import gate as played
+
+    verdicts = [played(scenario) for scenario in load_scenarios(source, split)]
+    failed = [verdict for verdict in verdicts if verdict.problem]
+    for verdict in failed:
+        print(f"{verdict.id}: {verdict.problem} ({_outcomes(verdict.good, verdict.mediocre, verdict.bad)})")
+    if failed:
+        raise ScenarioError(f"{len(failed)} of {len(verdicts)} scenarios of {source} do not pass the gate")
+    n = len(verdicts)
+    means = (sum(v.good for v in verdicts) / n, sum(v.mediocre for v in verdicts) / n, sum(v.bad for v in verdicts) / n)
+    print(f"{source}: {n} scenarios pass; mean outcomes: {_outcomes(*means)}")
+
+
+def _outcomes(good: float, mediocre: float, bad: float) -> str:
+    return f"good {good:+.2f}, mediocre {mediocre:+.2f}, bad {bad:+.2f}"
 
 
 @app.command()

@@ -46,6 +46,8 @@ class Pair:
 
 def duplicates(records: Sequence[Record], held_out: Sequence[Record] = (), *, threshold: float = THRESHOLD) -> list[Pair]:
     """Pairs of `records` (a) with `held_out` (b); without held-out ones, pairs within `records` (a < b). The most alike first."""
+    if not records:
+        return []
     others = held_out or records
     texts = [text_of(record) for record in records] + [text_of(record) for record in held_out]
     vectors = _vectors(texts)

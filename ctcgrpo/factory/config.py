@@ -1,0 +1,65 @@
+"""The configuration of a writer of scenarios (configs/factory/*.yaml): which model, which language and seeds, at what cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from ctcgrpo.factory.layout import layouts
+from ctcgrpo.naming import did_you_mean
+from ctcgrpo.records import SCENES, Scene
+from ctcgrpo.sections import Section, parse_mapping, read_text, validated
+from ctcgrpo.simulator.config import Budget, Endpoint, Llm
+
+
+class Writer(Section):
+    """The model that writes."""
+
+    endpoints: tuple[Endpoint, ...] = Field(min_length=1)
+    temperature: float = Field(0.9, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(6000, ge=1, description="of an answer; a scenario takes some 2,500")
+    deadline: float = Field(300.0, gt=0, description="seconds that an answer may take, repeated calls included")
+
+    @property
+    def llm(self) -> Llm:
+        return Llm.model_validate(self.model_dump())
+
+
+class FactoryConfig(Section):
+    writer: Writer
+    store: Path = Field(description="the folder for answers already paid for, and the account")
+    budget: Budget = Budget()  # type: ignore[call-arg]
+    language: str = "en"
+    seeds: Path | None = Field(
+        None, description="pools of seeds; those that come with the package, of the language, where absent"
+    )
+    scenes: tuple[Scene, ...] = Field(SCENES, min_length=1)
+    examples: str | None = Field(
+        None, description="a set whose scenarios show how one looks: english/train, chinese/train, a path"
+    )
+    shots: int = Field(2, ge=0, description="examples that each request holds")
+    attempts: int = Field(3, ge=1, description="answers that are asked for, the faults of the one before told")
+    prefix: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]*$", description="of ids: PREFIX-SCENE-0001")
+    licence: str = Field(description="of what is written, carried in every record")
+    source: str = Field(description="the set's name, carried in every record")
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> FactoryConfig:
+        if self.language not in layouts():
+            raise ValueError(f"language: {did_you_mean(self.language, layouts())}; layout.yaml has the sections of each")
+        if self.shots and self.examples is None:
+            raise ValueError(f"shots is {self.shots}, but examples names no set to take them from; shots: 0 asks without")
+        money = self.budget.money is not None
+        if money and not all(e.price.prompt or e.price.completion for e in self.writer.endpoints):
+            raise ValueError("budget.money needs the price of every endpoint")
+        return self
+
+
+def load_factory_config(file: Path) -> FactoryConfig:
+    """Raises RecipeError naming file, field, value and what would be right."""
+    text = read_text(file, "factory configuration")
+    config = validated(parse_mapping(text, file, FactoryConfig, "factory configuration"), FactoryConfig, file)
+    return config.model_copy(update={"store": config.store.expanduser()})

@@ -1,0 +1,258 @@
+"""A draft: what a writer answers, and the record that it becomes. Tolerant of form, never of content."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import json_repair
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ctcgrpo.factory.anchors import Move, repaired
+from ctcgrpo.factory.layout import layouts
+from ctcgrpo.factory.rules import problems
+from ctcgrpo.factory.sampling import Wanted
+
+_THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
+_MOST, _MOST_BRACES = 40_000, 200
+"""Of an answer that is looked at: characters (a record has some 4,000) and opening braces (some 12)."""
+
+Words = Annotated[list[str], Field(min_length=4)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", str_strip_whitespace=True, allow_inf_nan=False)
+
+
+class _User(_Part):
+    background: str
+    stance: str
+    style: str
+    facts: list[str] = Field(min_length=3)
+    behaviour: str
+    aim: str
+
+
+class _Policy(_Part):
+    background: str
+    stance: str
+    facts: list[str] = Field(min_length=3)
+    core_goal: str
+
+
+class _Anchors(_Part):
+    initial_anger: float
+    initial_trust: float
+    target_anger: float
+    target_trust: float
+    worst_anger: float
+    worst_trust: float
+
+
+class _Detail(_Part):
+    about: str
+    words: list[str] = Field(min_length=2)
+    sense: list[str] = Field(min_length=4)
+    line: str
+
+
+class _Reactions(_Part):
+    warmer: list[str] = Field(min_length=1)
+    flat: list[str] = Field(min_length=1)
+    colder: list[str] = Field(min_length=1)
+    thanks: list[str] = Field(min_length=1)
+    leaves: list[str] = Field(min_length=1)
+
+
+class Draft(_Part):
+    """The JSON that a writer is held to. `limit` and `offer` belong to defense, `fault` and `remedy` to repair."""
+
+    title: str
+    user: _User
+    opening_line: str
+    policy: _Policy
+    goal: str
+    success_criteria: list[str] = Field(min_length=2)
+    must_avoid: list[str] = Field(min_length=2)
+    anchors: _Anchors
+    worst_reason: str
+    details: list[_Detail] = Field(min_length=4)
+    reactions: _Reactions
+    limit: list[str]
+    offer: list[str]
+    fault: list[str]
+    remedy: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What became of an answer: a `record` that keeps every rule, with the `moves` of its anchors, or the `faults` that another
+    answer should not have."""
+
+    record: dict[str, Any] | None = None
+    moves: list[Move] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a draft as endpoints take it: every field required, nothing else allowed, no defaults."""
+    told = Draft.model_json_schema()
+    for part in (told, *told.get("$defs", {}).values()):
+        part["additionalProperties"] = False
+        part["required"] = list(part["properties"])
+        part.pop("description", None)
+    return told
+
+
+def read_draft(text: str, asked: Wanted, *, language: str, licence: str, source: str) -> Written:
+    """What an answer to `asked` is worth. Raises nothing for whatever the answer is."""
+    data = json_object(text)
+    if isinstance(data, str):
+        return Written(faults=[data])
+    try:
+        draft = Draft.model_validate(data)
+    except ValidationError as error:
+        return Written(faults=[f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors()[:8]])
+    record = record_of(draft, asked, language=language, licence=licence, source=source)
+    record, moves = repaired(record, asked.scene)
+    for section, fields in (
+        ("initial_calibration", ("initial_anger", "initial_trust")),
+        ("rub_goals", ("target_anger", "target_trust")),
+        ("worst_case", ("worst_anger_min", "worst_trust_min")),
+    ):
+        record[section] = {k: int(v) if k in fields else v for k, v in record[section].items()}
+    faults = [*_own_faults(draft, asked), *(f"{p.field}: {p.message}" for p in problems([("answer", record)]))]
+    return Written(faults=faults) if faults else Written(record, moves)
+
+
+def json_object(text: str) -> dict[str, Any] | str:
+    """The JSON object in an answer, or what is wrong with it."""
+    text = _THOUGHT.sub("", text).strip()[:_MOST]
+    start, end = text.find("{"), text.rfind("}")
+    if not text:
+        return "the answer is empty"
+    if start < 0:
+        return f"the answer holds no JSON object, but says {text[:80]!r}"
+    if text.count("{") > _MOST_BRACES:
+        return "the answer is no JSON object"
+    try:
+        found = json.loads(text[start : end + 1], strict=False)
+    except ValueError:
+        found = json_repair.loads(text[start:])
+    return found if isinstance(found, dict) else "the answer is no JSON object"
+
+
+def _own_faults(draft: Draft, asked: Wanted) -> list[str]:
+    """What no rule of finished records says."""
+    told = []
+    if asked.scene == "charm" and draft.opening_line:
+        told.append("opening_line: the policy speaks first here, so it must be empty")
+    for field_, names in (("defense", ("limit", "offer")), ("repair", ("fault", "remedy"))):
+        if asked.scene == field_:
+            told += [f"{name}: at least four words are needed" for name in names if len(getattr(draft, name)) < 4]
+    for k, detail in enumerate(draft.details):
+        line = detail.line.lower()
+        if not any(word.lower() in line for word in detail.words):
+            told.append(f"details.{k}.words: none of them stands in the line")
+    return told
+
+
+def record_of(draft: Draft, asked: Wanted, *, language: str, licence: str, source: str) -> dict[str, Any]:
+    """A draft in EIBench's layout, with its seeds, licence and source."""
+    user = _persona(
+        language,
+        "user",
+        (draft.user.background, draft.user.stance, draft.user.style, draft.user.facts, draft.user.behaviour, draft.user.aim),
+    )
+    policy = _persona(
+        language, "policy", (draft.policy.background, draft.policy.stance, draft.policy.facts, draft.policy.core_goal)
+    )
+    opening = draft.opening_line
+    a = draft.anchors
+    script: dict[str, Any] = {
+        "details": [d.model_dump() for d in draft.details],
+        "lines": draft.reactions.model_dump(),
+    }
+    if asked.scene == "defense":
+        script["boundary"] = {"words": draft.limit, "offer": draft.offer}
+    if asked.scene == "repair":
+        script["repair"] = {"fault": draft.fault, "remedy": draft.remedy}
+    return {
+        "id": asked.id,
+        "title": draft.title,
+        "scene_tag": asked.scene,
+        "language": language,
+        "aggressor_profile": {"system_prompt": user, "opening_line": opening},
+        "defender_profile": {"system_prompt": policy},
+        "goal_one_liner": draft.goal,
+        "success_criteria": draft.success_criteria,
+        "must_avoid": draft.must_avoid,
+        "initial_calibration": {"initial_anger": a.initial_anger, "initial_trust": a.initial_trust},
+        "rub_goals": {"target_anger": a.target_anger, "target_trust": a.target_trust},
+        "worst_case": {"worst_anger_min": a.worst_anger, "worst_trust_min": a.worst_trust, "reason": draft.worst_reason},
+        "prompt": [{"role": "system", "content": policy}, *([{"role": "user", "content": opening}] if opening else [])],
+        "data_source": source,
+        "licence": licence,
+        "seed": asked.as_dict,
+        "script": script,
+    }
+
+
+def _persona(language: str, role: Any, parts: tuple[str | list[str], ...]) -> str:
+    told = []
+    for names, part in zip(layouts()[language].titles[role], parts, strict=True):
+        text = part if isinstance(part, str) else "\n".join(f"{k}. {_bare(fact)}" for k, fact in enumerate(part, 1))
+        told.append(f"### {names[0]}\n{text}")
+    return "\n\n".join(told)
+
+
+def _bare(fact: str) -> str:
+    return re.sub(r"^\s*(?:[-*•]|\d+[.、)）])\s*", "", fact)
+
+
+def shown(record: Mapping[str, Any]) -> str:
+    """A finished record as a draft, for an example; "" for one without a script, which shows too little."""
+    script = record.get("script") or {}
+    if not script.get("details"):
+        return ""
+    titles = layouts()[str(record["language"])].titles
+    from ctcgrpo.factory.layout import sections
+
+    def parts(profile: str, role: Any, keys: tuple[str, ...]) -> dict[str, Any]:
+        found = dict(sections(record[profile]["system_prompt"]))
+        told: dict[str, Any] = {}
+        for key, names in zip(keys, titles[role], strict=True):
+            text = next((found[name] for name in names if name in found), "")
+            told[key] = [_bare(line) for line in text.splitlines()] if key == "facts" else text
+        return told
+
+    return json.dumps(
+        {
+            "title": record["title"],
+            "user": parts("aggressor_profile", "user", ("background", "stance", "style", "facts", "behaviour", "aim")),
+            "opening_line": record["aggressor_profile"].get("opening_line", ""),
+            "policy": parts("defender_profile", "policy", ("background", "stance", "facts", "core_goal")),
+            "goal": record["goal_one_liner"],
+            "success_criteria": record["success_criteria"],
+            "must_avoid": record["must_avoid"],
+            "anchors": {
+                "initial_anger": record["initial_calibration"]["initial_anger"],
+                "initial_trust": record["initial_calibration"]["initial_trust"],
+                "target_anger": record["rub_goals"]["target_anger"],
+                "target_trust": record["rub_goals"]["target_trust"],
+                "worst_anger": record["worst_case"]["worst_anger_min"],
+                "worst_trust": record["worst_case"]["worst_trust_min"],
+            },
+            "worst_reason": record["worst_case"].get("reason", ""),
+            "details": [{k: d[k] for k in ("about", "words", "sense", "line")} for d in script["details"]],
+            "reactions": script.get("lines", {}),
+            "limit": script.get("boundary", {}).get("words", []),
+            "offer": script.get("boundary", {}).get("offer", []),
+            "fault": script.get("repair", {}).get("fault", []),
+            "remedy": script.get("repair", {}).get("remedy", []),
+        },
+        ensure_ascii=False,
+    )

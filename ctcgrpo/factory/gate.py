@@ -1,0 +1,112 @@
+"""The quality gate: the scripted user plays a scenario with a good, a mediocre and a bad canned policy. Where it cannot tell them
+apart, no policy can be trained on it, with that user.
+
+The good policy is an oracle: it knows the scenario's `script`, and says of its canned sentences the one that does most good. So the
+gate says that there is something to find in a scenario, not how hard it is to find.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from ctcgrpo.errors import SimulatorReplyError
+from ctcgrpo.records import Scenario
+from ctcgrpo.scoring import outcome_score
+from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
+from ctcgrpo.simulator.scripted.backend import react
+from ctcgrpo.strict_yaml import load_yaml
+
+ROUNDS = 6
+MARGIN = 0.3
+"""Outcome (in [-1, 1]) by which the good policy has to be ahead of both others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Outcomes in [-1, 1]; `problem` is empty where the gate is passed."""
+
+    id: str
+    good: float
+    mediocre: float
+    bad: float
+    problem: str
+
+
+def gate(scenario: Scenario) -> Verdict:
+    """Play a scenario. One that cannot be played, or has no script, has a problem that says so, and outcomes of NaN."""
+    nothing = float("nan")
+    if scenario.language not in canned():
+        return Verdict(scenario.id, nothing, nothing, nothing, f"there are no canned policies in {scenario.language!r}")
+    details = scenario.script.get("details") or ()
+    if not details:
+        return Verdict(scenario.id, nothing, nothing, nothing, "its record has no script that a good policy could know")
+    lines = canned()[scenario.language]
+    try:
+        good = played(scenario, _fillings(scenario, details, lines["good"]))
+        mediocre, bad = (played(scenario, _in_turn(lines[name])) for name in ("mediocre", "bad"))
+    except SimulatorReplyError as error:
+        return Verdict(scenario.id, nothing, nothing, nothing, str(error))
+    told = [name for name, other in (("mediocre", mediocre), ("bad", bad)) if good < other + MARGIN]
+    problem = f"the good policy is not {MARGIN:g} ahead of the {' and the '.join(told)} one" if told else ""
+    return Verdict(scenario.id, good, mediocre, bad, problem)
+
+
+@cache
+def canned() -> Mapping[str, Mapping[str, list[str]]]:
+    """By language: what the three policies say."""
+    data: dict[str, dict[str, list[str]]] = load_yaml((files("ctcgrpo.factory") / "canned.yaml").read_text(encoding="utf-8"))
+    return data
+
+
+Candidates = Sequence[Sequence[str]]
+"""For each turn the replies that a policy has for it; the one that does most good is said."""
+
+
+def played(scenario: Scenario, turns: Candidates) -> float:
+    """The outcome of a dialogue."""
+    card, state = ScenarioCard.of(scenario), scenario.anchors.initial
+    history = [Utterance(speaker="user", text=scenario.opening_line)] if scenario.opening_line else []
+    said: set[str] = set()
+    for replies in turns:
+        reactions = {}
+        for reply in [r for r in replies if r not in said] or replies:
+            talk = [*history, Utterance(speaker="policy", text=reply)]
+            request = turn_request(card, talk, state, request_id="gate", max_rounds=len(turns), seed=0)
+            reactions[reply] = react(request)
+        best = max(reactions, key=lambda reply: reactions[reply].trust_delta - reactions[reply].anger_delta)
+        said.add(best)
+        state = state.plus(reactions[best].anger_delta, reactions[best].trust_delta)
+        history += [Utterance(speaker="policy", text=best), Utterance(speaker="user", text=reactions[best].reply)]
+        if not reactions[best].goes_on:
+            break
+    return outcome_score(state, scenario.anchors, "training")
+
+
+def _in_turn(lines: Sequence[str]) -> Candidates:
+    return [[lines[k % len(lines)]] for k in range(ROUNDS)]
+
+
+def _fillings(scenario: Scenario, details: Sequence[Mapping[str, Any]], frames: Sequence[str]) -> Candidates:
+    """For each turn every frame, filled with words of the detail that the user has raised by then (in the first turn of the one to
+    come), and with what the scene wants to hear by name: a boundary and an offer, a fault and a remedy."""
+    rng = random.Random(f"gate/{scenario.id}")
+    asked = {**scenario.script.get("boundary", {}), **scenario.script.get("repair", {})}
+    musts = [list(words) for words in asked.values()]
+    told = []
+    for k in range(ROUNDS):
+        detail = details[max(0, k - 1) % len(details)]
+        words, sense = list(detail["words"]), list(detail["sense"])
+        raised = [word for word in words if word.lower() in str(detail["line"]).lower()] or words
+        candidates = []
+        for frame in frames:
+            b, c = rng.sample(sense, 2) if len(sense) > 1 else (sense[0], words[-1])
+            candidates.append(frame.format(a=rng.choice(raised), b=b, c=c))
+            if musts:
+                candidates.append(frame.format(a=rng.choice(raised), b=b, c=rng.choice(musts[k % len(musts)])))
+        told.append(candidates)
+    return told

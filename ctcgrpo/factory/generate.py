@@ -1,0 +1,227 @@
+"""Writing a set: ask a model for each scenario, read, repair, ask again, and say what became of each. What was paid for is kept in
+the store, so the same command after a kill asks for nothing twice; everything behind the answers is computed anew, and comes out
+alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+
+from ctcgrpo.errors import SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.factory.config import FactoryConfig
+from ctcgrpo.factory.drafts import Written, read_draft, schema, shown
+from ctcgrpo.factory.duplicates import THRESHOLD, duplicates
+from ctcgrpo.factory.sampling import Wanted, pools, wanted
+from ctcgrpo.factory.storage import write_layout
+from ctcgrpo.files import write_whole
+from ctcgrpo.records import Scene
+from ctcgrpo.scenarios import read_records
+from ctcgrpo.simulator.llm.account import Account
+from ctcgrpo.simulator.llm.backend import ChatModel
+from ctcgrpo.simulator.llm.endpoints import ChatCompletion, EndpointPool
+from ctcgrpo.simulator.llm.prompts import Message
+from ctcgrpo.simulator.store import Store, content_key
+
+Status = Literal["valid", "repaired", "rejected", "unanswered"]
+REPORT = "report.json"
+_LONGEST_BACK = 12_000
+"""Characters of a faulty answer that its writer is shown again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one request. `reasons` of a rejection (or of no answer); `repairs` of anchors, as FIELD: before -> after."""
+
+    asked: Wanted
+    status: Status
+    record: dict[str, Any] | None = None
+    reasons: list[str] = field(default_factory=list)
+    repairs: list[str] = field(default_factory=list)
+    attempts: int = 0
+
+    def line(self) -> dict[str, Any]:
+        return {
+            "id": self.asked.id,
+            "scene": self.asked.scene,
+            "status": self.status,
+            "reasons": self.reasons,
+            "repairs": self.repairs,
+            "attempts": self.attempts,
+            "seed": self.asked.as_dict,
+        }
+
+
+def generate(
+    config: FactoryConfig, *, count: int, held_out: Sequence[Mapping[str, Any]] = (), say: Callable[[str], None] = print
+) -> tuple[list[Outcome], Mapping[str, Any]]:
+    """An outcome for each of `count` requests, and what all answers in the store have cost. `held_out`: records that none may be
+    like.
+
+    Raises RecipeError for a key that is not set, ScenarioError for seeds or examples that cannot be had, BudgetSpent where the
+    budget is spent: what was answered by then is kept.
+    """
+    examples = _examples(config)
+    by_scene: dict[Scene, list[str]] = {}
+    for name, record in examples.items():
+        by_scene.setdefault(record["scene_tag"], []).append(name)
+    asked = wanted(
+        pools(config.seeds or config.language),
+        count=count,
+        scenes=config.scenes,
+        examples=by_scene,
+        shots=config.shots,
+        prefix=config.prefix,
+        seed=config.seed,
+    )
+    store = Store(config.store)
+    try:
+        return asyncio.run(_all(config, asked, examples, store, held_out, say))
+    finally:
+        store.close()
+
+
+def _examples(config: FactoryConfig) -> dict[str, Mapping[str, Any]]:
+    if config.examples is None or not config.shots:
+        return {}
+    return {str(r["id"]): r for _, r in read_records(config.examples) if r.get("scene_tag") in config.scenes and shown(r)}
+
+
+async def _all(
+    config: FactoryConfig,
+    asked: Sequence[Wanted],
+    examples: Mapping[str, Mapping[str, Any]],
+    store: Store,
+    held_out: Sequence[Mapping[str, Any]],
+    say: Callable[[str], None],
+) -> tuple[list[Outcome], Mapping[str, Any]]:
+    pool = EndpointPool(config.writer.llm, Account(config.budget, store))
+    writer = _Writer(config, pool, store)
+    room = asyncio.Semaphore(sum(endpoint.concurrency for endpoint in config.writer.endpoints))
+    done = 0
+
+    async def one(request: Wanted) -> Outcome:
+        nonlocal done
+        async with room:
+            outcome = await writer.write(request, messages(config, request, [shown(examples[k]) for k in request.examples]))
+        done += 1
+        if done % max(1, len(asked) // 20) == 0:
+            say(f"{done} of {len(asked)} are written")
+        return outcome
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(request)) for request in asked]
+    except BaseExceptionGroup as problems:
+        raise problems.exceptions[0] from None
+    finally:
+        spent = pool.spent()
+        await pool.close()
+    return _without_duplicates([task.result() for task in tasks], held_out), spent
+
+
+def messages(config: FactoryConfig, asked: Wanted, examples: Sequence[str]) -> list[Message]:
+    """What a writer is asked for one scenario."""
+    system, _, user = (
+        _template(config.language).render(scene=asked.scene, seed=asked.seed, examples=examples).partition("\n====\n")
+    )
+    return [{"role": "system", "content": system.strip()}, {"role": "user", "content": user.strip()}]
+
+
+def _template(language: str) -> jinja2.Template:
+    text = (files("ctcgrpo.factory") / "prompts" / f"{language}.j2").read_text(encoding="utf-8")
+    return jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(text)
+
+
+class _Writer:
+    def __init__(self, config: FactoryConfig, llm: ChatModel, store: Store) -> None:
+        self._config, self._llm, self._store = config, llm, store
+        self._schema = schema()
+        writer = config.writer
+        self._identity = json.dumps(
+            [sorted(e.model for e in writer.endpoints), writer.temperature, writer.top_p, writer.max_tokens]
+        )
+
+    async def write(self, asked: Wanted, first: list[Message]) -> Outcome:
+        said = list(first)
+        found = Written()
+        for attempt in range(1, self._config.attempts + 1):
+            try:
+                text = await self._answer(asked, said, attempt)
+            except SimulatorTransportError as error:
+                return Outcome(asked, "unanswered", reasons=[str(error)], attempts=attempt - 1)
+            except SimulatorReplyError as error:
+                return Outcome(asked, "rejected", reasons=[str(error)], attempts=attempt)
+            config = self._config
+            found = read_draft(text, asked, language=config.language, licence=config.licence, source=config.source)
+            if found.record is not None:
+                repairs = [f"{move.field}: {move.before:g} -> {move.after}" for move in found.moves]
+                return Outcome(asked, "repaired" if repairs else "valid", found.record, repairs=repairs, attempts=attempt)
+            said = [
+                *first,
+                {"role": "assistant", "content": text[:_LONGEST_BACK]},
+                {"role": "user", "content": _correction(found)},
+            ]
+        return Outcome(asked, "rejected", reasons=found.faults, attempts=self._config.attempts)
+
+    async def _answer(self, asked: Wanted, said: list[Message], attempt: int) -> str:
+        key = content_key("factory", self._identity, json.dumps(said, ensure_ascii=False), asked.id, str(attempt))
+        if (kept := self._store.get(key)) is not None:
+            return kept.decode()
+        answer: ChatCompletion = await self._llm.complete(
+            said,
+            dialogue=asked.id,
+            seed=int.from_bytes(key[:4], "big") >> 1,
+            schema=self._schema,
+            deadline=time.monotonic() + self._config.writer.deadline,
+        )
+        self._store.put(key, answer.text.encode("utf-8", "replace"))
+        return answer.text
+
+
+def _correction(found: Written) -> str:
+    faults = "\n".join(f"- {fault}" for fault in found.faults)
+    return f"That cannot be used:\n{faults}\nAnswer with the whole JSON object again, mended, and with nothing else."
+
+
+def _without_duplicates(outcomes: list[Outcome], held_out: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+    """Of records that are alike the first stays; those like a held-out one go."""
+    written = [k for k, outcome in enumerate(outcomes) if outcome.record is not None]
+    records = [outcomes[k].record or {} for k in written]
+    like: dict[int, str] = {}
+    for pair in duplicates(records, held_out) if held_out else []:
+        like.setdefault(
+            pair.a, f"is like {held_out[pair.b].get('id')} of a held-out set ({pair.level}, {pair.similarity:.2f})"
+        )
+    for pair in sorted(duplicates(records, threshold=THRESHOLD), key=lambda p: (p.b, p.a)):
+        if pair.a not in like:  # what went already takes nothing with it
+            like.setdefault(pair.b, f"is like {records[pair.a]['id']} ({pair.level}, {pair.similarity:.2f})")
+    told = list(outcomes)
+    for place, reason in like.items():
+        k = written[place]
+        told[k] = Outcome(outcomes[k].asked, "rejected", None, [reason], outcomes[k].repairs, outcomes[k].attempts)
+    return told
+
+
+def write_set(outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
+    """The records by scene, and what became of each request; what an earlier run of the same command wrote goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / REPORT).exists():
+        for file in folder.glob("*_final.jsonl"):
+            file.unlink()
+    lines = ",\n".join(json.dumps(outcome.line(), ensure_ascii=False) for outcome in outcomes)
+    write_whole(folder / REPORT, f"[\n{lines}\n]\n")
+    return write_layout([outcome.record for outcome in outcomes if outcome.record is not None], folder)
+
+
+def counted(outcomes: Sequence[Outcome]) -> Counter[str]:
+    return Counter(outcome.status for outcome in outcomes)
