@@ -40,6 +40,9 @@ class Move(NamedTuple):
     before: float
     after: int
 
+    def __str__(self) -> str:
+        return f"{self.field}: {self.before:g} -> {self.after}"
+
 
 def anchor_problems(record: Mapping[str, Any], scene: str) -> Iterator[tuple[str, str]]:
     """(field, what is wrong) for each rule that a record breaks; for an axis with a value missing, that alone."""

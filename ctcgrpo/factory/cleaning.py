@@ -1,4 +1,6 @@
-"""Cleaning the layout of personas: by rule where a rule can, by a model where none can; no word may be lost or come in."""
+"""Cleaning a set: anchors by the smallest move; the layout of personas by rule where a rule can, and by a model where none can. No
+word may be lost or come in.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ctcgrpo.errors import SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.factory.anchors import repaired
 from ctcgrpo.factory.config import FactoryConfig
 from ctcgrpo.factory.drafts import json_object
 from ctcgrpo.factory.layout import Role, layout_problems, layouts, mended, sections
@@ -41,18 +44,29 @@ class Cleaned:
 
 
 def by_rule(record: Mapping[str, Any], place: str) -> Cleaned:
-    """Mend what a rule can; `left` with its reasons where problems of the layout remain. Raises ScenarioError for a record that is
-    no scenario."""
-    language = read_record(record, place).language
+    """Mend what a rule can; `left` with its reasons where problems remain. Raises ScenarioError for what is no scenario."""
+    language, scene = _kind(record, place)
     told = json.loads(json.dumps(record))
-    reasons = []
+    reasons, moved = [], []
+    try:
+        told, moves = repaired(told, scene)
+        moved = [str(move) for move in moves]
+    except ValueError as error:
+        reasons.append(str(error))
     for role, profile in _ROLES:
         before = told[profile]["system_prompt"]
         after = mended(before, role, language)
         _replace(told, profile, after)
         reasons += [f"{profile}: {problem}" for problem in layout_problems(after, role, language)]
-    changed = differences(record, told)
+    changed = [*moved, *differences(record, told)]
     return Cleaned(told, "left" if reasons else "mended" if changed else "clean", changed, reasons)
+
+
+def _kind(record: Mapping[str, Any], place: str) -> tuple[str, str]:
+    """Language and scene. Anchors are no matter here: `read_record` refuses the very ones that are to be repaired."""
+    anchors = ("initial_calibration", "rub_goals", "worst_case")
+    scenario = read_record({key: value for key, value in record.items() if key not in anchors}, place)
+    return scenario.language, scenario.scene
 
 
 def by_model(left: Sequence[Cleaned], config: FactoryConfig) -> list[Cleaned]:
@@ -79,8 +93,8 @@ def by_model(left: Sequence[Cleaned], config: FactoryConfig) -> list[Cleaned]:
 
 async def _laid_out(cleaned: Cleaned, config: FactoryConfig, llm: ChatModel, store: Store) -> Cleaned:
     record = json.loads(json.dumps(cleaned.record))
-    language = read_record(record, "record").language
-    reasons = []
+    language, _ = _kind(record, "record")
+    reasons = [reason for reason in cleaned.reasons if not reason.startswith(tuple(profile for _, profile in _ROLES))]
     for role, profile in _ROLES:
         persona = record[profile]["system_prompt"]
         if not list(layout_problems(persona, role, language)):

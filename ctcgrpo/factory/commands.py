@@ -108,7 +108,7 @@ def clean(
         Path | None, typer.Option(help="A model for what no rule can mend (configs/factory); else that is left as it is.")
     ] = None,
 ) -> None:
-    """Mend the layout of personas, and show each line that changes; no word is lost or comes in."""
+    """Mend anchors and the layout of personas, and show all that changes; no word is lost or comes in."""
     with _needs_the_extra():
         from ctcgrpo.factory.cleaning import by_model, by_rule
         from ctcgrpo.factory.storage import write_layout

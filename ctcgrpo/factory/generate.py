@@ -164,7 +164,7 @@ class _Writer:
             config = self._config
             found = read_draft(text, asked, language=config.language, licence=config.licence, source=config.source)
             if found.record is not None:
-                repairs = [f"{move.field}: {move.before:g} -> {move.after}" for move in found.moves]
+                repairs = [str(move) for move in found.moves]
                 return Outcome(asked, "repaired" if repairs else "valid", found.record, repairs=repairs, attempts=attempt)
             said = [
                 *first,

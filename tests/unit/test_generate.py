@@ -297,6 +297,7 @@ def test_what_does_not_pass_the_gate_is_reported(tmp_path: Path, ctcgrpo: Comman
 def test_cleaning_by_rule_and_by_model(tmp_path: Path, ctcgrpo: Command) -> None:
     records = [copy.deepcopy(r) for _, r in read_records("english", "train") if r["scene_tag"] == "support"][:4]
     whole = copy.deepcopy(records)
+    records[0]["rub_goals"]["target_anger"] = 77
     system = records[1]["defender_profile"]["system_prompt"]
     marked = re.sub(r"^### (.+)$", r"**\1**", system, flags=re.M)
     records[1]["defender_profile"]["system_prompt"] = records[1]["prompt"][0]["content"] = marked
@@ -307,15 +308,18 @@ def test_cleaning_by_rule_and_by_model(tmp_path: Path, ctcgrpo: Command) -> None
     records[3]["aggressor_profile"]["system_prompt"] += "\nUNFAITHFUL"
     write_layout(records, tmp_path / "set")
     code, out, problem = ctcgrpo("scenarios", "clean", str(tmp_path / "set"), str(tmp_path / "by_rule"))
-    assert code == 3 and "1 clean, 2 left, 1 mended" in out and "2 records" in problem
+    assert code == 3 and "2 left, 2 mended" in out and "2 records" in problem
     assert "support-train-02: defender_profile: -**Background**" in out and "+### Background" in out
-    assert [r for _, r in read_records(tmp_path / "by_rule")][:2] == whole[:2], "the prompt follows its profile"
+    assert "support-train-01: rub_goals.target_anger: 77 -> 70" in out
+    repaired, mended = [r for _, r in read_records(tmp_path / "by_rule")][:2]
+    assert mended == whole[1], "the prompt follows its profile"
+    assert list(problems([("x", repaired)])) == [] and repaired["aggressor_profile"] == whole[0]["aggressor_profile"]
     fake = FakeWriter()
     with fake.serving():
         file = written(tmp_path, fake.url)
         arguments = ("scenarios", "clean", str(tmp_path / "set"), str(tmp_path / "by_model"), "--config", str(file))
         code, out, problem = ctcgrpo(*arguments)
-        assert code == 3 and "1 clean, 1 laid out anew, 1 left, 1 mended" in out
+        assert code == 3 and "1 laid out anew, 1 left, 2 mended" in out
         assert len(fake.requests) == 2, "only what a rule could not mend"
         assert "support-train-04: left: aggressor_profile: the answer brings in" in out
         found = [r for _, r in read_records(tmp_path / "by_model")]
