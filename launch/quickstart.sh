@@ -18,7 +18,9 @@ done
 
 ./launch/install.sh
 bin="${CTCGRPO_VENV:-.venv}/bin"
-export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Two threads at most: more do not help so small a model, and with another number sums are rounded otherwise.
+cores=$(getconf _NPROCESSORS_ONLN)
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores < 2 ? cores : 2))}"
 if [ -f "$folder/$name/final/COMPLETE" ]; then
   echo "$folder/$name is finished; remove it to train again"
 else

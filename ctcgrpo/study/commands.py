@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ctcgrpo.errors import RecipeError, RunFailed
 from ctcgrpo.files import write_whole
+from ctcgrpo.naming import did_you_mean
 from ctcgrpo.study.spec import load_study
 
 
@@ -23,10 +24,13 @@ def study(
     name: Annotated[str | None, typer.Option(help="The folder under --out; the file's name by default.")] = None,
     out: Annotated[Path, typer.Option(help="Where studies are.")] = Path("checkpoints") / "studies",
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time, one process each.")] = 1,
+    against: Annotated[str | None, typer.Option(help="Print differences to this variant, not to the baseline.")] = None,
 ) -> None:
     """Run a study: the same recipe with several settings and seeds; says first how long it takes. The same command goes on
     after a kill, and runs nothing twice."""
     asked, recipe = load_study(file)
+    if against is not None and against not in asked.variants:
+        raise RecipeError(f"--against {against!r}: {did_you_mean(against, asked.variants)}")
     try:
         from ctcgrpo.study.picture import drawn
     except ImportError as error:
@@ -34,7 +38,7 @@ def study(
     from ctcgrpo.study.figures import table_of
     from ctcgrpo.study.runs import found_curves, run_study
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 168)
     folder = out / (name or file.stem)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -45,8 +49,10 @@ def study(
     found = {e: curves for e, curves in found_curves(asked, folder).items() if asked.baseline in curves}
     tables = {environment: table_of(curves, asked.baseline) for environment, curves in found.items()}
     write_whole(folder / "table.json", json.dumps(tables, indent=2) + "\n")
-    for environment, rows in tables.items():
-        console.print(printed(rows, environment, asked.primary, asked.baseline))
+    reference = against or asked.baseline
+    for environment, curves in found.items():
+        if reference in curves:
+            console.print(printed(table_of(curves, reference), environment, asked.primary, reference))
     if found:
         (folder / "curves.svg").write_bytes(drawn(found, asked.baseline))
         say(f"table and curves: {folder / 'table.json'}, {folder / 'curves.svg'}")
