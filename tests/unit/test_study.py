@@ -167,6 +167,10 @@ def test_a_study_is_killed_and_goes_on(tmp_path: Path, ctcgrpo: Command) -> None
     assert set(curves) == {"outcome_only", "rollout"} and curves["rollout"].steps.tolist() == [0, 1, 2]
     assert curves["rollout"].scores[:, 0] == pytest.approx(curves["outcome_only"].scores[:, 0]), "all begin alike"
     assert run_study(study, as_it_stands, out / "s") == {}, "nothing is left to do"
+    code, told, _ = ctcgrpo("study", str(file), "--out", str(out), "--against", "rollout")
+    assert code == 0 and "4 runs (1 environments x 2 variants x 2 seeds), 0 to go" in told and "against rollout" in told
+    code, _, problem = ctcgrpo("study", str(file), "--out", str(out), "--against", "rollouts")
+    assert code == 2 and "did you mean 'rollout'" in problem
 
     alone = tmp_path / "alone"
     given = [f"policy.model={out / 's' / 'starter'}", f"run.output_dir={alone}", "run.name=seed-2", "run.seed=2"]
