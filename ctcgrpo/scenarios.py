@@ -25,6 +25,7 @@ from ctcgrpo.records import SCENES, Anchors, Scenario, Scene, UserState
 
 Split = Literal["train", "test"]
 PACKS = Path(__file__).parent / "packs"
+BUNDLED = ("english", "chinese")
 
 
 def data_home() -> Path:
@@ -112,6 +113,8 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ScenarioError(f"{place}: not valid JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+            raise ScenarioError(f"{place}: not JSON that can be read: {error}") from None
         if isinstance(record, dict) and isinstance(record.get("row"), dict):
             record = record["row"]
         if not isinstance(record, dict):

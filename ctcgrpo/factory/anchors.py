@@ -13,6 +13,8 @@ from itertools import product
 from typing import Any, NamedTuple
 
 STEP = 5
+_FAR_OFF = 1000
+"""Beyond this a number is no level that went astray."""
 _LEVELS = tuple(range(0, 101, STEP))
 ANGER_MAY_RISE = frozenset({"defense"})
 """Scenes whose target may lie at or above the initial anger."""
@@ -50,7 +52,7 @@ def anchor_problems(record: Mapping[str, Any], scene: str) -> Iterator[tuple[str
         values = _levels(record, places)
         missing = [f"{a}.{b}" for (a, b), value in zip(places, values, strict=True) if value is None]
         for field in missing:
-            yield field, "is missing"
+            yield field, "is missing, or no number near [0, 100]"
         if missing:
             continue
         for (a, b), value in zip(places, values, strict=True):
@@ -70,7 +72,7 @@ def repaired(record: Mapping[str, Any], scene: str) -> tuple[dict[str, Any], lis
         values = _levels(record, places)
         if any(value is None for value in values):
             lacking = next(f"{a}.{b}" for (a, b), value in zip(places, values, strict=True) if value is None)
-            raise ValueError(f"{lacking} is missing or no number")
+            raise ValueError(f"{lacking} is missing, or no number near [0, 100]")
         after = nearest_levels(axis, scene, values)  # type: ignore[arg-type]
         for (section, field), old, new in zip(places, values, after, strict=True):
             if old != new:
@@ -110,9 +112,11 @@ def _order(axis: str, scene: str) -> str:
 
 
 def _levels(record: Mapping[str, Any], places: Sequence[tuple[str, str]]) -> list[float | None]:
-    found = []
+    """None for what is no number that a level could have been."""
+    found: list[float | None] = []
     for section, field in places:
-        value = (record.get(section) or {}).get(field)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        part = record.get(section)
+        value = part.get(field) if isinstance(part, Mapping) else None
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _FAR_OFF
         found.append(value if is_number else None)
     return found

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ctcgrpo.errors import SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.errors import ScenarioError, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.factory.anchors import repaired
 from ctcgrpo.factory.config import FactoryConfig
 from ctcgrpo.factory.drafts import json_object
-from ctcgrpo.factory.layout import Role, layout_problems, layouts, mended, sections
+from ctcgrpo.factory.layout import Role, layout_problems, layouts, mended
 from ctcgrpo.scenarios import read_record
 from ctcgrpo.simulator.llm.account import Account
 from ctcgrpo.simulator.llm.backend import ChatModel
@@ -28,9 +28,8 @@ from ctcgrpo.simulator.store import Store, content_key
 
 Status = Literal["clean", "mended", "laid out anew", "left"]
 _ROLES: tuple[tuple[Role, str], ...] = (("user", "aggressor_profile"), ("policy", "defender_profile"))
-_PIECES = re.compile(r"[\u4e00-\u9fff]|[A-Za-z]+(?:'[a-z]+)?|\d+")
-_LOST, _NEW = 0.02, 0.02
-"""Shares of the words of a persona that may go missing, or come in, when it is laid out anew (bullets, a stray heading)."""
+_SENTENCE = re.compile(r"(?<=[.!?。！？…])\s*|\n+")
+_MARK = re.compile(r"^\s*(?:[-*•·](?=\s)|[（(]?\d+[.、)）](?!\d))\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +43,12 @@ class Cleaned:
 
 
 def by_rule(record: Mapping[str, Any], place: str) -> Cleaned:
-    """Mend what a rule can; `left` with its reasons where problems remain. Raises ScenarioError for what is no scenario."""
-    language, scene = _kind(record, place)
-    told = json.loads(json.dumps(record))
+    """Mend what a rule can; `left` with its reasons where problems remain, and as it was where no scenario can be read from it."""
+    told: dict[str, Any] = json.loads(json.dumps(record))
+    try:
+        language, scene = _kind(record, place)
+    except ScenarioError as error:
+        return Cleaned(told, "left", reasons=[str(error)])
     reasons, moved = [], []
     try:
         told, moves = repaired(told, scene)
@@ -56,6 +58,8 @@ def by_rule(record: Mapping[str, Any], place: str) -> Cleaned:
     for role, profile in _ROLES:
         before = told[profile]["system_prompt"]
         after = mended(before, role, language)
+        if unkept(before, after, language):  # what a rule would lose it leaves alone
+            after = before
         _replace(told, profile, after)
         reasons += [f"{profile}: {problem}" for problem in layout_problems(after, role, language)]
     changed = [*moved, *differences(record, told)]
@@ -93,7 +97,10 @@ def by_model(left: Sequence[Cleaned], config: FactoryConfig) -> list[Cleaned]:
 
 async def _laid_out(cleaned: Cleaned, config: FactoryConfig, llm: ChatModel, store: Store) -> Cleaned:
     record = json.loads(json.dumps(cleaned.record))
-    language, _ = _kind(record, "record")
+    try:
+        language, _ = _kind(record, "record")
+    except ScenarioError:
+        return cleaned
     reasons = [reason for reason in cleaned.reasons if not reason.startswith(tuple(profile for _, profile in _ROLES))]
     for role, profile in _ROLES:
         persona = record[profile]["system_prompt"]
@@ -120,13 +127,12 @@ async def _laid_out(cleaned: Cleaned, config: FactoryConfig, llm: ChatModel, sto
             text = answer.text
             store.put(key, text.encode("utf-8", "replace"))
         found = json_object(text)
-        if isinstance(found, str):
-            reasons.append(f"{profile}: {found}")
+        titles = _titles(role, language)
+        if isinstance(found, str) or not all(isinstance(found.get(title, ""), str) for title in titles):
+            reasons.append(f"{profile}: {found if isinstance(found, str) else 'the answer holds something else than texts'}")
             continue
-        after = mended(
-            "\n\n".join(f"### {title}\n{found.get(title, '')}" for title in _titles(role, language)), role, language
-        )
-        problems = [*layout_problems(after, role, language), *_unkept(persona, after)]
+        after = mended("\n\n".join(f"### {title}\n{found.get(title, '')}" for title in titles), role, language)
+        problems = [*layout_problems(after, role, language), *unkept(persona, after, language)]
         if problems:
             reasons += [f"{profile}: {problem}" for problem in problems]
         else:
@@ -159,20 +165,26 @@ def _titles(role: Role, language: str) -> list[str]:
     return [names[0] for names in layouts()[language].titles[role]]
 
 
-def _unkept(before: str, after: str) -> list[str]:
-    """What a new layout did to the words."""
-    old, new = (Counter(_PIECES.findall(_body(text).lower())) for text in (before, after))
+def unkept(before: str, after: str, language: str) -> list[str]:
+    """What a new layout did to the sentences, which it may put in another order and nothing else. Titles that a layout knows and
+    marks of lists are its own; an unknown title is a sentence like any other."""
+    old, new = (Counter(_sentences(text, language)) for text in (before, after))
     lost, come = old - new, new - old
+    told = [f"{sentence[:60]!r} is lost" for sentence in lost]
+    return told + [f"{sentence[:60]!r} comes in" for sentence in come]
+
+
+def _sentences(persona: str, language: str) -> list[str]:
+    titles = layouts()[language].titles.values() if language in layouts() else ()
+    known = {name for of_role in titles for names in of_role for name in names}
     told = []
-    for words, limit, what in ((lost, _LOST, "loses"), (come, _NEW, "brings in")):
-        words = Counter({w: n for w, n in words.items() if not w.isdigit()})
-        if words.total() > limit * max(1, old.total()):
-            told.append(f"the answer {what} {words.total()} of {old.total()} words ({' '.join(list(words)[:8])})")
+    for line in persona.splitlines():
+        title = re.fullmatch(r"[\s#*【\[]*(.*?)[\s*】\]:：]*", line)
+        if title and title[1] in known:
+            continue
+        bare = _MARK.sub("", line.strip().lstrip("#").strip())
+        told += [" ".join(sentence.split()) for sentence in _SENTENCE.split(bare) if sentence and sentence.strip()]
     return told
-
-
-def _body(persona: str) -> str:
-    return "\n".join(text for _, text in sections(persona))
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -192,10 +204,11 @@ def _replace(record: dict[str, Any], profile: str, persona: str) -> None:
     """In the profile, and in the prompt that repeats it."""
     before = record[profile]["system_prompt"]
     record[profile]["system_prompt"] = persona
-    for message in record.get("prompt") or ():
+    prompt = record.get("prompt")
+    for message in prompt if profile == "defender_profile" and isinstance(prompt, list) else ():
         if (
-            message.get("role") == "system"
-            and profile == "defender_profile"
-            and message["content"].strip() == before.strip()
+            isinstance(message, dict)
+            and message.get("role") == "system"
+            and str(message.get("content")).strip() == before.strip()
         ):
             message["content"] = persona

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ctcgrpo.errors import RecipeError, RunFailed, ScenarioError
@@ -74,15 +75,16 @@ def generate(
 ) -> None:
     """Have a model write scenarios from seeds. The same command goes on after a kill, and pays for nothing twice."""
     with _needs_the_extra():
-        from ctcgrpo.factory.generate import REPORT, counted, write_set
+        from ctcgrpo.factory.generate import REPORT, check_target, counted, write_set
         from ctcgrpo.factory.generate import generate as written
     from ctcgrpo.factory.config import load_factory_config
     from ctcgrpo.factory.gate import gate
 
     settings = load_factory_config(config)
+    check_target(out, settings)
     held = [record for name in against or () for record in _records(name, "test")]
     outcomes, spent = written(settings, count=count, held_out=held)
-    files = write_set(outcomes, out)
+    files = write_set(outcomes, out, settings)
     for outcome in outcomes:
         for told in (*outcome.repairs, *outcome.reasons):
             print(f"{outcome.asked.id}: {outcome.status}: {told}")
@@ -111,8 +113,9 @@ def clean(
     """Mend anchors and the layout of personas, and show all that changes; no word is lost or comes in."""
     with _needs_the_extra():
         from ctcgrpo.factory.cleaning import by_model, by_rule
-        from ctcgrpo.factory.storage import write_layout
+        from ctcgrpo.factory.storage import check_new, write_layout
 
+    check_new(out)
     found = [by_rule(record, place) for place, record in read_records(source, split)]
     left = [k for k, cleaned in enumerate(found) if cleaned.status == "left"]
     if config is not None and left:
@@ -122,7 +125,7 @@ def clean(
             found[k] = cleaned
     for cleaned in found:
         for told in (*cleaned.differences, *(f"left: {reason}" for reason in cleaned.reasons)):
-            print(f"{cleaned.record['id']}: {told}")
+            print(f"{cleaned.record.get('id')}: {told}")
     write_layout([cleaned.record for cleaned in found], out)
     states = Counter(cleaned.status for cleaned in found)
     print(f"{out}: {len(found)} records, {', '.join(f'{n} {status}' for status, n in sorted(states.items()))}")
@@ -166,9 +169,11 @@ def dedup(
 ) -> None:
     """Find near-duplicates within a set and against held-out sets. Without --out it exits with 3 where there are any."""
     with _needs_the_extra():
-        from ctcgrpo.factory.duplicates import clusters, duplicates
-        from ctcgrpo.factory.storage import write_layout
+        from ctcgrpo.factory.duplicates import duplicates, to_drop
+        from ctcgrpo.factory.storage import check_new, write_layout
 
+    if out is not None:
+        check_new(out)
     records = _records(source, split)
     held = [record for name in against or () for record in _records(name, "test")]
     within = duplicates(records, threshold=threshold)
@@ -177,11 +182,10 @@ def dedup(
     for title, pairs, others in (("within the set", within, records), ("leaks from held-out sets", leaks, held)):
         if pairs:
             console.print(_pairs_table(f"{source}: {len(pairs)} pairs {title}", pairs[:show], records, others))
-    first = clusters(within, len(records))
-    dropped = {k for k, root in enumerate(first) if root != k} | {pair.a for pair in leaks}
-    print(
-        f"{source}: {len(dropped)} of {len(records)} records are duplicates ({len(within)} pairs within, {len(leaks)} leaks)"
-    )
+    dropped = to_drop(records, held, threshold=threshold)
+    for k, reason in dropped.items():
+        print(f"{records[k]['id']}: {reason}")
+    print(f"{source}: {len(dropped)} of {len(records)} records have to go ({len(within)} pairs within, {len(leaks)} leaks)")
     if out is not None:
         files = write_layout([record for k, record in enumerate(records) if k not in dropped], out)
         print(f"{len(records) - len(dropped)} records without them: {', '.join(map(str, files))}")
@@ -213,7 +217,10 @@ def stats(
     for table in tables_of(found, source):
         _console().print(table)
     if picture is not None:
-        write_picture(found, picture)
+        from ctcgrpo.factory.storage import writing
+
+        with writing(picture):
+            write_picture(found, picture)
         print(f"drawn: {picture}")
 
 
@@ -228,12 +235,18 @@ def split(
     """Split a set by scene; records that are alike stay on one side."""
     with _needs_the_extra():
         from ctcgrpo.factory.splitting import held_out
-        from ctcgrpo.factory.storage import write_layout
+        from ctcgrpo.factory.storage import check_new, write_layout
 
+    check_new(out)
     records = _records(source, "train")
     chosen = held_out(records, share=share, seed=seed, threshold=threshold)
-    for name, wanted in (("train", False), ("test", True)):
-        part = [record for record, is_test in zip(records, chosen, strict=True) if is_test == wanted]
+    parts = {
+        name: [record for record, is_test in zip(records, chosen, strict=True) if is_test == wanted]
+        for name, wanted in (("train", False), ("test", True))
+    }
+    if empty := next((name for name, part in parts.items() if not part), None):
+        raise ScenarioError(f"{source}: with --share {share:g} no record is left for {empty}")
+    for name, part in parts.items():
         write_layout(part, out / name)
         print(f"{out / name}: {len(part)} records")
 
@@ -248,13 +261,15 @@ def convert(
     origin: Annotated[str | None, typer.Option("--source", help="Of records that say none.")] = None,
 ) -> None:
     """Convert EIBench's layout to `datasets` (Arrow, Hub), or back; every value stays, licence and source in each record."""
-    from ctcgrpo.factory.storage import HUB, load_splits, save_dataset, with_origin, write_layout
+    from ctcgrpo.factory.storage import HUB, check_new, load_splits, save_dataset, with_origin, write_layout
 
     if source.startswith(HUB) or any((Path(source) / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
         if target.startswith(HUB):
             raise RecipeError("one dataset is not converted to another; the Hub copies them")
+        check_new(Path(target))
         found = load_splits(source)
-        for name, records in found.items():
+        for name, loaded in found.items():
+            records = [with_origin(record, licence=licence, source=origin) for record in loaded]
             folder = Path(target) / name if len(found) > 1 or has_splits(source) else Path(target)
             print(f"{', '.join(map(str, write_layout(records, folder)))}: {len(records)} records")
         return
@@ -267,19 +282,20 @@ def convert(
 
 
 def _records(source: str, split: Split) -> list[dict[str, Any]]:
+    """The raw records of a source, each of which is a scenario. Raises ScenarioError where one is not."""
+    load_scenarios(source, split)
     return [record for _, record in read_records(source, split)]
 
 
 def _pairs_table(
     title: str, pairs: Sequence[Any], records: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
 ) -> Table:
-    table = Table(title=title, show_lines=True)
+    table = Table(title=escape(title), show_lines=True)
     for name in ("", "record", "is like", "what they say"):
         table.add_column(name)
     for pair in pairs:
         a, b = records[pair.a], others[pair.b]
-        how = pair.level if pair.level == "same seeds" else f"{pair.level}\n{pair.similarity:.2f}"
-        table.add_row(how, str(a.get("id")), str(b.get("id")), f"{_excerpt(a)}\n{_excerpt(b)}")
+        table.add_row(str(pair), *map(escape, (str(a.get("id")), str(b.get("id")), f"{_excerpt(a)}\n{_excerpt(b)}")))
     return table
 
 

@@ -12,13 +12,14 @@ import json_repair
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ctcgrpo.factory.anchors import Move, repaired
-from ctcgrpo.factory.layout import layouts
+from ctcgrpo.factory.layout import Role, layouts, sections
 from ctcgrpo.factory.rules import problems
 from ctcgrpo.factory.sampling import Wanted
+from ctcgrpo.records import Scenario
 
 _THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
 _MOST, _MOST_BRACES = 40_000, 200
-"""Of an answer that is looked at: characters (a record has some 4,000) and opening braces (some 12)."""
+"""Of an answer that is looked at: characters (a record has some 4,000), and opening braces and brackets (some 60)."""
 
 Words = Annotated[list[str], Field(min_length=4)]
 
@@ -136,8 +137,8 @@ def json_object(text: str) -> dict[str, Any] | str:
         return "the answer is empty"
     if start < 0:
         return f"the answer holds no JSON object, but says {text[:80]!r}"
-    if text.count("{") > _MOST_BRACES:
-        return "the answer is no JSON object"
+    if text.count("{") + text.count("[") > _MOST_BRACES:
+        return "the answer is no JSON object that anybody would write"
     try:
         found = json.loads(text[start : end + 1], strict=False)
     except ValueError:
@@ -201,7 +202,7 @@ def record_of(draft: Draft, asked: Wanted, *, language: str, licence: str, sourc
     }
 
 
-def _persona(language: str, role: Any, parts: tuple[str | list[str], ...]) -> str:
+def _persona(language: str, role: Role, parts: tuple[str | list[str], ...]) -> str:
     told = []
     for names, part in zip(layouts()[language].titles[role], parts, strict=True):
         text = part if isinstance(part, str) else "\n".join(f"{k}. {_bare(fact)}" for k, fact in enumerate(part, 1))
@@ -213,46 +214,44 @@ def _bare(fact: str) -> str:
     return re.sub(r"^\s*(?:[-*•]|\d+[.、)）])\s*", "", fact)
 
 
-def shown(record: Mapping[str, Any]) -> str:
-    """A finished record as a draft, for an example; "" for one without a script, which shows too little."""
-    script = record.get("script") or {}
-    if not script.get("details"):
+def shown(record: Mapping[str, Any], scenario: Scenario) -> str:
+    """A finished record as a draft, for an example; "" for one whose script or sections show too little."""
+    script = scenario.script
+    if not script.get("details") or not script.get("lines") or scenario.language not in layouts():
         return ""
-    titles = layouts()[str(record["language"])].titles
-    from ctcgrpo.factory.layout import sections
+    titles = layouts()[scenario.language].titles
 
-    def parts(profile: str, role: Any, keys: tuple[str, ...]) -> dict[str, Any]:
-        found = dict(sections(record[profile]["system_prompt"]))
+    def parts(persona: str, role: Role, keys: tuple[str, ...]) -> dict[str, Any]:
+        found = dict(sections(persona))
         told: dict[str, Any] = {}
         for key, names in zip(keys, titles[role], strict=True):
             text = next((found[name] for name in names if name in found), "")
             told[key] = [_bare(line) for line in text.splitlines()] if key == "facts" else text
         return told
 
-    return json.dumps(
-        {
-            "title": record["title"],
-            "user": parts("aggressor_profile", "user", ("background", "stance", "style", "facts", "behaviour", "aim")),
-            "opening_line": record["aggressor_profile"].get("opening_line", ""),
-            "policy": parts("defender_profile", "policy", ("background", "stance", "facts", "core_goal")),
-            "goal": record["goal_one_liner"],
-            "success_criteria": record["success_criteria"],
-            "must_avoid": record["must_avoid"],
-            "anchors": {
-                "initial_anger": record["initial_calibration"]["initial_anger"],
-                "initial_trust": record["initial_calibration"]["initial_trust"],
-                "target_anger": record["rub_goals"]["target_anger"],
-                "target_trust": record["rub_goals"]["target_trust"],
-                "worst_anger": record["worst_case"]["worst_anger_min"],
-                "worst_trust": record["worst_case"]["worst_trust_min"],
-            },
-            "worst_reason": record["worst_case"].get("reason", ""),
-            "details": [{k: d[k] for k in ("about", "words", "sense", "line")} for d in script["details"]],
-            "reactions": script.get("lines", {}),
-            "limit": script.get("boundary", {}).get("words", []),
-            "offer": script.get("boundary", {}).get("offer", []),
-            "fault": script.get("repair", {}).get("fault", []),
-            "remedy": script.get("repair", {}).get("remedy", []),
+    a = scenario.anchors
+    draft = {
+        "title": scenario.title,
+        "user": parts(scenario.user_persona, "user", ("background", "stance", "style", "facts", "behaviour", "aim")),
+        "opening_line": scenario.opening_line,
+        "policy": parts(scenario.policy_persona, "policy", ("background", "stance", "facts", "core_goal")),
+        "goal": scenario.goal,
+        "success_criteria": scenario.success_criteria,
+        "must_avoid": scenario.must_avoid,
+        "anchors": {
+            "initial_anger": a.initial.anger,
+            "initial_trust": a.initial.trust,
+            "target_anger": a.target.anger,
+            "target_trust": a.target.trust,
+            "worst_anger": a.worst.anger,
+            "worst_trust": a.worst.trust,
         },
-        ensure_ascii=False,
-    )
+        "worst_reason": (record.get("worst_case") or {}).get("reason", ""),
+        "details": [{k: d[k] for k in ("about", "words", "sense", "line")} for d in script["details"]],
+        "reactions": script["lines"],
+        "limit": script.get("boundary", {}).get("words", []),
+        "offer": script.get("boundary", {}).get("offer", []),
+        "fault": script.get("repair", {}).get("fault", []),
+        "remedy": script.get("repair", {}).get("remedy", []),
+    }
+    return json.dumps(draft, ensure_ascii=False)

@@ -13,13 +13,15 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
 from ctcgrpo.factory.layout import sections
+from ctcgrpo.scenarios import BUNDLED, read_records
 from ctcgrpo.simulator.scripted.language import stem
 
 Record = Mapping[str, Any]
@@ -30,8 +32,9 @@ SEED_FIELDS = ("theme", "keyword", "relationship", "place")
 _COPY, _CLOSE = 0.98, 0.8
 _FEATURES = 2**18
 _BLOCK = 512
-_WORD = re.compile(r"[a-z]+(?:'[a-z]+)?|\d+")
-_HAN = re.compile(r"[\u4e00-\u9fff]+")
+_UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"(?:(?![{_UNSPACED}])[^\W_])+")
+_RUN = re.compile(rf"[{_UNSPACED}]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +46,33 @@ class Pair:
     similarity: float
     level: Level
 
+    def __str__(self) -> str:
+        return self.level if self.level == "same seeds" else f"{self.level}, {self.similarity:.2f}"
+
 
 def duplicates(records: Sequence[Record], held_out: Sequence[Record] = (), *, threshold: float = THRESHOLD) -> list[Pair]:
     """Pairs of `records` (a) with `held_out` (b); without held-out ones, pairs within `records` (a < b). The most alike first."""
     if not records:
         return []
-    others = held_out or records
-    texts = [text_of(record) for record in records] + [text_of(record) for record in held_out]
-    vectors = _vectors(texts)
-    ours, theirs = vectors[: len(records)], vectors[len(records) :] if held_out else vectors
+    ours = [text_of(record) for record in records]
+    theirs = [text_of(record) for record in held_out] if held_out else ours
     found = {(p.a, p.b): p for p in _same_seeds(records, held_out)}
     for a, b, similarity in _alike(ours, theirs, threshold, within=not held_out):
         level: Level = "copy" if similarity >= _COPY else "close paraphrase" if similarity >= _CLOSE else "paraphrase"
         found[a, b] = Pair(a, b, similarity, level)
-    assert all(p.b < len(others) for p in found.values())
     return sorted(found.values(), key=lambda p: (-p.similarity, p.a, p.b))
+
+
+def to_drop(records: Sequence[Record], held_out: Sequence[Record] = (), *, threshold: float = THRESHOLD) -> dict[int, str]:
+    """Which records have to go, and why: those like a held-out one, and of those that are alike all but the first. What went
+    already takes nothing with it."""
+    told: dict[int, str] = {}
+    for pair in duplicates(records, held_out, threshold=threshold) if held_out else []:
+        told.setdefault(pair.a, f"is like {held_out[pair.b].get('id')} of a held-out set ({pair})")
+    for pair in sorted(duplicates(records, threshold=threshold), key=lambda p: (p.b, p.a)):
+        if pair.a not in told:
+            told.setdefault(pair.b, f"is like {records[pair.a].get('id')} ({pair})")
+    return told
 
 
 def clusters(pairs: Sequence[Pair], size: int) -> list[int]:
@@ -86,22 +101,33 @@ def text_of(record: Record) -> str:
 
 
 def _tokens(text: str) -> list[str]:
-    text = text.lower().replace("\u2019", "'")
-    pairs = [run[k : k + 2] for run in _HAN.findall(text) for k in range(max(1, len(run) - 1))]
+    text = text.lower()
+    pairs = [run[k : k + 2] for run in _RUN.findall(text) for k in range(max(1, len(run) - 1))]
     return [stem(word) for word in _WORD.findall(text)] + pairs
 
 
-def _vectors(texts: Sequence[str]) -> csr_matrix:
-    counts = HashingVectorizer(
-        analyzer=_tokens, n_features=_FEATURES, alternate_sign=False, norm=None, dtype=np.float32
-    ).transform(texts)
-    return TfidfTransformer(sublinear_tf=True).fit_transform(counts).astype(np.float32)
+@cache
+def _background() -> csr_matrix:
+    """Counts of the bundled packs: with them, how rare a word is does not depend on a small set alone."""
+    packs = [(name, split) for name in BUNDLED for split in ("train", "test")]
+    return _counts([text_of(record) for name, split in packs for _, record in read_records(name, split)])  # type: ignore[arg-type]
 
 
-def _alike(ours: csr_matrix, theirs: csr_matrix, threshold: float, *, within: bool) -> Iterator[tuple[int, int, float]]:
-    transposed = theirs.T.tocsr()
-    for start in range(0, ours.shape[0], _BLOCK):
-        block = (ours[start : start + _BLOCK] @ transposed).tocoo()
+def _counts(texts: Sequence[str]) -> csr_matrix:
+    hashing = HashingVectorizer(analyzer=_tokens, n_features=_FEATURES, alternate_sign=False, norm=None, dtype=np.float32)
+    return hashing.transform(texts)
+
+
+def _alike(
+    ours: Sequence[str], theirs: Sequence[str], threshold: float, *, within: bool
+) -> Iterator[tuple[int, int, float]]:
+    counts = _counts(ours)
+    others = counts if within else _counts(theirs)
+    weighing = TfidfTransformer(sublinear_tf=True).fit(vstack([_background(), counts, *([] if within else [others])]))
+    left = weighing.transform(counts).astype(np.float32)
+    right = (left if within else weighing.transform(others).astype(np.float32)).T.tocsr()
+    for start in range(0, left.shape[0], _BLOCK):
+        block = (left[start : start + _BLOCK] @ right).tocoo()
         near = block.data >= threshold
         for a, b, similarity in zip(block.row[near] + start, block.col[near], block.data[near], strict=True):
             if not within or a < b:

@@ -19,6 +19,8 @@ from ctcgrpo.records import Scenario
 from ctcgrpo.scoring import outcome_score
 from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
 from ctcgrpo.simulator.scripted.backend import react
+from ctcgrpo.simulator.scripted.knowledge import read_knowledge
+from ctcgrpo.simulator.scripted.language import load_language
 from ctcgrpo.strict_yaml import load_yaml
 
 ROUNDS = 6
@@ -47,6 +49,7 @@ def gate(scenario: Scenario) -> Verdict:
         return Verdict(scenario.id, nothing, nothing, nothing, "its record has no script that a good policy could know")
     lines = canned()[scenario.language]
     try:
+        read_knowledge(ScenarioCard.of(scenario), load_language(scenario.language))
         good = played(scenario, _fillings(scenario, details, lines["good"]))
         mediocre, bad = (played(scenario, _in_turn(lines[name])) for name in ("mediocre", "bad"))
     except SimulatorReplyError as error:
@@ -96,15 +99,16 @@ def _fillings(scenario: Scenario, details: Sequence[Mapping[str, Any]], frames: 
     come), and with what the scene wants to hear by name: a boundary and an offer, a fault and a remedy."""
     rng = random.Random(f"gate/{scenario.id}")
     asked = {**scenario.script.get("boundary", {}), **scenario.script.get("repair", {})}
-    musts = [list(words) for words in asked.values()]
+    musts = [list(words) for words in asked.values() if words]
     told = []
     for k in range(ROUNDS):
         detail = details[max(0, k - 1) % len(details)]
-        words, sense = list(detail["words"]), list(detail["sense"])
+        words = list(detail["words"])
+        sense = list(detail["sense"]) or words
         raised = [word for word in words if word.lower() in str(detail["line"]).lower()] or words
         candidates = []
         for frame in frames:
-            b, c = rng.sample(sense, 2) if len(sense) > 1 else (sense[0], words[-1])
+            b, c = rng.choice(sense), rng.choice(sense)
             candidates.append(frame.format(a=rng.choice(raised), b=b, c=c))
             if musts:
                 candidates.append(frame.format(a=rng.choice(raised), b=b, c=rng.choice(musts[k % len(musts)])))

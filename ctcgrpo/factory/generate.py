@@ -6,6 +6,7 @@ alike.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import time
 from collections import Counter
@@ -17,15 +18,15 @@ from typing import Any, Literal
 
 import jinja2
 
-from ctcgrpo.errors import SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.errors import OutputError, ScenarioError, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.factory.config import FactoryConfig
 from ctcgrpo.factory.drafts import Written, read_draft, schema, shown
-from ctcgrpo.factory.duplicates import THRESHOLD, duplicates
+from ctcgrpo.factory.duplicates import to_drop
 from ctcgrpo.factory.sampling import Wanted, pools, wanted
-from ctcgrpo.factory.storage import write_layout
+from ctcgrpo.factory.storage import check_new, write_layout, writing
 from ctcgrpo.files import write_whole
 from ctcgrpo.records import Scene
-from ctcgrpo.scenarios import read_records
+from ctcgrpo.scenarios import read_record, read_records
 from ctcgrpo.simulator.llm.account import Account
 from ctcgrpo.simulator.llm.backend import ChatModel
 from ctcgrpo.simulator.llm.endpoints import ChatCompletion, EndpointPool
@@ -72,8 +73,8 @@ def generate(
     """
     examples = _examples(config)
     by_scene: dict[Scene, list[str]] = {}
-    for name, record in examples.items():
-        by_scene.setdefault(record["scene_tag"], []).append(name)
+    for name, (scene, _) in examples.items():
+        by_scene.setdefault(scene, []).append(name)
     asked = wanted(
         pools(config.seeds or config.language),
         count=count,
@@ -90,16 +91,28 @@ def generate(
         store.close()
 
 
-def _examples(config: FactoryConfig) -> dict[str, Mapping[str, Any]]:
+def _examples(config: FactoryConfig) -> dict[str, tuple[Scene, str]]:
+    """By id: scene, and how the example is shown. Raises ScenarioError for a scene that the set shows nothing of."""
     if config.examples is None or not config.shots:
         return {}
-    return {str(r["id"]): r for _, r in read_records(config.examples) if r.get("scene_tag") in config.scenes and shown(r)}
+    found: dict[str, tuple[Scene, str]] = {}
+    for place, record in read_records(config.examples):
+        scenario = read_record(record, place)
+        if scenario.scene in config.scenes and scenario.language == config.language and (text := shown(record, scenario)):
+            found[scenario.id] = scenario.scene, text
+    lacking = [scene for scene in config.scenes if scene not in {scene for scene, _ in found.values()}]
+    if lacking:
+        raise ScenarioError(
+            f"examples {config.examples!r} holds no scenario of {', '.join(lacking)} in {config.language!r} with a script to show; "
+            "name another set, or ask without (shots: 0)"
+        )
+    return found
 
 
 async def _all(
     config: FactoryConfig,
     asked: Sequence[Wanted],
-    examples: Mapping[str, Mapping[str, Any]],
+    examples: Mapping[str, tuple[Scene, str]],
     store: Store,
     held_out: Sequence[Mapping[str, Any]],
     say: Callable[[str], None],
@@ -112,7 +125,7 @@ async def _all(
     async def one(request: Wanted) -> Outcome:
         nonlocal done
         async with room:
-            outcome = await writer.write(request, messages(config, request, [shown(examples[k]) for k in request.examples]))
+            outcome = await writer.write(request, messages(config, request, [examples[k][1] for k in request.examples]))
         done += 1
         if done % max(1, len(asked) // 20) == 0:
             say(f"{done} of {len(asked)} are written")
@@ -196,31 +209,48 @@ def _correction(found: Written) -> str:
 def _without_duplicates(outcomes: list[Outcome], held_out: Sequence[Mapping[str, Any]]) -> list[Outcome]:
     """Of records that are alike the first stays; those like a held-out one go."""
     written = [k for k, outcome in enumerate(outcomes) if outcome.record is not None]
-    records = [outcomes[k].record or {} for k in written]
-    like: dict[int, str] = {}
-    for pair in duplicates(records, held_out) if held_out else []:
-        like.setdefault(
-            pair.a, f"is like {held_out[pair.b].get('id')} of a held-out set ({pair.level}, {pair.similarity:.2f})"
-        )
-    for pair in sorted(duplicates(records, threshold=THRESHOLD), key=lambda p: (p.b, p.a)):
-        if pair.a not in like:  # what went already takes nothing with it
-            like.setdefault(pair.b, f"is like {records[pair.a]['id']} ({pair.level}, {pair.similarity:.2f})")
     told = list(outcomes)
-    for place, reason in like.items():
+    for place, reason in to_drop([outcomes[k].record or {} for k in written], held_out).items():
         k = written[place]
         told[k] = Outcome(outcomes[k].asked, "rejected", None, [reason], outcomes[k].repairs, outcomes[k].attempts)
     return told
 
 
-def write_set(outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
-    """The records by scene, and what became of each request; what an earlier run of the same command wrote goes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / REPORT).exists():
-        for file in folder.glob("*_final.jsonl"):
-            file.unlink()
-    lines = ",\n".join(json.dumps(outcome.line(), ensure_ascii=False) for outcome in outcomes)
-    write_whole(folder / REPORT, f"[\n{lines}\n]\n")
-    return write_layout([outcome.record for outcome in outcomes if outcome.record is not None], folder)
+def check_target(folder: Path, config: FactoryConfig) -> None:
+    """Before anything is paid for: raises OutputError for a folder that holds something else than what this configuration wrote."""
+    if (folder / REPORT).is_file():
+        before = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        if before.get("config") != _digest(config):
+            raise OutputError(f"{folder} holds a set that another configuration wrote; name another folder")
+        ours = {REPORT, *before["files"]}
+        if other := sorted(f.name for f in folder.iterdir() if f.name not in ours):
+            raise OutputError(f"{folder} holds {other[0]}, which is not of this set; move it, or name another folder")
+        return
+    check_new(folder)
+
+
+def _digest(config: FactoryConfig) -> str:
+    """Of what decides the records: neither where answers are kept, nor who answers and at what cost."""
+    told = config.model_dump_json(exclude={"store", "budget", "writer", "attempts"})
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def write_set(outcomes: Sequence[Outcome], folder: Path, config: FactoryConfig) -> list[Path]:
+    """The records by scene, and the report: what became of each request. What the same configuration wrote there before goes."""
+    check_target(folder, config)
+    if (folder / REPORT).is_file():
+        for name in json.loads((folder / REPORT).read_text(encoding="utf-8"))["files"]:
+            (folder / name).unlink(missing_ok=True)
+        (folder / REPORT).unlink()
+    files = write_layout([outcome.record for outcome in outcomes if outcome.record is not None], folder)
+    told = {
+        "config": _digest(config),
+        "files": [f.name for f in files],
+        "requests": [outcome.line() for outcome in outcomes],
+    }
+    with writing(folder):
+        write_whole(folder / REPORT, json.dumps(told, ensure_ascii=False, indent=1) + "\n")
+    return files
 
 
 def counted(outcomes: Sequence[Outcome]) -> Counter[str]:

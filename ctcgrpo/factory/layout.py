@@ -15,8 +15,9 @@ from ctcgrpo.strict_yaml import load_yaml
 Role = Literal["user", "policy"]
 _TITLE = re.compile(r"^\s*#{1,6}\s*(.+?)\s*[:：]?\s*$")
 _LOOSE_TITLE = re.compile(r"^\s*(?:#{1,6}\s*)?(?:\*\*|【|\[)?\s*(.+?)\s*(?:\*\*|】|\])?\s*[:：]?\s*(?:\*\*)?\s*$")
-_FACT = re.compile(r"^\d+[.、)] ?\S")
-_LOOSE_FACT = re.compile(r"^\s*(?:[-*•·]|[（(]?\d+[.、)）:：])\s*(.+)$")
+_FACT = re.compile(r"^\d+[.、)](?!\d) ?\S")
+_LOOSE_FACT = re.compile(r"^\s*(?:[-*•·](?=\s)|[（(]?\d+[.、)）](?!\d))\s*(.+)$")
+"""A list mark before a digit is a number or a time: 3.5 million, 08.15."""
 
 
 @dataclass(frozen=True, slots=True)

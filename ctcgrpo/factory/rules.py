@@ -36,6 +36,7 @@ _REFUSAL = re.compile(
     r"作为(?:一个|一名)?(?:AI|人工智能)|我(?:无法|不能)(?:协助|提供|生成|创作)",
     re.I,
 )
+_NO_TEXT = re.compile(r"[\ud800-\udfff\ufffd\x00-\x08\x0b\x0c\x0e-\x1f]")
 _HAN, _LATIN = re.compile(r"[\u4e00-\u9fff]"), re.compile(r"[A-Za-z]")
 
 
@@ -119,6 +120,9 @@ def prompt(record: Record, scenario: Scenario) -> Found:
         return
     wanted = [("system", scenario.policy_persona)]
     wanted += [("user", scenario.opening_line)] if scenario.opening_line else []
+    if not isinstance(record["prompt"], list):
+        yield "prompt", f"is {record['prompt']!r}; it is a list of chat messages"
+        return
     found = [(m.get("role"), str(m.get("content", "")).strip()) for m in record["prompt"] if isinstance(m, Mapping)]
     if [role for role, _ in found] != [role for role, _ in wanted]:
         yield (
@@ -139,6 +143,7 @@ def written(record: Record, scenario: Scenario) -> Found:
             (_LEFT_OVER, "holds a placeholder"),
             (_FENCE, "holds markup of a model's answer"),
             (_REFUSAL, "reads like a refusal"),
+            (_NO_TEXT, "holds characters that are no text"),
         ):
             if match := pattern.search(text):
                 yield field, f"{message} ({match[0]!r})"

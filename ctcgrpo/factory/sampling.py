@@ -5,18 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, model_validator
 
 from ctcgrpo.errors import ScenarioError
-from ctcgrpo.naming import did_you_mean
 from ctcgrpo.records import SCENES, Scene
-from ctcgrpo.sections import Section
-from ctcgrpo.strict_yaml import load_yaml
+from ctcgrpo.sections import Section, parse_mapping, read_text, validated
 
 _SEEDS = files("ctcgrpo.factory") / "seeds"
 
@@ -29,6 +26,19 @@ class Pools(Section):
     places: tuple[str, ...] = Field(min_length=1)
     intensity: tuple[str, ...] = Field(min_length=1)
     personalities: tuple[str, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _every_list_is_a_choice(self) -> Pools:
+        lists: dict[str, Sequence[str]] = {f"relationships.{scene}": names for scene, names in self.relationships.items()}
+        lists |= {f"themes.{scene}": tuple(themes) for scene, themes in self.themes.items()}
+        lists |= {f"themes.{s}.{theme}": words for s, themes in self.themes.items() for theme, words in themes.items()}
+        lists |= {name: getattr(self, name) for name in ("places", "intensity", "personalities")}
+        for name, values in lists.items():
+            if not values:
+                raise ValueError(f"{name} is empty")
+            if twice := next((value for k, value in enumerate(values) if value in values[:k]), None):
+                raise ValueError(f"{name} holds {twice!r} twice")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +65,11 @@ class Wanted:
         return asdict(self.seed)
 
 
-@cache
 def pools(source: str | Path) -> Pools:
-    """Of a language that comes along ("en"), or in a file. Raises ScenarioError naming what is wrong."""
+    """Of a language that comes along ("en"), or in a file. Raises RecipeError naming file, field, value and what would be right."""
     known = sorted(f.name.removesuffix(".yaml") for f in _SEEDS.iterdir() if f.name.endswith(".yaml"))
-    file = _SEEDS / f"{source}.yaml" if str(source) in known else Path(source)
-    if not file.is_file():
-        raise ScenarioError(f"seeds {str(source)!r}: no such file, and {did_you_mean(str(source), known)}")
-    try:
-        return Pools.model_validate(load_yaml(file.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ScenarioError(f"seeds {source}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+    file = Path(str(_SEEDS / f"{source}.yaml")) if str(source) in known else Path(source)
+    return validated(parse_mapping(read_text(file, "seeds"), file, Pools, "seeds"), Pools, file)
 
 
 def wanted(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 
 from ctcgrpo.records import SCENES, Scenario
@@ -88,7 +89,7 @@ def tables_of(stats: Stats, title: str) -> list[Table]:
             seeds.add_column(name, justify="left" if name in ("seed", "most frequent") else "right")
         for field, counts in stats.seeds.items():
             often = ", ".join(f"{value} {n}" for value, n in counts.most_common(3))
-            seeds.add_row(field, str(len(counts)), f"{effective(counts):.1f}", often)
+            seeds.add_row(field, str(len(counts)), f"{effective(counts):.1f}", escape(often))
         tables.append(seeds)
     return tables
 

@@ -6,9 +6,11 @@ line (column `record`), beside columns to filter by. Reading takes `record` alon
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from ctcgrpo.errors import OutputError, ScenarioError
 from ctcgrpo.files import write_whole
+from ctcgrpo.naming import did_you_mean
+from ctcgrpo.records import SCENES
 from ctcgrpo.scenarios import read_record
 
 Record = Mapping[str, Any]
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 HUB = "hf://datasets/"
 
 
@@ -35,17 +40,38 @@ def with_origin(record: Record, *, licence: str | None, source: str | None) -> d
 
 
 def write_layout(records: Iterable[Record], folder: Path) -> list[Path]:
-    """One `SCENE_final.jsonl` a scene, replacing none. Raises OutputError where one is there already."""
+    """One `SCENE_final.jsonl` a scene. Raises ScenarioError for a scene that nobody knows, OutputError where a file is there
+    already or the folder cannot be written."""
     by_scene: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        by_scene[str(record["scene_tag"]).strip().lower()].append(record)
+        scene = str(record.get("scene_tag")).strip().lower()
+        if scene not in SCENES:
+            raise ScenarioError(f"scenario {record.get('id')!r}: scene_tag is {scene!r}; {did_you_mean(scene, SCENES)}")
+        by_scene[scene].append(record)
     files = {folder / f"{scene}_final.jsonl": found for scene, found in sorted(by_scene.items())}
     if there := next((file for file in files if file.exists()), None):
         raise OutputError(f"{there} is there already; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, found in files.items():
-        write_whole(file, "".join(_line(record) + "\n" for record in found))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, found in files.items():
+            write_whole(file, "".join(_line(record) + "\n" for record in found))
     return list(files)
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Raises OutputError, naming what was to be written, for what the system refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write to {target} ({error.strerror or error}); name another place") from None
+
+
+def check_new(folder: Path) -> None:
+    """Raises OutputError for a folder that holds something, or is none."""
+    with writing(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OutputError(f"{folder} is there already; name another folder")
 
 
 def to_dataset(records: Sequence[Record]) -> Dataset:
@@ -75,11 +101,17 @@ def from_dataset(rows: Iterable[Mapping[str, Any]], place: str) -> list[dict[str
     """The records of a dataset that `to_dataset` made. Raises ScenarioError for one without the column `record`."""
     records = []
     for k, row in enumerate(rows):
+        where = f"{place}, row {k + 1}"
         if not isinstance(row.get("record"), str):
-            raise ScenarioError(
-                f"{place}, row {k + 1}: no column 'record'; it was not written by `ctcgrpo scenarios convert`"
-            )
-        records.append(json.loads(row["record"]))
+            raise ScenarioError(f"{where}: no column 'record'; it was not written by `ctcgrpo scenarios convert`")
+        try:
+            record = json.loads(row["record"])
+        except (ValueError, RecursionError) as error:
+            raise ScenarioError(f"{where}: its record is not valid JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise ScenarioError(f"{where}: its record is no JSON object")
+        read_record(record, where)
+        records.append(record)
     return records
 
 
@@ -88,9 +120,9 @@ def save_dataset(splits: Mapping[str, Sequence[Record]], target: str) -> None:
     the Hub refuses."""
     data = DatasetDict({split: to_dataset(records) for split, records in splits.items()})
     if not target.startswith(HUB):
-        if Path(target).exists():
-            raise OutputError(f"{target} is there already; name another folder")
-        data.save_to_disk(target)
+        check_new(Path(target))
+        with writing(Path(target)):
+            data.save_to_disk(target)
         return
     try:
         data.push_to_hub(target.removeprefix(HUB), private=True)
@@ -110,4 +142,6 @@ def load_splits(source: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def _line(record: Record) -> str:
-    return json.dumps(record, ensure_ascii=False)
+    """One line; lone surrogates, which are no text, stay as the escapes that they came as."""
+    line = json.dumps(record, ensure_ascii=False)
+    return line if line.isascii() or not _SURROGATE.search(line) else json.dumps(record)

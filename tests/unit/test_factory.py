@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ctcgrpo.errors import OutputError, ScenarioError
 from ctcgrpo.factory.anchors import anchor_problems, nearest_levels, repaired
-from ctcgrpo.factory.duplicates import clusters, duplicates, text_of
+from ctcgrpo.factory.duplicates import clusters, duplicates, text_of, to_drop
 from ctcgrpo.factory.layout import layout_problems, mended, sections
 from ctcgrpo.factory.rules import problems
 from ctcgrpo.factory.splitting import held_out
@@ -300,12 +300,58 @@ def test_a_split_is_stratified_and_leaks_nothing() -> None:
     assert duplicates(train, test) == []
     for scene in SCENES:
         share = sum(r["scene_tag"] == scene for r in test) / sum(r["scene_tag"] == scene for r in records)
-        assert 0.1 < share <= 0.22
+        assert 0.15 < share < 0.25
     assert (
         held_out(records, share=0.2, threshold=0.5) == chosen
         and held_out(records, share=0.2, threshold=0.5, seed=1) != chosen
     )
     assert not any(held_out(records, share=0.0, threshold=0.5))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "share", "wanted"),
+    [
+        ([2] * 5, 0.1, 2),
+        ([3] * 4, 0.1, 3),
+        ([1, 4], 0.8, 4),
+        ([1, 3, 3], 0.45, 3),
+        ([1] * 10, 0.3, 3),
+        ([5], 0.5, 0),
+        ([1, 9], 0.9, 9),
+    ],
+)
+def test_the_nearest_share_that_whole_groups_allow(sizes: list[int], share: float, wanted: int) -> None:
+    base = of_support()
+    records = [copy.deepcopy(base[g]) | {"id": f"{g}-{k}"} for g, size in enumerate(sizes) for k in range(size)]
+    assert sum(held_out(records, share=share, threshold=0.5)) == wanted
+
+
+def test_what_went_takes_nothing_with_it() -> None:
+    rng = random.Random(3)
+    a, b = of_support()[:2]
+    middle = copy.deepcopy(a)
+    for profile in ("aggressor_profile", "defender_profile"):  # half a, half b: like both, which are not alike
+        middle[profile]["system_prompt"] += b[profile]["system_prompt"]
+    a, middle, b = a | {"id": "a"}, middle | {"id": "middle"}, b | {"id": "b"}
+    pairs = {(p.a, p.b) for p in duplicates([a, middle, b])}
+    assert pairs == {(0, 1), (1, 2)}, rng
+    assert set(to_drop([a, middle, b])) == {1}
+    assert set(to_drop([middle, b], [a])) == {0}
+
+
+@pytest.mark.parametrize(
+    "text", ["Ты Анна, медсестра, и ты боишься утра.", "あなたは看護師のアンナです。朝が怖い。", "당신은 간호사 안나입니다."]
+)
+def test_copies_are_found_in_any_script(text: str) -> None:
+    records = [{"id": k, "scene_tag": "support", "aggressor_profile": {"system_prompt": text}} for k in "ab"]
+    assert [p.level for p in duplicates(records)] == ["copy"]
+
+
+def test_how_alike_two_are_hardly_depends_on_the_others() -> None:
+    a, b = of_support()[0], paraphrased(of_support()[0], random.Random(2), share=0.3)
+    alone, among = duplicates([a, b])[0].similarity, duplicates([a, b, *of_support()[1:], *pack("chinese")])[0].similarity
+    assert alone == pytest.approx(among, abs=0.03)
+    assert duplicates(of_support()[:2], threshold=0.25) == []
 
 
 # --- stats, storage, commands ----------------------------------------------------------------------------------------------------
@@ -354,6 +400,15 @@ def test_every_value_survives_a_dataset_there_and_back(tmp_path: Path) -> None:
         from_dataset([{"id": "x"}], "here")
     with pytest.raises(ScenarioError, match="cannot be read as a dataset"):
         load_splits(str(tmp_path / "layout"))
+    with pytest.raises(ScenarioError, match="scene_tag is '../evil'; known: charm"):
+        write_layout([records[0] | {"scene_tag": "../evil"}], tmp_path / "x")
+    with pytest.raises(ScenarioError, match="here, row 1: its record is not valid JSON"):
+        from_dataset([{"record": "not json"}], "here")
+    with pytest.raises(ScenarioError, match="here, row 1: .*scene_tag"):
+        from_dataset([{"record": '{"id": "x"}'}], "here")
+    odd = records[0] | {"title": "half a pair \ud800"}
+    write_layout([odd], tmp_path / "odd")
+    assert [r for _, r in read_records(tmp_path / "odd")] == [odd]
     with pytest.raises(ScenarioError, match="says no licence; give --licence"):
         with_origin({"id": "x", "data_source": "y"}, licence=None, source=None)
 
@@ -375,9 +430,7 @@ def test_the_commands(tmp_path: Path, ctcgrpo: Command) -> None:
     twin = copy.deepcopy(records[1]) | {"id": "twin"}
     write_layout([*records[:8], leak, twin], tmp_path / "dirty")
     code, out, err = ctcgrpo("scenarios", "dedup", str(tmp_path / "dirty"), "--against", "english")
-    assert (
-        code == 3 and "leaked" in out and "twin" in out and "2 of 10 records are duplicates (1 pairs within, 1 leaks)" in out
-    )
+    assert code == 3 and "leaked" in out and "twin" in out and "2 of 10 records have to go (1 pairs within, 1 leaks)" in out
     assert "--out FOLDER writes the set without them" in err
     code, out, _ = ctcgrpo(
         "scenarios", "dedup", str(tmp_path / "dirty"), "--against", "english", "--out", str(tmp_path / "clean")
@@ -399,5 +452,21 @@ def test_the_commands(tmp_path: Path, ctcgrpo: Command) -> None:
         assert [(tmp_path / "back" / split / n).read_bytes() for n in names] == [
             (tmp_path / "split" / split / n).read_bytes() for n in names
         ]
+    for arguments in (("split", "chinese"), ("clean", "chinese"), ("convert", str(tmp_path / "arrow"))):
+        code, _, err = ctcgrpo("scenarios", *arguments, str(tmp_path / "split"))
+        assert code == 6 and "is there already" in err
+    code, _, err = ctcgrpo("scenarios", "stats", "chinese", "--picture", str(tmp_path / "no" / "s.png"))
+    assert code == 6 and "cannot write to" in err
+    write_layout(
+        [records[0] | {"id": "[bold]x[/nope]", "seed": {"theme": "[/x]"}}, records[0] | {"id": "y"}], tmp_path / "markup"
+    )
+    code, out, err = ctcgrpo("scenarios", "dedup", str(tmp_path / "markup"))
+    assert code == 3 and "[bold]x[/nope]" in out
+    assert "[/x] 1" in ctcgrpo("scenarios", "stats", str(tmp_path / "markup"))[1]
+    write_layout([{**records[0], "prompt": None}, {**records[1], "prompt": 5}], tmp_path / "nulls")
+    assert "prompt: is None; it is a list of chat messages" in ctcgrpo("scenarios", "validate", str(tmp_path / "nulls"))[1]
+    (tmp_path / "deep.jsonl").write_text("[" * 200_000 + "\n")
+    code, _, err = ctcgrpo("scenarios", "validate", str(tmp_path / "deep.jsonl"))
+    assert code == 3 and "deep.jsonl, line 1: not " in err
     code, _, err = ctcgrpo("scenarios", "convert", "hf://datasets/a/b", "hf://datasets/c/d")
     assert code == 2 and "the Hub copies them" in err

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from ctcgrpo.errors import RecipeError, ScenarioError
+from ctcgrpo.factory.cleaning import by_rule, unkept
 from ctcgrpo.factory.config import load_factory_config
 from ctcgrpo.factory.drafts import read_draft, schema, shown
 from ctcgrpo.factory.gate import gate
@@ -27,7 +28,7 @@ from ctcgrpo.factory.rules import problems
 from ctcgrpo.factory.sampling import Seed, Wanted, pools, wanted
 from ctcgrpo.factory.storage import write_layout
 from ctcgrpo.records import SCENES
-from ctcgrpo.scenarios import load_scenarios, read_records
+from ctcgrpo.scenarios import load_scenarios, read_record, read_records
 from tests.conftest import ROOT, Command
 from tests.fake_writer import FakeWriter
 
@@ -53,7 +54,7 @@ def written(tmp_path: Path, url: str, **changes: Any) -> Path:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((folder / "report.json").read_text())
+    found: list[dict[str, Any]] = json.loads((folder / "report.json").read_text())["requests"]
     return found
 
 
@@ -139,13 +140,48 @@ def test_held_out_sets_dead_endpoints_and_budgets(tmp_path: Path, ctcgrpo: Comma
         assert code == 8 and "budget of 30000 tokens is spent" in problem
 
 
+def test_a_folder_of_somebody_else_is_left_alone_before_anything_is_paid_for(tmp_path: Path, ctcgrpo: Command) -> None:
+    fake = FakeWriter()
+    with fake.serving():
+        file = written(tmp_path, fake.url)
+        mine = tmp_path / "mine"
+        write_layout([r for _, r in read_records("english", "test")], mine)
+        before = {f.name: f.read_bytes() for f in mine.iterdir()}
+        for _ in range(2):
+            code, _, problem = ctcgrpo("scenarios", "generate", str(file), str(mine), "--count", "4")
+            assert code == 6 and "is there already" in problem and not fake.requests
+        assert {f.name: f.read_bytes() for f in mine.iterdir()} == before
+        (tmp_path / "file").write_text("x")
+        code, _, problem = ctcgrpo("scenarios", "generate", str(file), str(tmp_path / "file"), "--count", "4")
+        assert code == 6 and not fake.requests
+        ours = str(tmp_path / "ours")
+        assert ctcgrpo("scenarios", "generate", str(file), ours, "--count", "4")[0] == 0
+        other = written(tmp_path, fake.url, prefix="other")
+        code, _, problem = ctcgrpo("scenarios", "generate", str(other), ours, "--count", "4")
+        assert code == 6 and "another configuration wrote" in problem
+        (tmp_path / "ours" / "notes.txt").write_text("x")
+        code, _, problem = ctcgrpo("scenarios", "generate", str(written(tmp_path, fake.url)), ours, "--count", "8")
+        assert code == 6 and "notes.txt, which is not of this set" in problem
+        (tmp_path / "ours" / "notes.txt").unlink()
+        assert ctcgrpo("scenarios", "generate", str(file), ours, "--count", "8")[0] == 0
+        assert len(load_scenarios(ours)) == 8
+
+
+def test_examples_that_show_nothing_are_said_so(tmp_path: Path) -> None:
+    plain = [{k: v for k, v in r.items() if k != "script"} for _, r in read_records("english", "test")]
+    write_layout(plain, tmp_path / "plain")
+    file = written(tmp_path, "http://127.0.0.1:1/v1", examples=str(tmp_path / "plain"))
+    with pytest.raises(ScenarioError, match="holds no scenario of support, defense, repair, charm in 'en' with a script"):
+        generate(load_factory_config(file), count=1)
+
+
 def asked(scene: Any = "support") -> Wanted:
     return Wanted("x-1", scene, Seed("t", "k", "r", "p", "high", "dry"), ())
 
 
 def as_draft(scene: str) -> dict[str, Any]:
     record = next(r for _, r in read_records("english", "train") if r["scene_tag"] == scene)
-    draft: dict[str, Any] = json.loads(shown(record))
+    draft: dict[str, Any] = json.loads(shown(record, read_record(record, "here")))
     return draft
 
 
@@ -229,8 +265,16 @@ def test_seeds_that_do_not_reach(tmp_path: Path) -> None:
         "intensity": ["f"],
     }
     file.write_text(yaml.safe_dump(few))
-    with pytest.raises(ScenarioError, match="personalities: field required"):
+    with pytest.raises(RecipeError, match="seeds.yaml: personalities is missing"):
         pools(file)
+    for changes, problem in [
+        ({"places": ["e", "e"]}, "places holds 'e' twice"),
+        ({"themes": {"support": {"a": []}}}, "themes.support.a is empty"),
+        ({"colours": ["red"]}, "unknown field colours"),
+    ]:
+        (tmp_path / "bad.yaml").write_text(yaml.safe_dump(few | {"personalities": ["g"]} | changes))
+        with pytest.raises(RecipeError, match=problem):
+            pools(tmp_path / "bad.yaml")
     file = tmp_path / "more.yaml"
     file.write_text(yaml.safe_dump(few | {"personalities": ["g"]}))
     assert len(wanted(pools(file), count=2, scenes=("support",), examples={}, prefix="x")) == 2
@@ -238,7 +282,7 @@ def test_seeds_that_do_not_reach(tmp_path: Path) -> None:
         wanted(pools(file), count=3, scenes=("support",), examples={}, prefix="x")
     with pytest.raises(ScenarioError, match="no themes or relationships for scene 'charm'"):
         wanted(pools(file), count=3, scenes=("charm",), examples={}, prefix="x")
-    with pytest.raises(ScenarioError, match="did you mean"):
+    with pytest.raises(RecipeError, match="seeds 'e' not found"):
         pools("e")
 
 
@@ -321,10 +365,42 @@ def test_cleaning_by_rule_and_by_model(tmp_path: Path, ctcgrpo: Command) -> None
         code, out, problem = ctcgrpo(*arguments)
         assert code == 3 and "1 laid out anew, 1 left, 2 mended" in out
         assert len(fake.requests) == 2, "only what a rule could not mend"
-        assert "support-train-04: left: aggressor_profile: the answer brings in" in out
+        assert "support-train-04: left: aggressor_profile: 'A different person altogether" in out and "comes in" in out
         found = [r for _, r in read_records(tmp_path / "by_model")]
         assert found[3] == records[3], "an answer that says something else is not taken"
         body = found[2]["aggressor_profile"]["system_prompt"]
         assert [p for p in problems([("x", found[2])]) if p.rule == "layout"] == []
         words = re.findall(r"[A-Za-z]+", "".join(line for line in body.splitlines(True) if not line.startswith("#")))
         assert words == re.findall(r"[A-Za-z]+", records[2]["aggressor_profile"]["system_prompt"])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "problem"),
+    [
+        ("You owe 700 euros since 2019.", "You owe 7 euros since 1999.", "'You owe 700 euros since 2019.' is lost"),
+        ("You did not hit her. You ran.", "You did hit her. You ran.", "comes in"),
+        ("You owe Ann.", "Ann owe You.", "is lost"),
+        ("You are Ann.\n### Secret: you stole it.\nYou hide.", "You are Ann.\nYou hide.", "'Secret: you stole it.' is lost"),
+        ("Ты Анна. Ты боишься.", "Ты Анна.", "is lost"),
+        ("你叫葛桂枝。你做豆腐。", "你叫葛桂枝。", "is lost"),
+        ("- You are Ann.\n- You sing.", "### Background\n1. You sing.\n2. You are Ann.", ""),
+        ("**Background**\nYou are Ann. You sing.", "### Background\nYou sing.\n\n### Aim\nYou are Ann.", ""),
+    ],
+)
+def test_what_a_new_layout_may_do_to_a_text(before: str, after: str, problem: str) -> None:
+    found = unkept(before, after, "zh" if "葛" in before else "en")
+    assert (problem in " ".join(found)) if problem else not found, found
+
+
+def test_numbers_that_open_a_line_are_no_marks() -> None:
+    persona = "### Known facts\n08:15 the train leaves\n3.5 million is owed\n- You sing."
+    record = copy.deepcopy(next(r for _, r in read_records("english", "train")))
+    record["aggressor_profile"]["system_prompt"] = persona
+    cleaned = by_rule(record, "here")
+    assert cleaned.record["aggressor_profile"]["system_prompt"] == persona and cleaned.status == "left"
+    broken = by_rule(record | {"scene_tag": "x"}, "a, line 3")
+    assert broken.status == "left" and "a, line 3" in broken.reasons[0]
+    for prompt in ("hello", None, ["a"], [{"role": "system"}], [{"role": "system", "content": None}]):
+        assert by_rule(record | {"prompt": prompt}, "here").status == "left"
+    record["initial_calibration"] = {"initial_anger": float("nan"), "initial_trust": 10**400}
+    assert "initial_anger is missing, or no number near" in " ".join(by_rule(record, "here").reasons)

@@ -339,7 +339,7 @@ async def test_a_budget_is_never_exceeded_and_pauses(tmp_path: Path) -> None:
             spent = server.service.account()
         paused = [r for r in results if isinstance(r, BudgetSpent)]
         assert paused and len(paused) + sum(hasattr(r, "reply") for r in results) == 60
-        assert "the simulator's budget of 50000 tokens is spent" in str(paused[0]) and "raise it" in str(paused[0])
+        assert "the budget of 50000 tokens is spent" in str(paused[0]) and "raise it" in str(paused[0])
         # Fake answers book 1,100 tokens; a call is only made while the most that it could take (some 10,000 bytes) fits.
         assert 50_000 - 12_000 < spent["prompt_tokens"] + spent["completion_tokens"] <= 50_000
         with simulator(config) as (url, _):  # a restart forgets nothing

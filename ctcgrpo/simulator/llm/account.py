@@ -103,9 +103,9 @@ class Account:
         limits = [f"{budget.money:g} {budget.currency}"] if budget.money is not None else []
         limits += [f"{budget.tokens} tokens"] if budget.tokens is not None else []
         return (
-            f"the simulator's budget of {' and '.join(limits)} is spent: {spent.calls} calls took {spent.tokens} tokens and "
+            f"the budget of {' and '.join(limits)} is spent: {spent.calls} calls took {spent.tokens} tokens and "
             f"{spent.money / MICRO:.2f} {budget.currency}, and another call could exceed it; "
-            "raise it in the simulator's configuration (budget)"
+            "raise it in the configuration that sets it (budget)"
         )
 
     def summary(self) -> Mapping[str, Any]:
