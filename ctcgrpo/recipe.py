@@ -356,7 +356,9 @@ def load_recipe(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def overrides(chosen: Mapping[str, Any]) -> list[str]:
     """Values as overrides of a recipe, as YAML reads them."""
-    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in chosen.items()]
+    return [
+        f"{name}={value if isinstance(value, str) else json.dumps(value, default=str)}" for name, value in chosen.items()
+    ]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:

@@ -79,16 +79,16 @@ class RunFolder:
     def held(self, say: Callable[[str], None]) -> Iterator[None]:
         """Keep other runs out of the folder, which is made, for as long as the context lasts. Raises OutputError where it cannot be
         written, and where another run has it and does not end."""
-        try:
-            self.traces.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise OutputError(
-                f"run.output_dir: cannot write to {self.path} ({error.strerror}); choose another with run.output_dir=FOLDER"
-            ) from None
         with alone(self.path, patience=_PATIENCE, say=say):
+            try:
+                self.traces.mkdir(exist_ok=True)
+                probe = self.traces / ".writable"
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise OutputError(
+                    f"cannot write to {self.traces} ({error.strerror}); choose another with run.output_dir=FOLDER"
+                ) from None
             yield
 
     def open(self, recipe: Recipe) -> Path | None:

@@ -16,7 +16,7 @@ from rich.table import Table
 from ctcgrpo.errors import RecipeError, RunFailed
 from ctcgrpo.files import write_whole
 from ctcgrpo.naming import did_you_mean
-from ctcgrpo.study.spec import load_study
+from ctcgrpo.study.spec import NAME, load_study
 
 
 def study(
@@ -39,6 +39,8 @@ def study(
     from ctcgrpo.study.runs import found_curves, run_study
 
     console = Console(width=None if sys.stdout.isatty() else 168)
+    if not NAME.fullmatch(name or file.stem):
+        raise RecipeError(f"--name {name or file.stem!r}: letters, digits, dots and dashes make the name of a folder")
     folder = out / (name or file.stem)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

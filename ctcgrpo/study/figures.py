@@ -2,7 +2,7 @@
 
 All variants of an environment start from the same policy and are validated with the same samples, so they begin at the same
 score, and run k of two variants shares its seed, with it scenarios and sampling: differences are paired by seed. Intervals are over
-seeds (Student's t); they say nothing of other starters.
+seeds: Student's t, and for steps to a score, which need no mean, a bootstrap that draws seeds. They say nothing of other starters.
 """
 
 from __future__ import annotations
@@ -76,16 +76,21 @@ def _student(values: Array) -> list[float] | None:
 
 def reached(found: Curves, base: Curves, *, seed: int = 0) -> dict[str, Any] | None:
     """After how many steps the variant's mean curve first stands as high as the baseline's mean curve does at its end: `steps`,
-    and `ci95` by drawing seeds, the same for both. None stands for never, in an end of the interval too; altogether, where
-    the baseline gained nothing that could be reached, or fewer than two seeds are shared."""
+    and `ci95` by drawing seeds, the same for both (with few of them too sure of itself). None stands for never, in an end of the
+    interval too. Altogether None where there is no score to reach: the baseline gained nothing, on the shared seeds or in one of
+    twenty draws of them; and where fewer than two seeds are shared."""
     shared = [s for s in found.seeds if s in base.seeds]
-    if len(shared) < 2 or base.final.mean() <= 0:
+    if len(shared) < 2:
         return None
     ours = found.scores[[found.seeds.index(s) for s in shared]]
     theirs = base.scores[[base.seeds.index(s) for s in shared]]
     drawn = np.random.default_rng(seed).integers(len(shared), size=(BOOTSTRAP_SAMPLES, len(shared)))
-    when = sorted(_first(found.steps, ours[d].mean(axis=0), float(theirs[d].mean(axis=0)[-1])) for d in drawn)
-    low, high = when[round(0.025 * len(when))], when[round(0.975 * len(when)) - 1]
+    gains = (theirs[:, -1] - theirs[:, 0])[drawn].mean(axis=1)
+    if theirs[:, -1].mean() <= theirs[:, 0].mean() or (gains <= 0).mean() > 0.05:
+        return None
+    told = drawn[gains > 0]
+    when = sorted(_first(found.steps, ours[d].mean(axis=0), float(theirs[d].mean(axis=0)[-1])) for d in told)
+    low, high = when[round(0.025 * (len(when) - 1))], when[round(0.975 * (len(when) - 1))]
     steps = _first(found.steps, ours.mean(axis=0), float(theirs.mean(axis=0)[-1]))
     return {"steps": _or_never(steps), "ci95": [_or_never(low), _or_never(high)]}
 
@@ -106,7 +111,11 @@ def _first(steps: Array, curve: Array, target: float) -> float:
 
 
 def curves_of(validations: Mapping[int, Sequence[tuple[int, float]]]) -> Curves:
-    """From the (step, score) pairs of each seed's finished run."""
+    """From the (step, score) pairs of each seed's finished run. Raises ValueError where they were validated after other steps."""
     seeds = tuple(sorted(validations))
-    steps = [step for step, _ in validations[seeds[0]]]
-    return Curves(seeds, np.array(steps, dtype=float), np.array([[score for _, score in validations[s]] for s in seeds]))
+    steps = {seed: [step for step, _ in validations[seed]] for seed in seeds}
+    if other := next((seed for seed in seeds if steps[seed] != steps[seeds[0]]), None):
+        raise ValueError(f"seed {seeds[0]} was validated after steps {steps[seeds[0]]}, seed {other} after {steps[other]}")
+    return Curves(
+        seeds, np.array(steps[seeds[0]], dtype=float), np.array([[score for _, score in validations[s]] for s in seeds])
+    )

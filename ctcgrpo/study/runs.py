@@ -3,7 +3,7 @@
 checkpoints/studies/NAME/
     study.json                          what is studied
     starter/                            the policy that every run begins with, where the recipe names a builtin one
-    ENVIRONMENT/VARIANT/seed-1/         a run's folder, and beside it its log
+    runs/ENVIRONMENT/VARIANT/seed-1/    a run's folder, and beside it its log
     times.json                          what each run took, in seconds
     table.json, curves.svg              what came of it
 """
@@ -11,12 +11,14 @@ checkpoints/studies/NAME/
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -24,8 +26,9 @@ from pathlib import Path
 
 from ctcgrpo.errors import CtcGrpoError, OutputError, RunFailed, RunInterrupted
 from ctcgrpo.files import is_complete, mark_complete, whole_lines, write_whole
-from ctcgrpo.recipe import Recipe
+from ctcgrpo.recipe import Recipe, load_recipe, overrides
 from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.scenarios import read_records
 from ctcgrpo.study.figures import Curves, curves_of
 from ctcgrpo.study.spec import Run, Study
 from ctcgrpo.validation import Validation
@@ -58,12 +61,22 @@ def found_curves(study: Study, folder: Path) -> dict[str, dict[str, Curves]]:
     """The curves of the finished runs, by environment and variant."""
     found: dict[str, dict[str, Curves]] = {}
     for environment in study.environments:
+        user: tuple[str, str] | None = None
         for variant in study.variants:
-            place = folder / environment / variant
-            runs = {s: RunFolder(place / f"seed-{s}") for s in study.seeds}
-            curves = {s: _curve(run) for s, run in runs.items() if is_complete(run.final)}
-            if curves:
-                found.setdefault(environment, {})[variant] = curves_of(curves)
+            runs = [Run(environment, variant, seed) for seed in study.seeds]
+            finished = {run: RunFolder(run.folder(folder)) for run in runs if is_complete(run.folder(folder) / "final")}
+            for run, place in finished.items():
+                said = (place.path / "simulator.json").read_text(encoding="utf-8")
+                user = user or (run.name, said)
+                if said != user[1]:
+                    raise OutputError(
+                        f"{folder}: {run.name} met another simulator than {user[0]} (simulator.json of both); remove one of them"
+                    )
+            if finished:
+                try:
+                    found.setdefault(environment, {})[variant] = curves_of({r.seed: _curve(f) for r, f in finished.items()})
+                except ValueError as error:
+                    raise OutputError(f"{folder}: {environment}/{variant}: {error}") from None
     return found
 
 
@@ -76,12 +89,25 @@ def _keep_to(folder: Path, study: Study, recipe: Recipe) -> None:
     file = folder / "study.json"
     asked = json.loads(study.model_dump_json(exclude={"seconds", "description"}))
     asked["starter"] = [recipe.policy.model, recipe.run.seed]
+    asked["texts"] = _texts(study)
     if file.exists() and (before := json.loads(file.read_text(encoding="utf-8"))) != asked:
         changed = ", ".join(sorted(name for name in {*before, *asked} if before.get(name) != asked.get(name)))
         raise OutputError(
             f"{folder} holds another study ({changed} differ); what is studied is fixed, give this one another --name"
         )
     write_whole(file, json.dumps(asked, indent=2) + "\n")
+
+
+def _texts(study: Study) -> dict[str, str]:
+    """By environment a digest of what its runs read beside the recipe: who plays the user, and the scenarios."""
+    told = {}
+    for environment, changes in study.environments.items():
+        recipe = load_recipe(study.program, overrides(changes))
+        read = [] if recipe.simulator.config is None else [recipe.simulator.config.read_text(encoding="utf-8")]
+        held_out = [] if recipe.validation is None else list(read_records(recipe.validation.scenarios, "test"))
+        read += [json.dumps(record) for _, record in (*read_records(recipe.scenarios.train, "train"), *held_out)]
+        told[environment] = hashlib.sha256("\n".join(read).encode()).hexdigest()[:16]
+    return told
 
 
 def _is_finished(recipe: Recipe) -> bool:
@@ -138,14 +164,14 @@ def _run_all(
         while waiting or under_way:
             while waiting and len(under_way) < workers:  # no more: what is handed to the pool cannot be taken back from it
                 run = waiting.pop(0)
-                under_way[pool.submit(_train, recipes[run], folder / f"{run.name}.log")] = run
+                under_way[pool.submit(_train, recipes[run], run.folder(folder).with_suffix(".log"))] = run
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                 run = under_way.pop(future)
                 try:
                     times[run.name] = future.result()
                 except RunInterrupted:
                     raise KeyboardInterrupt from None
-                except CtcGrpoError as error:
+                except RunFailed as error:
                     failed[run.name] = str(error)
                     say(f"{run.name} failed: {error}")
                 else:
@@ -170,13 +196,21 @@ def _told(run: Run, recipe: Recipe) -> str:
 
 
 def _train(recipe: Recipe, log: Path) -> float:
-    """In a worker: the seconds that the run took. What it prints goes to its log."""
+    """In a worker: the seconds that the run took. What it prints, and what ends it, goes to its log, and ends no other run. Raises
+    RunFailed."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with _printing_to(log):
         from ctcgrpo.cli import train_here
 
         started = time.monotonic()
-        train_here(recipe)
+        try:
+            train_here(recipe)
+        except RunInterrupted:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is in the log, and the run's failure
+            traceback.print_exc()
+            told = str(error) if isinstance(error, CtcGrpoError) else f"{type(error).__name__}: {error}"
+            raise RunFailed(told) from None
         return time.monotonic() - started
 
 

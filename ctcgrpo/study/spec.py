@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -29,12 +29,16 @@ from ctcgrpo.recipe import Recipe, load_recipe, overrides
 from ctcgrpo.sections import Section, parse_mapping, read_text, validated
 
 _BY_THE_STUDY = ("run.seed", "run.name", "run.output_dir", "policy.model")
+_MEASURE = ("validation.scenarios", "validation.every", "validation.samples", "validation.seed", "training.max_steps")
+"""What every variant of an environment shares, or their curves could not be compared."""
+RUNS = "runs"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Study(Section):
     program: Path
     description: str | None = None
-    seeds: tuple[int, ...] = Field(min_length=2)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31, strict=True)], ...] = Field(min_length=2)
     primary: Literal["area", "final"] = Field("area", description="see figures.py")
     baseline: str
     seconds: float = Field(gt=0, description="what a run takes, roughly")
@@ -47,11 +51,19 @@ class Study(Section):
             raise ValueError("a seed stands twice")
         if self.baseline not in self.variants:
             raise ValueError(f"baseline: {did_you_mean(self.baseline, self.variants)}")
-        for name, changes in (*self.environments.items(), *self.variants.items()):
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-                raise ValueError(f"{name!r} is no name for a folder")
-            if taken := next((field for field in changes if field in _BY_THE_STUDY), None):
-                raise ValueError(f"{name}: {taken} is the study's own to set")
+        for kind, table, fixed in (
+            ("environments", self.environments, _BY_THE_STUDY),
+            ("variants", self.variants, (*_BY_THE_STUDY, *_MEASURE)),
+        ):
+            for name, changes in table.items():
+                if not NAME.fullmatch(name):
+                    raise ValueError(f"{kind}: {name[:80]!r} is no name for a folder")
+                for field in changes:
+                    if "." not in field:
+                        raise ValueError(f"{kind}.{name}: {field!r} is a whole section; name fields, as section.field")
+                    if taken := next((f for f in fixed if field == f or field.startswith(f"{f}.")), None):
+                        why = "the study's own to set" if taken in _BY_THE_STUDY else "the same for all variants"
+                        raise ValueError(f"{kind}.{name}: {taken} is {why}")
         return self
 
     def runs(self) -> list[Run]:
@@ -69,12 +81,15 @@ class Run:
     def name(self) -> str:
         return f"{self.environment}/{self.variant}/seed-{self.seed}"
 
+    def folder(self, study: Path) -> Path:
+        return study / RUNS / self.name
+
     def recipe(self, study: Study, folder: Path, *, starter: str) -> Recipe:
         """The run's recipe, under the study's folder."""
         place = {
             "run.seed": self.seed,
             "run.name": f"seed-{self.seed}",
-            "run.output_dir": str(folder / self.environment / self.variant),
+            "run.output_dir": str(folder / RUNS / self.environment / self.variant),
             "policy.model": starter,
         }
         changes = {**study.environments[self.environment], **study.variants[self.variant], **place}

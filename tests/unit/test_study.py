@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import yaml
 
 from ctcgrpo.errors import OutputError, RecipeError
-from ctcgrpo.files import whole_lines
+from ctcgrpo.files import mark_complete, whole_lines
 from ctcgrpo.intervals import student
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.study.commands import printed
@@ -72,6 +73,19 @@ def test_the_shipped_study_is_what_it_says() -> None:
         ({"variants": {"outcome_only": {"credit.alpha": 0}, "b": {"credit.alpha": 0.0}}}, "the same recipe as"),
         ({"program": "recipes/qwen3.yaml"}, "did you mean"),
         ({"workers": 3}, "unknown field workers"),
+        ({"seeds": [-1, 2]}, "seeds.0 is -1"),
+        ({"seeds": [True, False]}, "seeds"),
+        (
+            {"variants": {"outcome_only": {"credit.alpha": 0}, "b": {"validation.every": 1}}},
+            "validation.every is the same for all",
+        ),
+        ({"variants": {"outcome_only": {"credit.alpha": 0}, "b": {"validation": None}}}, "'validation' is a whole section"),
+        (
+            {"variants": {"outcome_only": {"credit.alpha": 0}, "b": {"training.max_steps": 9}}},
+            "training.max_steps is the same",
+        ),
+        ({"environments": {"prompt": {"policy": {"model": "x"}}}}, "'policy' is a whole section"),
+        ({"environments": {"x" * 300: {}}}, "no name for a folder"),
     ],
 )
 def test_what_is_wrong_with_a_study_is_said(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
@@ -106,6 +120,12 @@ def test_steps_to_a_score_by_hand() -> None:
     assert own is not None and own["steps"] == pytest.approx(20)
     assert reached(BAD, BASE) == {"steps": None, "ci95": [None, None]}
     assert reached(GOOD, BAD) is None, "where the baseline loses, everything has its score from the start"
+    steps, fell = np.array([0.0, 9.0]), np.array([[-0.5, -0.7]] * 2)
+    mixed = Curves((1, 2, 3), steps, np.array([[-0.5, 1.5], [-0.5, -0.7], [-0.5, -0.7]]))
+    assert reached(Curves((2, 3), steps, fell), mixed) is None, "on the seeds that both have it gained nothing"
+    assert reached(mixed, mixed) is None, "it may well have gained nothing"
+    with pytest.raises(ValueError, match="seed 1 was validated after steps .0, 3., seed 2 after .0, 4."):
+        curves_of({1: [(0, 0.0), (3, 1.0)], 2: [(0, 0.0), (4, 1.0)]})
 
 
 def test_a_seed_that_is_missing_pairs_with_nothing() -> None:
@@ -153,14 +173,16 @@ def test_a_study_is_killed_and_goes_on(tmp_path: Path, ctcgrpo: Command) -> None
     assert said.startswith(f"{runs}, 4 to go, 1 at a time: 0 minutes at 5 s a run (by the file)")
     first = list(json.loads(times.read_text()))
     assert 1 <= len(first) < 4
-    finished = {name: (out / "s" / name / "final" / "model.safetensors").stat().st_mtime_ns for name in first}
+    finished = {name: (out / "s" / "runs" / name / "final" / "model.safetensors").stat().st_mtime_ns for name in first}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"{runs}, {4 - len(first)} to go" in done.stdout
     assert "95 % intervals over seeds; primary: area" in done.stdout and "curves.svg" in done.stdout
     assert len(json.loads(times.read_text())) == 4
     for name, when in finished.items():
-        assert (out / "s" / name / "final" / "model.safetensors").stat().st_mtime_ns == when, "a finished run ran again"
+        assert (out / "s" / "runs" / name / "final" / "model.safetensors").stat().st_mtime_ns == when, (
+            "a finished run ran again"
+        )
 
     study, as_it_stands = load_study(file)
     curves = found_curves(study, out / "s")["prompt"]
@@ -176,14 +198,31 @@ def test_a_study_is_killed_and_goes_on(tmp_path: Path, ctcgrpo: Command) -> None
     given = [f"policy.model={out / 's' / 'starter'}", f"run.output_dir={alone}", "run.name=seed-2", "run.seed=2"]
     code, _, problem = ctcgrpo("train", str(program), *given)
     assert code == 0, problem
-    ours = (out / "s" / "prompt" / "rollout" / "seed-2" / "final" / "model.safetensors").read_bytes()
+    ours = (out / "s" / "runs" / "prompt" / "rollout" / "seed-2" / "final" / "model.safetensors").read_bytes()
     assert ours == (alone / "seed-2" / "final" / "model.safetensors").read_bytes(), "runs of a process leak into each other"
 
+    simulator = out / "s" / "runs" / "prompt" / "rollout" / "seed-2" / "simulator.json"
+    said = simulator.read_text()
+    simulator.write_text(said.replace("scripted", "somebody"))
+    with pytest.raises(OutputError, match="prompt/rollout/seed-2 met another simulator than prompt/outcome_only/seed-1"):
+        found_curves(study, out / "s")
+    simulator.write_text(said)
+    (out / "s" / "runs" / "prompt" / "rollout" / "seed-1" / "final" / "COMPLETE").unlink()
+    shutil.rmtree(out / "s" / "starter")
+    (out / "s" / "starter").mkdir()
+    mark_complete(out / "s" / "starter")  # without a model in it
+    failed = run_study(study, as_it_stands, out / "s")
+    assert list(failed) == ["prompt/rollout/seed-1"]
+    log = (out / "s" / "runs" / "prompt" / "rollout" / "seed-1.log").read_text()
+    assert "Traceback" in log and failed["prompt/rollout/seed-1"] in log
     with pytest.raises(OutputError, match="holds another study .seeds differ"):
         run_study(*load_study(written(tmp_path / "s.yaml", program=str(program), seeds=[1, 2, 3])), out / "s")
-    (out / "s" / "prompt" / "rollout" / "seed-1" / "recipe.yaml").write_text((alone / "seed-2" / "recipe.yaml").read_text())
-    with pytest.raises(OutputError, match="is of another recipe .run.name: seed-2 -> seed-1"):
+    rollout = out / "s" / "runs" / "prompt" / "rollout"
+    (rollout / "seed-2" / "recipe.yaml").write_text((rollout / "seed-1" / "recipe.yaml").read_text())
+    with pytest.raises(OutputError, match="is of another recipe .run.name: seed-1 -> seed-2"):
         run_study(study, as_it_stands, out / "s")
-    assert all(json.loads(line) for line in whole_lines(out / "s" / "prompt" / "rollout" / "seed-1" / "validation.jsonl"))
+    assert all(
+        json.loads(line) for line in whole_lines(out / "s" / "runs" / "prompt" / "rollout" / "seed-1" / "validation.jsonl")
+    )
     assert curves_of({1: [(0, 0.0), (1, 1.0)]}).scores.shape == (1, 2)
     assert process.returncode == -signal.SIGKILL
