@@ -26,7 +26,7 @@ from ctcgrpo.simulator.llm.endpoints import EndpointPool
 from ctcgrpo.simulator.llm.prompts import Message
 from ctcgrpo.simulator.store import Store, content_key
 
-Status = Literal["clean", "mended", "laid out anew", "left"]
+Status = Literal["clean", "mended", "laid out anew", "left", "no scenario"]
 _ROLES: tuple[tuple[Role, str], ...] = (("user", "aggressor_profile"), ("policy", "defender_profile"))
 _SENTENCE = re.compile(r"(?<=[.!?。！？…])\s*|\n+")
 _MARK = re.compile(r"^\s*(?:[-*•·](?=\s)|[（(]?\d+[.、)）](?!\d))\s*")
@@ -43,12 +43,12 @@ class Cleaned:
 
 
 def by_rule(record: Mapping[str, Any], place: str) -> Cleaned:
-    """Mend what a rule can; `left` with its reasons where problems remain, and as it was where no scenario can be read from it."""
+    """Mend what a rule can; `left` with its reasons where problems remain, `no scenario` where none can be read from it."""
     told: dict[str, Any] = json.loads(json.dumps(record))
     try:
         language, scene = _kind(record, place)
     except ScenarioError as error:
-        return Cleaned(told, "left", reasons=[str(error)])
+        return Cleaned(told, "no scenario", reasons=[str(error)])
     reasons, moved = [], []
     try:
         told, moves = repaired(told, scene)
@@ -97,10 +97,7 @@ def by_model(left: Sequence[Cleaned], config: FactoryConfig) -> list[Cleaned]:
 
 async def _laid_out(cleaned: Cleaned, config: FactoryConfig, llm: ChatModel, store: Store) -> Cleaned:
     record = json.loads(json.dumps(cleaned.record))
-    try:
-        language, _ = _kind(record, "record")
-    except ScenarioError:
-        return cleaned
+    language, _ = _kind(record, "record")
     reasons = [reason for reason in cleaned.reasons if not reason.startswith(tuple(profile for _, profile in _ROLES))]
     for role, profile in _ROLES:
         persona = record[profile]["system_prompt"]

@@ -124,13 +124,15 @@ def clean(
         for k, cleaned in zip(left, by_model([found[k] for k in left], load_factory_config(config)), strict=True):
             found[k] = cleaned
     for cleaned in found:
-        for told in (*cleaned.differences, *(f"left: {reason}" for reason in cleaned.reasons)):
+        for told in (*cleaned.differences, *(f"{cleaned.status}: {reason}" for reason in cleaned.reasons)):
             print(f"{cleaned.record.get('id')}: {told}")
-    write_layout([cleaned.record for cleaned in found], out)
+    kept = [cleaned.record for cleaned in found if cleaned.status != "no scenario"]
+    write_layout(kept, out)
     states = Counter(cleaned.status for cleaned in found)
-    print(f"{out}: {len(found)} records, {', '.join(f'{n} {status}' for status, n in sorted(states.items()))}")
-    if states["left"]:
-        raise ScenarioError(f"{states['left']} records of {source} could not be cleaned; each says why above")
+    told = ", ".join(f"{n} {status}" for status, n in sorted(states.items()))
+    print(f"{source}: {told}; {len(kept)} records are in {out}")
+    if bad := states["left"] + states["no scenario"]:
+        raise ScenarioError(f"{bad} records of {source} could not be cleaned; each says why above")
 
 
 @app.command()

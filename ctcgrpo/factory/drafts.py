@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 import json_repair
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,8 +20,6 @@ from ctcgrpo.records import Scenario
 _THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
 _MOST, _MOST_BRACES = 40_000, 200
 """Of an answer that is looked at: characters (a record has some 4,000), and opening braces and brackets (some 60)."""
-
-Words = Annotated[list[str], Field(min_length=4)]
 
 
 class _Part(BaseModel):
