@@ -1,4 +1,4 @@
-"""Building the starter: tokenizer, random weights, and two minutes of supervised learning on the corpus."""
+"""Building the starter: tokenizer, random weights, and some minutes of supervised learning on the corpus."""
 
 from __future__ import annotations
 
