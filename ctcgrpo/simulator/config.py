@@ -141,7 +141,7 @@ class SimulatorConfig(Section):
     def _fits_together(self) -> SimulatorConfig:
         if (self.backend == "llm") != (self.llm is not None):
             raise ValueError(f"backend is {self.backend!r}: section llm belongs to backend 'llm', and it needs one")
-        if self.llm is not None and "scripted" in self.model_fields_set:
+        if self.llm is not None and self.scripted.reluctance:
             raise ValueError("section scripted belongs to backend 'scripted', and backend is 'llm'")
         limited = self.budget.money is not None or self.budget.tokens is not None
         if limited and self.store is None:
