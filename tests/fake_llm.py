@@ -16,6 +16,18 @@ from typing import Any
 from aiohttp import web
 
 
+def answered(body: dict[str, Any], content: Any) -> dict[str, Any]:
+    """The body of a completion with this content."""
+    return {
+        "id": "c",
+        "object": "chat.completion",
+        "created": 0,
+        "model": body["model"],
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100},
+    }
+
+
 @dataclass
 class FakeLlm:
     """`rates` maps faults to probabilities. `answered` holds, by the line that the user says in it, the changes of every answer
@@ -117,14 +129,7 @@ class FakeLlm:
         else:
             self.answered[line] = (anger, trust, goes_on)
         content: Any = [{"type": "text", "text": text}] if fault == "parts" else text
-        return {
-            "id": "c",
-            "object": "chat.completion",
-            "created": 0,
-            "model": body["model"],
-            "choices": [{"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}],
-            "usage": {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100},
-        }
+        return answered(body, content)
 
     @contextmanager
     def serving(self) -> Iterator[FakeLlm]:

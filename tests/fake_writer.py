@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from ctcgrpo.scenarios import load_scenarios
-from tests.fake_llm import FakeLlm
+from tests.fake_llm import FakeLlm, answered
 
 
 @cache
@@ -33,7 +33,7 @@ class FakeWriter(FakeLlm):
         messages = body["messages"]
         asked = messages[1]["content"]
         if "section titles" in messages[0]["content"]:
-            return self._answer_text(body, self.laid_out(messages))
+            return answered(body, self.laid_out(messages))
         rng = random.Random(hashlib.sha256(asked.encode()).digest())
         mistake = self._mistake(rng)
         first = len(messages) == 2
@@ -55,7 +55,7 @@ class FakeWriter(FakeLlm):
             text = json.dumps(draft)
         elif mistake == "truncated" and first:
             text = text[: len(text) // 2]
-        return self._answer_text(body, text)
+        return answered(body, text)
 
     def laid_out(self, messages: list[dict[str, str]]) -> str:
         """Spreads the lines of a persona over the titles, or, for one that says so, writes something else."""
@@ -122,14 +122,4 @@ class FakeWriter(FakeLlm):
             "offer": words(6) if defense else [],
             "fault": words(6) if repair else [],
             "remedy": words(6) if repair else [],
-        }
-
-    def _answer_text(self, body: dict[str, Any], text: str) -> dict[str, Any]:
-        return {
-            "id": "c",
-            "object": "chat.completion",
-            "created": 0,
-            "model": body["model"],
-            "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
-            "usage": {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100},
         }

@@ -8,7 +8,6 @@ import asyncio
 import difflib
 import json
 import re
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +15,10 @@ from typing import Any, Literal
 
 from ctcgrpo.errors import ScenarioError, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.factory.anchors import repaired
+from ctcgrpo.factory.asking import answer_once
 from ctcgrpo.factory.config import FactoryConfig
 from ctcgrpo.factory.drafts import json_object
-from ctcgrpo.factory.layout import Role, layout_problems, layouts, mended
+from ctcgrpo.factory.layout import Role, layout_problems, layouts, mended, without_mark
 from ctcgrpo.scenarios import read_record
 from ctcgrpo.simulator.llm.account import Account
 from ctcgrpo.simulator.llm.backend import ChatModel
@@ -29,7 +29,6 @@ from ctcgrpo.simulator.store import Store, content_key
 Status = Literal["clean", "mended", "laid out anew", "left", "no scenario"]
 _ROLES: tuple[tuple[Role, str], ...] = (("user", "aggressor_profile"), ("policy", "defender_profile"))
 _SENTENCE = re.compile(r"(?<=[.!?。！？…])\s*|\n+")
-_MARK = re.compile(r"^\s*(?:[-*•·](?=\s)|[（(]?\d+[.、)）](?!\d))\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +106,19 @@ async def _laid_out(cleaned: Cleaned, config: FactoryConfig, llm: ChatModel, sto
         key = content_key(
             "clean", *sorted(e.model for e in config.writer.endpoints), json.dumps(messages, ensure_ascii=False)
         )
-        if (kept := store.get(key)) is not None:
-            text = kept.decode()
-        else:
-            try:
-                answer = await llm.complete(
-                    messages,
-                    dialogue=str(record.get("id")),
-                    seed=int.from_bytes(key[:4], "big") >> 1,
-                    schema=_schema(role, language),
-                    deadline=time.monotonic() + config.writer.deadline,
-                )
-            except (SimulatorTransportError, SimulatorReplyError) as error:
-                reasons.append(f"{profile}: {error}")
-                continue
-            text = answer.text
-            store.put(key, text.encode("utf-8", "replace"))
+        try:
+            text = await answer_once(
+                llm,
+                store,
+                key,
+                messages,
+                dialogue=str(record.get("id")),
+                schema=_schema(role, language),
+                seconds=config.writer.deadline,
+            )
+        except (SimulatorTransportError, SimulatorReplyError) as error:
+            reasons.append(f"{profile}: {error}")
+            continue
         found = json_object(text)
         titles = _titles(role, language)
         if isinstance(found, str) or not all(isinstance(found.get(title, ""), str) for title in titles):
@@ -179,7 +175,7 @@ def _sentences(persona: str, language: str) -> list[str]:
         title = re.fullmatch(r"[\s#*【\[]*(.*?)[\s*】\]:：]*", line)
         if title and title[1] in known:
             continue
-        bare = _MARK.sub("", line.strip().lstrip("#").strip())
+        bare = without_mark(line.strip().lstrip("#").strip())
         told += [" ".join(sentence.split()) for sentence in _SENTENCE.split(bare) if sentence and sentence.strip()]
     return told
 

@@ -184,7 +184,7 @@ def dedup(
     for title, pairs, others in (("within the set", within, records), ("leaks from held-out sets", leaks, held)):
         if pairs:
             console.print(_pairs_table(f"{source}: {len(pairs)} pairs {title}", pairs[:show], records, others))
-    dropped = to_drop(records, held, threshold=threshold)
+    dropped = to_drop(records, within, held, leaks)
     for k, reason in dropped.items():
         print(f"{records[k]['id']}: {reason}")
     print(f"{source}: {len(dropped)} of {len(records)} records have to go ({len(within)} pairs within, {len(leaks)} leaks)")

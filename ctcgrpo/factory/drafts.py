@@ -12,7 +12,7 @@ import json_repair
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ctcgrpo.factory.anchors import Move, repaired
-from ctcgrpo.factory.layout import Role, layouts, sections
+from ctcgrpo.factory.layout import Role, layouts, sections, without_mark
 from ctcgrpo.factory.rules import problems
 from ctcgrpo.factory.sampling import Wanted
 from ctcgrpo.records import Scenario
@@ -203,13 +203,9 @@ def record_of(draft: Draft, asked: Wanted, *, language: str, licence: str, sourc
 def _persona(language: str, role: Role, parts: tuple[str | list[str], ...]) -> str:
     told = []
     for names, part in zip(layouts()[language].titles[role], parts, strict=True):
-        text = part if isinstance(part, str) else "\n".join(f"{k}. {_bare(fact)}" for k, fact in enumerate(part, 1))
+        text = part if isinstance(part, str) else "\n".join(f"{k}. {without_mark(fact)}" for k, fact in enumerate(part, 1))
         told.append(f"### {names[0]}\n{text}")
     return "\n\n".join(told)
-
-
-def _bare(fact: str) -> str:
-    return re.sub(r"^\s*(?:[-*•]|\d+[.、)）])\s*", "", fact)
 
 
 def shown(record: Mapping[str, Any], scenario: Scenario) -> str:
@@ -224,7 +220,7 @@ def shown(record: Mapping[str, Any], scenario: Scenario) -> str:
         told: dict[str, Any] = {}
         for key, names in zip(keys, titles[role], strict=True):
             text = next((found[name] for name in names if name in found), "")
-            told[key] = [_bare(line) for line in text.splitlines()] if key == "facts" else text
+            told[key] = [without_mark(line) for line in text.splitlines()] if key == "facts" else text
         return told
 
     a = scenario.anchors

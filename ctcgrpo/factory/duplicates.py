@@ -63,13 +63,15 @@ def duplicates(records: Sequence[Record], held_out: Sequence[Record] = (), *, th
     return sorted(found.values(), key=lambda p: (-p.similarity, p.a, p.b))
 
 
-def to_drop(records: Sequence[Record], held_out: Sequence[Record] = (), *, threshold: float = THRESHOLD) -> dict[int, str]:
-    """Which records have to go, and why: those like a held-out one, and of those that are alike all but the first. What went
-    already takes nothing with it."""
+def to_drop(
+    records: Sequence[Record], within: Sequence[Pair], held_out: Sequence[Record] = (), leaks: Sequence[Pair] = ()
+) -> dict[int, str]:
+    """Which records have to go, and why: those like a held-out one (`leaks`), and of those that are alike (`within`) all but the
+    first. What went already takes nothing with it."""
     told: dict[int, str] = {}
-    for pair in duplicates(records, held_out, threshold=threshold) if held_out else []:
+    for pair in leaks:
         told.setdefault(pair.a, f"is like {held_out[pair.b].get('id')} of a held-out set ({pair})")
-    for pair in sorted(duplicates(records, threshold=threshold), key=lambda p: (p.b, p.a)):
+    for pair in sorted(within, key=lambda p: (p.b, p.a)):
         if pair.a not in told:
             told.setdefault(pair.b, f"is like {records[pair.a].get('id')} ({pair})")
     return told

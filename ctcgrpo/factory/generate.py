@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +18,10 @@ from typing import Any, Literal
 import jinja2
 
 from ctcgrpo.errors import OutputError, ScenarioError, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.factory.asking import answer_once
 from ctcgrpo.factory.config import FactoryConfig
 from ctcgrpo.factory.drafts import Written, read_draft, schema, shown
-from ctcgrpo.factory.duplicates import to_drop
+from ctcgrpo.factory.duplicates import duplicates, to_drop
 from ctcgrpo.factory.sampling import Wanted, pools, wanted
 from ctcgrpo.factory.storage import check_new, write_layout, writing
 from ctcgrpo.files import write_whole
@@ -29,7 +29,7 @@ from ctcgrpo.records import Scene
 from ctcgrpo.scenarios import read_record, read_records
 from ctcgrpo.simulator.llm.account import Account
 from ctcgrpo.simulator.llm.backend import ChatModel
-from ctcgrpo.simulator.llm.endpoints import ChatCompletion, EndpointPool
+from ctcgrpo.simulator.llm.endpoints import EndpointPool
 from ctcgrpo.simulator.llm.prompts import Message
 from ctcgrpo.simulator.store import Store, content_key
 
@@ -188,17 +188,15 @@ class _Writer:
 
     async def _answer(self, asked: Wanted, said: list[Message], attempt: int) -> str:
         key = content_key("factory", self._identity, json.dumps(said, ensure_ascii=False), asked.id, str(attempt))
-        if (kept := self._store.get(key)) is not None:
-            return kept.decode()
-        answer: ChatCompletion = await self._llm.complete(
+        return await answer_once(
+            self._llm,
+            self._store,
+            key,
             said,
             dialogue=asked.id,
-            seed=int.from_bytes(key[:4], "big") >> 1,
             schema=self._schema,
-            deadline=time.monotonic() + self._config.writer.deadline,
+            seconds=self._config.writer.deadline,
         )
-        self._store.put(key, answer.text.encode("utf-8", "replace"))
-        return answer.text
 
 
 def _correction(found: Written) -> str:
@@ -210,7 +208,9 @@ def _without_duplicates(outcomes: list[Outcome], held_out: Sequence[Mapping[str,
     """Of records that are alike the first stays; those like a held-out one go."""
     written = [k for k, outcome in enumerate(outcomes) if outcome.record is not None]
     told = list(outcomes)
-    for place, reason in to_drop([outcomes[k].record or {} for k in written], held_out).items():
+    records = [outcomes[k].record or {} for k in written]
+    leaks = duplicates(records, held_out) if held_out else []
+    for place, reason in to_drop(records, duplicates(records), held_out, leaks).items():
         k = written[place]
         told[k] = Outcome(outcomes[k].asked, "rejected", None, [reason], outcomes[k].repairs, outcomes[k].attempts)
     return told

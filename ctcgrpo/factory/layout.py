@@ -16,8 +16,8 @@ Role = Literal["user", "policy"]
 _TITLE = re.compile(r"^\s*#{1,6}\s*(.+?)\s*[:：]?\s*$")
 _LOOSE_TITLE = re.compile(r"^\s*(?:#{1,6}\s*)?(?:\*\*|【|\[)?\s*(.+?)\s*(?:\*\*|】|\])?\s*[:：]?\s*(?:\*\*)?\s*$")
 _FACT = re.compile(r"^\d+[.、)](?!\d) ?\S")
-_LOOSE_FACT = re.compile(r"^\s*(?:[-*•·](?=\s)|[（(]?\d+[.、)）](?!\d))\s*(.+)$")
-"""A list mark before a digit is a number or a time: 3.5 million, 08.15."""
+_MARK = re.compile(r"^\s*(?:[-*•·](?=\s)|[（(]?\d+[.、)）](?!\d))\s*")
+"""Of a list. Before a digit it is a number or a time: 3.5 million, 08.15."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +109,14 @@ def mended(persona: str, role: Role, language: str) -> str:
 
 def _numbered(text: str) -> str:
     facts = [line.strip() for line in text.splitlines() if line.strip()]
-    loose = [_LOOSE_FACT.match(fact) for fact in facts]
-    if not all(loose):
+    if not all(_MARK.match(fact) and without_mark(fact) for fact in facts):
         return text
-    return "\n".join(f"{k}. {match[1]}" for k, match in enumerate(loose, 1) if match)
+    return "\n".join(f"{k}. {without_mark(fact)}" for k, fact in enumerate(facts, 1))
+
+
+def without_mark(line: str) -> str:
+    """A line without the mark that makes it one of a list."""
+    return _MARK.sub("", line)
 
 
 def _known(title: str, wanted: tuple[tuple[str, ...], ...]) -> bool:

@@ -54,7 +54,8 @@ def study(
     reference = against or asked.baseline
     for environment, curves in found.items():
         if reference in curves:
-            console.print(printed(table_of(curves, reference), environment, asked.primary, reference))
+            rows = tables[environment] if reference == asked.baseline else table_of(curves, reference)
+            console.print(printed(rows, environment, asked.primary, reference))
     if found:
         (folder / "curves.svg").write_bytes(drawn(found, asked.baseline))
         say(f"table and curves: {folder / 'table.json'}, {folder / 'curves.svg'}")

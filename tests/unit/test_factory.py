@@ -335,8 +335,8 @@ def test_what_went_takes_nothing_with_it() -> None:
     a, middle, b = a | {"id": "a"}, middle | {"id": "middle"}, b | {"id": "b"}
     pairs = {(p.a, p.b) for p in duplicates([a, middle, b])}
     assert pairs == {(0, 1), (1, 2)}, rng
-    assert set(to_drop([a, middle, b])) == {1}
-    assert set(to_drop([middle, b], [a])) == {0}
+    assert set(to_drop([a, middle, b], duplicates([a, middle, b]))) == {1}
+    assert set(to_drop([middle, b], duplicates([middle, b]), [a], duplicates([middle, b], [a]))) == {0}
 
 
 @pytest.mark.parametrize(

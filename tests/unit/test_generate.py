@@ -397,6 +397,9 @@ def test_what_a_new_layout_may_do_to_a_text(before: str, after: str, problem: st
 
 
 def test_numbers_that_open_a_line_are_no_marks() -> None:
+    draft = as_draft("support")
+    draft["user"]["facts"][0] = "3.5 million is owed."
+    assert "1. 3.5 million is owed." in read(draft).record["aggressor_profile"]["system_prompt"]
     persona = "### Known facts\n08:15 the train leaves\n3.5 million is owed\n- You sing."
     record = copy.deepcopy(next(r for _, r in read_records("english", "train")))
     record["aggressor_profile"]["system_prompt"] = persona
