@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,8 +51,22 @@ def _locked(lock: IO[str]) -> bool:
 
 
 def end_with_parent() -> None:
-    """For a child: heed SIGINT, which a parent in the background was started to ignore, and be sent it when the parent dies. The
-    latter on Linux only; elsewhere a killed parent leaves its children."""
+    """For a child that is a program of its own: heed SIGINT, which a parent in the background was started to ignore,
+    and be sent it when the parent dies. The latter on Linux only; elsewhere a killed parent leaves its children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
+
+
+def end_with_pool() -> None:
+    """For a worker of a process pool: heed SIGINT, and be gone as soon as the parent is, whatever is under way. A signal at the
+    parent's death would not do: the pool takes what it raises for the task's result, and waits for a task that nobody can send."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-pool", daemon=True).start()

@@ -32,7 +32,7 @@ from ctcgrpo.scenarios import read_records
 from ctcgrpo.study.figures import Curves, curves_of
 from ctcgrpo.study.spec import Run, Study
 from ctcgrpo.validation import Validation
-from ctcgrpo.workers import alone, end_with_parent
+from ctcgrpo.workers import alone, end_with_pool
 
 _RUNS_A_PROCESS = 20
 
@@ -155,7 +155,7 @@ def _run_all(
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=end_with_parent,
+        initializer=end_with_pool,
         max_tasks_per_child=_RUNS_A_PROCESS,
     )
     waiting = list(recipes)

@@ -71,7 +71,7 @@ def test_an_evaluation_killed_half_way_ends_like_one_that_nobody_disturbed(
     assert stopped.returncode == 130 and "the same command goes on" in out and "Traceback" not in out, out
     killed = begin(in_all // 4)
     killed.kill()
-    killed.communicate()
+    killed.communicate(timeout=60)
     assert not (folder / "summary.json").exists()
     calls.write_bytes(b"")
     resumed = evaluate(WANTED, folder, display="none")

@@ -168,7 +168,7 @@ def test_a_study_is_killed_and_goes_on(tmp_path: Path, ctcgrpo: Command) -> None
     while not times.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
     process.kill()
-    said = process.communicate()[0]
+    said = process.communicate(timeout=60)[0]  # ends when no worker is left that could write there
     runs = "4 runs (1 environments x 2 variants x 2 seeds)"
     assert said.startswith(f"{runs}, 4 to go, 1 at a time: 0 minutes at 5 s a run (by the file)")
     first = list(json.loads(times.read_text()))
