@@ -21,6 +21,7 @@ from ctcgrpo.records import SCENES, Scene
 from ctcgrpo.sections import Section, environment_name, parse_mapping, read_text, validated
 from ctcgrpo.sharding import splits_weights
 from ctcgrpo.simulator.config import TOKEN_ENV
+from ctcgrpo.strict_yaml import load_yaml
 
 _PYTHON_KEY = "'"
 _OPENING, _CLOSING = "'''':", "# '''; from ctcgrpo.cli import run_recipe"
@@ -388,9 +389,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals or not name:
         raise RecipeError(f"override {override!r}: write section.field=value, for example credit.alpha=10")
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML") from None
+        raise RecipeError(f"override {override[:80]!r}: the value is not valid YAML") from None
     *parents, last = name.split(".")
     target = data
     for parent in parents:

@@ -17,5 +17,8 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML text. Raises yaml.YAMLError, for a key that stands twice too."""
-    return yaml.load(text, _UniqueKeys)
+    """The value of a YAML text. Raises yaml.YAMLError, for a key that stands twice and for nesting without end too."""
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply to be read") from None

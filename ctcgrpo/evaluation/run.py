@@ -32,6 +32,7 @@ from ctcgrpo.evaluation.logs import newest_log, results_of
 from ctcgrpo.evaluation.results import summarise, write_results
 from ctcgrpo.files import write_whole
 from ctcgrpo.recipe import differences
+from ctcgrpo.strict_yaml import load_yaml
 
 LOCAL = "ctcgrpo/"
 """The provider of policies in folders."""
@@ -192,7 +193,7 @@ def settled(parts: Sequence[str]) -> dict[str, Any]:
         if not sign or not name:
             raise RecipeError(f"{part!r}: write NAME=VALUE")
         try:
-            found[name] = yaml.safe_load(value)
+            found[name] = load_yaml(value)
         except yaml.YAMLError:
             raise RecipeError(f"{part!r}: the value is not valid YAML") from None
     return found

@@ -93,6 +93,8 @@ def test_overrides() -> None:
         ("alpha", "override 'alpha': write section.field=value"),
         ("run.name.deep=1", "'name' is not a section"),
         ("credit.alpha=[", "the value is not valid YAML"),
+        ("credit={alpha: 1, alpha: 2}", "the value is not valid YAML"),
+        ("credit.alpha=" + "[" * 5000, "the value is not valid YAML"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str) -> None:
@@ -119,6 +121,7 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     text = TINY.read_text()
     for name, content, message in [
         ("broken.yaml", "run: [", "not valid YAML"),
+        ("deep.yaml", "run: " + "[" * 5000, "nested too deeply"),
         ("list.yaml", "- 1\n", "a mapping of sections"),
         ("missing.yaml", "run:\n  name: x\n", "policy is missing"),
         ("backslash.yaml", text.replace("name: tiny", 'name: "ti\\ny"'), "neither ''' nor a backslash"),
