@@ -20,7 +20,7 @@ from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
 from ctcgrpo.simulator.scripted.backend import react
 from ctcgrpo.simulator.scripted.knowledge import read_knowledge
-from ctcgrpo.simulator.scripted.language import load_language
+from ctcgrpo.simulator.scripted.language import load_language, stem
 from tests.conftest import ROOT, SHARED_DATA
 from tests.dialogue import ROUNDS, Speaker, converse
 
@@ -323,6 +323,59 @@ def test_one_sentence_for_every_turn_is_a_formula() -> None:
         first, *others = (why for _, _, why, _ in converse(scenario, said)[1])
         assert "same sentence" not in first
         assert others and all("the same sentence as before with other words in it" in why for why in others)
+
+
+def test_being_heard_does_good_each_time_and_coming_back_to_the_old_does_not() -> None:
+    heard, worn = "heard what I just said", "names my things and says nothing about them"
+    frames = ["Tell me of the {}.", "So it is about the {} now.", "I will think of the {} tonight."]
+
+    def latest(history: list[Utterance]) -> str:
+        rare = [t for t in rare_words(history[-1].text) if stem(t) not in LANGUAGE.everyday]
+        return frames[len(history) // 2].format(rare[0] if rare else "thing")
+
+    listening, clinging = [], []
+    for scenario in (s for s in SCENARIOS.values() if s.opening_line):
+        listening += [why for _, _, why, _ in converse(scenario, [latest] * 3)[1]]
+        thing = latest([Utterance(speaker="user", text=scenario.opening_line)]).removeprefix("Tell me of the ")
+        clinging += [why for _, _, why, _ in converse(scenario, [f.format(thing[:-1]) for f in frames])[1][1:]]
+    assert mean(heard in why for why in listening) > 0.8 and not any(worn in why for why in listening)
+    assert mean(heard in why for why in clinging) < 0.1
+    assert mean(worn in why or "could be said to anybody" in why for why in clinging) > 0.8
+
+
+def test_many_sentences_around_the_users_latest_word_are_worth_far_less_than_good_replies() -> None:
+    """Who names what was said last is heard to listen, and no more: in no scene is it near to saying something about it."""
+    frames = [
+        "No wonder the {} weighs on you, and it makes sense that you are tired.",
+        "You had to carry the {} alone, and I am here with you.",
+        "Tell me more about the {}, there is no hurry.",
+        "I can stay with you while you think of the {}.",
+        "It must be hard to have the {} in your head all night.",
+        "So it is the {} that will not let you sleep.",
+        "Of course you think of the {}, who would not.",
+        "We can talk about the {} as long as you want.",
+    ]
+
+    def latest(history: list[Utterance]) -> str:
+        said = [u.text for u in history if u.speaker == "user"]
+        word = random.Random(len(history)).choice(rare_words(said[-1]) if said and rare_words(said[-1]) else ["thing"])
+        return frames[sum(u.speaker == "policy" for u in history) % len(frames)].format(word)
+
+    scores = by_scene(lambda s: converse(s, [latest] * ROUNDS)[0])
+    for scene, values in scores.items():
+        assert mean(values) < mean(good(s.id) for s in SCENARIOS.values() if s.scene == scene) - 0.3, (scene, values)
+    assert mean(v for values in scores.values() for v in values) < 0
+
+
+def test_replies_made_beforehand_are_seldom_heard_as_an_answer() -> None:
+    def answered(replies: Callable[[Scenario], Sequence[str]]) -> float:
+        whys = [why for s in SCENARIOS.values() for _, _, why, _ in converse(s, replies(s))[1]]
+        return mean("heard what I just said" in why for why in whys)
+
+    names = list(SCENARIOS)
+    assert answered(lambda s: GENERIC[s.scene]) < 0.02
+    assert answered(lambda s: REPLIES[names[names.index(s.id) - 1]]["good"]) < 0.1
+    assert answered(lambda s: REPLIES[s.id]["good"]) > 0.4
 
 
 def test_saying_the_same_again_does_harm() -> None:

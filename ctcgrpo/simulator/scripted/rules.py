@@ -18,6 +18,8 @@ from ctcgrpo.simulator.scripted.reading import Reading
 
 _MERE_MENTION = 0.25
 """What manner is worth in a reply that mentions this user's matters and brings in nothing of its own."""
+_AGAIN = 0.75
+"""What the same good thing is worth each time again."""
 LONG, CURT = 90, 4
 """In words: replies above LONG tire, replies below CURT put off."""
 _MOST_OFTEN = 3
@@ -203,8 +205,17 @@ def _is_empty(reading: Reading) -> bool:
 
 
 @rule
+def listening(h: Heard) -> Iterator[Finding]:
+    """Taking up what was said last does good by itself, little as it may add: a reply made beforehand does it by luck alone. Done
+    again, with nothing of one's own, it is worth less each time."""
+    if h.reading.answers:
+        worth = 1.0 if h.reading.engaged else _AGAIN ** sum(r.answers and not r.engaged for r in h.earlier)
+        yield Finding(-worth, worth, "heard what I just said")
+
+
+@rule
 def mere_mention(h: Heard) -> Iterator[Finding]:
-    """Naming this user's things is a beginning; from the second time on it has to come with something of one's own."""
+    """Coming back to this user's things is a beginning; from the second time on it has to come with something of one's own."""
     if _merely_mentions(h.reading):
         weight = min(2, sum(map(_merely_mentions, h.earlier)))
         if weight:
@@ -212,7 +223,7 @@ def mere_mention(h: Heard) -> Iterator[Finding]:
 
 
 def _merely_mentions(reading: Reading) -> bool:
-    return bool(reading.touched or reading.answers) and not reading.engaged
+    return bool(reading.touched) and not reading.engaged and not reading.answers
 
 
 @rule
@@ -222,7 +233,7 @@ def moves(h: Heard) -> Iterator[Finding]:
         return
     used = Counter(move.name for r in h.earlier if not _is_empty(r) for move in r.moves)
     for move in h.reading.moves:
-        worth = 0.75 ** used[move.name] * (1 if h.reading.engaged else _MERE_MENTION)
+        worth = _AGAIN ** used[move.name] * (1 if h.reading.engaged else _MERE_MENTION)
         yield Finding(move.anger * worth, move.trust * worth, move.why)
 
 
