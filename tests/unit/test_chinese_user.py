@@ -91,6 +91,33 @@ def test_what_does_not_listen_scores_badly(
     assert all(score < limit for score in scores.values()), (what, scores)
 
 
+EVERYDAY = """
+你还好么。 是么，那就好。 咱俩不是说好了么。 饿了么的外卖到了。 高一的时候我们就认识了。 大一我就认识你了。
+五一我陪你回老家。 其一我不该那样说。 他是百里挑一的人。 始终如一的朋友。 他为人很和善。 这的确是我的错。
+我们这的冬天很冷。 也的确如此。 那就打的士吧。 你这样会着凉的。 孩子会着迷的。 那怎行。 你怎忍心。 他没是没非。
+男的们都走了。 你知道吗我一直在想你。 医生给他打了吗啡。 “家人”们都在等你。 成都的天气好。 这是你的成就的一部分。
+他是温和的人。 暖和的被子。 但的确是这样。 人们常说。 要么你来，要么我去。 你干吗去。 统一的规定。 你一口我一口。
+他很了不起。 我个人认为。 把吧台擦干净。 被了解的感觉真好。 我家什么都有。 家里的家什都旧了。 了解一下。 的确如此。
+"""
+
+
+def test_everyday_sentences_hang_together() -> None:
+    assert not [sentence for sentence in EVERYDAY.split() if not LANGUAGE.is_sound(sentence)]
+
+
+def test_no_written_sentence_has_a_character_where_it_cannot_stand() -> None:
+    assert LANGUAGE.misplaced
+    texts = [text for kinds in REPLIES.values() for replies in kinds.values() for text in replies]
+    for s in SCENARIOS.values():
+        texts += [s.opening_line, s.user_persona, s.policy_persona, *(d["line"] for d in s.script["details"])]
+        texts += [line for lines in s.script["lines"].values() for line in lines]
+    clauses = [
+        clause for text in texts for s in LANGUAGE.sentences(text) for clause in re.split("[，、；：,。！？!?…\n]+", s)
+    ]
+    assert len(clauses) > 5000
+    assert not [clause for clause in clauses if LANGUAGE.misplaced.search(clause)]
+
+
 def _other(scenario: Scenario) -> str:
     """Another scenario of another scene."""
     names = list(SCENARIOS)

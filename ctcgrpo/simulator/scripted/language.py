@@ -1,9 +1,9 @@
 """What the scripted user knows of a language: `languages/CODE.yaml`. A language is added by adding a file.
 
 A file holds: `script` (latin or han), `lexicon` (tag -> words, latin only), `things` (concrete everyday words), `takes_clause`
-and `takes_two` (latin only: see `grammar.is_spliced`), `binding` (han only: characters that bind words into a clause), `faults`
-and `moves` (name -> patterns and effect; moves per scene),
-`lines` (what the user says where the scenario has no words of its own).
+and `takes_two` (latin only: see `grammar.is_spliced`), `binding` (han only: characters that bind words into a clause),
+`misplaced` (han only, may be absent: what no clause holds), `faults` and `moves` (name -> patterns and effect; moves
+per scene), `lines` (what the user says where the scenario has no words of its own).
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Language:
     takes_clause: frozenset[str]
     takes_two: frozenset[str]
     binding: frozenset[str]
+    misplaced: re.Pattern[str] | None
     faults: tuple[Pattern, ...]
     scene_faults: Mapping[str, tuple[Pattern, ...]]
     moves: Mapping[str, tuple[Pattern, ...]]
@@ -129,7 +130,9 @@ class Language:
         letters = re.findall(r"[\w]", sentence)
         han = sum(map(len, _HAN_RUN.findall(sentence)))
         is_chinese = bool(letters) and han >= 0.6 * len(letters)
-        return is_chinese and not re.search(r"(.{1,4})\1{2,}", sentence) and not self._is_list(sentence)
+        if not is_chinese or re.search(r"(.{1,4})\1{2,}", sentence) or self._is_list(sentence):
+            return False
+        return not (self.misplaced and any(map(self.misplaced.search, _CLAUSE.split(sentence.rstrip("。！？!?…")))))
 
     def _is_list(self, sentence: str) -> bool:
         """Whether a Chinese sentence is words set side by side: hardly a clause in it has anything that binds them."""
@@ -179,6 +182,7 @@ def load_language(code: str) -> Language:
         takes_clause=frozenset(str(data.get("takes_clause", "")).split()),
         takes_two=frozenset(str(data.get("takes_two", "")).split()),
         binding=frozenset(str(data.get("binding", "")).split()),
+        misplaced=re.compile("|".join(data["misplaced"])) if "misplaced" in data else None,
         faults=_patterns(data["faults"]),
         scene_faults={scene: _patterns(data["scene_faults"].get(scene, {})) for scene in scenes},
         moves={scene: _patterns(data["moves"][scene]) for scene in scenes},
