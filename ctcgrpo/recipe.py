@@ -18,10 +18,9 @@ from ctcgrpo.credit import CENTERINGS, CREDITS, SCALES
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.records import SCENES, Scene
-from ctcgrpo.sections import Section, environment_name, parse_mapping, read_text, validated
+from ctcgrpo.sections import Section, environment_name, named_value, parse_mapping, read_text, validated
 from ctcgrpo.sharding import splits_weights
 from ctcgrpo.simulator.config import TOKEN_ENV
-from ctcgrpo.strict_yaml import load_yaml
 
 _PYTHON_KEY = "'"
 _OPENING, _CLOSING = "'''':", "# '''; from ctcgrpo.cli import run_recipe"
@@ -385,13 +384,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    if not equals or not name:
-        raise RecipeError(f"override {override!r}: write section.field=value, for example credit.alpha=10")
-    try:
-        value = load_yaml(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"override {override[:80]!r}: the value is not valid YAML") from None
+    name, value = named_value(override, "section.field=value, for example credit.alpha=10")
     *parents, last = name.split(".")
     target = data
     for parent in parents:
@@ -399,6 +392,6 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if below is None:
             below = target[parent] = {}
         if not isinstance(below, dict):
-            raise RecipeError(f"override {override!r}: {parent!r} is not a section")
+            raise RecipeError(f"{override!r}: {parent!r} is not a section")
         target = below
     target[last] = value

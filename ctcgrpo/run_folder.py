@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from ctcgrpo.errors import OutputError
+from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.files import checkpoints, is_complete, mark_complete, missing_in, whole_lines, write_whole
 from ctcgrpo.recipe import Recipe, differences
+from ctcgrpo.sections import parse_mapping, read_text
 from ctcgrpo.workers import alone
 
 BEST_STEP = "STEP"
@@ -181,7 +181,12 @@ class RunFolder:
 
     def changes(self, recipe: Recipe) -> list[str]:
         """What the recorded recipe and this one differ in; `hardware` says what a run was meant for, not what it is."""
-        old = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
+        try:
+            old = parse_mapping(read_text(self.recipe_file, "recipe"), self.recipe_file, Recipe, "recipe")
+        except RecipeError as error:
+            raise OutputError(
+                f"{self.path} holds a run, but not what it was: {error}; start another with run.name=NAME"
+            ) from None
         with contextlib.suppress(ValidationError):  # what an older version did not know yet had its default
             old = Recipe.model_validate(old).model_dump(mode="json")
         now = recipe.model_dump(mode="json")

@@ -62,6 +62,18 @@ def parse_mapping(text: str, path: Path, model: type[Section], what: str) -> dic
     return data
 
 
+def named_value(text: str, form: str) -> tuple[str, Any]:
+    """The two sides of NAME=VALUE, the value as YAML reads it. `form` says in an error what to write. Raises RecipeError."""
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise RecipeError(f"{text[:80]!r}: write {form}")
+    try:
+        return name, load_yaml(value)
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or error
+        raise RecipeError(f"{text[:80]!r}: the value is not valid YAML: {reason}") from None
+
+
 def validated(data: Mapping[str, Any], model: type[_S], path: Path) -> _S:
     """Raises RecipeError naming file, field, value and what would be right."""
     _refuse_unknown(data, model, "", str(path))

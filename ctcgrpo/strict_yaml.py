@@ -17,8 +17,10 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML text. Raises yaml.YAMLError, for a key that stands twice and for nesting without end too."""
+    """The value of a YAML text. Raises yaml.YAMLError, also for keys that stand twice, endless nesting, and dates that are none."""
     try:
         return yaml.load(text, _UniqueKeys)
     except RecursionError:
         raise yaml.YAMLError("nested too deeply to be read") from None
+    except ValueError as error:  # from what makes dates and numbers of what looks like one
+        raise yaml.YAMLError(str(error)) from None

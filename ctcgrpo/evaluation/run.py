@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import inspect_ai
-import yaml
 from inspect_ai._util.error import PrerequisiteError
 from inspect_ai.log import EvalLog
 from rich.errors import MarkupError
@@ -32,7 +31,7 @@ from ctcgrpo.evaluation.logs import newest_log, results_of
 from ctcgrpo.evaluation.results import summarise, write_results
 from ctcgrpo.files import write_whole
 from ctcgrpo.recipe import differences
-from ctcgrpo.strict_yaml import load_yaml
+from ctcgrpo.sections import named_value
 
 LOCAL = "ctcgrpo/"
 """The provider of policies in folders."""
@@ -186,17 +185,8 @@ def _plain(text: str) -> str:
 
 
 def settled(parts: Sequence[str]) -> dict[str, Any]:
-    """key=value arguments (of a provider or a task) as YAML reads the values. Raises RecipeError for one without a value."""
-    found: dict[str, Any] = {}
-    for part in parts:
-        name, sign, value = part.partition("=")
-        if not sign or not name:
-            raise RecipeError(f"{part!r}: write NAME=VALUE")
-        try:
-            found[name] = load_yaml(value)
-        except yaml.YAMLError:
-            raise RecipeError(f"{part!r}: the value is not valid YAML") from None
-    return found
+    """NAME=VALUE arguments (of a provider or a task). Raises RecipeError for one of another form."""
+    return dict(named_value(part, "NAME=VALUE") for part in parts)
 
 
 def task_options(bench: str) -> list[str]:

@@ -320,8 +320,17 @@ def launcher(s: Subject) -> Iterator[Finding]:
     sharding = s.recipe.training.sharding
     check_launcher(sharding, s.environment)
     file = s.accelerate_config
-    config = yaml.safe_load(file.read_text()) if file.is_file() else {}
-    kind = str((config or {}).get("distributed_type", "NO"))
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (yaml.YAMLError, ValueError) as error:
+        yield Finding("launcher", "failed", f"{file}, accelerate's default, is not valid YAML: {error}")
+        return
+    if not isinstance(config, dict):
+        yield Finding(
+            "launcher", "failed", f"{file}, accelerate's default, is no mapping; `accelerate config default` writes one"
+        )
+        return
+    kind = str(config.get("distributed_type", "NO"))
     if (kind == "DEEPSPEED") or (kind == "FSDP" and sharding != FSDP2):
         yield Finding(
             "launcher",

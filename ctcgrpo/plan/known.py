@@ -6,22 +6,21 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-import yaml
-
 from ctcgrpo.errors import PolicyError
 from ctcgrpo.plan.memory import Shape
+from ctcgrpo.strict_yaml import load_yaml
 
 
 @cache
 def cards() -> dict[str, float]:
     """GiB by card."""
-    loaded: dict[str, float] = yaml.safe_load((files("ctcgrpo.plan") / "cards.yaml").read_text(encoding="utf-8"))
+    loaded: dict[str, float] = load_yaml((files("ctcgrpo.plan") / "cards.yaml").read_text(encoding="utf-8"))
     return loaded
 
 
 @cache
 def published_shapes() -> dict[str, Shape]:
-    loaded = yaml.safe_load((files("ctcgrpo.plan") / "models.yaml").read_text(encoding="utf-8"))
+    loaded = load_yaml((files("ctcgrpo.plan") / "models.yaml").read_text(encoding="utf-8"))
     return {name: Shape(**fields) for name, fields in loaded.items()}
 
 

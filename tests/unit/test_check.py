@@ -110,6 +110,14 @@ def test_a_launcher_that_shards_otherwise_is_refused(tmp_path: Path) -> None:
     config = tmp_path / "default_config.yaml"
     config.write_text("distributed_type: FSDP\n")
     assert "makes accelerate launch with FSDP" in said()
+    for broken, reason in [
+        (b"a: [", "valid YAML"),
+        (b"a: 2026-02-30", "valid YAML"),
+        (b"\xff", "valid YAML"),
+        (b"- a", "no mapping"),
+    ]:
+        config.write_bytes(broken)
+        assert f"{config}, accelerate's default, is " in said() and reason in said()
     config.unlink()
     launched = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     assert "shards with fsdp2 and the recipe says training.sharding=none" in said(**launched)
@@ -126,6 +134,8 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     assert look(tmp_path)["output"][0].text == f"goes on from {folder / 'checkpoint-2'}"
     assert look(tmp_path, "hardware.processes=2")["output"][0].level == "ok"
     assert "credit.alpha: 15.0 -> 3.0" in failed(look(tmp_path, "credit.alpha=3"))["output"]
+    (folder / "recipe.yaml").write_text("run: [")
+    assert f"but not what it was: {folder / 'recipe.yaml'}: not valid YAML" in failed(look(tmp_path))["output"]
     (folder / "final").mkdir()
     mark_complete(folder / "final")
     assert "holds a finished run" in failed(look(tmp_path))["output"]
