@@ -384,7 +384,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
-    name, value = named_value(override, "section.field=value, for example credit.alpha=10")
+    name, value = named_value(override, "override", "section.field=value, for example credit.alpha=10")
     *parents, last = name.split(".")
     target = data
     for parent in parents:
@@ -392,6 +392,6 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if below is None:
             below = target[parent] = {}
         if not isinstance(below, dict):
-            raise RecipeError(f"{override!r}: {parent!r} is not a section")
+            raise RecipeError(f"override {override!r}: {parent!r} is not a section")
         target = below
     target[last] = value

@@ -62,16 +62,16 @@ def parse_mapping(text: str, path: Path, model: type[Section], what: str) -> dic
     return data
 
 
-def named_value(text: str, form: str) -> tuple[str, Any]:
-    """The two sides of NAME=VALUE, the value as YAML reads it. `form` says in an error what to write. Raises RecipeError."""
+def named_value(text: str, what: str, form: str) -> tuple[str, Any]:
+    """Both sides of NAME=VALUE, the value as YAML reads it. Raises RecipeError, saying `what` it is and which `form` is right."""
     name, sign, value = text.partition("=")
     if not sign or not name:
-        raise RecipeError(f"{text[:80]!r}: write {form}")
+        raise RecipeError(f"{what} {text[:80]!r}: write {form}")
     try:
         return name, load_yaml(value)
     except yaml.YAMLError as error:
         reason = getattr(error, "problem", None) or error
-        raise RecipeError(f"{text[:80]!r}: the value is not valid YAML: {reason}") from None
+        raise RecipeError(f"{what} {text[:80]!r}: the value is not valid YAML: {reason}") from None
 
 
 def validated(data: Mapping[str, Any], model: type[_S], path: Path) -> _S:

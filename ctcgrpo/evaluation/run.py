@@ -186,7 +186,7 @@ def _plain(text: str) -> str:
 
 def settled(parts: Sequence[str]) -> dict[str, Any]:
     """NAME=VALUE arguments (of a provider or a task). Raises RecipeError for one of another form."""
-    return dict(named_value(part, "NAME=VALUE") for part in parts)
+    return dict(named_value(part, "argument", "NAME=VALUE") for part in parts)
 
 
 def task_options(bench: str) -> list[str]:

@@ -90,7 +90,7 @@ def test_overrides() -> None:
         ("scoring.turn_weights={support: [.nan, 1]}", "scoring.turn_weights.support.0 is nan"),
         ("scoring.turn_weights={support: [-1, 1]}", "scoring.turn_weights.support.0 is -1"),
         ("run.name=../elsewhere", "run.name is '../elsewhere'"),
-        ("alpha", "'alpha': write section.field=value"),
+        ("alpha", "override 'alpha': write section.field=value"),
         ("run.name.deep=1", "'name' is not a section"),
         ("credit.alpha=[", "the value is not valid YAML"),
         ("run.name=2026-02-30", "the value is not valid YAML: day is out of range for month"),

@@ -346,22 +346,16 @@ def test_being_heard_does_good_each_time_and_coming_back_to_the_old_does_not() -
 def test_many_sentences_around_the_users_latest_word_are_worth_far_less_than_good_replies() -> None:
     """Who names what was said last is heard to listen, and no more: in no scene is it near to saying something about it."""
     frames = [
-        "No wonder the {} weighs on you, and it makes sense that you are tired.",
-        "You had to carry the {} alone, and I am here with you.",
-        "Tell me more about the {}, there is no hurry.",
-        "I can stay with you while you think of the {}.",
-        "It must be hard to have the {} in your head all night.",
-        "So it is the {} that will not let you sleep.",
-        "Of course you think of the {}, who would not.",
-        "We can talk about the {} as long as you want.",
+        "No wonder the {a} weighs on you, and it makes sense that you are tired.",
+        "You had to carry the {a} alone, and I am here with you.",
+        "Tell me more about the {a}, there is no hurry.",
+        "I can stay with you while you think of the {a}.",
+        "It must be hard to have the {a} in your head all night.",
+        "So it is the {a} that will not let you sleep.",
+        "Of course you think of the {a}, who would not.",
+        "We can talk about the {a} as long as you want.",
     ]
-
-    def latest(history: list[Utterance]) -> str:
-        said = [u.text for u in history if u.speaker == "user"]
-        word = random.Random(len(history)).choice(rare_words(said[-1]) if said and rare_words(said[-1]) else ["thing"])
-        return frames[sum(u.speaker == "policy" for u in history) % len(frames)].format(word)
-
-    scores = by_scene(lambda s: converse(s, [latest] * ROUNDS)[0])
+    scores = by_scene(lambda s: converse(s, [filled(frames, s, "latest", 0, 1)] * ROUNDS)[0])
     for scene, values in scores.items():
         assert mean(values) < mean(good(s.id) for s in SCENARIOS.values() if s.scene == scene) - 0.3, (scene, values)
     assert mean(v for values in scores.values() for v in values) < 0
