@@ -18,6 +18,7 @@ from ctcgrpo.files import checkpoints, is_complete
 from ctcgrpo.policy.loading import stop_ids
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.settings import template_kwargs
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -43,7 +44,9 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
         )
     except (OSError, ValueError) as error:
         raise PolicyError(f"{source} cannot be loaded on {base!r}: {str(error).splitlines()[0]}") from None
-    model.generation_config = _generation(recipe, sorted(stop_ids(base, tokenizer, recipe.policy.revision)))
+    model.generation_config = _generation(
+        recipe, sorted(stop_ids(base, tokenizer, recipe.policy.revision, template_kwargs(recipe)))
+    )
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

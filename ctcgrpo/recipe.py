@@ -46,11 +46,24 @@ class Policy(Section):
     attention: str = Field("sdpa", description="transformers' attn_implementation")
     reasons: bool = Field(False, description="the policy reasons before it replies: sets the template, turns shaping on")
     reasoning_context: Literal["strip", "keep"] = Field("strip", description="what earlier turns keep of their reasoning")
+    chat_template: Path | None = Field(None, description="a file with the chat template to use; else the tokenizer's own")
+    template_kwargs: dict[str, Any] = Field(
+        {}, description="what the chat template is rendered with: reasoning_effort, date_string, thinking, ..."
+    )
     persona_sections: tuple[str, ...] | None = Field(
         None, description="the sections of its role (### headings) that the policy is told; all of it where absent"
     )
     lora: Lora | None = None
     quantization: Literal["none", "nf4"] = Field("none", description="of the frozen weights under an adapter; nf4 is QLoRA")
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _set_elsewhere(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if "enable_thinking" in value:
+            raise ValueError("enable_thinking is what policy.reasons sets; use that")
+        if taken := {"tokenize", "add_generation_prompt", "messages", "conversation", "return_tensors"} & set(value):
+            raise ValueError(f"{min(taken)} is set by ctcgrpo; leave it out")
+        return value
 
     @model_validator(mode="after")
     def _quantized_under_an_adapter(self) -> Policy:

@@ -35,6 +35,11 @@ def play_settings(recipe: Recipe) -> Play:
     )
 
 
+def template_kwargs(recipe: Recipe) -> dict[str, Any]:
+    """What the chat template is rendered with."""
+    return {"enable_thinking": recipe.policy.reasons, **recipe.policy.template_kwargs}
+
+
 def context_builder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> ContextBuilder:
     """Raises PolicyError for a chat template that cannot serve."""
     return ContextBuilder(
@@ -43,7 +48,7 @@ def context_builder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: fr
         max_prompt_tokens=recipe.rollout.max_prompt_tokens,
         reasoning=recipe.policy.reasoning_context,
         persona_sections=recipe.policy.persona_sections,
-        template_kwargs={"enable_thinking": recipe.policy.reasons},
+        template_kwargs=template_kwargs(recipe),
     )
 
 

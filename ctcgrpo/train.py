@@ -26,7 +26,7 @@ from ctcgrpo.errors import (
     RunPaused,
     TooManyFailures,
 )
-from ctcgrpo.policy.loading import build_builtin, check_positions, load_tokenizer, pinned, stop_ids
+from ctcgrpo.policy.loading import build_builtin, check_fits, load_config, load_tokenizer, pinned, stop_ids
 from ctcgrpo.processes import interrupts, on_main
 from ctcgrpo.progress import RunProgress
 from ctcgrpo.recipe import Recipe
@@ -40,7 +40,15 @@ from ctcgrpo.rollout.vllm_adapter import ColocatedVllm, ServerWeights
 from ctcgrpo.rollout.vllm_server import VllmServerEngine
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import load_scenarios, load_scenes
-from ctcgrpo.settings import context_builder, credit_options, lora_config, play_settings, trainer_arguments, update_options
+from ctcgrpo.settings import (
+    context_builder,
+    credit_options,
+    lora_config,
+    play_settings,
+    template_kwargs,
+    trainer_arguments,
+    update_options,
+)
 from ctcgrpo.sharding import check_launcher, deepspeed_stage, sharding_arguments
 from ctcgrpo.simulator.choice import check_patience, introduced
 from ctcgrpo.simulator.client import SimulatorClient
@@ -113,11 +121,15 @@ class _Run:
             self._progress.say(f"passing over {broken}")
         policy = recipe.policy
         model: str = on_main(self._state, lambda: self._build_policy())
-        tokenizer = load_tokenizer(model, policy.revision)
-        ends = stop_ids(model, tokenizer, policy.revision)
+        tokenizer = load_tokenizer(model, policy.revision, policy.chat_template)
+        longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens
+        check_fits(load_config(model, policy.revision), tokenizer, longest, policy.model)
+        ends = stop_ids(model, tokenizer, policy.revision, template_kwargs(recipe))
         contexts = context_builder(recipe, tokenizer, ends)
-        contexts.check([*self._scenarios, *held_out])
-        check_positions(model, recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens, policy.revision)
+        played = [*self._scenarios, *held_out]
+        contexts.check(played)
+        for note in contexts.notes(played):
+            self._progress.say(note)
         urls = self._simulator_urls(stack, [*self._scenarios, *held_out])
         simulator = SimulatorClient(
             urls,

@@ -37,7 +37,7 @@ from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
 from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.settings import context_builder
+from ctcgrpo.settings import context_builder, template_kwargs
 
 _REMEMBERED = 65536
 """Replies whose ids are kept for later turns."""
@@ -165,7 +165,7 @@ def recipe_of(folder: Path) -> Recipe | None:
 def _parts(name: str, recipe: Recipe | None, max_batch: int) -> _Parts:
     """Raises PolicyError for what cannot be loaded."""
     tokenizer = load_tokenizer(name)
-    ends = stop_ids(name, tokenizer)
+    ends = stop_ids(name, tokenizer, template_kwargs=None if recipe is None else template_kwargs(recipe))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     try:

@@ -40,14 +40,14 @@ from ctcgrpo.plan.known import cards, published_shapes, shape_of
 from ctcgrpo.plan.memory import GIB, PHASES, Load, MemoryPlan, Shape, memory_plan
 from ctcgrpo.policy.attention import refuse_layouts
 from ctcgrpo.policy.context import ContextBuilder
-from ctcgrpo.policy.loading import build_untaught, load_tokenizer, refuse_positions, stop_ids
+from ctcgrpo.policy.loading import build_untaught, check_fits, load_tokenizer, stop_ids
 from ctcgrpo.policy.reasoning import CLOSE, OPEN
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Completion, Scenario
 from ctcgrpo.rollout.vllm_adapter import base_url
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import load_scenarios, load_scenes
-from ctcgrpo.settings import context_builder
+from ctcgrpo.settings import context_builder, template_kwargs
 from ctcgrpo.sharding import FSDP2, NONE, check_launcher, deepspeed_stage, offloads
 from ctcgrpo.simulator.choice import check_patience
 from ctcgrpo.simulator.client import SimulatorClient
@@ -200,10 +200,12 @@ def model(s: Subject) -> Iterator[Finding]:
         plan = "; the plan below takes its published shape" if s.shape else ""
         raise PolicyError(f"policy.model {name!r} cannot be loaded here ({str(error).splitlines()[0]}){plan}") from None
     s.shape, s.config = shape_of(config), config
-    s.tokenizer = load_tokenizer(path, s.recipe.policy.revision)
-    refuse_positions(config, s.longest, name)
+    policy = s.recipe.policy
+    s.tokenizer = load_tokenizer(path, policy.revision, policy.chat_template)
+    check_fits(config, s.tokenizer, s.longest, name)
     yield Finding("model", "ok", f"{name}, {s.shape.parameters / 1e6:,.1f} million parameters")
-    s.contexts = context_builder(s.recipe, s.tokenizer, stop_ids(path, s.tokenizer, s.recipe.policy.revision))
+    ends = stop_ids(path, s.tokenizer, policy.revision, template_kwargs(s.recipe))
+    s.contexts = context_builder(s.recipe, s.tokenizer, ends)
 
 
 @check
@@ -254,6 +256,8 @@ def context(s: Subject) -> Iterator[Finding]:
     if s.contexts is None or not s.scenarios:
         return
     s.contexts.check([*s.scenarios, *s.held_out])
+    for note in s.contexts.notes([*s.scenarios, *s.held_out]):
+        yield Finding("context", "warning", note)
     last = [_last_prompt(s, x) for x in _sample(s.scenarios, _MEASURED)]
     dropped = sum(n > 0 for _, n in last) / len(last)
     reply = min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens)
