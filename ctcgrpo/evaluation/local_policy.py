@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.policy.context import ContextBuilder, Dialogue
+from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import load_tokenizer, stop_ids
 from ctcgrpo.policy.persona import has_sections, told
 from ctcgrpo.policy.reasoning import OPEN
@@ -172,6 +173,7 @@ def _parts(name: str, recipe: Recipe | None, max_batch: int) -> _Parts:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
     except (OSError, ValueError) as error:
         raise PolicyError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from None
+    refuse_nonfinite(model, name)
     contexts = (
         context_builder(recipe, tokenizer, ends)
         if recipe is not None

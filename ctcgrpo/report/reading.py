@@ -140,5 +140,6 @@ def summary_of(episode: Trace, options: CreditOptions) -> Summary:
         failure=episode["failure"]["kind"] if episode["failure"] else None,
         turn_tokens=tuple(turn["completion_tokens"] for turn in turns),
         cut_turns=sum("cut" in turn["faults"] for turn in turns),
+        empty_turns=sum("empty_reply" in turn["faults"] for turn in turns),
         dropped_exchanges=max((turn["dropped_exchanges"] for turn in turns), default=0),
     )

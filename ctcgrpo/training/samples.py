@@ -32,6 +32,7 @@ class Summary:
     failure: str | None
     turn_tokens: tuple[int, ...]
     cut_turns: int
+    empty_turns: int
     dropped_exchanges: int
 
 
@@ -78,6 +79,7 @@ def summarise(episode: Episode, options: CreditOptions) -> Summary:
         failure=episode.failure.kind if episode.failure else None,
         turn_tokens=tuple(len(turn.completion.token_ids) for turn in episode.turns),
         cut_turns=sum("cut" in turn.faults for turn in episode.turns),
+        empty_turns=sum("empty_reply" in turn.faults for turn in episode.turns),
         dropped_exchanges=max((turn.dropped_exchanges for turn in episode.turns), default=0),
     )
 
