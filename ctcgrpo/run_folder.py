@@ -5,20 +5,23 @@ checkpoints/RUN/
     base/             the starting policy, where the recipe has it built
     metrics.jsonl     one line a step
     simulator.json    who plays the user
+    data.json         digests of the scenarios, of a local model's files and of a chat template's
     sharding.json     how DeepSpeed or FSDP2 is configured
     simulator.jsonl   the log of the embedded simulator server
     validation.jsonl  one line a validation
     summary.json      before, after, and the improvement between them
     traces/*.jsonl    one line an episode
-    checkpoint-N/     after N optimizer steps; complete once COMPLETE stands in it, with the size of every file
+    checkpoint-N/     after N optimizer steps; complete once COMPLETE stands in it, which lists every file with its size and digest
     best/             the policy that did best in a validation
     final/            the trained policy and its tokenizer; the run is finished once COMPLETE stands in it
+    final-after-N-steps/  what a finished run had, once it was given more steps; with its summary.json
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -97,17 +100,31 @@ class RunFolder:
         Raises OutputError where it holds a finished run, or one of another recipe that has trained already.
         """
         started = self.newest_checkpoint()
-        if self.recipe_file.exists() and (started or is_complete(self.final)):
+        finished = is_complete(self.final)
+        if self.recipe_file.exists() and (started or finished):
             self._refuse_other_run(recipe)
-        if is_complete(self.final):
+        if finished and not (started and self.extended_from(recipe)):
             raise OutputError(
-                f"{self.path} holds a finished run of this recipe; take {self.final}, or start another with run.name=NAME"
+                f"{self.path} holds a finished run of this recipe; take {self.final}, give it more steps with "
+                "training.max_steps=N, or start another with run.name=NAME"
             )
         return started
+
+    def extended_from(self, recipe: Recipe) -> int | None:
+        """The number of steps that the run was to have, where this recipe gives it more; else None."""
+        if not self.recipe_file.exists():
+            return None
+        steps = int(self._recorded()["training"]["max_steps"])
+        return steps if recipe.training.max_steps > steps else None
 
     def begin(self, recipe: Recipe, steps: int) -> None:
         """Training begins after `steps` batches of rollouts: record the recipe, forget what an earlier life of the run wrote
         of later steps, and all that it wrote where nothing of it goes on."""
+        if is_complete(self.final) and (steps_then := self.extended_from(recipe)):
+            kept = self.path / f"final-after-{steps_then}-steps"
+            if (summary := self.path / "summary.json").exists():
+                summary.rename(self.final / summary.name)
+            self.final.rename(kept)
         write_whole(self.recipe_file, recipe.to_yaml())
         for trace in self.traces.glob("*.jsonl"):
             step = re.fullmatch(r"\w+-(\d+)\.rank-\d+", trace.stem)
@@ -118,14 +135,21 @@ class RunFolder:
             self.discard_best()
         self._rewind(steps)
 
-    def keep_to(self, name: str, now: Mapping[str, Any], *, resumes: bool) -> None:
-        """Record in a file what decides the run beside its recipe (who plays the user, how it is sharded); raises OutputError where
-        a run that goes on would meet something else."""
+    def keep_to(
+        self,
+        name: str,
+        now: Mapping[str, Any],
+        *,
+        resumes: bool,
+        compare: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] = differences,
+    ) -> None:
+        """Record in a file what decides the run beside its recipe (who plays the user, how it is sharded, the data); raises
+        OutputError where a run that resumes would meet something else."""
         file = self.path / name
-        if resumes and file.exists() and (changed := differences(json.loads(file.read_text(encoding="utf-8")), now)):
+        if resumes and file.exists() and (changed := compare(json.loads(file.read_text(encoding="utf-8")), now)):
             raise OutputError(
-                f"{self.path} was trained with another {name.removesuffix('.json')} ({'; '.join(changed)}); go on with that one, "
-                "or start another run with run.name=NAME"
+                f"{self.path} was trained with other {name.removesuffix('.json')} ({'; '.join(changed)}); restore what it was "
+                "to resume, or start another run with run.name=NAME"
             )
         write_whole(file, json.dumps(now) + "\n")
 
@@ -163,8 +187,10 @@ class RunFolder:
             write_whole(self.metrics_file, "".join(kept))
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
+        """Add a line; a number that is not finite (nothing was measured) is written as null, since JSON knows no NaN."""
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         with self.metrics_file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(metrics) + "\n")
+            out.write(json.dumps(known, allow_nan=False) + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_whole(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -176,20 +202,26 @@ class RunFolder:
         if changed := self.changes(recipe):
             raise OutputError(
                 f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])}); "
-                "undo the change to go on with it, or start another with run.name=NAME"
+                "undo the change to resume it, or start another with run.name=NAME"
             )
 
     def changes(self, recipe: Recipe) -> list[str]:
-        """What the recorded recipe and this one differ in; `hardware` says what a run was meant for, not what it is."""
+        """What the recorded recipe and this one differ in, beyond what a run may change: `hardware` says what it was meant for, not
+        what it is, and it may be given more steps."""
+        old, now = self._recorded(), recipe.model_dump(mode="json")
+        for resolved in (old, now):
+            resolved.pop("hardware", None)
+        if self.extended_from(recipe):
+            old["training"]["max_steps"] = now["training"]["max_steps"]
+        return differences(old, now)
+
+    def _recorded(self) -> dict[str, Any]:
+        """The resolved recipe that the folder's run was started with. Raises OutputError where it cannot be read."""
         try:
             old = parse_mapping(read_text(self.recipe_file, "recipe"), self.recipe_file, Recipe, "recipe")
-        except RecipeError as error:
+            return Recipe.model_validate(old).model_dump(mode="json")  # what an older version did not know had its default
+        except (RecipeError, ValidationError) as error:
+            reason = str(error).splitlines()[0]
             raise OutputError(
-                f"{self.path} holds a run, but not what it was: {error}; start another with run.name=NAME"
+                f"{self.path} holds a run, but its recipe.yaml cannot be read: {reason}; start another with run.name=NAME"
             ) from None
-        with contextlib.suppress(ValidationError):  # what an older version did not know yet had its default
-            old = Recipe.model_validate(old).model_dump(mode="json")
-        now = recipe.model_dump(mode="json")
-        for told in (old, now):
-            told.pop("hardware", None)
-        return differences(old, now)

@@ -15,9 +15,11 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
+from trl import GRPOConfig
 from trl.trainer.utils import ensure_master_addr_port
 
 from ctcgrpo import __version__
+from ctcgrpo.data_digest import data_changes, folder_digest, scenarios_digest
 from ctcgrpo.errors import (
     CtcGrpoError,
     PolicyError,
@@ -25,7 +27,9 @@ from ctcgrpo.errors import (
     RunInterrupted,
     RunPaused,
     TooManyFailures,
+    TrainingDiverged,
 )
+from ctcgrpo.files import file_digest
 from ctcgrpo.policy.loading import build_builtin, check_fits, load_config, load_tokenizer, pinned, stop_ids
 from ctcgrpo.processes import interrupts, on_main
 from ctcgrpo.progress import RunProgress
@@ -56,7 +60,7 @@ from ctcgrpo.simulator.config import SCRIPTED_USER, load_simulator_config
 from ctcgrpo.simulator.logs import json_log
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.tracking import tracker_of
-from ctcgrpo.training.schedule import step_schedule
+from ctcgrpo.training.schedule import learning_rate_at, step_schedule
 from ctcgrpo.training.trainer import CtcGrpoTrainer
 from ctcgrpo.validation import Validator
 
@@ -120,6 +124,11 @@ class _Run:
         for broken in on_main(self._state, self._folder.passed_over):
             self._progress.say(f"passing over {broken}")
         policy = recipe.policy
+        data = self._data(held_out)
+        on_main(
+            self._state,
+            lambda: self._folder.keep_to("data.json", data, resumes=self._resume is not None, compare=data_changes),
+        )
         model: str = on_main(self._state, lambda: self._build_policy())
         tokenizer = load_tokenizer(model, policy.revision, policy.chat_template)
         longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens
@@ -160,6 +169,8 @@ class _Run:
             callbacks=[_Bookkeeping(self)],
         )
         self._trainer.remove_callback(PrinterCallback)
+        if steps := on_main(self._state, lambda: self._folder.extended_from(recipe)):
+            self._progress.say(_extension(arguments, steps * recipe.training.updates_per_step, recipe))
         self._engine: PolicyEngine = self._make_engine(tokenizer, ends, interrupted)
         stack.callback(self._engine.close)
         self._runner = RolloutRunner(
@@ -172,6 +183,18 @@ class _Run:
             interrupted=interrupted,
         )
         self._validator = self._make_validator(held_out) if recipe.validation else None
+
+    def _data(self, held_out: Sequence[Scenario]) -> dict[str, dict[str, str]]:
+        """Digests of what the run plays and starts from, by the field that names it."""
+        recipe, policy = self._recipe, self._recipe.policy
+        data = {"scenarios.train": scenarios_digest(self._scenarios)}
+        if recipe.validation:
+            data["validation.scenarios"] = scenarios_digest(held_out)
+        if not policy.model.startswith("builtin/") and (folder := Path(policy.model)).is_dir():
+            data["policy.model"] = folder_digest(folder)
+        if policy.chat_template is not None and policy.chat_template.is_file():
+            data["policy.chat_template"] = {policy.chat_template.name: file_digest(policy.chat_template)}
+        return data
 
     def _make_trainer(self, **parts: Any) -> CtcGrpoTrainer:
         try:
@@ -243,12 +266,15 @@ class _Run:
             trainer.train(resume_from_checkpoint=str(self._resume) if self._resume else None)
             if trainer.stop_requested:
                 raise RunInterrupted("interrupted")
+            trainer.refuse_nonfinite_weights()
             if self._validator:
                 self._validator.validate(self._recipe.training.max_steps)
         except (RunPaused, TooManyFailures) as error:
             progress.stop()
             trainer.save_now()
             raise type(error)(f"{error}. {self._how_to_go_on()}") from None
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"{error}. {self._how_to_start_over()}") from None
         finally:
             progress.stop()
         trainer.save_model(str(folder.final))
@@ -292,6 +318,11 @@ class _Run:
             self._folder.append_metrics({"step": step, **metrics})
             self._tracker.metrics(step, metrics)
             self._progress.step(step, metrics)
+            if metrics["replies/empty"] == 1:
+                self._progress.say(
+                    f"step {step}: every reply is empty: the policy ends each one at once, so there is nothing to learn from; "
+                    "lower training.learning_rate, or start from an earlier checkpoint"
+                )
 
     @property
     def trainer(self) -> CtcGrpoTrainer:
@@ -390,6 +421,13 @@ class _Run:
         saved = f"Saved {checkpoint}" if checkpoint else "Nothing was trained yet"
         return f"{saved}; the same command again goes on from there"
 
+    def _how_to_start_over(self) -> str:
+        checkpoint = self._folder.newest_checkpoint()
+        if checkpoint is None:
+            return "Nothing was saved; start again with the mended recipe"
+        again = f"policy.model={checkpoint} run.name=NAME"
+        return f"The last good checkpoint is {checkpoint}; start another run from it with the mended recipe: {again}"
+
 
 def _alone() -> None:
     """A process that was launched by itself, for DeepSpeed: it wants to be told where to meet the others."""
@@ -397,6 +435,15 @@ def _alone() -> None:
         os.environ.setdefault(name, "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     ensure_master_addr_port()
+
+
+def _extension(arguments: GRPOConfig, before: int, recipe: Recipe) -> str:
+    """What becomes of the schedule in a run that is given more steps; `before`: the optimizer steps that it was to have."""
+    rate, length = learning_rate_at(arguments, before), f"{recipe.training.max_steps} steps"
+    return (
+        f"resuming with training.max_steps {before // recipe.training.updates_per_step} -> {recipe.training.max_steps}: the "
+        f"{recipe.training.schedule} schedule now spans {length}; the learning rate behind the earlier end is {rate:.3g}"
+    )
 
 
 def _data_set(recipe: Recipe, scenarios: Sequence[Scenario]) -> Dataset:

@@ -289,6 +289,101 @@ def test_a_broken_checkpoint_is_never_loaded(ctcgrpo: Command, tmp_path: Path) -
     assert (folder / "final" / "model.safetensors").read_bytes() == final
 
 
+def test_files_that_are_not_what_was_written_are_never_loaded(ctcgrpo: Command, tmp_path: Path) -> None:
+    command = ["train", TINY, *FAST, "training.max_steps=3", f"run.output_dir={tmp_path}"]
+    assert ctcgrpo(*command)[0] == 0
+    folder = tmp_path / "tiny"
+    final = (folder / "final" / "model.safetensors").read_bytes()
+    weights = folder / "checkpoint-3" / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))  # zeros, in the right length
+    (folder / "checkpoint-2" / "COMPLETE").write_text("{}")
+    (folder / "final" / "COMPLETE").unlink()
+    code, out, err = ctcgrpo(*command)
+    assert code == 0, err
+    told = " ".join(out.split())
+    assert "checkpoint-3: model.safetensors is damaged" in told and "checkpoint-2: COMPLETE lists no file" in told
+    assert "step 2/3" in out and "step 1/3" not in out
+    assert (folder / "final" / "model.safetensors").read_bytes() == final
+
+
+def test_a_run_that_resumes_meets_the_same_data(ctcgrpo: Command, pack: Path, tiny: Path, tmp_path: Path) -> None:
+    model, template = tmp_path / "model", tmp_path / "template.jinja"
+    shutil.copytree(tiny, model)
+    shutil.copy(model / "chat_template.jinja", template)
+    command = ["train", TINY, *FAST, "training.max_steps=2", f"run.output_dir={tmp_path}", f"scenarios.train={pack}"]
+    command += [f"policy.model={model}", f"policy.chat_template={template}"]
+    command += [f"validation={{scenarios: {pack}, every: 9}}"]
+    assert ctcgrpo(*command)[0] == 0
+    folder = tmp_path / "tiny"
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "checkpoint-2")  # as if it had been killed after its first checkpoint
+
+    file = pack / "support_final.jsonl"
+    whole = file.read_text()
+
+    def refused(*reasons: str) -> None:
+        code, _, err = ctcgrpo(*command)
+        assert code == 6 and all(reason in err for reason in reasons), err
+
+    lines = whole.splitlines(keepends=True)
+    file.write_text("".join(lines[:8]))
+    refused(
+        "other data", "scenarios.train: 8 removed (support-train-09, support-train-10, support-train-11, ...)", "validation."
+    )
+    file.write_text("".join(lines[::-1]))
+    refused("scenarios.train: in another order")
+    file.write_text(whole.replace("### Background", "### Altered background", 1))
+    refused("scenarios.train: 1 altered (support-train-01)")
+    file.write_text(whole)
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config + " ")
+    refused("policy.model: 1 altered (config.json)")
+    (model / "config.json").write_text(config)
+    template.write_text(template.read_text() + " ")
+    refused("policy.chat_template: 1 altered (template.jinja)", "run.name=NAME")
+    shutil.copy(model / "chat_template.jinja", template)
+    code, out, err = ctcgrpo(*command)
+    assert code == 0 and "step 2/2" in out, err
+
+
+def test_a_finished_run_can_be_given_more_steps(ctcgrpo: Command, tmp_path: Path) -> None:
+    command = ["train", TINY, *FAST, f"run.output_dir={tmp_path}", "training.schedule=constant", "training.warmup=0"]
+    assert ctcgrpo(*command, "training.max_steps=3", "run.name=whole")[0] == 0
+    assert ctcgrpo(*command, "training.max_steps=1")[0] == 0
+    folder = tmp_path / "tiny"
+    first = (folder / "final" / "model.safetensors").read_bytes()
+    code, _, err = ctcgrpo(*command, "training.max_steps=1")
+    assert code == 6 and "holds a finished run" in err and "training.max_steps=N" in err
+    code, _, err = ctcgrpo(*command, "training.max_steps=2", "credit.alpha=3")
+    assert code == 6 and "credit.alpha: 15.0 -> 3.0" in err and "max_steps" not in err
+    code, out, err = ctcgrpo(*command, "training.max_steps=3")
+    assert code == 0, err
+    assert "training.max_steps 1 -> 3: the constant schedule now spans 3 steps; the learning rate" in " ".join(out.split())
+    assert "step 2/3" in out and "step 1/3" not in out
+    # The same weights as a run that was to have three steps from the beginning, and the earlier policy beside them.
+    final = (folder / "final" / "model.safetensors").read_bytes()
+    assert final == (tmp_path / "whole" / "final" / "model.safetensors").read_bytes() != first
+    assert (folder / "final-after-1-steps" / "model.safetensors").read_bytes() == first
+    code, _, err = ctcgrpo(*command, "training.max_steps=2")
+    assert code == 6 and "training.max_steps: 3 -> 2" in err
+
+
+def test_more_steps_take_their_learning_rate_from_the_longer_schedule(ctcgrpo: Command, tmp_path: Path) -> None:
+    command = ["train", TINY, *FAST, f"run.output_dir={tmp_path}", "training.warmup=0", "training.learning_rate=1e-3"]
+    assert ctcgrpo(*command, "training.max_steps=4", "run.name=whole")[0] == 0
+    assert ctcgrpo(*command, "training.max_steps=2")[0] == 0
+    code, out, err = ctcgrpo(*command, "training.max_steps=4")
+    assert code == 0, err
+
+    def rates(name: str) -> list[float]:
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["learning_rate"] for line in lines]
+
+    assert rates("tiny")[2:] == pytest.approx(rates("whole")[2:])
+    assert rates("tiny")[1] != pytest.approx(rates("whole")[1])
+    assert f"the learning rate behind the earlier end is {rates('whole')[2]:.3g}" in " ".join(out.split())
+
+
 def _wandb_history(log: Path) -> dict[str, list[str]]:
     """What an offline run of W&B was told, by name: JSON values in their order. Its file is a LevelDB log of records: after 7
     bytes, blocks of 32 KiB with pieces of (checksum, length, kind: 1 whole, 2 first, 3 middle, 4 last)."""
