@@ -10,14 +10,24 @@ from typing import Any, Literal
 
 import jinja2
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ctcgrpo import __version__
 from ctcgrpo.errors import OutputError, PolicyError
 from ctcgrpo.files import checkpoints, is_complete
+from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import stop_ids
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.settings import template_kwargs
 
 Dtype = Literal["bfloat16", "float32"]
@@ -26,7 +36,8 @@ Dtype = Literal["bfloat16", "float32"]
 def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat16") -> Path:
     """Write a policy of a run to `out`: `which` is final, best, or the number of a checkpoint (its optimizer steps).
 
-    Adapters are merged, and shards joined, in float32, then rounded to `dtype`. Raises OutputError for a run or checkpoint that is
+    Adapters are merged, and shards joined, in float32, then rounded to `dtype`. What was written is loaded again and its
+    log-probabilities are held against the trained policy's. Raises OutputError for a run or checkpoint that is
     not there or not complete, and where `out` exists; PolicyError where the base model cannot be loaded.
     """
     folder = RunFolder(run)
@@ -38,12 +49,16 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
     source = _source(folder, which)
     base = str(folder.base) if recipe.policy.model.startswith("builtin/") else recipe.policy.model
     try:
-        model = _whole(source, base, recipe.policy.revision, dtype).to(getattr(torch, dtype))
+        trained = _trained(source, base, recipe.policy.revision, dtype)
         tokenizer = AutoTokenizer.from_pretrained(
             source if (source / "tokenizer_config.json").exists() else base, revision=recipe.policy.revision
         )
     except (OSError, ValueError) as error:
         raise PolicyError(f"{source} cannot be loaded on {base!r}: {str(error).splitlines()[0]}") from None
+    refuse_nonfinite(trained, str(source))
+    wanted = _logprobs(trained, tokenizer)
+    model = (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained).to(getattr(torch, dtype))
+    del trained
     model.generation_config = _generation(
         recipe, sorted(stop_ids(base, tokenizer, recipe.policy.revision, template_kwargs(recipe)))
     )
@@ -51,6 +66,8 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    del model
+    _refuse_another_policy(partial, tokenizer, wanted, dtype)
     summary = run / "summary.json"
     figures = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
     (partial / "README.md").write_text(model_card(recipe, figures, which=which), encoding="utf-8")
@@ -87,14 +104,39 @@ def _source(folder: RunFolder, which: str) -> Path:
     return source
 
 
-def _whole(source: Path, base: str, revision: str | None, dtype: Dtype) -> PreTrainedModel:
-    """The policy in float32, in one piece."""
-    if (source / "adapter_config.json").exists():
-        from peft import PeftModel
+_TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.1}
+"""How far log-probabilities may be off on the mean, in nats: what rounding weights does, far below what another policy is off."""
 
+
+@torch.no_grad()
+def _logprobs(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Log-probabilities of the tokens of a few personas, one after the other."""
+    model.eval()
+    found = []
+    for scenario in [*load_scenarios("english/test", "test")[:2], *load_scenarios("chinese/test", "test")[:1]]:
+        ids = torch.tensor([tokenizer.encode(scenario.policy_persona, add_special_tokens=False)[:256]])
+        scores = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+        found.append(scores.gather(-1, ids[0, 1:, None])[:, 0])
+    return torch.cat(found)
+
+
+def _refuse_another_policy(folder: Path, tokenizer: PreTrainedTokenizerBase, wanted: torch.Tensor, dtype: Dtype) -> None:
+    """Raises PolicyError, and removes the folder, where what was written there is not the policy that was trained."""
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    apart = float((_logprobs(again, tokenizer) - wanted).abs().mean())
+    if not apart <= _TOLERANCE[dtype]:
+        shutil.rmtree(folder)
+        raise PolicyError(
+            f"the export is not the trained policy: its log-probabilities are {apart:.3g} nats off on the mean, beyond "
+            f"{_TOLERANCE[dtype]:g} (--dtype {dtype}); nothing was written"
+        )
+
+
+def _trained(source: Path, base: str, revision: str | None, dtype: Dtype) -> PreTrainedModel | PeftModel:
+    """The policy in float32: whole, or as an adapter on its base."""
+    if (source / "adapter_config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
-        merged: PreTrainedModel = PeftModel.from_pretrained(model, str(source)).merge_and_unload()
-        return merged
+        return PeftModel.from_pretrained(model, str(source))
     shards = any(
         source.glob("global_step*")
     )  # DeepSpeed's own, with float32 masters; beside them lie weights rounded to bfloat16

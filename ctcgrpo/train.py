@@ -30,6 +30,7 @@ from ctcgrpo.errors import (
     TrainingDiverged,
 )
 from ctcgrpo.files import file_digest
+from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.loading import build_builtin, check_fits, load_config, load_tokenizer, pinned, stop_ids
 from ctcgrpo.processes import interrupts, on_main
 from ctcgrpo.progress import RunProgress
@@ -132,7 +133,10 @@ class _Run:
         model: str = on_main(self._state, lambda: self._build_policy())
         tokenizer = load_tokenizer(model, policy.revision, policy.chat_template)
         longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens
-        check_fits(load_config(model, policy.revision), tokenizer, longest, policy.model)
+        config, adapter = load_config(model, policy.revision), lora_config(recipe)
+        check_fits(config, tokenizer, longest, policy.model)
+        if adapter is not None:
+            refuse_tied_targets(config, adapter)
         ends = stop_ids(model, tokenizer, policy.revision, template_kwargs(recipe))
         contexts = context_builder(recipe, tokenizer, ends)
         played = [*self._scenarios, *held_out]
@@ -159,7 +163,7 @@ class _Run:
             args=arguments,
             train_dataset=_data_set(recipe, self._scenarios),
             processing_class=tokenizer,
-            peft_config=lora_config(recipe),
+            peft_config=adapter,
             collect=self._collect,
             confirm=lambda: self._together(self._engine.confirm),
             before_step=self._validate_when_due,

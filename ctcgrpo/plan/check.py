@@ -33,11 +33,11 @@ from ctcgrpo.errors import (
     RecipeError,
     SimulatorTransportError,
 )
-from ctcgrpo.files import is_complete
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.plan.cost import Asked, Tokens, hours, money
 from ctcgrpo.plan.known import cards, published_shapes, shape_of
 from ctcgrpo.plan.memory import GIB, PHASES, Load, MemoryPlan, Shape, memory_plan
+from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.attention import refuse_layouts
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import build_untaught, check_fits, load_tokenizer, stop_ids
@@ -47,7 +47,7 @@ from ctcgrpo.records import Completion, Scenario
 from ctcgrpo.rollout.vllm_adapter import base_url
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import load_scenarios, load_scenes
-from ctcgrpo.settings import context_builder, template_kwargs
+from ctcgrpo.settings import context_builder, lora_config, template_kwargs
 from ctcgrpo.sharding import FSDP2, NONE, check_launcher, deepspeed_stage, offloads
 from ctcgrpo.simulator.choice import check_patience
 from ctcgrpo.simulator.client import SimulatorClient
@@ -210,8 +210,11 @@ def model(s: Subject) -> Iterator[Finding]:
 
 @check
 def adapter(s: Subject) -> Iterator[Finding]:
-    lora = s.recipe.policy.lora
-    if s.config is None or lora is None or isinstance(lora.target_modules, str):
+    lora, config = s.recipe.policy.lora, lora_config(s.recipe)
+    if s.config is None or lora is None or config is None:
+        return
+    refuse_tied_targets(s.config, config)
+    if isinstance(lora.target_modules, str):
         return
     names = [name for name, _ in s.skeleton.named_modules()]
     if missing := [t for t in lora.target_modules if not any(name == t or name.endswith(f".{t}") for name in names)]:
@@ -569,16 +572,13 @@ def disk(s: Subject) -> Iterator[Finding]:
 @check
 def output(s: Subject) -> Iterator[Finding]:
     folder = RunFolder(s.recipe.folder)
-    if is_complete(folder.final):
-        yield Finding("output", "failed", f"{folder.path} holds a finished run; take another run.name")
-    elif folder.newest_checkpoint() and folder.recipe_file.exists():
-        changed = folder.changes(s.recipe)
-        if changed:
-            yield Finding("output", "failed", f"{folder.path} holds a run of another recipe ({'; '.join(changed[:5])})")
-        else:
-            yield Finding("output", "ok", f"goes on from {folder.newest_checkpoint()}")
-    else:
+    resumed = folder.open(s.recipe)
+    if resumed is None:
         yield Finding("output", "ok", f"{folder.path} is free")
+    else:
+        extended = folder.extended_from(s.recipe)
+        more = f", with training.max_steps {extended} -> {s.recipe.training.max_steps}" if extended else ""
+        yield Finding("output", "ok", f"resumes from {resumed}{more}")
 
 
 @check

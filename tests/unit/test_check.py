@@ -127,18 +127,21 @@ def test_a_launcher_that_shards_otherwise_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
-    (folder / "checkpoint-2").mkdir(parents=True)
+    for name in ("checkpoint-2", "final"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text("{}")
     mark_complete(folder / "checkpoint-2")
     recipe = load_recipe(TINY, [f"run.output_dir={tmp_path}"])
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
-    assert look(tmp_path)["output"][0].text == f"goes on from {folder / 'checkpoint-2'}"
+    assert look(tmp_path)["output"][0].text == f"resumes from {folder / 'checkpoint-2'}"
     assert look(tmp_path, "hardware.processes=2")["output"][0].level == "ok"
+    assert "with training.max_steps 2 -> 5" in look(tmp_path, "training.max_steps=5")["output"][0].text
     assert "credit.alpha: 15.0 -> 3.0" in failed(look(tmp_path, "credit.alpha=3"))["output"]
-    (folder / "recipe.yaml").write_text("run: [")
-    assert f"but not what it was: {folder / 'recipe.yaml'}: not valid YAML" in failed(look(tmp_path))["output"]
-    (folder / "final").mkdir()
     mark_complete(folder / "final")
     assert "holds a finished run" in failed(look(tmp_path))["output"]
+    assert look(tmp_path, "training.max_steps=5")["output"][0].level == "ok"
+    (folder / "recipe.yaml").write_text("run: [")
+    assert f"its recipe.yaml cannot be read: {folder / 'recipe.yaml'}: not valid YAML" in failed(look(tmp_path))["output"]
 
 
 def test_what_a_run_costs(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ctcgrpo.errors import OutputError
@@ -126,3 +127,35 @@ def test_zero_1_in_bfloat16_is_exported_from_its_rounded_weights(run: Path, ctcg
     assert code == 0, err
     model = AutoModelForCausalLM.from_pretrained(run / "export")
     assert float(model.model.norm.weight[0]) == len("checkpoint-4")
+
+
+def test_an_export_that_is_another_policy_is_not_written(run: Path, tiny: Path, ctcgrpo: Command) -> None:
+    """An adapter on a head that is tied to the embedding: merged, it changes both."""
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    adapted = get_peft_model(
+        base, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    adapted.save_pretrained(run / "checkpoint-6")
+    for weights in (run / "checkpoint-6").glob("model*.safetensors"):
+        weights.unlink()
+    mark_complete(run / "checkpoint-6")
+    for dtype in ("bfloat16", "float32"):
+        code, _, err = ctcgrpo("export", str(run), "--which", "6", "--dtype", dtype)
+        assert code == 4 and "the export is not the trained policy: its log-probabilities are " in err, err
+        assert not (run / "export").exists() and not list(run.glob("*.partial"))
+
+
+def test_an_adapter_is_merged_into_the_policy_that_was_trained(run: Path, tiny: Path, ctcgrpo: Command) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    adapted = get_peft_model(
+        base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    adapted.save_pretrained(run / "checkpoint-6")
+    (run / "checkpoint-6" / "model.safetensors").unlink()
+    mark_complete(run / "checkpoint-6")
+    code, _, err = ctcgrpo("export", str(run), "--which", "6", "--dtype", "float32")
+    assert code == 0, err
+    ids = torch.arange(50)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(run / "export")(ids).logits
+        assert torch.allclose(merged, adapted.eval()(ids).logits, atol=1e-3)

@@ -124,6 +124,12 @@ def without_chat_template(tiny: Path, folder: Path) -> Path:
         ("training.bf16=true", 2, "this machine cannot run the recipe's training section"),
         ("policy.attention=foo", 2, "policy.attention is 'foo', but packing and the transformers engine bring their own"),
         ("policy.lora={target_modules: [nope]}", 4, "policy (model 'builtin/tiny', attention, lora)"),
+        ("policy.lora={target_modules: [lm_head]}", 4, "takes in lm_head, which this model ties to model.embed_tokens"),
+        (
+            "policy.lora={target_modules: '.*embed_tokens'}",
+            4,
+            "takes in model.embed_tokens, which this model ties to lm_head",
+        ),
         ("policy.model=WITHOUT_WEIGHTS", 4, "without_weights', attention, lora)"),
     ],
 )
