@@ -91,7 +91,10 @@ def evaluate(
         Literal["full", "rich", "plain", "none"] | None, typer.Option(help="Inspect's display while it plays.")
     ] = None,
 ) -> None:
-    """Evaluate a model on a benchmark; the same command goes on where it was interrupted, and plays again what failed."""
+    """Evaluate a model, or a run's base and final policy, on a benchmark.
+
+    The same command resumes an evaluation that was interrupted, and repeats the dialogues that failed.
+    """
     console = _console()
     given: Given = {
         name: value for name, value in locals().items() if name not in ("bench", "console") and value is not None
@@ -125,12 +128,12 @@ def compare(
     dialogues: Annotated[int, typer.Option(min=0, help="How many of those that changed most, in each direction.")] = 3,
     mixed: Annotated[bool, typer.Option("--mixed", help="Although simulator, judge or variant differ.")] = False,
 ) -> None:
-    """Compare evaluations scenario by scenario: differences with intervals, a forest plot, the dialogues that changed most."""
+    """Compare evaluations by paired differences, with a plot and the dialogues that changed most."""
     _compare(compared(folders, mixed=mixed), out or folders[-1], dialogues, _console())
 
 
 def leaderboard(folder: Annotated[Path, typer.Argument(help="Where evaluations are, at any depth.")] = _OUT) -> None:
-    """Rank the models of all evaluations below a folder, for each benchmark and each way of playing it."""
+    """Rank the models of all evaluations in a folder."""
     print_leaderboard(ranked(folder), _console())
 
 
