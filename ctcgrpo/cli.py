@@ -110,7 +110,11 @@ def serve(
     host: Annotated[str, typer.Option(help="Interface to listen on; a token is needed beyond loopback.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8765,
 ) -> None:
-    """Run a simulator server."""
+    """Run a simulator server.
+
+    Its HTTP contract, with a curl example, is in ctcgrpo/simulator/README.md; `ctcgrpo fields simulator-config` explains its
+    configuration.
+    """
     from ctcgrpo.simulator.config import SCRIPTED_USER, load_simulator_config
     from ctcgrpo.simulator.server import serve_forever
 

@@ -162,6 +162,8 @@ def _array(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
 
 
 def _mapping(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    if "properties" in schema:  # a record of its own
+        return str(schema["title"])
     names = allowed(schema["propertyNames"], definitions) if "propertyNames" in schema else "any name"
     values = schema.get("additionalProperties")
     held = allowed(values, definitions) if isinstance(values, Mapping) else "any value"
