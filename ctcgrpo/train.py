@@ -26,6 +26,7 @@ from ctcgrpo.errors import (
     RunPaused,
     TooManyFailures,
 )
+from ctcgrpo.evaluation.played import validation_settings
 from ctcgrpo.policy.loading import build_builtin, check_positions, load_tokenizer, pinned, stop_ids
 from ctcgrpo.processes import interrupts, on_main
 from ctcgrpo.progress import RunProgress
@@ -245,6 +246,7 @@ class _Run:
                 facts = {
                     "run": self._recipe.run.name,
                     "scoring_variant": self._recipe.scoring.variant,
+                    "settings": validation_settings(self._recipe),
                     "simulator": {**self._simulator_says, "spent": asyncio.run(_account(self._simulator))},
                     "version": __version__,
                 }
