@@ -73,6 +73,12 @@ def test_an_export_loads_and_says_what_was_measured(run: Path, ctcgrpo: Command)
     assert "the best policy" in card
 
 
+def test_the_card_of_a_run_with_the_scripted_user(run: Path) -> None:
+    (run / "summary.json").write_text(json.dumps({**SUMMARY, "simulator": {"backend": "scripted", "deadline": None}}))
+    export(run, run / "out")
+    assert "The user was played by scripted;" in (run / "out" / "README.md").read_text()
+
+
 def test_without_validation_the_card_says_that_nothing_is_known(run: Path) -> None:
     export(run, run / "out")
     assert "nothing is known of how good this policy is" in (run / "out" / "README.md").read_text()
