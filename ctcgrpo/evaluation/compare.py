@@ -46,7 +46,7 @@ def compared(folders: Sequence[Path], names: Sequence[str] | None = None, *, mix
         "bench": first["bench"],
         "title": " / ".join(dict.fromkeys(map(title_of, summaries))),
         "settings": in_words(_shared(summaries)) or "none in common",
-        "other": " / ".join(dict.fromkeys(map(_meaning, summaries))),
+        "other": " / ".join(dict.fromkeys(map(other_of, summaries))),
         "baseline": {"name": names[0], "folder": str(folders[0])},
         "others": [
             _against(first, summary, folders[0], folder, name)
