@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +19,7 @@ from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
 from ctcgrpo.factory import commands as scenarios
 from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.reference import commands as reference
 from ctcgrpo.report import commands as reporting
 from ctcgrpo.study import commands as studying
 from ctcgrpo.sweep import commands as sweeping
@@ -32,13 +33,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(scenarios.app, name="scenarios")
-app.command()(evaluation.evaluate)
-app.command()(evaluation.compare)
-app.command()(evaluation.leaderboard)
-app.command()(sweeping.sweep)
-app.command()(studying.study)
-app.command()(reporting.report)
 
 
 def main() -> None:
@@ -56,14 +50,13 @@ def run_recipe(file: str) -> None:
     _guarded(lambda: train_here(load_recipe(file, sys.argv[1:])))
 
 
-@app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value ...")] = None,
     config_file: Annotated[Path | None, typer.Option(help="An accelerate configuration.")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
 ) -> None:
-    """Train a recipe. The same command again goes on where it was interrupted.
+    """Train a recipe; the same command resumes a run that was interrupted.
 
     With one process it runs right here; with several GPUs, --processes or --config-file, through accelerate.
     """
@@ -90,12 +83,11 @@ def train(
     os.execv(sys.executable, [*command, "--module", "ctcgrpo", "train", str(recipe), *(overrides or [])])
 
 
-@app.command()
 def check(
     recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value ...")] = None,
 ) -> None:
-    """Find what would fail later, before any GPU is taken; then say what the run will need and cost."""
+    """Check a recipe before it takes a GPU, and print the memory, time and cost of its run."""
     settings = load_recipe(recipe, overrides or [])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from rich.console import Console
@@ -111,7 +103,6 @@ def check(
         sys.exit(RecipeError.exit_code)
 
 
-@app.command()
 def serve(
     config: Annotated[
         Path | None, typer.Argument(help="A configuration (configs/simulator); else the scripted user.")
@@ -119,7 +110,11 @@ def serve(
     host: Annotated[str, typer.Option(help="Interface to listen on; a token is needed beyond loopback.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8765,
 ) -> None:
-    """Run a simulator server."""
+    """Run a simulator server.
+
+    Its HTTP contract, with a curl example, is in ctcgrpo/simulator/README.md; `ctcgrpo fields simulator-config` explains its
+    configuration.
+    """
     from ctcgrpo.simulator.config import SCRIPTED_USER, load_simulator_config
     from ctcgrpo.simulator.server import serve_forever
 
@@ -130,7 +125,6 @@ _CONFIG = typer.Option(help="The simulator's configuration (configs/simulator); 
 _URLS = typer.Option(help="A simulator server that runs already; several for replicas.")
 
 
-@app.command()
 def chat(
     scenario: Annotated[str | None, typer.Option(help="The scenario's id; the first one by default.")] = None,
     scenarios: Annotated[str, typer.Option(help="Where it is: a path, a bundled pack, or a dataset.")] = "english/test",
@@ -138,7 +132,7 @@ def chat(
     url: Annotated[list[str] | None, _URLS] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Replies at most.")] = 8,
 ) -> None:
-    """Play the policy's role yourself: type replies, see the user's state move, and why."""
+    """Play the policy's role against the simulated user."""
     import asyncio
 
     from rich.console import Console
@@ -152,7 +146,6 @@ def chat(
         asyncio.run(chat(chosen, simulator, Console(), lambda: input("You: "), rounds=rounds))
 
 
-@app.command()
 def noise(
     run: Annotated[Path, typer.Argument(help="A run's folder, whose recorded dialogues are replayed.")],
     config: Annotated[Path | None, _CONFIG] = None,
@@ -160,7 +153,7 @@ def noise(
     dialogues: Annotated[int, typer.Option(min=1, help="Of each scene.")] = 5,
     replays: Annotated[int, typer.Option(min=2, help="How often each turn is asked for.")] = 8,
 ) -> None:
-    """Measure how noisy a simulator's judgement is: the same turns with different seeds, by scene."""
+    """Measure how much a simulator's judgement varies when a run's turns are replayed."""
     import asyncio
 
     from rich.console import Console
@@ -186,12 +179,11 @@ def noise(
     console.print(f"simulator: {says}", markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
 def show(
     run: Annotated[Path, typer.Argument(help="A run's folder, for example checkpoints/quickstart.")],
     scenario: Annotated[str | None, typer.Option(help="Which held-out scenario to show; a typical one by default.")] = None,
 ) -> None:
-    """Print a finished run: scores before and after, and one scenario played by both policies."""
+    """Print a finished run: held-out scores and one scenario before and after training."""
     from rich.console import Console
 
     from ctcgrpo.show import show_run
@@ -199,7 +191,6 @@ def show(
     show_run(run, Console(width=None if sys.stdout.isatty() else 120), scenario=scenario)
 
 
-@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     which: Annotated[str, typer.Option(help="final, best, or the number of a checkpoint.")] = "final",
@@ -207,7 +198,7 @@ def export(
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
     push: Annotated[str | None, typer.Option(help="Upload to this repository of the Hub as well (private).")] = None,
 ) -> None:
-    """Write a trained policy in one piece: adapters merged, shards joined, with a card of what was measured."""
+    """Export a trained policy as one model folder with a model card."""
     from transformers.utils import logging as transformers_logging
 
     from ctcgrpo import export as exporting
@@ -219,9 +210,8 @@ def export(
         print(f"uploaded to {exporting.push(written, push)}")
 
 
-@app.command()
 def version() -> None:
-    """Say which version this is."""
+    """Print the version."""
     print(__version__)
 
 
@@ -244,6 +234,20 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+_PANELS: Mapping[str, Sequence[Callable[..., None]]] = {
+    "Train and look at a run": (train, show, chat, reporting.report),
+    "Check, evaluate, export": (check, evaluation.evaluate, evaluation.compare, evaluation.leaderboard, export),
+    "Many runs": (sweeping.sweep, studying.study),
+    "Scenarios and the simulated user": (serve, noise),
+    "Reference": (reference.fields, reference.metrics, version),
+}
+"""The commands as `ctcgrpo --help` groups and orders them."""
+for _panel, _commands in _PANELS.items():
+    for _command in _commands:
+        app.command(rich_help_panel=_panel)(_command)
+app.add_typer(scenarios.app, name="scenarios", rich_help_panel="Scenarios and the simulated user")
 
 
 def _guarded(run: Callable[[], object]) -> None:

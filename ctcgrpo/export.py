@@ -22,12 +22,13 @@ from transformers import (
 
 from ctcgrpo import __version__
 from ctcgrpo.errors import OutputError, PolicyError
+from ctcgrpo.evaluation.played import eibench_on, in_words, validation_settings
 from ctcgrpo.files import checkpoints, is_complete
 from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import stop_ids
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.scenarios import described, load_scenarios
 from ctcgrpo.settings import template_kwargs
 
 Dtype = Literal["bfloat16", "float32"]
@@ -189,5 +190,8 @@ def model_card(recipe: Recipe, summary: dict[str, Any] | None, *, which: str) ->
     template = jinja2.Template(
         (files("ctcgrpo") / "model_card.md.j2").read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined
     )
-    builtin = recipe.policy.model.startswith("builtin/")
-    return str(template.render(recipe=recipe, summary=summary, which=which, version=__version__, builtin=builtin))
+    told = {"builtin": recipe.policy.model.startswith("builtin/"), "trained_on": described(recipe.scenarios.train)}
+    if recipe.validation is not None:
+        settings = validation_settings(recipe)
+        told |= {"measured": eibench_on(settings.pop("data_set")), "settings": in_words(settings)}
+    return str(template.render(recipe=recipe, summary=summary, which=which, version=__version__, **told))

@@ -26,6 +26,8 @@ from ctcgrpo.records import SCENES, Anchors, Scenario, Scene, UserState
 Split = Literal["train", "test"]
 PACKS = Path(__file__).parent / "packs"
 BUNDLED = ("english", "chinese")
+EIBENCH_DATA = "EIBench"
+"""How `described` calls the published data set, and no other."""
 
 
 def data_home() -> Path:
@@ -76,6 +78,19 @@ def by_scene(scenarios: Iterable[Scenario]) -> str:
 def has_splits(source: str | Path) -> bool:
     """Whether a source has folders train/ and test/."""
     return any((path / "train").is_dir() and (path / "test").is_dir() for path in _tried(source))
+
+
+def described(source: str | Path) -> str:
+    """A source in words: EIBench's own data under `data_home()`, a bundled pack, or the path or name as it is."""
+    found = next((path for path in _tried(source) if path.exists()), None)
+    published = data_home() / "eibench"
+    if (found or data_home() / source).resolve().is_relative_to(published.resolve()):
+        return f"{EIBENCH_DATA} ({source})"
+    if found is None:
+        return str(source)
+    if found.resolve().is_relative_to(PACKS.resolve()):
+        return f"the bundled pack {found.resolve().relative_to(PACKS.resolve())}"
+    return str(source)
 
 
 def _tried(source: str | Path) -> list[Path]:

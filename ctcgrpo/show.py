@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ctcgrpo.errors import OutputError
+from ctcgrpo.evaluation.played import eibench_on, in_words
 from ctcgrpo.files import whole_lines
 from ctcgrpo.run_folder import RunFolder
 
@@ -65,6 +66,9 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
         highlight=False,
         soft_wrap=True,
     )
+    if settings := dict(summary.get("settings", {})):  # runs of earlier versions recorded none
+        measured = eibench_on(settings.pop("data_set"))
+        console.print(f"{measured}: {in_words(settings)}\n", markup=False, highlight=False, soft_wrap=True)
     console.print(_side_by_side(_typical(before, chosen), _typical(after, chosen)))
     console.print(
         f"trained policy  {folder.final}\nuntrained       {folder.base if folder.base.exists() else 'as the recipe names it'}\n"

@@ -29,6 +29,7 @@ from ctcgrpo.errors import (
     TooManyFailures,
     TrainingDiverged,
 )
+from ctcgrpo.evaluation.played import validation_settings
 from ctcgrpo.files import file_digest
 from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.loading import build_builtin, check_fits, load_config, load_tokenizer, pinned, stop_ids
@@ -287,6 +288,7 @@ class _Run:
                 facts = {
                     "run": self._recipe.run.name,
                     "scoring_variant": self._recipe.scoring.variant,
+                    "settings": validation_settings(self._recipe),
                     "simulator": {**self._simulator_says, "spent": asyncio.run(_account(self._simulator))},
                     "version": __version__,
                 }

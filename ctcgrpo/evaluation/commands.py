@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from ctcgrpo.errors import GateFailed, OutputError, RecipeError, TooManyFailures
 from ctcgrpo.evaluation.benches import BENCHES, named
 from ctcgrpo.evaluation.compare import compared, most_changed
 from ctcgrpo.evaluation.leaderboard import ranked
+from ctcgrpo.evaluation.played import Trained, title_of, trained_as
 from ctcgrpo.evaluation.report import print_comparison, print_leaderboard, print_summary
 from ctcgrpo.evaluation.rescoring import rescored
 from ctcgrpo.evaluation.results import summarise, write_results
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 _OUT = Path("checkpoints") / "evaluations"
 _MAX_FAILED = 0.5
+_AS_TRAINED = "-as-trained"
+"""What an evaluation's folder ends with that takes a run's settings: the same policy with others has a folder too."""
 
 Given = dict[str, Any]
 """What stands on the command line, by name; what does not stand there is left out."""
@@ -90,8 +94,17 @@ def evaluate(
     display: Annotated[
         Literal["full", "rich", "plain", "none"] | None, typer.Option(help="Inspect's display while it plays.")
     ] = None,
+    as_trained: Annotated[
+        bool | None,
+        typer.Option(
+            "--as-trained", help="eibench: a run's policy with the settings of its own validations, unless options differ."
+        ),
+    ] = None,
 ) -> None:
-    """Evaluate a model on a benchmark; the same command goes on where it was interrupted, and plays again what failed."""
+    """Evaluate a model, or a run's base and final policy, on a benchmark.
+
+    The same command resumes an evaluation that was interrupted, and repeats the dialogues that failed.
+    """
     console = _console()
     given: Given = {
         name: value for name, value in locals().items() if name not in ("bench", "console") and value is not None
@@ -111,8 +124,13 @@ def evaluate(
         raise RecipeError("--model is missing: a policy's folder, or PROVIDER/NAME")
     if run is not None:
         raise RecipeError("--run is for --rescore of eqbench3")
-    wanted = _wanted(known.name, model, given)
-    summary = _play(given)(wanted, out or _OUT / known.name / _slug(wanted.model))
+    play = _play(given)
+    trained = trained_as(Path(model))
+    wanted = _wanted(known.name, model, given, trained)
+    if trained is not None:
+        _announce(trained, wanted, given, console)
+    play_as = f"{_slug(wanted.model)}{_AS_TRAINED if as_trained else ''}"
+    summary = play(wanted, out or _OUT / known.name / play_as)
     print_summary(summary, console)
     _judge(summary, fail_under)
 
@@ -123,14 +141,14 @@ def compare(
         Path | None, typer.Option(help="The folder for the picture and the page; the last evaluation's by default.")
     ] = None,
     dialogues: Annotated[int, typer.Option(min=0, help="How many of those that changed most, in each direction.")] = 3,
-    mixed: Annotated[bool, typer.Option("--mixed", help="Although simulator, judge or variant differ.")] = False,
+    mixed: Annotated[bool, typer.Option("--mixed", help="Although simulator, judge, variant or rounds differ.")] = False,
 ) -> None:
-    """Compare evaluations scenario by scenario: differences with intervals, a forest plot, the dialogues that changed most."""
+    """Compare evaluations by paired differences, with a plot and the dialogues that changed most."""
     _compare(compared(folders, mixed=mixed), out or folders[-1], dialogues, _console())
 
 
 def leaderboard(folder: Annotated[Path, typer.Argument(help="Where evaluations are, at any depth.")] = _OUT) -> None:
-    """Rank the models of all evaluations below a folder, for each benchmark and each way of playing it."""
+    """Rank the models of all evaluations in a folder."""
     print_leaderboard(ranked(folder), _console())
 
 
@@ -195,12 +213,18 @@ def _others(bench: str, given: Given) -> tuple[dict[str, str], Given]:
     return {other: model_name(name, _option(other))}, {}
 
 
-def _wanted(bench: str, model: str, given: Given) -> Evaluation:
+def _wanted(bench: str, model: str, given: Given, trained: Trained | None) -> Evaluation:
     """Raises RecipeError for an option that the benchmark does not have."""
     from ctcgrpo.evaluation.run import Evaluation, model_name, settled, task_options
 
     roles, played = _others(bench, given)
-    task = {**_task(given), **played}
+    task, generation = {**_task(given), **played}, _generation(given)
+    if given.get("as_trained"):
+        if bench != "eibench" or trained is None:
+            why = f"is not for {bench}" if bench != "eibench" else f"needs a policy in a run's folder, and {model} is none"
+            raise RecipeError(f"--as-trained {why}; name the folder of a run: --model checkpoints/RUN/best")
+        of_run = {name: value for name, value in trained.task.items() if name != "simulator" or not roles}
+        task, generation = {**of_run, **task}, {**trained.sampling, **generation}
     if unknown := sorted(set(task) - set(task_options(bench))):
         raise RecipeError(f"{_option(unknown[0])} is not for {bench}, which has {', '.join(task_options(bench))}")
     if not roles and "simulator" not in task:
@@ -209,11 +233,37 @@ def _wanted(bench: str, model: str, given: Given) -> Evaluation:
         bench=bench,
         model=model_name(model),
         task=task,
-        generation=_generation(given),
+        generation=generation,
         roles=roles,
         model_args=settled(given.get("model_arg", [])),
         limit=given.get("limit"),
     )
+
+
+def _announce(trained: Trained, wanted: Evaluation, given: Given, console: Console) -> None:
+    """Print how a run's policy was trained; and, where it is not evaluated so, what differs and the command that does."""
+    lines = [trained.told]
+    if wanted.bench == "eibench":
+        from ctcgrpo.evaluation.run import settings_before
+
+        if unlike := trained.differences(settings_before(wanted)):
+            lines.append(f"this evaluation is not comparable with its validations: {'; '.join(unlike)}")
+            lines.append(f"with the run's settings: {_command_as_trained(trained, given)}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _command_as_trained(trained: Trained, given: Given) -> str:
+    """The same command with the run's settings, in a folder of its own."""
+    words = ["ctcgrpo", "evaluate", "eibench"]
+    for name, value in given.items():
+        if name in trained.task or name in trained.sampling or name in ("as_trained", "official"):
+            continue
+        if name == "out":
+            value = f"{value}{_AS_TRAINED}"
+        for one in value if isinstance(value, list) else [value]:
+            words += [_option(name), *map(str, one if isinstance(one, tuple) else (one,))]
+    return shlex.join([*words, "--as-trained"])
 
 
 def _judge(summary: Mapping[str, Any], fail_under: float | None, *, again: bool = True) -> None:
@@ -224,7 +274,9 @@ def _judge(summary: Mapping[str, Any], fail_under: float | None, *, again: bool 
     mean = summary["score"]["mean"]
     if fail_under is not None and mean < fail_under:
         bench = named(summary["bench"])
-        raise GateFailed(f"{summary['model']} has {bench.shown(mean)} on {bench.title}, below {bench.shown(fail_under)}")
+        raise GateFailed(
+            f"{summary['model']} has {bench.shown(mean)} ({title_of(summary)}), below {bench.shown(fail_under)}"
+        )
 
 
 def _evaluate_run(run: Path, given: Given, console: Console) -> None:
@@ -235,6 +287,8 @@ def _evaluate_run(run: Path, given: Given, console: Console) -> None:
     roles, played = _others("eibench", given)
     task = {**_task(given), **played}
     wanted = evaluations_of(RunFolder(run), task, _generation(given), roles, given.get("limit"))
+    if (trained := trained_as(RunFolder(run).final)) is not None:
+        console.print(trained.told, markup=False, highlight=False, soft_wrap=True)
     out = given.get("out") or run / "evaluations"
     folders = {which: out / f"{evaluation.bench}-{which}" for which, evaluation in wanted.items()}
     summaries = [play(evaluation, folders[which]) for which, evaluation in wanted.items()]

@@ -65,8 +65,9 @@ def _picture(found: Mapping[str, Any]) -> bytes:
         label.set_parse_math(False)
     axes.invert_yaxis()
     told = [
-        f"{bench.title} score, difference to {found['baseline']['name']} (paired, 95 % interval)",
+        f"{found['title']}: score, difference to {found['baseline']['name']} (paired, 95 % interval)",
         f"{bench.other}: {found['other']}",
+        f"settings: {found['settings']}"[:110],
         *(f"mind: {warning}"[:110] for warning in found["warnings"]),
     ]
     axes.set_xlabel("\n".join(told), parse_math=False)

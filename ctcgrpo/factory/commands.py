@@ -17,7 +17,7 @@ from rich.table import Table
 from ctcgrpo.errors import RecipeError, RunFailed, ScenarioError
 from ctcgrpo.scenarios import Split, by_scene, has_splits, load_scenarios, read_records
 
-app = typer.Typer(help="Scenarios: fetch, check and shape sets of them.", no_args_is_help=True)
+app = typer.Typer(help="Fetch, generate, check and convert sets of scenarios.", no_args_is_help=True)
 _SOURCE = typer.Argument(help="A path, a bundled pack (english/train) or a dataset (eibench/train).")
 _SPLIT = typer.Option(help="The folder, where the source has both.")
 _THRESHOLD = typer.Option(min=0.05, max=1.0, help="Similarity (TF-IDF cosine) from which two records count as one.")
@@ -31,7 +31,7 @@ def validate(
     ] = "train",
     loose: Annotated[bool, typer.Option("--loose", help="Only what keeps scenarios from being played.")] = False,
 ) -> None:
-    """Hold scenarios to every rule, and say what they are; each problem with file and line."""
+    """Check scenarios against every rule, and print each problem with file and line."""
     from ctcgrpo.factory.rules import problems
 
     if loose:
@@ -73,7 +73,7 @@ def generate(
     count: Annotated[int, typer.Option(min=1, help="Scenarios that are asked for.")] = 200,
     against: Annotated[list[str] | None, typer.Option(help="A held-out set that none may be like; several.")] = None,
 ) -> None:
-    """Have a model write scenarios from seeds. The same command goes on after a kill, and pays for nothing twice."""
+    """Generate scenarios from seeds with a model; the same command resumes."""
     with _needs_the_extra():
         from ctcgrpo.factory.generate import REPORT, check_target, counted, write_set
         from ctcgrpo.factory.generate import generate as written
@@ -110,7 +110,7 @@ def clean(
         Path | None, typer.Option(help="A model for what no rule can mend (configs/factory); else that is left as it is.")
     ] = None,
 ) -> None:
-    """Mend anchors and the layout of personas, and show all that changes; no word is lost or comes in."""
+    """Repair anchors and the layout of personas, and show every change."""
     with _needs_the_extra():
         from ctcgrpo.factory.cleaning import by_model, by_rule
         from ctcgrpo.factory.storage import check_new, write_layout
@@ -140,7 +140,7 @@ def gate(
     source: Annotated[str, _SOURCE],
     split: Annotated[Literal["train", "test"], _SPLIT] = "train",
 ) -> None:
-    """Play each scenario with a good, a mediocre and a bad canned policy; report those that do not tell them apart."""
+    """Report scenarios in which the scripted user does not tell good replies from bad ones."""
     from ctcgrpo.factory.gate import gate as played
 
     verdicts = [played(scenario) for scenario in load_scenarios(source, split)]
@@ -169,7 +169,7 @@ def dedup(
     ] = None,
     show: Annotated[int, typer.Option(min=0, help="Pairs to show with their texts.")] = 10,
 ) -> None:
-    """Find near-duplicates within a set and against held-out sets. Without --out it exits with 3 where there are any."""
+    """Find near-duplicates in a set and between sets; without --out any of them exits with 3."""
     with _needs_the_extra():
         from ctcgrpo.factory.duplicates import duplicates, to_drop
         from ctcgrpo.factory.storage import check_new, write_layout
@@ -202,7 +202,7 @@ def stats(
     tokenizer: Annotated[str | None, typer.Option(help="A model whose tokens lengths are in; else characters.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw it as well, to this PNG.")] = None,
 ) -> None:
-    """Say how balanced a set is: by scene and seed, lengths, distances between anchors."""
+    """Print how balanced a set is, by scene, seed, length and anchors."""
     with _needs_the_extra():
         from ctcgrpo.factory.stats import stats_of, tables_of, write_picture
 
@@ -262,7 +262,7 @@ def convert(
     licence: Annotated[str | None, typer.Option(help="Of records that say none.")] = None,
     origin: Annotated[str | None, typer.Option("--source", help="Of records that say none.")] = None,
 ) -> None:
-    """Convert EIBench's layout to `datasets` (Arrow, Hub), or back; every value stays, licence and source in each record."""
+    """Convert a set between EIBench's layout and `datasets` (Arrow, Hub) without loss."""
     from ctcgrpo.factory.storage import HUB, check_new, load_splits, save_dataset, with_origin, write_layout
 
     if source.startswith(HUB) or any((Path(source) / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):

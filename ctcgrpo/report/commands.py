@@ -17,7 +17,7 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run's folder; or a sweep's: its trials, and the run that it found best.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; report.html in the folder by default.")] = None,
 ) -> None:
-    """Write one HTML page: scores, states and credit over steps, and every dialogue with each turn's credit."""
+    """Write an HTML page of a run: curves, and every dialogue with the credit of each turn."""
     from ctcgrpo.report.page import write_report
     from ctcgrpo.report.reading import read_run
 

@@ -26,7 +26,7 @@ def sweep(
         bool, typer.Option("--wandb", help="Hand the file to W&B instead, and say how agents are started.")
     ] = False,
 ) -> None:
-    """Run a sweep; the same command goes on after a kill, and runs nothing twice."""
+    """Run a sweep over fields of a recipe; the same command resumes it."""
     spec, recipe = load_sweep(file)
     if wandb:
         if name or overrides or devices:

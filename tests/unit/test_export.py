@@ -24,6 +24,7 @@ def run(tiny: Path, tmp_path: Path) -> Path:
     """A finished run's folder, as far as an export looks at it."""
     folder = tmp_path / "run"
     overrides = ["scenarios.train=eibench/train", f"policy.model={tiny}", "rollout.top_p=0.9"]
+    overrides += ["validation.scenarios=english/test", "validation.samples=2"]
     folder.mkdir()
     (folder / "recipe.yaml").write_text(load_recipe(ROOT / "recipes" / "tiny.yaml", overrides).to_yaml())
     for name, mark in (("final", "COMPLETE"), ("checkpoint-4", "COMPLETE"), ("checkpoint-6", ""), ("best", "STEP")):
@@ -59,6 +60,11 @@ def test_an_export_loads_and_says_what_was_measured(run: Path, ctcgrpo: Command)
     card = (run / "four" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "transformers" and "base_model" in front
+    assert (
+        "eibench task on the bundled pack english/test; rounds 3, " in card
+        and "temperature 1.0, top-p 0.9, top-k off" in card
+    )
+    assert "EIBench (" not in card.replace("EIBench (eibench/train)", "")  # trained on it, not measured on it
     for part in ("| overall (16) | -0.500 | -0.250 |", "| charm | -0.500 | -0.250 |", "+0.250", "+0.100 to +0.400", "qwen3-max",
                  "ctcgrpo/12345678", "CC BY-NC 4.0", "the 4 policy", "all weights", "variant `training`"):  # fmt: skip
         assert part in card, card
@@ -66,6 +72,12 @@ def test_an_export_loads_and_says_what_was_measured(run: Path, ctcgrpo: Command)
     export(run, run / "best-one", which="best")
     card = (run / "best-one" / "README.md").read_text()
     assert "the best policy" in card
+
+
+def test_the_card_of_a_run_with_the_scripted_user(run: Path) -> None:
+    (run / "summary.json").write_text(json.dumps({**SUMMARY, "simulator": {"backend": "scripted", "deadline": None}}))
+    export(run, run / "out")
+    assert "The user was played by scripted;" in (run / "out" / "README.md").read_text()
 
 
 def test_without_validation_the_card_says_that_nothing_is_known(run: Path) -> None:
