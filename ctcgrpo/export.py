@@ -23,9 +23,9 @@ from transformers import (
 from ctcgrpo import __version__
 from ctcgrpo.errors import OutputError, PolicyError
 from ctcgrpo.evaluation.played import eibench_on, in_words, validation_settings
-from ctcgrpo.files import checkpoints, is_complete
+from ctcgrpo.files import checkpoints, is_complete, missing_in
 from ctcgrpo.policy.finite import refuse_nonfinite
-from ctcgrpo.policy.loading import stop_ids
+from ctcgrpo.policy.loading import LOAD_ERRORS, stop_ids
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import described, load_scenarios
@@ -54,7 +54,7 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
         tokenizer = AutoTokenizer.from_pretrained(
             source if (source / "tokenizer_config.json").exists() else base, revision=recipe.policy.revision
         )
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise PolicyError(f"{source} cannot be loaded on {base!r}: {str(error).splitlines()[0]}") from None
     refuse_nonfinite(trained, str(source))
     wanted = _logprobs(trained, tokenizer)
@@ -91,18 +91,15 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
 
 
 def _source(folder: RunFolder, which: str) -> Path:
-    if which in ("final", "best"):
-        source = folder.final if which == "final" else folder.best
-        there = is_complete(source) if which == "final" else folder.best_step is not None
-    else:
-        source = folder.path / f"checkpoint-{which}"
-        there = is_complete(source)
-    if not there:
-        complete = sorted(step for step, path in checkpoints(folder.path).items() if is_complete(path))
-        have = [name for name, ok in (("final", is_complete(folder.final)), ("best", folder.best_step is not None)) if ok]
-        known = ", ".join([*have, *map(str, complete)]) or "nothing"
-        raise OutputError(f"{folder.path} has no complete {which!r}; it has {known}")
-    return source
+    there = {"final": folder.final, "best": folder.best}
+    there |= {str(step): path for step, path in sorted(checkpoints(folder.path).items())}
+    complete = [name for name, path in there.items() if is_complete(path)]
+    if which not in complete:
+        why = missing_in(there[which]) if which in there and there[which].exists() else None
+        raise OutputError(
+            f"{folder.path} has no complete {which!r}{f' ({why})' if why else ''}; it has {', '.join(complete) or 'nothing'}"
+        )
+    return there[which]
 
 
 _TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.1}

@@ -12,7 +12,7 @@ checkpoints/RUN/
     summary.json      before, after, and the improvement between them
     traces/*.jsonl    one line an episode
     checkpoint-N/     after N optimizer steps; complete once COMPLETE stands in it, which lists every file with its size and digest
-    best/             the policy that did best in a validation
+    best/             the policy that did best in a validation; best.newer/ until a checkpoint has that step
     final/            the trained policy and its tokenizer; the run is finished once COMPLETE stands in it
     final-after-N-steps/  what a finished run had, once it was given more steps; with its summary.json
 """
@@ -20,8 +20,10 @@ checkpoints/RUN/
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -132,7 +134,8 @@ class RunFolder:
                 trace.unlink()
         if not steps:
             self.validation_file.unlink(missing_ok=True)
-            self.discard_best()
+            shutil.rmtree(self.best, ignore_errors=True)
+            shutil.rmtree(self._newer_best, ignore_errors=True)
         self._rewind(steps)
 
     def keep_to(
@@ -155,19 +158,35 @@ class RunFolder:
 
     @property
     def best_step(self) -> int | None:
-        """After how many batches of rollouts the policy in best/ was the best; None where there is none."""
-        file = self.best / BEST_STEP
-        return int(file.read_text()) if file.exists() else None
+        """After how many batches of rollouts the policy in best/ was the best; None where there is none. Raises OutputError where
+        that cannot be read."""
+        return _best_step(self.best)
 
     def take_best(self, saved: Path, step: int) -> None:
-        """Make a saved policy the best one."""
+        """Take a saved policy as the best so far, beside the one before until `settle_best`: a killed run may lose its step."""
         (saved / BEST_STEP).write_text(f"{step}\n")
-        self.discard_best()
-        saved.rename(self.best)
+        mark_complete(saved)
+        shutil.rmtree(self._newer_best, ignore_errors=True)
+        saved.rename(self._newer_best)
 
-    def discard_best(self) -> None:
-        if self.best.exists():
+    def settle_best(self, steps: int) -> None:
+        """A checkpoint has all of the first `steps` batches of rollouts: a best policy of one of them replaces the one before."""
+        newer = _best_step(self._newer_best)
+        if newer is not None and newer <= steps:
+            shutil.rmtree(self.best, ignore_errors=True)
+            self._newer_best.rename(self.best)
+
+    def rewind_best(self, steps: int) -> int | None:
+        """The run resumes after `steps` batches of rollouts: forget a best policy of later ones. Gives the step of the best."""
+        self.settle_best(steps)
+        shutil.rmtree(self._newer_best, ignore_errors=True)
+        if (self.best_step or 0) > steps:
             shutil.rmtree(self.best)
+        return self.best_step
+
+    @property
+    def _newer_best(self) -> Path:
+        return self.path / "best.newer"
 
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint with the most optimizer steps."""
@@ -206,11 +225,11 @@ class RunFolder:
             )
 
     def changes(self, recipe: Recipe) -> list[str]:
-        """What the recorded recipe and this one differ in, beyond what a run may change: `hardware` says what it was meant for, not
-        what it is, and it may be given more steps."""
+        """What the recorded recipe and this one differ in, beyond what a run may change: where its folder lies; `hardware`, which
+        says what it was meant for; and it may be given more steps."""
         old, now = self._recorded(), recipe.model_dump(mode="json")
         for resolved in (old, now):
-            resolved.pop("hardware", None)
+            del resolved["hardware"], resolved["run"]["output_dir"], resolved["run"]["name"]
         if self.extended_from(recipe):
             old["training"]["max_steps"] = now["training"]["max_steps"]
         return differences(old, now)
@@ -225,3 +244,31 @@ class RunFolder:
             raise OutputError(
                 f"{self.path} holds a run, but its recipe.yaml cannot be read: {reason}; start another with run.name=NAME"
             ) from None
+
+
+def _best_step(folder: Path) -> int | None:
+    file = folder / BEST_STEP
+    if not is_complete(folder):
+        return None
+    try:
+        return int(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{file}: expected the number of a step ({error}); remove {folder} to do without it") from None
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """What is wrong with the disk, where that is why a write failed; libraries that write weights hide the system's error."""
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
+    text = str(error)
+    for number in _DISK:
+        if os.strerror(number) in text:
+            return os.strerror(number)
+    if any(
+        mark in text for mark in ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
+    ):  # torch.save's words
+        return "a file could not be written whole"
+    return disk_problem(error.__context__) if error.__context__ is not None else None

@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig
@@ -22,6 +23,7 @@ from ctcgrpo import __version__
 from ctcgrpo.data_digest import data_changes, folder_digest, scenarios_digest
 from ctcgrpo.errors import (
     CtcGrpoError,
+    OutputError,
     PolicyError,
     RecipeError,
     RunInterrupted,
@@ -32,7 +34,7 @@ from ctcgrpo.errors import (
 from ctcgrpo.evaluation.played import validation_settings
 from ctcgrpo.files import file_digest
 from ctcgrpo.policy.adapter import refuse_tied_targets
-from ctcgrpo.policy.loading import build_builtin, check_fits, load_config, load_tokenizer, pinned, stop_ids
+from ctcgrpo.policy.loading import LOAD_ERRORS, build_builtin, check_fits, load_config, load_tokenizer, pinned, stop_ids
 from ctcgrpo.processes import interrupts, on_main
 from ctcgrpo.progress import RunProgress
 from ctcgrpo.recipe import Recipe
@@ -44,7 +46,7 @@ from ctcgrpo.rollout.traces import TraceWriter
 from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
 from ctcgrpo.rollout.vllm_adapter import ColocatedVllm, ServerWeights
 from ctcgrpo.rollout.vllm_server import VllmServerEngine
-from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.run_folder import RunFolder, disk_problem
 from ctcgrpo.scenarios import load_scenarios, load_scenes
 from ctcgrpo.settings import (
     context_builder,
@@ -73,8 +75,14 @@ def train(recipe: Recipe) -> Path:
     Raises the errors of `ctcgrpo.errors`: what would fail later fails here, before anything is loaded; what happens on
     the way (Ctrl-C, too many failed episodes) leaves a checkpoint to go on from.
     """
-    with contextlib.ExitStack() as stack:
-        return _Run(recipe, stack).to_the_end()
+    try:
+        with contextlib.ExitStack() as stack:
+            return _Run(recipe, stack).to_the_end()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (reason := disk_problem(error)) is None:
+            raise
+        free = "free some space there, and the same command again resumes from there"
+        raise OutputError(f"cannot write to {recipe.folder}: {reason}. {_saved(RunFolder(recipe.folder))}; {free}") from None
 
 
 class _Run:
@@ -204,7 +212,7 @@ class _Run:
     def _make_trainer(self, **parts: Any) -> CtcGrpoTrainer:
         try:
             return CtcGrpoTrainer(**parts)
-        except (OSError, ValueError, ImportError) as error:
+        except (*LOAD_ERRORS, ImportError) as error:
             where = f"policy (model {self._recipe.policy.model!r}, attention, lora)"
             raise PolicyError(f"{where}: {str(error).splitlines()[0]}") from None
 
@@ -294,6 +302,7 @@ class _Run:
                 }
                 folder.write_summary(self._validator.summary(**facts))
             folder.finish()
+            folder.settle_best(self._recipe.training.max_steps)
         trainer.accelerator.wait_for_everyone()
         self._engine.close()  # while the processes' groups exist: vLLM has some of its own in them
         trainer.accelerator.end_training()
@@ -304,20 +313,25 @@ class _Run:
         """Training begins after `step` batches of rollouts: forget what lies beyond."""
         on_main(self._state, lambda: self._folder.begin(self._recipe, step))
         if self._validator:
-            self._validator.rewind(step, on_main(self._state, lambda: self._kept_best(step)))
+            self._validator.rewind(step, on_main(self._state, lambda: self._folder.rewind_best(step)))
         self._progress.start(step)
-
-    def _kept_best(self, step: int) -> int | None:
-        """The step of the policy in best/, which goes when it belongs to steps that will be run again."""
-        if (self._folder.best_step or 0) > step:
-            self._folder.discard_best()
-        return self._folder.best_step
 
     def _keep_best(self, step: int) -> None:
         saved = self._folder.path / "best.partial"
         self._trainer.save_model(str(saved))
         self._trainer.accelerator.wait_for_everyone()
         on_main(self._state, lambda: self._folder.take_best(saved, step))
+        self.saved()
+
+    def saved(self) -> None:
+        """A checkpoint may be newer than before."""
+
+        def settle() -> None:
+            newest = self._folder.newest_checkpoint()
+            steps = 0 if newest is None else int(newest.name.rpartition("-")[2]) // self.updates_per_step
+            self._folder.settle_best(steps)
+
+        on_main(self._state, settle)
 
     def logged(self, step: int, metrics: dict[str, Any]) -> None:
         if self._state.is_main_process:
@@ -423,9 +437,7 @@ class _Run:
             self._validator.validate(step)
 
     def _how_to_go_on(self) -> str:
-        checkpoint = self._folder.newest_checkpoint()
-        saved = f"Saved {checkpoint}" if checkpoint else "Nothing was trained yet"
-        return f"{saved}; the same command again goes on from there"
+        return f"{_saved(self._folder)}; the same command again resumes from there"
 
     def _how_to_start_over(self) -> str:
         checkpoint = self._folder.newest_checkpoint()
@@ -433,6 +445,11 @@ class _Run:
             return "Nothing was saved; start again with the mended recipe"
         again = f"policy.model={checkpoint} run.name=NAME"
         return f"The last good checkpoint is {checkpoint}; start another run from it with the mended recipe: {again}"
+
+
+def _saved(folder: RunFolder) -> str:
+    checkpoint = folder.newest_checkpoint()
+    return f"Saved {checkpoint}" if checkpoint else "Nothing was saved yet"
 
 
 def _alone() -> None:
@@ -478,6 +495,9 @@ class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if "outcome/all" in logs:
             self._run.logged(state.global_step // self._run.updates_per_step, logs)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._run.saved()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._run.trainer.stop_requested:

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.policy.context import ContextBuilder, Dialogue
 from ctcgrpo.policy.finite import refuse_nonfinite
-from ctcgrpo.policy.loading import load_tokenizer, stop_ids
+from ctcgrpo.policy.loading import LOAD_ERRORS, load_tokenizer, stop_ids
 from ctcgrpo.policy.persona import has_sections, told
 from ctcgrpo.policy.reasoning import OPEN
 from ctcgrpo.recipe import Recipe, load_recipe
@@ -171,7 +171,7 @@ def _parts(name: str, recipe: Recipe | None, max_batch: int) -> _Parts:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise PolicyError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from None
     refuse_nonfinite(model, name)
     contexts = (

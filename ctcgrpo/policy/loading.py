@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyError
@@ -20,6 +21,8 @@ from ctcgrpo.policy.tiny import build_tiny
 from ctcgrpo.scenarios import load_scenarios
 
 _BUILTIN = "builtin/"
+LOAD_ERRORS = (OSError, ValueError, SafetensorError)
+"""What transformers raises for a model or tokenizer that is not there, or whose files are damaged."""
 
 
 def build_builtin(model: str, folder: Path, seed: int, *, keep: bool, say: Callable[[str], None] = lambda _: None) -> str:
@@ -81,7 +84,7 @@ def pinned(model: str, revision: str | None) -> str:
         return model
     try:
         return str(snapshot_download(model, revision=revision))
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise PolicyError(f"policy.model {model!r} at {revision!r} cannot be had: {str(error).splitlines()[0]}") from None
 
 
@@ -90,7 +93,7 @@ def load_tokenizer(model: str, revision: str | None = None, chat_template: Path 
     PolicyError for a tokenizer or a file that cannot be read."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision, padding_side="left")
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise PolicyError(f"policy.model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -126,7 +129,7 @@ def load_config(model: str, revision: str | None = None) -> PretrainedConfig:
     """The model's configuration. Raises PolicyError where there is none."""
     try:
         return AutoConfig.from_pretrained(model, revision=revision)
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise PolicyError(f"policy.model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 

@@ -34,7 +34,7 @@ def run(tiny: Path, tmp_path: Path) -> Path:
         AutoTokenizer.from_pretrained(tiny).save_pretrained(folder / name)
         if mark == "STEP":
             (folder / name / mark).write_text("4\n")
-        elif mark:
+        if mark:
             mark_complete(folder / name)
     return folder
 
@@ -91,11 +91,11 @@ def test_what_is_not_there_is_named(run: Path, ctcgrpo: Command, tmp_path: Path)
         assert got == code and expected in err and "Traceback" not in err, err
 
     fails("holds no recipe.yaml", str(tmp_path))
-    fails("has no complete '6'; it has final, best, 4", str(run), "--which", "6")
+    fails("has no complete '6' (COMPLETE is missing); it has final, best, 4", str(run), "--which", "6")
     fails("has no complete 'lost'", str(run), "--which", "lost")
     fails("is there already", str(run), "--out", str(run))
     (run / "final" / "config.json").unlink()
-    fails("has no complete 'final'; it has best, 4", str(run))
+    fails("has no complete 'final' (config.json is missing); it has best, 4", str(run))
     mark_complete(run / "final")
     fails("final cannot be loaded on", str(run), code=4)
     assert not (run / "export").exists()

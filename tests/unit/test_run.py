@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctcgrpo.errors import OutputError, SimulatorReplyError
+from ctcgrpo.files import is_complete, mark_complete
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import PACKS
@@ -252,7 +254,7 @@ def test_a_run_that_fails_too_often_stops_and_can_go_on(ctcgrpo: Command, tmp_pa
         code, _, err = ctcgrpo(*command)
         assert code == 7, err
         assert "step 2: 8 of 8 episodes failed ({'simulator_reply': 8})" in err and "no words left" in err
-        assert "checkpoint-1; the same command again goes on" in err
+        assert "checkpoint-1; the same command again resumes" in err
         traces = (tmp_path / "tiny" / "traces" / "step-000002.rank-0.jsonl").read_text().splitlines()
         assert all(
             json.loads(t)["outcome"] is None and "no words left" in json.loads(t)["failure"]["message"] for t in traces
@@ -388,6 +390,70 @@ def test_more_steps_take_their_learning_rate_from_the_longer_schedule(ctcgrpo: C
     assert rates("tiny")[2:] == pytest.approx(rates("whole")[2:])
     assert rates("tiny")[1] != pytest.approx(rates("whole")[1])
     assert f"the learning rate behind the earlier end is {rates('whole')[2]:.3g}" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    "where, error",
+    [
+        ("ctcgrpo.rollout.traces.TraceWriter.__call__", OSError(28, "No space left on device", "step-000002.rank-0.jsonl")),
+        ("ctcgrpo.run_folder.RunFolder.append_metrics", OSError(122, "Disk quota exceeded")),
+        # As torch and safetensors say it on a file system of 12 MB.
+        ("torch.save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1649728 vs 1649620")),
+        ("safetensors.torch.serialize_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+    ],
+)
+def test_a_full_disk_is_an_error_with_what_was_saved(
+    ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    command = ["train", TINY, *FAST, f"run.output_dir={tmp_path}"]
+    assert ctcgrpo(*command)[0] == 0
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, full)
+        code, _, err = ctcgrpo(*command, "training.max_steps=2")
+    assert code == 6 and err.startswith(f"error: cannot write to {tmp_path / 'tiny'}: "), err
+    assert f"Saved {tmp_path / 'tiny' / 'checkpoint-1'}; free some space" in err and err.count("\n") == 1
+    code, out, err = ctcgrpo(*command, "training.max_steps=2")
+    assert code == 0 and "step 2/2" in out, err
+
+
+def test_a_run_folder_resumes_elsewhere(ctcgrpo: Command, tmp_path: Path) -> None:
+    assert ctcgrpo("train", TINY, *FAST, f"run.output_dir={tmp_path / 'here'}")[0] == 0
+    shutil.rmtree(tmp_path / "here" / "tiny" / "final")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / "tiny").rename(tmp_path / "there" / "moved")
+    moved = ["train", TINY, *FAST, f"run.output_dir={tmp_path / 'there'}", "run.name=moved"]
+    code, _, err = ctcgrpo(*moved)
+    assert code == 0 and (tmp_path / "there" / "moved" / "final").exists(), err
+
+
+def test_a_best_policy_counts_once_a_checkpoint_has_its_step(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+
+    def take(step: int) -> None:
+        saved = tmp_path / "best.partial"
+        saved.mkdir()
+        (saved / "weights").write_text(str(step))
+        folder.take_best(saved, step)
+
+    assert folder.best_step is None and folder.rewind_best(0) is None
+    take(2)
+    folder.settle_best(2)
+    assert folder.best_step == 2 and is_complete(folder.best)
+    take(4)
+    folder.settle_best(3)  # the newest checkpoint is of step 3: killed now, step 4 is played again
+    assert folder.best_step == 2
+    assert folder.rewind_best(3) == 2 and (folder.best / "weights").read_text() == "2"
+    take(4)
+    take(6)
+    assert folder.rewind_best(6) == 6 and (folder.best / "weights").read_text() == "6"
+    (folder.best / "STEP").write_text("x\n")
+    mark_complete(folder.best)
+    with pytest.raises(OutputError, match="STEP: expected the number of a step"):
+        folder.rewind_best(6)
 
 
 def _wandb_history(log: Path) -> dict[str, list[str]]:
