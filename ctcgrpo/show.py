@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ctcgrpo.errors import OutputError
-from ctcgrpo.files import whole_lines
+from ctcgrpo.files import written_records
 from ctcgrpo.run_folder import RunFolder
 
 Trace = Mapping[str, Any]
@@ -78,7 +78,7 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
 
 def _validation(folder: RunFolder, step: int) -> list[Trace]:
     files = sorted(folder.traces.glob(f"validation-{step:06d}.rank-*.jsonl"))
-    episodes = [json.loads(line) for file in files for line in whole_lines(file)]
+    episodes = [record for file in files for record in written_records(file)]
     if not episodes:
         raise OutputError(f"{folder.traces} holds no dialogues of the validation after step {step}")
     return sorted(episodes, key=lambda e: (e["group"], e["rollout"]))

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.benches import BENCHES, Bench
-from ctcgrpo.files import write_whole
+from ctcgrpo.files import json_lines, write_whole
 from ctcgrpo.intervals import interval, means, share_interval
 
 RESULTS, SUMMARY = "results.jsonl", "summary.json"
@@ -145,11 +145,8 @@ def read_results(folder: Path) -> list[Result]:
     """Raises OutputError for a file that is not there or holds something else."""
     file = folder / RESULTS
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-        return [_result(row) for row in rows]
-    except FileNotFoundError:
-        raise OutputError(f"{folder} holds no {RESULTS}") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return [_result(row) for _, row in json_lines(file)]
+    except (ValueError, TypeError, KeyError) as error:
         raise OutputError(f"{file} holds no results of an evaluation: {error}") from None
 
 

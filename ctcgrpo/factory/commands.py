@@ -31,22 +31,26 @@ def validate(
     ] = "train",
     loose: Annotated[bool, typer.Option("--loose", help="Only what keeps scenarios from being played.")] = False,
 ) -> None:
-    """Hold scenarios to every rule, and say what they are; each problem with file and line."""
-    from ctcgrpo.factory.rules import problems
+    """Hold scenarios to every rule, and list all problems of all records with file, line and field."""
+    from ctcgrpo.factory.rules import Problem, problems
 
+    unreadable: list[Problem] = []
+    records = list(
+        read_records(source, split, lambda at, message: unreadable.append(Problem(at, "?", "format", "", message)))
+    )
+    broken = [*unreadable, *problems(records, split)]
     if loose:
-        found = load_scenarios(source, split)
-        print(f"{source}: {len(found)} scenarios ({by_scene(found)})")
-        return
-    records = list(read_records(source, split))
-    broken = list(problems(records))
+        broken = [problem for problem in broken if problem.rule in ("format", "unique")]
     for problem in broken:
         print(problem)
     if broken:
         worst = len({problem.place for problem in broken})
-        raise ScenarioError(f"{source}: {len(broken)} problems in {worst} of {len(records)} records")
+        word = "problem" if len(broken) == 1 else "problems"
+        raise ScenarioError(
+            f"{source}: {len(broken)} {word} in {worst} of {len(records) + len(unreadable)} records, all listed above"
+        )
     found = load_scenarios(source, split)
-    print(f"{source}: {len(found)} scenarios ({by_scene(found)}); every rule holds")
+    print(f"{source}: {len(found)} scenarios ({by_scene(found)})" + ("" if loose else "; every rule holds"))
 
 
 @app.command()

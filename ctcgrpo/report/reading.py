@@ -6,7 +6,6 @@ training. A run may still be going, and a killed one may end in half a line: wha
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.errors import OutputError
-from ctcgrpo.files import is_complete
+from ctcgrpo.files import is_complete, json_lines
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.records import UserState
 from ctcgrpo.run_folder import RunFolder
@@ -80,18 +79,9 @@ def _lines(file: Path) -> tuple[list[dict[str, Any]], int]:
     """The objects in a JSONL file, and how many lines are none."""
     if not file.exists():
         return [], 0
-    found, bad = [], 0
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict):
-                found.append(record)
-            else:
-                bad += 1
-    return found, bad
+    bad: list[str] = []
+    found = [record for _, record in json_lines(file, on_bad=lambda place, message: bad.append(place))]
+    return found, len(bad)
 
 
 def with_credit(episodes: Sequence[Trace], options: CreditOptions) -> list[Trace]:

@@ -29,7 +29,7 @@ import optuna
 from optuna.trial import TrialState
 
 from ctcgrpo.errors import OutputError, RecipeError, RunInterrupted
-from ctcgrpo.files import is_complete, whole_lines, write_whole
+from ctcgrpo.files import is_complete, write_whole, written_records
 from ctcgrpo.recipe import Recipe, overrides
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.sweep.spec import SEED, Parameter, Sweep
@@ -269,8 +269,7 @@ def _is_worse(one: _Running) -> bool:
     """Report the validations of a trial's first run, and say whether the pruner gives it up."""
     if one.seeds[0] != one.trial.user_attrs["seeds"][0]:
         return False
-    for line in whole_lines(one.run.validation_file):
-        record = json.loads(line)
+    for record in written_records(one.run.validation_file):
         step = int(record["step"])
         if step and step not in one.reported:
             one.trial.report(Validation(**record).overall, step)

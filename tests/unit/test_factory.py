@@ -71,7 +71,7 @@ def test_a_real_eibench_record_keeps_every_rule() -> None:
 
 
 BROKEN: list[tuple[Callable[[Record], Any], str, str, str]] = [
-    (lambda r: r.update(scene_tag="comfort"), "format", "", "scene_tag is 'comfort'"),
+    (lambda r: r.update(scene_tag="comfort"), "format", "scene_tag", "is 'comfort'"),
     (
         lambda r: r["initial_calibration"].update(initial_anger=72),
         "anchors",
@@ -95,7 +95,8 @@ BROKEN: list[tuple[Callable[[Record], Any], str, str, str]] = [
     (lambda r: r["must_avoid"].append("```json"), "written", "must_avoid.3", "markup"),
     (lambda r: r["must_avoid"].append("As an AI I have no feelings"), "written", "must_avoid.3", "refusal"),
     (lambda r: r.update(goal_one_liner="陪她把这个早晨熬过去，不要急着下结论"), "language", "goal_one_liner", "not in 'en'"),
-    (lambda r: r["script"]["details"][0].pop("words"), "script", "script", "script.details.0.words"),
+    (lambda r: r["script"]["details"][0].pop("words"), "script", "script.details.0.words", "field required"),
+    (lambda r: r["script"].update(detials=[]), "script", "script.detials", "did you mean 'details'?"),
 ]
 
 
@@ -466,7 +467,7 @@ def test_the_commands(tmp_path: Path, ctcgrpo: Command) -> None:
     write_layout([{**records[0], "prompt": None}, {**records[1], "prompt": 5}], tmp_path / "nulls")
     assert "prompt: is None; it is a list of chat messages" in ctcgrpo("scenarios", "validate", str(tmp_path / "nulls"))[1]
     (tmp_path / "deep.jsonl").write_text("[" * 200_000 + "\n")
-    code, _, err = ctcgrpo("scenarios", "validate", str(tmp_path / "deep.jsonl"))
-    assert code == 3 and "deep.jsonl, line 1: not " in err
+    code, out, _ = ctcgrpo("scenarios", "validate", str(tmp_path / "deep.jsonl"))
+    assert code == 3 and "deep.jsonl, line 1: ?: not " in out
     code, _, err = ctcgrpo("scenarios", "convert", "hf://datasets/a/b", "hf://datasets/c/d")
     assert code == 2 and "the Hub copies them" in err

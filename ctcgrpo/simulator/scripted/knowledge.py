@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
 from ctcgrpo.errors import SimulatorReplyError
+from ctcgrpo.naming import did_you_mean
 from ctcgrpo.simulator.protocol import ScenarioCard
 from ctcgrpo.simulator.scripted.language import Language
 
@@ -87,6 +89,22 @@ def read_knowledge(card: ScenarioCard, language: Language) -> Knowledge:
         matter=matter,
         lines={mood: lines for mood, lines in script.lines.items() if lines},
     )
+
+
+def script_problems(script: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong) of a record's `script`: everything that is not of the form that the scripted user reads."""
+    try:
+        _Script.model_validate(script)
+    except ValidationError as error:
+        for problem in error.errors():
+            yield ".".join(map(str, ("script", *problem["loc"]))), problem["msg"].lower()
+    details = script.get("details")
+    parts: list[tuple[str, type[BaseModel], Any]] = [("script", _Script, script)]
+    parts += [(f"script.details.{k}", _Detail, d) for k, d in enumerate(details if isinstance(details, list) else ())]
+    for field, model, part in parts:
+        for key in part if isinstance(part, Mapping) else ():
+            if key not in model.model_fields:
+                yield f"{field}.{key}", f"is not read by the scripted user; {did_you_mean(key, model.model_fields)}"
 
 
 def _derived_details(card: ScenarioCard, language: Language) -> tuple[Detail, ...]:
