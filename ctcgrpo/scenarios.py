@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.files import json_lines
@@ -149,45 +149,68 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
+def _told(description: str, default: Any = ...) -> Any:
+    """A field with what it is for, which `ctcgrpo scenarios new` prints."""
+    return Field(default, description=description)
+
+
 class _User(_Part):
-    system_prompt: str
-    opening_line: str = ""
+    system_prompt: str = _told("Persona of the user. The simulator plays it; the policy never sees it.")
+    opening_line: str = _told("First line of the user. Required, except in charm, where the policy speaks first.", "")
 
 
 class _Policy(_Part):
-    system_prompt: str
+    system_prompt: str = _told("Role of the policy: its system prompt.")
 
 
 class _Initial(_Part):
-    initial_anger: int = 50
-    initial_trust: int = 50
+    initial_anger: int = _told("Anger of the user at the start, 0 to 100. Left out: 50.", 50)
+    initial_trust: int = _told("Trust of the user at the start, 0 to 100. Left out: 50.", 50)
+
+
+_BEST = "at the best end, which scores +1"
+_LOWEST = "at the worst end, which scores -1"
 
 
 class _Target(_Part):
-    target_anger: int | None = None
-    target_trust: int | None = None
+    target_anger: int | None = _told(f"Anger {_BEST}. Left out: 0 in training, the initial anger in a held-out set.", None)
+    target_trust: int | None = _told(f"Trust {_BEST}. Left out: 100 in training, the initial trust in a held-out set.", None)
 
 
 class _Worst(_Part):
-    worst_anger_min: int | None = None
-    worst_trust_min: int | None = None
+    worst_anger_min: int | None = _told(f"Anger {_LOWEST}. Left out: 100 in training, initial + 25 in a held-out set.", None)
+    worst_trust_min: int | None = _told(f"Trust {_LOWEST}. Left out: 0 in training, initial - 20 in a held-out set.", None)
 
 
 class _Record(_Part):
-    id: str
-    scene_tag: str
+    id: str = _told("Name of the scenario, unique in the set. Traces and reports use it.")
+    scene_tag: str = _told("support, defense, repair or charm: what kind of situation it is. In charm the policy opens.")
+    title: str = _told("A few words for tables and reports.", "")
+    language: str = _told("Code of the language, for example en or zh. Left out: told by the characters of the persona.", "")
     aggressor_profile: _User
     defender_profile: _Policy
-    title: str = ""
-    goal_one_liner: str = ""
-    success_criteria: list[str] = []
-    must_avoid: list[str] = []
+    goal_one_liner: str = _told("What a good outcome is, in one sentence.", "")
+    success_criteria: list[str] = _told("Signs that it went well. An LLM that plays the user reads them.", [])
+    must_avoid: list[str] = _told("What hurts this user. An LLM that plays the user reads it.", [])
     initial_calibration: _Initial = _Initial()
     rub_goals: _Target = _Target()
     worst_case: _Worst = _Worst()
-    data_source: str = ""
-    language: str = ""
-    script: dict[str, Any] = {}
+    data_source: str = _told("Where the record comes from.", "")
+    script: dict[str, Any] = _told(
+        "What the scripted user knows of this user's life. Left out: derived from the opening line and the numbered facts of the "
+        "persona, which tells good replies from bad ones poorly. An LLM that plays the user does not read it.",
+        {},
+    )
+
+
+def record_fields(model: type[BaseModel] = _Record, path: str = "") -> Iterator[tuple[str, bool, str]]:
+    """(field, whether it is required, what it is for) of a record, in order, without `script`'s own."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, _Part):
+            yield from record_fields(kind, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", field.is_required(), field.description or ""
 
 
 def read_record(record: Mapping[str, Any], place: str, split: Split = "train") -> Scenario:
@@ -209,17 +232,19 @@ def check_record(record: Mapping[str, Any], place: str, split: Split = "train") 
 
     for field, message in (*_lone_surrogates(record), *_misspelt(record, _Record)):
         fault(field, message)
+    ordered = True
     try:
         parsed = _Record.model_validate(record)
     except ValidationError as error:
         meant = {field for field, _ in _misspelt(record, _Record)}
         for one in error.errors():
             field = ".".join(map(str, one["loc"]))
+            ordered = ordered and one["loc"][0] not in _ANCHORS
             if one["type"] != "missing":
                 fault(field, f"is {one['input']!r}; {one['msg'].lower()}")
             elif not any(nearest(other, [field], cutoff=_MISSPELT) for other in meant):
                 fault(field, "is missing")
-        return None, faults
+        parsed = _without(record, [one["loc"] for one in error.errors()])
     if not parsed.id.strip():
         fault("id", f"is {parsed.id!r}; an id cannot be empty")
     scene = next((s for s in SCENES if s == parsed.scene_tag.strip().lower()), None)
@@ -231,7 +256,7 @@ def check_record(record: Mapping[str, Any], place: str, split: Split = "train") 
             fault(f"{field}.system_prompt", f"is {text!r}; a persona cannot be empty")
     if scene not in ("charm", None) and not user.opening_line.strip():
         fault("aggressor_profile.opening_line", f"is {user.opening_line!r}; in {scene} the user speaks first")
-    anchors = _anchors(parsed, split, fault)
+    anchors = _anchors(parsed, split, fault, ordered)
     if faults or scene is None or anchors is None:
         return None, faults
     known = set(_Record.model_fields)
@@ -254,9 +279,34 @@ def check_record(record: Mapping[str, Any], place: str, split: Split = "train") 
     return scenario, []
 
 
-def _anchors(parsed: _Record, split: Split, fault: Callable[[str, str], None]) -> Anchors | None:
-    """The three anchors, in range and in order: worst <= initial <= target on trust; on anger both initial and target
-    lie at or below worst (a target above the initial value is a boundary that may cost some anger)."""
+_ANCHORS = ("initial_calibration", "rub_goals", "worst_case")
+_STAND_INS: Mapping[str, Any] = {
+    "id": "?",
+    "scene_tag": "charm",
+    "aggressor_profile": {"system_prompt": "?", "opening_line": "?"},
+    "defender_profile": {"system_prompt": "?"},
+}
+
+
+def _without(record: Mapping[str, Any], places: Iterable[tuple[int | str, ...]]) -> _Record:
+    """The record with stand-ins that have no fault where its fields cannot be read, so that the others can be checked."""
+    kept = {key: dict(value) if isinstance(value, Mapping) else value for key, value in record.items()}
+    for section, *fields in places:
+        key, stand_in = str(section), _STAND_INS.get(str(section))
+        if fields and isinstance(kept.get(key), dict):
+            kept[key].pop(fields[0], None)
+            if isinstance(stand_in, Mapping) and fields[0] in stand_in:
+                kept[key][fields[0]] = stand_in[str(fields[0])]
+        else:
+            kept.pop(key, None)
+            if stand_in is not None:
+                kept[key] = stand_in
+    return _Record.model_validate(kept)
+
+
+def _anchors(parsed: _Record, split: Split, fault: Callable[[str, str], None], ordered: bool) -> Anchors | None:
+    """The three anchors, in range and, where all could be read (`ordered`), in order: worst <= initial <= target on trust; on anger
+    both initial and target lie at or below worst (a target above the initial value is a boundary that may cost some anger)."""
     start, target, worst = parsed.initial_calibration, parsed.rub_goals, parsed.worst_case
     given = {
         "initial_calibration.initial_anger": start.initial_anger,
@@ -269,7 +319,7 @@ def _anchors(parsed: _Record, split: Split, fault: Callable[[str, str], None]) -
     beyond = {field: value for field, value in given.items() if value is not None and not 0 <= value <= 100}
     for field, value in beyond.items():
         fault(field, f"is {value!r}; it must lie in [0, 100]")
-    if beyond:
+    if beyond or not ordered:
         return None
     a0, t0 = start.initial_anger, start.initial_trust
     # Anchors that a record leaves out: the extremes in training, the authors' evaluation defaults in testing.

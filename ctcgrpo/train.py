@@ -46,6 +46,8 @@ from ctcgrpo.simulator.choice import check_patience, introduced
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, load_simulator_config
 from ctcgrpo.simulator.logs import json_log
+from ctcgrpo.simulator.scripted.backend import ScriptedBackend
+from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.tracking import tracker_of
 from ctcgrpo.training.schedule import step_schedule
@@ -130,6 +132,10 @@ class _Run:
         says = {k: v for k, v in self._simulator_says.items() if k not in ("status", "version", "deadline")}
         on_main(self._state, lambda: self._folder.keep_to("simulator.json", says, resumes=self._resume is not None))
         check_patience(self._simulator_says, recipe.simulator.timeout)
+        if self._simulator_says.get("backend") == ScriptedBackend.name:
+            for scenarios, what in ((self._scenarios, "training"), (held_out, "held-out")):
+                if warning := unscripted_warning(scenarios, what):
+                    self._progress.say(f"warning: {warning}")
         self._tracker = tracker_of(recipe, is_main=self._state.is_main_process)
         stack.callback(self._tracker.close)
         interrupted = stack.enter_context(interrupts(self._progress.say))

@@ -54,6 +54,22 @@ def validate(
 
 
 @app.command()
+def new(
+    file: Annotated[Path, typer.Argument(help="The file to write, NAME.jsonl; notes on its fields go to NAME.md.")],
+    scene: Annotated[
+        Literal["support", "defense", "repair", "charm"], typer.Option(help="The kind of situation.")
+    ] = "support",
+    language: Annotated[Literal["en", "zh"], typer.Option(help="Of the example.")] = "en",
+) -> None:
+    """Write an example record to start your own set from, with notes on what each field is for."""
+    from ctcgrpo.factory.example import write_example
+
+    record, notes = write_example(file, scene, language)
+    print(f"{record}: one complete {scene} scenario; change its texts to yours\n{notes}: what each field is for")
+    print(f"next: ctcgrpo scenarios validate {record}")
+
+
+@app.command()
 def fetch(
     dataset: Annotated[str, typer.Argument(help="eibench")],
     source: Annotated[str | None, typer.Option(help="Another URL, or a folder with its train/ and test/.")] = None,

@@ -52,7 +52,8 @@ class Problem:
     def __str__(self) -> str:
         field = f"{self.field}: " if self.field else ""
         name = self.id.encode(errors="backslashreplace").decode()  # a lone surrogate cannot be printed
-        return f"{self.place}: {name}: {field}{self.message} [{self.rule}]"
+        who = "" if name == "?" else f"{name}: "
+        return f"{self.place}: {who}{field}{self.message} [{self.rule}]"
 
 
 def rule(function: Rule) -> Rule:

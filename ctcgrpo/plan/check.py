@@ -54,6 +54,8 @@ from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, SimulatorConfig, load_simulator_config
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
+from ctcgrpo.simulator.scripted.backend import ScriptedBackend
+from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.training.tree_attention import how_to_attend
 
@@ -442,6 +444,10 @@ def simulator(s: Subject) -> Iterator[Finding]:
     check_patience(says, settings.timeout)
     who = ", ".join(map(str, says.get("models") or [says.get("backend")]))
     yield Finding("simulator", "ok", f"{who} answered a canary turn: {reply!r}")
+    if says.get("backend") == ScriptedBackend.name:
+        for played, what in ((s.scenarios, "training"), (s.held_out, "held-out")):
+            if warning := unscripted_warning(played, what):
+                yield Finding("scripts", "warning", warning)
 
 
 async def _canary(client: SimulatorClient, scenario: Scenario) -> tuple[dict[str, Any], str]:

@@ -96,8 +96,18 @@ def test_broken_json_is_named_with_its_line(ctcgrpo: Command, pack: Path) -> Non
     lines[4] = lines[4][:-40]
     file.write_text("\n".join(lines))
     for command in (("train", TINY, f"scenarios.train={pack}"), ("scenarios", "validate", str(pack))):
-        code, _, err = ctcgrpo(*command)
-        assert code == 3 and "support_final.jsonl, line 5: not valid JSON" in err
+        code, out, err = ctcgrpo(*command)
+        assert code == 3 and "support_final.jsonl, line 5: not valid JSON" in (err if command[0] == "train" else out)
+
+
+def test_a_run_warns_of_scenarios_that_the_scripted_user_knows_nothing_of(
+    ctcgrpo: Command, pack: Path, tmp_path: Path
+) -> None:
+    edit(pack / "charm_final.jsonl", 2, lambda r: r.pop("script"))
+    command = ("train", TINY, f"run.output_dir={tmp_path / 'out'}", "policy.lora={target_modules: [nope]}")  # ends early
+    code, out, _ = ctcgrpo(*command, f"scenarios.train={pack}")
+    assert code == 4 and "warning: 1 of 64 training scenarios have no script.details (charm-train-02)" in out
+    assert "ctcgrpo scenarios new" in out
 
 
 def without_chat_template(tiny: Path, folder: Path) -> Path:

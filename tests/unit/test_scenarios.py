@@ -211,19 +211,24 @@ def test_a_lone_surrogate_is_refused_with_its_field(tmp_path: Path, record: dict
 
 def test_all_faults_of_all_records_are_found_at_once(tmp_path: Path, record: dict[str, Any]) -> None:
     first = changed(changed(record, "scene_tag", "suport"), "initial_calibration.initial_anger", 170)
+    first["title"] = 5
+    first["rub_goals"]["target_anger"] = "much"
     second = changed(changed(changed(record, "id", "b"), "aggressor_profile.opening_line", ""), "defender_profile", None)
     third = changed(changed(record, "id", "c"), "worst_case.worst_anger_min", 1)
     file = write(tmp_path, first, "{", second, third, changed(record, "id", "d"))
     scenarios, faults = read_scenarios(file)
     assert [s.id for s in scenarios] == ["d"]
     assert [(f.place.rpartition(" ")[2], f.field) for f in faults] == [
+        ("1", "title"),
+        ("1", "rub_goals.target_anger"),
         ("1", "scene_tag"),
         ("1", "initial_calibration.initial_anger"),
         ("2", ""),
         ("3", "defender_profile"),
+        ("3", "aggressor_profile.opening_line"),
         ("4", "worst_case.worst_anger_min"),
     ]
-    with pytest.raises(ScenarioError, match=rf"line 1: .*\(4 more; `ctcgrpo scenarios validate {file}` lists all\)"):
+    with pytest.raises(ScenarioError, match=rf"line 1: .*\(7 more; `ctcgrpo scenarios validate {file}` lists all\)"):
         load_scenarios(file)
 
 
