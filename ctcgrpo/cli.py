@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,6 +19,8 @@ from ctcgrpo.evaluation import commands as evaluation
 from ctcgrpo.factory import commands as scenarios
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.report import commands as reporting
+from ctcgrpo.scenarios import load_scenes
+from ctcgrpo.startup import loading
 from ctcgrpo.study import commands as studying
 from ctcgrpo.sweep import commands as sweeping
 
@@ -72,6 +73,7 @@ def train(
         settings.check_processes(processes)
     if config_file is not None and not config_file.is_file():
         raise RecipeError(f"--config-file {config_file} not found")
+    _before_loading(settings)
     if _LAUNCHED in os.environ or (config_file is None and (processes or _gpus()) <= 1):
         train_here(settings)
         return
@@ -98,6 +100,7 @@ def check(
     """Find what would fail later, before any GPU is taken; then say what the run will need and cost."""
     settings = load_recipe(recipe, overrides or [])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    loading(f"checking {settings.run.name}")
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
@@ -208,6 +211,7 @@ def export(
     push: Annotated[str | None, typer.Option(help="Upload to this repository of the Hub as well (private).")] = None,
 ) -> None:
     """Write a trained policy in one piece: adapters merged, shards joined, with a card of what was measured."""
+    loading(f"exporting {which} of {run}")
     from transformers.utils import logging as transformers_logging
 
     from ctcgrpo import export as exporting
@@ -227,10 +231,7 @@ def version() -> None:
 
 def train_here(recipe: Recipe) -> None:
     """Run a recipe in this process, without what other libraries say that is of no use to its user."""
-    # TRL reports usage to its authors by default; a framework should not do so on a user's behalf.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # TRL's defaults name options that transformers is about to rename; nothing that a user could act on.
-    warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6.*", category=FutureWarning)
+    _before_loading(recipe)
     from transformers.utils import logging as transformers_logging
 
     from ctcgrpo.train import train
@@ -238,6 +239,12 @@ def train_here(recipe: Recipe) -> None:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     train(recipe)
+
+
+def _before_loading(recipe: Recipe) -> None:
+    """Report a broken scenario before PyTorch is loaded, then that it is."""
+    load_scenes(recipe.scenarios.train, recipe.scenarios.scenes)
+    loading(f"training {recipe.run.name}")
 
 
 def _gpus() -> int:

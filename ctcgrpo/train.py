@@ -40,7 +40,7 @@ from ctcgrpo.rollout.vllm_adapter import ColocatedVllm, ServerWeights
 from ctcgrpo.rollout.vllm_server import VllmServerEngine
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import load_scenarios, load_scenes
-from ctcgrpo.settings import context_builder, credit_options, lora_config, play_settings, trainer_arguments, update_options
+from ctcgrpo.settings import context_builder, lora_config, play_settings, trainer_arguments, update_options
 from ctcgrpo.sharding import check_launcher, deepspeed_stage, sharding_arguments
 from ctcgrpo.simulator.choice import check_patience, introduced
 from ctcgrpo.simulator.client import SimulatorClient
@@ -50,6 +50,7 @@ from ctcgrpo.simulator.scripted.backend import ScriptedBackend
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.tracking import tracker_of
+from ctcgrpo.training.samples import credit_options
 from ctcgrpo.training.schedule import step_schedule
 from ctcgrpo.training.trainer import CtcGrpoTrainer
 from ctcgrpo.validation import Validator
@@ -109,6 +110,11 @@ class _Run:
         )
         on_main(self._state, lambda: stack.enter_context(self._folder.held(self._progress.say)))
         self._resume: Path | None = on_main(self._state, lambda: self._folder.open(recipe))
+        resumes = "starts" if self._resume is None else f"resumes from {self._resume.name}"
+        self._progress.say(
+            f"{recipe.run.name} {resumes}: policy {recipe.policy.model}, {len(self._scenarios)} scenarios to train on, "
+            f"{len(held_out)} held out"
+        )
         sharding = sharding_arguments(recipe.training.sharding)
         on_main(self._state, lambda: self._folder.keep_to("sharding.json", sharding, resumes=self._resume is not None))
         for broken in on_main(self._state, self._folder.passed_over):

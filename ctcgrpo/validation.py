@@ -119,6 +119,7 @@ class Validator:
         if step in self.done:
             return self.done[step]
         slots = validation_slots(self.scenarios, self.samples, step)
+        self.say(f"validating after step {step}: {len(slots)} episodes")
         played = self.play(step, self.share(slots))
         result = validation_of(step, self.scenarios, self.gather([(e.scenario.id, e.outcome) for e in played]))
         if too_many_failed(result.failed, len(slots), self.max_failed):

@@ -18,6 +18,7 @@ from ctcgrpo.evaluation.report import print_comparison, print_leaderboard, print
 from ctcgrpo.evaluation.rescoring import rescored
 from ctcgrpo.evaluation.results import summarise, write_results
 from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.startup import loading
 
 if TYPE_CHECKING:
     from ctcgrpo.evaluation.run import Evaluation
@@ -153,6 +154,7 @@ def _option(name: str) -> str:
 
 
 def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
+    loading("evaluating", "Inspect AI")
     try:
         from ctcgrpo.evaluation.run import evaluate as played
     except ImportError as error:

@@ -19,7 +19,7 @@ from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.records import UserState
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scoring import shaped_outcome, turn_score
-from ctcgrpo.training.samples import CreditOptions, Summary, step_credit
+from ctcgrpo.training.samples import CreditOptions, Summary, credit_options, step_credit
 
 Trace = dict[str, Any]
 
@@ -48,8 +48,6 @@ def read_run(path: Path, options: CreditOptions | None = None) -> Run:
     if not episodes:
         raise OutputError(f"{path} holds no episode yet; there is nothing to report")
     if options is None:
-        from ctcgrpo.settings import credit_options
-
         options = credit_options(recipe)
     return Run(
         name=path.resolve().name,
