@@ -17,6 +17,7 @@ from ctcgrpo import __version__
 from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
 from ctcgrpo.factory import commands as scenarios
+from ctcgrpo.folders import check_model, run_in
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.report import commands as reporting
 from ctcgrpo.scenarios import load_scenes
@@ -169,12 +170,11 @@ def noise(
     from rich.console import Console
 
     from ctcgrpo.recipe import load_recipe
-    from ctcgrpo.run_folder import RunFolder
     from ctcgrpo.scenarios import load_scenarios
     from ctcgrpo.simulator.choice import chosen_simulator, introduced
     from ctcgrpo.simulator.noise import measure, noise_table, recorded_turns
 
-    folder = RunFolder(run)
+    folder = run_in(run)
     recipe = load_recipe(folder.recipe_file)
     scenarios = list(load_scenarios(recipe.scenarios.train, "train"))
     if recipe.validation is not None:
@@ -211,6 +211,7 @@ def export(
     push: Annotated[str | None, typer.Option(help="Upload to this repository of the Hub as well (private).")] = None,
 ) -> None:
     """Write a trained policy in one piece: adapters merged, shards joined, with a card of what was measured."""
+    run_in(run)
     loading(f"exporting {which} of {run}")
     from transformers.utils import logging as transformers_logging
 
@@ -242,8 +243,9 @@ def train_here(recipe: Recipe) -> None:
 
 
 def _before_loading(recipe: Recipe) -> None:
-    """Report a broken scenario before PyTorch is loaded, then that it is."""
+    """Report a broken scenario and a missing model before PyTorch is loaded, then that it is."""
     load_scenes(recipe.scenarios.train, recipe.scenarios.scenes)
+    check_model(recipe.policy.model, "policy.model")
     loading(f"training {recipe.run.name}")
 
 

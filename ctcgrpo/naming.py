@@ -26,9 +26,11 @@ _WRITTEN_TO = "checkpoints"
 
 def is_path(text: str) -> bool:
     """Whether a text can only mean a place on this machine, never the name of something elsewhere (a model of the Hub,
-    OWNER/NAME; a bundled pack): it is absolute, begins with `.` or `~`, ends with `/`, has three parts or more, or its first
-    part is a folder here (`checkpoints` counts as one)."""
-    parts = text.split("/")
-    if text.startswith((".", "/", "~")) or text.endswith("/") or len(parts) > 2:
-        return True
-    return len(parts) == 2 and (parts[0] == _WRITTEN_TO or Path(parts[0]).is_dir())
+    OWNER/NAME; a bundled pack): it is absolute, begins with `.` or `~`, ends with `/`, or its first part of several is a folder
+    here (`checkpoints` counts as one)."""
+    first, slash, _ = text.partition("/")
+    return (
+        text.startswith((".", "/", "~"))
+        or text.endswith("/")
+        or bool(slash and (first == _WRITTEN_TO or Path(first).is_dir()))
+    )

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.files import written_records
+from ctcgrpo.folders import existing
 from ctcgrpo.run_folder import RunFolder
 
 Trace = Mapping[str, Any]
@@ -47,7 +48,7 @@ def typical_scenario(before: Sequence[Trace], after: Sequence[Trace]) -> str:
 
 def show_run(path: Path, console: Console, *, scenario: str | None = None) -> None:
     """Print a finished run. Raises OutputError for a folder that holds none, and for a scenario that it did not play."""
-    folder = RunFolder(path)
+    folder = RunFolder(existing(path))
     file = path / "summary.json"
     if not file.exists():
         raise OutputError(f"{path} holds no summary.json: no finished run with a validation section")

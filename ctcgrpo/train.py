@@ -26,6 +26,7 @@ from ctcgrpo.errors import (
     RunPaused,
     TooManyFailures,
 )
+from ctcgrpo.folders import check_model
 from ctcgrpo.policy.loading import build_builtin, check_positions, load_tokenizer, pinned, stop_ids
 from ctcgrpo.processes import interrupts, on_main
 from ctcgrpo.progress import RunProgress
@@ -229,6 +230,7 @@ class _Run:
 
     def _build_policy(self) -> str:
         """A builtin policy is built anew for a run that starts, and taken as it is by one that goes on."""
+        check_model(self._recipe.policy.model, "policy.model")
         return build_builtin(
             pinned(self._recipe.policy.model, self._recipe.policy.revision),
             self._folder.base.resolve(),

@@ -17,7 +17,8 @@ from ctcgrpo.evaluation.leaderboard import ranked
 from ctcgrpo.evaluation.report import print_comparison, print_leaderboard, print_summary
 from ctcgrpo.evaluation.rescoring import rescored
 from ctcgrpo.evaluation.results import summarise, write_results
-from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.folders import existing, is_model, run_in
+from ctcgrpo.naming import is_path
 from ctcgrpo.startup import loading
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ def evaluate(
         _only(given, _OF_RUN, "a run's folder")
         _evaluate_run(Path(bench), given, console)
         return
+    if is_path(bench):
+        existing(Path(bench))
     known = named(bench)
     if rescore is not None:
         if bench not in _OF_RESCORING:
@@ -130,7 +133,9 @@ def compare(
     _compare(compared(folders, mixed=mixed), out or folders[-1], dialogues, _console())
 
 
-def leaderboard(folder: Annotated[Path, typer.Argument(help="Where evaluations are, at any depth.")] = _OUT) -> None:
+def leaderboard(
+    folder: Annotated[Path, typer.Argument(help="Where evaluations are, at any depth, inside runs too.")] = _OUT.parent,
+) -> None:
     """Rank the models of all evaluations below a folder, for each benchmark and each way of playing it."""
     print_leaderboard(ranked(folder), _console())
 
@@ -231,12 +236,15 @@ def _judge(summary: Mapping[str, Any], fail_under: float | None, *, again: bool 
 
 def _evaluate_run(run: Path, given: Given, console: Console) -> None:
     """Base and final policy of a run, as its validation plays them unless options say otherwise, and their comparison."""
+    if is_model(run):
+        raise RecipeError(f"{run} is a policy's folder; `ctcgrpo evaluate eibench --model {run}` evaluates it")
+    folder = run_in(run)
     play = _play(given)
     from ctcgrpo.evaluation.of_run import evaluations_of
 
     roles, played = _others("eibench", given)
     task = {**_task(given), **played}
-    wanted = evaluations_of(RunFolder(run), task, _generation(given), roles, given.get("limit"))
+    wanted = evaluations_of(folder, task, _generation(given), roles, given.get("limit"))
     out = given.get("out") or run / "evaluations"
     folders = {which: out / f"{evaluation.bench}-{which}" for which, evaluation in wanted.items()}
     summaries = [play(evaluation, folders[which]) for which, evaluation in wanted.items()]

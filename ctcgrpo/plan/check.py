@@ -34,6 +34,7 @@ from ctcgrpo.errors import (
     SimulatorTransportError,
 )
 from ctcgrpo.files import is_complete
+from ctcgrpo.folders import check_model
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.plan.cost import Asked, Tokens, hours, money
 from ctcgrpo.plan.known import cards, published_shapes, shape_of
@@ -194,6 +195,7 @@ def libraries(s: Subject) -> Iterator[Finding]:
 @check
 def model(s: Subject) -> Iterator[Finding]:
     name = s.recipe.policy.model
+    check_model(name, "policy.model")
     path = build_untaught(name, s.folder / "base", s.recipe.run.seed)
     try:
         config = AutoConfig.from_pretrained(path, revision=s.recipe.policy.revision)

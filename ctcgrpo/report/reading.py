@@ -15,9 +15,9 @@ from typing import Any
 from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.errors import OutputError
 from ctcgrpo.files import is_complete, json_lines
+from ctcgrpo.folders import run_in
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.records import UserState
-from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scoring import shaped_outcome, turn_score
 from ctcgrpo.training.samples import CreditOptions, Summary, credit_options, step_credit
 
@@ -40,9 +40,7 @@ class Run:
 
 def read_run(path: Path, options: CreditOptions | None = None) -> Run:
     """Raises OutputError for a folder that holds no run, or one that has not played an episode yet."""
-    folder = RunFolder(path)
-    if not folder.recipe_file.exists():
-        raise OutputError(f"{path} is no run's folder: it holds no recipe.yaml")
+    folder = run_in(path)
     recipe = load_recipe(folder.recipe_file)
     episodes, unreadable = _episodes(folder.traces)
     if not episodes:

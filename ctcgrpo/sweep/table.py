@@ -65,6 +65,16 @@ def _scores(run: RunFolder) -> list[dict[str, float]]:
     return [Validation(**record).by_scenario for record in records]
 
 
+_SAME = 5e-4
+"""Scores within this are the same in the table."""
+
+
+def all_equal(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a sweep found no difference: several trials came to their end, all with the same score."""
+    scores = [row["score"] for row in rows if row["score"] is not None]
+    return len(scores) > 1 and max(scores) - min(scores) < _SAME
+
+
 def printed(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Parameters that are the same in every row stand in no column."""
     names = list(dict.fromkeys(name for row in rows for name in row["params"]))
