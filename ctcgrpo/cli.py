@@ -21,12 +21,9 @@ from ctcgrpo.folders import check_model, run_in
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.report import commands as reporting
 from ctcgrpo.scenarios import load_scenes
-from ctcgrpo.startup import loading
+from ctcgrpo.startup import LAUNCHED, loading
 from ctcgrpo.study import commands as studying
 from ctcgrpo.sweep import commands as sweeping
-
-_LAUNCHED = "CTCGRPO_LAUNCHED"
-"""Set for the processes that `ctcgrpo train` starts through accelerate: they run, and launch nothing further."""
 
 app = typer.Typer(
     help="Train language models to manage a user's emotions over several turns, with CTC-GRPO.",
@@ -75,7 +72,7 @@ def train(
     if config_file is not None and not config_file.is_file():
         raise RecipeError(f"--config-file {config_file} not found")
     _before_loading(settings)
-    if _LAUNCHED in os.environ or (config_file is None and (processes or _gpus()) <= 1):
+    if LAUNCHED in os.environ or (config_file is None and (processes or _gpus()) <= 1):
         train_here(settings)
         return
     if not _gpus():
@@ -88,7 +85,8 @@ def train(
     if config_file is None:
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]
         command += ["--main_process_port", "0"]
-    os.environ[_LAUNCHED] = "1"
+    os.environ[LAUNCHED] = "1"
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # passed on to the processes
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # else what saves after Ctrl-C is killed after 30 s
     os.execv(sys.executable, [*command, "--module", "ctcgrpo", "train", str(recipe), *(overrides or [])])
 

@@ -17,11 +17,20 @@ _NOT_FOR_USERS: Final = {
 tied to the embeddings and so stands in no checkpoint."""
 
 
+LAUNCHED = "CTCGRPO_LAUNCHED"
+"""Set for the processes that `ctcgrpo train` starts through accelerate: they run, and launch nothing further."""
+
+_told = False
+
+
 def loading(doing: str, libraries: str = "PyTorch and transformers") -> None:
     """Say on standard error what a command does and that its libraries are being loaded, unless they are loaded already; call it
-    before they are imported. Of several processes the main one says it."""
+    before they are imported. Of several
+    processes the one that was started, or the main one, says it."""
+    global _told
     _silence()
-    if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+    if not _told and LAUNCHED not in os.environ and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+        _told = True
         print(f"{doing}: loading {libraries} (5 to 20 seconds) ...", file=sys.stderr, flush=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ from ctcgrpo.errors import (
 )
 from ctcgrpo.folders import check_model
 from ctcgrpo.policy.loading import build_builtin, check_positions, load_tokenizer, pinned, stop_ids
-from ctcgrpo.processes import interrupts, on_main
+from ctcgrpo.processes import STOP_SECONDS, interrupts, on_main
 from ctcgrpo.progress import RunProgress
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Episode, Scenario
@@ -55,6 +56,8 @@ from ctcgrpo.training.samples import credit_options
 from ctcgrpo.training.schedule import step_schedule
 from ctcgrpo.training.trainer import CtcGrpoTrainer
 from ctcgrpo.validation import Validator
+
+_EPISODES = "episodes"
 
 
 def train(recipe: Recipe) -> Path:
@@ -143,9 +146,11 @@ class _Run:
             for scenarios, what in ((self._scenarios, "training"), (held_out, "held-out")):
                 if warning := unscripted_warning(scenarios, what):
                     self._progress.say(f"warning: {warning}")
+        self._phase = "the start of the run"
+        self._seconds_update = math.nan
         self._tracker = tracker_of(recipe, is_main=self._state.is_main_process)
         stack.callback(self._tracker.close)
-        interrupted = stack.enter_context(interrupts(self._progress.say))
+        interrupted = stack.enter_context(interrupts(self._progress.say, self._waits_for))
         self._trainer = self._make_trainer(
             model=model,
             args=arguments,
@@ -225,6 +230,7 @@ class _Run:
             stop_ids=ends,
             max_batch=rollout.max_batch,
             autocast=trainer.accelerator.autocast,
+            interrupted=interrupted,
         )
         return ContinuousEngine(batcher, interrupted=interrupted)
 
@@ -249,6 +255,7 @@ class _Run:
                 self._validator.validate(self._recipe.training.max_steps)
         except (RunPaused, TooManyFailures) as error:
             progress.stop()
+            progress.say("saving a checkpoint")
             trainer.save_now()
             raise type(error)(f"{error}. {self._how_to_go_on()}") from None
         finally:
@@ -291,6 +298,7 @@ class _Run:
 
     def logged(self, step: int, metrics: dict[str, Any]) -> None:
         if self._state.is_main_process:
+            self._seconds_update = metrics.get("seconds/update", math.nan)
             self._folder.append_metrics({"step": step, **metrics})
             self._tracker.metrics(step, metrics)
             self._progress.step(step, metrics)
@@ -322,11 +330,23 @@ class _Run:
             write(episode)
             self._progress.episode(episode)
 
+        self._phase = f"handing the policy's weights to the {self._recipe.rollout.engine} engine"
         self._together(lambda: self._engine.take_weights(self._trainer.state.global_step))
+        self._phase = _EPISODES
         try:
             return asyncio.run(runner.run(slots, on_episode))
         finally:
             self._engine.rest()
+            updates = self.updates_per_step
+            number = "the update" if updates == 1 else f"the {updates} updates"
+            self._phase = f"{number} of step {self._trainer.rollout_step + 1}"
+
+    def _waits_for(self) -> str:
+        """What a run that is asked to stop waits for, and for how long."""
+        if self._phase == _EPISODES:
+            return f"giving up {self._runner.awaited} (at most {STOP_SECONDS} s), then saving"
+        took = "" if math.isnan(self._seconds_update) else f" (the last one took {self._seconds_update:.0f} s)"
+        return f"waiting for {self._phase}{took}, then saving"
 
     def _together(self, do: Callable[[], None]) -> None:
         """What a part of the processes cannot do fails on all of them: none must wait for one that is gone."""

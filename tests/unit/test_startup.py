@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ctcgrpo import startup
 from ctcgrpo.evaluation.benches import EIBENCH
 from ctcgrpo.evaluation.results import Result, summarise, write_results
 from ctcgrpo.startup import loading
@@ -74,8 +75,12 @@ def test_what_is_being_loaded_is_said_once_and_by_the_main_process_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(startup, "_told", False)
     loading("training x")
-    assert capsys.readouterr().err.startswith("training x: loading PyTorch and transformers (")
+    loading("training x")
+    said = capsys.readouterr().err
+    assert said.startswith("training x: loading PyTorch and transformers (") and said.count("\n") == 1
+    monkeypatch.setattr(startup, "_told", False)
     monkeypatch.setenv("RANK", "1")
     loading("training x")
     monkeypatch.setenv("RANK", "0")
