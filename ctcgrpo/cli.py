@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,14 +17,14 @@ from ctcgrpo import __version__
 from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
 from ctcgrpo.factory import commands as scenarios
+from ctcgrpo.folders import check_model, run_in
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.reference import commands as reference
 from ctcgrpo.report import commands as reporting
+from ctcgrpo.scenarios import load_scenes
+from ctcgrpo.startup import LAUNCHED, loading
 from ctcgrpo.study import commands as studying
 from ctcgrpo.sweep import commands as sweeping
-
-_LAUNCHED = "CTCGRPO_LAUNCHED"
-"""Set for the processes that `ctcgrpo train` starts through accelerate: they run, and launch nothing further."""
 
 app = typer.Typer(
     help="Train language models to manage a user's emotions over several turns, with CTC-GRPO.",
@@ -65,7 +64,8 @@ def train(
         settings.check_processes(processes)
     if config_file is not None and not config_file.is_file():
         raise RecipeError(f"--config-file {config_file} not found")
-    if _LAUNCHED in os.environ or (config_file is None and (processes or _gpus()) <= 1):
+    _before_loading(settings)
+    if LAUNCHED in os.environ or (config_file is None and (processes or _gpus()) <= 1):
         train_here(settings)
         return
     if not _gpus():
@@ -78,7 +78,8 @@ def train(
     if config_file is None:
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]
         command += ["--main_process_port", "0"]
-    os.environ[_LAUNCHED] = "1"
+    os.environ[LAUNCHED] = "1"
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # passed on to the processes
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # else what saves after Ctrl-C is killed after 30 s
     os.execv(sys.executable, [*command, "--module", "ctcgrpo", "train", str(recipe), *(overrides or [])])
 
@@ -90,6 +91,7 @@ def check(
     """Check a recipe before it takes a GPU, and print the memory, time and cost of its run."""
     settings = load_recipe(recipe, overrides or [])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    loading(f"checking {settings.run.name}")
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
@@ -159,12 +161,11 @@ def noise(
     from rich.console import Console
 
     from ctcgrpo.recipe import load_recipe
-    from ctcgrpo.run_folder import RunFolder
     from ctcgrpo.scenarios import load_scenarios
     from ctcgrpo.simulator.choice import chosen_simulator, introduced
     from ctcgrpo.simulator.noise import measure, noise_table, recorded_turns
 
-    folder = RunFolder(run)
+    folder = run_in(run)
     recipe = load_recipe(folder.recipe_file)
     scenarios = list(load_scenarios(recipe.scenarios.train, "train"))
     if recipe.validation is not None:
@@ -199,6 +200,8 @@ def export(
     push: Annotated[str | None, typer.Option(help="Upload to this repository of the Hub as well (private).")] = None,
 ) -> None:
     """Export a trained policy as one model folder with a model card."""
+    run_in(run)
+    loading(f"exporting {which} of {run}")
     from transformers.utils import logging as transformers_logging
 
     from ctcgrpo import export as exporting
@@ -217,10 +220,7 @@ def version() -> None:
 
 def train_here(recipe: Recipe) -> None:
     """Run a recipe in this process, without what other libraries say that is of no use to its user."""
-    # TRL reports usage to its authors by default; a framework should not do so on a user's behalf.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # TRL's defaults name options that transformers is about to rename; nothing that a user could act on.
-    warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6.*", category=FutureWarning)
+    _before_loading(recipe)
     from transformers.utils import logging as transformers_logging
 
     from ctcgrpo.train import train
@@ -228,6 +228,13 @@ def train_here(recipe: Recipe) -> None:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     train(recipe)
+
+
+def _before_loading(recipe: Recipe) -> None:
+    """Report a broken scenario and a missing model before PyTorch is loaded, then that it is."""
+    load_scenes(recipe.scenarios.train, recipe.scenarios.scenes)
+    check_model(recipe.policy.model, "policy.model")
+    loading(f"training {recipe.run.name}")
 
 
 def _gpus() -> int:

@@ -1,11 +1,15 @@
-"""Files that a killed run leaves whole: written in one move, lines that have an end, folders that carry a marker."""
+"""Files that a killed run leaves whole (written in one move; folders that carry a marker), and the one reader of JSON lines."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from ctcgrpo.errors import CtcGrpoError, OutputError
 
 COMPLETE = "COMPLETE"
 """The marker of a folder whose every file is written: it lists them, with their sizes and digests."""
@@ -21,10 +25,73 @@ def write_whole(file: Path, text: str) -> None:
     partial.replace(file)
 
 
-def whole_lines(file: Path) -> list[str]:
-    """The lines of a JSONL file that have an end; none where there is no file. A killed run may leave half a line."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    return [line for line in lines if line.endswith("\n")]
+def json_lines(
+    file: Path,
+    error: type[CtcGrpoError] = OutputError,
+    *,
+    on_bad: Callable[[str, str], None] | None = None,
+    whole_only: bool = False,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON lines file (UTF-8, one JSON object a line) in file order, each with its place ("FILE, line 3").
+
+    Only "\\n" ends a line: U+2028, U+2029 and U+0085 may stand inside a JSON string. Blank lines are skipped. `whole_only` also
+    skips a last line without an end, which a killed run leaves. `on_bad` is called with (place, message) for a line that cannot be
+    read, which is then skipped. Without it `error` is raised, for a line that is not UTF-8 text, no JSON object, or holds a
+    duplicate key. A file that is not there raises `error` in any case.
+    """
+
+    def bad(place: str, message: str) -> None:
+        if on_bad is None:
+            raise error(f"{place}: {message}")
+        on_bad(place, message)
+
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise error(f"{file}: no such file") from None
+    except OSError as problem:
+        raise error(f"{file}: cannot be read: {problem.strerror}") from None
+    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    for number, line in enumerate(lines[:-1] if whole_only else lines, 1):
+        if not line.strip():
+            continue
+        place = f"{file}, line {number}"
+        try:
+            value = parse_json(line.decode("utf-8"))
+        except UnicodeDecodeError as problem:
+            bad(place, f"cannot be read as UTF-8 text: {problem.reason} at byte {problem.start + 1} of the line")
+        except json.JSONDecodeError as problem:
+            bad(place, f"not valid JSON: {problem.msg} at column {problem.colno}")
+        except (
+            ValueError,
+            RecursionError,
+        ) as problem:  # a duplicate key, a number of thousands of digits, brackets without end
+            bad(place, f"not JSON that can be read: {problem}")
+        else:
+            if isinstance(value, dict):
+                yield place, value
+            else:
+                bad(place, f"expected a JSON object, got a {type(value).__name__}")
+
+
+def parse_json(text: str) -> Any:
+    """As json.loads, and raises ValueError for a duplicate key, of which Python would keep the last without a word."""
+    return json.loads(text, object_pairs_hook=_no_duplicates)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"duplicate key {duplicate!r}; keep one of them")
+    return found
+
+
+def written_records(file: Path) -> list[dict[str, Any]]:
+    """The objects that a run has written to a JSON lines file so far; none where there is no file. Half a line at the end, which a
+    killed run leaves, is ignored. Raises OutputError for any other line that is no JSON object."""
+    return [record for _, record in json_lines(file, whole_only=True)] if file.exists() else []
 
 
 def file_digest(file: Path) -> str:

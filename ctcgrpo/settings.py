@@ -15,7 +15,6 @@ from ctcgrpo.recipe import Recipe
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.runner import Play
 from ctcgrpo.sharding import FSDP2, sharding_arguments
-from ctcgrpo.training.samples import CreditOptions
 from ctcgrpo.training.trainer import UpdateOptions
 
 _PATIENCE = 4 * 3600
@@ -49,23 +48,6 @@ def context_builder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: fr
         reasoning=recipe.policy.reasoning_context,
         persona_sections=recipe.policy.persona_sections,
         template_kwargs=template_kwargs(recipe),
-    )
-
-
-def credit_options(recipe: Recipe) -> CreditOptions:
-    credit, scoring = recipe.credit, recipe.scoring
-    return CreditOptions(
-        alpha=credit.alpha,
-        centering=credit.centering,
-        credit=credit.credit,
-        gamma=credit.gamma,
-        center_weights=credit.center_weights,
-        scale=credit.scale,
-        std_min=credit.std_min,
-        shuffle=credit.shuffle,
-        shuffle_seed=recipe.run.seed,
-        turn_weights=scoring.turn_weights,
-        shaping=(scoring.no_reasoning_penalty, scoring.fault_penalty) if recipe.policy.reasons else None,
     )
 
 

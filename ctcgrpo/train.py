@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,9 +34,18 @@ from ctcgrpo.errors import (
 )
 from ctcgrpo.evaluation.played import validation_settings
 from ctcgrpo.files import file_digest
+from ctcgrpo.folders import check_model
 from ctcgrpo.policy.adapter import refuse_tied_targets
-from ctcgrpo.policy.loading import LOAD_ERRORS, build_builtin, check_fits, load_config, load_tokenizer, pinned, stop_ids
-from ctcgrpo.processes import interrupts, on_main
+from ctcgrpo.policy.loading import (
+    LOAD_ERRORS,
+    build_builtin,
+    check_fits,
+    load_config,
+    load_tokenizer,
+    pinned,
+    stop_ids,
+)
+from ctcgrpo.processes import STOP_SECONDS, interrupts, on_main
 from ctcgrpo.progress import RunProgress
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Episode, Scenario
@@ -50,7 +60,6 @@ from ctcgrpo.run_folder import RunFolder, disk_problem
 from ctcgrpo.scenarios import load_scenarios, load_scenes
 from ctcgrpo.settings import (
     context_builder,
-    credit_options,
     lora_config,
     play_settings,
     template_kwargs,
@@ -62,11 +71,16 @@ from ctcgrpo.simulator.choice import check_patience, introduced
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, load_simulator_config
 from ctcgrpo.simulator.logs import json_log
+from ctcgrpo.simulator.scripted.backend import ScriptedBackend
+from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.tracking import tracker_of
+from ctcgrpo.training.samples import credit_options
 from ctcgrpo.training.schedule import learning_rate_at, step_schedule
 from ctcgrpo.training.trainer import CtcGrpoTrainer
 from ctcgrpo.validation import Validator
+
+_EPISODES = "episodes"
 
 
 def train(recipe: Recipe) -> Path:
@@ -129,6 +143,11 @@ class _Run:
         )
         on_main(self._state, lambda: stack.enter_context(self._folder.held(self._progress.say)))
         self._resume: Path | None = on_main(self._state, lambda: self._folder.open(recipe))
+        resumes = "starts" if self._resume is None else f"resumes from {self._resume.name}"
+        self._progress.say(
+            f"{recipe.run.name} {resumes}: policy {recipe.policy.model}, {len(self._scenarios)} scenarios to train on, "
+            f"{len(held_out)} held out"
+        )
         sharding = sharding_arguments(recipe.training.sharding)
         on_main(self._state, lambda: self._folder.keep_to("sharding.json", sharding, resumes=self._resume is not None))
         for broken in on_main(self._state, self._folder.passed_over):
@@ -164,9 +183,15 @@ class _Run:
         says = {k: v for k, v in self._simulator_says.items() if k not in ("status", "version", "deadline")}
         on_main(self._state, lambda: self._folder.keep_to("simulator.json", says, resumes=self._resume is not None))
         check_patience(self._simulator_says, recipe.simulator.timeout)
+        if self._simulator_says.get("backend") == ScriptedBackend.name:
+            for scenarios, what in ((self._scenarios, "training"), (held_out, "held-out")):
+                if warning := unscripted_warning(scenarios, what):
+                    self._progress.say(f"warning: {warning}")
+        self._phase = "the start of the run"
+        self._seconds_update = math.nan
         self._tracker = tracker_of(recipe, is_main=self._state.is_main_process)
         stack.callback(self._tracker.close)
-        interrupted = stack.enter_context(interrupts(self._progress.say))
+        interrupted = stack.enter_context(interrupts(self._progress.say, self._waits_for))
         self._trainer = self._make_trainer(
             model=model,
             args=arguments,
@@ -260,11 +285,13 @@ class _Run:
             stop_ids=ends,
             max_batch=rollout.max_batch,
             autocast=trainer.accelerator.autocast,
+            interrupted=interrupted,
         )
         return ContinuousEngine(batcher, interrupted=interrupted)
 
     def _build_policy(self) -> str:
         """A builtin policy is built anew for a run that starts, and taken as it is by one that goes on."""
+        check_model(self._recipe.policy.model, "policy.model")
         return build_builtin(
             pinned(self._recipe.policy.model, self._recipe.policy.revision),
             self._folder.base.resolve(),
@@ -284,6 +311,7 @@ class _Run:
                 self._validator.validate(self._recipe.training.max_steps)
         except (RunPaused, TooManyFailures) as error:
             progress.stop()
+            progress.say("saving a checkpoint")
             trainer.save_now()
             raise type(error)(f"{error}. {self._how_to_go_on()}") from None
         except TrainingDiverged as error:
@@ -335,6 +363,7 @@ class _Run:
 
     def logged(self, step: int, metrics: dict[str, Any]) -> None:
         if self._state.is_main_process:
+            self._seconds_update = metrics.get("seconds/update", math.nan)
             self._folder.append_metrics({"step": step, **metrics})
             self._tracker.metrics(step, metrics)
             self._progress.step(step, metrics)
@@ -371,11 +400,23 @@ class _Run:
             write(episode)
             self._progress.episode(episode)
 
+        self._phase = f"handing the policy's weights to the {self._recipe.rollout.engine} engine"
         self._together(lambda: self._engine.take_weights(self._trainer.state.global_step))
+        self._phase = _EPISODES
         try:
             return asyncio.run(runner.run(slots, on_episode))
         finally:
             self._engine.rest()
+            updates = self.updates_per_step
+            number = "the update" if updates == 1 else f"the {updates} updates"
+            self._phase = f"{number} of step {self._trainer.rollout_step + 1}"
+
+    def _waits_for(self) -> str:
+        """What a run that is asked to stop waits for, and for how long."""
+        if self._phase == _EPISODES:
+            return f"giving up {self._runner.awaited} (at most {STOP_SECONDS} s), then saving"
+        took = "" if math.isnan(self._seconds_update) else f" (the last one took {self._seconds_update:.0f} s)"
+        return f"waiting for {self._phase}{took}, then saving"
 
     def _together(self, do: Callable[[], None]) -> None:
         """What a part of the processes cannot do fails on all of them: none must wait for one that is gone."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo.errors import TooManyFailures, too_many_failed
-from ctcgrpo.files import whole_lines, write_whole
+from ctcgrpo.files import write_whole, written_records
 from ctcgrpo.intervals import interval, means, paired
 from ctcgrpo.records import SCENES, Episode, Scenario
 from ctcgrpo.rollout.runner import Slot
@@ -108,8 +108,7 @@ class Validator:
         policy kept as the best."""
         self.done, self.best_step = {}, best_step
         if step:
-            records = [json.loads(line) for line in whole_lines(self.file)]
-            kept = [Validation(**r) for r in records if r["step"] <= step]
+            kept = [Validation(**r) for r in written_records(self.file) if r["step"] <= step]
             self.done = {validation.step: validation for validation in kept}
 
     def is_due(self, step: int) -> bool:
@@ -120,6 +119,7 @@ class Validator:
         if step in self.done:
             return self.done[step]
         slots = validation_slots(self.scenarios, self.samples, step)
+        self.say(f"validating after step {step}: {len(slots)} episodes")
         played = self.play(step, self.share(slots))
         result = validation_of(step, self.scenarios, self.gather([(e.scenario.id, e.outcome) for e in played]))
         if too_many_failed(result.failed, len(slots), self.max_failed):

@@ -19,7 +19,9 @@ from ctcgrpo.evaluation.played import Trained, title_of, trained_as
 from ctcgrpo.evaluation.report import print_comparison, print_leaderboard, print_summary
 from ctcgrpo.evaluation.rescoring import rescored
 from ctcgrpo.evaluation.results import summarise, write_results
-from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.folders import existing, is_model, run_in
+from ctcgrpo.naming import is_path
+from ctcgrpo.startup import loading
 
 if TYPE_CHECKING:
     from ctcgrpo.evaluation.run import Evaluation
@@ -113,6 +115,8 @@ def evaluate(
         _only(given, _OF_RUN, "a run's folder")
         _evaluate_run(Path(bench), given, console)
         return
+    if is_path(bench):
+        existing(Path(bench))
     known = named(bench)
     if rescore is not None:
         if bench not in _OF_RESCORING:
@@ -147,8 +151,10 @@ def compare(
     _compare(compared(folders, mixed=mixed), out or folders[-1], dialogues, _console())
 
 
-def leaderboard(folder: Annotated[Path, typer.Argument(help="Where evaluations are, at any depth.")] = _OUT) -> None:
-    """Rank the models of all evaluations in a folder."""
+def leaderboard(
+    folder: Annotated[Path, typer.Argument(help="Where evaluations are, at any depth, inside runs too.")] = _OUT.parent,
+) -> None:
+    """Rank the models of all evaluations in a folder, inside runs too."""
     print_leaderboard(ranked(folder), _console())
 
 
@@ -171,6 +177,7 @@ def _option(name: str) -> str:
 
 
 def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
+    loading("evaluating", "Inspect AI")
     try:
         from ctcgrpo.evaluation.run import evaluate as played
     except ImportError as error:
@@ -281,13 +288,16 @@ def _judge(summary: Mapping[str, Any], fail_under: float | None, *, again: bool 
 
 def _evaluate_run(run: Path, given: Given, console: Console) -> None:
     """Base and final policy of a run, as its validation plays them unless options say otherwise, and their comparison."""
+    if is_model(run):
+        raise RecipeError(f"{run} is a policy's folder; `ctcgrpo evaluate eibench --model {run}` evaluates it")
+    folder = run_in(run)
     play = _play(given)
     from ctcgrpo.evaluation.of_run import evaluations_of
 
     roles, played = _others("eibench", given)
     task = {**_task(given), **played}
-    wanted = evaluations_of(RunFolder(run), task, _generation(given), roles, given.get("limit"))
-    if (trained := trained_as(RunFolder(run).final)) is not None:
+    wanted = evaluations_of(folder, task, _generation(given), roles, given.get("limit"))
+    if (trained := trained_as(folder.final)) is not None:
         console.print(trained.told, markup=False, highlight=False, soft_wrap=True)
     out = given.get("out") or run / "evaluations"
     folders = {which: out / f"{evaluation.bench}-{which}" for which, evaluation in wanted.items()}

@@ -21,8 +21,6 @@ def evaluations_of(
 ) -> dict[str, Evaluation]:
     """By name (base, final). `task`, `generation` and `roles` go before what the recipe says. Raises OutputError for a folder
     without a finished run, RecipeError where neither the recipe nor an option says what to evaluate on."""
-    if not folder.recipe_file.exists():
-        raise OutputError(f"{folder.path} is no run's folder: it holds no recipe.yaml")
     if not is_complete(folder.final):
         raise OutputError(f"{folder.path} holds no finished run; evaluate a folder in it: --model {folder.path}/best")
     recipe = load_recipe(folder.recipe_file)

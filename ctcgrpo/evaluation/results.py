@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.benches import BENCHES, Bench
-from ctcgrpo.files import write_whole
+from ctcgrpo.files import json_lines, write_whole
+from ctcgrpo.folders import existing
 from ctcgrpo.intervals import interval, means, share_interval
 
 RESULTS, SUMMARY = "results.jsonl", "summary.json"
@@ -127,7 +128,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise OutputError(f"{folder} holds no {SUMMARY}: no finished evaluation") from None
+        existing(folder)
+        raise OutputError(f"{folder} holds no {SUMMARY}: no finished evaluation{_evaluations_in(folder)}") from None
     except (OSError, ValueError) as error:
         raise OutputError(f"{file} cannot be read: {error}") from None
     needed = ("bench", "model", "other", "task", "score", "groups", "scenarios", "group_of", "failed")
@@ -137,19 +139,23 @@ def read_summary(folder: Path) -> dict[str, Any]:
         or (missing := [n for n in needed if n not in summary])
     ):
         lacks = f" (it lacks {missing[0]})" if isinstance(summary, dict) and summary.get("bench") in BENCHES else ""
-        raise OutputError(f"{file} is no summary of an evaluation{lacks}; `ctcgrpo evaluate` writes those")
+        hint = _evaluations_in(folder) or "; `ctcgrpo evaluate` writes those"
+        raise OutputError(f"{file} is no summary of an evaluation{lacks}{hint}")
     return summary
+
+
+def _evaluations_in(folder: Path) -> str:
+    """A clause that names the evaluations inside a folder, a run's for example."""
+    found = sorted(str(file.parent) for file in folder.rglob(RESULTS))
+    return f"; it holds the evaluations {', '.join(found)}" if found else ""
 
 
 def read_results(folder: Path) -> list[Result]:
     """Raises OutputError for a file that is not there or holds something else."""
     file = folder / RESULTS
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-        return [_result(row) for row in rows]
-    except FileNotFoundError:
-        raise OutputError(f"{folder} holds no {RESULTS}") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return [_result(row) for _, row in json_lines(file)]
+    except (ValueError, TypeError, KeyError) as error:
         raise OutputError(f"{file} holds no results of an evaluation: {error}") from None
 
 

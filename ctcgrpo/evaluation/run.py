@@ -32,6 +32,7 @@ from ctcgrpo.evaluation.logs import newest_log, results_of
 from ctcgrpo.evaluation.played import data_set, trained_as
 from ctcgrpo.evaluation.results import summarise, write_results
 from ctcgrpo.files import write_whole
+from ctcgrpo.folders import check_model, is_model
 from ctcgrpo.recipe import differences
 from ctcgrpo.sections import named_value
 
@@ -56,11 +57,10 @@ class Evaluation:
 def model_name(model: str, option: str = "--model") -> str:
     """How Inspect is told of a model: folders are policies of ours, anything else is PROVIDER/NAME. Raises PolicyError for what is
     neither."""
-    folder = Path(model).expanduser()
-    if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
+    check_model(model, option)
+    if is_model(Path(model).expanduser()):
         return f"{LOCAL}{model}"
-    first = model.partition("/")[0]
-    if "/" not in model or folder.exists() or first in ("", ".", "..", "~") or Path(first).is_dir():
+    if "/" not in model:
         raise PolicyError(
             f"{option} {model!r} is neither a folder with a model (checkpoints/RUN/final) nor PROVIDER/NAME (openai/gpt-4o, "
             "openai-api/local/NAME, hf/NAME, vllm/NAME)"

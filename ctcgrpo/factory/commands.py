@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ctcgrpo.errors import RecipeError, RunFailed, ScenarioError
 from ctcgrpo.scenarios import Split, by_scene, has_splits, load_scenarios, read_records
+from ctcgrpo.startup import loading
 
 app = typer.Typer(help="Fetch, generate, check and convert sets of scenarios.", no_args_is_help=True)
 _SOURCE = typer.Argument(help="A path, a bundled pack (english/train) or a dataset (eibench/train).")
@@ -31,22 +32,42 @@ def validate(
     ] = "train",
     loose: Annotated[bool, typer.Option("--loose", help="Only what keeps scenarios from being played.")] = False,
 ) -> None:
-    """Check scenarios against every rule, and print each problem with file and line."""
-    from ctcgrpo.factory.rules import problems
+    """Check scenarios against every rule, and list each problem with file, line and field."""
+    from ctcgrpo.factory.rules import Problem, problems
 
+    unreadable: list[Problem] = []
+    records = list(
+        read_records(source, split, lambda at, message: unreadable.append(Problem(at, "?", "format", "", message)))
+    )
+    broken = [*unreadable, *problems(records, split)]
     if loose:
-        found = load_scenarios(source, split)
-        print(f"{source}: {len(found)} scenarios ({by_scene(found)})")
-        return
-    records = list(read_records(source, split))
-    broken = list(problems(records))
+        broken = [problem for problem in broken if problem.rule in ("format", "unique")]
     for problem in broken:
         print(problem)
     if broken:
         worst = len({problem.place for problem in broken})
-        raise ScenarioError(f"{source}: {len(broken)} problems in {worst} of {len(records)} records")
+        word = "problem" if len(broken) == 1 else "problems"
+        raise ScenarioError(
+            f"{source}: {len(broken)} {word} in {worst} of {len(records) + len(unreadable)} records, all listed above"
+        )
     found = load_scenarios(source, split)
-    print(f"{source}: {len(found)} scenarios ({by_scene(found)}); every rule holds")
+    print(f"{source}: {len(found)} scenarios ({by_scene(found)})" + ("" if loose else "; every rule holds"))
+
+
+@app.command()
+def new(
+    file: Annotated[Path, typer.Argument(help="The file to write, NAME.jsonl; notes on its fields go to NAME.md.")],
+    scene: Annotated[
+        Literal["support", "defense", "repair", "charm"], typer.Option(help="The kind of situation.")
+    ] = "support",
+    language: Annotated[Literal["en", "zh"], typer.Option(help="Of the example.")] = "en",
+) -> None:
+    """Write an example record to start your own set from, with notes on what each field is for."""
+    from ctcgrpo.factory.example import write_example
+
+    record, notes = write_example(file, scene, language)
+    print(f"{record}: one complete {scene} scenario; change its texts to yours\n{notes}: what each field is for")
+    print(f"next: ctcgrpo scenarios validate {record}")
 
 
 @app.command()
@@ -208,6 +229,7 @@ def stats(
 
     count: Callable[[str], int] | None = None
     if tokenizer is not None:
+        loading(f"counting the tokens of {source}")
         from ctcgrpo.policy.loading import load_tokenizer
 
         loaded = load_tokenizer(tokenizer)

@@ -33,6 +33,7 @@ from ctcgrpo.errors import (
     RecipeError,
     SimulatorTransportError,
 )
+from ctcgrpo.folders import check_model
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.plan.cost import Asked, Tokens, hours, money
 from ctcgrpo.plan.known import cards, published_shapes, shape_of
@@ -54,6 +55,8 @@ from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, SimulatorConfig, load_simulator_config
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
+from ctcgrpo.simulator.scripted.backend import ScriptedBackend
+from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.training.tree_attention import how_to_attend
 
@@ -192,6 +195,7 @@ def libraries(s: Subject) -> Iterator[Finding]:
 @check
 def model(s: Subject) -> Iterator[Finding]:
     name = s.recipe.policy.model
+    check_model(name, "policy.model")
     path = build_untaught(name, s.folder / "base", s.recipe.run.seed)
     try:
         config = AutoConfig.from_pretrained(path, revision=s.recipe.policy.revision)
@@ -449,6 +453,10 @@ def simulator(s: Subject) -> Iterator[Finding]:
     check_patience(says, settings.timeout)
     who = ", ".join(map(str, says.get("models") or [says.get("backend")]))
     yield Finding("simulator", "ok", f"{who} answered a canary turn: {reply!r}")
+    if says.get("backend") == ScriptedBackend.name:
+        for played, what in ((s.scenarios, "training"), (s.held_out, "held-out")):
+            if warning := unscripted_warning(played, what):
+                yield Finding("scripts", "warning", warning)
 
 
 async def _canary(client: SimulatorClient, scenario: Scenario) -> tuple[dict[str, Any], str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 
 from ctcgrpo.errors import OutputError
+from ctcgrpo.folders import existing
 
 
 def report(
@@ -22,13 +24,12 @@ def report(
     from ctcgrpo.report.reading import read_run
 
     trials: list[dict[str, Any]] = []
-    source = run
-    if (run / "table.json").exists():
+    if (existing(run) / "table.json").exists():
         trials = json.loads((run / "table.json").read_text(encoding="utf-8"))
-        if not (run / "best").exists():
-            raise OutputError(f"{run} holds a sweep without a finished trial; there is nothing to report")
-        source = (run / "best").resolve().parent
-    found = read_run(source)
+        source = _run_of_sweep(run, trials)
+        found = replace(read_run(source), name=f"sweep {run.resolve().name}: {source.parent.name}, {source.name}")
+    else:
+        found = read_run(run)
     file = out or run / "report.html"
     wrote = write_report(found, file, trials)
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -39,3 +40,14 @@ def report(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _run_of_sweep(sweep: Path, trials: list[dict[str, Any]]) -> Path:
+    """The run that a sweep's report shows: the best one, or one of the first trial where all are equal. Raises OutputError for a
+    sweep without a finished trial."""
+    if (sweep / "best").exists():
+        return (sweep / "best").resolve().parent
+    first = next((trial for trial in trials if trial["score"] is not None), None)
+    if first is None:
+        raise OutputError(f"{sweep} holds a sweep without a finished trial; there is nothing to report")
+    return sweep / str(first["trial"]) / f"seed-{next(iter(first['by_seed']))}"

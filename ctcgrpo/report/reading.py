@@ -6,7 +6,6 @@ training. A run may still be going, and a killed one may end in half a line: wha
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from typing import Any
 
 from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.errors import OutputError
-from ctcgrpo.files import is_complete
+from ctcgrpo.files import is_complete, json_lines
+from ctcgrpo.folders import run_in
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.records import UserState
-from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scoring import shaped_outcome, turn_score
-from ctcgrpo.training.samples import CreditOptions, Summary, step_credit
+from ctcgrpo.training.samples import CreditOptions, Summary, credit_options, step_credit
 
 Trace = dict[str, Any]
 
@@ -41,16 +40,12 @@ class Run:
 
 def read_run(path: Path, options: CreditOptions | None = None) -> Run:
     """Raises OutputError for a folder that holds no run, or one that has not played an episode yet."""
-    folder = RunFolder(path)
-    if not folder.recipe_file.exists():
-        raise OutputError(f"{path} is no run's folder: it holds no recipe.yaml")
+    folder = run_in(path)
     recipe = load_recipe(folder.recipe_file)
     episodes, unreadable = _episodes(folder.traces)
     if not episodes:
         raise OutputError(f"{path} holds no episode yet; there is nothing to report")
     if options is None:
-        from ctcgrpo.settings import credit_options
-
         options = credit_options(recipe)
     return Run(
         name=path.resolve().name,
@@ -80,18 +75,9 @@ def _lines(file: Path) -> tuple[list[dict[str, Any]], int]:
     """The objects in a JSONL file, and how many lines are none."""
     if not file.exists():
         return [], 0
-    found, bad = [], 0
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict):
-                found.append(record)
-            else:
-                bad += 1
-    return found, bad
+    bad: list[str] = []
+    found = [record for _, record in json_lines(file, on_bad=lambda place, message: bad.append(place))]
+    return found, len(bad)
 
 
 def with_credit(episodes: Sequence[Trace], options: CreditOptions) -> list[Trace]:

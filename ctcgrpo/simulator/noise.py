@@ -10,7 +10,6 @@ of one sample; of a mean over k samples (llm.samples) `within` shrinks to within
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import numpy as np
 from rich.table import Table
 
 from ctcgrpo.errors import EPISODE_ERRORS, OutputError
-from ctcgrpo.files import whole_lines
+from ctcgrpo.files import written_records
 from ctcgrpo.records import SCENES, Scenario, UserState
 from ctcgrpo.scoring import turn_score
 from ctcgrpo.simulator.client import SimulatorClient
@@ -59,8 +58,7 @@ def recorded_turns(
     known = {s.id: s for s in scenarios}
     traces: dict[str, list[Mapping[str, Any]]] = {scene: [] for scene in SCENES}
     for file in files:
-        for line in whole_lines(file):
-            trace = json.loads(line)
+        for trace in written_records(file):
             if trace["failure"] is None and trace["scenario"] in known:
                 traces[trace["scene"]].append(trace)
     if not any(traces.values()):

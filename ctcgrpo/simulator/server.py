@@ -57,6 +57,10 @@ from ctcgrpo.simulator.store import Store
 _STATUS = {SimulatorReplyError.kind: 422, SimulatorTransportError.kind: 502, BudgetSpent.kind: 402}
 
 
+_DRAIN_AFTER_ERROR = 5
+"""Seconds that turns in progress get where what started a server ends with an error, Ctrl-C included."""
+
+
 class _TooLarge(Exception):
     pass
 
@@ -276,8 +280,13 @@ def running(server: SimulatorServer, port: int = 0) -> Iterator[str]:
         if not thread.is_alive() or time.monotonic() > deadline:
             raise SimulatorTransportError("the embedded simulator server did not start")
         time.sleep(0.01)
+    drain = server.config.server.drain_seconds
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    except BaseException as error:  # nobody waits for the turns in progress any more; what an LLM answers soon is still kept
+        drain = 0 if isinstance(error, KeyboardInterrupt) else min(drain, _DRAIN_AFTER_ERROR)
+        inner.config.timeout_graceful_shutdown = drain
+        raise
     finally:
         inner.should_exit = True
-        thread.join(server.config.server.drain_seconds + 5)
+        thread.join(drain + 5)

@@ -11,7 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
 
-from ctcgrpo.files import whole_lines
+from ctcgrpo.files import written_records
 from ctcgrpo.intervals import crossed
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.validation import Validation
@@ -61,8 +61,18 @@ def _row(name: str, trial: FrozenTrial, folder: Path) -> dict[str, Any]:
 
 def _scores(run: RunFolder) -> list[dict[str, float]]:
     """The mean of each held-out scenario, by validation, from the first to the last."""
-    records = sorted(map(json.loads, whole_lines(run.validation_file)), key=lambda record: record["step"])
+    records = sorted(written_records(run.validation_file), key=lambda record: record["step"])
     return [Validation(**record).by_scenario for record in records]
+
+
+_SAME = 5e-4
+"""Scores within this are the same in the table."""
+
+
+def all_equal(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a sweep found no difference: several trials came to their end, all with the same score."""
+    scores = [row["score"] for row in rows if row["score"] is not None]
+    return len(scores) > 1 and max(scores) - min(scores) < _SAME
 
 
 def printed(rows: Sequence[Mapping[str, Any]], title: str) -> Table:

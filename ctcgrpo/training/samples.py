@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from ctcgrpo import credit
+from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Episode, Scene, TurnSample
 from ctcgrpo.scoring import shaped_outcome, turn_score
 
@@ -53,6 +54,24 @@ class CreditOptions:
     turn_weights: Mapping[Scene, tuple[float, float]] | None = None
     shaping: tuple[float, float] | None = None
     """(penalty for no reasoning, penalty for a fault), or None for a policy that does not reason."""
+
+
+def credit_options(recipe: Recipe) -> CreditOptions:
+    """What a recipe says of credit and scoring."""
+    credit, scoring = recipe.credit, recipe.scoring
+    return CreditOptions(
+        alpha=credit.alpha,
+        centering=credit.centering,
+        credit=credit.credit,
+        gamma=credit.gamma,
+        center_weights=credit.center_weights,
+        scale=credit.scale,
+        std_min=credit.std_min,
+        shuffle=credit.shuffle,
+        shuffle_seed=recipe.run.seed,
+        turn_weights=scoring.turn_weights,
+        shaping=(scoring.no_reasoning_penalty, scoring.fault_penalty) if recipe.policy.reasons else None,
+    )
 
 
 def summarise(episode: Episode, options: CreditOptions) -> Summary:

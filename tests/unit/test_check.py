@@ -16,6 +16,7 @@ from ctcgrpo.plan.cost import Asked, Tokens, hours, money
 from ctcgrpo.plan.known import published_shapes, shape_of
 from ctcgrpo.plan.memory import GIB, Load, memory_plan
 from ctcgrpo.recipe import load_recipe
+from ctcgrpo.scenarios import read_records
 from tests.conftest import ROOT, Command
 
 TINY = ROOT / "recipes" / "tiny.yaml"
@@ -142,6 +143,16 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     assert look(tmp_path, "training.max_steps=5")["output"][0].level == "ok"
     (folder / "recipe.yaml").write_text("run: [")
     assert f"its recipe.yaml cannot be read: {folder / 'recipe.yaml'}: not valid YAML" in failed(look(tmp_path))["output"]
+
+
+def test_scenarios_that_the_scripted_user_knows_nothing_of_are_warned_of(tmp_path: Path) -> None:
+    records = [{k: v for k, v in r.items() if k != "script"} for _, r in read_records("english", "train")]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (found,) = look(tmp_path, f"scenarios.train={tmp_path / 'mine.jsonl'}")["scripts"]
+    assert (
+        found.level == "warning" and f"{len(records)} of {len(records)} training scenarios have no script.det" in found.text
+    )
+    assert "scripts" not in look(tmp_path)
 
 
 def test_what_a_run_costs(tmp_path: Path) -> None:

@@ -69,9 +69,10 @@ def test_an_export_loads_and_says_what_was_measured(run: Path, ctcgrpo: Command)
                  "ctcgrpo/12345678", "CC BY-NC 4.0", "the 4 policy", "all weights", "variant `training`"):  # fmt: skip
         assert part in card, card
     assert not list(run.glob("*.partial"))
+    (run / "summary.json").write_text(json.dumps(SUMMARY | {"simulator": {"backend": "scripted"}}))
     export(run, run / "best-one", which="best")
     card = (run / "best-one" / "README.md").read_text()
-    assert "the best policy" in card
+    assert "the best policy" in card and "was played by scripted;" in card
 
 
 def test_the_card_of_a_run_with_the_scripted_user(run: Path) -> None:

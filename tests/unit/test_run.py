@@ -98,8 +98,18 @@ def test_broken_json_is_named_with_its_line(ctcgrpo: Command, pack: Path) -> Non
     lines[4] = lines[4][:-40]
     file.write_text("\n".join(lines))
     for command in (("train", TINY, f"scenarios.train={pack}"), ("scenarios", "validate", str(pack))):
-        code, _, err = ctcgrpo(*command)
-        assert code == 3 and "support_final.jsonl, line 5: not valid JSON" in err
+        code, out, err = ctcgrpo(*command)
+        assert code == 3 and "support_final.jsonl, line 5: not valid JSON" in (err if command[0] == "train" else out)
+
+
+def test_a_run_warns_of_scenarios_that_the_scripted_user_knows_nothing_of(
+    ctcgrpo: Command, pack: Path, tmp_path: Path
+) -> None:
+    edit(pack / "charm_final.jsonl", 2, lambda r: r.pop("script"))
+    command = ("train", TINY, f"run.output_dir={tmp_path / 'out'}", "policy.lora={target_modules: [nope]}")  # ends early
+    code, out, _ = ctcgrpo(*command, f"scenarios.train={pack}")
+    assert code == 4 and "warning: 1 of 64 training scenarios have no script.details (charm-train-02)" in out
+    assert "ctcgrpo scenarios new" in out
 
 
 def without_chat_template(tiny: Path, folder: Path) -> Path:
@@ -118,7 +128,7 @@ def without_chat_template(tiny: Path, folder: Path) -> Path:
         ("scenarios.per_step=5", 2, "scenarios.per_step is 5 for 4 scenes"),
         ("rollout.max_prompt_tokens=100", 4, "rollout.max_prompt_tokens is 100; raise it or drop the scenario"),
         ("rollout.max_prompt_tokens=5000", 4, "has 4096 positions; lower one of them"),
-        ("policy.model=/nowhere/at/all", 4, "policy.model '/nowhere/at/all' cannot be loaded"),
+        ("policy.model=/nowhere/at/all", 4, "policy.model '/nowhere/at/all' cannot be loaded: no such folder"),
         ("policy.model=WITHOUT_TEMPLATE", 4, "has no chat template"),
         ("simulator.url=http://127.0.0.1:9", 5, "no simulator server answers there"),
         ("simulator.port=TAKEN", 5, "choose another port, or 0 for any free one"),
