@@ -18,7 +18,7 @@ from ctcgrpo.files import is_complete, json_lines
 from ctcgrpo.folders import run_in
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.records import UserState
-from ctcgrpo.scoring import shaped_outcome, turn_score
+from ctcgrpo.scoring import shaped_outcome, turn_form, turn_score
 from ctcgrpo.training.samples import CreditOptions, Summary, credit_options, step_credit
 
 Trace = dict[str, Any]
@@ -107,8 +107,7 @@ def summary_of(episode: Trace, options: CreditOptions) -> Summary:
         no_reasoning, fault = options.shaping
         reward = shaped_outcome(
             outcome,
-            [turn["reasoning"] is None for turn in turns],
-            any({"broken_tags", "empty_reasoning", "empty_reply"} & set(turn["faults"]) for turn in turns),
+            [turn_form(turn["reasoning"], turn["faults"]) for turn in turns],
             no_reasoning=no_reasoning,
             fault=fault,
         )

@@ -15,7 +15,7 @@ import numpy as np
 from ctcgrpo import credit
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Episode, Scene, TurnSample
-from ctcgrpo.scoring import shaped_outcome, turn_score
+from ctcgrpo.scoring import shaped_outcome, turn_form, turn_score
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,7 @@ def summarise(episode: Episode, options: CreditOptions) -> Summary:
         no_reasoning, fault = options.shaping
         reward = shaped_outcome(
             episode.outcome,
-            [turn.reasoning is None for turn in episode.turns],
-            any({"broken_tags", "empty_reasoning", "empty_reply"} & set(turn.faults) for turn in episode.turns),
+            [turn_form(turn.reasoning, turn.faults) for turn in episode.turns],
             no_reasoning=no_reasoning,
             fault=fault,
         )

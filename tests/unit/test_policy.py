@@ -37,11 +37,12 @@ QWEN3_LIKE = """\
         ("<think></think>Hello.", "Hello.", "", ("empty_reasoning",)),
         ("<think>Hm.</think>", "", "Hm.", ("empty_reply",)),
         ("", "", None, ("empty_reply",)),
-        ("<think>never closed", "", "never closed", ("broken_tags", "empty_reply")),
+        ("<think>never closed", "", "never closed", ("broken_tags", "unclosed_reasoning", "empty_reply")),
         ("no opening</think>Hello.", "Hello.", "no opening", ("broken_tags",)),
         ("<think>a</think>b<think>c", "b c", "a", ("broken_tags",)),
         ("<think>a</think>b</think>c", "b c", "a", ("broken_tags",)),
         ("Hello <think>there</think>", "", "Hello <think>there", ("broken_tags", "empty_reply")),
+        ("<think> ", "", "", ("broken_tags", "unclosed_reasoning", "empty_reasoning", "empty_reply")),
     ],
 )
 def test_reasoning_is_told_from_the_reply(text: str, reply: str, reasoning: str | None, faults: tuple[str, ...]) -> None:
