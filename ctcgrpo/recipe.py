@@ -276,6 +276,14 @@ class Training(Section):
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, ge=0, description="the norm that gradients are clipped to; 0 for no clipping")
     clip: float = Field(0.2, gt=0, lt=1, description="PPO's clip of the probability ratio, to 1 - clip and 1 + clip")
+    dual_clip: float | None = Field(
+        None,
+        gt=1,
+        description="bounds the loss of a token with a negative advantage A at this many times -A; 3 as published",
+    )
+    loss_weights: Literal["token", "turn"] = Field(
+        "token", description="what weighs alike in the loss: every trained token of a step, or every trained turn"
+    )
     entropy_bonus: float = Field(0.001, ge=0, description="weight of the policy's entropy in the loss; keeps replies varied")
     kl: float = Field(0.0, ge=0, description="weight of the KL term to the policy before training; 0 as published")
     old_logprobs: Literal["recomputed", "recorded"] = Field(

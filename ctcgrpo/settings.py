@@ -58,6 +58,8 @@ def update_options(recipe: Recipe) -> UpdateOptions:
         tokens_per_row=training.tokens_per_row,
         packing=training.packing,
         clip=training.clip,
+        dual_clip=training.dual_clip,
+        loss_weights=training.loss_weights,
         entropy_bonus=training.entropy_bonus,
         recorded_logprobs=training.old_logprobs == "recorded",
         max_failed=recipe.rollout.max_failed,

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import DistributedType, gather_object
@@ -48,6 +48,10 @@ SCENE_BASELINE = "scene_baseline.json"
 """What earlier steps say of each scene's turns, in a checkpoint."""
 
 
+LossWeights = Literal["token", "turn"]
+"""What weighs alike in the loss: every trained token of a step, or every trained turn."""
+
+
 @dataclass(frozen=True, slots=True)
 class UpdateOptions:
     """What the update needs beyond TRL's GRPOConfig."""
@@ -56,7 +60,9 @@ class UpdateOptions:
     tokens_per_row: int = 16384
     packing: Packing = "auto"
     clip: float = 0.2
+    dual_clip: float | None = None
     entropy_bonus: float = 0.001
+    loss_weights: LossWeights = "token"
     recorded_logprobs: bool = False
     max_failed: float = 0.5
     keep_checkpoints: int = 3
@@ -155,7 +161,9 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
     def update_rows(self, model: torch.nn.Module, rows: Sequence[Row]) -> torch.Tensor:
         """`update` for rows already made, equally many on every process."""
         model.train()
-        tokens = self._sum_over_processes([float(sum(len(row.at) for row in rows))])[0]
+        counts = (float(sum(len(row.at) for row in rows)), float(sum(row.samples for row in rows)))
+        tokens, turns = self._sum_over_processes(counts)
+        total = tokens if self._options.loss_weights == "token" else turns
         if not tokens:
             return torch.zeros((), device=self.accelerator.device)
         totals: list[TokenSums] = []
@@ -167,7 +175,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
                 if is_last:  # before DeepSpeed's backward, which is followed by its optimizer step at once
                     self._refuse_nonfinite_loss([*totals, sums])
                 # Data-parallel training averages gradients over processes: the factor makes it a sum.
-                loss = sums.loss * (self.accelerator.num_processes / tokens)
+                loss = sums.loss * (self.accelerator.num_processes / total)
                 self.accelerator.backward(loss, **self._backward_kwargs())
             totals.append(TokenSums(*(getattr(sums, field.name).detach() for field in fields(TokenSums))))
         self._refuse_nonfinite_gradients(model)
@@ -235,6 +243,8 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
             row.old_logprobs,
             row.advantages,
             clip=self._options.clip,
+            dual_clip=self._options.dual_clip,
+            weights=row.turn_weights if self._options.loss_weights == "turn" else None,
             entropy_bonus=self._options.entropy_bonus,
             reference=self._reference(model, row) if self.beta else None,
             kl_weight=self.beta,
@@ -404,14 +414,15 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
     def _log_update(self, totals: Sequence[TokenSums], tokens: float) -> torch.Tensor:
         mine = [float(sum(getattr(t, field.name) for t in totals)) for field in fields(TokenSums)]
         over_all = dict(zip([f.name for f in fields(TokenSums)], self._sum_over_processes(mine), strict=True))
-        self._log_number("policy_loss", over_all["loss"] / tokens)
+        loss = over_all["loss"] / over_all["weight"]
+        self._log_number("policy_loss", loss)
         self._log_number("clip_share", over_all["clipped"] / tokens)
         self._log_number("entropy", over_all["entropy"] / tokens)
         self._log_number("ratio", over_all["ratio"] / tokens)
         if self.beta:
             self._log_number("kl", over_all["kl"] / tokens)
         self._log_number("trained_tokens", tokens)
-        return torch.tensor(over_all["loss"] / tokens, device=self.accelerator.device)
+        return torch.tensor(loss, device=self.accelerator.device)
 
     def _sum_over_processes(self, values: Sequence[float]) -> list[float]:
         numbers = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
