@@ -143,7 +143,7 @@ class _Run:
         on_main(self._state, lambda: self._folder.keep_to("simulator.json", says, resumes=self._resume is not None))
         check_patience(self._simulator_says, recipe.simulator.timeout)
         if self._simulator_says.get("backend") == ScriptedBackend.name:
-            for scenarios, what in ((self._scenarios, "training"), (held_out, "held-out")):
+            for scenarios, what in ((self._scenarios, "training scenarios"), (held_out, "held-out scenarios")):
                 if warning := unscripted_warning(scenarios, what):
                     self._progress.say(f"warning: {warning}")
         self._phase = "the start of the run"

@@ -34,6 +34,7 @@ def validate(
 ) -> None:
     """Hold scenarios to every rule, and list all problems of all records with file, line and field."""
     from ctcgrpo.factory.rules import Problem, problems
+    from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 
     unreadable: list[Problem] = []
     records = list(
@@ -52,6 +53,8 @@ def validate(
         )
     found = load_scenarios(source, split)
     print(f"{source}: {len(found)} scenarios ({by_scene(found)})" + ("" if loose else "; every rule holds"))
+    if warning := unscripted_warning(found, "scenarios"):
+        print(f"note: {warning}")
 
 
 @app.command()
