@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from ctcgrpo import __version__
 from ctcgrpo.errors import OutputError, PolicyError
 from ctcgrpo.files import checkpoints, is_complete
-from ctcgrpo.folders import run_in
+from ctcgrpo.folders import require_run
 from ctcgrpo.policy.loading import stop_ids
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.run_folder import RunFolder
@@ -29,7 +29,7 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
     Adapters are merged, and shards joined, in float32, then rounded to `dtype`. Raises OutputError for a run or checkpoint that is
     not there or not complete, and where `out` exists; PolicyError where the base model cannot be loaded.
     """
-    folder = run_in(run)
+    folder = require_run(run)
     if out.exists():
         raise OutputError(f"{out} is there already; choose another with --out")
     recipe = load_recipe(folder.recipe_file)

@@ -150,7 +150,7 @@ class _Run:
         self._seconds_update = math.nan
         self._tracker = tracker_of(recipe, is_main=self._state.is_main_process)
         stack.callback(self._tracker.close)
-        interrupted = stack.enter_context(interrupts(self._progress.say, self._waits_for))
+        interrupted = stack.enter_context(interrupts(self._progress.say, self._describe_wait))
         self._trainer = self._make_trainer(
             model=model,
             args=arguments,
@@ -341,7 +341,7 @@ class _Run:
             number = "the update" if updates == 1 else f"the {updates} updates"
             self._phase = f"{number} of step {self._trainer.rollout_step + 1}"
 
-    def _waits_for(self) -> str:
+    def _describe_wait(self) -> str:
         """What a run that is asked to stop waits for, and for how long."""
         if self._phase == _EPISODES:
             return f"giving up {self._runner.awaited} (at most {STOP_SECONDS} s), then saving"

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ctcgrpo.errors import RecipeError, RunFailed, ScenarioError
 from ctcgrpo.scenarios import Split, by_scene, has_splits, load_scenarios, read_records
-from ctcgrpo.startup import loading
+from ctcgrpo.startup import announce_loading
 
 app = typer.Typer(help="Scenarios: fetch, check and shape sets of them.", no_args_is_help=True)
 _SOURCE = typer.Argument(help="A path, a bundled pack (english/train) or a dataset (eibench/train).")
@@ -232,7 +232,7 @@ def stats(
 
     count: Callable[[str], int] | None = None
     if tokenizer is not None:
-        loading(f"counting the tokens of {source}")
+        announce_loading(f"counting the tokens of {source}")
         from ctcgrpo.policy.loading import load_tokenizer
 
         loaded = load_tokenizer(tokenizer)
