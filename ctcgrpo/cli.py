@@ -17,12 +17,12 @@ from ctcgrpo import __version__
 from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
 from ctcgrpo.factory import commands as scenarios
-from ctcgrpo.folders import check_model, run_in
+from ctcgrpo.folders import check_model, require_run
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.reference import commands as reference
 from ctcgrpo.report import commands as reporting
 from ctcgrpo.scenarios import load_scenes
-from ctcgrpo.startup import LAUNCHED, loading
+from ctcgrpo.startup import LAUNCHED, announce_loading
 from ctcgrpo.study import commands as studying
 from ctcgrpo.sweep import commands as sweeping
 
@@ -91,7 +91,7 @@ def check(
     """Check a recipe before it takes a GPU, and print the memory, time and cost of its run."""
     settings = load_recipe(recipe, overrides or [])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    loading(f"checking {settings.run.name}")
+    announce_loading(f"checking {settings.run.name}")
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
@@ -165,7 +165,7 @@ def noise(
     from ctcgrpo.simulator.choice import chosen_simulator, introduced
     from ctcgrpo.simulator.noise import measure, noise_table, recorded_turns
 
-    folder = run_in(run)
+    folder = require_run(run)
     recipe = load_recipe(folder.recipe_file)
     scenarios = list(load_scenarios(recipe.scenarios.train, "train"))
     if recipe.validation is not None:
@@ -200,8 +200,8 @@ def export(
     push: Annotated[str | None, typer.Option(help="Upload to this repository of the Hub as well (private).")] = None,
 ) -> None:
     """Export a trained policy as one model folder with a model card."""
-    run_in(run)
-    loading(f"exporting {which} of {run}")
+    require_run(run)
+    announce_loading(f"exporting {which} of {run}")
     from transformers.utils import logging as transformers_logging
 
     from ctcgrpo import export as exporting
@@ -234,7 +234,7 @@ def _before_loading(recipe: Recipe) -> None:
     """Report a broken scenario and a missing model before PyTorch is loaded, then that it is."""
     load_scenes(recipe.scenarios.train, recipe.scenarios.scenes)
     check_model(recipe.policy.model, "policy.model")
-    loading(f"training {recipe.run.name}")
+    announce_loading(f"training {recipe.run.name}")
 
 
 def _gpus() -> int:

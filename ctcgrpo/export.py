@@ -24,7 +24,7 @@ from ctcgrpo import __version__
 from ctcgrpo.errors import OutputError, PolicyError
 from ctcgrpo.evaluation.played import eibench_on, in_words, validation_settings
 from ctcgrpo.files import checkpoints, is_complete, missing_in
-from ctcgrpo.folders import run_in
+from ctcgrpo.folders import require_run
 from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import LOAD_ERRORS, stop_ids
 from ctcgrpo.recipe import Recipe, load_recipe
@@ -42,7 +42,7 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
     log-probabilities are held against the trained policy's. Raises OutputError for a run or checkpoint that is
     not there or not complete, and where `out` exists; PolicyError where the base model cannot be loaded.
     """
-    folder = run_in(run)
+    folder = require_run(run)
     if out.exists():
         raise OutputError(f"{out} is there already; choose another with --out")
     recipe = load_recipe(folder.recipe_file)

@@ -25,7 +25,7 @@ def write_whole(file: Path, text: str) -> None:
     partial.replace(file)
 
 
-def json_lines(
+def read_json_lines(
     file: Path,
     error: type[CtcGrpoError] = OutputError,
     *,
@@ -88,10 +88,10 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def written_records(file: Path) -> list[dict[str, Any]]:
+def read_run_records(file: Path) -> list[dict[str, Any]]:
     """The objects that a run has written to a JSON lines file so far; none where there is no file. Half a line at the end, which a
     killed run leaves, is ignored. Raises OutputError for any other line that is no JSON object."""
-    return [record for _, record in json_lines(file, whole_only=True)] if file.exists() else []
+    return [record for _, record in read_json_lines(file, whole_only=True)] if file.exists() else []
 
 
 def file_digest(file: Path) -> str:

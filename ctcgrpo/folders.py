@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError
+from ctcgrpo.errors import OutputError, PolicyError
 from ctcgrpo.naming import is_path, nearest
 from ctcgrpo.run_folder import RunFolder
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
 
-def existing(folder: Path, error: type[CtcGrpoError] = OutputError, what: str = "") -> Path:
-    """The folder, if it is there. Raises `error` with the nearest name that is; `what` opens the message."""
-    if not folder.expanduser().is_dir():
-        problem = "a file, not a folder" if folder.expanduser().exists() else f"no such folder{_meant(folder.expanduser())}"
-        raise error(f"{what}{folder}: {problem}")
+def require_folder(folder: Path) -> Path:
+    """The folder, if it is there. Raises OutputError with the nearest name that is."""
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: " + ("a file, not a folder" if folder.exists() else f"no such folder{_meant(folder)}"))
     return folder
 
 
@@ -28,9 +27,9 @@ def _meant(path: Path) -> str:
     return f"; did you mean {str(found)!r}?" if found is not None and found.exists() else ""
 
 
-def run_in(folder: Path) -> RunFolder:
+def require_run(folder: Path) -> RunFolder:
     """The run in a folder. Raises OutputError where the folder is not there, or holds no run."""
-    existing(folder)
+    require_folder(folder)
     if RunFolder(folder).recipe_file.exists():
         return RunFolder(folder)
     hint = f"; the run is {folder.parent}" if RunFolder(folder.parent).recipe_file.exists() else ""

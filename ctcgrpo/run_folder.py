@@ -34,7 +34,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ctcgrpo.errors import OutputError, RecipeError
-from ctcgrpo.files import checkpoints, is_complete, mark_complete, missing_in, write_whole, written_records
+from ctcgrpo.files import checkpoints, is_complete, mark_complete, missing_in, read_run_records, write_whole
 from ctcgrpo.recipe import Recipe, differences
 from ctcgrpo.sections import parse_mapping, read_text
 from ctcgrpo.workers import alone
@@ -202,7 +202,7 @@ class RunFolder:
 
     def _rewind(self, steps: int) -> None:
         if self.metrics_file.exists():
-            kept = [json.dumps(record) + "\n" for record in written_records(self.metrics_file) if record["step"] <= steps]
+            kept = [json.dumps(record) + "\n" for record in read_run_records(self.metrics_file) if record["step"] <= steps]
             write_whole(self.metrics_file, "".join(kept))
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:

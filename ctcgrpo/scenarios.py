@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ctcgrpo.errors import ScenarioError
-from ctcgrpo.files import json_lines
+from ctcgrpo.files import read_json_lines
 from ctcgrpo.naming import did_you_mean, is_path, nearest
 from ctcgrpo.records import SCENES, Anchors, Scenario, Scene, UserState
 
@@ -94,7 +94,7 @@ def read_records(
     """The raw records of a source in file order, unwrapped, each with its place (file and line). Raises ScenarioError for a source
     that is not there, and, unless `on_bad` takes them (place, message), for lines that hold no JSON object."""
     for file in _files(source, split):
-        for place, record in json_lines(file, ScenarioError, on_bad=on_bad):
+        for place, record in read_json_lines(file, ScenarioError, on_bad=on_bad):
             yield place, record["row"] if isinstance(record.get("row"), dict) else record
 
 

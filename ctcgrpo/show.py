@@ -15,8 +15,8 @@ from rich.text import Text
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.played import eibench_on, in_words
-from ctcgrpo.files import written_records
-from ctcgrpo.folders import existing
+from ctcgrpo.files import read_run_records
+from ctcgrpo.folders import require_folder
 from ctcgrpo.run_folder import RunFolder
 
 Trace = Mapping[str, Any]
@@ -49,7 +49,7 @@ def typical_scenario(before: Sequence[Trace], after: Sequence[Trace]) -> str:
 
 def show_run(path: Path, console: Console, *, scenario: str | None = None) -> None:
     """Print a finished run. Raises OutputError for a folder that holds none, and for a scenario that it did not play."""
-    folder = RunFolder(existing(path))
+    folder = RunFolder(require_folder(path))
     file = path / "summary.json"
     if not file.exists():
         raise OutputError(f"{path} holds no summary.json: no finished run with a validation section")
@@ -83,7 +83,7 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
 
 def _validation(folder: RunFolder, step: int) -> list[Trace]:
     files = sorted(folder.traces.glob(f"validation-{step:06d}.rank-*.jsonl"))
-    episodes = [record for file in files for record in written_records(file)]
+    episodes = [record for file in files for record in read_run_records(file)]
     if not episodes:
         raise OutputError(f"{folder.traces} holds no dialogues of the validation after step {step}")
     return sorted(episodes, key=lambda e: (e["group"], e["rollout"]))

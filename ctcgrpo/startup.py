@@ -20,17 +20,17 @@ tied to the embeddings and so stands in no checkpoint."""
 LAUNCHED = "CTCGRPO_LAUNCHED"
 """Set for the processes that `ctcgrpo train` starts through accelerate: they run, and launch nothing further."""
 
-_told = False
+_announced = False
 
 
-def loading(doing: str, libraries: str = "PyTorch and transformers") -> None:
+def announce_loading(doing: str, libraries: str = "PyTorch and transformers") -> None:
     """Say on standard error what a command does and that its libraries are being loaded, unless they are loaded already; call it
     before they are imported. Of several
     processes the one that was started, or the main one, says it."""
-    global _told
+    global _announced
     _silence()
-    if not _told and LAUNCHED not in os.environ and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
-        _told = True
+    if not _announced and LAUNCHED not in os.environ and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+        _announced = True
         print(f"{doing}: loading {libraries} (5 to 20 seconds) ...", file=sys.stderr, flush=True)
 
 

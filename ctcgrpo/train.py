@@ -184,14 +184,14 @@ class _Run:
         on_main(self._state, lambda: self._folder.keep_to("simulator.json", says, resumes=self._resume is not None))
         check_patience(self._simulator_says, recipe.simulator.timeout)
         if self._simulator_says.get("backend") == ScriptedBackend.name:
-            for scenarios, what in ((self._scenarios, "training"), (held_out, "held-out")):
+            for scenarios, what in ((self._scenarios, "training scenarios"), (held_out, "held-out scenarios")):
                 if warning := unscripted_warning(scenarios, what):
                     self._progress.say(f"warning: {warning}")
         self._phase = "the start of the run"
         self._seconds_update = math.nan
         self._tracker = tracker_of(recipe, is_main=self._state.is_main_process)
         stack.callback(self._tracker.close)
-        interrupted = stack.enter_context(interrupts(self._progress.say, self._waits_for))
+        interrupted = stack.enter_context(interrupts(self._progress.say, self._describe_wait))
         self._trainer = self._make_trainer(
             model=model,
             args=arguments,
@@ -411,7 +411,7 @@ class _Run:
             number = "the update" if updates == 1 else f"the {updates} updates"
             self._phase = f"{number} of step {self._trainer.rollout_step + 1}"
 
-    def _waits_for(self) -> str:
+    def _describe_wait(self) -> str:
         """What a run that is asked to stop waits for, and for how long."""
         if self._phase == _EPISODES:
             return f"giving up {self._runner.awaited} (at most {STOP_SECONDS} s), then saving"

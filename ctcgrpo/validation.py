@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo.errors import TooManyFailures, too_many_failed
-from ctcgrpo.files import write_whole, written_records
+from ctcgrpo.files import read_run_records, write_whole
 from ctcgrpo.intervals import interval, means, paired
 from ctcgrpo.records import SCENES, Episode, Scenario
 from ctcgrpo.rollout.runner import Slot
@@ -108,7 +108,7 @@ class Validator:
         policy kept as the best."""
         self.done, self.best_step = {}, best_step
         if step:
-            kept = [Validation(**r) for r in written_records(self.file) if r["step"] <= step]
+            kept = [Validation(**r) for r in read_run_records(self.file) if r["step"] <= step]
             self.done = {validation.step: validation for validation in kept}
 
     def is_due(self, step: int) -> bool:

@@ -19,9 +19,9 @@ from ctcgrpo.evaluation.played import Trained, title_of, trained_as
 from ctcgrpo.evaluation.report import print_comparison, print_leaderboard, print_summary
 from ctcgrpo.evaluation.rescoring import rescored
 from ctcgrpo.evaluation.results import summarise, write_results
-from ctcgrpo.folders import existing, is_model, run_in
+from ctcgrpo.folders import is_model, require_folder, require_run
 from ctcgrpo.naming import is_path
-from ctcgrpo.startup import loading
+from ctcgrpo.startup import announce_loading
 
 if TYPE_CHECKING:
     from ctcgrpo.evaluation.run import Evaluation
@@ -116,7 +116,7 @@ def evaluate(
         _evaluate_run(Path(bench), given, console)
         return
     if is_path(bench):
-        existing(Path(bench))
+        require_folder(Path(bench))
     known = named(bench)
     if rescore is not None:
         if bench not in _OF_RESCORING:
@@ -177,7 +177,7 @@ def _option(name: str) -> str:
 
 
 def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
-    loading("evaluating", "Inspect AI")
+    announce_loading("evaluating", "Inspect AI")
     try:
         from ctcgrpo.evaluation.run import evaluate as played
     except ImportError as error:
@@ -290,7 +290,7 @@ def _evaluate_run(run: Path, given: Given, console: Console) -> None:
     """Base and final policy of a run, as its validation plays them unless options say otherwise, and their comparison."""
     if is_model(run):
         raise RecipeError(f"{run} is a policy's folder; `ctcgrpo evaluate eibench --model {run}` evaluates it")
-    folder = run_in(run)
+    folder = require_run(run)
     play = _play(given)
     from ctcgrpo.evaluation.of_run import evaluations_of
 

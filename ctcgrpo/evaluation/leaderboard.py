@@ -11,7 +11,7 @@ from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.played import in_words, settings_of, title_of
 from ctcgrpo.evaluation.report import other_of
 from ctcgrpo.evaluation.results import RESULTS, SUMMARY, read_summary
-from ctcgrpo.folders import existing
+from ctcgrpo.folders import require_folder
 
 
 def ranked(folder: Path) -> list[dict[str, Any]]:
@@ -19,7 +19,7 @@ def ranked(folder: Path) -> list[dict[str, Any]]:
     `settings`, `groups`, and `entries` from the best to the worst. Raises OutputError where there is no evaluation below the
     folder, and for one that cannot be read."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted(existing(folder).rglob(SUMMARY)):
+    for file in sorted(require_folder(folder).rglob(SUMMARY)):
         if not (file.parent / RESULTS).exists():
             continue  # of a run's training, and the like
         summary = read_summary(file.parent)

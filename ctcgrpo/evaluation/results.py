@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.benches import BENCHES, Bench
-from ctcgrpo.files import json_lines, write_whole
-from ctcgrpo.folders import existing
+from ctcgrpo.files import read_json_lines, write_whole
+from ctcgrpo.folders import require_folder
 from ctcgrpo.intervals import interval, means, share_interval
 
 RESULTS, SUMMARY = "results.jsonl", "summary.json"
@@ -128,7 +128,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        existing(folder)
+        require_folder(folder)
         raise OutputError(f"{folder} holds no {SUMMARY}: no finished evaluation{_evaluations_in(folder)}") from None
     except (OSError, ValueError) as error:
         raise OutputError(f"{file} cannot be read: {error}") from None
@@ -154,7 +154,7 @@ def read_results(folder: Path) -> list[Result]:
     """Raises OutputError for a file that is not there or holds something else."""
     file = folder / RESULTS
     try:
-        return [_result(row) for _, row in json_lines(file)]
+        return [_result(row) for _, row in read_json_lines(file)]
     except (ValueError, TypeError, KeyError) as error:
         raise OutputError(f"{file} holds no results of an evaluation: {error}") from None
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.evaluation.results import Line, Result
-from ctcgrpo.files import json_lines
+from ctcgrpo.files import read_json_lines
 
 START, SUCCESS, FAILURE, USER_TURNS = 40, 100, 10, 10
 PROFILES = "simulator_profile_withfirsttalk.jsonl"
@@ -61,7 +61,7 @@ def load_profiles(path: Path) -> list[Profile]:
         "first_talk": "first_talk",
     }
     found: dict[str, Profile] = {}
-    for place, record in json_lines(file, ScenarioError):
+    for place, record in read_json_lines(file, ScenarioError):
         missing = [name for name in fields.values() if not isinstance(record.get(name), str) or not record[name].strip()]
         if missing:
             raise ScenarioError(f"{place}: {missing[0]} is missing or no text; a profile has {', '.join(fields.values())}")
@@ -126,7 +126,7 @@ def read_results(file: Path) -> list[Result]:
     if not file.is_file():
         raise ScenarioError(f"{file} not found")
     results: list[Result] = []
-    for place, record in json_lines(file, ScenarioError):
+    for place, record in read_json_lines(file, ScenarioError):
         emotion, history = record.get("emo_point"), record.get("history")
         for name in ("id", "character"):
             if not isinstance(record.get(name), str) or not record[name]:

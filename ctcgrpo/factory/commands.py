@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ctcgrpo.errors import RecipeError, RunFailed, ScenarioError
 from ctcgrpo.scenarios import Split, by_scene, has_splits, load_scenarios, read_records
-from ctcgrpo.startup import loading
+from ctcgrpo.startup import announce_loading
 
 app = typer.Typer(help="Fetch, generate, check and convert sets of scenarios.", no_args_is_help=True)
 _SOURCE = typer.Argument(help="A path, a bundled pack (english/train) or a dataset (eibench/train).")
@@ -34,6 +34,7 @@ def validate(
 ) -> None:
     """Check scenarios against every rule, and list each problem with file, line and field."""
     from ctcgrpo.factory.rules import Problem, problems
+    from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 
     unreadable: list[Problem] = []
     records = list(
@@ -52,6 +53,8 @@ def validate(
         )
     found = load_scenarios(source, split)
     print(f"{source}: {len(found)} scenarios ({by_scene(found)})" + ("" if loose else "; every rule holds"))
+    if warning := unscripted_warning(found, "scenarios"):
+        print(f"note: {warning}")
 
 
 @app.command()
@@ -229,7 +232,7 @@ def stats(
 
     count: Callable[[str], int] | None = None
     if tokenizer is not None:
-        loading(f"counting the tokens of {source}")
+        announce_loading(f"counting the tokens of {source}")
         from ctcgrpo.policy.loading import load_tokenizer
 
         loaded = load_tokenizer(tokenizer)

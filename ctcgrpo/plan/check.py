@@ -454,7 +454,7 @@ def simulator(s: Subject) -> Iterator[Finding]:
     who = ", ".join(map(str, says.get("models") or [says.get("backend")]))
     yield Finding("simulator", "ok", f"{who} answered a canary turn: {reply!r}")
     if says.get("backend") == ScriptedBackend.name:
-        for played, what in ((s.scenarios, "training"), (s.held_out, "held-out")):
+        for played, what in ((s.scenarios, "training scenarios"), (s.held_out, "held-out scenarios")):
             if warning := unscripted_warning(played, what):
                 yield Finding("scripts", "warning", warning)
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from ctcgrpo.errors import OutputError
-from ctcgrpo.folders import existing
+from ctcgrpo.folders import require_folder
 
 
 def report(
@@ -24,7 +24,7 @@ def report(
     from ctcgrpo.report.reading import read_run
 
     trials: list[dict[str, Any]] = []
-    if (existing(run) / "table.json").exists():
+    if (require_folder(run) / "table.json").exists():
         trials = json.loads((run / "table.json").read_text(encoding="utf-8"))
         source = _run_of_sweep(run, trials)
         found = replace(read_run(source), name=f"sweep {run.resolve().name}: {source.parent.name}, {source.name}")

@@ -14,8 +14,8 @@ from typing import Any
 
 from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.errors import OutputError
-from ctcgrpo.files import is_complete, json_lines
-from ctcgrpo.folders import run_in
+from ctcgrpo.files import is_complete, read_json_lines
+from ctcgrpo.folders import require_run
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.records import UserState
 from ctcgrpo.scoring import shaped_outcome, turn_form, turn_score
@@ -40,7 +40,7 @@ class Run:
 
 def read_run(path: Path, options: CreditOptions | None = None) -> Run:
     """Raises OutputError for a folder that holds no run, or one that has not played an episode yet."""
-    folder = run_in(path)
+    folder = require_run(path)
     recipe = load_recipe(folder.recipe_file)
     episodes, unreadable = _episodes(folder.traces)
     if not episodes:
@@ -76,7 +76,7 @@ def _lines(file: Path) -> tuple[list[dict[str, Any]], int]:
     if not file.exists():
         return [], 0
     bad: list[str] = []
-    found = [record for _, record in json_lines(file, on_bad=lambda place, message: bad.append(place))]
+    found = [record for _, record in read_json_lines(file, on_bad=lambda place, message: bad.append(place))]
     return found, len(bad)
 
 

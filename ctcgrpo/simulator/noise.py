@@ -20,7 +20,7 @@ import numpy as np
 from rich.table import Table
 
 from ctcgrpo.errors import EPISODE_ERRORS, OutputError
-from ctcgrpo.files import written_records
+from ctcgrpo.files import read_run_records
 from ctcgrpo.records import SCENES, Scenario, UserState
 from ctcgrpo.scoring import turn_score
 from ctcgrpo.simulator.client import SimulatorClient
@@ -58,7 +58,7 @@ def recorded_turns(
     known = {s.id: s for s in scenarios}
     traces: dict[str, list[Mapping[str, Any]]] = {scene: [] for scene in SCENES}
     for file in files:
-        for trace in written_records(file):
+        for trace in read_run_records(file):
             if trace["failure"] is None and trace["scenario"] in known:
                 traces[trace["scene"]].append(trace)
     if not any(traces.values()):

@@ -25,7 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from ctcgrpo.errors import CtcGrpoError, OutputError, RunFailed, RunInterrupted
-from ctcgrpo.files import is_complete, mark_complete, write_whole, written_records
+from ctcgrpo.files import is_complete, mark_complete, read_run_records, write_whole
 from ctcgrpo.recipe import Recipe, load_recipe, overrides
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import read_records
@@ -81,7 +81,7 @@ def found_curves(study: Study, folder: Path) -> dict[str, dict[str, Curves]]:
 
 
 def _curve(run: RunFolder) -> list[tuple[int, float]]:
-    validations = [Validation(**record) for record in written_records(run.validation_file)]
+    validations = [Validation(**record) for record in read_run_records(run.validation_file)]
     return sorted((validation.step, validation.overall) for validation in validations)
 
 

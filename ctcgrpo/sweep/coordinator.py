@@ -29,7 +29,7 @@ import optuna
 from optuna.trial import TrialState
 
 from ctcgrpo.errors import OutputError, RecipeError, RunInterrupted
-from ctcgrpo.files import is_complete, write_whole, written_records
+from ctcgrpo.files import is_complete, read_run_records, write_whole
 from ctcgrpo.recipe import Recipe, overrides
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.sweep.spec import SEED, Parameter, Sweep
@@ -269,7 +269,7 @@ def _is_worse(one: _Running) -> bool:
     """Report the validations of a trial's first run, and say whether the pruner gives it up."""
     if one.seeds[0] != one.trial.user_attrs["seeds"][0]:
         return False
-    for record in written_records(one.run.validation_file):
+    for record in read_run_records(one.run.validation_file):
         step = int(record["step"])
         if step and step not in one.reported:
             one.trial.report(Validation(**record).overall, step)

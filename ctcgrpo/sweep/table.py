@@ -11,7 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
 
-from ctcgrpo.files import written_records
+from ctcgrpo.files import read_run_records
 from ctcgrpo.intervals import crossed
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.validation import Validation
@@ -61,7 +61,7 @@ def _row(name: str, trial: FrozenTrial, folder: Path) -> dict[str, Any]:
 
 def _scores(run: RunFolder) -> list[dict[str, float]]:
     """The mean of each held-out scenario, by validation, from the first to the last."""
-    records = sorted(written_records(run.validation_file), key=lambda record: record["step"])
+    records = sorted(read_run_records(run.validation_file), key=lambda record: record["step"])
     return [Validation(**record).by_scenario for record in records]
 
 

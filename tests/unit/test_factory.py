@@ -121,7 +121,7 @@ def test_an_example_keeps_every_rule_and_its_notes_name_every_field(tmp_path: Pa
     assert list(problems(read_records(file))) == []
     (scenario,) = load_scenarios(file)
     assert (scenario.scene, scenario.language) == (scene, language) and not gate(scenario).problem
-    assert unscripted_warning([scenario], "training") is None
+    assert unscripted_warning([scenario], "training scenarios") is None
     text = notes.read_text(encoding="utf-8")
 
     def leaves(value: Any, path: str) -> set[str]:
@@ -143,9 +143,9 @@ def test_an_example_keeps_every_rule_and_its_notes_name_every_field(tmp_path: Pa
 
 def test_scenarios_without_a_script_are_warned_of() -> None:
     scenarios = load_scenarios("english/train")
-    assert unscripted_warning(scenarios, "training") is None
+    assert unscripted_warning(scenarios, "training scenarios") is None
     bare = [dataclasses.replace(s, script={"lines": {}}) for s in scenarios[:5]]
-    warning = unscripted_warning([*bare, *scenarios[5:]], "training") or ""
+    warning = unscripted_warning([*bare, *scenarios[5:]], "training scenarios") or ""
     assert warning.startswith(
         f"5 of {len(scenarios)} training scenarios have no script.details ({bare[0].id}, {bare[1].id}, "
     )
@@ -518,6 +518,10 @@ def test_the_commands(tmp_path: Path, ctcgrpo: Command) -> None:
             "line 3: expected a JSON object",
         ):
             assert f"bad.jsonl, {told}" in out
+    bare = {key: value for key, value in records[0].items() if key != "script"}
+    (tmp_path / "bare.jsonl").write_text(json.dumps(bare) + "\n")
+    code, out, _ = ctcgrpo("scenarios", "validate", str(tmp_path / "bare.jsonl"))
+    assert code == 0 and f"note: 1 of 1 scenarios have no script.details ({bare['id']})" in out
     code, out, _ = ctcgrpo("scenarios", "new", str(tmp_path / "mine.jsonl"), "--scene", "charm", "--language", "zh")
     assert code == 0 and "mine.jsonl: one complete charm scenario" in out and (tmp_path / "mine.md").exists()
     (tmp_path / "deep.jsonl").write_text("[" * 200_000 + "\n")

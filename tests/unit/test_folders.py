@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ctcgrpo.errors import OutputError, PolicyError
-from ctcgrpo.folders import check_model, existing, run_in
+from ctcgrpo.folders import check_model, require_folder, require_run
 from ctcgrpo.naming import is_path
 from tests.conftest import ROOT, Command
 
@@ -63,11 +63,11 @@ def test_what_may_be_elsewhere_passes(runs: Path, model: str) -> None:
 
 
 def test_runs_are_named_where_they_are(runs: Path, ctcgrpo: Command) -> None:
-    assert run_in(Path("checkpoints/quickstart")).path == Path("checkpoints/quickstart")
+    assert require_run(Path("checkpoints/quickstart")).path == Path("checkpoints/quickstart")
     with pytest.raises(OutputError, match="holds no recipe.yaml; the run is checkpoints/quickstart"):
-        run_in(Path("checkpoints/quickstart/final"))
+        require_run(Path("checkpoints/quickstart/final"))
     with pytest.raises(OutputError, match="a file, not a folder"):
-        existing(Path("checkpoints/quickstart/recipe.yaml"))
+        require_folder(Path("checkpoints/quickstart/recipe.yaml"))
     for command in ("show", "report", "noise", "export", "evaluate", "leaderboard"):
         code, _, err = ctcgrpo(command, "checkpoints/quickstrt")
         assert code == 6 and "checkpoints/quickstrt: no such folder; did you mean 'checkpoints/quickstart'?" in err, command

@@ -14,7 +14,7 @@ import pytest
 from ctcgrpo import startup
 from ctcgrpo.evaluation.benches import EIBENCH
 from ctcgrpo.evaluation.results import Result, summarise, write_results
-from ctcgrpo.startup import loading
+from ctcgrpo.startup import announce_loading
 from tests.conftest import ROOT
 from tests.unit.test_report import episode, made
 
@@ -75,17 +75,17 @@ def test_what_is_being_loaded_is_said_once_and_by_the_main_process_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    monkeypatch.setattr(startup, "_told", False)
-    loading("training x")
-    loading("training x")
+    monkeypatch.setattr(startup, "_announced", False)
+    announce_loading("training x")
+    announce_loading("training x")
     said = capsys.readouterr().err
     assert said.startswith("training x: loading PyTorch and transformers (") and said.count("\n") == 1
-    monkeypatch.setattr(startup, "_told", False)
+    monkeypatch.setattr(startup, "_announced", False)
     monkeypatch.setenv("RANK", "1")
-    loading("training x")
+    announce_loading("training x")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setitem(sys.modules, "torch", sys)
-    loading("training x")
+    announce_loading("training x")
     assert capsys.readouterr().err == ""
 
 
@@ -97,7 +97,7 @@ def test_what_is_being_loaded_is_said_once_and_by_the_main_process_alone(
     ],
 )
 def test_warnings_of_libraries_that_help_nobody_are_left_out(name: str, text: str) -> None:
-    loading("x")
+    announce_loading("x")
     heard: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from ctcgrpo.errors import OutputError, RecipeError
-from ctcgrpo.files import mark_complete, written_records
+from ctcgrpo.files import mark_complete, read_run_records
 from ctcgrpo.intervals import student
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.study.commands import printed
@@ -222,7 +222,7 @@ def test_a_study_is_killed_and_goes_on(tmp_path: Path, ctcgrpo: Command) -> None
     with pytest.raises(OutputError, match="is of another recipe .run.name: seed-1 -> seed-2"):
         run_study(study, as_it_stands, out / "s")
     assert all(
-        record for record in written_records(out / "s" / "runs" / "prompt" / "rollout" / "seed-1" / "validation.jsonl")
+        record for record in read_run_records(out / "s" / "runs" / "prompt" / "rollout" / "seed-1" / "validation.jsonl")
     )
     assert curves_of({1: [(0, 0.0), (1, 1.0)]}).scores.shape == (1, 2)
     assert process.returncode == -signal.SIGKILL

@@ -110,13 +110,13 @@ def script_fields() -> Iterator[tuple[str, str]]:
 
 def unscripted_warning(scenarios: Sequence[Scenario], what: str) -> str | None:
     """A warning for scenarios without details in their `script`, where the scripted user plays them; None where all have some.
-    `what` names the set."""
+    `what` names them."""
     without = [scenario.id for scenario in scenarios if not scenario.script.get("details")]
     if not without:
         return None
     named = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
     return (
-        f"{len(without)} of {len(scenarios)} {what} scenarios have no script.details ({named}): the scripted user then knows only "
+        f"{len(without)} of {len(scenarios)} {what} have no script.details ({named}): the scripted user then knows only "
         "what it derives from the personas, and tells good replies from bad ones poorly. Write a script (`ctcgrpo scenarios new "
         "FILE` shows one, `ctcgrpo scenarios gate` tests it), or let an LLM play the user (simulator.config, simulator.url)"
     )
