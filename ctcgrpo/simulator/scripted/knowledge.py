@@ -31,12 +31,16 @@ class Detail:
 @dataclass(frozen=True, slots=True)
 class Knowledge:
     """`musts` name what the scene asks for in this scenario: boundary and offer, or fault and remedy. `vocabulary` is all
-    content of the scenario's texts; `matter` the part of it that is not everyday talk."""
+    content of the scenario's texts; `matter` the part of it that is not everyday talk. `facts` are what the policy's role knows of
+    itself and of the place, and `subjects` what the dialogue is about: the stems of one sentence of its persona, or of the
+    goal, each."""
 
     details: tuple[Detail, ...]
     musts: Mapping[str, frozenset[str]]
     vocabulary: frozenset[str]
     matter: frozenset[str]
+    facts: tuple[frozenset[str], ...]
+    subjects: tuple[frozenset[str], ...]
     lines: Mapping[str, list[str]]
 
 
@@ -75,8 +79,8 @@ def read_knowledge(card: ScenarioCard, language: Language) -> Knowledge:
     else:
         details = _derived_details(card, language)
     parts = script.boundary or script.repair
-    personas = [_HEADING.sub("", text) for text in (card.user_persona, card.policy_persona)]
-    texts = [*personas, card.opening_line, card.goal, *card.success_criteria]
+    user_persona, policy_persona = (_HEADING.sub("", text) for text in (card.user_persona, card.policy_persona))
+    texts = [user_persona, policy_persona, card.opening_line, card.goal, *card.success_criteria]
     texts += [d.line for d in details]
     vocabulary = frozenset().union(*(language.content(text) for text in texts), *(d.field for d in details))
     matter = frozenset().union(*(language.uncommon(text) for text in texts))
@@ -85,8 +89,14 @@ def read_knowledge(card: ScenarioCard, language: Language) -> Knowledge:
         musts={name: stems(words) for name, words in parts.items()},
         vocabulary=vocabulary,
         matter=matter,
+        facts=_stems_by_sentence(policy_persona, language),
+        subjects=_stems_by_sentence(card.goal, language),
         lines={mood: lines for mood, lines in script.lines.items() if lines},
     )
+
+
+def _stems_by_sentence(text: str, language: Language) -> tuple[frozenset[str], ...]:
+    return tuple(content for sentence in language.sentences(text) if (content := language.content(sentence)))
 
 
 def _derived_details(card: ScenarioCard, language: Language) -> tuple[Detail, ...]:

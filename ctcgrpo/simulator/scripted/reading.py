@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,22 +13,34 @@ from ctcgrpo.simulator.scripted.language import Language, Pattern, stem
 
 _RUN = 4
 _SHORTEST_FRAME = 5
+_NAME = re.compile(r"\b[A-Z][a-z]+\b(?=[,.!?])")
+"""Somebody is called by a name; people shorten names."""
+_DERIVES = frozenset(["er", "ers", "or", "ors", "y", "ly", "ment", "ness", "ful", "less", "en"])
+"""Endings that make a word out of a whole one."""
+TELLING = 2
+"""A sentence speaks of a fact from this much in common on: two words, or one that is not everyday talk."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
     """`sound`: it hangs together, of whole words. `own`: it is not taken over from what was said before. `sensible`: most of its
-    content is everyday talk or belongs to this scenario."""
+    content is everyday talk or belongs to this scenario. `yours` is the content without what the speaker calls its
+    own: "my own mother" is not the user's."""
 
     text: str
     sound: bool
     own: bool
     sensible: bool
     content: frozenset[str]
+    yours: frozenset[str]
 
     @property
     def counts(self) -> bool:
         return self.sound and self.own and self.sensible
+
+    @property
+    def asks(self) -> bool:
+        return "?" in self.text or "？" in self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +53,11 @@ class Reading:
     two such words: one alone may be luck, and a script that says "promise" in every dialogue is bound to be right now and
     then. `answers`: it takes up a word of the user's last line that is not everyday talk, so it could not be said to anybody.
     `frames` are its longer sentences with their content left open: "You have put _ and _ into the _, and I can see it".
-    `raised` is the detail that the user brought up last. `moves` and
-    `musts` are what counting sentences do. `echo` and `repetition` are the shares taken from what was heard and from earlier
-    replies; `twice` says that two of its sentences are nearly one.
+    `raised` is the detail that the user brought up last. `tells` are the stems with which it speaks, in its own words, of
+    facts of the policy's persona or, in a question, of the goal. `follows` says that it speaks of "her" to a user who has just
+    done so, or of "my mother" to one who has spoken of a mother. `moves` and `musts` are what counting sentences do. `echo` and
+    `repetition` are the shares taken from what was heard and from earlier replies; `twice` says that two of its sentences are
+    nearly one.
     """
 
     length: int
@@ -51,6 +66,8 @@ class Reading:
     engaged: tuple[Detail, ...]
     brings: bool
     raised: Detail | None
+    tells: frozenset[str]
+    follows: bool
     moves: tuple[Pattern, ...]
     musts: frozenset[str]
     answers: bool
@@ -83,7 +100,7 @@ def read(
     words = frozenset().union(*(_words(text, language) for text in heard))
     sentences = tuple(_sentence(s, knowledge, language, sources, words) for s in language.sentences(text))
     counting = [s for s in sentences if s.counts]
-    said = frozenset().union(*(s.content for s in counting))
+    said = frozenset().union(*(s.yours for s in counting))
     known = frozenset().union(*(language.content(text) for text in heard))
     brings = said - known - language.thing_stems
     listens = bool(said & known & (knowledge.matter | language.thing_stems)) or len(said & language.content(latest)) >= 2
@@ -101,16 +118,30 @@ def read(
         brings=bool(brings & knowledge.matter),
         engaged=tuple(d for d in touched if engages(d)),
         raised=raised,
+        tells=frozenset().union(*(_told(s, knowledge, language) for s in sentences if s.sound and s.own)),
+        follows=any(_follows(s.text, latest, language) for s in counting),
         moves=tuple(m for m in moves if any(m.matches(s.text.lower()) for s in counting)),
         answers=bool(said & language.content(latest) & (knowledge.matter | language.thing_stems)),
         musts=frozenset(name for name, words in knowledge.musts.items() if any(s.content & words for s in counting)),
         frames=frozenset(f for s in sentences if len(f := _frame(s.text, language)) >= _SHORTEST_FRAME),
-        questions=sum("?" in s.text or "？" in s.text for s in sentences),
+        questions=sum(s.asks for s in sentences),
         echo=_coverage(text, sources, language),
         repetition=max((_similarity(content, text, other, language) for other in earlier), default=0.0),
         twice=any(_alike(a, b, language) for a, b in combinations(sentences, 2)),
         breaks_off=not language.ends(text),
     )
+
+
+def _told(sentence: Sentence, knowledge: Knowledge, language: Language) -> frozenset[str]:
+    """The stems of the facts that a sentence speaks of."""
+    facts = (*knowledge.facts, *knowledge.subjects) if sentence.asks else knowledge.facts
+    shared = (sentence.content & fact for fact in facts)
+    return frozenset().union(*(stems for stems in shared if language.weight(stems) >= TELLING))
+
+
+def _follows(text: str, latest: str, language: Language) -> bool:
+    persons = language.persons(text) & language.persons(latest)
+    return bool(persons or language.possessed(text) & language.content(latest))
 
 
 def _touches(content: frozenset[str], detail: Detail, just_raised: bool) -> bool:
@@ -124,15 +155,17 @@ def _sentence(
     text: str, knowledge: Knowledge, language: Language, sources: frozenset[tuple[str, ...]], heard: frozenset[str]
 ) -> Sentence:
     words = [t for t in language.tokens(text) if t != ","]
+    names = {word.lower() for word in _NAME.findall(text)}
     content = language.content(text)
     talk = {stem(w) for w in words if language.is_common(w)} - language.thing_stems
     strange = content - knowledge.vocabulary - talk
     return Sentence(
         text=text,
-        sound=language.is_sound(text) and not any(_is_cut(w, heard, knowledge, language) for w in words),
+        sound=language.is_sound(text) and not any(_is_cut(w, heard, knowledge, language) for w in words if w not in names),
         own=_coverage(text, sources, language) <= 0.5,
         sensible=language.han or len(strange) <= max(1, len(content) // 3),
         content=content,
+        yours=content - language.possessed(text),
     )
 
 
@@ -143,7 +176,9 @@ def _is_cut(word: str, heard: frozenset[str], knowledge: Knowledge, language: La
     if len(word) < 2 or word in heard or stem(word) in knowledge.vocabulary | language.thing_stems:
         return False
     longer = [h for h in heard if h.startswith(word) and stem(h) != stem(word)]
-    return any(not language.is_common(h.removeprefix(word)) for h in longer)  # "hall" is a word where there is a hallway
+    rests = (h.removeprefix(word) for h in longer)
+    # "Hall" is a word where there is a hallway, and "heat" where there is a heater.
+    return any(not language.is_common(rest) and rest not in _DERIVES for rest in rests)
 
 
 def _alike(a: Sentence, b: Sentence, language: Language) -> bool:
