@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.records import Anchors, Scenario, Scene, UserState
 
+LONGEST_TEXT, MOST_LINES, MOST_CHARACTERS = 100_000, 2_000, 500_000
+"""What a TurnRequest may hold: characters of one text, lines of the history, characters of all texts together."""
 TURN_PATH = "/v1/turn"
 ACCOUNT_PATH = "/v1/account"
 HEALTH_PATH, READY_PATH, METRICS_PATH = "/health", "/ready", "/metrics"
@@ -96,20 +99,38 @@ class TurnRequest(_Message):
             raise ValueError("history must end with the policy's reply")
         return self
 
+    @model_validator(mode="after")
+    def _is_not_too_long(self) -> TurnRequest:
+        card = self.scenario
+        sizes = [len(t) for u in self.history for t in (u.text, u.reflection)]
+        sizes += map(len, (card.user_persona, card.policy_persona, card.opening_line, card.goal, *card.success_criteria))
+        for what, size, most in (
+            ("lines of the history", len(self.history), MOST_LINES),
+            ("characters of one text", max(sizes), LONGEST_TEXT),
+            ("characters of all texts", sum(sizes), MOST_CHARACTERS),
+        ):
+            if size > most:
+                raise ValueError(f"{what}: {size:,}; expected at most {most:,}")
+        return self
+
 
 def turn_request(
     card: ScenarioCard, history: Sequence[Utterance], state: UserState, *, request_id: str, max_rounds: int, seed: int
 ) -> TurnRequest:
-    """The request for the user's reaction to the last reply in `history`; `state` is the one before it."""
-    return TurnRequest(
-        request_id=request_id,
-        scenario=card,
-        history=tuple(history),
-        state=State(anger=state.anger, trust=state.trust),
-        round=sum(utterance.speaker == "policy" for utterance in history),
-        max_rounds=max_rounds,
-        seed=seed,
-    )
+    """The request for the user's reaction to the last reply in `history`; `state` is the one before it. Raises
+    SimulatorReplyError for texts that are too long."""
+    try:
+        return TurnRequest(
+            request_id=request_id,
+            scenario=card,
+            history=tuple(history),
+            state=State(anger=state.anger, trust=state.trust),
+            round=sum(utterance.speaker == "policy" for utterance in history),
+            max_rounds=max_rounds,
+            seed=seed,
+        )
+    except ValidationError as error:
+        raise SimulatorReplyError(f"scenario {card.id!r}: {error.errors()[0]['msg']}") from None
 
 
 class Usage(_Message):

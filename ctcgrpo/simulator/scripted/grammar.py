@@ -130,18 +130,22 @@ def is_spliced(tokens: Sequence[str], lexicon: Mapping[str, str], takes_clause: 
     """
     if len(tokens) > 3 and tokens[-1] == "that" and _is_noun(tokens, len(tokens) - 2, lexicon):
         return not takes_two & set(tokens)
+    # "After the storm you took the ladder" is as it should be.
+    if not tokens or _OPENS_CLAUSE & set(_tags_of(tokens[0], lexicon)):
+        return False
+    has_pause = tokens[0] == ","
     for k in range(2, len(tokens)):
+        if _subordinates(tokens[k - 1], lexicon):
+            return False
         before, after = tokens[k - 1], _verb_group(tokens, k, lexicon)
+        has_pause = has_pause or before == ","
         if not after or before in takes_clause:
-            continue
-        # "After the storm you took the ladder" is as it should be.
-        if _OPENS_CLAUSE & set(_tags_of(tokens[0], lexicon)) or any(_subordinates(t, lexicon) for t in tokens[:k]):
             continue
         side_by_side = before in _OBJECTS and tokens[k] in _ONLY_SUBJECTS
         if side_by_side and not takes_clause & set(tokens[max(0, k - 3) : k]) and not _is_put_first(tokens, k - 2, lexicon):
             return True
         # So is "told the vicar I had no time".
-        if "," in tokens[:k] or (takes_clause | takes_two) & set(tokens[max(0, k - 4) : k - 2]):
+        if has_pause or (takes_clause | takes_two) & set(tokens[max(0, k - 4) : k - 2]):
             continue
         if _is_noun(tokens, k - 1, lexicon) and tokens[after - 1] not in takes_two and after < len(tokens):
             follows = set(_tags_of(tokens[after], lexicon))

@@ -15,6 +15,8 @@ from ctcgrpo.simulator.scripted.language import Language
 _HEADING = re.compile(r"^#+.*$", re.MULTILINE)
 _FACT = re.compile(r"^\s*\d+[.、)]\s*(.+)$", re.MULTILINE)
 _MOST_DETAILS = 6
+_MOST_FACTS = 100
+"""Sentences of a persona that count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class _Detail(BaseModel):
 class _Script(BaseModel):
     """The `script` of a record, as the bundled packs write it; every part may be absent."""
 
-    details: list[_Detail] = []
+    details: list[_Detail] = Field([], max_length=100)
     boundary: dict[str, list[str]] = {}
     repair: dict[str, list[str]] = {}
     lines: dict[str, list[str]] = {}
@@ -96,7 +98,8 @@ def read_knowledge(card: ScenarioCard, language: Language) -> Knowledge:
 
 
 def _stems_by_sentence(text: str, language: Language) -> tuple[frozenset[str], ...]:
-    return tuple(content for sentence in language.sentences(text) if (content := language.content(sentence)))
+    contents = (language.content(sentence) for sentence in language.sentences(text))
+    return tuple(content for content in contents if content)[:_MOST_FACTS]
 
 
 def _derived_details(card: ScenarioCard, language: Language) -> tuple[Detail, ...]:

@@ -31,6 +31,8 @@ _SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"')\]]*(?:\s+|(?<=[。！�
 _CLAUSE = re.compile(r"[，、；：,]")
 _BREAK = re.compile(r"[;:()\"“”—–]| - |--")
 _ENDED = re.compile(r"[.!?…。！？][\"')\]”’」]*\s*$")
+_LONGEST_SENTENCE = 500
+"""In characters; a longer stretch without an end is read in pieces of this length, so that no pattern meets more at once."""
 _KEPT = 8192
 """Texts whose reading is kept."""
 _stemmers = threading.local()
@@ -71,7 +73,8 @@ class Language:
     lines: Mapping[str, list[str]]
 
     def sentences(self, text: str) -> list[str]:
-        return [s.strip() for s in _SENTENCE_END.split(text) if s and s.strip()]
+        sentences = (s.strip() for s in _SENTENCE_END.split(text) if s)
+        return [s[k : k + _LONGEST_SENTENCE] for s in sentences for k in range(0, len(s), _LONGEST_SENTENCE)]
 
     def ends(self, text: str) -> bool:
         """Whether the last sentence is brought to its end."""
@@ -167,7 +170,7 @@ class Language:
         return token[0].isalpha() and not set(self.lexicon.get(token, "N")) <= set("DPOXMZITCWUR")
 
 
-@cache
+@lru_cache(maxsize=65536)
 def stem(word: str) -> str:
     if not hasattr(_stemmers, "english"):
         _stemmers.english = snowballstemmer.stemmer("english")

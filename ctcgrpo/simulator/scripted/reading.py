@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, islice, takewhile
 
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
 from ctcgrpo.simulator.scripted.language import Language, Pattern, stem
 
 _RUN = 4
 _SHORTEST_FRAME = 5
+_MOST_SENTENCES = 200
+"""What comes after so many sentences is not read: long before, a reply tires."""
 _NAME = re.compile(r"\b[A-Z][a-z]+\b(?=[,.!?])")
 """Somebody is called by a name; people shorten names."""
 _DERIVES = frozenset(["er", "ers", "or", "ors", "y", "ly", "ment", "ness", "ful", "less", "en"])
@@ -97,8 +100,9 @@ def read(
     """`heard`: what the user said and what the policy's role was told; `latest`: the user's last line, "" where the policy
     opens; `earlier`: the policy's earlier replies."""
     sources = _all_runs(heard, language)
-    words = frozenset().union(*(_words(text, language) for text in heard))
-    sentences = tuple(_sentence(s, knowledge, language, sources, words) for s in language.sentences(text))
+    words = sorted(frozenset().union(*(_words(text, language) for text in heard)))
+    spoken = language.sentences(text)[:_MOST_SENTENCES]
+    sentences = tuple(_sentence(s, knowledge, language, sources, words) for s in spoken)
     counting = [s for s in sentences if s.counts]
     said = frozenset().union(*(s.yours for s in counting))
     known = frozenset().union(*(language.content(text) for text in heard))
@@ -152,7 +156,7 @@ def _touches(content: frozenset[str], detail: Detail, just_raised: bool) -> bool
 
 
 def _sentence(
-    text: str, knowledge: Knowledge, language: Language, sources: frozenset[tuple[str, ...]], heard: frozenset[str]
+    text: str, knowledge: Knowledge, language: Language, sources: frozenset[tuple[str, ...]], heard: Sequence[str]
 ) -> Sentence:
     words = [t for t in language.tokens(text) if t != ","]
     names = {word.lower() for word in _NAME.findall(text)}
@@ -169,14 +173,18 @@ def _sentence(
     )
 
 
-def _is_cut(word: str, heard: frozenset[str], knowledge: Knowledge, language: Language) -> bool:
-    """Whether it is the beginning of a word that was heard ("stri" for stride) and no word by itself that anybody here knows."""
+def _is_cut(word: str, heard: Sequence[str], knowledge: Knowledge, language: Language) -> bool:
+    """Whether it is the beginning of a word that was heard ("stri" for stride) and no word by itself that anybody here knows;
+    `heard` is sorted."""
     if language.han or language.is_common(word) or not word.isalpha():
         return False
-    if len(word) < 2 or word in heard or stem(word) in knowledge.vocabulary | language.thing_stems:
+    if len(word) < 2 or stem(word) in knowledge.vocabulary | language.thing_stems:
         return False
-    longer = [h for h in heard if h.startswith(word) and stem(h) != stem(word)]
-    rests = (h.removeprefix(word) for h in longer)
+    from_here = islice(heard, bisect_left(heard, word), None)
+    longer = list(takewhile(lambda h: h.startswith(word), from_here))
+    if longer and longer[0] == word:
+        return False
+    rests = (h.removeprefix(word) for h in longer if stem(h) != stem(word))
     # "Hall" is a word where there is a hallway, and "heat" where there is a heater.
     return any(not language.is_common(rest) and rest not in _DERIVES for rest in rests)
 
