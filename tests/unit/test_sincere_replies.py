@@ -231,3 +231,9 @@ def test_its_own_facts_in_a_template_do_not_pay(attack: str, language: str) -> N
         score = mean(converse(s, ATTACKS[attack](s))[0] for s in here)
         good = mean(converse(s, good_replies(language)[s.id])[0] for s in here)
         assert score < -0.55 and score < good - 0.9, (scene, score, good)
+
+
+@pytest.mark.parametrize(("scenario", "turn"), [("repair-train-07", 4), ("defense-train-07", 4), ("defense-test-03", 3)])
+def test_naming_a_thing_again_after_listening_is_no_clinging(scenario: str, turn: int) -> None:
+    """Earlier mentions wear on the user only where nothing was heard since."""
+    assert "mentions" in why(scenario, turn, good_replies("english")[scenario][turn])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 from ctcgrpo.records import Scene
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
@@ -234,9 +235,11 @@ def listening(h: Heard) -> Iterator[Finding]:
 
 @rule
 def mere_mention(h: Heard) -> Iterator[Finding]:
-    """Coming back to this user's things is a beginning; from the second time on it has to come with something of one's own."""
+    """Coming back to this user's things is a beginning; from the second time on, with no listening in between, it has to come with
+    something of one's own."""
     if _merely_mentions(h.reading) and not _is_sincere(h, lambda r: _is_empty(r) or _merely_mentions(r)):
-        weight = min(2, sum(map(_merely_mentions, h.earlier)))
+        since = takewhile(lambda r: not r.engaged and not r.answers, reversed(h.earlier))
+        weight = min(2, sum(map(_merely_mentions, since)))
         if weight:
             yield Finding(weight, -weight, "names my things and says nothing about them")
 
