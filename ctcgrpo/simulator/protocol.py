@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.records import Anchors, Scenario, Scene, UserState
 
-LONGEST_TEXT, MOST_LINES, MOST_CHARACTERS = 100_000, 2_000, 500_000
-"""What a TurnRequest may hold: characters of one text, lines of the history, characters of all texts together."""
+MOST_LINES, MOST_CHARACTERS = 2_000, 1_200_000
+"""What a TurnRequest may hold: lines of the history, and characters of the history and the scenario's texts together."""
 TURN_PATH = "/v1/turn"
 ACCOUNT_PATH = "/v1/account"
 HEALTH_PATH, READY_PATH, METRICS_PATH = "/health", "/ready", "/metrics"
@@ -102,15 +102,12 @@ class TurnRequest(_Message):
     @model_validator(mode="after")
     def _is_not_too_long(self) -> TurnRequest:
         card = self.scenario
-        sizes = [len(t) for u in self.history for t in (u.text, u.reflection)]
-        sizes += map(len, (card.user_persona, card.policy_persona, card.opening_line, card.goal, *card.success_criteria))
-        for what, size, most in (
-            ("lines of the history", len(self.history), MOST_LINES),
-            ("characters of one text", max(sizes), LONGEST_TEXT),
-            ("characters of all texts", sum(sizes), MOST_CHARACTERS),
-        ):
-            if size > most:
-                raise ValueError(f"{what}: {size:,}; expected at most {most:,}")
+        size = sum(len(u.text) + len(u.reflection) for u in self.history)
+        size += sum(map(len, (card.user_persona, card.policy_persona, card.opening_line, card.goal, *card.success_criteria)))
+        if len(self.history) > MOST_LINES:
+            raise ValueError(f"history has {len(self.history):,} lines; expected at most {MOST_LINES:,}")
+        if size > MOST_CHARACTERS:
+            raise ValueError(f"history and scenario have {size:,} characters; expected at most {MOST_CHARACTERS:,}")
         return self
 
 

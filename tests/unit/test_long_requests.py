@@ -18,7 +18,7 @@ import pytest
 from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.records import UserState
 from ctcgrpo.scenarios import load_scenarios
-from ctcgrpo.simulator.protocol import LONGEST_TEXT, MOST_LINES, ScenarioCard, State, TurnRequest, Utterance, turn_request
+from ctcgrpo.simulator.protocol import MOST_CHARACTERS, MOST_LINES, ScenarioCard, State, TurnRequest, Utterance, turn_request
 from ctcgrpo.simulator.scripted.backend import react
 
 CARD = ScenarioCard.of(load_scenarios("english/test", "test")[0])
@@ -50,8 +50,18 @@ def slow_request(lines: int) -> TurnRequest:
         said("你好吗我" * 20000),
         said("*" * 64000),
         said("I think of you. " * 6000),
+        said("I'm " * 250_000),
     ],
-    ids=["2,000 empty replies", "I'm", "But I", "many sentences", "Chinese", "stars", "one sentence"],
+    ids=[
+        "2,000 empty replies",
+        "I'm",
+        "But I",
+        "many sentences",
+        "Chinese",
+        "stars",
+        "one sentence",
+        "a million characters",
+    ],
 )
 def test_the_time_of_a_reaction_grows_no_faster_than_the_text(history: list[Utterance]) -> None:
     """Each took between 5 s and minutes where sentences, words or replies were compared in pairs."""
@@ -71,9 +81,8 @@ def test_what_was_said_long_ago_is_forgotten() -> None:
 @pytest.mark.parametrize(
     ("history", "message"),
     [
-        (said("a" * (LONGEST_TEXT + 1)), "characters of one text: 100,001; expected at most 100,000"),
-        (said(*["a"] * (MOST_LINES + 1)), "lines of the history: 2,001; expected at most 2,000"),
-        (said(*["a" * LONGEST_TEXT] * 6), r"characters of all texts: 60\d,\d\d\d; expected at most 500,000"),
+        (said(*["a"] * (MOST_LINES + 1)), "history has 2,001 lines; expected at most 2,000"),
+        (said("a" * MOST_CHARACTERS), r"history and scenario have 1,20\d,\d\d\d characters; expected at most 1,200,000"),
     ],
 )
 async def test_what_is_too_long_is_refused(history: list[Utterance], message: str, simulator_url: str) -> None:

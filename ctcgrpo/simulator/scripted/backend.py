@@ -19,6 +19,8 @@ _MOST_CREDIT = 9
 _SHORT_TEMPER = 1.5
 _MEMORY = 100
 """Lines of the dialogue that a reply is compared with; what lies further back is forgotten."""
+_LONGEST_LINE = 20_000
+"""In characters; the rest of a longer line is not heard."""
 
 
 class ScriptedBackend:
@@ -94,9 +96,13 @@ def _raised(knowledge: Knowledge, user_opens: bool, round: int) -> Detail | None
 
 def _readings(card_json: str, history: Sequence[Utterance]) -> list[Reading]:
     """A reading of each of the policy's replies so far, each in the light of what had been said by then."""
-    said = tuple((utterance.speaker, utterance.text) for utterance in history)
+    said = tuple((utterance.speaker, _heard(utterance.text)) for utterance in history)
     ends = [k + 1 for k, (speaker, _) in enumerate(said) if speaker == "policy"]
     return [_reading(card_json, said[max(0, end - _MEMORY) : end], reply) for reply, end in enumerate(ends, 1)]
+
+
+def _heard(text: str) -> str:
+    return text if len(text) <= _LONGEST_LINE else text[:_LONGEST_LINE] + "…"
 
 
 @lru_cache(maxsize=16384)
@@ -112,7 +118,7 @@ def _reading(card_json: str, said: tuple[tuple[str, str], ...], reply: int) -> R
         knowledge=knowledge,
         language=language,
         moves=language.moves[card.scene],
-        heard=[card.policy_persona, *heard],
+        heard=[_heard(card.policy_persona), *heard],
         latest=heard[-1] if heard else "",
         earlier=list(dict.fromkeys(earlier)),
         raised=_raised(knowledge, bool(card.opening_line), reply),

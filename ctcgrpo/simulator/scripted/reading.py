@@ -114,7 +114,7 @@ def read(
         return len(own) >= (1 if listens else 2)
 
     touched = tuple(d for d in knowledge.details if _touches(said, d, just_raised=d == raised))
-    content = language.content(text)
+    content, said_words = language.content(text), _words(text, language)
     return Reading(
         length=language.length(text),
         sentences=sentences,
@@ -129,8 +129,8 @@ def read(
         musts=frozenset(name for name, words in knowledge.musts.items() if any(s.content & words for s in counting)),
         frames=frozenset(f for s in sentences if len(f := _frame(s.text, language)) >= _SHORTEST_FRAME),
         questions=sum(s.asks for s in sentences),
-        echo=_coverage(text, sources, language),
-        repetition=max((_similarity(content, text, other, language) for other in earlier), default=0.0),
+        echo=_coverage(said_words, sources),
+        repetition=max((_similarity(content, said_words, other, language) for other in earlier), default=0.0),
         twice=any(_alike(a, b, language) for a, b in combinations(sentences, 2)),
         breaks_off=not language.ends(text),
     )
@@ -166,7 +166,7 @@ def _sentence(
     return Sentence(
         text=text,
         sound=language.is_sound(text) and not any(_is_cut(w, heard, knowledge, language) for w in words if w not in names),
-        own=_coverage(text, sources, language) <= 0.5,
+        own=_coverage(_words(text, language), sources) <= 0.5,
         sensible=language.han or len(strange) <= max(1, len(content) // 3),
         content=content,
         yours=content - language.possessed(text),
@@ -211,9 +211,8 @@ def _all_runs(texts: Iterable[str], language: Language) -> frozenset[tuple[str, 
     return frozenset().union(*(_runs(_words(text, language)) for text in texts))
 
 
-def _coverage(text: str, sources: frozenset[tuple[str, ...]], language: Language) -> float:
-    """The share of a text's words that stand in a run of four words taken from the sources."""
-    words = _words(text, language)
+def _coverage(words: tuple[str, ...], sources: frozenset[tuple[str, ...]]) -> float:
+    """The share of words that stand in a run of four words taken from the sources."""
     taken = [False] * len(words)
     for k in range(len(words) - _RUN + 1):
         if words[k : k + _RUN] in sources:
@@ -221,8 +220,8 @@ def _coverage(text: str, sources: frozenset[tuple[str, ...]], language: Language
     return sum(taken) / len(words) if words else 0.0
 
 
-def _similarity(content: frozenset[str], text: str, other: str, language: Language) -> float:
+def _similarity(content: frozenset[str], words: tuple[str, ...], other: str, language: Language) -> float:
     """How much of a reply stood in another one already, by content words or by runs of words, whichever is more."""
     other_content = language.content(other)
     shared = len(content & other_content) / max(1, len(content | other_content))
-    return max(shared, _coverage(text, _runs(_words(other, language)), language))
+    return max(shared, _coverage(words, _runs(_words(other, language))))
