@@ -6,8 +6,9 @@
     GET  /ready        200 while turns can be answered
     GET  /metrics      for Prometheus
 
-Errors carry a TurnProblem where asking again is no use: 400 no TurnRequest, 401 the token, 402 the budget is spent, 413 too large,
-422 the user's answer could not be had, 502 no endpoint answered. 5xx without one, and no answer at all: try again.
+Errors carry a TurnProblem where asking again is no use: 400 no TurnRequest, or one that is too long, 401 the token, 402 the
+budget is spent, 413 a body that is too large, 422 the user's answer could not be had, 502 no endpoint answered. 5xx without one,
+and no answer at all: try again.
 README.md has the whole contract.
 """
 
