@@ -18,6 +18,7 @@ from ctcgrpo import __version__
 from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
 from ctcgrpo.factory import commands as scenarios
+from ctcgrpo.proxies import settle_environment
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.report import commands as reporting
 from ctcgrpo.study import commands as studying
@@ -247,6 +248,7 @@ def _gpus() -> int:
 
 
 def _guarded(run: Callable[[], object]) -> None:
+    settle_environment()
     try:
         run()
     except KeyboardInterrupt:

@@ -124,6 +124,7 @@ class _Run:
             token=os.environ.get(recipe.simulator.token_env),
             timeout=recipe.simulator.timeout,
             patience=recipe.simulator.patience,
+            say=self._progress.say,
         )
         self._simulator = simulator
         self._simulator_says = asyncio.run(introduced(simulator))

@@ -79,6 +79,14 @@ def evaluate(
     model_arg: Annotated[
         list[str] | None, typer.Option("-M", help="NAME=VALUE for the model's provider (hf: model_path=FOLDER).")
     ] = None,
+    generate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-G",
+            help="NAME=VALUE of sampling, as Inspect names it (reasoning_effort=low, max_completion_tokens=2000); null sends none "
+            "(temperature=null); of another role: judge.temperature=null.",
+        ),
+    ] = None,
     price: Annotated[
         tuple[float, float] | None, typer.Option(help="US dollars for a million tokens that the model reads, and writes.")
     ] = None,
@@ -149,7 +157,7 @@ def _only(given: Given, allowed: set[str], what: str) -> None:
 
 
 def _option(name: str) -> str:
-    return "-M" if name == "model_arg" else f"--{name.replace('_', '-')}"
+    return {"model_arg": "-M", "generate": "-G"}.get(name) or f"--{name.replace('_', '-')}"
 
 
 def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
@@ -197,10 +205,14 @@ def _others(bench: str, given: Given) -> tuple[dict[str, str], Given]:
 
 def _wanted(bench: str, model: str, given: Given) -> Evaluation:
     """Raises RecipeError for an option that the benchmark does not have."""
+    from ctcgrpo.evaluation.generation import split_settings
     from ctcgrpo.evaluation.run import Evaluation, model_name, settled, task_options
 
     roles, played = _others(bench, given)
-    task = {**_task(given), **played}
+    settings, role_settings, unset = split_settings(settled(given.get("generate", [])))
+    if other := sorted(set(role_settings) - set(roles)):
+        raise RecipeError(f"-G {other[0]}...: no model plays the {other[0]} here (--{other[0]} PROVIDER/NAME)")
+    task = {**_task(given), **played, **({"unset": ",".join(sorted(unset))} if unset else {})}
     if unknown := sorted(set(task) - set(task_options(bench))):
         raise RecipeError(f"{_option(unknown[0])} is not for {bench}, which has {', '.join(task_options(bench))}")
     if not roles and "simulator" not in task:
@@ -209,8 +221,9 @@ def _wanted(bench: str, model: str, given: Given) -> Evaluation:
         bench=bench,
         model=model_name(model),
         task=task,
-        generation=_generation(given),
+        generation={**settings, **_generation(given)},
         roles=roles,
+        role_generation=role_settings,
         model_args=settled(given.get("model_arg", [])),
         limit=given.get("limit"),
     )

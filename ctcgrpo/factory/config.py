@@ -10,21 +10,15 @@ from ctcgrpo.factory.layout import layouts
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.records import SCENES, Scene
 from ctcgrpo.sections import Section, parse_mapping, read_text, validated
-from ctcgrpo.simulator.config import Budget, Endpoint, Llm
+from ctcgrpo.simulator.config import Budget, Calls
 
 
-class Writer(Section):
+class Writer(Calls):
     """The model that writes."""
 
-    endpoints: tuple[Endpoint, ...] = Field(min_length=1)
-    temperature: float = Field(0.9, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float | None = Field(0.9, ge=0, description="null sends none")
     max_tokens: int = Field(6000, ge=1, description="of an answer; a scenario takes some 2,500")
-    deadline: float = Field(300.0, gt=0, description="seconds that an answer may take, repeated calls included")
-
-    @property
-    def llm(self) -> Llm:
-        return Llm.model_validate(self.model_dump())
+    deadline: float = Field(300.0, gt=0, description="seconds that an answer may take, retries included")
 
 
 class FactoryConfig(Section):

@@ -16,6 +16,7 @@ from typing import Any
 from ctcgrpo.errors import OutputError
 from ctcgrpo.records import MAX_DELTA, UserState
 from ctcgrpo.simulator.llm.backend import LlmBackend
+from ctcgrpo.simulator.llm.endpoints import Outage
 from ctcgrpo.simulator.protocol import Reaction, SimulatorBackend, State, TurnReply, TurnRequest, Usage
 from ctcgrpo.simulator.store import Store, content_key
 
@@ -105,6 +106,10 @@ class TurnService:
     def account(self) -> dict[str, Any]:
         """What the backend spent, over all runs that share its store; empty for one that costs nothing."""
         return dict(self.backend.llm.spent()) if isinstance(self.backend, LlmBackend) else {}
+
+    def outage(self) -> Outage | None:
+        """While no LLM can be asked: for how long, and why."""
+        return self.backend.llm.outage() if isinstance(self.backend, LlmBackend) else None
 
     def is_ready(self) -> bool:
         """Whether turns can be answered now."""

@@ -67,6 +67,10 @@ class Account:
         """Calls under way stand in it with the most that they can cost."""
         return Spent(**self._store.counters(_NAME)) if self._store is not None else self._here
 
+    @property
+    def is_limited(self) -> bool:
+        return self._budget.money is not None or self._budget.tokens is not None
+
     @asynccontextmanager
     async def booking(self, most: Spent) -> AsyncIterator[Booking]:
         """Around one call: `most` is the most that it can cost, and what it is booked with unless `cost` is set: a call that was
