@@ -12,6 +12,7 @@ from typing import Any
 from inspect_ai.event import ModelEvent
 from inspect_ai.log import transcript
 from inspect_ai.model import Model
+from pydantic import ValidationError
 
 from ctcgrpo.simulator.llm.reasons import CallFailed, error_body, error_object, failure_of
 
@@ -21,6 +22,8 @@ _MOST = 600
 _SILENCE = 60.0
 """Seconds between two lines about the same provider."""
 _LEFT_OUT = ("temperature", "top_p", "max_tokens", "seed", "response_format")
+_MISREAD = (TypeError, IndexError, AttributeError, KeyError, ValidationError)
+"""What Inspect's providers raise for a body that is no completion."""
 _log = logging.getLogger(__name__)
 
 
@@ -30,7 +33,7 @@ def reason_of(error: BaseException) -> str:
     for part in chain:
         if failed := _answered(part):
             return f"{failed}{_hint(str(failed))}"
-    said = unread() if isinstance(error, TypeError | IndexError | AttributeError) else ""
+    said = unread() if isinstance(error, _MISREAD) else ""
     if said:
         return said
     chain = [part for part in chain if type(part).__name__ != "RetryError"]  # says nothing itself
@@ -107,8 +110,7 @@ def _answered(error: BaseException) -> CallFailed | None:
 
 def unread() -> str:
     """What the last call of this sample was answered with, which Inspect's provider could not read; empty where that is unknown."""
-    called = (event.call for event in reversed(transcript().events) if isinstance(event, ModelEvent) and event.call)
-    call = next(called, None)
+    call = next((event.call for event in reversed(transcript().events) if isinstance(event, ModelEvent)), None)
     if call is None or not call.response:
         return ""
     given = {name: value for name, value in call.response.items() if value is not None}

@@ -26,8 +26,9 @@ from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import Endpoint, Llm, SimulatorConfig, load_simulator_config
 from ctcgrpo.simulator.llm import calls as llm_calls
 from ctcgrpo.simulator.llm.backend import LlmBackend
+from ctcgrpo.simulator.llm.endpoint_state import EndpointState
 from ctcgrpo.simulator.llm.endpoints import CallRecord
-from ctcgrpo.simulator.llm.reasons import without_secrets
+from ctcgrpo.simulator.llm.reasons import CallFailed, without_secrets
 from ctcgrpo.simulator.server import SimulatorServer, running
 from tests.unit.test_simulator_prompts import ENGLISH, request
 
@@ -177,6 +178,18 @@ async def test_a_turn_waits_beyond_its_deadline_while_all_endpoints_are_unavaila
     assert (
         "every LLM endpoint is unavailable" in said and f"HTTP {status}: slow down" in said and "next attempt is at" in said
     )
+
+
+async def test_the_reason_of_an_outage_outlives_calls_that_were_under_way() -> None:
+    settings = config("http://127.0.0.1:1/v1").llm
+    assert settings is not None
+    state = EndpointState(settings.endpoints[0], settings)
+    state.failed(CallFailed("rate_limited", "slow down", wait=0.1), dialogue="a", probe=False)
+    state.succeeded(100)
+    assert not state.ready and state.problem == "slow down"
+    await asyncio.sleep(0.15)
+    state.succeeded(100)
+    assert state.ready and not state.problem
 
 
 async def test_an_open_breaker_is_waited_for_and_a_patience_that_passes_names_the_reason() -> None:

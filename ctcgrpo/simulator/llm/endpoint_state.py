@@ -83,7 +83,9 @@ class EndpointState:
 
     def succeeded(self, tokens: int) -> None:
         self._is_alive()
-        self._has_answered, self._result, self.problem = True, None, ""
+        self._has_answered = True
+        if time.monotonic() >= self.unavailable_until:  # else the reason holds: this call began before it
+            self._result, self.problem = None, ""
         self._mean_tokens += 0.05 * (tokens - self._mean_tokens)
 
     def _is_alive(self) -> None:
