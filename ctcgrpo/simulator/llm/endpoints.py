@@ -49,6 +49,8 @@ class Deadline:
         self.at = time.monotonic() + seconds
         self.waited = 0.0
         """Seconds beyond it."""
+        self.held_up_by = "it had no time left"
+        """Why an endpoint was not asked."""
 
     def left(self) -> float:
         return self.at - time.monotonic()
@@ -137,11 +139,13 @@ class EndpointPool:
                 return await self._attempt(line, messages, seed, schema, deadline, probe=probe)
             except CallFailed as problem:
                 line.failed(problem, dialogue=dialogue, probe=probe)
+                if problem.result == "waiting":  # it was not asked
+                    tries[line.name] -= 1
+                    deadline.held_up_by = f"{line.name}: {problem}"
+                    continue
                 problems.append(f"{line.name}: {problem}")
                 if problem.result in ("refused", "forbidden"):
                     refused[line.name] = str(problem)
-                if problem.result == "waiting":  # it was not asked
-                    tries[line.name] -= 1
             finally:
                 if probe:
                     line.probing = False
@@ -199,7 +203,7 @@ class EndpointPool:
     def _mind_the_time(self, seconds: float, deadline: Deadline, problems: Sequence[str]) -> None:
         """Raises SimulatorTransportError where so many seconds leave no time for a call."""
         if seconds + _SHORTEST_CALL >= deadline.left():
-            last = next(iter(problems[-1:]), self._reasons() or "it had no time left")
+            last = next(iter(problems[-1:]), self._reasons() or deadline.held_up_by)
             attempts = f"{len(problems)} attempts" if len(problems) != 1 else "1 attempt"
             raise SimulatorTransportError(f"no endpoint answered within {deadline.seconds:g} s ({attempts}, last: {last})")
 
