@@ -28,6 +28,8 @@ from ctcgrpo.simulator.llm.reasons import CallFailed
 _LONGEST_PAUSE = 30.0
 _SHORTEST_CALL = 0.05
 """Seconds: with less than this left, a call is not begun."""
+_MOMENT = 1.0
+"""Seconds: an outage is longer."""
 _log = logging.getLogger(__name__)
 
 
@@ -48,7 +50,7 @@ class Deadline:
         self.seconds = seconds
         self.at = time.monotonic() + seconds
         self.waited = 0.0
-        """Seconds beyond it."""
+        """Seconds that it moved by."""
         self.held_up_by = "it had no time left"
         """Why an endpoint was not asked."""
 
@@ -57,8 +59,9 @@ class Deadline:
 
     def wait(self, seconds: float, then: float) -> None:
         """Move it by the seconds that are waited now, and leave `then` seconds for a call after them."""
-        self.waited += seconds
-        self.at = max(self.at + seconds, time.monotonic() + seconds + then)
+        moved = max(self.at + seconds, time.monotonic() + seconds + then)
+        self.waited += moved - self.at
+        self.at = moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +171,16 @@ class EndpointPool:
             pause = max(0.05, soonest) + self._random.uniform(0, 0.05)
             if deadline.left() > pause + _SHORTEST_CALL:
                 await self._wait(pause)
-            elif any(line.may_return for line in awaited) and deadline.waited + pause <= self._calls.patience:
+            elif (
+                soonest > _MOMENT
+                and any(line.may_return for line in awaited)
+                and deadline.waited + pause <= self._calls.patience
+            ):
                 deadline.wait(pause, then=min(deadline.seconds, max(line.settings.timeout for line in awaited)))
                 await self._wait(pause)
             elif deadline.waited:
                 raise SimulatorTransportError(
-                    f"every endpoint stays unavailable: waited {deadline.waited:.0f} s, and the next attempt, in "
+                    f"every endpoint stays unavailable: waited for {deadline.waited:.0f} s, and the next attempt, in "
                     f"{soonest:.0f} s, is beyond patience ({self._calls.patience:g} s): {self._reasons()}"
                 )
             else:
@@ -182,7 +189,7 @@ class EndpointPool:
     async def _wait(self, seconds: float) -> None:
         """Sleep, and say why where all are unavailable for longer than a moment; once for each outage."""
         outage = self.outage()
-        if outage is not None and outage.seconds > 1 and time.monotonic() >= self._said_until:
+        if outage is not None and outage.seconds > _MOMENT and time.monotonic() >= self._said_until:
             self._said_until = time.monotonic() + outage.seconds
             self._say(str(outage))
         await asyncio.sleep(seconds)
