@@ -84,9 +84,9 @@ class TurnService:
             self._on_source("backend")
             return await answer(self.backend, request)
         key = content_key(self._identity, request.model_dump_json(exclude={"request_id"}))
-        if kept := self._store.get(key):
+        if (kept := self._kept_reaction(key)) is not None:
             self._on_source("store")
-            return turn_reply(request, Reaction(**json.loads(kept)))
+            return turn_reply(request, kept)
         self._on_source("backend")
         reaction = await self.backend.react(request)
         try:
@@ -94,6 +94,16 @@ class TurnService:
         except OutputError as error:  # what is paid for is answered all the same
             self._on_error(str(error))
         return turn_reply(request, reaction)
+
+    def _kept_reaction(self, key: bytes) -> Reaction | None:
+        """From the store; None for an answer that is not there, or is damaged."""
+        assert self._store is not None
+        try:
+            kept = self._store.get(key)
+            return None if kept is None else Reaction(**json.loads(kept))
+        except (OutputError, ValueError, TypeError) as error:
+            self._on_error(f"an answer in the store cannot be read, and is asked for again: {error}")
+            return None
 
     def _finished(self, key: bytes, task: asyncio.Task[TurnReply]) -> None:
         del self._under_way[key]
