@@ -18,6 +18,7 @@ from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
 from ctcgrpo.factory import commands as scenarios
 from ctcgrpo.folders import check_model, require_run
+from ctcgrpo.proxies import settle_environment
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.reference import commands as reference
 from ctcgrpo.report import commands as reporting
@@ -258,6 +259,7 @@ app.add_typer(scenarios.app, name="scenarios", rich_help_panel="Scenarios and th
 
 
 def _guarded(run: Callable[[], object]) -> None:
+    settle_environment()
     try:
         run()
     except KeyboardInterrupt:

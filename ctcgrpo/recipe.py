@@ -163,7 +163,9 @@ class Simulator(Section):
         TOKEN_ENV, description="the environment variable with the servers' bearer token, where they need one"
     )
     timeout: float = Field(240.0, gt=0, description="seconds that one request for a turn may take")
-    patience: float = Field(600.0, gt=0, description="seconds that a turn is asked for again where no server answers")
+    patience: float = Field(
+        600.0, gt=0, description="seconds that a turn is asked for again where no server answers, or no LLM can be asked"
+    )
 
     @field_validator("url")
     @classmethod

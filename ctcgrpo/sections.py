@@ -32,9 +32,22 @@ class Section(BaseModel):
         return data
 
 
+_OF_SECRETS = re.compile(r"sk_|(?:hf|gsk|ghp|gho|xai|r8|pk|rk|nvapi|pplx|github_pat)_(?=\w{16})|AIza|eyJ")
+"""How keys of common providers begin."""
+
+
 def environment_name(value: str) -> str:
-    """For fields that name an environment variable; raises ValueError for what may be the secret itself, without quoting it."""
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) or value.lower().startswith("sk"):
+    """For fields that name an environment variable (SKYWORK_API_KEY, my_key); raises ValueError for what may be the secret itself,
+    without quoting it: keys begin in known ways, or hold a long run of letters and digits."""
+    run = max(map(len, value.split("_")), default=0)
+    digits = sum(c.isdigit() for c in value)
+    if re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
+        is_name = run < 20 or digits < 4
+    else:
+        mixed = digits or (value.lower() != value and value.upper() != value)
+        is_name = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) is not None
+        is_name = is_name and not _OF_SECRETS.match(value) and run < (16 if mixed else 24)
+    if not is_name:
         raise ValueError("name an environment variable here, never the secret itself")
     return value
 
@@ -121,4 +134,5 @@ def _explain(error: ValidationError) -> str:
     if field.rpartition(".")[2].endswith("_env"):  # somebody may have put the secret there
         return f"{field}: {message}"
     shown = re.sub(r"//[^/@]*@", "//[secret]@", repr(first["input"]))
+    shown = re.sub(r"([?&][^=&]+=)[^&'\"]+", r"\1[...]", shown)  # of a URL, where a secret may be
     return f"{field} is {shown}; {message[:1].lower()}{message[1:]}"

@@ -177,6 +177,7 @@ class _Run:
             token=os.environ.get(recipe.simulator.token_env),
             timeout=recipe.simulator.timeout,
             patience=recipe.simulator.patience,
+            say=self._progress.say,
         )
         self._simulator = simulator
         self._simulator_says = asyncio.run(introduced(simulator))

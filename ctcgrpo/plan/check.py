@@ -14,7 +14,6 @@ import os
 import shutil
 import statistics
 import tempfile
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -43,6 +42,7 @@ from ctcgrpo.policy.attention import refuse_layouts
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import build_untaught, check_fits, load_tokenizer, stop_ids
 from ctcgrpo.policy.reasoning import CLOSE, OPEN
+from ctcgrpo.proxies import open_url
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Completion, Scenario
 from ctcgrpo.rollout.vllm_adapter import base_url
@@ -410,9 +410,9 @@ def load_of(recipe: Recipe) -> Load:
 def policy_servers(s: Subject) -> Iterator[Finding]:
     for url in map(base_url, s.recipe.rollout.vllm.urls):
         try:
-            with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as response:
+            with open_url(f"{url}/v1/models", timeout=5) as response:
                 served = json.load(response)["data"][0]
-            with urllib.request.urlopen(f"{url}/server_info?config_format=json", timeout=5) as response:
+            with open_url(f"{url}/server_info?config_format=json", timeout=5) as response:
                 transfer = json.load(response).get("vllm_config", {}).get("weight_transfer_config")
         except (OSError, ValueError, KeyError, IndexError) as error:
             why = f"{url} does not answer as a vLLM server with development endpoints ({error})"

@@ -151,8 +151,12 @@ class TurnReply(_Message):
     usage: Usage = Usage()
 
 
+UNAVAILABLE = "unavailable"
+"""The kind of a TurnProblem that is not for good (503): no LLM can be asked before Retry-After."""
+
+
 class TurnProblem(_Message):
-    """The body of an answer that is no TurnReply: which kind of error of `ctcgrpo.errors` it is, for good."""
+    """The body of an answer that is no TurnReply: which kind of error of `ctcgrpo.errors` it is, for good; or UNAVAILABLE."""
 
     kind: str
     error: str

@@ -7,15 +7,17 @@
     GET  /metrics      for Prometheus
 
 Errors carry a TurnProblem where asking again is no use: 400 no TurnRequest, or one that is too long, 401 the token, 402 the
-budget is spent, 413 a body that is too large, 422 the user's answer could not be had, 502 no endpoint answered. 5xx without one,
-and no answer at all: try again.
-README.md has the whole contract.
+budget is spent, 413 a body that is too large, 422 the user's answer could not be had, 502 no endpoint answered. 503 with one: every
+LLM endpoint is unavailable; ask again after Retry-After, and the turn, which waits meanwhile, is joined. 5xx without one, and no
+answer at all: try again. README.md has the whole contract.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import io
+import math
 import socket
 import sys
 import threading
@@ -37,7 +39,7 @@ from ctcgrpo.errors import BudgetSpent, ScenarioError, SimulatorReplyError, Simu
 from ctcgrpo.records import Scenario
 from ctcgrpo.simulator.config import SimulatorConfig, check_listening
 from ctcgrpo.simulator.llm.backend import LlmBackend
-from ctcgrpo.simulator.llm.endpoints import CallRecord
+from ctcgrpo.simulator.llm.endpoints import CallRecord, Outage
 from ctcgrpo.simulator.logs import Log, json_log
 from ctcgrpo.simulator.metrics import ServerMetrics
 from ctcgrpo.simulator.protocol import (
@@ -46,9 +48,11 @@ from ctcgrpo.simulator.protocol import (
     METRICS_PATH,
     READY_PATH,
     TURN_PATH,
+    UNAVAILABLE,
     ScenarioCard,
     SimulatorBackend,
     TurnProblem,
+    TurnReply,
     TurnRequest,
 )
 from ctcgrpo.simulator.scripted import ScriptedBackend
@@ -56,6 +60,10 @@ from ctcgrpo.simulator.service import TurnService
 from ctcgrpo.simulator.store import Store
 
 _STATUS = {SimulatorReplyError.kind: 422, SimulatorTransportError.kind: 502, BudgetSpent.kind: 402}
+_LOOK_SECONDS = 1.0
+"""How often a turn under way looks for an outage."""
+_SHORT_OUTAGE = 5.0
+"""Seconds: for less, nobody is sent away."""
 
 
 _DRAIN_AFTER_ERROR = 5
@@ -64,6 +72,12 @@ _DRAIN_AFTER_ERROR = 5
 
 class _TooLarge(Exception):
     pass
+
+
+class _Unavailable(Exception):
+    def __init__(self, outage: Outage) -> None:
+        super().__init__(str(outage))
+        self.seconds = math.ceil(outage.seconds)
 
 
 class SimulatorServer:
@@ -83,7 +97,9 @@ class SimulatorServer:
         self.log = log or json_log(io.StringIO(), "warning")
         self._token = token
         self._store = Store(config.store) if config.store is not None else None
-        self.backend = backend or make_backend(config, self._store, self.metrics.on_call)
+        self.backend = backend or make_backend(
+            config, self._store, self.metrics.on_call, say=lambda text: self.log.warning(UNAVAILABLE, error=text)
+        )
         self.service = TurnService(
             self.backend,
             store=self._store,
@@ -163,8 +179,12 @@ class SimulatorServer:
     async def _answer(self, turn: TurnRequest) -> tuple[Response, str]:
         """The answer, and what became of the turn in a word."""
         try:
-            reply = await self.service.turn(turn)
+            reply = await self._reply(turn)
             return Response(reply.model_dump_json(), media_type="application/json"), "ok"
+        except _Unavailable as outage:
+            response = _problem(503, UNAVAILABLE, str(outage))
+            response.headers["Retry-After"] = str(outage.seconds)
+            return response, UNAVAILABLE
         except (SimulatorReplyError, SimulatorTransportError, BudgetSpent) as error:
             if not isinstance(error, SimulatorReplyError):  # that one may quote what was said
                 self.log.warning("failed", kind=error.kind, error=str(error))
@@ -177,6 +197,20 @@ class SimulatorServer:
             return _problem(
                 500, "simulator_reply", f"a defect of the simulator: {type(error).__name__}; see its log"
             ), "defect"
+
+    async def _reply(self, turn: TurnRequest) -> TurnReply:
+        """Raises _Unavailable where the turn has to wait for an LLM for long: it still waits, and is joined when asked again."""
+        task = asyncio.ensure_future(self.service.turn(turn))
+        try:
+            while True:
+                done, _ = await asyncio.wait({task}, timeout=_LOOK_SECONDS)
+                if done:
+                    return task.result()
+                outage = self.service.outage()
+                if outage is not None and outage.seconds > _SHORT_OUTAGE:
+                    raise _Unavailable(outage)
+        finally:
+            task.cancel()
 
     async def _account(self, request: Request) -> Response:
         return self._refusal(request) or JSONResponse(self.service.account())
@@ -228,11 +262,11 @@ class SimulatorServer:
 
 
 def make_backend(
-    config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None] = lambda record: None
+    config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None], say: Callable[[str], None]
 ) -> SimulatorBackend:
     if config.llm is None:
         return ScriptedBackend(config.scripted.reluctance)
-    return LlmBackend.configured(config, store, on_call)
+    return LlmBackend.configured(config, store, on_call, say)
 
 
 def _problem(status: int, kind: str, error: str) -> Response:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ctcgrpo.errors import BudgetSpent, RecipeError, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.errors import BudgetSpent, OutputError, RecipeError, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.rollout.traces import trace_record
 from ctcgrpo.scenarios import load_scenarios
@@ -199,7 +199,9 @@ async def test_a_refused_key_is_said_so_and_never_shown(monkeypatch: pytest.Monk
     monkeypatch.setenv("WRONG_KEY", "marked-wrong-key")
     with FakeLlm(key="right").serving() as llm:
         with simulator(configuration(llm, deadline=1.0, endpoint__key_env="WRONG_KEY")) as (url, _):
-            with pytest.raises(SimulatorTransportError, match="HTTP 401: it refuses the key in WRONG_KEY") as error:
+            with pytest.raises(
+                SimulatorTransportError, match=r"HTTP 401: Incorrect API key provided: Bearer \[key\] \(key_env: WRONG_KEY\)"
+            ) as error:
                 await ask(url, request("Hello."))
     assert "marked" not in str(error.value) and len(llm.requests) == 1
 
@@ -318,6 +320,17 @@ async def test_what_was_answered_is_not_paid_for_again(llm: FakeLlm, tmp_path: P
     assert len(llm.requests) == 3
 
 
+async def test_a_damaged_answer_in_the_store_is_asked_for_again(
+    llm: FakeLlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Store.get
+    with simulator(configuration(llm, store=tmp_path)) as (url, _):
+        await ask(url, request("Hello."))
+    monkeypatch.setattr(Store, "get", lambda store, key: (whole(store, key) or b"")[:-9] or None)
+    with simulator(configuration(llm, store=tmp_path)) as (url, _):
+        assert (await ask(url, request("Hello."))).reply == "Line 2."
+
+
 async def test_the_same_request_at_the_same_time_is_one_call() -> None:
     with FakeLlm(delay=0.3).serving() as llm, simulator(configuration(llm)) as (url, _):
         # The first client gives up before the answer is there; its work is not lost.
@@ -366,10 +379,32 @@ async def test_a_budget_holds_over_all_that_share_a_store(tmp_path: Path) -> Non
     assert accounts[1].spent == Spent(1, 60, 0, 0)  # booked with the most where nobody said what it cost
 
 
+async def test_a_disk_that_fills_up_wakes_those_who_wait_for_the_budget(tmp_path: Path) -> None:
+    """The run pauses with the reason, and nobody waits for ever."""
+    full = {"now": False}
+
+    class Filling(Store):
+        def count(self, *arguments: Any, **options: Any) -> bool:
+            if full["now"]:
+                raise OutputError("store: cannot write to it: no space left on device")
+            return super().count(*arguments, **options)
+
+    account = Account(Budget(tokens=100), Filling(tmp_path))
+
+    async def call(seconds: float) -> None:
+        async with account.booking(Spent(1, 60, 0, 0)):
+            await asyncio.sleep(seconds)
+            full["now"] = True
+
+    async with asyncio.timeout(5):
+        results = await asyncio.gather(call(0.05), call(0), call(0), return_exceptions=True)
+    assert all(isinstance(r, BudgetSpent) and "no space left" in str(r) for r in results), results
+
+
 async def test_calls_given_up_because_another_failed_are_booked(tmp_path: Path) -> None:
     with FakeLlm(rates={"refused": 0.25, "hang": 0.75}, seed=2, longest_hang=2).serving() as llm:
         with simulator(configuration(llm, store=tmp_path, samples=4)) as (url, server):
-            with pytest.raises(SimulatorReplyError, match="refused the request .HTTP 400.: .*context too long"):
+            with pytest.raises(SimulatorReplyError, match="refused the request: HTTP 400: context too long"):
                 await ask(url, request("Hello."))
             await asyncio.sleep(0.1)
             assert server.service.account()["calls"] == llm.faults["hang"] >= 1
