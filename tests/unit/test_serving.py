@@ -93,7 +93,7 @@ async def test_metrics_and_readiness() -> None:
     place = llm.url.split("/")[2]
     for line in (
         'turns_total{result="ok",scene="support"} 2.0',
-        'turns_total{result="simulator_transport",scene="support"} 1.0',
+        'turns_total{result="unavailable",scene="support"} 1.0',
         'answers_total{source="joined"} 1.0',
         f'calls_total{{endpoint="fake-0 at {place}",result="ok"}} 1.0',
         f'calls_total{{endpoint="fake-0 at {place}",result="http_5xx"}} 1.0',
