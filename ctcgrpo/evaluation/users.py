@@ -4,7 +4,6 @@ ours, or a simulator server that runs already. Prompts, reading and states are t
 from __future__ import annotations
 
 import atexit
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ from inspect_ai.util import JSONSchema
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.evaluation.speaking import generated, played_by, temperature_of, tokens_of
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import TOKEN_ENV, SimulatorConfig, load_simulator_config
+from ctcgrpo.simulator.config import TOKEN_ENV, SimulatorConfig, bearer_token, load_simulator_config
 from ctcgrpo.simulator.llm.backend import LlmBackend, chosen_prompts
 from ctcgrpo.simulator.llm.endpoints import ChatCompletion
 from ctcgrpo.simulator.llm.prompts import Message
@@ -71,7 +70,7 @@ class Served(User):
         self._timeout = 240.0 if config is None or config.llm is None else config.llm.deadline + 30
 
     def _client(self) -> SimulatorClient:
-        return SimulatorClient(self._url, token=os.environ.get(TOKEN_ENV), timeout=self._timeout, patience=60.0)
+        return SimulatorClient(self._url, token=bearer_token(TOKEN_ENV), timeout=self._timeout, patience=60.0)
 
     async def turn(self, request: TurnRequest) -> TurnReply:
         async with self._client() as client:

@@ -130,7 +130,7 @@ class SimulatorClient:
         try:
             said = TurnProblem.model_validate_json(payload)
         except ValidationError:
-            if status == 429 or status >= 500:
+            if status in (408, 429) or status >= 500:
                 raise _NoAnswer(f"HTTP {status}") from None
             raise SimulatorReplyError(f"{url} refused the request (HTTP {status}): {_excerpt(payload)}") from None
         types = {error.kind: error for error in (SimulatorTransportError, BudgetSpent)}

@@ -7,14 +7,15 @@
     GET  /metrics      for Prometheus
 
 Errors carry a TurnProblem where asking again is no use: 400 no TurnRequest, 401 the token, 402 the budget is spent, 413 too large,
-422 the user's answer could not be had, 502 no endpoint answered. 5xx without one, and no answer at all: try again.
-README.md has the whole contract.
+422 the user's answer could not be had, 431 a head too large, 502 no endpoint answered. 408, 5xx without one, and no answer at all:
+try again. README.md has the whole contract, connections.py the limits that hold before the token is checked.
 """
 
 from __future__ import annotations
 
 import hmac
 import io
+import os
 import socket
 import sys
 import threading
@@ -27,6 +28,7 @@ import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -35,6 +37,7 @@ from ctcgrpo import __version__
 from ctcgrpo.errors import BudgetSpent, ScenarioError, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.records import Scenario
 from ctcgrpo.simulator.config import SimulatorConfig, check_listening
+from ctcgrpo.simulator.connections import allow_open_files, bounded_http, within_open_files
 from ctcgrpo.simulator.llm.backend import LlmBackend
 from ctcgrpo.simulator.llm.endpoints import CallRecord
 from ctcgrpo.simulator.logs import Log, json_log
@@ -57,6 +60,9 @@ from ctcgrpo.simulator.store import Store
 _STATUS = {SimulatorReplyError.kind: 422, SimulatorTransportError.kind: 502, BudgetSpent.kind: 402}
 
 
+_MOST_QUOTED, _LONGEST_REASON = 20, 2000
+
+
 class _TooLarge(Exception):
     pass
 
@@ -76,7 +82,8 @@ class SimulatorServer:
         self.config = config
         self.metrics = ServerMetrics()
         self.log = log or json_log(io.StringIO(), "warning")
-        self._token = token
+        # As bytes: an environment variable and a header may hold any.
+        self._authorization = None if token is None else b"Bearer " + os.fsencode(token)
         self._store = Store(config.store) if config.store is not None else None
         self.backend = backend or make_backend(config, self._store, self.metrics.on_call)
         self.service = TurnService(
@@ -105,7 +112,13 @@ class SimulatorServer:
             Route(READY_PATH, self._ready),
             Route(METRICS_PATH, self._metrics),
         ]
-        return Starlette(routes=routes, lifespan=self._lifespan)
+        app = Starlette(
+            routes=routes,
+            lifespan=self._lifespan,
+            exception_handlers={HTTPException: _no_such_route, Exception: self._defective},
+        )
+        app.router.redirect_slashes = False
+        return app
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -136,7 +149,7 @@ class SimulatorServer:
             except ValidationError as error:
                 self.metrics.turns.labels("unknown", "no_request").inc()
                 self.log.warning("turn", result="no_request")
-                return _problem(400, "simulator_reply", f"this is no TurnRequest: {error}")
+                return _problem(400, "simulator_reply", f"this is no TurnRequest: {_few(error)}")
             response, result = await self._answer(turn)
         seconds = time.perf_counter() - started
         self.metrics.seconds.observe(seconds)
@@ -165,13 +178,17 @@ class SimulatorServer:
                 self.log.warning("failed", kind=error.kind, error=str(error))
             return _problem(_STATUS[error.kind], error.kind, str(error)), error.kind
         except Exception as error:  # noqa: BLE001 - a defect of this program: it is logged, and the server stays up
-            where = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)][-6:]
-            self.log.error("defect", error=type(error).__name__, where=where)
-            self.log.debug("defect", message=str(error))
-            # Asking again would fail again, and may cost again.
-            return _problem(
-                500, "simulator_reply", f"a defect of the simulator: {type(error).__name__}; see its log"
-            ), "defect"
+            return self._defect(error), "defect"
+
+    def _defect(self, error: Exception) -> Response:
+        where = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)][-6:]
+        self.log.error("defect", error=type(error).__name__, where=where)
+        self.log.debug("defect", message=str(error))
+        # Asking again would fail again, and may cost again.
+        return _problem(500, "simulator_reply", f"a defect of the simulator: {type(error).__name__}; see its log")
+
+    async def _defective(self, request: Request, error: Exception) -> Response:
+        return self._defect(error)
 
     async def _account(self, request: Request) -> Response:
         return self._refusal(request) or JSONResponse(self.service.account())
@@ -191,10 +208,10 @@ class SimulatorServer:
 
     def _refusal(self, request: Request) -> Response | None:
         """An answer to whoever does not know the token; compared in constant time."""
-        if self._token is None:
+        if self._authorization is None:
             return None
-        given = request.headers.get("authorization", "").encode()
-        if hmac.compare_digest(given, f"Bearer {self._token}".encode()):
+        given = next((value for name, value in request.scope["headers"] if name == b"authorization"), b"")
+        if hmac.compare_digest(given, self._authorization):
             return None
         return _problem(401, "simulator_transport", "the bearer token is missing or wrong")
 
@@ -211,13 +228,20 @@ class SimulatorServer:
         return b"".join(parts)
 
     def uvicorn(self) -> uvicorn.Server:
+        limits = self.config.server
         return uvicorn.Server(
             uvicorn.Config(
                 self.app(),
                 log_level="critical",  # ours is the log; its own is text
                 access_log=False,
                 lifespan="on",
-                timeout_graceful_shutdown=self.config.server.drain_seconds,
+                http=bounded_http(
+                    limits.request_seconds,
+                    within_open_files(limits.max_connections),
+                    lambda status: self.metrics.refused.labels(str(status)).inc(),
+                ),
+                ws="none",
+                timeout_graceful_shutdown=limits.drain_seconds,
             )
         )
 
@@ -230,8 +254,23 @@ def make_backend(
     return LlmBackend.configured(config, store, on_call)
 
 
+def _few(error: ValidationError) -> str:
+    """What is wrong, cut: a body of megabytes may hold a mistake every few bytes."""
+    if error.error_count() > _MOST_QUOTED:
+        return f"it has {error.error_count()} errors"
+    return str(error)[:_LONGEST_REASON]
+
+
 def _problem(status: int, kind: str, error: str) -> Response:
     return Response(TurnProblem(kind=kind, error=error).model_dump_json(), status_code=status, media_type="application/json")
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    reason = f"{request.method} {request.url.path[:100]}: {error.detail}"
+    response = _problem(error.status_code, "simulator_reply", reason)
+    response.headers.update(error.headers or {})
+    return response
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -256,11 +295,12 @@ def serve_forever(config: SimulatorConfig, host: str, port: int) -> None:
     """Run a server in the foreground. A signal to stop lets the turns under way end first (server.drain_seconds)."""
     token = config.server.token()
     check_listening(host, token, config.server.token_env)
+    allow_open_files(config.server.max_connections)
     server = SimulatorServer(config, log=json_log(sys.stderr, config.server.log_level), token=token)
     listener = bind(host, port)
     at = f"http://{host}:{listener.getsockname()[1]}"
     print(f"simulator {server.backend.name!r} on {at} (Ctrl-C ends it)", flush=True)
-    server.log.info("started", at=at, **server.backend.about())
+    server.log.info("started", at=at, token=token is not None, **server.backend.about())
     server.uvicorn().run(sockets=[listener])
 
 
