@@ -14,10 +14,13 @@ import aiohttp
 from pydantic import ValidationError
 
 from ctcgrpo.errors import BudgetSpent, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.records import UserState
 from ctcgrpo.simulator.protocol import ACCOUNT_PATH, HEALTH_PATH, TURN_PATH, TurnProblem, TurnReply, TurnRequest
 
 _TRANSPORT_ERRORS = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 _LONGEST_PAUSE = 15.0
+_LARGEST = 4_000_000
+"""Bytes of a response at most."""
 
 
 class SimulatorClient:
@@ -101,7 +104,7 @@ class SimulatorClient:
             for url in (url for url in urls if url not in final):
                 attempts += 1
                 try:
-                    return await self._attempt(url, body)
+                    return _checked(url, request, await self._attempt(url, body))
                 except _NoAnswer as error:
                     problem = str(error)
                 except SimulatorTransportError as error:  # this replica has tried, or does not know us; another may
@@ -119,7 +122,7 @@ class SimulatorClient:
     async def _attempt(self, url: str, body: bytes) -> TurnReply:
         try:
             async with self._open.post(url + TURN_PATH, data=body) as response:
-                status, payload = response.status, await response.read()
+                status, payload = response.status, await _body(url, response)
         except _TRANSPORT_ERRORS as error:
             raise _NoAnswer(_describe(error)) from None
         if status == 200:
@@ -153,6 +156,32 @@ class SimulatorClient:
         if self._session is None:
             raise RuntimeError("SimulatorClient is used outside its `async with` block")
         return self._session
+
+
+async def _body(url: str, response: aiohttp.ClientResponse) -> bytes:
+    found = bytearray()
+    async for part in response.content.iter_chunked(65536):
+        found += part
+        if len(found) > _LARGEST:
+            raise SimulatorReplyError(f"{url}: the response is larger than {_LARGEST} bytes")
+    return bytes(found)
+
+
+def _checked(url: str, request: TurnRequest, reply: TurnReply) -> TurnReply:
+    """The reply, if its state is the request's plus the deltas: outcomes and rewards are computed from it."""
+    before = UserState(request.state.anger, request.state.trust)
+    expected = before.plus(reply.anger_delta, reply.trust_delta)
+    state = UserState(reply.state.anger, reply.state.trust)
+    if state != expected:
+        raise SimulatorReplyError(
+            f"{url}: the response's state is {_said(state)}; expected {_said(expected)}: the request's {_said(before)} and the "
+            f"deltas {reply.anger_delta:+d} and {reply.trust_delta:+d}"
+        )
+    return reply
+
+
+def _said(state: UserState) -> str:
+    return f"anger {state.anger}, trust {state.trust}"
 
 
 class _NoAnswer(Exception):

@@ -158,6 +158,49 @@ async def test_an_answer_that_is_no_reply_is_never_guessed(payload: str) -> None
         assert count[0] == 1
 
 
+@pytest.mark.parametrize(
+    ("before", "deltas", "after", "right"),
+    [
+        ((70, 40), (-1, 1), (69, 41), True),
+        ((95, 4), (10, -10), (100, 0), True),
+        ((3, 98), (-10, 10), (0, 100), True),
+        ((70, 40), (-1, 1), (0, 100), False),
+        ((70, 40), (-1, 1), (69, 40), False),
+        ((70, 40), (0, 0), (69, 40), False),
+        ((3, 98), (-10, 10), (3, 98), False),
+    ],
+)
+async def test_a_state_has_to_be_the_one_before_plus_the_deltas(
+    before: tuple[int, int], deltas: tuple[int, int], after: tuple[int, int], right: bool
+) -> None:
+    answer = TurnReply(
+        reply="Hm.",
+        anger_delta=deltas[0],
+        trust_delta=deltas[1],
+        state=State(anger=after[0], trust=after[1]),
+        goes_on=True,
+    )
+    async with misbehaving(says(answer.model_dump_json())) as (url, count):
+        async with SimulatorClient(url, backoff=0.01) as client:
+            if right:
+                assert await client.turn(request(UserState(*before))) == answer
+                return
+            expected = UserState(*before).plus(*deltas)
+            reason = (
+                f"state is anger {after[0]}, trust {after[1]}; expected anger {expected.anger}, trust {expected.trust}: "
+            )
+            with pytest.raises(SimulatorReplyError, match=reason):
+                await client.turn(request(UserState(*before)))
+        assert count[0] == 1
+
+
+async def test_a_response_has_a_largest_size() -> None:
+    async with misbehaving(says(GOOD.replace("Hm.", "blah " * 2_000_000))) as (url, _):
+        async with SimulatorClient(url) as client:
+            with pytest.raises(SimulatorReplyError, match="the response is larger than 4000000 bytes"):
+                await client.turn(request())
+
+
 async def test_no_server_is_said_so() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
