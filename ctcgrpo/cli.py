@@ -18,6 +18,7 @@ from ctcgrpo import __version__
 from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
 from ctcgrpo.factory import commands as scenarios
+from ctcgrpo.naming import cut
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.reference import commands as reference
 from ctcgrpo.report import commands as reporting
@@ -26,6 +27,8 @@ from ctcgrpo.sweep import commands as sweeping
 
 _LAUNCHED = "CTCGRPO_LAUNCHED"
 """Set for the processes that `ctcgrpo train` starts through accelerate: they run, and launch nothing further."""
+_LONGEST_MESSAGE = 4000
+"""Characters of an error that are printed."""
 
 app = typer.Typer(
     help="Train language models to manage a user's emotions over several turns, with CTC-GRPO.",
@@ -259,5 +262,6 @@ def _guarded(run: Callable[[], object]) -> None:
     except CtcGrpoError as error:
         what = "stopped" if isinstance(error, RunPaused) else "error"
         rank = os.environ.get("RANK", "0")
-        print(f"{what}: {error}" if rank == "0" else f"[process {rank}] {what}: {error}", file=sys.stderr)
+        said = cut(str(error), _LONGEST_MESSAGE)
+        print(f"{what}: {said}" if rank == "0" else f"[process {rank}] {what}: {said}", file=sys.stderr)
         sys.exit(error.exit_code)

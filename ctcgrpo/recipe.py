@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from ctcgrpo.credit import CENTERINGS, CREDITS, SCALES
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.naming import did_you_mean
+from ctcgrpo.naming import cut, did_you_mean, quoted
 from ctcgrpo.records import SCENES, Scene
 from ctcgrpo.sections import Section, environment_name, named_value, parse_mapping, read_text, validated
 from ctcgrpo.sharding import splits_weights
@@ -444,7 +444,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{name}.")
         elif a != b:
-            found.append(f"{name}: {a} -> {b}")
+            found.append(f"{cut(name)}: {cut(str(a))} -> {cut(str(b))}")
     return found
 
 
@@ -467,6 +467,6 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if below is None:
             below = target[parent] = {}
         if not isinstance(below, dict):
-            raise RecipeError(f"override {override!r}: {parent!r} is not a section")
+            raise RecipeError(f"override {quoted(override)}: {quoted(parent)} is not a section")
         target = below
     target[last] = value

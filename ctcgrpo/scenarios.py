@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ctcgrpo.errors import ScenarioError
-from ctcgrpo.naming import did_you_mean, nearest
+from ctcgrpo.naming import did_you_mean, nearest, quoted
 from ctcgrpo.records import SCENES, Anchors, Scenario, Scene, UserState
 
 Split = Literal["train", "test"]
@@ -48,7 +48,9 @@ def load_scenarios(source: str | Path, split: Split = "train") -> list[Scenario]
     for place, record in read_records(source, split):
         scenario = read_record(record, place, split)
         if scenario.id in scenarios:
-            raise ScenarioError(f"{place}: id {scenario.id!r} is already used at {places[scenario.id]}; ids must be unique")
+            raise ScenarioError(
+                f"{place}: id {quoted(scenario.id)} is already used at {places[scenario.id]}; ids must be unique"
+            )
         scenarios[scenario.id], places[scenario.id] = scenario, place
     if not scenarios:
         raise ScenarioError(f"{source}: holds no scenarios; expected one JSON object a line in *.jsonl")
@@ -191,7 +193,7 @@ def read_record(record: Mapping[str, Any], place: str, split: Split = "train") -
         raise ScenarioError(f"{place}: {_explain(error, record)}") from None
 
     def fail(field: str, value: object, right: str) -> ScenarioError:
-        return ScenarioError(f"{place}: scenario {parsed.id!r}: {field} is {value!r}; {right}")
+        return ScenarioError(f"{place}: scenario {quoted(parsed.id)}: {field} is {quoted(value)}; {right}")
 
     scene = next((s for s in SCENES if s == parsed.scene_tag.strip().lower()), None)
     if scene is None:
@@ -274,7 +276,7 @@ def _refuse_misspelt(record: Mapping[str, Any], model: type[BaseModel], place: s
     for key in record:
         if key not in model.model_fields and (meant := nearest(str(key), missing, cutoff=0.84)):
             raise ScenarioError(
-                f"{place}: field {path}{key!r} is unknown and {path}{meant!r} is missing; did you mean {meant!r}?"
+                f"{place}: field {path}{quoted(key)} is unknown and {path}{meant!r} is missing; did you mean {meant!r}?"
             )
     for key, field in model.model_fields.items():
         kind = field.annotation
@@ -285,10 +287,10 @@ def _refuse_misspelt(record: Mapping[str, Any], model: type[BaseModel], place: s
 def _explain(error: ValidationError, record: Mapping[str, Any]) -> str:
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"]))
-    who = f"scenario {record['id']!r}: " if isinstance(record.get("id"), str) else ""
+    who = f"scenario {quoted(record['id'])}: " if isinstance(record.get("id"), str) else ""
     if first["type"] == "missing":
         return f"{who}field {field!r} is missing"
-    return f"{who}{field} is {first['input']!r}; {first['msg'].lower()}"
+    return f"{who}{field} is {quoted(first['input'])}; {first['msg'].lower()}"
 
 
 _HAN = re.compile(r"[\u4e00-\u9fff]")
