@@ -161,14 +161,14 @@ def noise(
 
     from rich.console import Console
 
-    from ctcgrpo.recipe import load_recipe
+    from ctcgrpo.recipe import resolved_recipe
     from ctcgrpo.run_folder import RunFolder
     from ctcgrpo.scenarios import load_scenarios
     from ctcgrpo.simulator.choice import chosen_simulator, introduced
     from ctcgrpo.simulator.noise import measure, noise_table, recorded_turns
 
     folder = RunFolder(run)
-    recipe = load_recipe(folder.recipe_file)
+    recipe = resolved_recipe(folder.recipe_file)
     scenarios = list(load_scenarios(recipe.scenarios.train, "train"))
     if recipe.validation is not None:
         scenarios += load_scenarios(recipe.validation.scenarios, "test")

@@ -26,7 +26,7 @@ from ctcgrpo.evaluation.played import eibench_on, in_words, validation_settings
 from ctcgrpo.files import checkpoints, is_complete
 from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import stop_ids
-from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.recipe import Recipe, resolved_recipe
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import described, load_scenarios
 from ctcgrpo.settings import template_kwargs
@@ -46,7 +46,7 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
         raise OutputError(f"{run} is no run's folder: it holds no recipe.yaml")
     if out.exists():
         raise OutputError(f"{out} is there already; choose another with --out")
-    recipe = load_recipe(folder.recipe_file)
+    recipe = resolved_recipe(folder.recipe_file)
     source = _source(folder, which)
     base = str(folder.base) if recipe.policy.model.startswith("builtin/") else recipe.policy.model
     try:

@@ -16,7 +16,7 @@ from typing import Any
 from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.errors import OutputError
 from ctcgrpo.files import is_complete
-from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.recipe import Recipe, resolved_recipe
 from ctcgrpo.records import UserState
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scoring import shaped_outcome, turn_score
@@ -44,7 +44,7 @@ def read_run(path: Path, options: CreditOptions | None = None) -> Run:
     folder = RunFolder(path)
     if not folder.recipe_file.exists():
         raise OutputError(f"{path} is no run's folder: it holds no recipe.yaml")
-    recipe = load_recipe(folder.recipe_file)
+    recipe = resolved_recipe(folder.recipe_file)
     episodes, unreadable = _episodes(folder.traces)
     if not episodes:
         raise OutputError(f"{path} holds no episode yet; there is nothing to report")
