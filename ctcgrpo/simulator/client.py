@@ -14,6 +14,7 @@ import aiohttp
 from pydantic import ValidationError
 
 from ctcgrpo.errors import BudgetSpent, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.naming import cut
 from ctcgrpo.records import UserState
 from ctcgrpo.simulator.protocol import ACCOUNT_PATH, HEALTH_PATH, TURN_PATH, TurnProblem, TurnReply, TurnRequest
 
@@ -137,7 +138,7 @@ class SimulatorClient:
                 raise _NoAnswer(f"HTTP {status}") from None
             raise SimulatorReplyError(f"{url} refused the request (HTTP {status}): {_excerpt(payload)}") from None
         types = {error.kind: error for error in (SimulatorTransportError, BudgetSpent)}
-        raise types.get(said.kind, SimulatorReplyError)(f"{url} (HTTP {status}): {said.error}")
+        raise types.get(said.kind, SimulatorReplyError)(f"{url} (HTTP {status}): {cut(said.error, 2100)}")
 
     def _order(self, scenario: str) -> list[str]:
         start = int.from_bytes(hashlib.sha256(scenario.encode("utf-8", "replace")).digest()[:4], "big") % len(self._urls)

@@ -35,6 +35,7 @@ from starlette.routing import Route
 
 from ctcgrpo import __version__
 from ctcgrpo.errors import BudgetSpent, ScenarioError, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.naming import cut
 from ctcgrpo.records import Scenario
 from ctcgrpo.simulator.config import SimulatorConfig, check_listening
 from ctcgrpo.simulator.connections import allow_open_files, bounded_http, within_open_files
@@ -255,14 +256,15 @@ def make_backend(
 
 
 def _few(error: ValidationError) -> str:
-    """What is wrong, cut: a body of megabytes may hold a mistake every few bytes."""
+    """What is wrong: a body of megabytes may hold a mistake every few bytes."""
     if error.error_count() > _MOST_QUOTED:
         return f"it has {error.error_count()} errors"
-    return str(error)[:_LONGEST_REASON]
+    return str(error)
 
 
 def _problem(status: int, kind: str, error: str) -> Response:
-    return Response(TurnProblem(kind=kind, error=error).model_dump_json(), status_code=status, media_type="application/json")
+    problem = TurnProblem(kind=kind, error=cut(error, _LONGEST_REASON))  # it may quote what the request holds
+    return Response(problem.model_dump_json(), status_code=status, media_type="application/json")
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
