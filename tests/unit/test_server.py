@@ -19,7 +19,7 @@ from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, State, TurnReply, TurnRequest, Utterance
 from ctcgrpo.simulator.server import SimulatorServer, bind, running
-from ctcgrpo.simulator.service import answer
+from ctcgrpo.simulator.service import answer, turn_reply
 from tests.conftest import Backend
 
 SCENARIO = load_scenarios("english/train")[0]
@@ -38,7 +38,8 @@ def request(state: UserState = UserState(70, 40), round: int = 1, max_rounds: in
     )
 
 
-GOOD = TurnReply(reply="Hm.", anger_delta=-1, trust_delta=1, state=State(anger=69, trust=41), goes_on=True).model_dump_json()
+STILL = Reaction(reply="Hm.", anger_delta=-1, trust_delta=1, goes_on=True)
+GOOD = turn_reply(request(), STILL).model_dump_json()
 
 
 @asynccontextmanager
@@ -67,6 +68,11 @@ def says(text: str, status: int = 200) -> Handler:
         return web.Response(text=text, status=status, content_type="application/json")
 
     return handler
+
+
+async def plays(r: web.Request) -> web.StreamResponse:
+    """A turn that changes little."""
+    return web.json_response(json.loads(turn_reply(TurnRequest(**await r.json()), STILL).model_dump_json()))
 
 
 async def hangs(_: web.Request) -> web.StreamResponse:
