@@ -8,7 +8,7 @@ from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.evaluation.played import validated_as
 from ctcgrpo.evaluation.run import LOCAL, Evaluation
 from ctcgrpo.files import is_complete
-from ctcgrpo.recipe import load_recipe
+from ctcgrpo.recipe import resolved_recipe
 from ctcgrpo.run_folder import RunFolder
 
 
@@ -23,7 +23,7 @@ def evaluations_of(
     without a finished run, RecipeError where neither the recipe nor an option says what to evaluate on."""
     if not is_complete(folder.final):
         raise OutputError(f"{folder.path} holds no finished run; evaluate a folder in it: --model {folder.path}/best")
-    recipe = load_recipe(folder.recipe_file)
+    recipe = resolved_recipe(folder.recipe_file)
     validated, sampled = validated_as(recipe)
     played = {**validated, **task}
     if roles:

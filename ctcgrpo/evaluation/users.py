@@ -4,7 +4,6 @@ ours, or a simulator server that runs already. Prompts, reading and states are t
 from __future__ import annotations
 
 import atexit
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from ctcgrpo.errors import RecipeError
 from ctcgrpo.evaluation.generation import config_of
 from ctcgrpo.evaluation.speaking import generated, played_by, temperature_of, tokens_of, why_empty
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import TOKEN_ENV, SimulatorConfig, load_simulator_config
+from ctcgrpo.simulator.config import TOKEN_ENV, SimulatorConfig, bearer_token, load_simulator_config
 from ctcgrpo.simulator.llm.backend import LlmBackend, chosen_prompts
 from ctcgrpo.simulator.llm.calls import ChatCompletion
 from ctcgrpo.simulator.llm.endpoints import Deadline, Outage
@@ -73,7 +72,7 @@ class Served(User):
         self._timeout = 240.0 if config is None or config.llm is None else config.llm.deadline + 30
 
     def _client(self) -> SimulatorClient:
-        return SimulatorClient(self._url, token=os.environ.get(TOKEN_ENV), timeout=self._timeout)
+        return SimulatorClient(self._url, token=bearer_token(TOKEN_ENV), timeout=self._timeout)
 
     async def turn(self, request: TurnRequest) -> TurnReply:
         async with self._client() as client:

@@ -52,7 +52,7 @@ from ctcgrpo.settings import context_builder, lora_config, template_kwargs
 from ctcgrpo.sharding import FSDP2, NONE, check_launcher, deepspeed_stage, offloads
 from ctcgrpo.simulator.choice import check_patience
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import SCRIPTED_USER, SimulatorConfig, load_simulator_config
+from ctcgrpo.simulator.config import SCRIPTED_USER, SimulatorConfig, bearer_token, load_simulator_config
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
 from ctcgrpo.simulator.scripted.backend import ScriptedBackend
@@ -448,7 +448,9 @@ def simulator(s: Subject) -> Iterator[Finding]:
             client = SimulatorClient(stack.enter_context(running(server)), timeout=deadline + 30, patience=2)
         else:
             urls = [settings.url] if isinstance(settings.url, str) else list(settings.url)
-            client = SimulatorClient(urls, token=s.environment.get(settings.token_env), timeout=_PATIENCE, patience=2)
+            client = SimulatorClient(
+                urls, token=bearer_token(settings.token_env, s.environment), timeout=_PATIENCE, patience=2
+            )
         says, reply = asyncio.run(_canary(client, s.examples[0]))
     check_patience(says, settings.timeout)
     who = ", ".join(map(str, says.get("models") or [says.get("backend")]))

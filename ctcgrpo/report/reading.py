@@ -16,7 +16,7 @@ from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.errors import OutputError
 from ctcgrpo.files import is_complete, read_json_lines
 from ctcgrpo.folders import require_run
-from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.recipe import Recipe, resolved_recipe
 from ctcgrpo.records import UserState
 from ctcgrpo.scoring import shaped_outcome, turn_form, turn_score
 from ctcgrpo.training.samples import CreditOptions, Summary, credit_options, step_credit
@@ -41,7 +41,7 @@ class Run:
 def read_run(path: Path, options: CreditOptions | None = None) -> Run:
     """Raises OutputError for a folder that holds no run, or one that has not played an episode yet."""
     folder = require_run(path)
-    recipe = load_recipe(folder.recipe_file)
+    recipe = resolved_recipe(folder.recipe_file)
     episodes, unreadable = _episodes(folder.traces)
     if not episodes:
         raise OutputError(f"{path} holds no episode yet; there is nothing to report")

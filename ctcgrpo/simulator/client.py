@@ -15,7 +15,9 @@ import aiohttp
 from pydantic import ValidationError
 
 from ctcgrpo.errors import BudgetSpent, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.naming import cut
 from ctcgrpo.proxies import proxy_of, through_proxy
+from ctcgrpo.records import UserState
 from ctcgrpo.simulator.protocol import (
     ACCOUNT_PATH,
     HEALTH_PATH,
@@ -29,6 +31,8 @@ from ctcgrpo.simulator.protocol import (
 _TRANSPORT_ERRORS = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 _LONGEST_PAUSE = 15.0
 _log = logging.getLogger(__name__)
+_LARGEST = 4_000_000
+"""Bytes of a response at most."""
 
 
 class SimulatorClient:
@@ -116,7 +120,7 @@ class SimulatorClient:
             for url in (url for url in urls if url not in final):
                 attempts += 1
                 try:
-                    return await self._attempt(url, body)
+                    return _checked(url, request, await self._attempt(url, body))
                 except _NoAnswer as error:
                     problem = str(error)
                 except SimulatorTransportError as error:  # this replica has tried, or does not know us; another may
@@ -135,7 +139,7 @@ class SimulatorClient:
     async def _attempt(self, url: str, body: bytes) -> TurnReply:
         try:
             async with self._open.post(url + TURN_PATH, data=body, proxy=self._proxies[url]) as response:
-                status, payload = response.status, await response.read()
+                status, payload = response.status, await _body(url, response)
         except _TRANSPORT_ERRORS as error:
             raise _NoAnswer(f"{_describe(error)}{through_proxy(url)}") from None
         if status == 200:
@@ -146,14 +150,14 @@ class SimulatorClient:
         try:
             said = TurnProblem.model_validate_json(payload)
         except ValidationError:
-            if status == 429 or status >= 500:
+            if status in (408, 429) or status >= 500:
                 raise _NoAnswer(f"HTTP {status}{through_proxy(url)}: {_excerpt(payload)}") from None
             raise SimulatorReplyError(f"{url} refused the request (HTTP {status}): {_excerpt(payload)}") from None
         if said.kind == UNAVAILABLE:
             self._tell(said.error, response.headers.get("Retry-After", ""))
             raise _NoAnswer(said.error)
         types = {error.kind: error for error in (SimulatorTransportError, BudgetSpent)}
-        raise types.get(said.kind, SimulatorReplyError)(f"{url} (HTTP {status}): {said.error}")
+        raise types.get(said.kind, SimulatorReplyError)(f"{url} (HTTP {status}): {cut(said.error, 2100)}")
 
     def _tell(self, outage: str, retry_after: str) -> None:
         """Once for each outage: all turns wait for the same."""
@@ -179,6 +183,32 @@ class SimulatorClient:
         if self._session is None:
             raise RuntimeError("SimulatorClient is used outside its `async with` block")
         return self._session
+
+
+async def _body(url: str, response: aiohttp.ClientResponse) -> bytes:
+    found = bytearray()
+    async for part in response.content.iter_chunked(65536):
+        found += part
+        if len(found) > _LARGEST:
+            raise SimulatorReplyError(f"{url}: the response is larger than {_LARGEST} bytes")
+    return bytes(found)
+
+
+def _checked(url: str, request: TurnRequest, reply: TurnReply) -> TurnReply:
+    """The reply, if its state is the request's plus the deltas: outcomes and rewards are computed from it."""
+    before = UserState(request.state.anger, request.state.trust)
+    expected = before.plus(reply.anger_delta, reply.trust_delta)
+    state = UserState(reply.state.anger, reply.state.trust)
+    if state != expected:
+        raise SimulatorReplyError(
+            f"{url}: the response's state is {_said(state)}; expected {_said(expected)}: the request's {_said(before)} and the "
+            f"deltas {reply.anger_delta:+d} and {reply.trust_delta:+d}"
+        )
+    return reply
+
+
+def _said(state: UserState) -> str:
+    return f"anger {state.anger}, trust {state.trust}"
 
 
 class _NoAnswer(Exception):

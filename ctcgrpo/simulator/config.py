@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import os
 import re
@@ -184,6 +185,14 @@ class ServerSection(Section):
     max_body_mb: float = Field(
         16.0, gt=0, description="a larger request is refused with status 413 (megabytes of 10^6 bytes)"
     )
+    request_seconds: float = Field(
+        30.0, gt=0, description="how long a request may take to arrive; a later one gets status 408"
+    )
+    max_connections: int = Field(
+        4096,
+        ge=1,
+        description="open at a time, and at most half of the open files (ulimit -n); a further one gets status 503",
+    )
     drain_seconds: int = Field(60, ge=1, description="how long turns under way may take after a signal to stop")
     log_level: Literal["debug", "info", "warning"] = Field("info", description="only debug shows texts")
 
@@ -193,7 +202,8 @@ class ServerSection(Section):
         return environment_name(value)
 
     def token(self) -> str | None:
-        return os.environ.get(self.token_env) or None
+        """Raises RecipeError for one that no header can carry."""
+        return _token(self.token_env, os.environ)
 
 
 class SimulatorConfig(Section):
@@ -259,7 +269,33 @@ def load_simulator_config(file: str | Path) -> SimulatorConfig:
 
 def check_listening(host: str, token: str | None, token_env: str) -> None:
     """Refuse to listen beyond loopback without a token."""
-    if host not in ("localhost", "::1") and not host.startswith("127.") and token is None:
+    if token is None and not _is_loopback(host):
         raise RecipeError(
-            f"listening on {host!r} needs a bearer token: set {token_env} (openssl rand -hex 32), or use 127.0.0.1"
+            f"listening on {host!r} needs a bearer token, and {token_env} is blank or not set: set {token_env} "
+            "(openssl rand -hex 32), or use 127.0.0.1"
         )
+
+
+def _is_loopback(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may resolve to anything
+        return False
+
+
+def bearer_token(name: str, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The token that a client sends: what the environment variable holds, without white space around it; None where it is blank or
+    not set. Raises RecipeError for one that no client here can send."""
+    token = _token(name, environment)
+    if token is not None and not token.isprintable():  # what is not UTF-8 arrives as lone surrogates
+        raise RecipeError(f"the token in {name} is not printable UTF-8 text; make one with openssl rand -hex 32")
+    return token
+
+
+def _token(name: str, environment: Mapping[str, str]) -> str | None:
+    token = environment.get(name, "").strip()
+    if any(ord(character) < 32 or ord(character) == 127 for character in token):
+        raise RecipeError(f"the token in {name} holds a control character; make one with openssl rand -hex 32")
+    return token or None

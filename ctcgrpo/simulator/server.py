@@ -7,9 +7,10 @@
     GET  /metrics      for Prometheus
 
 Errors carry a TurnProblem where asking again is no use: 400 no TurnRequest, or one that is too long, 401 the token, 402 the
-budget is spent, 413 a body that is too large, 422 the user's answer could not be had, 502 no endpoint answered. 503 with one: every
-LLM endpoint is unavailable; ask again after Retry-After, and the turn, which waits meanwhile, is joined. 5xx without one, and no
-answer at all: try again. README.md has the whole contract.
+budget is spent, 413 a body that is too large, 422 the user's answer could not be had, 431 a head that is too large, 502 no endpoint
+answered. 503 with one: every LLM endpoint is unavailable; ask again after Retry-After, and the turn, which waits meanwhile, is
+joined. 408, 5xx without one, and no answer at all: try again. README.md has the whole contract, connections.py the limits that hold
+before the token is checked.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import asyncio
 import hmac
 import io
 import math
+import os
 import socket
 import sys
 import threading
@@ -30,14 +32,17 @@ import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ctcgrpo import __version__
 from ctcgrpo.errors import BudgetSpent, ScenarioError, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.naming import cut
 from ctcgrpo.records import Scenario
 from ctcgrpo.simulator.config import SimulatorConfig, check_listening
+from ctcgrpo.simulator.connections import allow_open_files, bounded_http, within_open_files
 from ctcgrpo.simulator.llm.backend import LlmBackend
 from ctcgrpo.simulator.llm.endpoints import CallRecord, Outage
 from ctcgrpo.simulator.logs import Log, json_log
@@ -70,6 +75,9 @@ _DRAIN_AFTER_ERROR = 5
 """Seconds that turns in progress get where what started a server ends with an error, Ctrl-C included."""
 
 
+_MOST_QUOTED, _LONGEST_REASON = 20, 2000
+
+
 class _TooLarge(Exception):
     pass
 
@@ -95,7 +103,8 @@ class SimulatorServer:
         self.config = config
         self.metrics = ServerMetrics()
         self.log = log or json_log(io.StringIO(), "warning")
-        self._token = token
+        # As bytes: an environment variable and a header may hold any.
+        self._authorization = None if token is None else b"Bearer " + os.fsencode(token)
         self._store = Store(config.store) if config.store is not None else None
         self.backend = backend or make_backend(
             config, self._store, self.metrics.on_call, say=lambda text: self.log.warning(UNAVAILABLE, error=text)
@@ -126,7 +135,13 @@ class SimulatorServer:
             Route(READY_PATH, self._ready),
             Route(METRICS_PATH, self._metrics),
         ]
-        return Starlette(routes=routes, lifespan=self._lifespan)
+        app = Starlette(
+            routes=routes,
+            lifespan=self._lifespan,
+            exception_handlers={HTTPException: _no_such_route, Exception: self._defective},
+        )
+        app.router.redirect_slashes = False
+        return app
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -157,7 +172,7 @@ class SimulatorServer:
             except ValidationError as error:
                 self.metrics.turns.labels("unknown", "no_request").inc()
                 self.log.warning("turn", result="no_request")
-                return _problem(400, "simulator_reply", f"this is no TurnRequest: {error}")
+                return _problem(400, "simulator_reply", f"this is no TurnRequest: {_few(error)}")
             response, result = await self._answer(turn)
         seconds = time.perf_counter() - started
         self.metrics.seconds.observe(seconds)
@@ -190,13 +205,17 @@ class SimulatorServer:
                 self.log.warning("failed", kind=error.kind, error=str(error))
             return _problem(_STATUS[error.kind], error.kind, str(error)), error.kind
         except Exception as error:  # noqa: BLE001 - a defect of this program: it is logged, and the server stays up
-            where = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)][-6:]
-            self.log.error("defect", error=type(error).__name__, where=where)
-            self.log.debug("defect", message=str(error))
-            # Asking again would fail again, and may cost again.
-            return _problem(
-                500, "simulator_reply", f"a defect of the simulator: {type(error).__name__}; see its log"
-            ), "defect"
+            return self._defect(error), "defect"
+
+    def _defect(self, error: Exception) -> Response:
+        where = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)][-6:]
+        self.log.error("defect", error=type(error).__name__, where=where)
+        self.log.debug("defect", message=str(error))
+        # Asking again would fail again, and may cost again.
+        return _problem(500, "simulator_reply", f"a defect of the simulator: {type(error).__name__}; see its log")
+
+    async def _defective(self, request: Request, error: Exception) -> Response:
+        return self._defect(error)
 
     async def _reply(self, turn: TurnRequest) -> TurnReply:
         """Raises _Unavailable where the turn has to wait for an LLM for long: it still waits, and is joined when asked again."""
@@ -230,10 +249,10 @@ class SimulatorServer:
 
     def _refusal(self, request: Request) -> Response | None:
         """An answer to whoever does not know the token; compared in constant time."""
-        if self._token is None:
+        if self._authorization is None:
             return None
-        given = request.headers.get("authorization", "").encode()
-        if hmac.compare_digest(given, f"Bearer {self._token}".encode()):
+        given = next((value for name, value in request.scope["headers"] if name == b"authorization"), b"")
+        if hmac.compare_digest(given, self._authorization):
             return None
         return _problem(401, "simulator_transport", "the bearer token is missing or wrong")
 
@@ -250,13 +269,20 @@ class SimulatorServer:
         return b"".join(parts)
 
     def uvicorn(self) -> uvicorn.Server:
+        limits = self.config.server
         return uvicorn.Server(
             uvicorn.Config(
                 self.app(),
                 log_level="critical",  # ours is the log; its own is text
                 access_log=False,
                 lifespan="on",
-                timeout_graceful_shutdown=self.config.server.drain_seconds,
+                http=bounded_http(
+                    limits.request_seconds,
+                    within_open_files(limits.max_connections),
+                    lambda status: self.metrics.refused.labels(str(status)).inc(),
+                ),
+                ws="none",
+                timeout_graceful_shutdown=limits.drain_seconds,
             )
         )
 
@@ -269,8 +295,24 @@ def make_backend(
     return LlmBackend.configured(config, store, on_call, say)
 
 
+def _few(error: ValidationError) -> str:
+    """What is wrong: a body of megabytes may hold a mistake every few bytes."""
+    if error.error_count() > _MOST_QUOTED:
+        return f"it has {error.error_count()} errors"
+    return str(error)
+
+
 def _problem(status: int, kind: str, error: str) -> Response:
-    return Response(TurnProblem(kind=kind, error=error).model_dump_json(), status_code=status, media_type="application/json")
+    problem = TurnProblem(kind=kind, error=cut(error, _LONGEST_REASON))  # it may quote what the request holds
+    return Response(problem.model_dump_json(), status_code=status, media_type="application/json")
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    reason = f"{request.method} {request.url.path[:100]}: {error.detail}"
+    response = _problem(error.status_code, "simulator_reply", reason)
+    response.headers.update(error.headers or {})
+    return response
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -295,11 +337,12 @@ def serve_forever(config: SimulatorConfig, host: str, port: int) -> None:
     """Run a server in the foreground. A signal to stop lets the turns under way end first (server.drain_seconds)."""
     token = config.server.token()
     check_listening(host, token, config.server.token_env)
+    allow_open_files(config.server.max_connections)
     server = SimulatorServer(config, log=json_log(sys.stderr, config.server.log_level), token=token)
     listener = bind(host, port)
     at = f"http://{host}:{listener.getsockname()[1]}"
     print(f"simulator {server.backend.name!r} on {at} (Ctrl-C ends it)", flush=True)
-    server.log.info("started", at=at, **server.backend.about())
+    server.log.info("started", at=at, token=token is not None, **server.backend.about())
     server.uvicorn().run(sockets=[listener])
 
 
