@@ -471,13 +471,15 @@ async def _canary(client: SimulatorClient, scenario: Scenario) -> tuple[dict[str
     return says, reply.reply[:60]
 
 
-def _turn(scenario: Scenario, said: Sequence[tuple[Any, str]], round: int, rounds: int) -> TurnRequest:
-    opening = [("user", scenario.opening_line)] if scenario.opening_line else []
+def _turn(scenario: Scenario, said: Sequence[tuple[Any, str]], round: int, rounds: int, reflection: str = "") -> TurnRequest:
+    """`reflection`: what the user thought before each of its lines in `said`."""
+    opening = [Utterance(speaker="user", text=scenario.opening_line)] if scenario.opening_line else []
+    lines = [Utterance(speaker=who, text=text, reflection=reflection if who == "user" else "") for who, text in said]
     state = scenario.anchors.initial
     return TurnRequest(
         request_id=f"check/{scenario.id}/{round}",
         scenario=ScenarioCard.of(scenario),
-        history=tuple(Utterance(speaker=who, text=text) for who, text in [*opening, *said]),
+        history=(*opening, *lines),
         state=State(anger=state.anger, trust=state.trust),
         round=round,
         max_rounds=rounds,
@@ -536,16 +538,18 @@ def cost(s: Subject) -> Iterator[Finding]:
 
 def _simulator_tokens(s: Subject) -> Tokens:
     """Of a call, over a dialogue of full length, by our prompts; the official ones differ."""
-    prompts, rounds = TemplatePrompts(), s.recipe.rollout.max_turns
+    thinks = s.simulator is None or s.simulator.llm is None or s.simulator.llm.reflections
+    prompts, rounds = TemplatePrompts(reflections=thinks), s.recipe.rollout.max_turns
     counts = []
     for scenario in _sample(s.examples, _PLAYED):
         rate = _CHARACTERS_PER_TOKEN.get(scenario.language, _OTHER_LANGUAGES)
         said: list[tuple[Any, str]] = []
+        reflection = "x" * _rounded_up((VERDICT_TOKENS - LINE_TOKENS) * rate)
         for round in range(1, rounds + 1):
             said.append(("policy", "x" * _rounded_up(REPLY_TOKENS * rate)))
-            text = "".join(m["content"] for m in prompts.messages(_turn(scenario, said, round, rounds)))
+            text = "".join(m["content"] for m in prompts.messages(_turn(scenario, said, round, rounds, reflection)))
             exact = s.tokenizer is not None and scenario.language == "en"
-            words = sum(len(t) for _, t in said)
+            words = sum(len(t) + (len(reflection) if thinks and who == "user" else 0) for who, t in said)
             standing = len(s.tokenizer.encode(text.replace("x" * 40, ""))) if exact and s.tokenizer is not None else 0
             counts.append(standing + words / rate if exact else len(text) / rate)
             said.append(("user", "x" * _rounded_up(LINE_TOKENS * rate)))

@@ -52,7 +52,7 @@ class Endpoint(Section):
         "json_schema", description="the strictest form of answer that it supports"
     )
     bounded_strings: bool = Field(False, description="put maxLength into the schema (vLLM keeps to it; some refuse it)")
-    seed: bool = Field(True, description="send a seed with each call")
+    seed: bool = Field(False, description="send a seed with each call; vLLM heeds it, hosted models refuse or ignore it")
     extra_body: dict[str, Any] = Field(
         {}, description="further fields of the request (enable_thinking: false); null removes one (temperature: null)"
     )
@@ -154,6 +154,10 @@ class Llm(Calls):
 
     official: Path | None = Field(
         None, description="the folder with the authors' EIBench code: its prompts instead of ours (runs third-party code)"
+    )
+    reflections: bool = Field(True, description="the user's own earlier reflections stand in its prompt")
+    tries: int = Field(
+        3, ge=1, description="answers asked for until one can be read; published: 8 in training, 3 in evaluation"
     )
     samples: int = Field(1, ge=1, description="k: answers whose state changes are averaged; costs k times as much")
 

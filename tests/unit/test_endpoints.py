@@ -309,7 +309,7 @@ async def test_a_served_turn_waits_and_whoever_asked_is_told(monkeypatch: pytest
 )
 async def test_what_a_provider_says_is_told(answer: web.Response, told: str) -> None:
     async with serving(answer) as provider:
-        asked = await turns(config(provider.url))
+        asked = await turns(config(provider.url, endpoint__seed=True))
     assert isinstance(asked.error, SimulatorReplyError)
     with pytest.raises(CtcGrpoError, match=told):
         raise asked.error
@@ -340,7 +340,7 @@ async def test_what_is_no_completion_is_tried_again_and_named(
     answer: web.Response, result: str, told: str, paid: bool
 ) -> None:
     async with serving(answer) as provider:
-        asked = await turns(config(provider.url, deadline=0.8))
+        asked = await turns(config(provider.url, deadline=2.0))
     assert isinstance(asked.error, SimulatorTransportError) and set(asked.calls) == {result}
     assert (asked.spent["calls"] > 0) == paid
     with pytest.raises(CtcGrpoError, match=told):
@@ -350,7 +350,7 @@ async def test_what_is_no_completion_is_tried_again_and_named(
 async def test_a_connection_that_cannot_be_had_is_named() -> None:
     async with serving(says(done())) as provider:
         url = provider.url
-    asked = await turns(config(url, deadline=0.5))
+    asked = await turns(config(url, deadline=2.0))
     assert set(asked.calls) == {"unreachable"} and asked.spent["calls"] == 0
     assert "cannot connect: " in str(asked.error) and "timeout" not in str(asked.error)
 
@@ -412,9 +412,10 @@ async def sent(answer: web.Response | None = None, **changes: Any) -> Provider:
 
 async def test_what_is_not_set_is_not_sent() -> None:
     (body,) = (await sent()).asked
-    assert body["temperature"] == 0.7 and body["max_tokens"] == 1024 and body["seed"] == 3
+    assert body["temperature"] == 0.7 and body["max_tokens"] == 1024 and "seed" not in body
     assert not {"top_p", "max_completion_tokens"} & set(body)
-    (body,) = (await sent(temperature=None, top_p=0.9, endpoint__seed=False, endpoint__output="text")).asked
+    assert (await sent(endpoint__seed=True)).asked[0]["seed"] == 3
+    (body,) = (await sent(temperature=None, top_p=0.9, endpoint__output="text")).asked
     assert body["top_p"] == 0.9 and not {"temperature", "seed", "response_format"} & set(body)
     for changes in (
         {"max_completion_tokens": 512},

@@ -36,7 +36,7 @@ def configuration(*endpoints: FakeLlm, store: Path | None = None, **changes: Any
     """`endpoint__x` sets x for every endpoint. Patient: on a loaded machine what is slow must not be taken for what hangs."""
     of_endpoint = {k.removeprefix("endpoint__"): changes.pop(k) for k in list(changes) if k.startswith("endpoint__")}
     of_top = {k: changes.pop(k) for k in ("cache", "budget", "server") if k in changes}
-    each = {"timeout": 6.0, "breaker_seconds": 0.2, "price": {"prompt": 1.0, "completion": 5.0}} | of_endpoint
+    each = {"timeout": 6.0, "seed": True, "breaker_seconds": 0.2, "price": {"prompt": 1.0, "completion": 5.0}} | of_endpoint
     listed = [{"url": e.url, "model": f"fake-{k}", **each} for k, e in enumerate(endpoints)]
     return SimulatorConfig.model_validate(
         {"backend": "llm", "store": store, "llm": {"deadline": 20.0, "endpoints": listed} | changes} | of_top
@@ -94,7 +94,10 @@ def test_three_hundred_episodes_against_an_endpoint_that_misbehaves(tiny: Path) 
     rates = {"429": 0.1, "500": 0.1, "hang": 0.05, "malformed": 0.1, "truncated": 0.05, "absolute": 0.05, "empty": 0.01}
     with (
         FakeLlm(rates=rates, seed=5).serving() as llm,
-        simulator(configuration(llm, endpoint__concurrency=150, endpoint__timeout=4.0, deadline=60.0)) as (url, server),
+        simulator(configuration(llm, endpoint__concurrency=150, endpoint__timeout=4.0, deadline=60.0, tries=2)) as (
+            url,
+            server,
+        ),
     ):
         runner = Parts(tiny).runner(url, engine=Parts(tiny).engine(max_batch=100))
         runner.simulator = SimulatorClient(url, timeout=120)
@@ -112,14 +115,14 @@ def test_three_hundred_episodes_against_an_endpoint_that_misbehaves(tiny: Path) 
             assert turn.user_goes_on == (goes_on and k < runner.play.max_turns)
     # A malformed answer fails a turn only when its correction is malformed as well: some 4 % of the turns at these rates.
     assert set(failures) <= {"simulator_reply"} and 0 < failures["simulator_reply"] < 60
-    assert all(e.failure is None or "no usable answer, asked twice (last problem:" in e.failure.message for e in episodes)
+    assert all(e.failure is None or "no usable answer in 2 tries (last problem:" in e.failure.message for e in episodes)
     assert states == {"fake-0 at " + llm.url.split("/")[2]: "ready"}
 
 
-async def test_a_malformed_answer_is_asked_for_once_more_precisely() -> None:
-    with FakeLlm(rates={"truncated": 1.0}, seed=1).serving() as llm, simulator(configuration(llm)) as (url, _):
+async def test_a_malformed_answer_is_asked_for_again_precisely() -> None:
+    with FakeLlm(rates={"truncated": 1.0}, seed=1).serving() as llm, simulator(configuration(llm, tries=2)) as (url, _):
         with pytest.raises(
-            SimulatorReplyError, match=r"422.*fake-0 at .* no usable answer, asked twice \(last problem: (missing|no)"
+            SimulatorReplyError, match=r"422.*fake-0 at .* no usable answer in 2 tries \(last problem: (missing|no)"
         ):
             await ask(url, request("Hello."))
     first, second = (r["messages"] for r in llm.requests)

@@ -66,8 +66,8 @@ class ChatModel(Protocol):
 
 
 class LlmBackend:
-    """`about` says what decides the answers beside the prompts; `samples` answers are averaged, within `deadline` seconds a
-    turn."""
+    """`about` says what decides the answers beside the prompts; `samples` answers are averaged, each asked for up to `tries` times
+    until it can be read, within `deadline` seconds a turn."""
 
     name = "llm"
 
@@ -78,12 +78,13 @@ class LlmBackend:
         *,
         about: Mapping[str, Any],
         samples: int = 1,
+        tries: int = 3,
         deadline: float = 180.0,
         bounded_strings: bool = False,
     ) -> None:
         self.llm, self.prompts = llm, prompts
         self._about = about
-        self._samples, self._deadline = samples, deadline
+        self._samples, self._tries, self._deadline = samples, tries, deadline
         self._schema = answer_schema(bounded=bounded_strings)
 
     @classmethod
@@ -101,13 +102,14 @@ class LlmBackend:
             raise ValueError("the configuration has no llm section")
         return cls(
             EndpointPool(llm, Account(config.budget, store), on_call, say),
-            chosen_prompts(llm.official),
+            chosen_prompts(llm.official, reflections=llm.reflections),
             about={
                 "models": sorted({endpoint.model for endpoint in llm.endpoints}),
                 "temperature": llm.temperature,
                 "settings": config.digest,
             },
             samples=llm.samples,
+            tries=llm.tries,
             deadline=llm.deadline,
             bounded_strings=all(endpoint.bounded_strings for endpoint in llm.endpoints),
         )
@@ -136,11 +138,11 @@ class LlmBackend:
     async def _answer(
         self, request: TurnRequest, messages: list[Message], seed: int, deadline: Deadline
     ) -> tuple[Answer, list[ChatCompletion]]:
-        """One answer, and the calls that it took: two at most."""
+        """One answer, and the calls that it took: `tries` at most."""
         card, state = request.scenario, UserState(request.state.anger, request.state.trust)
         calls: list[ChatCompletion] = []
         problem: Unreadable | None = None
-        for attempt in range(2):
+        for attempt in range(self._tries):
             asked = messages
             if problem is not None:
                 back: list[Message] = [{"role": "assistant", "content": calls[-1].text[:_LONGEST_BACK] or "-"}]
@@ -162,7 +164,9 @@ class LlmBackend:
                 problem = error
         why = last.note or f"{problem}{', cut off by llm.max_tokens' if last.ended == 'length' else ''}"
         shown = f"; it said {_excerpt(last.text)!r}" if last.text else ""
-        raise SimulatorReplyError(f"{last.endpoint} gave no usable answer, asked twice (last problem: {why}{shown})")
+        raise SimulatorReplyError(
+            f"{last.endpoint} gave no usable answer in {self._tries} tries (last problem: {why}{shown})"
+        )
 
 
 def _excerpt(text: str) -> str:
@@ -170,9 +174,9 @@ def _excerpt(text: str) -> str:
     return line if len(line) <= 200 else f"{line[:120]} ... {line[-80:]}"
 
 
-def chosen_prompts(official: Path | None) -> Prompts:
-    """The project's own, or the authors' out of a copy of their code (which is executed)."""
-    return TemplatePrompts() if official is None else OfficialPrompts(official)
+def chosen_prompts(official: Path | None, *, reflections: bool = True) -> Prompts:
+    """The project's own, or the authors' out of a copy of their code (which is executed; they always hold earlier reflections)."""
+    return TemplatePrompts(reflections=reflections) if official is None else OfficialPrompts(official)
 
 
 async def _together(asked: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
