@@ -14,7 +14,7 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from ctcgrpo.errors import OutputError, ScenarioError
-from ctcgrpo.naming import did_you_mean
+from ctcgrpo.naming import cut, did_you_mean
 from ctcgrpo.records import SCENES
 from ctcgrpo.scenarios import Split, by_scene, data_home, load_scenarios
 
@@ -114,7 +114,7 @@ def _copy(source: str, file: str, target: Path, hosts: tuple[str, ...]) -> None:
             with target.open("wb") as out:
                 size = _pour(response, out, url, length)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = "the connection ended too early" if isinstance(error, http.client.IncompleteRead) else error
+        reason = "the connection ended too early" if isinstance(error, http.client.IncompleteRead) else cut(str(error))
         raise ScenarioError(
             f"{url} cannot be had ({reason}); clone the repository elsewhere and pass its EIBench/data folder with --source"
         ) from None

@@ -270,6 +270,7 @@ class SimulatorServer:
 
     def uvicorn(self) -> uvicorn.Server:
         limits = self.config.server
+        allow_open_files(limits.max_connections)
         return uvicorn.Server(
             uvicorn.Config(
                 self.app(),
@@ -324,10 +325,10 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
         listener.listen(2048)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name may be none, too
         listener.close()
         raise SimulatorTransportError(
-            f"simulator.port is {port}: cannot listen on {host}:{port} ({error.strerror}); "
+            f"simulator.port is {port}: cannot listen on {cut(host)}:{port} ({getattr(error, 'strerror', error)}); "
             "choose another port, or 0 for any free one"
         ) from None
     return listener
@@ -337,7 +338,6 @@ def serve_forever(config: SimulatorConfig, host: str, port: int) -> None:
     """Run a server in the foreground. A signal to stop lets the turns under way end first (server.drain_seconds)."""
     token = config.server.token()
     check_listening(host, token, config.server.token_env)
-    allow_open_files(config.server.max_connections)
     server = SimulatorServer(config, log=json_log(sys.stderr, config.server.log_level), token=token)
     listener = bind(host, port)
     at = f"http://{host}:{listener.getsockname()[1]}"

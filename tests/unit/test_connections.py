@@ -17,7 +17,7 @@ import pytest
 
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER
-from ctcgrpo.simulator.connections import MAX_HEAD, within_open_files
+from ctcgrpo.simulator.connections import MAX_HEAD, allow_open_files, within_open_files
 from ctcgrpo.simulator.protocol import Reaction, TurnRequest
 from ctcgrpo.simulator.server import SimulatorServer, running
 from tests.conftest import Backend
@@ -262,7 +262,12 @@ def test_who_does_not_read_is_cut() -> None:
 
 def test_open_files_bound_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resource.getrlimit", lambda which: (1024, 4096))
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr("resource.setrlimit", lambda which, limits: raised.append(limits))
     assert (within_open_files(4096), within_open_files(100)) == (512, 100)
+    for connections in (4096, 1000, 100):
+        allow_open_files(connections)
+    assert raised == [(4096, 4096), (2000, 4096)]
 
 
 def test_a_slow_client_does_not_keep_a_server_from_stopping() -> None:

@@ -257,3 +257,10 @@ def test_a_port_in_use_is_said_so() -> None:
                 pass
     finally:
         taken.close()
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a..b", "x" * 300, "1.2.3.4.5"])
+def test_a_host_that_is_none_is_said_so(host: str) -> None:
+    with pytest.raises(SimulatorTransportError, match="cannot listen on ") as refused:
+        bind(host, 0)
+    assert len(str(refused.value)) < 500
