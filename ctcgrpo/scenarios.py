@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.files import read_json_lines
-from ctcgrpo.naming import did_you_mean, is_path, nearest, quoted
+from ctcgrpo.naming import cut, did_you_mean, is_path, nearest, quoted
 from ctcgrpo.records import SCENES, Anchors, Scenario, Scene, UserState
 
 Split = Literal["train", "test"]
@@ -35,6 +35,10 @@ def data_home() -> Path:
     return Path(os.environ.get("CTCGRPO_DATA") or Path.home() / ".cache" / "ctcgrpo")
 
 
+_LONGEST_MESSAGE = 600
+"""Characters of what is wrong with a record: it may quote the record."""
+
+
 class Fault(NamedTuple):
     """What keeps a record from being a scenario: its place (file and line), its id ("?" for none), the field, what is wrong."""
 
@@ -44,8 +48,8 @@ class Fault(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        who = "" if self.id == "?" else f"scenario {self.id!r}: "
-        return f"{self.place}: {who}{f'{self.field} ' if self.field else ''}{self.message}"
+        who = "" if self.id == "?" else f"scenario {quoted(self.id)}: "
+        return f"{self.place}: {who}{f'{cut(self.field)} ' if self.field else ''}{cut(self.message, _LONGEST_MESSAGE)}"
 
 
 def load_scenarios(source: str | Path, split: Split = "train") -> list[Scenario]:

@@ -366,7 +366,7 @@ async def test_a_budget_is_never_exceeded_and_pauses(tmp_path: Path) -> None:
 async def test_a_budget_that_makes_calls_wait_too_long_pauses(tmp_path: Path) -> None:
     """Near its end calls fit one by one only: that is no fault of the episodes."""
     with FakeLlm(delay=0.3).serving() as llm:
-        config = configuration(llm, store=tmp_path, budget={"tokens": 16_000}, max_tokens=200, deadline=1.0)
+        config = configuration(llm, store=tmp_path, budget={"tokens": 16_000}, max_tokens=200, deadline=4.0)
         with simulator(config) as (url, _):
             results = await many(url, 30)
     assert {type(r) for r in results} == {BudgetSpent, TurnReply}
