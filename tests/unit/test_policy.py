@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from ctcgrpo.policy.loading import check_fits, load_config, stop_ids
 from ctcgrpo.policy.reasoning import parse_completion
 from ctcgrpo.records import Completion, Scenario
 from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.time_limit import time_limit
 
 SUPPORT, CHARM = (next(s for s in load_scenarios("english/train") if s.scene == scene) for scene in ("support", "charm"))
 
@@ -238,6 +241,22 @@ def test_a_template_that_does_not_come_to_an_end(tokenizer: Any, monkeypatch: py
     monkeypatch.setattr("ctcgrpo.policy.chat_template._RENDER_SECONDS", 0.3)
     with pytest.raises(PolicyError, match=r"still rendering after 0.3 s; set policy.chat_template"):
         builder(endless)
+
+
+def test_a_time_limit_gives_the_timer_back() -> None:
+    rang = []
+    handler = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
+    before = signal.setitimer(signal.ITIMER_REAL, 5.0)
+    try:
+        with time_limit(9.0):
+            pass
+        with pytest.raises(TimeoutError), time_limit(0.02):
+            time.sleep(1)
+        left, _ = signal.getitimer(signal.ITIMER_REAL)
+        assert 4.0 < left < 5.0 and not rang
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *before)
 
 
 def test_a_template_without_a_system_role_gets_the_persona_in_the_first_user_turn(tiny: Path) -> None:
