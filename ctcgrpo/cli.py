@@ -22,6 +22,7 @@ from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.report import commands as reporting
 from ctcgrpo.study import commands as studying
 from ctcgrpo.sweep import commands as sweeping
+from ctcgrpo.terminal import Terminal, say
 
 _LAUNCHED = "CTCGRPO_LAUNCHED"
 """Set for the processes that `ctcgrpo train` starts through accelerate: they run, and launch nothing further."""
@@ -98,7 +99,6 @@ def check(
     """Find what would fail later, before any GPU is taken; then say what the run will need and cost."""
     settings = load_recipe(recipe, overrides or [])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
     from ctcgrpo.plan.check import findings
@@ -106,7 +106,7 @@ def check(
 
     transformers_logging.disable_progress_bar()
     found, subject = findings(settings)
-    print_findings(found, subject.memory, Console(width=None if sys.stdout.isatty() else 132), settings.run.name)
+    print_findings(found, subject.memory, Terminal(132), settings.run.name)
     if any(finding.level == "failed" for finding in found):
         sys.exit(RecipeError.exit_code)
 
@@ -141,15 +141,13 @@ def chat(
     """Play the policy's role yourself: type replies, see the user's state move, and why."""
     import asyncio
 
-    from rich.console import Console
-
     from ctcgrpo.chat import chat, find_scenario
     from ctcgrpo.scenarios import load_scenarios
     from ctcgrpo.simulator.choice import chosen_simulator
 
     chosen = find_scenario(load_scenarios(scenarios, "test"), scenario)
     with chosen_simulator(config, url or []) as simulator:
-        asyncio.run(chat(chosen, simulator, Console(), lambda: input("You: "), rounds=rounds))
+        asyncio.run(chat(chosen, simulator, Terminal(), lambda: input("You: "), rounds=rounds))
 
 
 @app.command()
@@ -162,8 +160,6 @@ def noise(
 ) -> None:
     """Measure how noisy a simulator's judgement is: the same turns with different seeds, by scene."""
     import asyncio
-
-    from rich.console import Console
 
     from ctcgrpo.recipe import load_recipe
     from ctcgrpo.run_folder import RunFolder
@@ -181,7 +177,7 @@ def noise(
     with chosen_simulator(config, url or []) as simulator:
         says = asyncio.run(introduced(simulator))
         found = asyncio.run(measure(turns, simulator, replays=replays))
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Terminal(120)
     console.print(noise_table(found, f"noise of the simulator on turns of {run}"))
     console.print(f"simulator: {says}", markup=False, highlight=False, soft_wrap=True)
 
@@ -192,11 +188,9 @@ def show(
     scenario: Annotated[str | None, typer.Option(help="Which held-out scenario to show; a typical one by default.")] = None,
 ) -> None:
     """Print a finished run: scores before and after, and one scenario played by both policies."""
-    from rich.console import Console
-
     from ctcgrpo.show import show_run
 
-    show_run(run, Console(width=None if sys.stdout.isatty() else 120), scenario=scenario)
+    show_run(run, Terminal(120), scenario=scenario)
 
 
 @app.command()
@@ -214,9 +208,9 @@ def export(
 
     transformers_logging.disable_progress_bar()
     written = exporting.export(run, out or run / "export", which=which, dtype=dtype)
-    print(f"exported to {written}")
+    say(f"exported to {written}")
     if push is not None:
-        print(f"uploaded to {exporting.push(written, push)}")
+        say(f"uploaded to {exporting.push(written, push)}")
 
 
 @app.command()
@@ -255,5 +249,5 @@ def _guarded(run: Callable[[], object]) -> None:
     except CtcGrpoError as error:
         what = "stopped" if isinstance(error, RunPaused) else "error"
         rank = os.environ.get("RANK", "0")
-        print(f"{what}: {error}" if rank == "0" else f"[process {rank}] {what}: {error}", file=sys.stderr)
+        say(f"{what}: {error}" if rank == "0" else f"[process {rank}] {what}: {error}", sys.stderr)
         sys.exit(error.exit_code)

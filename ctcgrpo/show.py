@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +20,8 @@ from ctcgrpo.run_folder import RunFolder
 
 Trace = Mapping[str, Any]
 """An episode as `rollout/traces.py` writes it."""
+_SIDE_BY_SIDE = 100
+"""Columns that two dialogues beside each other need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +63,11 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
     gain = summary["improvement"]
     console.print(_table(summary, speech(before), speech(after)))
     console.print(
-        f"score in [-1, 1], mean over {gain['n']} scenarios; improvement {gain['overall']:+.3f}, 95 % interval "
-        f"{gain['ci95'][0]:+.3f} to {gain['ci95'][1]:+.3f} (paired bootstrap over scenarios)\n",
+        f"improvement {gain['overall']:+.3f}, 95 % interval {gain['ci95'][0]:+.3f} to {gain['ci95'][1]:+.3f}\n"
+        f"(score in [-1, 1], mean over {gain['n']} scenarios; paired bootstrap over scenarios)\n",
         highlight=False,
-        soft_wrap=True,
     )
-    console.print(_side_by_side(_typical(before, chosen), _typical(after, chosen)))
+    console.print(_dialogues(_typical(before, chosen), _typical(after, chosen), console.width))
     console.print(
         f"trained policy  {folder.final}\nuntrained       {folder.base if folder.base.exists() else 'as the recipe names it'}\n"
         f"every dialogue  {folder.traces}\nfigures         {file}, {folder.metrics_file}\nanother one     "
@@ -126,11 +128,15 @@ def _table(summary: Mapping[str, Any], before: Speech, after: Speech) -> Table:
     return table
 
 
-def _side_by_side(before: Trace, after: Trace) -> Table:
+def _dialogues(before: Trace, after: Trace, width: int) -> Group | Table:
+    """Side by side where both have room, else one above the other."""
+    panels = _dialogue(before, "before"), _dialogue(after, "after")
+    if width < _SIDE_BY_SIDE:
+        return Group(*panels)
     table = Table.grid(expand=True, padding=(0, 1))
     table.add_column(ratio=1)
     table.add_column(ratio=1)
-    table.add_row(_dialogue(before, "before"), _dialogue(after, "after"))
+    table.add_row(*panels)
     return table
 
 
@@ -147,5 +153,6 @@ def _dialogue(episode: Trace, title: str) -> Panel:
         lines.append(Text(f"  anger {anger:+d}, trust {trust:+d}: {turn['why']}", style=mood))
         lines.append(Text(f"User: {turn['user_line']}"))
     start, end = episode["initial_state"], episode["final_state"]
-    foot = f"anger {start[0]} to {end[0]}, trust {start[1]} to {end[1]}, score {episode['outcome']:+.2f}"
-    return Panel(Group(*lines), title=f"{title}: {episode['scenario']}", subtitle=foot)
+    # In the body, where it wraps: a panel's title and subtitle are cut off in a narrow terminal.
+    foot = f"score {episode['outcome']:+.2f}, anger {start[0]} to {end[0]}, trust {start[1]} to {end[1]}"
+    return Panel(Group(*lines, Rule(style="dim"), Text(foot)), title=Text(f"{title}: {episode['scenario']}"))

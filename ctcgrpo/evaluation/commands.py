@@ -18,6 +18,7 @@ from ctcgrpo.evaluation.report import print_comparison, print_leaderboard, print
 from ctcgrpo.evaluation.rescoring import rescored
 from ctcgrpo.evaluation.results import summarise, write_results
 from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.terminal import Terminal, say
 
 if TYPE_CHECKING:
     from ctcgrpo.evaluation.run import Evaluation
@@ -135,7 +136,7 @@ def leaderboard(folder: Annotated[Path, typer.Argument(help="Where evaluations a
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return Terminal(120)
 
 
 def _slug(text: str) -> str:
@@ -165,7 +166,7 @@ def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
             display=given.get("display") or ("rich" if sys.stdout.isatty() else "plain"),
             connections=given.get("connections"),
             price=given.get("price"),
-            say=lambda text: print(text, file=sys.stderr),
+            say=lambda text: say(text, sys.stderr),
         )
 
     return play

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ctcgrpo.errors import OutputError
+from ctcgrpo.terminal import Terminal
 
 
 def report(
@@ -31,7 +30,7 @@ def report(
     found = read_run(source)
     file = out or run / "report.html"
     wrote = write_report(found, file, trials)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Terminal(120)
     sampled = "" if wrote["shown"] == wrote["of"] else f" (a sample of {wrote['of']})"
     console.print(
         f"{file}: {wrote['shown']} episodes{sampled}, {wrote['bytes'] / 1e6:.1f} MB",

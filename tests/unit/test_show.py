@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.show import show_run, speech, typical_scenario
+from tests.conftest import Command
 
 
 def trace(scenario: str, outcome: float | None, replies: list[str], rollout: int = 0) -> dict[str, Any]:
@@ -66,6 +67,21 @@ def test_a_run_is_shown(run: Path) -> None:
     assert "before: b" in text and "after: b" in text  # the median change
     assert "[red]So?[/red]" in text  # markup in what somebody says is shown, not obeyed
     assert "before: a" in printed(run, "a")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_the_score_and_the_interval_are_whole_at_every_width(
+    run: Path, width: int, ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    code, out, err = ctcgrpo("show", str(run), "--scenario", "a")
+    assert code == 0, err
+    shown, _, _ = out.partition("trained policy")
+    assert max(map(len, shown.splitlines())) <= width
+    flat = " ".join(out.replace("│", " ").split())
+    for part in ("score -0.50", "score +0.50", "improvement +0.400", "95 % interval +0.000 to +1.000", "anger 60 to 55"):
+        assert part in flat, out
+    assert "…" not in out
 
 
 def test_speech_and_the_typical_scenario_by_hand() -> None:
