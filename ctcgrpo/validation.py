@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ctcgrpo.errors import TooManyFailures, too_many_failed
 from ctcgrpo.files import whole_lines, write_whole
 from ctcgrpo.intervals import interval, means, paired
 from ctcgrpo.records import SCENES, Episode, Scenario
-from ctcgrpo.rollout.runner import Slot
+
+if TYPE_CHECKING:
+    from ctcgrpo.rollout.runner import Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ def improvement(before: Validation, after: Validation, *, seed: int = 0) -> dict
 
 def validation_slots(scenarios: Sequence[Scenario], samples: int, step: int) -> list[Slot]:
     """What a validation plays: `samples` episodes a scenario, with the same seeds after whatever step."""
+    from ctcgrpo.rollout.runner import Slot  # imports transformers, which those who read a record do without
+
     return [Slot(scenario, step, group, k, seed_step=0) for group, scenario in enumerate(scenarios) for k in range(samples)]
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ctcgrpo.evaluation.benches import Bench, named
+from ctcgrpo.simulator.about import described
 
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
@@ -21,10 +22,7 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
 
 def other_of(summary: Mapping[str, Any]) -> str:
     """Who played the simulator or the judge, in words."""
-    about = summary.get("other") or {}
-    models = about.get("models") or [about.get("backend", "unknown")]
-    prompts = f", prompts {about['prompts']}" if about.get("prompts") else ""
-    return f"{', '.join(models)}{prompts}"
+    return described(summary["other"])
 
 
 def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:

@@ -1,15 +1,17 @@
 """What a run left behind, read for its report: episodes with the credit that each turn was trained with, validations, metrics.
 
 Credit is not in the traces: it is computed here by the trainer's own functions from the states that are, step by step as in
-training. A run may still be going, and a killed one may end in half a line: what cannot be read is counted and said.
+training. A run may still be going, and a killed one may end in half a line: what cannot be read, and what the files of a run say
+differently, is listed in `problems`.
 """
 
 from __future__ import annotations
 
-import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +21,43 @@ from ctcgrpo.files import is_complete
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.records import UserState
 from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.run_records import (
+    Summary,
+    disagreement,
+    read_json,
+    read_metrics,
+    read_summary,
+    read_traces,
+    read_validations,
+)
 from ctcgrpo.scoring import shaped_outcome, turn_score
-from ctcgrpo.training.samples import CreditOptions, Summary, step_credit
+from ctcgrpo.training.samples import CreditOptions, step_credit
+from ctcgrpo.training.samples import Summary as EpisodeSummary
+from ctcgrpo.validation import Validation
 
 Trace = dict[str, Any]
+"""run_records.Trace, with what is added here."""
+_CLOSE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """`episodes` are traces in the order of step, group and rollout, each with `kind` (step or validation) and, in those that
-    were trained on, `advantages`, a number a turn; `unreadable` counts lines that are no trace."""
+    were trained on, `advantages`, a number a turn; `unreadable` counts lines of traces that are none. `simulator` is what the
+    simulator said of itself (None where that is not recorded), `problems` what is wrong with the files, a sentence each."""
 
     name: str
     recipe: Recipe
     finished: bool
     episodes: Sequence[Trace]
-    validations: Sequence[Mapping[str, Any]]
+    validations: Sequence[Validation]
     metrics: Sequence[Mapping[str, Any]]
     unreadable: int
+    path: Path
+    simulator: Mapping[str, Any] | None = None
+    written: datetime | None = None
+    """When the newest of its figures and dialogues was written."""
+    problems: Sequence[str] = ()
 
 
 def read_run(path: Path, options: CreditOptions | None = None) -> Run:
@@ -45,53 +66,103 @@ def read_run(path: Path, options: CreditOptions | None = None) -> Run:
     if not folder.recipe_file.exists():
         raise OutputError(f"{path} is no run's folder: it holds no recipe.yaml")
     recipe = load_recipe(folder.recipe_file)
-    episodes, unreadable = _episodes(folder.traces)
+    episodes, bad = _episodes(folder.traces)
     if not episodes:
-        raise OutputError(f"{path} holds no episode yet; there is nothing to report")
+        told = f" that can be read ({bad[0]})" if bad else ""
+        raise OutputError(f"{path} holds no episode yet{told}; there is nothing to report")
     if options is None:
         from ctcgrpo.settings import credit_options
 
         options = credit_options(recipe)
+    validations, bad_validations = read_validations(folder.validation_file)
+    metrics, bad_metrics = read_metrics(folder.metrics_file)
+    simulator, bad_simulator = _simulator(path)
+    problems = [*bad, *bad_validations, *bad_metrics, *bad_simulator, *_disagreements(episodes, validations, metrics)]
     return Run(
         name=path.resolve().name,
         recipe=recipe,
         finished=is_complete(folder.final),
         episodes=with_credit(episodes, options),
-        validations=sorted(_lines(folder.validation_file)[0], key=lambda record: record["step"]),
-        metrics=_lines(folder.metrics_file)[0],
-        unreadable=unreadable,
+        validations=validations,
+        metrics=metrics,
+        unreadable=len(bad),
+        path=path,
+        simulator=simulator,
+        written=_written(folder),
+        problems=[*problems, *_summary_problems(path, validations)],
     )
 
 
-def _episodes(traces: Path) -> tuple[list[Trace], int]:
-    found: list[Trace] = []
-    unreadable = 0
+def _episodes(traces: Path) -> tuple[list[Trace], list[str]]:
+    found: dict[tuple[str, int, int, int], Trace] = {}
+    problems = []
     for file in sorted(traces.glob("*.jsonl")):
         match = re.fullmatch(r"(step|validation)-(\d+)\.rank-\d+", file.stem)
         if match:
-            records, bad = _lines(file)
-            unreadable += bad
-            found += [{**record, "kind": match[1], "step": int(match[2])} for record in records if "turns" in record]
-    found.sort(key=lambda e: (e["kind"], e["step"], e["group"], e["rollout"]))
-    return found, unreadable
+            records, bad = read_traces(file)
+            problems += bad
+            for record in records:
+                key = (match[1], int(match[2]), record["group"], record["rollout"])
+                if key in found:
+                    problems.append(
+                        f"{file.name}: duplicate episode (group {key[2]}, rollout {key[3]}); the first one counts"
+                    )
+                found.setdefault(key, {**record, "kind": key[0], "step": key[1]})
+    return [found[key] for key in sorted(found)], problems
 
 
-def _lines(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects in a JSONL file, and how many lines are none."""
+def _simulator(run: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    file = run / "simulator.json"
     if not file.exists():
-        return [], 0
-    found, bad = [], 0
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict):
-                found.append(record)
-            else:
-                bad += 1
-    return found, bad
+        return None, []
+    try:
+        found = read_json(file)
+    except OutputError as error:
+        return None, [str(error)]
+    return (
+        (found, []) if isinstance(found, dict) else (None, [f"{file.name} is a {type(found).__name__}; expected an object"])
+    )
+
+
+def _written(folder: RunFolder) -> datetime:
+    files = [folder.recipe_file, folder.metrics_file, folder.validation_file, *folder.traces.glob("*.jsonl")]
+    return datetime.fromtimestamp(max(file.stat().st_mtime for file in files if file.exists()), UTC)
+
+
+def _summary_problems(run: Path, validations: Sequence[Validation]) -> list[str]:
+    """What is wrong with summary.json, whose figures the report computes itself."""
+    try:
+        summary = read_summary(run, Summary)
+    except OutputError as error:
+        return [str(error)]
+    told = disagreement(summary, validations) if summary is not None else None
+    return [] if told is None else [told]
+
+
+def _disagreements(
+    episodes: Sequence[Trace], validations: Sequence[Validation], metrics: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Where traces hold other episodes than those that the figures were computed from."""
+    played: dict[tuple[str, int], list[Trace]] = {}
+    for e in episodes:
+        if e["failure"] is None:
+            played.setdefault((e["kind"], e["step"]), []).append(e)
+    problems = []
+    for m in metrics:
+        found = [e["outcome"] for e in played.get(("step", m["step"]), ())]
+        said, mean = m.get("episodes/valid"), m.get("outcome/all")
+        if said is not None and said != len(found):
+            problems.append(f"step {m['step']}: traces hold {len(found)} valid episodes, metrics.jsonl says {said:g}")
+        elif found and mean is not None and abs(sum(found) / len(found) - mean) > _CLOSE:
+            problems.append(
+                f"step {m['step']}: the mean outcome is {sum(found) / len(found):+.4f} by the traces, {mean:+.4f} by metrics.jsonl"
+            )
+    for validation in validations:
+        counted = Counter((e["scenario"], round(e["outcome"], 6)) for e in played.get(("validation", validation.step), ()))
+        said_of = Counter((name, round(x, 6)) for name, outcomes in validation.outcomes.items() for x in outcomes)
+        if counted and counted != said_of:
+            problems.append(f"validation after step {validation.step}: traces and validation.jsonl hold different outcomes")
+    return problems
 
 
 def with_credit(episodes: Sequence[Trace], options: CreditOptions) -> list[Trace]:
@@ -112,7 +183,7 @@ def with_credit(episodes: Sequence[Trace], options: CreditOptions) -> list[Trace
     ]
 
 
-def summary_of(episode: Trace, options: CreditOptions) -> Summary:
+def summary_of(episode: Trace, options: CreditOptions) -> EpisodeSummary:
     """As `training.samples.summarise` makes it of an Episode, from its trace."""
     turns = episode["turns"]
     outcome = float("nan") if episode["outcome"] is None else float(episode["outcome"])
@@ -128,7 +199,7 @@ def summary_of(episode: Trace, options: CreditOptions) -> Summary:
         )
     weights = (options.turn_weights or {}).get(episode["scene"], (0.5, 0.5))
     last = turns[-1]["after"] if turns else episode["initial_state"]
-    return Summary(
+    return EpisodeSummary(
         scene=episode["scene"],
         group=episode["group"],
         rollout=episode["rollout"],

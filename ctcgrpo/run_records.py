@@ -1,0 +1,291 @@
+"""What a run's folder says was measured, read strictly: summary.json, validation.jsonl, metrics.jsonl, simulator.json, traces.
+
+A folder may have been cut off, edited or damaged. A file that is one document raises OutputError with file, field and value where
+it is not as a run wrote it. Of a file of lines, bad ones are left out, and the reader is given what is wrong with them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from ctcgrpo.errors import OutputError
+from ctcgrpo.intervals import means
+from ctcgrpo.records import Scene
+from ctcgrpo.validation import Validation, improvement
+
+_STRICT = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+_OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+_CLOSE = 1e-6
+_T = TypeVar("_T")
+
+Score = Annotated[float, Field(allow_inf_nan=False)]
+Points = Annotated[int, Field(ge=0, le=100)]
+State = Annotated[tuple[Points, Points], Field(strict=False)]
+
+
+# --- summary.json ----------------------------------------------------------------------------------------------------------------
+
+
+class Figures(BaseModel):
+    """Of one validation; `overall` is None where no episode was valid."""
+
+    model_config = _STRICT
+    overall: Score | None
+    scenes: dict[str, Score]
+    n: int
+    step: int | None = None
+
+
+class Improvement(BaseModel):
+    """Without figures where no scenario has a valid episode before and after; `n` counts scenarios."""
+
+    model_config = _STRICT
+    overall: Score | None
+    ci95: Annotated[tuple[Score, Score], Field(strict=False)] | None
+    n: int | None = None
+
+
+class Summary(BaseModel):
+    """As `Validator.summary` writes it for a run with a validation section; `simulator` is what the server said of itself."""
+
+    model_config = _STRICT
+    before: Figures
+    after: Figures
+    improvement: Improvement
+    scoring_variant: str = "training"
+    simulator: dict[str, Any] = {}
+
+
+class _Score(BaseModel):
+    model_config = _STRICT
+    overall: Score
+
+
+class Outcome(BaseModel):
+    """As much of summary.json as a sweep needs."""
+
+    model_config = _STRICT
+    after: _Score
+
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+def read_summary(run: Path, model: type[_M]) -> _M | None:
+    """summary.json of a run as `Summary` or `Outcome`; None where there is none. Raises OutputError for another content."""
+    file = run / "summary.json"
+    if not file.exists():
+        return None
+    found = read_json(file)
+    try:
+        return model.model_validate(found)
+    except ValidationError as error:
+        raise OutputError(f"{file}: {_explained(error)}; it is not as a run wrote it") from None
+
+
+def read_json(file: Path) -> Any:
+    """Raises OutputError for a file that cannot be read or is not JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise OutputError(f"{file} cannot be read: {_reason(error)}") from None
+
+
+def disagreement(summary: Summary, validations: Sequence[Validation]) -> str | None:
+    """What summary.json and validation.jsonl, from which it was computed, say differently; None where they agree, or there is no
+    validation to compare with."""
+    if not validations:
+        return None
+    gain = improvement(validations[0], validations[-1])
+    pairs = [("improvement.overall", summary.improvement.overall, gain["overall"])]
+    for end, said, computed in zip(
+        ("low", "high"), summary.improvement.ci95 or (None, None), gain["ci95"] or (None, None), strict=True
+    ):
+        pairs.append((f"improvement.ci95 ({end})", said, computed))
+    for when, told, found in (("before", summary.before, validations[0]), ("after", summary.after, validations[-1])):
+        scores = scores_of(found)
+        pairs.append((f"{when}.overall", told.overall, scores.pop("overall", None)))
+        pairs += [(f"{when}.scenes.{name}", told.scenes.get(name), scores.get(name)) for name in {**told.scenes, **scores}]
+    for name, said, computed in pairs:
+        if not _same(said, computed):
+            return f"summary.json: {name} = {said}; expected {computed} by validation.jsonl; one of the files is damaged"
+    return None
+
+
+def scores_of(validation: Validation) -> dict[str, float]:
+    """The mean over scenarios: `overall`, and of each scene ("?" where the record names none); empty where no episode was valid."""
+    by_scenario = validation.by_scenario
+    return means(
+        [
+            *(("overall", mean) for mean in by_scenario.values()),
+            *((validation.scenes.get(name, "?"), mean) for name, mean in by_scenario.items()),
+        ]
+    )
+
+
+def _same(a: float | None, b: float | None) -> bool:
+    return a == b if a is None or b is None else abs(a - b) <= _CLOSE
+
+
+# --- files of lines --------------------------------------------------------------------------------------------------------------
+
+
+class DialogueTurn(TypedDict):
+    """As much of a turn as a person reads."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    reasoning: str | None
+    reply: str
+    user_line: str
+    before: State
+    after: State
+    why: str
+
+
+class TraceTurn(DialogueTurn):
+    """And what credit is computed from."""
+
+    faults: list[str]
+    completion_tokens: int
+    dropped_exchanges: int
+
+
+class Failed(TypedDict):
+    kind: str
+    message: str
+
+
+class _Episode(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    scenario: str
+    group: int
+    rollout: int
+    outcome: Score | None
+    failure: Failed | None
+    initial_state: State
+    final_state: State | None
+    opening_line: str
+
+
+class Dialogue(_Episode):
+    """As much of an episode as a person reads."""
+
+    turns: list[DialogueTurn]
+
+
+class Trace(_Episode):
+    """An episode as `rollout/traces.py` writes it."""
+
+    scene: Scene
+    turns: list[TraceTurn]
+
+
+_DIALOGUE, _TRACE = TypeAdapter(Dialogue), TypeAdapter(Trace)
+
+
+class _ValidationLine(BaseModel):
+    model_config = _STRICT
+    step: int
+    outcomes: dict[str, list[Score]]
+    scenes: dict[str, str]
+    failed: int = 0
+
+
+def read_dialogues(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Episodes as `Dialogue`, and what is wrong with the other lines of the file."""
+    return _records(file, lambda record: _scored(_DIALOGUE.validate_python(record)))
+
+
+def read_traces(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Episodes as `Trace`, whose states follow from each other, and what is wrong with the other lines of the file."""
+    return _records(file, lambda record: _continuous(_scored(_TRACE.validate_python(record))))
+
+
+def read_validations(file: Path) -> tuple[list[Validation], list[str]]:
+    """By step, each once, and what is wrong with the other lines of the file."""
+    found, problems = _records(file, lambda record: Validation(**_ValidationLine.model_validate(record).model_dump()))
+    return _once(found, lambda validation: validation.step, file, problems)
+
+
+def read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """By step, each once; what is not finite is None. And what is wrong with the other lines of the file."""
+    found, problems = _records(file, _metrics)
+    return _once(found, lambda metrics: metrics["step"], file, problems)
+
+
+def _metrics(record: Mapping[str, Any]) -> dict[str, Any]:
+    step = record.get("step")
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise ValueError(f"step = {step!r}; expected an integer")
+    for name, value in record.items():
+        if not isinstance(value, int | float | None) or isinstance(value, bool):
+            raise ValueError(f"{name} = {value!r}; expected a number")
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in record.items()}
+
+
+def _scored(episode: Any) -> dict[str, Any]:
+    if (episode["outcome"] is None) != (episode["failure"] is not None):
+        raise ValueError("an episode has either an outcome or a failure")
+    return dict(episode)
+
+
+def _continuous(episode: dict[str, Any]) -> dict[str, Any]:
+    state = episode["initial_state"]
+    for k, turn in enumerate(episode["turns"], 1):
+        if turn["before"] != state:
+            raise ValueError(f"turn {k} begins with state {turn['before']}; expected {state}, the one before it")
+        state = turn["after"]
+    if episode["final_state"] not in (None, state):
+        raise ValueError(f"final_state = {episode['final_state']}; expected {state}, that of the last turn")
+    return episode
+
+
+def _records(file: Path, read: Callable[[Any], _T]) -> tuple[list[_T], list[str]]:
+    """What `read` makes of the objects in a JSONL file, and what is wrong with the other lines; nothing where there is no file."""
+    if not file.exists():
+        return [], []
+    found: list[_T] = []
+    problems = []
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError(f"a {type(record).__name__}; expected an object")
+                found.append(read(record))
+            except (ValueError, RecursionError) as error:
+                problems.append(f"{file.name}, line {number}: {_reason(error)}")
+    return found, problems
+
+
+def _once(
+    records: Iterable[_T], step_of: Callable[[_T], int], file: Path, problems: list[str]
+) -> tuple[list[_T], list[str]]:
+    by_step: dict[int, _T] = {}
+    for record in records:
+        step = step_of(record)
+        if step in by_step:
+            problems.append(f"{file.name}: duplicate step {step}; the first one counts")
+        by_step.setdefault(step, record)
+    return [by_step[step] for step in sorted(by_step)], problems
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, ValidationError):
+        return _explained(error)
+    return "nested too deep" if isinstance(error, RecursionError) else str(error)
+
+
+def _explained(error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{field} is missing"
+    return f"{field} = {repr(first['input'])[:80]}; {first['msg'][:1].lower()}{first['msg'][1:]}"
