@@ -173,7 +173,10 @@ def noise(
     if recipe.validation is not None:
         scenarios += load_scenarios(recipe.validation.scenarios, "test")
     files = sorted(folder.traces.glob("*.jsonl"))
-    turns = recorded_turns(files, scenarios, dialogues=dialogues, max_rounds=recipe.rollout.max_turns)
+    rounds = recipe.rollout.max_turns
+    turns = recorded_turns(
+        files, scenarios, dialogues=dialogues, max_rounds=rounds, warn=lambda text: say(f"warning: {text}", sys.stderr)
+    )
     with chosen_simulator(config, url or []) as simulator:
         says = asyncio.run(introduced(simulator))
         found = asyncio.run(measure(turns, simulator, replays=replays))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -13,11 +12,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ctcgrpo import __version__
-from ctcgrpo.errors import OutputError, PolicyError
-from ctcgrpo.files import checkpoints, is_complete
+from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError
+from ctcgrpo.files import checkpoints, is_complete, missing_in
 from ctcgrpo.policy.loading import stop_ids
 from ctcgrpo.recipe import Recipe, load_recipe
-from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.run_folder import BEST_STEP, RunFolder
+from ctcgrpo.run_records import Summary, disagreement, read_summary, read_validations
+from ctcgrpo.simulator.about import described
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -26,7 +27,8 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
     """Write a policy of a run to `out`: `which` is final, best, or the number of a checkpoint (its optimizer steps).
 
     Adapters are merged, and shards joined, in float32, then rounded to `dtype`. Raises OutputError for a run or checkpoint that is
-    not there or not complete, and where `out` exists; PolicyError where the base model cannot be loaded.
+    not there or not complete, where `out` exists or cannot be written, and where the figures for its card are damaged; PolicyError
+    where the policy cannot be loaded. A failed export leaves nothing behind.
     """
     folder = RunFolder(run)
     if not folder.recipe_file.exists():
@@ -35,24 +37,43 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
         raise OutputError(f"{out} is there already; choose another with --out")
     recipe = load_recipe(folder.recipe_file)
     source = _source(folder, which)
+    card = model_card(recipe, _summary(folder), which=which)
     base = str(folder.base) if recipe.policy.model.startswith("builtin/") else recipe.policy.model
     try:
         model = _whole(source, base, recipe.policy.revision, dtype).to(getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(
             source if (source / "tokenizer_config.json").exists() else base, revision=recipe.policy.revision
         )
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"{source} cannot be loaded on {base!r}: {str(error).splitlines()[0]}") from None
+    except CtcGrpoError:
+        raise
+    except Exception as error:  # noqa: BLE001 - damaged files raise whatever their readers do (safetensors, tokenizers, torch)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise PolicyError(f"{source} cannot be loaded on {base!r}: {reason}") from None
     model.generation_config = _generation(recipe, sorted(stop_ids(base, tokenizer, recipe.policy.revision)))
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    summary = run / "summary.json"
-    figures = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
-    (partial / "README.md").write_text(model_card(recipe, figures, which=which), encoding="utf-8")
-    partial.rename(out)
+    try:
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        partial.rename(out)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}; choose another folder with --out") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _summary(folder: RunFolder) -> Summary | None:
+    """The figures of a run. Raises OutputError where its files are damaged: a card is not to publish a wrong one."""
+    summary = read_summary(folder.path, Summary)
+    if summary is None:
+        return None
+    validations, problems = read_validations(folder.validation_file)
+    if told := next(iter(problems), None) or disagreement(summary, validations):
+        raise OutputError(f"{folder.path}: {told}; without summary.json the card says that nothing was measured")
+    return summary
 
 
 def push(folder: Path, repository: str, *, private: bool = True) -> str:
@@ -70,18 +91,25 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
 
 
 def _source(folder: RunFolder, which: str) -> Path:
-    if which in ("final", "best"):
-        source = folder.final if which == "final" else folder.best
-        there = is_complete(source) if which == "final" else folder.best_step is not None
-    else:
-        source = folder.path / f"checkpoint-{which}"
-        there = is_complete(source)
-    if not there:
+    sources = {"final": folder.final, "best": folder.best}
+    source = sources.get(which, folder.path / f"checkpoint-{which}")
+    lacks = _lacks_best(folder) if which == "best" else missing_in(source)
+    if lacks is not None:
         complete = sorted(step for step, path in checkpoints(folder.path).items() if is_complete(path))
-        have = [name for name, ok in (("final", is_complete(folder.final)), ("best", folder.best_step is not None)) if ok]
+        have = [name for name, ok in (("final", is_complete(folder.final)), ("best", _lacks_best(folder) is None)) if ok]
         known = ", ".join([*have, *map(str, complete)]) or "nothing"
-        raise OutputError(f"{folder.path} has no complete {which!r}; it has {known}")
+        why = f" ({lacks})" if source.exists() else ""
+        raise OutputError(f"{folder.path} has no complete {which!r}; it has {known}{why}")
     return source
+
+
+def _lacks_best(folder: RunFolder) -> str | None:
+    """What keeps best/ from being exported; None where nothing does."""
+    file = folder.best / BEST_STEP
+    try:
+        return None if folder.best_step is not None else f"{file} is missing"
+    except (OSError, ValueError) as error:
+        return f"{file} is no number of steps: {error}"
 
 
 def _whole(source: Path, base: str, revision: str | None, dtype: Dtype) -> PreTrainedModel:
@@ -139,10 +167,12 @@ def _generation(recipe: Recipe, ends: list[int]) -> GenerationConfig:
     )
 
 
-def model_card(recipe: Recipe, summary: dict[str, Any] | None, *, which: str) -> str:
-    """The README of an export: what it comes from, how it was trained, what was measured and on what. `summary`: of the run."""
+def model_card(recipe: Recipe, summary: Summary | None, *, which: str) -> str:
+    """The README of an export: what it comes from, how it was trained, what was measured and on what. `summary`: of the run, where
+    it was validated."""
     template = jinja2.Template(
         (files("ctcgrpo") / "model_card.md.j2").read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined
     )
     builtin = recipe.policy.model.startswith("builtin/")
-    return str(template.render(recipe=recipe, summary=summary, which=which, version=__version__, builtin=builtin))
+    user = described(summary.simulator) if summary is not None else None
+    return str(template.render(recipe=recipe, summary=summary, user=user, which=which, version=__version__, builtin=builtin))

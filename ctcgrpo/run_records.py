@@ -110,11 +110,12 @@ def disagreement(summary: Summary, validations: Sequence[Validation]) -> str | N
     ):
         pairs.append((f"improvement.ci95 ({end})", said, computed))
     for when, told, found in (("before", summary.before, validations[0]), ("after", summary.after, validations[-1])):
+        pairs.append((f"{when}.step", told.step, found.step if told.step is not None else None))
         scores = scores_of(found)
         pairs.append((f"{when}.overall", told.overall, scores.pop("overall", None)))
         pairs += [(f"{when}.scenes.{name}", told.scenes.get(name), scores.get(name)) for name in {**told.scenes, **scores}]
     for name, said, computed in pairs:
-        if not _same(said, computed):
+        if not same(said, computed):
             return f"summary.json: {name} = {said}; expected {computed} by validation.jsonl; one of the files is damaged"
     return None
 
@@ -130,7 +131,8 @@ def scores_of(validation: Validation) -> dict[str, float]:
     )
 
 
-def _same(a: float | None, b: float | None) -> bool:
+def same(a: float | None, b: float | None) -> bool:
+    """Whether two figures are one, but for rounding."""
     return a == b if a is None or b is None else abs(a - b) <= _CLOSE
 
 
@@ -198,25 +200,39 @@ class _ValidationLine(BaseModel):
     failed: int = 0
 
 
-def read_dialogues(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Episodes as `Dialogue`, and what is wrong with the other lines of the file."""
-    return _records(file, lambda record: _scored(_DIALOGUE.validate_python(record)))
+def read_dialogues(files: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Episodes of one step or validation, by group and rollout, as `Dialogue`; and what is wrong with the other lines."""
+    return _episodes(files, lambda record: _scored(_DIALOGUE.validate_python(record)))
 
 
-def read_traces(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Episodes as `Trace`, whose states follow from each other, and what is wrong with the other lines of the file."""
-    return _records(file, lambda record: _continuous(_scored(_TRACE.validate_python(record))))
+def read_traces(files: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The same as `Trace`, whose states follow from each other."""
+    return _episodes(files, lambda record: _continuous(_scored(_TRACE.validate_python(record))))
+
+
+def _episodes(files: Iterable[Path], read: Callable[[Any], dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    problems: list[str] = []
+    for file in files:
+        episodes, bad = read_records(file, read)
+        problems += bad
+        for episode in episodes:
+            key = episode["group"], episode["rollout"]
+            if key in found:
+                problems.append(f"{file.name}: duplicate episode (group {key[0]}, rollout {key[1]}); the first one counts")
+            found.setdefault(key, episode)
+    return [found[key] for key in sorted(found)], problems
 
 
 def read_validations(file: Path) -> tuple[list[Validation], list[str]]:
     """By step, each once, and what is wrong with the other lines of the file."""
-    found, problems = _records(file, lambda record: Validation(**_ValidationLine.model_validate(record).model_dump()))
+    found, problems = read_records(file, lambda record: Validation(**_ValidationLine.model_validate(record).model_dump()))
     return _once(found, lambda validation: validation.step, file, problems)
 
 
 def read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """By step, each once; what is not finite is None. And what is wrong with the other lines of the file."""
-    found, problems = _records(file, _metrics)
+    found, problems = read_records(file, _metrics)
     return _once(found, lambda metrics: metrics["step"], file, problems)
 
 
@@ -233,6 +249,8 @@ def _metrics(record: Mapping[str, Any]) -> dict[str, Any]:
 def _scored(episode: Any) -> dict[str, Any]:
     if (episode["outcome"] is None) != (episode["failure"] is not None):
         raise ValueError("an episode has either an outcome or a failure")
+    if episode["outcome"] is not None and episode["final_state"] is None:
+        raise ValueError("final_state is missing")
     return dict(episode)
 
 
@@ -247,7 +265,7 @@ def _continuous(episode: dict[str, Any]) -> dict[str, Any]:
     return episode
 
 
-def _records(file: Path, read: Callable[[Any], _T]) -> tuple[list[_T], list[str]]:
+def read_records(file: Path, read: Callable[[Any], _T]) -> tuple[list[_T], list[str]]:
     """What `read` makes of the objects in a JSONL file, and what is wrong with the other lines; nothing where there is no file."""
     if not file.exists():
         return [], []

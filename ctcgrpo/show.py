@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,21 @@ from rich.table import Table
 from rich.text import Text
 
 from ctcgrpo.errors import OutputError
-from ctcgrpo.files import whole_lines
+from ctcgrpo.intervals import means
 from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.run_records import (
+    Figures,
+    Improvement,
+    Summary,
+    disagreement,
+    read_dialogues,
+    read_summary,
+    read_validations,
+    same,
+)
 
 Trace = Mapping[str, Any]
-"""An episode as `rollout/traces.py` writes it."""
+"""run_records.Dialogue."""
 _SIDE_BY_SIDE = 100
 """Columns that two dialogues beside each other need."""
 
@@ -33,10 +42,10 @@ class Speech:
 
 
 def speech(episodes: Iterable[Trace]) -> Speech:
-    """Over all replies of valid episodes. Raises ValueError where there are none."""
+    """Over all replies of valid episodes. Raises OutputError where there are none."""
     replies = [turn["reply"] for e in episodes if e["failure"] is None for turn in e["turns"]]
     if not replies:
-        raise ValueError("no replies")
+        raise OutputError("no valid episode has a reply")
     return Speech(sum(len(reply.split()) for reply in replies) / len(replies), len(set(replies)) / len(replies))
 
 
@@ -49,24 +58,23 @@ def typical_scenario(before: Sequence[Trace], after: Sequence[Trace]) -> str:
 
 
 def show_run(path: Path, console: Console, *, scenario: str | None = None) -> None:
-    """Print a finished run. Raises OutputError for a folder that holds none, and for a scenario that it did not play."""
+    """Print a finished run, and what is wrong with its files. Raises OutputError for a folder that holds none, for figures that are
+    damaged, and for a scenario that it did not play."""
     folder = RunFolder(path)
     file = path / "summary.json"
-    if not file.exists():
+    summary = read_summary(path, Summary)
+    if summary is None:
         raise OutputError(f"{path} holds no summary.json: no finished run with a validation section")
-    summary = json.loads(file.read_text(encoding="utf-8"))
-    before, after = (_validation(folder, summary[when]["step"]) for when in ("before", "after"))
+    (before, problems), (after, others) = (_validation(folder, file, figures) for figures in (summary.before, summary.after))
+    validations, bad_lines = read_validations(folder.validation_file)
+    told = disagreement(summary, validations)
+    problems = [*problems, *others, *bad_lines, *([told] if told else [])]
     chosen = scenario or typical_scenario(before, after)
     if chosen not in _scored(before) & _scored(after):
         known = ", ".join(sorted(_scored(before) & _scored(after)))
         raise OutputError(f"scenario {chosen!r} was not played before and after; played were {known}")
-    gain = summary["improvement"]
     console.print(_table(summary, speech(before), speech(after)))
-    console.print(
-        f"improvement {gain['overall']:+.3f}, 95 % interval {gain['ci95'][0]:+.3f} to {gain['ci95'][1]:+.3f}\n"
-        f"(score in [-1, 1], mean over {gain['n']} scenarios; paired bootstrap over scenarios)\n",
-        highlight=False,
-    )
+    console.print(f"{_improvement(summary.improvement)}\n", highlight=False)
     console.print(_dialogues(_typical(before, chosen), _typical(after, chosen), console.width))
     console.print(
         f"trained policy  {folder.final}\nuntrained       {folder.base if folder.base.exists() else 'as the recipe names it'}\n"
@@ -76,14 +84,37 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
         highlight=False,
         soft_wrap=True,
     )
+    for problem in problems:
+        console.print(Text(f"warning: {problem}", style="yellow"), soft_wrap=True)
 
 
-def _validation(folder: RunFolder, step: int) -> list[Trace]:
-    files = sorted(folder.traces.glob(f"validation-{step:06d}.rank-*.jsonl"))
-    episodes = [json.loads(line) for file in files for line in whole_lines(file)]
+def _improvement(gain: Improvement) -> str:
+    if gain.overall is None or gain.ci95 is None:
+        return "improvement unknown: no scenario has a valid episode both before and after training"
+    low, high = gain.ci95
+    scenarios = "scenarios" if gain.n is None else f"{gain.n} scenarios"
+    return (
+        f"improvement {gain.overall:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}\n"
+        f"(score in [-1, 1], mean over {scenarios}; paired bootstrap over scenarios)"
+    )
+
+
+def _validation(folder: RunFolder, summary: Path, figures: Figures) -> tuple[Sequence[Trace], list[str]]:
+    """The dialogues that figures were computed from, and what is wrong with them."""
+    step = figures.step
+    if step is None:
+        raise OutputError(f"{summary}: before.step or after.step is missing; it is not as a run wrote it")
+    episodes, problems = read_dialogues(sorted(folder.traces.glob(f"validation-{step:06d}.rank-*.jsonl")))
     if not episodes:
-        raise OutputError(f"{folder.traces} holds no dialogues of the validation after step {step}")
-    return sorted(episodes, key=lambda e: (e["group"], e["rollout"]))
+        why = f" that can be read ({problems[0]})" if problems else ""
+        raise OutputError(f"{folder.traces} holds no dialogues of the validation after step {step}{why}")
+    outcomes = means((e["scenario"], e["outcome"]) for e in episodes if e["outcome"] is not None)
+    mean = sum(outcomes.values()) / len(outcomes) if outcomes else None
+    if not problems and not same(mean, figures.overall):
+        problems.append(
+            f"after step {step} the dialogues have the score {mean}, and {summary.name} says {figures.overall}; one is damaged"
+        )
+    return episodes, problems
 
 
 def _scored(episodes: Sequence[Trace]) -> set[str]:
@@ -105,18 +136,15 @@ def _typical(episodes: Sequence[Trace], scenario: str) -> Trace:
     return sorted(played, key=lambda e: e["outcome"])[len(played) // 2]
 
 
-def _table(summary: Mapping[str, Any], before: Speech, after: Speech) -> Table:
-    table = Table(title=f"held-out scenarios, before and after {summary['steps']} steps")
+def _table(summary: Summary, before: Speech, after: Speech) -> Table:
+    table = Table(title=f"held-out scenarios, before and after {summary.after.step} steps")
     table.add_column("")
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right")
-    a, b = summary["before"], summary["after"]
-    table.add_row(
-        "overall", f"{a['overall']:+.3f}", f"{b['overall']:+.3f}", f"{b['overall'] - a['overall']:+.3f}", style="bold"
-    )
-    for scene in a["scenes"]:
-        x, y = a["scenes"][scene], b["scenes"].get(scene)
-        table.add_row(scene, f"{x:+.3f}", *(("-", "-") if y is None else (f"{y:+.3f}", f"{y - x:+.3f}")))
+    a, b = summary.before, summary.after
+    table.add_row("overall", *_change(a.overall, b.overall), style="bold")
+    for scene in dict.fromkeys([*a.scenes, *b.scenes]):
+        table.add_row(Text(scene), *_change(a.scenes.get(scene), b.scenes.get(scene)))
     table.add_section()
     table.add_row("words a reply", f"{before.words:.1f}", f"{after.words:.1f}", f"{after.words - before.words:+.1f}")
     table.add_row(
@@ -126,6 +154,12 @@ def _table(summary: Mapping[str, Any], before: Speech, after: Speech) -> Table:
         f"{after.distinct - before.distinct:+.0%}",
     )
     return table
+
+
+def _change(before: float | None, after: float | None) -> tuple[str, str, str]:
+    """Of two scores, and their difference where there are both."""
+    shown = ["-" if x is None else f"{x:+.3f}" for x in (before, after)]
+    return shown[0], shown[1], "-" if before is None or after is None else f"{after - before:+.3f}"
 
 
 def _dialogues(before: Trace, after: Trace, width: int) -> Group | Table:

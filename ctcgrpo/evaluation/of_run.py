@@ -7,7 +7,7 @@ from typing import Any
 
 from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.evaluation.run import LOCAL, Evaluation
-from ctcgrpo.files import is_complete
+from ctcgrpo.files import missing_in
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.run_folder import RunFolder
 
@@ -23,8 +23,10 @@ def evaluations_of(
     without a finished run, RecipeError where neither the recipe nor an option says what to evaluate on."""
     if not folder.recipe_file.exists():
         raise OutputError(f"{folder.path} is no run's folder: it holds no recipe.yaml")
-    if not is_complete(folder.final):
-        raise OutputError(f"{folder.path} holds no finished run; evaluate a folder in it: --model {folder.path}/best")
+    if (lacks := missing_in(folder.final)) is not None:
+        raise OutputError(
+            f"{folder.path} holds no finished run (final/: {lacks}); evaluate a folder in it: --model {folder.path}/best"
+        )
     recipe = load_recipe(folder.recipe_file)
     rollout = recipe.rollout
     sampled = {

@@ -94,21 +94,17 @@ def read_run(path: Path, options: CreditOptions | None = None) -> Run:
 
 
 def _episodes(traces: Path) -> tuple[list[Trace], list[str]]:
-    found: dict[tuple[str, int, int, int], Trace] = {}
-    problems = []
+    files: dict[tuple[str, int], list[Path]] = {}
     for file in sorted(traces.glob("*.jsonl")):
-        match = re.fullmatch(r"(step|validation)-(\d+)\.rank-\d+", file.stem)
-        if match:
-            records, bad = read_traces(file)
-            problems += bad
-            for record in records:
-                key = (match[1], int(match[2]), record["group"], record["rollout"])
-                if key in found:
-                    problems.append(
-                        f"{file.name}: duplicate episode (group {key[2]}, rollout {key[3]}); the first one counts"
-                    )
-                found.setdefault(key, {**record, "kind": key[0], "step": key[1]})
-    return [found[key] for key in sorted(found)], problems
+        if match := re.fullmatch(r"(step|validation)-(\d+)\.rank-\d+", file.stem):
+            files.setdefault((match[1], int(match[2])), []).append(file)
+    found: list[Trace] = []
+    problems: list[str] = []
+    for (kind, step), of_step in sorted(files.items()):
+        records, bad = read_traces(of_step)
+        found += [{**record, "kind": kind, "step": step} for record in records]
+        problems += bad
+    return found, problems
 
 
 def _simulator(run: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -151,7 +147,9 @@ def _disagreements(
     for m in metrics:
         found = [e["outcome"] for e in played.get(("step", m["step"]), ())]
         said, mean = m.get("episodes/valid"), m.get("outcome/all")
-        if said is not None and said != len(found):
+        if said is None:
+            problems.append(f"metrics.jsonl: episodes/valid of step {m['step']} is missing")
+        elif said != len(found):
             problems.append(f"step {m['step']}: traces hold {len(found)} valid episodes, metrics.jsonl says {said:g}")
         elif found and mean is not None and abs(sum(found) / len(found) - mean) > _CLOSE:
             problems.append(

@@ -17,4 +17,6 @@ def described(about: Mapping[str, Any] | None) -> str:
     backend, prompts = (about[key] if isinstance(about.get(key), str) else "" for key in ("backend", "prompts"))
     told = ", ".join(names) or backend or "unknown"
     told += f", prompts {prompts}" if prompts else ""
+    reluctance = about.get("reluctance")
+    told += f", reluctance {reluctance:g}" if isinstance(reluctance, int | float) else ""
     return " ".join(printable(told).split())
