@@ -8,6 +8,8 @@ from typing import TextIO
 
 import structlog
 
+from ctcgrpo.terminal import printable
+
 Log = structlog.typing.FilteringBoundLogger
 
 
@@ -18,6 +20,7 @@ def json_log(stream: TextIO, level: str = "info") -> Log:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.JSONRenderer(ensure_ascii=False),
+            lambda _, __, line: printable(line),  # the stream may be a terminal, and endpoints' errors are quoted
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
     )

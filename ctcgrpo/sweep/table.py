@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
+from rich.text import Text
 
 from ctcgrpo.files import whole_lines
 from ctcgrpo.intervals import crossed
@@ -69,16 +70,17 @@ def printed(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Parameters that are the same in every row stand in no column."""
     names = list(dict.fromkeys(name for row in rows for name in row["params"]))
     names = [name for name in names if len({json.dumps(row["params"].get(name)) for row in rows}) > 1 or len(rows) == 1]
-    table = Table(title=title)
+    table = Table(title=Text(title))
     for name in ("trial", *names, "score", "95 % interval", "gain", "seeds", ""):
-        table.add_column(name, justify="right" if name in ("score", "95 % interval", "gain", "seeds") else "left")
+        table.add_column(Text(name), justify="right" if name in ("score", "95 % interval", "gain", "seeds") else "left")
     for row in rows:
         figures = ("-", "-", "-")
         if row["score"] is not None:
             figures = (f"{row['score']:+.3f}", f"{row['ci95'][0]:+.3f} to {row['ci95'][1]:+.3f}", f"{row['gain']:+.3f}")
         told = row["state"] if not row["reason"] else f"{row['state']}: {row['reason']}"
         cells = [_shown(row["params"].get(name)) for name in names]
-        table.add_row(row["trial"], *cells, *figures, str(len(row["by_seed"]) or "-"), "" if told == "done" else told)
+        shown = (row["trial"], *cells, *figures, str(len(row["by_seed"]) or "-"), "" if told == "done" else told)
+        table.add_row(*map(Text, shown))  # a reason is the last line of a log: text, never markup
     return table
 
 
