@@ -147,7 +147,7 @@ def chat(
 
     chosen = find_scenario(load_scenarios(scenarios, "test"), scenario)
     with chosen_simulator(config, url or []) as simulator:
-        asyncio.run(chat(chosen, simulator, Terminal(), lambda: input("You: "), rounds=rounds))
+        asyncio.run(chat(chosen, simulator, Terminal(80), lambda: input("You: "), rounds=rounds))
 
 
 @app.command()

@@ -20,7 +20,7 @@ class RunProgress:
         self._steps = steps
         self._episodes_per_step = episodes_per_step
         self._enabled = enabled
-        self._console = Terminal()
+        self._console = Terminal(80)
         self._live: Progress | None = None
         self._started = time.monotonic()
         self._first_step = 0

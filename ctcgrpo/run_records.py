@@ -306,4 +306,7 @@ def _explained(error: ValidationError) -> str:
     field = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
         return f"{field} is missing"
-    return f"{field} = {repr(first['input'])[:80]}; {first['msg'][:1].lower()}{first['msg'][1:]}"
+    expected = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+    return (
+        f"{field} = {repr(first['input'])[:80]}; {expected}" if field else f"{repr(first['input'])[:80]}; expected an object"
+    )

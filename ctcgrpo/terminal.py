@@ -37,7 +37,7 @@ class Terminal(Console):
     It is as wide as the terminal or $COLUMNS says, and `otherwise` where there is neither.
     """
 
-    def __init__(self, otherwise: int = 120, file: TextIO | None = None) -> None:
+    def __init__(self, otherwise: int, file: TextIO | None = None) -> None:
         known = file is None and (sys.stdout.isatty() or "COLUMNS" in os.environ)
         super().__init__(width=None if known else otherwise, file=file)
 

@@ -12,6 +12,10 @@ from ctcgrpo.errors import OutputError
 from ctcgrpo.terminal import Terminal
 
 
+_WARNINGS = 10
+"""Printed at most; the page shows how many there are."""
+
+
 def report(
     run: Annotated[Path, typer.Argument(help="A run's folder; or a sweep's: its trials, and the run that it found best.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; report.html in the folder by default.")] = None,
@@ -32,6 +36,9 @@ def report(
     wrote = write_report(found, file, trials)
     console = Terminal(120)
     sampled = "" if wrote["shown"] == wrote["of"] else f" (a sample of {wrote['of']})"
+    more = [f"and {len(found.problems) - _WARNINGS} more"] if len(found.problems) > _WARNINGS else []
+    for problem in [*found.problems[:_WARNINGS], *more]:
+        console.print(f"warning: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{file}: {wrote['shown']} episodes{sampled}, {wrote['bytes'] / 1e6:.1f} MB",
         markup=False,

@@ -3,8 +3,9 @@ shows a secret."""
 
 from __future__ import annotations
 
+import json
 import logging
-from typing import TextIO
+from typing import Any, TextIO
 
 import structlog
 
@@ -13,14 +14,18 @@ from ctcgrpo.terminal import printable
 Log = structlog.typing.FilteringBoundLogger
 
 
+def _printable_json(event: object, **options: Any) -> str:
+    """The stream may be a terminal, and what endpoints answered is quoted."""
+    return printable(json.dumps(event, ensure_ascii=False, **options))
+
+
 def json_log(stream: TextIO, level: str = "info") -> Log:
     log: Log = structlog.wrap_logger(
         structlog.PrintLogger(stream),
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.JSONRenderer(ensure_ascii=False),
-            lambda _, __, line: printable(line),  # the stream may be a terminal, and endpoints' errors are quoted
+            structlog.processors.JSONRenderer(serializer=_printable_json),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
     )

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from ctcgrpo.errors import RecipeError, RunFailed
 from ctcgrpo.files import write_whole
@@ -66,14 +65,14 @@ def study(
 def printed(rows: Mapping[str, Mapping[str, Any]], environment: str, primary: str, baseline: str) -> Table:
     """From the best by the primary measure to the worst."""
     other = "final" if primary == "area" else "area"
-    table = Table(title=Text(f"{environment}: gains in held-out score, 95 % intervals over seeds; primary: {primary}"))
+    table = Table(title=f"{environment}: gains in held-out score, 95 % intervals over seeds; primary: {primary}")
     table.add_column("variant")
     for name in (primary, f"against {baseline}", other, f"against {baseline}", "steps to its final score"):
         table.add_column(name, justify="right")
     for name, row in sorted(rows.items(), key=lambda item: -item[1][primary]["mean"]):
         cells = [shown for m in (primary, other) for shown in (_interval(row[m]), _interval(row[m]["against"]))]
         seeds = f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) < max(len(r["seeds"]) for r in rows.values()) else ""
-        table.add_row(Text(f"{name}{seeds}"), *cells, _reach(row["reach"]))
+        table.add_row(f"{name}{seeds}", *cells, _reach(row["reach"]))
     return table
 
 

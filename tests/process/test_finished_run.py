@@ -189,8 +189,8 @@ def test_a_damaged_file_is_named_and_never_a_traceback(
     elif out.partition("improvement")[0] != shown:
         assert "warning:" in out and re.search(rf"{stem}|after step 0|summary", out), out
     code, out, err = ctcgrpo("report", str(run))
-    assert code == 0, err
     problems = read_run(run).problems
+    assert code == 0 and out.count("warning: ") == len(problems), err
     if name == "validation.jsonl" or name.startswith(("traces", "metrics", "summary")):
         assert problems, "nothing is said"
     if name in ("summary.json", "validation.jsonl"):
