@@ -20,7 +20,7 @@ from ctcgrpo.intervals import means
 from ctcgrpo.records import Scene
 from ctcgrpo.validation import Validation, improvement
 
-_STRICT = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+STRICT = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 _OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 _CLOSE = 1e-6
 _T = TypeVar("_T")
@@ -36,7 +36,7 @@ State = Annotated[tuple[Points, Points], Field(strict=False)]
 class Figures(BaseModel):
     """Of one validation; `overall` is None where no episode was valid."""
 
-    model_config = _STRICT
+    model_config = STRICT
     overall: Score | None
     scenes: dict[str, Score]
     n: int
@@ -46,7 +46,7 @@ class Figures(BaseModel):
 class Improvement(BaseModel):
     """Without figures where no scenario has a valid episode before and after; `n` counts scenarios."""
 
-    model_config = _STRICT
+    model_config = STRICT
     overall: Score | None
     ci95: Annotated[tuple[Score, Score], Field(strict=False)] | None
     n: int | None = None
@@ -55,7 +55,7 @@ class Improvement(BaseModel):
 class Summary(BaseModel):
     """As `Validator.summary` writes it for a run with a validation section; `simulator` is what the server said of itself."""
 
-    model_config = _STRICT
+    model_config = STRICT
     before: Figures
     after: Figures
     improvement: Improvement
@@ -63,16 +63,16 @@ class Summary(BaseModel):
     simulator: dict[str, Any] = {}
 
 
-class _Score(BaseModel):
-    model_config = _STRICT
+class _Overall(BaseModel):
+    model_config = STRICT
     overall: Score
 
 
 class Outcome(BaseModel):
     """As much of summary.json as a sweep needs."""
 
-    model_config = _STRICT
-    after: _Score
+    model_config = STRICT
+    after: _Overall
 
 
 _M = TypeVar("_M", bound=BaseModel)
@@ -87,7 +87,7 @@ def read_summary(run: Path, model: type[_M]) -> _M | None:
     try:
         return model.model_validate(found)
     except ValidationError as error:
-        raise OutputError(f"{file}: {_explained(error)}; it is not as a run wrote it") from None
+        raise OutputError(f"{file}: {explained(error)}; it is not as a run wrote it") from None
 
 
 def read_json(file: Path) -> Any:
@@ -193,7 +193,7 @@ _DIALOGUE, _TRACE = TypeAdapter(Dialogue), TypeAdapter(Trace)
 
 
 class _ValidationLine(BaseModel):
-    model_config = _STRICT
+    model_config = STRICT
     step: int
     outcomes: dict[str, list[Score]]
     scenes: dict[str, str]
@@ -228,6 +228,18 @@ def read_validations(file: Path) -> tuple[list[Validation], list[str]]:
     """By step, each once, and what is wrong with the other lines of the file."""
     found, problems = read_records(file, lambda record: Validation(**_ValidationLine.model_validate(record).model_dump()))
     return _once(found, lambda validation: validation.step, file, problems)
+
+
+def valid_validations(file: Path) -> list[Validation]:
+    """By step, at least one, each with a valid episode. Raises OutputError where a line is damaged: for readers whose figures are
+    of all of them."""
+    found, problems = read_validations(file)
+    if not found and not problems:
+        problems = [f"{file.name} holds no validation"]
+    problems += [f"{file.name}: no valid episode after step {v.step}" for v in found if not v.by_scenario]
+    if problems:
+        raise OutputError(f"{file}: {problems[0]}")
+    return found
 
 
 def read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -297,11 +309,12 @@ def _once(
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, ValidationError):
-        return _explained(error)
+        return explained(error)
     return "nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
-def _explained(error: ValidationError) -> str:
+def explained(error: ValidationError) -> str:
+    """The first thing that is wrong: field, value, and what is expected."""
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":

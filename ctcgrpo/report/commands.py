@@ -11,7 +11,6 @@ import typer
 from ctcgrpo.errors import OutputError
 from ctcgrpo.terminal import Terminal
 
-
 _WARNINGS = 10
 """Printed at most; the page shows how many there are."""
 

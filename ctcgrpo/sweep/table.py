@@ -12,10 +12,10 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
 from rich.text import Text
 
-from ctcgrpo.files import whole_lines
+from ctcgrpo.errors import OutputError
 from ctcgrpo.intervals import crossed
 from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.validation import Validation
+from ctcgrpo.run_records import same, valid_validations
 
 _STATES = {
     TrialState.COMPLETE: "done",
@@ -50,20 +50,26 @@ def _row(name: str, trial: FrozenTrial, folder: Path) -> dict[str, Any]:
     if trial.state != TrialState.COMPLETE:
         return row
     seeds = trial.user_attrs["seeds"]
-    found = [_scores(RunFolder(folder / name / f"seed-{seed}")) for seed in seeds]
+    try:
+        found = [_scores(RunFolder(folder / name / f"seed-{seed}")) for seed in seeds]
+    except OutputError as error:  # it was whole when the trial ended
+        return row | {"state": "damaged", "reason": str(error)}
     after = [run[-1] for run in found]
+    if not set.intersection(*map(set, after)):
+        return row | {"state": "damaged", "reason": "its seeds have no scenario in common"}
     row["by_seed"] = {str(seed): sum(scores.values()) / len(scores) for seed, scores in zip(seeds, after, strict=True)}
     row["score"] = sum(row["by_seed"].values()) / len(seeds)
     row["ci95"] = list(crossed(after))
     before = [sum(run[0].values()) / len(run[0]) for run in found]
     row["gain"] = row["score"] - sum(before) / len(before)
+    if trial.value is not None and not same(trial.value, row["score"]):
+        row["reason"] = f"validation.jsonl has {row['score']:+.3f}, summary.json {trial.value:+.3f}: one is damaged"
     return row
 
 
 def _scores(run: RunFolder) -> list[dict[str, float]]:
-    """The mean of each held-out scenario, by validation, from the first to the last."""
-    records = sorted(map(json.loads, whole_lines(run.validation_file)), key=lambda record: record["step"])
-    return [Validation(**record).by_scenario for record in records]
+    """The mean of each held-out scenario, by validation, from the first to the last. Raises OutputError for damaged ones."""
+    return [validation.by_scenario for validation in valid_validations(run.validation_file)]
 
 
 def printed(rows: Sequence[Mapping[str, Any]], title: str) -> Table:

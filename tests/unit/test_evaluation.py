@@ -498,6 +498,40 @@ def test_comparison_is_paired_and_shown(tmp_path: Path, ctcgrpo: Command) -> Non
     assert "no scored scenario in common" in ctcgrpo("compare", str(a), str(tmp_path / "d"))[2]
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        ("summary.json", lambda text: text[:200], "cannot be read"),
+        ("summary.json", lambda text: "[]", "is no summary"),
+        ("summary.json", lambda text: "[" * 9000, "cannot be read"),
+        ("summary.json", lambda text: text.replace('"mean": -0.3', '"mean": 0.3', 1), "score.mean = 0.3"),
+        ("summary.json", lambda text: text.replace('"mean": -0.3', '"mean": NaN, "x": -0.3', 1), "score.mean = nan"),
+        ("summary.json", lambda text: text.replace('"a1": "a"', '"a2": "a"'), "group_of lacks scenario 'a1'"),
+        ("summary.json", lambda text: text.replace('"a1": -0.4', '"a1": -0.1'), "the mean of its 2 scenarios is -0.15"),
+        ("summary.json", lambda text: text.replace('"task": {', '"task": 3, "x": {'), "task = 3"),
+        ("results.jsonl", lambda text: text[:-30], "holds no results"),
+        ("results.jsonl", lambda text: "[]\n" + text, "holds no results"),
+        ("results.jsonl", lambda text: text.replace('"lines": [', '"lines": ["x", ', 1), "holds no results"),
+        ("results.jsonl", lambda text: text.replace('"score": -0.2', '"score": NaN', 1), "expected a finite number"),
+        ("results.jsonl", lambda text: text.replace('"score": -0.2', '"score": null', 1), "either a score or a failure"),
+        ("results.jsonl", lambda text: text.replace('"a0"', '"a1"'), "duplicate dialogue of scenario 'a1'"),
+        ("results.jsonl", lambda text: text.replace('"a0"', '"a9"'), "holds no scored dialogue of 'a0'"),
+    ],
+)
+def test_damaged_evaluations_are_named_and_never_a_traceback(
+    tmp_path: Path, ctcgrpo: Command, name: str, change: Any, problem: str
+) -> None:
+    made(tmp_path / "a", {"a0": [-0.1], "a1": [-0.1]})
+    folder = made(tmp_path / "b", {"a0": [-0.2], "a1": [-0.4]}, "m/b")
+    text = (folder / name).read_text()
+    assert change(text) != text
+    (folder / name).write_text(change(text))
+    code, _, err = ctcgrpo("compare", str(tmp_path / "a"), str(folder))
+    assert code == 6 and problem in err and name in err, err
+    code, _, err = ctcgrpo("leaderboard", str(tmp_path))
+    assert code == (6 if name == "summary.json" else 0) and (name == "results.jsonl" or problem in err), err
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
 @pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed")
 def test_a_comparison_is_whole_on_a_phone_and_in_the_dark(tmp_path: Path) -> None:
