@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,12 +20,12 @@ def report(
 ) -> None:
     """Write one HTML page: scores, states and credit over steps, and every dialogue with each turn's credit."""
     from ctcgrpo.report.page import write_report
-    from ctcgrpo.report.reading import read_run
+    from ctcgrpo.report.reading import Trial, read_run, read_trials
 
-    trials: list[dict[str, Any]] = []
+    trials: list[Trial] = []
     source = run
     if (run / "table.json").exists():
-        trials = json.loads((run / "table.json").read_text(encoding="utf-8"))
+        trials = read_trials(run / "table.json")
         if not (run / "best").exists():
             raise OutputError(f"{run} holds a sweep without a finished trial; there is nothing to report")
         source = (run / "best").resolve().parent

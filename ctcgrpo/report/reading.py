@@ -15,6 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
 from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.errors import OutputError
 from ctcgrpo.files import is_complete
@@ -24,6 +27,7 @@ from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.run_records import (
     Summary,
     disagreement,
+    explained,
     read_json,
     read_metrics,
     read_summary,
@@ -58,6 +62,30 @@ class Run:
     written: datetime | None = None
     """When the newest of its figures and dialogues was written."""
     problems: Sequence[str] = ()
+
+
+class Trial(TypedDict):
+    """A row of a sweep's table, as `sweep/table.py` makes it."""
+
+    trial: str
+    params: dict[str, Any]
+    state: str
+    reason: str
+    score: float | None
+    ci95: list[float] | None
+    gain: float | None
+    by_seed: dict[str, float]
+
+
+_TRIALS = TypeAdapter(list[Trial])
+
+
+def read_trials(file: Path) -> list[Trial]:
+    """The table of a sweep. Raises OutputError for a file that holds something else."""
+    try:
+        return _TRIALS.validate_python(read_json(file))
+    except ValidationError as error:
+        raise OutputError(f"{file}: {explained(error)}; the sweep's command writes it again") from None
 
 
 def read_run(path: Path, options: CreditOptions | None = None) -> Run:

@@ -207,6 +207,17 @@ def test_scenes_are_told_apart_by_colour_blind_readers_too() -> None:
             assert min(np.linalg.norm(lab(m @ a) - lab(m @ b)) for a, b in combinations(colors, 2)) > 20
 
 
+@pytest.mark.parametrize("text", ["{", "{}", "[3]", '[{"trial": "t"}]', "[" * 9000, '[{"trial": "t", "score": "x"}]'])
+def test_a_damaged_table_of_a_sweep_is_named(tmp_path: Path, ctcgrpo: Command, text: str) -> None:
+    made(tmp_path / "seed-0", EPISODES)
+    (tmp_path / "best").symlink_to(tmp_path / "seed-0" / "final")
+    (tmp_path / "table.json").write_text("[]")
+    assert ctcgrpo("report", str(tmp_path))[0] == 0
+    (tmp_path / "table.json").write_text(text)
+    code, _, err = ctcgrpo("report", str(tmp_path))
+    assert code == 6 and "table.json" in err, err
+
+
 def test_larger_runs_are_sampled_by_whole_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     episodes = [
         episode(g, k, 0.1 * k, [(45, 55)], opening_line=random.Random(4 * g + k).randbytes(60).hex())
