@@ -22,7 +22,7 @@ from ctcgrpo.validation import Validation, improvement
 
 STRICT = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 _OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-_CLOSE = 1e-6
+_CLOSE = 1e-9
 _T = TypeVar("_T")
 
 Score = Annotated[float, Field(allow_inf_nan=False)]
@@ -196,7 +196,7 @@ class _ValidationLine(BaseModel):
     model_config = STRICT
     step: int
     outcomes: dict[str, list[Score]]
-    scenes: dict[str, str]
+    scenes: dict[str, Scene]
     failed: int = 0
 
 
@@ -283,10 +283,10 @@ def read_records(file: Path, read: Callable[[Any], _T]) -> tuple[list[_T], list[
         return [], []
     found: list[_T] = []
     problems = []
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         if line.strip():
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8"))
                 if not isinstance(record, dict):
                     raise ValueError(f"a {type(record).__name__}; expected an object")
                 found.append(read(record))

@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.errors import OutputError
 from ctcgrpo.files import is_complete
+from ctcgrpo.intervals import means
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.records import UserState
 from ctcgrpo.run_folder import RunFolder
@@ -33,6 +34,7 @@ from ctcgrpo.run_records import (
     read_summary,
     read_traces,
     read_validations,
+    same,
 )
 from ctcgrpo.scoring import shaped_outcome, turn_score
 from ctcgrpo.training.samples import CreditOptions, step_credit
@@ -41,7 +43,6 @@ from ctcgrpo.validation import Validation
 
 Trace = dict[str, Any]
 """run_records.Trace, with what is added here."""
-_CLOSE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +106,13 @@ def read_run(path: Path, options: CreditOptions | None = None) -> Run:
     validations, bad_validations = read_validations(folder.validation_file)
     metrics, bad_metrics = read_metrics(folder.metrics_file)
     simulator, bad_simulator = _simulator(path)
-    problems = [*bad, *bad_validations, *bad_metrics, *bad_simulator, *_disagreements(episodes, validations, metrics)]
+    finished = is_complete(folder.final)
+    problems = [*bad, *bad_validations, *bad_metrics, *bad_simulator]
+    problems += _disagreements(episodes, validations, metrics, finished=finished)
     return Run(
         name=path.resolve().name,
         recipe=recipe,
-        finished=is_complete(folder.final),
+        finished=finished,
         episodes=with_credit(episodes, options),
         validations=validations,
         metrics=metrics,
@@ -164,31 +167,54 @@ def _summary_problems(run: Path, validations: Sequence[Validation]) -> list[str]
 
 
 def _disagreements(
-    episodes: Sequence[Trace], validations: Sequence[Validation], metrics: Sequence[Mapping[str, Any]]
+    episodes: Sequence[Trace],
+    validations: Sequence[Validation],
+    metrics: Sequence[Mapping[str, Any]],
+    *,
+    finished: bool,
 ) -> list[str]:
-    """Where traces hold other episodes than those that the figures were computed from."""
+    """Where traces hold other episodes than those that the figures were computed from. What a run is just playing, or just played
+    when it was killed, has no figures yet."""
     played: dict[tuple[str, int], list[Trace]] = {}
     for e in episodes:
-        if e["failure"] is None:
-            played.setdefault((e["kind"], e["step"]), []).append(e)
-    problems = []
+        played.setdefault((e["kind"], e["step"]), []).append(e)
+    steps = {"step": [m["step"] for m in metrics], "validation": [v.step for v in validations]}
+    problems = [
+        f"{'metrics' if kind == 'step' else 'validation'}.jsonl lacks step {step}, which traces hold"
+        for kind, step in played
+        if step not in steps[kind] and (finished or step < max(steps[kind], default=0))
+    ]
     for m in metrics:
-        found = [e["outcome"] for e in played.get(("step", m["step"]), ())]
-        said, mean = m.get("episodes/valid"), m.get("outcome/all")
-        if said is None:
-            problems.append(f"metrics.jsonl: episodes/valid of step {m['step']} is missing")
-        elif said != len(found):
-            problems.append(f"step {m['step']}: traces hold {len(found)} valid episodes, metrics.jsonl says {said:g}")
-        elif found and mean is not None and abs(sum(found) / len(found) - mean) > _CLOSE:
+        problems += _other_metrics(m, [e for e in played.get(("step", m["step"]), ()) if e["failure"] is None])
+    for v in validations:
+        found = [e for e in played.get(("validation", v.step), ()) if e["failure"] is None]
+        counted = Counter((e["scenario"], round(e["outcome"], 9)) for e in found)
+        said = Counter((name, round(x, 9)) for name, outcomes in v.outcomes.items() for x in outcomes)
+        if found and counted != said:
+            problems.append(f"validation after step {v.step}: traces and validation.jsonl hold different outcomes")
+        failed = len(played.get(("validation", v.step), ())) - len(found)
+        if found and failed != v.failed:
             problems.append(
-                f"step {m['step']}: the mean outcome is {sum(found) / len(found):+.4f} by the traces, {mean:+.4f} by metrics.jsonl"
+                f"validation after step {v.step}: {failed} failed episodes by the traces, {v.failed} by validation.jsonl"
             )
-    for validation in validations:
-        counted = Counter((e["scenario"], round(e["outcome"], 6)) for e in played.get(("validation", validation.step), ()))
-        said_of = Counter((name, round(x, 6)) for name, outcomes in validation.outcomes.items() for x in outcomes)
-        if counted and counted != said_of:
-            problems.append(f"validation after step {validation.step}: traces and validation.jsonl hold different outcomes")
+        if found and any(v.scenes.get(e["scenario"]) != e["scene"] for e in found):
+            problems.append(f"validation after step {v.step}: traces and validation.jsonl hold different scenes")
     return problems
+
+
+def _other_metrics(m: Mapping[str, Any], episodes: Sequence[Trace]) -> list[str]:
+    """What a line of metrics.jsonl says otherwise than the valid episodes of its step."""
+    said = m.get("episodes/valid")
+    if said is None:
+        return [f"metrics.jsonl: episodes/valid of step {m['step']} is missing"]
+    if said != len(episodes):
+        return [f"step {m['step']}: traces hold {len(episodes)} valid episodes, metrics.jsonl says {said:g}"]
+    computed = means([*(("all", e["outcome"]) for e in episodes), *((e["scene"], e["outcome"]) for e in episodes)])
+    return [
+        f"step {m['step']}: outcome/{name} is {mean:+.4f} by the traces, {m.get(f'outcome/{name}')} by metrics.jsonl"
+        for name, mean in computed.items()
+        if not same(m.get(f"outcome/{name}"), mean)
+    ]
 
 
 def with_credit(episodes: Sequence[Trace], options: CreditOptions) -> list[Trace]:
