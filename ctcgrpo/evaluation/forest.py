@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ctcgrpo.evaluation.benches import Bench, named
+from ctcgrpo.terminal import printable
 
 PNG, HTML = "comparison.png", "comparison.html"
 _COLORS = {"better": "#1a7f37", "worse": "#b42318", "unsure": "#57606a"}
@@ -151,5 +152,6 @@ def _drawable(name: str, place: int) -> str:
 
 
 def _short(text: str, most: int) -> str:
-    """Without its middle where it is too long to be drawn."""
+    """Without control characters, and without its middle where it is too long to be drawn."""
+    text = printable(text)
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2) :]}"
