@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,14 +17,15 @@ from ctcgrpo import __version__
 from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
 from ctcgrpo.factory import commands as scenarios
+from ctcgrpo.folders import check_model, require_run
 from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.reference import commands as reference
 from ctcgrpo.report import commands as reporting
+from ctcgrpo.scenarios import load_scenes
+from ctcgrpo.startup import LAUNCHED, announce_loading
 from ctcgrpo.study import commands as studying
 from ctcgrpo.sweep import commands as sweeping
 from ctcgrpo.terminal import Terminal, say
-
-_LAUNCHED = "CTCGRPO_LAUNCHED"
-"""Set for the processes that `ctcgrpo train` starts through accelerate: they run, and launch nothing further."""
 
 app = typer.Typer(
     help="Train language models to manage a user's emotions over several turns, with CTC-GRPO.",
@@ -33,13 +33,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(scenarios.app, name="scenarios")
-app.command()(evaluation.evaluate)
-app.command()(evaluation.compare)
-app.command()(evaluation.leaderboard)
-app.command()(sweeping.sweep)
-app.command()(studying.study)
-app.command()(reporting.report)
 
 
 def main() -> None:
@@ -57,14 +50,13 @@ def run_recipe(file: str) -> None:
     _guarded(lambda: train_here(load_recipe(file, sys.argv[1:])))
 
 
-@app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value ...")] = None,
     config_file: Annotated[Path | None, typer.Option(help="An accelerate configuration.")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
 ) -> None:
-    """Train a recipe. The same command again goes on where it was interrupted.
+    """Train a recipe; the same command resumes a run that was interrupted.
 
     With one process it runs right here; with several GPUs, --processes or --config-file, through accelerate.
     """
@@ -73,7 +65,8 @@ def train(
         settings.check_processes(processes)
     if config_file is not None and not config_file.is_file():
         raise RecipeError(f"--config-file {config_file} not found")
-    if _LAUNCHED in os.environ or (config_file is None and (processes or _gpus()) <= 1):
+    _before_loading(settings)
+    if LAUNCHED in os.environ or (config_file is None and (processes or _gpus()) <= 1):
         train_here(settings)
         return
     if not _gpus():
@@ -86,19 +79,20 @@ def train(
     if config_file is None:
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]
         command += ["--main_process_port", "0"]
-    os.environ[_LAUNCHED] = "1"
+    os.environ[LAUNCHED] = "1"
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # passed on to the processes
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # else what saves after Ctrl-C is killed after 30 s
     os.execv(sys.executable, [*command, "--module", "ctcgrpo", "train", str(recipe), *(overrides or [])])
 
 
-@app.command()
 def check(
     recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value ...")] = None,
 ) -> None:
-    """Find what would fail later, before any GPU is taken; then say what the run will need and cost."""
+    """Check a recipe before it takes a GPU, and print the memory, time and cost of its run."""
     settings = load_recipe(recipe, overrides or [])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    announce_loading(f"checking {settings.run.name}")
     from transformers.utils import logging as transformers_logging
 
     from ctcgrpo.plan.check import findings
@@ -111,7 +105,6 @@ def check(
         sys.exit(RecipeError.exit_code)
 
 
-@app.command()
 def serve(
     config: Annotated[
         Path | None, typer.Argument(help="A configuration (configs/simulator); else the scripted user.")
@@ -119,7 +112,11 @@ def serve(
     host: Annotated[str, typer.Option(help="Interface to listen on; a token is needed beyond loopback.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8765,
 ) -> None:
-    """Run a simulator server."""
+    """Run a simulator server.
+
+    Its HTTP contract, with a curl example, is in ctcgrpo/simulator/README.md; `ctcgrpo fields simulator-config` explains its
+    configuration.
+    """
     from ctcgrpo.simulator.config import SCRIPTED_USER, load_simulator_config
     from ctcgrpo.simulator.server import serve_forever
 
@@ -130,7 +127,6 @@ _CONFIG = typer.Option(help="The simulator's configuration (configs/simulator); 
 _URLS = typer.Option(help="A simulator server that runs already; several for replicas.")
 
 
-@app.command()
 def chat(
     scenario: Annotated[str | None, typer.Option(help="The scenario's id; the first one by default.")] = None,
     scenarios: Annotated[str, typer.Option(help="Where it is: a path, a bundled pack, or a dataset.")] = "english/test",
@@ -138,7 +134,7 @@ def chat(
     url: Annotated[list[str] | None, _URLS] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Replies at most.")] = 8,
 ) -> None:
-    """Play the policy's role yourself: type replies, see the user's state move, and why."""
+    """Play the policy's role against the simulated user."""
     import asyncio
 
     from ctcgrpo.chat import chat, find_scenario
@@ -150,7 +146,6 @@ def chat(
         asyncio.run(chat(chosen, simulator, Terminal(80), lambda: input("You: "), rounds=rounds))
 
 
-@app.command()
 def noise(
     run: Annotated[Path, typer.Argument(help="A run's folder, whose recorded dialogues are replayed.")],
     config: Annotated[Path | None, _CONFIG] = None,
@@ -158,16 +153,15 @@ def noise(
     dialogues: Annotated[int, typer.Option(min=1, help="Of each scene.")] = 5,
     replays: Annotated[int, typer.Option(min=2, help="How often each turn is asked for.")] = 8,
 ) -> None:
-    """Measure how noisy a simulator's judgement is: the same turns with different seeds, by scene."""
+    """Measure how much a simulator's judgement varies when a run's turns are replayed."""
     import asyncio
 
     from ctcgrpo.recipe import load_recipe
-    from ctcgrpo.run_folder import RunFolder
     from ctcgrpo.scenarios import load_scenarios
     from ctcgrpo.simulator.choice import chosen_simulator, introduced
     from ctcgrpo.simulator.noise import measure, noise_table, recorded_turns
 
-    folder = RunFolder(run)
+    folder = require_run(run)
     recipe = load_recipe(folder.recipe_file)
     scenarios = list(load_scenarios(recipe.scenarios.train, "train"))
     if recipe.validation is not None:
@@ -185,18 +179,16 @@ def noise(
     console.print(f"simulator: {says}", markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
 def show(
     run: Annotated[Path, typer.Argument(help="A run's folder, for example checkpoints/quickstart.")],
     scenario: Annotated[str | None, typer.Option(help="Which held-out scenario to show; a typical one by default.")] = None,
 ) -> None:
-    """Print a finished run: scores before and after, and one scenario played by both policies."""
+    """Print a finished run: held-out scores and one scenario before and after training."""
     from ctcgrpo.show import show_run
 
     show_run(run, Terminal(120), scenario=scenario)
 
 
-@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     which: Annotated[str, typer.Option(help="final, best, or the number of a checkpoint.")] = "final",
@@ -204,7 +196,9 @@ def export(
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
     push: Annotated[str | None, typer.Option(help="Upload to this repository of the Hub as well (private).")] = None,
 ) -> None:
-    """Write a trained policy in one piece: adapters merged, shards joined, with a card of what was measured."""
+    """Export a trained policy as one model folder with a model card."""
+    require_run(run)
+    announce_loading(f"exporting {which} of {run}")
     from transformers.utils import logging as transformers_logging
 
     from ctcgrpo import export as exporting
@@ -216,18 +210,14 @@ def export(
         say(f"uploaded to {exporting.push(written, push)}")
 
 
-@app.command()
 def version() -> None:
-    """Say which version this is."""
+    """Print the version."""
     print(__version__)
 
 
 def train_here(recipe: Recipe) -> None:
     """Run a recipe in this process, without what other libraries say that is of no use to its user."""
-    # TRL reports usage to its authors by default; a framework should not do so on a user's behalf.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # TRL's defaults name options that transformers is about to rename; nothing that a user could act on.
-    warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6.*", category=FutureWarning)
+    _before_loading(recipe)
     from transformers.utils import logging as transformers_logging
 
     from ctcgrpo.train import train
@@ -237,10 +227,31 @@ def train_here(recipe: Recipe) -> None:
     train(recipe)
 
 
+def _before_loading(recipe: Recipe) -> None:
+    """Report a broken scenario and a missing model before PyTorch is loaded, then that it is."""
+    load_scenes(recipe.scenarios.train, recipe.scenarios.scenes)
+    check_model(recipe.policy.model, "policy.model")
+    announce_loading(f"training {recipe.run.name}")
+
+
 def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+_PANELS: Mapping[str, Sequence[Callable[..., None]]] = {
+    "Train and look at a run": (train, show, chat, reporting.report),
+    "Check, evaluate, export": (check, evaluation.evaluate, evaluation.compare, evaluation.leaderboard, export),
+    "Many runs": (sweeping.sweep, studying.study),
+    "Scenarios and the simulated user": (serve, noise),
+    "Reference": (reference.fields, reference.metrics, version),
+}
+"""The commands as `ctcgrpo --help` groups and orders them."""
+for _panel, _commands in _PANELS.items():
+    for _command in _commands:
+        app.command(rich_help_panel=_panel)(_command)
+app.add_typer(scenarios.app, name="scenarios", rich_help_panel="Scenarios and the simulated user")
 
 
 def _guarded(run: Callable[[], object]) -> None:

@@ -11,6 +11,7 @@
     run folder            OutputError             6      -
     too many failures     TooManyFailures         7      stops the run after saving
     simulator's budget    BudgetSpent             8      stops the run after saving
+    NaN in training       TrainingDiverged        11     stops the run; its last checkpoint stays
     evaluation's gate     GateFailed              9      -
     runs, requests        RunFailed               10     -
     Ctrl-C                RunInterrupted          130    stops the run after saving
@@ -81,6 +82,13 @@ class OutputError(CtcGrpoError):
 class TooManyFailures(CtcGrpoError):
     exit_code = 7
     kind = "too_many_failures"
+
+
+class TrainingDiverged(CtcGrpoError):
+    """A loss, a gradient or a weight is NaN or infinite: nothing of this step is saved."""
+
+    exit_code = 11
+    kind = "diverged"
 
 
 class RunFailed(CtcGrpoError):

@@ -9,16 +9,31 @@ from typing import Any, Literal
 
 import jinja2
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ctcgrpo import __version__
 from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError
+from ctcgrpo.evaluation.played import eibench_on, in_words, validation_settings
 from ctcgrpo.files import checkpoints, is_complete, missing_in
+from ctcgrpo.folders import require_run
+from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import stop_ids
 from ctcgrpo.recipe import Recipe, load_recipe
-from ctcgrpo.run_folder import BEST_STEP, RunFolder
-from ctcgrpo.run_records import Summary, disagreement, read_summary, read_validations
-from ctcgrpo.simulator.about import described
+from ctcgrpo.run_folder import RunFolder, disk_problem
+from ctcgrpo.run_records import Summary, disagreement, read_summary
+from ctcgrpo.scenarios import described, load_scenarios
+from ctcgrpo.settings import template_kwargs
+from ctcgrpo.simulator import about
+from ctcgrpo.validation import read_validations
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -26,50 +41,60 @@ Dtype = Literal["bfloat16", "float32"]
 def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat16") -> Path:
     """Write a policy of a run to `out`: `which` is final, best, or the number of a checkpoint (its optimizer steps).
 
-    Adapters are merged, and shards joined, in float32, then rounded to `dtype`. Raises OutputError for a run or checkpoint that is
-    not there or not complete, where `out` exists or cannot be written, and where the figures for its card are damaged; PolicyError
-    where the policy cannot be loaded. A failed export leaves nothing behind.
+    Adapters are merged, and shards joined, in float32, then rounded to `dtype`. What was written is loaded again, and its
+    log-probabilities are compared with the trained policy's. Raises OutputError for a run or checkpoint that is not there or not
+    complete, where `out` exists or cannot be written, and where the figures for its card are damaged; PolicyError where the policy
+    cannot be loaded, has weights that are not finite, or is not what was written. A failed export leaves nothing behind.
     """
-    folder = RunFolder(run)
-    if not folder.recipe_file.exists():
-        raise OutputError(f"{run} is no run's folder: it holds no recipe.yaml")
+    folder = require_run(run)
     if out.exists():
         raise OutputError(f"{out} is there already; choose another with --out")
     recipe = load_recipe(folder.recipe_file)
     source = _source(folder, which)
-    card = model_card(recipe, _summary(folder), which=which)
+    card = model_card(recipe, _summary(folder, recipe), which=which)
     base = str(folder.base) if recipe.policy.model.startswith("builtin/") else recipe.policy.model
     try:
-        model = _whole(source, base, recipe.policy.revision, dtype).to(getattr(torch, dtype))
+        trained = _trained(source, base, recipe.policy.revision, dtype)
         tokenizer = AutoTokenizer.from_pretrained(
             source if (source / "tokenizer_config.json").exists() else base, revision=recipe.policy.revision
         )
+        refuse_nonfinite(trained, str(source))
+        wanted = _logprobs(trained, tokenizer)
     except CtcGrpoError:
         raise
     except Exception as error:  # noqa: BLE001 - damaged files raise whatever their readers do (safetensors, tokenizers, torch)
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise PolicyError(f"{source} cannot be loaded on {base!r}: {reason}") from None
-    model.generation_config = _generation(recipe, sorted(stop_ids(base, tokenizer, recipe.policy.revision)))
+    model = (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained).to(getattr(torch, dtype))
+    del trained
+    model.generation_config = _generation(
+        recipe, sorted(stop_ids(base, tokenizer, recipe.policy.revision, template_kwargs(recipe)))
+    )
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        del model
+        _refuse_another_policy(partial, tokenizer, wanted, dtype)
         (partial / "README.md").write_text(card, encoding="utf-8")
         partial.rename(out)
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}; choose another folder with --out") from None
+    except (OSError, SafetensorError) as error:
+        reason = disk_problem(error) or getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OutputError(f"cannot write {out}: {reason}; choose another folder with --out") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
-def _summary(folder: RunFolder) -> Summary | None:
+def _summary(folder: RunFolder, recipe: Recipe) -> Summary | None:
     """The figures of a run. Raises OutputError where its files are damaged: a card is not to publish a wrong one."""
     summary = read_summary(folder.path, Summary)
     if summary is None:
         return None
+    if recipe.validation is None:
+        raise OutputError(f"{folder.path}: summary.json has figures, but recipe.yaml no validation section; one is damaged")
     validations, problems = read_validations(folder.validation_file)
     if told := next(iter(problems), None) or disagreement(summary, validations):
         raise OutputError(f"{folder.path}: {told}; without summary.json the card says that nothing was measured")
@@ -91,35 +116,48 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
 
 
 def _source(folder: RunFolder, which: str) -> Path:
-    sources = {"final": folder.final, "best": folder.best}
-    source = sources.get(which, folder.path / f"checkpoint-{which}")
-    lacks = _lacks_best(folder) if which == "best" else missing_in(source)
-    if lacks is not None:
-        complete = sorted(step for step, path in checkpoints(folder.path).items() if is_complete(path))
-        have = [name for name, ok in (("final", is_complete(folder.final)), ("best", _lacks_best(folder) is None)) if ok]
-        known = ", ".join([*have, *map(str, complete)]) or "nothing"
-        why = f" ({lacks})" if source.exists() else ""
-        raise OutputError(f"{folder.path} has no complete {which!r}; it has {known}{why}")
-    return source
+    there = {"final": folder.final, "best": folder.best}
+    there |= {str(step): path for step, path in sorted(checkpoints(folder.path).items())}
+    complete = [name for name, path in there.items() if is_complete(path)]
+    if which not in complete:
+        lacks = missing_in(there[which]) if which in there and there[which].exists() else None
+        why = f" ({lacks})" if lacks else ""
+        raise OutputError(f"{folder.path} has no complete {which!r}{why}; it has {', '.join(complete) or 'nothing'}")
+    return there[which]
 
 
-def _lacks_best(folder: RunFolder) -> str | None:
-    """What keeps best/ from being exported; None where nothing does."""
-    file = folder.best / BEST_STEP
-    try:
-        return None if folder.best_step is not None else f"{file} is missing"
-    except (OSError, ValueError) as error:
-        return f"{file} is no number of steps: {error}"
+_TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.1}
+"""How far log-probabilities may be off on the mean, in nats: what rounding weights does, far below what another policy is off."""
 
 
-def _whole(source: Path, base: str, revision: str | None, dtype: Dtype) -> PreTrainedModel:
-    """The policy in float32, in one piece."""
+@torch.no_grad()
+def _logprobs(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Log-probabilities of the tokens of a few personas, one after the other."""
+    model.eval()
+    found = []
+    for scenario in [*load_scenarios("english/test", "test")[:2], *load_scenarios("chinese/test", "test")[:1]]:
+        ids = torch.tensor([tokenizer.encode(scenario.policy_persona, add_special_tokens=False)[:256]])
+        scores = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+        found.append(scores.gather(-1, ids[0, 1:, None])[:, 0])
+    return torch.cat(found)
+
+
+def _refuse_another_policy(folder: Path, tokenizer: PreTrainedTokenizerBase, wanted: torch.Tensor, dtype: Dtype) -> None:
+    """Raises PolicyError where what was written to the folder is not the policy that was trained."""
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    apart = float((_logprobs(again, tokenizer) - wanted).abs().mean())
+    if not apart <= _TOLERANCE[dtype]:
+        raise PolicyError(
+            f"the export is not the trained policy: its log-probabilities are {apart:.3g} nats off on the mean, beyond "
+            f"{_TOLERANCE[dtype]:g} (--dtype {dtype}); nothing was written"
+        )
+
+
+def _trained(source: Path, base: str, revision: str | None, dtype: Dtype) -> PreTrainedModel | PeftModel:
+    """The policy in float32: whole, or as an adapter on its base."""
     if (source / "adapter_config.json").exists():
-        from peft import PeftModel
-
         model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
-        merged: PreTrainedModel = PeftModel.from_pretrained(model, str(source)).merge_and_unload()
-        return merged
+        return PeftModel.from_pretrained(model, str(source))
     shards = any(
         source.glob("global_step*")
     )  # DeepSpeed's own, with float32 masters; beside them lie weights rounded to bfloat16
@@ -173,6 +211,9 @@ def model_card(recipe: Recipe, summary: Summary | None, *, which: str) -> str:
     template = jinja2.Template(
         (files("ctcgrpo") / "model_card.md.j2").read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined
     )
-    builtin = recipe.policy.model.startswith("builtin/")
-    user = described(summary.simulator) if summary is not None else None
-    return str(template.render(recipe=recipe, summary=summary, user=user, which=which, version=__version__, builtin=builtin))
+    told = {"builtin": recipe.policy.model.startswith("builtin/"), "trained_on": described(recipe.scenarios.train)}
+    if summary is not None:
+        settings = validation_settings(recipe)
+        told |= {"measured": eibench_on(settings.pop("data_set")), "settings": in_words(settings)}
+        told["user"] = about.described(summary.simulator)
+    return str(template.render(recipe=recipe, summary=summary, which=which, version=__version__, **told))

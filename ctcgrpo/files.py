@@ -1,13 +1,25 @@
-"""Files that a killed run leaves whole: written in one move, lines that have an end, folders that carry a marker."""
+"""Files that a killed run leaves whole (written in one move; folders that carry a marker), and the one reader of JSON and of JSON
+lines."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from ctcgrpo.errors import CtcGrpoError, OutputError
 
 COMPLETE = "COMPLETE"
-"""The marker of a folder whose every file is written: it lists them, with their sizes."""
+"""The marker of a folder whose every file is written: it lists them, with their sizes and digests."""
+_WHOLE = 2**24
+"""Bytes of a file up to which all of it enters its digest; of a larger one (weights) this much, in pieces spread over it."""
+_PIECES = 16
+_T = TypeVar("_T")
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -17,36 +29,184 @@ def write_whole(file: Path, text: str) -> None:
     partial.replace(file)
 
 
-def whole_lines(file: Path) -> list[str]:
-    """The lines of a JSONL file that have an end; none where there is no file. A killed run may leave half a line."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    return [line for line in lines if line.endswith("\n")]
+def read_json_lines(
+    file: Path,
+    error: type[CtcGrpoError] = OutputError,
+    *,
+    on_bad: Callable[[str, str], None] | None = None,
+    whole_only: bool = False,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON lines file (UTF-8, one JSON object a line) in file order, each with its place ("FILE, line 3").
+
+    Only "\\n" ends a line: U+2028, U+2029 and U+0085 may stand inside a JSON string. Blank lines are skipped. `whole_only` also
+    skips a last line without an end, which a killed run leaves. `on_bad` is called with (place, message) for a line that cannot be
+    read, which is then skipped. Without it `error` is raised, for a line that is not UTF-8 text, no JSON object, or holds a
+    duplicate key. A file that is not there raises `error` in any case.
+    """
+
+    def bad(place: str, message: str) -> None:
+        if on_bad is None:
+            raise error(f"{place}: {message}")
+        on_bad(place, message)
+
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise error(f"{file}: no such file") from None
+    except OSError as problem:
+        raise error(f"{file}: cannot be read: {problem.strerror}") from None
+    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    for number, line in enumerate(lines[:-1] if whole_only else lines, 1):
+        if not line.strip():
+            continue
+        place = f"{file}, line {number}"
+        try:
+            value = parse_json(line.decode("utf-8"))
+        except UnicodeDecodeError as problem:
+            bad(place, f"cannot be read as UTF-8 text: {problem.reason} at byte {problem.start + 1} of the line")
+        except json.JSONDecodeError as problem:
+            bad(place, f"not valid JSON: {problem.msg} at column {problem.colno}")
+        except (
+            ValueError,
+            RecursionError,
+        ) as problem:  # a duplicate key, a number of thousands of digits, brackets without end
+            bad(place, f"not JSON that can be read: {_reason(problem)}")
+        else:
+            if isinstance(value, dict):
+                yield place, value
+            else:
+                bad(place, f"expected a JSON object, got a {type(value).__name__}")
+
+
+def parse_json(text: str) -> Any:
+    """As json.loads, and raises ValueError for a duplicate key, of which Python would keep the last without a word."""
+    return json.loads(text, object_pairs_hook=_no_duplicates)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"duplicate key {duplicate!r}; keep one of them")
+    return found
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds. Raises OutputError for one that cannot be read, is no JSON, or holds a duplicate key."""
+    try:
+        return parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise OutputError(f"{file} cannot be read: {_reason(error)}") from None
+
+
+def collect_records(
+    file: Path, read: Callable[[dict[str, Any]], _T], *, whole_only: bool = False
+) -> tuple[list[_T], list[str]]:
+    """What `read` makes of the objects in a JSON lines file, and what is wrong with the other lines ("NAME, line 3: ..."), where it
+    raises ValueError and where they hold no object; nothing where there is no file. `whole_only`: as in `read_json_lines`."""
+    if not file.exists():
+        return [], []
+    found: list[_T] = []
+    problems: list[str] = []
+
+    def bad(place: str, message: str) -> None:
+        problems.append(f"{file.name}{place.removeprefix(str(file))}: {message}")
+
+    for place, record in read_json_lines(file, on_bad=bad, whole_only=whole_only):
+        try:
+            found.append(read(record))
+        except (ValueError, OverflowError) as error:
+            bad(place, _reason(error))
+    return found, problems
+
+
+def by_step(
+    file: Path, records: Iterable[_T], step_of: Callable[[_T], int], problems: Sequence[str]
+) -> tuple[list[_T], list[str]]:
+    """A file's records in the order of their steps, each step once; and the problems, with those of duplicate steps."""
+    found: dict[int, _T] = {}
+    duplicates = []
+    for record in records:
+        step = step_of(record)
+        if step in found:
+            duplicates.append(f"{file.name}: duplicate step {step}; the first one counts")
+        found.setdefault(step, record)
+    return [found[step] for step in sorted(found)], [*problems, *duplicates]
+
+
+RESTORE = "restore the file to resume, or start another run with run.name=NAME"
+
+
+def refuse_to_resume(file: Path, problems: Sequence[str]) -> None:
+    """Raises OutputError where `collect_records` or `by_step` found problems in a file that a run resumes from."""
+    if problems:
+        raise OutputError(f"{file.parent}/{problems[0]}; {RESTORE}")
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, ValidationError):
+        return explained(error)
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def explained(error: ValidationError) -> str:
+    """The first thing that is wrong: field, value, and what is expected."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{field} is missing"
+    expected = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+    return (
+        f"{field} = {repr(first['input'])[:80]}; {expected}" if field else f"{repr(first['input'])[:80]}; expected an object"
+    )
+
+
+def file_digest(file: Path) -> str:
+    """12 hexadecimal digits of a file's content; of one above 16 MiB, of its size and of 16 pieces of a MiB spread over it, since
+    checkpoints of large models take minutes to read."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    piece, pieces = (size, 1) if size <= _WHOLE else (_WHOLE // _PIECES, _PIECES)
+    with file.open("rb") as source:
+        for k in range(pieces):
+            source.seek((size - piece) * k // max(1, pieces - 1))
+            digest.update(source.read(piece))
+    return digest.hexdigest()[:12]
 
 
 def mark_complete(folder: Path) -> None:
     """The last thing that is written to a folder."""
     files = {
-        str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file() and f.name != COMPLETE
+        str(f.relative_to(folder)): [f.stat().st_size, file_digest(f)]
+        for f in sorted(folder.rglob("*"))
+        if f.is_file() and f.name != COMPLETE
     }
     write_whole(folder / COMPLETE, json.dumps(files, indent=0) + "\n")
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the marker stands there, and every file that it lists, in its whole length."""
+    """Whether the marker stands there, and every file that it lists, as it was written."""
     return missing_in(folder) is None
 
 
 def missing_in(folder: Path) -> str | None:
     """What keeps a folder from being complete; None where nothing does."""
     try:
-        files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-        for name, size in files.items():
+        files = parse_json((folder / COMPLETE).read_text(encoding="utf-8"))
+        if not files:
+            return f"{COMPLETE} lists no file"
+        for name, (size, digest) in files.items():
             found = (folder / name).stat().st_size
             if found != size:
                 return f"{name} has {found} of {size} bytes"
+            if file_digest(folder / name) != digest:
+                return f"{name} is damaged: it is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(folder)} is missing"
-    except (ValueError, AttributeError, OSError) as error:
+    except (ValueError, AttributeError, TypeError, OSError, RecursionError) as error:
         return f"{COMPLETE} cannot be read ({error})"
     return None
 

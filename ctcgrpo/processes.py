@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -26,31 +27,57 @@ def on_main(state: PartialState, do: Callable[[], Any]) -> Any:
     return result[0]
 
 
-_ONE_SIGNAL = 3.0
-"""Seconds within which two signals are one."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Ctrl-C, a scheduler's end, a login shell that was closed, and a scheduler's notice before the end."""
+_ONE_SIGNAL, _ONE_SIGNAL_LAUNCHED = 0.5, 3.0
+"""Seconds within which two signals are one; a launcher passes on what the terminal has sent already."""
+STOP_SECONDS = 15
+"""Episodes in progress are given up within about so many seconds."""
 
 
 @contextlib.contextmanager
-def interrupts(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C (and a scheduler's TERM) asks the run to stop at the next safe point; a second one stops it at once.
+def interrupts(say: Callable[[str], None], waits_for: Callable[[], str]) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C (SIGTERM, SIGHUP and SIGUSR1 alike) asks the run to stop at the next safe point; a second Ctrl-C, or a second SIGTERM,
+    stops it at once. `say` is told what the run stops for, which `waits_for` names in a clause.
 
-    Gives a function that tells whether this process was asked.
+    Gives a function that tells whether this process was asked. Where SIGHUP is ignored (nohup), it stays so.
     """
-    asked, when = False, 0.0
+    first: int | None = None
+    when = 0.0
+    one = _ONE_SIGNAL_LAUNCHED if "TORCHELASTIC_RUN_ID" in os.environ else _ONE_SIGNAL
+    terminals = [fd for fd in (0, 1, 2) if _is_terminal(fd)]
 
     def ask(signum: int, frame: Any) -> None:
-        nonlocal asked, when
+        nonlocal first, when
+        if signum == signal.SIGHUP:
+            _leave(terminals)
         now = time.monotonic()
-        if asked and now - when < _ONE_SIGNAL:  # a launcher and a terminal, or a scheduler, send it twice
-            return
-        if asked:
+        if first is None:
+            first, when = signum, now
+            with contextlib.suppress(RuntimeError):  # raised where the signal comes in the middle of another line
+                say(f"stopping: {waits_for()}. Ctrl-C again stops at once, without saving")
+        elif now - when >= one and (signum == signal.SIGINT or signum == first == signal.SIGTERM):
             raise KeyboardInterrupt
-        asked, when = True, now
-        say("stopping at the next safe point and saving; once more stops at once")
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [s for s in _SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, ask) for number in heeded}
     try:
-        yield lambda: asked
+        yield lambda: first is not None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _is_terminal(fd: int) -> bool:
+    try:
+        return os.isatty(fd)
+    except OSError:
+        return False
+
+
+def _leave(terminals: list[int]) -> None:
+    """The terminal is gone: writing to it would fail in the middle of saving."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for fd in terminals:
+        os.dup2(nowhere, fd)
+    os.close(nowhere)

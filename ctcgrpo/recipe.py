@@ -27,30 +27,53 @@ _OPENING, _CLOSING = "'''':", "# '''; from ctcgrpo.cli import run_recipe"
 
 
 class Run(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the folder under output_dir")
-    output_dir: Path = Path("checkpoints")
-    seed: int = Field(0, ge=0)
+    """The run's name, folder, seed and tracking."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder under output_dir")
+    output_dir: Path = Field(Path("checkpoints"), description="the folder that holds the folders of runs")
+    seed: int = Field(0, ge=0, description="of the order of scenarios, of sampling, and of weights that the run builds")
     wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="Weights & Biases mode")
 
 
 class Lora(Section):
-    rank: int = Field(16, ge=1)
-    alpha: int = Field(32, ge=1)
-    target_modules: str | tuple[str, ...] = "all-linear"
+    """Train a LoRA adapter (PEFT) and keep the model's own weights fixed."""
+
+    rank: int = Field(16, ge=1, description="of the adapter's matrices: the number of its parameters grows with it")
+    alpha: int = Field(32, ge=1, description="the adapter's output is multiplied by alpha / rank")
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear", description="the modules that get an adapter: all-linear, or names of layers (q_proj)"
+    )
 
 
 class Policy(Section):
+    """The model that is trained."""
+
     model: str = Field(description="a model folder or Hub id; builtin/tiny, builtin/starter (policy/)")
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights when loaded")
+    revision: str | None = Field(None, description="the branch, tag or commit of a Hub model; the newest where absent")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="the type of the weights when loaded")
     attention: str = Field("sdpa", description="transformers' attn_implementation")
     reasons: bool = Field(False, description="the policy reasons before it replies: sets the template, turns shaping on")
-    reasoning_context: Literal["strip", "keep"] = Field("strip", description="what earlier turns keep of their reasoning")
+    reasoning_context: Literal["strip", "keep"] = Field(
+        "strip", description="whether later prompts leave out earlier reasoning (strip) or hold it (keep)"
+    )
+    chat_template: Path | None = Field(None, description="a file with the chat template to use; else the tokenizer's own")
+    template_kwargs: dict[str, Any] = Field(
+        {}, description="what the chat template is rendered with: reasoning_effort, date_string, thinking, ..."
+    )
     persona_sections: tuple[str, ...] | None = Field(
         None, description="the sections of its role (### headings) that the policy is told; all of it where absent"
     )
     lora: Lora | None = None
     quantization: Literal["none", "nf4"] = Field("none", description="of the frozen weights under an adapter; nf4 is QLoRA")
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _set_elsewhere(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if "enable_thinking" in value:
+            raise ValueError("enable_thinking is what policy.reasons sets; use that")
+        if taken := {"tokenize", "add_generation_prompt", "messages", "conversation", "return_tensors"} & set(value):
+            raise ValueError(f"{min(taken)} is set by ctcgrpo; leave it out")
+        return value
 
     @model_validator(mode="after")
     def _quantized_under_an_adapter(self) -> Policy:
@@ -60,10 +83,12 @@ class Policy(Section):
 
 
 class Scenarios(Section):
+    """The scenarios that are trained on."""
+
     train: str = Field(
         description="a path, a bundled pack (english/train), or a dataset under $CTCGRPO_DATA (eibench/train)"
     )
-    scenes: tuple[Scene, ...] = Field(SCENES, min_length=1)
+    scenes: tuple[Scene, ...] = Field(SCENES, min_length=1, description="the scenes that are trained on, each once")
 
     @field_validator("scenes")
     @classmethod
@@ -72,10 +97,12 @@ class Scenarios(Section):
             raise ValueError("a scene stands twice")
         return value
 
-    per_step: int = Field(16, ge=1, description="scenarios a step, stratified by scene")
+    per_step: int = Field(16, ge=1, description="scenarios in each step, equally many of each scene")
 
 
 class Vllm(Section):
+    """vLLM, for rollout.engine vllm_colocated and vllm_server."""
+
     gpu_memory: float = Field(0.35, gt=0, lt=1, description="vllm_colocated: the share of each GPU's memory that it takes")
     urls: tuple[str, ...] = Field((), description="vllm_server: the servers, each as http://HOST:PORT")
     group_port: int = Field(51216, ge=1024, le=65000, description="vllm_server: the first port for weights, one a server")
@@ -92,16 +119,24 @@ class Vllm(Section):
 
 
 class Rollout(Section):
+    """How episodes are played and sampled."""
+
     engine: Literal["transformers", "vllm_colocated", "vllm_server"] = Field(
-        "transformers", description="what samples: transformers, vLLM on the training GPUs, or vLLM servers"
+        "transformers", description="what samples replies: transformers, vLLM on the training GPUs, or vLLM servers"
     )
-    group_size: int = Field(8, ge=2, description="G: rollouts a scenario")
-    max_turns: int = Field(8, ge=1)
-    max_new_tokens: int = Field(1024, ge=1, description="a turn")
-    max_prompt_tokens: int = Field(8192, ge=1)
-    temperature: float = Field(0.6, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0 for no limit")
+    group_size: int = Field(8, ge=2, description="G: episodes of each scenario in a step, compared with each other")
+    max_turns: int = Field(8, ge=1, description="replies of the policy in an episode at most; the user may leave earlier")
+    max_new_tokens: int = Field(1024, ge=1, description="tokens of a reply at most, reasoning included")
+    max_prompt_tokens: int = Field(
+        8192,
+        ge=1,
+        description="tokens of a prompt at most; a longer one drops its oldest exchanges, never the system prompt",
+    )
+    temperature: float = Field(0.6, gt=0, description="sampling temperature; the trainer scores tokens at the same one")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample from the most likely tokens with this total probability; 1 is off"
+    )
+    top_k: int = Field(0, ge=0, description="sample from this many most likely tokens; 0 is off")
     max_batch: int = Field(64, ge=1, description="requests that the engine generates together")
     vllm: Vllm = Vllm()  # type: ignore[call-arg]
     deterministic: bool = Field(False, description="fix the composition of every batch, for bit-identical reruns")
@@ -115,6 +150,8 @@ class Rollout(Section):
 
 
 class Simulator(Section):
+    """Where the simulated user is, and how long a run waits for it."""
+
     url: str | tuple[str, ...] = Field(
         "embedded", description="embedded, or the URL of a simulator server, or of its replicas"
     )
@@ -125,7 +162,7 @@ class Simulator(Section):
     token_env: str = Field(
         TOKEN_ENV, description="the environment variable with the servers' bearer token, where they need one"
     )
-    timeout: float = Field(240.0, gt=0, description="seconds an attempt")
+    timeout: float = Field(240.0, gt=0, description="seconds that one request for a turn may take")
     patience: float = Field(600.0, gt=0, description="seconds that a turn is asked for again where no server answers")
 
     @field_validator("url")
@@ -145,13 +182,24 @@ class Simulator(Section):
 
 
 class Scoring(Section):
-    variant: Literal["training", "evaluation"] = "training"
-    turn_weights: dict[Scene, tuple[NonNegativeFloat, NonNegativeFloat]] = Field(
-        {}, description="(anger, trust) by scene; (0.5, 0.5) where absent"
+    """How the user's state becomes outcomes and turn scores."""
+
+    variant: Literal["training", "evaluation"] = Field(
+        "training",
+        description="the outcome where a target anger is not below the initial one: training punishes anger beyond the target, "
+        "evaluation (as in published figures) does not",
     )
-    # Only for a policy that reasons (policy.reasons).
-    no_reasoning_penalty: float = Field(0.2, ge=0)
-    fault_penalty: float = Field(0.05, ge=0)
+    turn_weights: dict[Scene, tuple[NonNegativeFloat, NonNegativeFloat]] = Field(
+        {}, description="weights of the change in anger and in trust, by scene; [0.5, 0.5] where absent"
+    )
+    no_reasoning_penalty: float = Field(
+        0.2, ge=0, description="policy.reasons only: taken off the outcome, times the share of turns without reasoning"
+    )
+    fault_penalty: float = Field(
+        0.05,
+        ge=0,
+        description="policy.reasons only: taken off the outcome once for empty or broken reasoning or an empty reply",
+    )
 
     @field_validator("turn_weights")
     @classmethod
@@ -166,13 +214,32 @@ _DEFAULT_STD_MIN = 0.1
 
 
 class Credit(Section):
+    """How outcome and turn scores become the advantage of each turn: A = outcome term + alpha * turn term."""
+
     alpha: float = Field(15.0, ge=0, description="weight of the turn term; 0 is outcome-only GRPO")
-    centering: str = Field("rollout", description="where turn credit is centered: " + ", ".join(CENTERINGS))
-    credit: str = Field("immediate", description="what a turn is credited with: " + ", ".join(CREDITS))
-    gamma: float = Field(1.0, ge=0, le=1, description="discount of reward_to_go")
-    center_weights: Literal["turn", "token"] = Field("turn", description="what weighs a turn in the means that center")
-    scale: str = Field("group", description="how outcome advantages are scaled: " + ", ".join(SCALES))
-    std_min: float = Field(_DEFAULT_STD_MIN, gt=0)
+    centering: str = Field(
+        "rollout",
+        description="the mean that is taken off a turn's credit: over the rollout, the group, the group's turns at that position, "
+        "earlier steps of the scene at that position, or none",
+        json_schema_extra={"enum": list(CENTERINGS)},
+    )
+    credit: str = Field(
+        "immediate",
+        description="a turn's credit: its own score, or the discounted sum of its own and all later ones",
+        json_schema_extra={"enum": list(CREDITS)},
+    )
+    gamma: float = Field(1.0, ge=0, le=1, description="credit reward_to_go only: the discount for each turn")
+    center_weights: Literal["turn", "token"] = Field(
+        "turn", description="whether turns weigh alike in the means that center, or by their tokens"
+    )
+    scale: str = Field(
+        "group",
+        description="the standard deviation that outcomes are divided by: of the group, of the batch, or none",
+        json_schema_extra={"enum": list(SCALES)},
+    )
+    std_min: float = Field(
+        _DEFAULT_STD_MIN, gt=0, description="the smallest standard deviation that outcomes are divided by"
+    )
     shuffle: Literal["nothing", "turn_scores", "advantages"] = Field(
         "nothing", description="a control: what is dealt out at random over the turns of a step"
     )
@@ -198,16 +265,26 @@ class Credit(Section):
 
 
 class Training(Section):
-    max_steps: int = Field(250, ge=1, description="a step is a batch of rollouts")
-    updates_per_step: int = Field(1, ge=1, description="K: optimizer steps a batch of rollouts, each on a K-th of it")
-    learning_rate: float = Field(1e-6, ge=0)
-    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
-    schedule: Literal["cosine", "constant"] = "cosine"
+    """The update: optimizer, loss, memory, checkpoints."""
+
+    max_steps: int = Field(250, ge=1, description="steps of the run; each is one batch of rollouts")
+    updates_per_step: int = Field(1, ge=1, description="K: optimizer steps for each batch of rollouts, each on a K-th of it")
+    learning_rate: float = Field(1e-6, ge=0, description="of AdamW, after the warmup")
+    warmup: float = Field(0.03, ge=0, lt=1, description="the share of the steps in which the learning rate rises from 0")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="of the learning rate after the warmup")
     min_learning_rate: float = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of learning_rate")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="0 for no clipping")
-    clip: float = Field(0.2, gt=0, lt=1, description="of the probability ratio, both sides")
-    entropy_bonus: float = Field(0.001, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(1.0, ge=0, description="the norm that gradients are clipped to; 0 for no clipping")
+    clip: float = Field(0.2, gt=0, lt=1, description="PPO's clip of the probability ratio, to 1 - clip and 1 + clip")
+    dual_clip: float | None = Field(
+        None,
+        gt=1,
+        description="bounds the loss of a token with a negative advantage A at this many times -A; 3 as published",
+    )
+    loss_weights: Literal["token", "turn"] = Field(
+        "token", description="what weighs alike in the loss: every trained token of a step, or every trained turn"
+    )
+    entropy_bonus: float = Field(0.001, ge=0, description="weight of the policy's entropy in the loss; keeps replies varied")
     kl: float = Field(0.0, ge=0, description="weight of the KL term to the policy before training; 0 as published")
     old_logprobs: Literal["recomputed", "recorded"] = Field(
         "recomputed", description="recomputed by the trainer, or as recorded by the engine (without top-p and top-k only)"
@@ -220,19 +297,23 @@ class Training(Section):
         description="forward what turns and rollouts have in common once, attended to as the device allows (auto), by segments, "
         "flex_attention, or TRL's kernel on Hopper (flash3); none: a sequence a turn, padded",
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, more time"
+    )
     sharding: str = Field(
         "none", description="none (every process holds the policy), fsdp2, or a DeepSpeed configuration (configs/deepspeed)"
     )
     bf16: bool = Field(False, description="mixed precision: bfloat16 compute on float32 weights")
     save_every: int = Field(10, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(3, ge=1)
+    keep_checkpoints: int = Field(3, ge=1, description="how many of the newest checkpoints stay")
 
 
 class Validation(Section):
+    """Held-out scenarios that the policy plays before, during and after training."""
+
     scenarios: str = Field(description="held-out scenarios, named as in scenarios.train")
     every: int = Field(30, ge=1, description="steps between validations; there is one before and one after training too")
-    samples: int = Field(1, ge=1, description="episodes a scenario")
+    samples: int = Field(1, ge=1, description="episodes of each scenario")
     seed: int = Field(0, ge=0, description="the same samples in every validation of every run with this seed")
 
 
@@ -241,14 +322,16 @@ class Hardware(Section):
 
     gpu: str | None = Field(None, description="the card that the memory plan is for; one of ctcgrpo/plan/cards.yaml")
     processes: int = Field(1, ge=1, description="GPUs that train, one process each, over all nodes")
-    nodes: int = Field(1, ge=1, description="that train")
+    nodes: int = Field(1, ge=1, description="machines that train")
     tokens_per_second: float | None = Field(
-        None, gt=0, description="sampled by the policy over all GPUs, where it was measured: for hours in the plan"
+        None,
+        gt=0,
+        description="tokens that the policy samples in a second over all GPUs, if measured: for hours in the plan",
     )
 
 
 class Recipe(Section):
-    """A whole run. `load_recipe` is the way to get one."""
+    """A whole run: what is trained, on what, and how."""
 
     run: Run
     policy: Policy

@@ -92,8 +92,8 @@ class Turn:
     """One reply of the policy and the user's answer to it.
 
     `reply` is the visible text, without reasoning; `reasoning` is None for a completion without a reasoning part.
-    `faults` names what is wrong with the form of the completion ("broken_tags", "empty_reasoning", "empty_reply",
-    "cut"). `before` and `after` are the user's state around this turn.
+    `faults` names what is wrong with the form of the completion ("broken_tags", "unclosed_reasoning",
+    "empty_reasoning", "empty_reply", "cut"). `before` and `after` are the user's state around this turn.
     """
 
     prompt_ids: tuple[int, ...]

@@ -6,7 +6,6 @@ it is not as a run wrote it. Of a file of lines, bad ones are left out, and the 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from ctcgrpo.errors import OutputError
+from ctcgrpo.files import by_step, collect_records, explained, read_json
 from ctcgrpo.intervals import means
 from ctcgrpo.records import Scene
 from ctcgrpo.validation import Validation, improvement
@@ -52,6 +52,13 @@ class Improvement(BaseModel):
     n: int | None = None
 
 
+class Settings(TypedDict):
+    """What scores depend on beside policy and simulator, as `played.validation_settings` names it; more than is checked here."""
+
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    data_set: str
+
+
 class Summary(BaseModel):
     """As `Validator.summary` writes it for a run with a validation section; `simulator` is what the server said of itself."""
 
@@ -61,6 +68,7 @@ class Summary(BaseModel):
     improvement: Improvement
     scoring_variant: str = "training"
     simulator: dict[str, Any] = {}
+    settings: Settings | None = None
 
 
 class _Overall(BaseModel):
@@ -88,14 +96,6 @@ def read_summary(run: Path, model: type[_M]) -> _M | None:
         return model.model_validate(found)
     except ValidationError as error:
         raise OutputError(f"{file}: {explained(error)}; it is not as a run wrote it") from None
-
-
-def read_json(file: Path) -> Any:
-    """Raises OutputError for a file that cannot be read or is not JSON."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise OutputError(f"{file} cannot be read: {_reason(error)}") from None
 
 
 def disagreement(summary: Summary, validations: Sequence[Validation]) -> str | None:
@@ -192,14 +192,6 @@ class Trace(_Episode):
 _DIALOGUE, _TRACE = TypeAdapter(Dialogue), TypeAdapter(Trace)
 
 
-class _ValidationLine(BaseModel):
-    model_config = STRICT
-    step: int
-    outcomes: dict[str, list[Score]]
-    scenes: dict[str, Scene]
-    failed: int = 0
-
-
 def read_dialogues(files: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
     """Episodes of one step or validation, by group and rollout, as `Dialogue`; and what is wrong with the other lines."""
     return _episodes(files, lambda record: _scored(_DIALOGUE.validate_python(record)))
@@ -214,7 +206,7 @@ def _episodes(files: Iterable[Path], read: Callable[[Any], dict[str, Any]]) -> t
     found: dict[tuple[int, int], dict[str, Any]] = {}
     problems: list[str] = []
     for file in files:
-        episodes, bad = read_records(file, read)
+        episodes, bad = collect_records(file, read)
         problems += bad
         for episode in episodes:
             key = episode["group"], episode["rollout"]
@@ -224,28 +216,11 @@ def _episodes(files: Iterable[Path], read: Callable[[Any], dict[str, Any]]) -> t
     return [found[key] for key in sorted(found)], problems
 
 
-def read_validations(file: Path) -> tuple[list[Validation], list[str]]:
-    """By step, each once, and what is wrong with the other lines of the file."""
-    found, problems = read_records(file, lambda record: Validation(**_ValidationLine.model_validate(record).model_dump()))
-    return _once(found, lambda validation: validation.step, file, problems)
-
-
-def valid_validations(file: Path) -> list[Validation]:
-    """By step, at least one, each with a valid episode. Raises OutputError where a line is damaged: for readers whose figures are
-    of all of them."""
-    found, problems = read_validations(file)
-    if not found and not problems:
-        problems = [f"{file.name} holds no validation"]
-    problems += [f"{file.name}: no valid episode after step {v.step}" for v in found if not v.by_scenario]
-    if problems:
-        raise OutputError(f"{file}: {problems[0]}")
-    return found
-
-
-def read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """By step, each once; what is not finite is None. And what is wrong with the other lines of the file."""
-    found, problems = read_records(file, _metrics)
-    return _once(found, lambda metrics: metrics["step"], file, problems)
+def read_metrics(file: Path, *, whole_only: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
+    """By step, each once; what is not finite is None. And what is wrong with the other lines of the file. `whole_only` skips half a
+    line at the end, which a killed run leaves."""
+    found, problems = collect_records(file, _metrics, whole_only=whole_only)
+    return by_step(file, found, lambda metrics: metrics["step"], problems)
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,51 +250,3 @@ def _continuous(episode: dict[str, Any]) -> dict[str, Any]:
     if episode["final_state"] not in (None, state):
         raise ValueError(f"final_state = {episode['final_state']}; expected {state}, that of the last turn")
     return episode
-
-
-def read_records(file: Path, read: Callable[[Any], _T]) -> tuple[list[_T], list[str]]:
-    """What `read` makes of the objects in a JSONL file, and what is wrong with the other lines; nothing where there is no file."""
-    if not file.exists():
-        return [], []
-    found: list[_T] = []
-    problems = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
-        if line.strip():
-            try:
-                record = json.loads(line.decode("utf-8"))
-                if not isinstance(record, dict):
-                    raise ValueError(f"a {type(record).__name__}; expected an object")
-                found.append(read(record))
-            except (ValueError, RecursionError) as error:
-                problems.append(f"{file.name}, line {number}: {_reason(error)}")
-    return found, problems
-
-
-def _once(
-    records: Iterable[_T], step_of: Callable[[_T], int], file: Path, problems: list[str]
-) -> tuple[list[_T], list[str]]:
-    by_step: dict[int, _T] = {}
-    for record in records:
-        step = step_of(record)
-        if step in by_step:
-            problems.append(f"{file.name}: duplicate step {step}; the first one counts")
-        by_step.setdefault(step, record)
-    return [by_step[step] for step in sorted(by_step)], problems
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, ValidationError):
-        return explained(error)
-    return "nested too deep" if isinstance(error, RecursionError) else str(error)
-
-
-def explained(error: ValidationError) -> str:
-    """The first thing that is wrong: field, value, and what is expected."""
-    first = error.errors()[0]
-    field = ".".join(map(str, first["loc"]))
-    if first["type"] == "missing":
-        return f"{field} is missing"
-    expected = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
-    return (
-        f"{field} = {repr(first['input'])[:80]}; {expected}" if field else f"{repr(first['input'])[:80]}; expected an object"
-    )

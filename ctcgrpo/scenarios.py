@@ -8,29 +8,44 @@ Format: EIBench (Tongyi-ConvAI/Qwen-Character), one JSON object a line, optional
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ctcgrpo.errors import ScenarioError
-from ctcgrpo.naming import did_you_mean, nearest
+from ctcgrpo.files import read_json_lines
+from ctcgrpo.naming import did_you_mean, is_path, nearest
 from ctcgrpo.records import SCENES, Anchors, Scenario, Scene, UserState
 
 Split = Literal["train", "test"]
 PACKS = Path(__file__).parent / "packs"
 BUNDLED = ("english", "chinese")
+EIBENCH_DATA = "EIBench"
+"""How `described` calls the published data set, and no other."""
 
 
 def data_home() -> Path:
     """Where datasets that do not come with the package live: $CTCGRPO_DATA, by default ~/.cache/ctcgrpo."""
     return Path(os.environ.get("CTCGRPO_DATA") or Path.home() / ".cache" / "ctcgrpo")
+
+
+class Fault(NamedTuple):
+    """What keeps a record from being a scenario: its place (file and line), its id ("?" for none), the field, what is wrong."""
+
+    place: str
+    id: str
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        who = "" if self.id == "?" else f"scenario {self.id!r}: "
+        return f"{self.place}: {who}{f'{self.field} ' if self.field else ''}{self.message}"
 
 
 def load_scenarios(source: str | Path, split: Split = "train") -> list[Scenario]:
@@ -39,25 +54,48 @@ def load_scenarios(source: str | Path, split: Split = "train") -> list[Scenario]
     `source` is a path, the name of a bundled pack ("english/train"), or a folder under `data_home()` ("eibench/train").
     `split` chooses the folder where the source has both, and the defaults for missing anchors: in training the best
     and the worst possible state, in testing those of the authors' evaluation code. Raises ScenarioError naming file,
-    line, field and value.
+    line, field and value of the first fault, and how many there are.
     """
-    scenarios: dict[str, Scenario] = {}
-    places: dict[str, str] = {}
-    for place, record in read_records(source, split):
-        scenario = read_record(record, place, split)
-        if scenario.id in scenarios:
-            raise ScenarioError(f"{place}: id {scenario.id!r} is already used at {places[scenario.id]}; ids must be unique")
-        scenarios[scenario.id], places[scenario.id] = scenario, place
+    scenarios, faults = read_scenarios(source, split)
+    if faults:
+        others = len(faults) - 1
+        more = f" ({others} more; `ctcgrpo scenarios validate {source}` lists all)" if others else ""
+        raise ScenarioError(f"{faults[0]}{more}")
     if not scenarios:
         raise ScenarioError(f"{source}: holds no scenarios; expected one JSON object a line in *.jsonl")
-    return list(scenarios.values())
+    return scenarios
 
 
-def read_records(source: str | Path, split: Split = "train") -> Iterator[tuple[str, dict[str, Any]]]:
+def read_scenarios(source: str | Path, split: Split = "train") -> tuple[list[Scenario], list[Fault]]:
+    """The scenarios of a source, and every fault of its other records. Raises ScenarioError for a source that is not there."""
+    found: dict[str, Scenario] = {}
+    places: dict[str, str] = {}
+    faults: list[Fault] = []
+
+    def unreadable(place: str, message: str) -> None:
+        faults.append(Fault(place, "?", "", message))
+
+    for place, record in read_records(source, split, unreadable):
+        scenario, wrong = check_record(record, place, split)
+        faults += wrong
+        if scenario is None:
+            continue
+        if scenario.id in found:
+            message = f"{scenario.id!r} is already used at {places[scenario.id]}; ids must be unique"
+            faults.append(Fault(place, "?", "id", message))
+        else:
+            found[scenario.id], places[scenario.id] = scenario, place
+    return list(found.values()), faults
+
+
+def read_records(
+    source: str | Path, split: Split = "train", on_bad: Callable[[str, str], None] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """The raw records of a source in file order, unwrapped, each with its place (file and line). Raises ScenarioError for a source
-    that is not there and a line that holds no JSON object."""
+    that is not there, and, unless `on_bad` takes them (place, message), for lines that hold no JSON object."""
     for file in _files(source, split):
-        yield from _records(file)
+        for place, record in read_json_lines(file, ScenarioError, on_bad=on_bad):
+            yield place, record["row"] if isinstance(record.get("row"), dict) else record
 
 
 def load_scenes(source: str | Path, scenes: Sequence[Scene]) -> list[Scenario]:
@@ -78,18 +116,29 @@ def has_splits(source: str | Path) -> bool:
     return any((path / "train").is_dir() and (path / "test").is_dir() for path in _tried(source))
 
 
+def described(source: str | Path) -> str:
+    """A source in words: EIBench's own data under `data_home()`, a bundled pack, or the path or name as it is."""
+    found = next((path for path in _tried(source) if path.exists()), None)
+    published = data_home() / "eibench"
+    if (found or data_home() / source).resolve().is_relative_to(published.resolve()):
+        return f"{EIBENCH_DATA} ({source})"
+    if found is None:
+        return str(source)
+    if found.resolve().is_relative_to(PACKS.resolve()):
+        return f"the bundled pack {found.resolve().relative_to(PACKS.resolve())}"
+    return str(source)
+
+
 def _tried(source: str | Path) -> list[Path]:
+    if str(source).startswith((".", "/", "~")):
+        return [Path(source).expanduser()]
     return [Path(source), PACKS / source, data_home() / source]
 
 
 def _files(source: str | Path, split: Split) -> list[Path]:
-    tried = _tried(source)
-    found = next((path for path in tried if path.exists()), None)
+    found = next((path for path in _tried(source) if path.exists()), None)
     if found is None:
-        hint = ""
-        if str(source).split("/")[0] == "eibench":
-            hint = " (ctcgrpo scenarios fetch eibench puts it there; CC BY-NC 4.0, not part of this package)"
-        raise ScenarioError(f"scenarios {str(source)!r} not found; looked at {', '.join(map(str, tried))}{hint}")
+        raise _not_found(str(source))
     if found.is_file():
         return [found]
     folder = found / split if (found / split).is_dir() else found
@@ -99,98 +148,134 @@ def _files(source: str | Path, split: Split) -> list[Path]:
     return files
 
 
-def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        # Not splitlines(): a JSON string may hold U+2028 and its like, which end no line of JSONL.
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScenarioError(f"{file}: cannot be read as UTF-8 text: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"{file}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ScenarioError(f"{place}: not valid JSON: {error.msg} at column {error.colno}") from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
-            raise ScenarioError(f"{place}: not JSON that can be read: {error}") from None
-        if isinstance(record, dict) and isinstance(record.get("row"), dict):
-            record = record["row"]
-        if not isinstance(record, dict):
-            raise ScenarioError(f"{place}: a scenario is a JSON object, this is a {type(record).__name__}")
-        yield place, record
+def _not_found(source: str) -> ScenarioError:
+    if is_path(source) or source.endswith(".jsonl"):
+        return ScenarioError(f"scenarios {source!r}: no such file or folder")
+    if source.split("/")[0] == "eibench":
+        hint = "ctcgrpo scenarios fetch eibench puts it there; CC BY-NC 4.0, not part of this package"
+        return ScenarioError(f"scenarios {source!r} not found under {data_home()} ({hint})")
+    here = [path.name for path in data_home().glob("*/")] if data_home().is_dir() else []
+    names = [f"{name}{part}" for name in (*BUNDLED, *here, "eibench") for part in ("", "/train", "/test")]
+    tried = ", ".join(map(str, _tried(source)))
+    return ScenarioError(f"scenarios {source!r} not found; {did_you_mean(source, set(names))} (looked at {tried})")
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
+def _told(description: str, default: Any = ...) -> Any:
+    """A field with what it is for, which `ctcgrpo scenarios new` prints."""
+    return Field(default, description=description)
+
+
 class _User(_Part):
-    system_prompt: str
-    opening_line: str = ""
+    system_prompt: str = _told("Persona of the user. The simulator plays it; the policy never sees it.")
+    opening_line: str = _told("First line of the user. Required, except in charm, where the policy speaks first.", "")
 
 
 class _Policy(_Part):
-    system_prompt: str
+    system_prompt: str = _told("Role of the policy: its system prompt.")
 
 
 class _Initial(_Part):
-    initial_anger: int = 50
-    initial_trust: int = 50
+    initial_anger: int = _told("Anger of the user at the start, 0 to 100. Left out: 50.", 50)
+    initial_trust: int = _told("Trust of the user at the start, 0 to 100. Left out: 50.", 50)
+
+
+_BEST = "at the best end, which scores +1"
+_LOWEST = "at the worst end, which scores -1"
 
 
 class _Target(_Part):
-    target_anger: int | None = None
-    target_trust: int | None = None
+    target_anger: int | None = _told(f"Anger {_BEST}. Left out: 0 in training, the initial anger in a held-out set.", None)
+    target_trust: int | None = _told(f"Trust {_BEST}. Left out: 100 in training, the initial trust in a held-out set.", None)
 
 
 class _Worst(_Part):
-    worst_anger_min: int | None = None
-    worst_trust_min: int | None = None
+    worst_anger_min: int | None = _told(f"Anger {_LOWEST}. Left out: 100 in training, initial + 25 in a held-out set.", None)
+    worst_trust_min: int | None = _told(f"Trust {_LOWEST}. Left out: 0 in training, initial - 20 in a held-out set.", None)
 
 
 class _Record(_Part):
-    id: str
-    scene_tag: str
+    id: str = _told("Name of the scenario, unique in the set. Traces and reports use it.")
+    scene_tag: str = _told("support, defense, repair or charm: what kind of situation it is. In charm the policy opens.")
+    title: str = _told("A few words for tables and reports.", "")
+    language: str = _told("Code of the language, for example en or zh. Left out: told by the characters of the persona.", "")
     aggressor_profile: _User
     defender_profile: _Policy
-    title: str = ""
-    goal_one_liner: str = ""
-    success_criteria: list[str] = []
-    must_avoid: list[str] = []
+    goal_one_liner: str = _told("What a good outcome is, in one sentence.", "")
+    success_criteria: list[str] = _told("Signs that it went well. An LLM that plays the user reads them.", [])
+    must_avoid: list[str] = _told("What hurts this user. An LLM that plays the user reads it.", [])
     initial_calibration: _Initial = _Initial()
     rub_goals: _Target = _Target()
     worst_case: _Worst = _Worst()
-    data_source: str = ""
-    language: str = ""
-    script: dict[str, Any] = {}
+    data_source: str = _told("Where the record comes from.", "")
+    script: dict[str, Any] = _told(
+        "What the scripted user knows of this user's life. Left out: derived from the opening line and the numbered facts of the "
+        "persona, which tells good replies from bad ones poorly. An LLM that plays the user does not read it.",
+        {},
+    )
+
+
+def record_fields(model: type[BaseModel] = _Record, path: str = "") -> Iterator[tuple[str, bool, str]]:
+    """(field, whether it is required, what it is for) of a record, in order, without `script`'s own."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, _Part):
+            yield from record_fields(kind, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", field.is_required(), field.description or ""
 
 
 def read_record(record: Mapping[str, Any], place: str, split: Split = "train") -> Scenario:
-    """One record as a Scenario; `place` (file and line) opens every error message."""
-    _refuse_misspelt(record, _Record, place)
+    """One record as a Scenario; `place` (file and line) opens every error message. Raises ScenarioError with its first fault."""
+    scenario, faults = check_record(record, place, split)
+    if scenario is None:
+        raise ScenarioError(str(faults[0]))
+    return scenario
+
+
+def check_record(record: Mapping[str, Any], place: str, split: Split = "train") -> tuple[Scenario | None, list[Fault]]:
+    """One record as a Scenario, or None and every fault of it."""
+    name = record.get("id")
+    who = name if isinstance(name, str) and name.strip() else "?"
+    faults: list[Fault] = []
+
+    def fault(field: str, message: str) -> None:
+        faults.append(Fault(place, who, field.encode(errors="backslashreplace").decode(), message))
+
+    for field, message in (*_lone_surrogates(record), *_misspelt(record, _Record)):
+        fault(field, message)
+    ordered = True
     try:
         parsed = _Record.model_validate(record)
     except ValidationError as error:
-        raise ScenarioError(f"{place}: {_explain(error, record)}") from None
-
-    def fail(field: str, value: object, right: str) -> ScenarioError:
-        return ScenarioError(f"{place}: scenario {parsed.id!r}: {field} is {value!r}; {right}")
-
+        meant = {field for field, _ in _misspelt(record, _Record)}
+        for one in error.errors():
+            field = ".".join(map(str, one["loc"]))
+            ordered = ordered and one["loc"][0] not in _ANCHORS
+            if one["type"] != "missing":
+                fault(field, f"is {one['input']!r}; {one['msg'].lower()}")
+            elif not any(nearest(other, [field], cutoff=_MISSPELT) for other in meant):
+                fault(field, "is missing")
+        parsed = _without(record, [one["loc"] for one in error.errors()])
+    if not parsed.id.strip():
+        fault("id", f"is {parsed.id!r}; an id cannot be empty")
     scene = next((s for s in SCENES if s == parsed.scene_tag.strip().lower()), None)
     if scene is None:
-        raise fail("scene_tag", parsed.scene_tag, did_you_mean(parsed.scene_tag.lower(), SCENES))
+        fault("scene_tag", f"is {parsed.scene_tag!r}; {did_you_mean(parsed.scene_tag.lower(), SCENES)}")
     user, policy = parsed.aggressor_profile, parsed.defender_profile
     for field, text in (("aggressor_profile", user.system_prompt), ("defender_profile", policy.system_prompt)):
         if not text.strip():
-            raise fail(f"{field}.system_prompt", text, "a persona cannot be empty")
-    if scene != "charm" and not user.opening_line.strip():
-        raise fail("aggressor_profile.opening_line", user.opening_line, f"in {scene} the user speaks first")
-    if not parsed.id.strip():
-        raise fail("id", parsed.id, "an id cannot be empty")
+            fault(f"{field}.system_prompt", f"is {text!r}; a persona cannot be empty")
+    if scene not in ("charm", None) and not user.opening_line.strip():
+        fault("aggressor_profile.opening_line", f"is {user.opening_line!r}; in {scene} the user speaks first")
+    anchors = _anchors(parsed, split, fault, ordered)
+    if faults or scene is None or anchors is None:
+        return None, faults
     known = set(_Record.model_fields)
-    return Scenario(
+    scenario = Scenario(
         id=parsed.id,
         title=parsed.title,
         scene=scene,
@@ -201,16 +286,42 @@ def read_record(record: Mapping[str, Any], place: str, split: Split = "train") -
         goal=parsed.goal_one_liner,
         success_criteria=tuple(parsed.success_criteria),
         must_avoid=tuple(parsed.must_avoid),
-        anchors=_anchors(parsed, split, fail),
+        anchors=anchors,
         source=parsed.data_source,
         script=MappingProxyType(parsed.script),
         extras=MappingProxyType({key: value for key, value in record.items() if key not in known}),
     )
+    return scenario, []
 
 
-def _anchors(parsed: _Record, split: Split, fail: Any) -> Anchors:
-    """The three anchors, in range and in order: worst <= initial <= target on trust; on anger both initial and target
-    lie at or below worst (a target above the initial value is a boundary that may cost some anger)."""
+_ANCHORS = ("initial_calibration", "rub_goals", "worst_case")
+_STAND_INS: Mapping[str, Any] = {
+    "id": "?",
+    "scene_tag": "charm",
+    "aggressor_profile": {"system_prompt": "?", "opening_line": "?"},
+    "defender_profile": {"system_prompt": "?"},
+}
+
+
+def _without(record: Mapping[str, Any], places: Iterable[tuple[int | str, ...]]) -> _Record:
+    """The record with stand-ins that have no fault where its fields cannot be read, so that the others can be checked."""
+    kept = {key: dict(value) if isinstance(value, Mapping) else value for key, value in record.items()}
+    for section, *fields in places:
+        key, stand_in = str(section), _STAND_INS.get(str(section))
+        if fields and isinstance(kept.get(key), dict):
+            kept[key].pop(fields[0], None)
+            if isinstance(stand_in, Mapping) and fields[0] in stand_in:
+                kept[key][fields[0]] = stand_in[str(fields[0])]
+        else:
+            kept.pop(key, None)
+            if stand_in is not None:
+                kept[key] = stand_in
+    return _Record.model_validate(kept)
+
+
+def _anchors(parsed: _Record, split: Split, fault: Callable[[str, str], None], ordered: bool) -> Anchors | None:
+    """The three anchors, in range and, where all could be read (`ordered`), in order: worst <= initial <= target on trust; on anger
+    both initial and target lie at or below worst (a target above the initial value is a boundary that may cost some anger)."""
     start, target, worst = parsed.initial_calibration, parsed.rub_goals, parsed.worst_case
     given = {
         "initial_calibration.initial_anger": start.initial_anger,
@@ -220,9 +331,11 @@ def _anchors(parsed: _Record, split: Split, fail: Any) -> Anchors:
         "worst_case.worst_anger_min": worst.worst_anger_min,
         "worst_case.worst_trust_min": worst.worst_trust_min,
     }
-    for field, value in given.items():
-        if value is not None and not 0 <= value <= 100:
-            raise fail(field, value, "it must lie in [0, 100]")
+    beyond = {field: value for field, value in given.items() if value is not None and not 0 <= value <= 100}
+    for field, value in beyond.items():
+        fault(field, f"is {value!r}; it must lie in [0, 100]")
+    if beyond or not ordered:
+        return None
     a0, t0 = start.initial_anger, start.initial_trust
     # Anchors that a record leaves out: the extremes in training, the authors' evaluation defaults in testing.
     best_default, worst_default = {
@@ -235,17 +348,13 @@ def _anchors(parsed: _Record, split: Split, fail: Any) -> Anchors:
         UserState(_or(worst.worst_anger_min, worst_default.anger), _or(worst.worst_trust_min, worst_default.trust)),
     )
     if anchors.worst.anger < max(anchors.initial.anger, anchors.target.anger):
-        raise fail(
+        fault(
             "worst_case.worst_anger_min",
-            anchors.worst.anger,
-            f"it must not lie below the initial ({a0}) or the target anger ({anchors.target.anger})",
+            f"is {anchors.worst.anger}; it must not lie below the initial ({a0}) or the target anger ({anchors.target.anger})",
         )
     if not anchors.worst.trust <= anchors.initial.trust <= anchors.target.trust:
-        raise fail(
-            "trust (worst, initial, target)",
-            (anchors.worst.trust, anchors.initial.trust, anchors.target.trust),
-            "the three must not decrease in this order",
-        )
+        three = (anchors.worst.trust, anchors.initial.trust, anchors.target.trust)
+        fault("trust (worst, initial, target)", f"is {three}; the three must not decrease in this order")
     return anchors
 
 
@@ -253,27 +362,42 @@ def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def _refuse_misspelt(record: Mapping[str, Any], model: type[BaseModel], place: str, path: str = "") -> None:
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _lone_surrogates(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(field, what is wrong) of every text that holds half a character: no model and no file can take it."""
+    if isinstance(value, str):
+        if half := _SURROGATE.search(value):
+            yield (
+                path,
+                f"holds a lone surrogate ({half[0]!r}, character {half.start() + 1}), which is half a character; write the whole "
+                "character, or remove it",
+            )
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if _SURROGATE.search(key):
+                yield f"{path}.{key!r}".strip("."), "is a key that holds a lone surrogate; rename it"
+            else:
+                yield from _lone_surrogates(inner, f"{path}.{key}".strip("."))
+    elif isinstance(value, list):
+        for k, inner in enumerate(value):
+            yield from _lone_surrogates(inner, f"{path}.{k}".strip("."))
+
+
+_MISSPELT = 0.84
+
+
+def _misspelt(record: Mapping[str, Any], model: type[BaseModel], path: str = "") -> Iterator[tuple[str, str]]:
     """Extra keys are welcome, but one that nearly spells a missing known key would silently leave a default behind."""
     missing = set(model.model_fields) - set(record)
     for key in record:
-        if key not in model.model_fields and (meant := nearest(str(key), missing, cutoff=0.84)):
-            raise ScenarioError(
-                f"{place}: field {path}{key!r} is unknown and {path}{meant!r} is missing; did you mean {meant!r}?"
-            )
+        if key not in model.model_fields and (meant := nearest(str(key), missing, cutoff=_MISSPELT)):
+            yield f"{path}{key}", f"is unknown and {path}{meant} is missing; did you mean {meant!r}?"
     for key, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, _Part) and isinstance(record.get(key), dict):
-            _refuse_misspelt(record[key], kind, place, f"{key}.")
-
-
-def _explain(error: ValidationError, record: Mapping[str, Any]) -> str:
-    first = error.errors()[0]
-    field = ".".join(map(str, first["loc"]))
-    who = f"scenario {record['id']!r}: " if isinstance(record.get("id"), str) else ""
-    if first["type"] == "missing":
-        return f"{who}field {field!r} is missing"
-    return f"{who}{field} is {first['input']!r}; {first['msg'].lower()}"
+            yield from _misspelt(record[key], kind, f"{path}{key}.")
 
 
 _HAN = re.compile(r"[\u4e00-\u9fff]")

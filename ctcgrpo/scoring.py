@@ -9,7 +9,7 @@ anger is not below its initial anger (a boundary that may cost some anger); both
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, get_args
 
 from ctcgrpo.records import Anchors, UserState
@@ -83,20 +83,22 @@ def turn_score(before: UserState, after: UserState, weights: Sequence[float] = (
     return w_anger * (before.anger - after.anger) / 100 + w_trust * (after.trust - before.trust) / 100
 
 
-def shaped_outcome(
-    outcome: float,
-    turns_without_reasoning: Sequence[bool],
-    any_fault: bool,
-    *,
-    no_reasoning: float = 0.2,
-    fault: float = 0.05,
-) -> float:
-    """The outcome of a policy that reasons, minus penalties for the form of its turns, clipped to [-1, 1].
+def turn_form(reasoning: str | None, faults: Collection[str]) -> tuple[bool, bool]:
+    """Of a turn of a policy that reasons: whether its reasoning is missing, blank or never closed; and whether its form is bad at
+    all, by that, by broken tags, or by an empty visible reply. `faults` as in `records.Turn`."""
+    unreasoned = reasoning is None or not {"empty_reasoning", "unclosed_reasoning"}.isdisjoint(faults)
+    return unreasoned, unreasoned or not {"broken_tags", "empty_reply"}.isdisjoint(faults)
 
-    Minus `no_reasoning` x the share of turns without reasoning; minus `fault` once if any turn had empty reasoning, an
-    empty visible reply or broken reasoning tags. For a policy that does not reason, do not call this: a constant
-    penalty, distorted by the clip, is no signal. NaN (a failed episode) stays NaN.
+
+def shaped_outcome(
+    outcome: float, forms: Sequence[tuple[bool, bool]], *, no_reasoning: float = 0.2, fault: float = 0.05
+) -> float:
+    """The outcome of a policy that reasons, minus penalties for the form of its turns (`turn_form`), clipped to [-1, 1].
+
+    Minus `no_reasoning` x the share of turns without proper reasoning; minus `fault` once if the form of any turn is bad. For a
+    policy that does not reason, do not call this: a constant penalty, distorted by the clip, is no signal. NaN (a failed
+    episode) stays NaN. One turn without reasoning in eight costs 0.2 / 8 + 0.05.
     """
-    share = sum(turns_without_reasoning) / len(turns_without_reasoning) if turns_without_reasoning else 0.0
-    shaped = outcome - no_reasoning * share - fault * any_fault
+    share = sum(unreasoned for unreasoned, _ in forms) / len(forms) if forms else 0.0
+    shaped = outcome - no_reasoning * share - fault * any(bad for _, bad in forms)
     return max(-1.0, min(1.0, shaped)) if shaped == shaped else shaped

@@ -88,7 +88,7 @@ def _refuse_unknown(data: Mapping[str, Any], model: type[BaseModel], path: str, 
         field = model.model_fields.get(key)
         if field is None:
             raise RecipeError(f"{file}: unknown field {path}{key}; {did_you_mean(str(key), model.model_fields)}")
-        section = _section_type(field.annotation)
+        section = section_type(field.annotation)
         if section is None:
             continue
         named = get_origin(field.annotation) is dict  # sections by a name that is the file's own
@@ -103,7 +103,7 @@ def _refuse_unknown(data: Mapping[str, Any], model: type[BaseModel], path: str, 
                 _refuse_unknown(part, section, below, file)
 
 
-def _section_type(annotation: Any) -> type[BaseModel] | None:
+def section_type(annotation: Any) -> type[BaseModel] | None:
     candidates = [annotation, *getattr(annotation, "__args__", ())]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 

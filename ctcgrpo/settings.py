@@ -15,7 +15,6 @@ from ctcgrpo.recipe import Recipe
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.runner import Play
 from ctcgrpo.sharding import FSDP2, sharding_arguments
-from ctcgrpo.training.samples import CreditOptions
 from ctcgrpo.training.trainer import UpdateOptions
 
 _PATIENCE = 4 * 3600
@@ -35,6 +34,11 @@ def play_settings(recipe: Recipe) -> Play:
     )
 
 
+def template_kwargs(recipe: Recipe) -> dict[str, Any]:
+    """What the chat template is rendered with."""
+    return {"enable_thinking": recipe.policy.reasons, **recipe.policy.template_kwargs}
+
+
 def context_builder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> ContextBuilder:
     """Raises PolicyError for a chat template that cannot serve."""
     return ContextBuilder(
@@ -43,24 +47,7 @@ def context_builder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: fr
         max_prompt_tokens=recipe.rollout.max_prompt_tokens,
         reasoning=recipe.policy.reasoning_context,
         persona_sections=recipe.policy.persona_sections,
-        template_kwargs={"enable_thinking": recipe.policy.reasons},
-    )
-
-
-def credit_options(recipe: Recipe) -> CreditOptions:
-    credit, scoring = recipe.credit, recipe.scoring
-    return CreditOptions(
-        alpha=credit.alpha,
-        centering=credit.centering,
-        credit=credit.credit,
-        gamma=credit.gamma,
-        center_weights=credit.center_weights,
-        scale=credit.scale,
-        std_min=credit.std_min,
-        shuffle=credit.shuffle,
-        shuffle_seed=recipe.run.seed,
-        turn_weights=scoring.turn_weights,
-        shaping=(scoring.no_reasoning_penalty, scoring.fault_penalty) if recipe.policy.reasons else None,
+        template_kwargs=template_kwargs(recipe),
     )
 
 
@@ -71,6 +58,8 @@ def update_options(recipe: Recipe) -> UpdateOptions:
         tokens_per_row=training.tokens_per_row,
         packing=training.packing,
         clip=training.clip,
+        dual_clip=training.dual_clip,
+        loss_weights=training.loss_weights,
         entropy_bonus=training.entropy_bonus,
         recorded_logprobs=training.old_logprobs == "recorded",
         max_failed=recipe.rollout.max_failed,

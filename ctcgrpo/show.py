@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ctcgrpo.errors import OutputError
+from ctcgrpo.evaluation.played import eibench_on, in_words
+from ctcgrpo.folders import require_folder
 from ctcgrpo.intervals import means
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.run_records import (
@@ -23,9 +25,9 @@ from ctcgrpo.run_records import (
     disagreement,
     read_dialogues,
     read_summary,
-    read_validations,
     same,
 )
+from ctcgrpo.validation import read_validations
 
 Trace = Mapping[str, Any]
 """run_records.Dialogue."""
@@ -60,7 +62,7 @@ def typical_scenario(before: Sequence[Trace], after: Sequence[Trace]) -> str:
 def show_run(path: Path, console: Console, *, scenario: str | None = None) -> None:
     """Print a finished run, and what is wrong with its files. Raises OutputError for a folder that holds none, for figures that are
     damaged, and for a scenario that it did not play."""
-    folder = RunFolder(path)
+    folder = RunFolder(require_folder(path))
     file = path / "summary.json"
     summary = read_summary(path, Summary)
     if summary is None:
@@ -75,6 +77,10 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
         raise OutputError(f"scenario {chosen!r} was not played before and after; played were {known}")
     console.print(_table(summary, speech(before), speech(after)))
     console.print(f"{_improvement(summary.improvement)}\n", highlight=False)
+    if summary.settings is not None:  # runs of earlier versions recorded none
+        settings: dict[str, Any] = {**summary.settings}
+        measured = eibench_on(settings.pop("data_set"))
+        console.print(f"{measured}: {in_words(settings)}\n", markup=False, highlight=False, soft_wrap=True)
     console.print(_dialogues(_typical(before, chosen), _typical(after, chosen), console.width))
     console.print(
         f"trained policy  {folder.final}\nuntrained       {folder.base if folder.base.exists() else 'as the recipe names it'}\n"

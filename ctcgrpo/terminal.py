@@ -48,4 +48,4 @@ class Terminal(Console):
 
 def say(text: object, file: TextIO | None = None) -> None:
     """Print a line as plain text, to standard output by default."""
-    print(printable(str(text)), file=file)
+    print(printable(str(text)), file=file, flush=True)

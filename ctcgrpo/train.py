@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,21 +14,38 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
+from trl import GRPOConfig
 from trl.trainer.utils import ensure_master_addr_port
 
 from ctcgrpo import __version__
+from ctcgrpo.data_digest import data_changes, folder_digest, scenarios_digest
 from ctcgrpo.errors import (
     CtcGrpoError,
+    OutputError,
     PolicyError,
     RecipeError,
     RunInterrupted,
     RunPaused,
     TooManyFailures,
+    TrainingDiverged,
 )
-from ctcgrpo.policy.loading import build_builtin, check_positions, load_tokenizer, pinned, stop_ids
-from ctcgrpo.processes import interrupts, on_main
+from ctcgrpo.evaluation.played import validation_settings
+from ctcgrpo.files import file_digest
+from ctcgrpo.folders import check_model
+from ctcgrpo.policy.adapter import refuse_tied_targets
+from ctcgrpo.policy.loading import (
+    LOAD_ERRORS,
+    build_builtin,
+    check_fits,
+    load_config,
+    load_tokenizer,
+    pinned,
+    stop_ids,
+)
+from ctcgrpo.processes import STOP_SECONDS, interrupts, on_main
 from ctcgrpo.progress import RunProgress
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Episode, Scenario
@@ -38,19 +56,31 @@ from ctcgrpo.rollout.traces import TraceWriter
 from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
 from ctcgrpo.rollout.vllm_adapter import ColocatedVllm, ServerWeights
 from ctcgrpo.rollout.vllm_server import VllmServerEngine
-from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.run_folder import RunFolder, disk_problem
 from ctcgrpo.scenarios import load_scenarios, load_scenes
-from ctcgrpo.settings import context_builder, credit_options, lora_config, play_settings, trainer_arguments, update_options
+from ctcgrpo.settings import (
+    context_builder,
+    lora_config,
+    play_settings,
+    template_kwargs,
+    trainer_arguments,
+    update_options,
+)
 from ctcgrpo.sharding import check_launcher, deepspeed_stage, sharding_arguments
 from ctcgrpo.simulator.choice import check_patience, introduced
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, load_simulator_config
 from ctcgrpo.simulator.logs import json_log
+from ctcgrpo.simulator.scripted.backend import ScriptedBackend
+from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.tracking import tracker_of
-from ctcgrpo.training.schedule import step_schedule
+from ctcgrpo.training.samples import credit_options
+from ctcgrpo.training.schedule import learning_rate_at, step_schedule
 from ctcgrpo.training.trainer import CtcGrpoTrainer
 from ctcgrpo.validation import Validator
+
+_EPISODES = "episodes"
 
 
 def train(recipe: Recipe) -> Path:
@@ -59,8 +89,14 @@ def train(recipe: Recipe) -> Path:
     Raises the errors of `ctcgrpo.errors`: what would fail later fails here, before anything is loaded; what happens on
     the way (Ctrl-C, too many failed episodes) leaves a checkpoint to go on from.
     """
-    with contextlib.ExitStack() as stack:
-        return _Run(recipe, stack).to_the_end()
+    try:
+        with contextlib.ExitStack() as stack:
+            return _Run(recipe, stack).to_the_end()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (reason := disk_problem(error)) is None:
+            raise
+        free = "free some space there, and the same command again resumes from there"
+        raise OutputError(f"cannot write to {recipe.folder}: {reason}. {_saved(RunFolder(recipe.folder))}; {free}") from None
 
 
 class _Run:
@@ -107,17 +143,34 @@ class _Run:
         )
         on_main(self._state, lambda: stack.enter_context(self._folder.held(self._progress.say)))
         self._resume: Path | None = on_main(self._state, lambda: self._folder.open(recipe))
+        resumes = "starts" if self._resume is None else f"resumes from {self._resume.name}"
+        self._progress.say(
+            f"{recipe.run.name} {resumes}: policy {recipe.policy.model}, {len(self._scenarios)} scenarios to train on, "
+            f"{len(held_out)} held out"
+        )
         sharding = sharding_arguments(recipe.training.sharding)
         on_main(self._state, lambda: self._folder.keep_to("sharding.json", sharding, resumes=self._resume is not None))
         for broken in on_main(self._state, self._folder.passed_over):
             self._progress.say(f"passing over {broken}")
         policy = recipe.policy
+        data = self._data(held_out)
+        on_main(
+            self._state,
+            lambda: self._folder.keep_to("data.json", data, resumes=self._resume is not None, compare=data_changes),
+        )
         model: str = on_main(self._state, lambda: self._build_policy())
-        tokenizer = load_tokenizer(model, policy.revision)
-        ends = stop_ids(model, tokenizer, policy.revision)
+        tokenizer = load_tokenizer(model, policy.revision, policy.chat_template)
+        longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens
+        config, adapter = load_config(model, policy.revision), lora_config(recipe)
+        check_fits(config, tokenizer, longest, policy.model)
+        if adapter is not None:
+            refuse_tied_targets(config, adapter)
+        ends = stop_ids(model, tokenizer, policy.revision, template_kwargs(recipe))
         contexts = context_builder(recipe, tokenizer, ends)
-        contexts.check([*self._scenarios, *held_out])
-        check_positions(model, recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens, policy.revision)
+        played = [*self._scenarios, *held_out]
+        contexts.check(played)
+        for note in contexts.notes(played):
+            self._progress.say(note)
         urls = self._simulator_urls(stack, [*self._scenarios, *held_out])
         simulator = SimulatorClient(
             urls,
@@ -130,15 +183,21 @@ class _Run:
         says = {k: v for k, v in self._simulator_says.items() if k not in ("status", "version", "deadline")}
         on_main(self._state, lambda: self._folder.keep_to("simulator.json", says, resumes=self._resume is not None))
         check_patience(self._simulator_says, recipe.simulator.timeout)
+        if self._simulator_says.get("backend") == ScriptedBackend.name:
+            for scenarios, what in ((self._scenarios, "training scenarios"), (held_out, "held-out scenarios")):
+                if warning := unscripted_warning(scenarios, what):
+                    self._progress.say(f"warning: {warning}")
+        self._phase = "the start of the run"
+        self._seconds_update = math.nan
         self._tracker = tracker_of(recipe, is_main=self._state.is_main_process)
         stack.callback(self._tracker.close)
-        interrupted = stack.enter_context(interrupts(self._progress.say))
+        interrupted = stack.enter_context(interrupts(self._progress.say, self._describe_wait))
         self._trainer = self._make_trainer(
             model=model,
             args=arguments,
             train_dataset=_data_set(recipe, self._scenarios),
             processing_class=tokenizer,
-            peft_config=lora_config(recipe),
+            peft_config=adapter,
             collect=self._collect,
             confirm=lambda: self._together(self._engine.confirm),
             before_step=self._validate_when_due,
@@ -148,6 +207,8 @@ class _Run:
             callbacks=[_Bookkeeping(self)],
         )
         self._trainer.remove_callback(PrinterCallback)
+        if steps := on_main(self._state, lambda: self._folder.extended_from(recipe)):
+            self._progress.say(_extension(arguments, steps * recipe.training.updates_per_step, recipe))
         self._engine: PolicyEngine = self._make_engine(tokenizer, ends, interrupted)
         stack.callback(self._engine.close)
         self._runner = RolloutRunner(
@@ -161,10 +222,22 @@ class _Run:
         )
         self._validator = self._make_validator(held_out) if recipe.validation else None
 
+    def _data(self, held_out: Sequence[Scenario]) -> dict[str, dict[str, str]]:
+        """Digests of what the run plays and starts from, by the field that names it."""
+        recipe, policy = self._recipe, self._recipe.policy
+        data = {"scenarios.train": scenarios_digest(self._scenarios)}
+        if recipe.validation:
+            data["validation.scenarios"] = scenarios_digest(held_out)
+        if not policy.model.startswith("builtin/") and (folder := Path(policy.model)).is_dir():
+            data["policy.model"] = folder_digest(folder)
+        if policy.chat_template is not None and policy.chat_template.is_file():
+            data["policy.chat_template"] = {policy.chat_template.name: file_digest(policy.chat_template)}
+        return data
+
     def _make_trainer(self, **parts: Any) -> CtcGrpoTrainer:
         try:
             return CtcGrpoTrainer(**parts)
-        except (OSError, ValueError, ImportError) as error:
+        except (*LOAD_ERRORS, ImportError) as error:
             where = f"policy (model {self._recipe.policy.model!r}, attention, lora)"
             raise PolicyError(f"{where}: {str(error).splitlines()[0]}") from None
 
@@ -212,11 +285,13 @@ class _Run:
             stop_ids=ends,
             max_batch=rollout.max_batch,
             autocast=trainer.accelerator.autocast,
+            interrupted=interrupted,
         )
         return ContinuousEngine(batcher, interrupted=interrupted)
 
     def _build_policy(self) -> str:
         """A builtin policy is built anew for a run that starts, and taken as it is by one that goes on."""
+        check_model(self._recipe.policy.model, "policy.model")
         return build_builtin(
             pinned(self._recipe.policy.model, self._recipe.policy.revision),
             self._folder.base.resolve(),
@@ -231,12 +306,16 @@ class _Run:
             trainer.train(resume_from_checkpoint=str(self._resume) if self._resume else None)
             if trainer.stop_requested:
                 raise RunInterrupted("interrupted")
+            trainer.refuse_nonfinite_weights()
             if self._validator:
                 self._validator.validate(self._recipe.training.max_steps)
         except (RunPaused, TooManyFailures) as error:
             progress.stop()
+            progress.say("saving a checkpoint")
             trainer.save_now()
             raise type(error)(f"{error}. {self._how_to_go_on()}") from None
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"{error}. {self._how_to_start_over()}") from None
         finally:
             progress.stop()
         trainer.save_model(str(folder.final))
@@ -245,11 +324,13 @@ class _Run:
                 facts = {
                     "run": self._recipe.run.name,
                     "scoring_variant": self._recipe.scoring.variant,
+                    "settings": validation_settings(self._recipe),
                     "simulator": {**self._simulator_says, "spent": asyncio.run(_account(self._simulator))},
                     "version": __version__,
                 }
                 folder.write_summary(self._validator.summary(**facts))
             folder.finish()
+            folder.settle_best(self._recipe.training.max_steps)
         trainer.accelerator.wait_for_everyone()
         self._engine.close()  # while the processes' groups exist: vLLM has some of its own in them
         trainer.accelerator.end_training()
@@ -260,26 +341,37 @@ class _Run:
         """Training begins after `step` batches of rollouts: forget what lies beyond."""
         on_main(self._state, lambda: self._folder.begin(self._recipe, step))
         if self._validator:
-            self._validator.rewind(step, on_main(self._state, lambda: self._kept_best(step)))
+            self._validator.rewind(step, on_main(self._state, lambda: self._folder.rewind_best(step)))
         self._progress.start(step)
-
-    def _kept_best(self, step: int) -> int | None:
-        """The step of the policy in best/, which goes when it belongs to steps that will be run again."""
-        if (self._folder.best_step or 0) > step:
-            self._folder.discard_best()
-        return self._folder.best_step
 
     def _keep_best(self, step: int) -> None:
         saved = self._folder.path / "best.partial"
         self._trainer.save_model(str(saved))
         self._trainer.accelerator.wait_for_everyone()
         on_main(self._state, lambda: self._folder.take_best(saved, step))
+        self.saved()
+
+    def saved(self) -> None:
+        """A checkpoint may be newer than before."""
+
+        def settle() -> None:
+            newest = self._folder.newest_checkpoint()
+            steps = 0 if newest is None else int(newest.name.rpartition("-")[2]) // self.updates_per_step
+            self._folder.settle_best(steps)
+
+        on_main(self._state, settle)
 
     def logged(self, step: int, metrics: dict[str, Any]) -> None:
         if self._state.is_main_process:
+            self._seconds_update = metrics.get("seconds/update", math.nan)
             self._folder.append_metrics({"step": step, **metrics})
             self._tracker.metrics(step, metrics)
             self._progress.step(step, metrics)
+            if metrics["replies/empty"] == 1:
+                self._progress.say(
+                    f"step {step}: every reply is empty: the policy ends each one at once, so there is nothing to learn from; "
+                    "lower training.learning_rate, or start from an earlier checkpoint"
+                )
 
     @property
     def trainer(self) -> CtcGrpoTrainer:
@@ -308,11 +400,23 @@ class _Run:
             write(episode)
             self._progress.episode(episode)
 
+        self._phase = f"handing the policy's weights to the {self._recipe.rollout.engine} engine"
         self._together(lambda: self._engine.take_weights(self._trainer.state.global_step))
+        self._phase = _EPISODES
         try:
             return asyncio.run(runner.run(slots, on_episode))
         finally:
             self._engine.rest()
+            updates = self.updates_per_step
+            number = "the update" if updates == 1 else f"the {updates} updates"
+            self._phase = f"{number} of step {self._trainer.rollout_step + 1}"
+
+    def _describe_wait(self) -> str:
+        """What a run that is asked to stop waits for, and for how long."""
+        if self._phase == _EPISODES:
+            return f"giving up {self._runner.awaited} (at most {STOP_SECONDS} s), then saving"
+        took = "" if math.isnan(self._seconds_update) else f" (the last one took {self._seconds_update:.0f} s)"
+        return f"waiting for {self._phase}{took}, then saving"
 
     def _together(self, do: Callable[[], None]) -> None:
         """What a part of the processes cannot do fails on all of them: none must wait for one that is gone."""
@@ -374,9 +478,19 @@ class _Run:
             self._validator.validate(step)
 
     def _how_to_go_on(self) -> str:
+        return f"{_saved(self._folder)}; the same command again resumes from there"
+
+    def _how_to_start_over(self) -> str:
         checkpoint = self._folder.newest_checkpoint()
-        saved = f"Saved {checkpoint}" if checkpoint else "Nothing was trained yet"
-        return f"{saved}; the same command again goes on from there"
+        if checkpoint is None:
+            return "Nothing was saved; start again with the mended recipe"
+        again = f"policy.model={checkpoint} run.name=NAME"
+        return f"The last good checkpoint is {checkpoint}; start another run from it with the mended recipe: {again}"
+
+
+def _saved(folder: RunFolder) -> str:
+    checkpoint = folder.newest_checkpoint()
+    return f"Saved {checkpoint}" if checkpoint else "Nothing was saved yet"
 
 
 def _alone() -> None:
@@ -385,6 +499,15 @@ def _alone() -> None:
         os.environ.setdefault(name, "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     ensure_master_addr_port()
+
+
+def _extension(arguments: GRPOConfig, before: int, recipe: Recipe) -> str:
+    """What becomes of the schedule in a run that is given more steps; `before`: the optimizer steps that it was to have."""
+    rate, length = learning_rate_at(arguments, before), f"{recipe.training.max_steps} steps"
+    return (
+        f"resuming with training.max_steps {before // recipe.training.updates_per_step} -> {recipe.training.max_steps}: the "
+        f"{recipe.training.schedule} schedule now spans {length}; the learning rate behind the earlier end is {rate:.3g}"
+    )
 
 
 def _data_set(recipe: Recipe, scenarios: Sequence[Scenario]) -> Dataset:
@@ -413,6 +536,9 @@ class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if "outcome/all" in logs:
             self._run.logged(state.global_step // self._run.updates_per_step, logs)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._run.saved()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._run.trainer.stop_requested:

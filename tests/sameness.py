@@ -30,7 +30,7 @@ from ctcgrpo.scoring import outcome_score
 from ctcgrpo.sharding import sharding_arguments
 from ctcgrpo.training.rows import Row
 from ctcgrpo.training.samples import CreditOptions
-from ctcgrpo.training.trainer import CtcGrpoTrainer, UpdateOptions
+from ctcgrpo.training.trainer import CtcGrpoTrainer, LossWeights, UpdateOptions
 from ctcgrpo.training.tree_attention import Packing
 
 GROUPS, GROUP_SIZE, STEPS = 2, 4, 2
@@ -197,6 +197,7 @@ def build_trainer(
     packing: Packing = "auto",
     callbacks: Any = (),
     peft_config: Any = None,
+    loss_weights: LossWeights = "token",
     **config: Any,
 ) -> CtcGrpoTrainer:
     """The trainer on the fixed episodes, each process with its contiguous share of them."""
@@ -245,6 +246,7 @@ def build_trainer(
             tokens_per_row=tokens_per_row,
             packing=packing,
             clip=CLIP,
+            loss_weights=loss_weights,
             entropy_bonus=ENTROPY_BONUS,
             recorded_logprobs=updates == 1,
             max_failed=max_failed,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.naming import did_you_mean
+from ctcgrpo.naming import nearest
 
 Kind = Literal["role-play", "drafting", "analysis"]
 MOST = 20
@@ -106,8 +106,16 @@ EQBENCH3 = Bench(
 BENCHES: Mapping[str, Bench] = {bench.name: bench for bench in (EIBENCH, SAGE, EQBENCH3)}
 
 
+def _meant(name: str) -> str:
+    match = nearest(name, BENCHES)
+    return f"; did you mean {match!r}?" if match else ""
+
+
 def named(name: str) -> Bench:
     """Raises RecipeError for a benchmark that there is not."""
     if name not in BENCHES:
-        raise RecipeError(f"benchmark {name!r} is unknown; {did_you_mean(name, BENCHES)}")
+        raise RecipeError(
+            f"{name!r} is neither a benchmark ({', '.join(BENCHES)}) nor the folder of a run{_meant(name)}; "
+            "`ctcgrpo evaluate --help` shows both forms"
+        )
     return BENCHES[name]

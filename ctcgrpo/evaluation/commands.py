@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from ctcgrpo.errors import GateFailed, OutputError, RecipeError, TooManyFailures, too_many_failed
 from ctcgrpo.evaluation.benches import BENCHES, named
 from ctcgrpo.evaluation.compare import compared, most_changed
 from ctcgrpo.evaluation.leaderboard import ranked
+from ctcgrpo.evaluation.played import Trained, title_of, trained_as
 from ctcgrpo.evaluation.report import print_comparison, print_leaderboard, print_summary
 from ctcgrpo.evaluation.rescoring import rescored
 from ctcgrpo.evaluation.results import summarise, write_results
-from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.folders import is_model, require_folder, require_run
+from ctcgrpo.naming import is_path
+from ctcgrpo.startup import announce_loading
 from ctcgrpo.terminal import Terminal, say
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 _OUT = Path("checkpoints") / "evaluations"
 _MAX_FAILED = 0.5
+_AS_TRAINED = "-as-trained"
+"""What an evaluation's folder ends with that takes a run's settings: the same policy with others has a folder too."""
 
 Given = dict[str, Any]
 """What stands on the command line, by name; what does not stand there is left out."""
@@ -91,8 +96,17 @@ def evaluate(
     display: Annotated[
         Literal["full", "rich", "plain", "none"] | None, typer.Option(help="Inspect's display while it plays.")
     ] = None,
+    as_trained: Annotated[
+        bool | None,
+        typer.Option(
+            "--as-trained", help="eibench: a run's policy with the settings of its own validations, unless options differ."
+        ),
+    ] = None,
 ) -> None:
-    """Evaluate a model on a benchmark; the same command goes on where it was interrupted, and plays again what failed."""
+    """Evaluate a model, or a run's base and final policy, on a benchmark.
+
+    The same command resumes an evaluation that was interrupted, and repeats the dialogues that failed.
+    """
     console = _console()
     given: Given = {
         name: value for name, value in locals().items() if name not in ("bench", "console") and value is not None
@@ -101,6 +115,8 @@ def evaluate(
         _only(given, _OF_RUN, "a run's folder")
         _evaluate_run(Path(bench), given, console)
         return
+    if is_path(bench):
+        require_folder(Path(bench))
     known = named(bench)
     if rescore is not None:
         if bench not in _OF_RESCORING:
@@ -112,8 +128,13 @@ def evaluate(
         raise RecipeError("--model is missing: a policy's folder, or PROVIDER/NAME")
     if run is not None:
         raise RecipeError("--run is for --rescore of eqbench3")
-    wanted = _wanted(known.name, model, given)
-    summary = _play(given)(wanted, out or _OUT / known.name / _slug(wanted.model))
+    play = _play(given)
+    trained = trained_as(Path(model))
+    wanted = _wanted(known.name, model, given, trained)
+    if trained is not None:
+        _announce(trained, wanted, given, console)
+    play_as = f"{_slug(wanted.model)}{_AS_TRAINED if as_trained else ''}"
+    summary = play(wanted, out or _OUT / known.name / play_as)
     print_summary(summary, console)
     _judge(summary, fail_under)
 
@@ -124,18 +145,20 @@ def compare(
         Path | None, typer.Option(help="The folder for the picture and the page; the last evaluation's by default.")
     ] = None,
     dialogues: Annotated[int, typer.Option(min=0, help="How many of those that changed most, in each direction.")] = 3,
-    mixed: Annotated[bool, typer.Option("--mixed", help="Although simulator, judge or variant differ.")] = False,
+    mixed: Annotated[bool, typer.Option("--mixed", help="Although simulator, judge, variant or rounds differ.")] = False,
 ) -> None:
-    """Compare evaluations scenario by scenario: differences with intervals, a forest plot, the dialogues that changed most."""
+    """Compare evaluations by paired differences, with a plot and the dialogues that changed most."""
     _compare(compared(folders, mixed=mixed), out or folders[-1], dialogues, _console())
 
 
-def leaderboard(folder: Annotated[Path, typer.Argument(help="Where evaluations are, at any depth.")] = _OUT) -> None:
-    """Rank the models of all evaluations below a folder, for each benchmark and each way of playing it."""
+def leaderboard(
+    folder: Annotated[Path, typer.Argument(help="Where evaluations are, at any depth, inside runs too.")] = _OUT.parent,
+) -> None:
+    """Rank the models of all evaluations in a folder, inside runs too."""
     print_leaderboard(ranked(folder), _console())
 
 
-def _console() -> Console:
+def _console() -> Terminal:
     return Terminal(120)
 
 
@@ -154,6 +177,7 @@ def _option(name: str) -> str:
 
 
 def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
+    announce_loading("evaluating", "Inspect AI")
     try:
         from ctcgrpo.evaluation.run import evaluate as played
     except ImportError as error:
@@ -196,12 +220,18 @@ def _others(bench: str, given: Given) -> tuple[dict[str, str], Given]:
     return {other: model_name(name, _option(other))}, {}
 
 
-def _wanted(bench: str, model: str, given: Given) -> Evaluation:
+def _wanted(bench: str, model: str, given: Given, trained: Trained | None) -> Evaluation:
     """Raises RecipeError for an option that the benchmark does not have."""
     from ctcgrpo.evaluation.run import Evaluation, model_name, settled, task_options
 
     roles, played = _others(bench, given)
-    task = {**_task(given), **played}
+    task, generation = {**_task(given), **played}, _generation(given)
+    if given.get("as_trained"):
+        if bench != "eibench" or trained is None:
+            why = f"is not for {bench}" if bench != "eibench" else f"needs a policy in a run's folder, and {model} is none"
+            raise RecipeError(f"--as-trained {why}; name the folder of a run: --model checkpoints/RUN/best")
+        of_run = {name: value for name, value in trained.task.items() if name != "simulator" or not roles}
+        task, generation = {**of_run, **task}, {**trained.sampling, **generation}
     if unknown := sorted(set(task) - set(task_options(bench))):
         raise RecipeError(f"{_option(unknown[0])} is not for {bench}, which has {', '.join(task_options(bench))}")
     if not roles and "simulator" not in task:
@@ -210,11 +240,37 @@ def _wanted(bench: str, model: str, given: Given) -> Evaluation:
         bench=bench,
         model=model_name(model),
         task=task,
-        generation=_generation(given),
+        generation=generation,
         roles=roles,
         model_args=settled(given.get("model_arg", [])),
         limit=given.get("limit"),
     )
+
+
+def _announce(trained: Trained, wanted: Evaluation, given: Given, console: Terminal) -> None:
+    """Print how a run's policy was trained; and, where it is not evaluated so, what differs and the command that does."""
+    lines = [trained.told]
+    if wanted.bench == "eibench":
+        from ctcgrpo.evaluation.run import settings_before
+
+        if unlike := trained.differences(settings_before(wanted)):
+            lines.append(f"this evaluation is not comparable with its validations: {'; '.join(unlike)}")
+            lines.append(f"with the run's settings: {_command_as_trained(trained, given)}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _command_as_trained(trained: Trained, given: Given) -> str:
+    """The same command with the run's settings, in a folder of its own."""
+    words = ["ctcgrpo", "evaluate", "eibench"]
+    for name, value in given.items():
+        if name in trained.task or name in trained.sampling or name in ("as_trained", "official"):
+            continue
+        if name == "out":
+            value = f"{value}{_AS_TRAINED}"
+        for one in value if isinstance(value, list) else [value]:
+            words += [_option(name), *map(str, one if isinstance(one, tuple) else (one,))]
+    return shlex.join([*words, "--as-trained"])
 
 
 def _judge(summary: Mapping[str, Any], fail_under: float | None, *, again: bool = True) -> None:
@@ -225,17 +281,24 @@ def _judge(summary: Mapping[str, Any], fail_under: float | None, *, again: bool 
     mean = summary["score"]["mean"]
     if fail_under is not None and mean < fail_under:
         bench = named(summary["bench"])
-        raise GateFailed(f"{summary['model']} has {bench.shown(mean)} on {bench.title}, below {bench.shown(fail_under)}")
+        raise GateFailed(
+            f"{summary['model']} has {bench.shown(mean)} ({title_of(summary)}), below {bench.shown(fail_under)}"
+        )
 
 
-def _evaluate_run(run: Path, given: Given, console: Console) -> None:
+def _evaluate_run(run: Path, given: Given, console: Terminal) -> None:
     """Base and final policy of a run, as its validation plays them unless options say otherwise, and their comparison."""
+    if is_model(run):
+        raise RecipeError(f"{run} is a policy's folder; `ctcgrpo evaluate eibench --model {run}` evaluates it")
+    folder = require_run(run)
     play = _play(given)
     from ctcgrpo.evaluation.of_run import evaluations_of
 
     roles, played = _others("eibench", given)
     task = {**_task(given), **played}
-    wanted = evaluations_of(RunFolder(run), task, _generation(given), roles, given.get("limit"))
+    wanted = evaluations_of(folder, task, _generation(given), roles, given.get("limit"))
+    if (trained := trained_as(folder.final)) is not None:
+        console.print(trained.told, markup=False, highlight=False, soft_wrap=True)
     out = given.get("out") or run / "evaluations"
     folders = {which: out / f"{evaluation.bench}-{which}" for which, evaluation in wanted.items()}
     summaries = [play(evaluation, folders[which]) for which, evaluation in wanted.items()]
@@ -245,7 +308,7 @@ def _evaluate_run(run: Path, given: Given, console: Console) -> None:
     _judge(summaries[-1], given.get("fail_under"))
 
 
-def _compare(found: Mapping[str, Any], out: Path, dialogues: int, console: Console) -> None:
+def _compare(found: Mapping[str, Any], out: Path, dialogues: int, console: Terminal) -> None:
     print_comparison(found, console)
     try:
         from ctcgrpo.evaluation.forest import write_comparison
@@ -256,7 +319,7 @@ def _compare(found: Mapping[str, Any], out: Path, dialogues: int, console: Conso
     console.print(f"picture and page: {', '.join(map(str, written))}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _rescore(bench: str, given: Given, console: Console) -> None:
+def _rescore(bench: str, given: Given, console: Terminal) -> None:
     results, facts = rescored(bench, given["rescore"], other=given.get("simulator"), run=given.get("run"))
     summary = summarise(named(bench), results, facts)
     if (out := given.get("out")) is not None:

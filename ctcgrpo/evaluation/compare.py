@@ -7,23 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo.errors import OutputError
+from ctcgrpo.evaluation.played import in_words, settings_of, shown_name, shown_value, title_of
 from ctcgrpo.evaluation.report import other_of
 from ctcgrpo.evaluation.results import RESULTS, SUMMARY, Result, read_results, read_summary
 from ctcgrpo.intervals import interval, paired
 
-_DECIDING = ("other", "data", "generation", "limit")
-"""What of a summary figures depend on, beside the model and the task's arguments."""
-_PLACES = ("data", "scenarios", "rescored")
-"""Arguments that say where something is, not what it is."""
+_DECIDING = ("other", "data")
+"""What of a summary figures depend on, beside the model and the settings: who plays or judges, and a digest of the data."""
+_MEANING = ("variant", "rounds")
+"""Settings without which two scores mean other things; how a model is sampled may be what is compared."""
 
 
 def compared(folders: Sequence[Path], names: Sequence[str] | None = None, *, mixed: bool = False) -> dict[str, Any]:
     """The comparison of evaluations with the first: `baseline`, `others` (each with what it was and is over the scenarios that
     both have, the paired difference, its 95 % interval, and the same by group), `other` (who played the simulator or the judge),
-    and `warnings` of what else differs between them.
+    `title` with the data set, `settings` that all of them share, and `warnings` of what else differs between them.
 
     Raises OutputError for fewer than two, for folders that hold no evaluation, for different benchmarks or no scenario in common,
-    and, unless they may be `mixed`, for another simulator, judge or scoring variant: such scores mean other things.
+    and, unless they may be `mixed`, for another simulator, judge, scoring variant or number of rounds: such scores mean other
+    things.
     """
     if len(folders) < 2:
         raise OutputError("name at least two evaluations to compare")
@@ -42,7 +44,9 @@ def compared(folders: Sequence[Path], names: Sequence[str] | None = None, *, mix
             )
     return {
         "bench": first["bench"],
-        "other": " / ".join(dict.fromkeys(map(_meaning, summaries))),
+        "title": " / ".join(dict.fromkeys(map(title_of, summaries))),
+        "settings": in_words(_shared(summaries)) or "none in common",
+        "other": " / ".join(dict.fromkeys(map(other_of, summaries))),
         "baseline": {"name": names[0], "folder": str(folders[0])},
         "others": [
             _against(first, summary, folders[0], folder, name)
@@ -53,8 +57,14 @@ def compared(folders: Sequence[Path], names: Sequence[str] | None = None, *, mix
 
 
 def _meaning(summary: Mapping[str, Any]) -> str:
-    variant = summary["task"].get("variant")
-    return other_of(summary) + (f", variant {variant}" if variant else "")
+    settings = settings_of(summary)
+    return ", ".join([other_of(summary), *(f"{name} {settings[name]}" for name in _MEANING if name in settings)])
+
+
+def _shared(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings that are the same in all."""
+    first, *others = map(settings_of, summaries)
+    return {name: value for name, value in first.items() if all(name in o and o[name] == value for o in others)}
 
 
 def _against(first: Mapping[str, Any], other: Mapping[str, Any], a: Path, b: Path, name: str) -> dict[str, Any]:
@@ -97,10 +107,11 @@ def _warnings(names: Sequence[str], summaries: Sequence[Mapping[str, Any]]) -> l
         for part in _DECIDING:
             if summary.get(part) != first.get(part):
                 found.append(f"{part} differs: {names[0]} has {_short(first.get(part))}, {name} {_short(summary.get(part))}")
-        ours, theirs = ({k: v for k, v in s["task"].items() if k not in _PLACES} for s in (first, summary))
+        ours, theirs = settings_of(first), settings_of(summary)
         found += [
-            f"{key} differs: {names[0]} has {_short(ours.get(key))}, {name} {_short(theirs.get(key))}"
-            for key in sorted({*ours, *theirs})
+            f"{shown_name(key)} differs: {names[0]} has {_short(shown_value(key, ours.get(key)))}, "
+            f"{name} {_short(shown_value(key, theirs.get(key)))}"
+            for key in dict.fromkeys([*ours, *theirs])
             if ours.get(key) != theirs.get(key)
         ]
         missing = len(set(first["scenarios"]) ^ set(summary["scenarios"]))

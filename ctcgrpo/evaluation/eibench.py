@@ -33,6 +33,8 @@ from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
 
 _NEED_A_USER = ("anthropic/", "google/")
 """Providers that refuse messages without one of a user."""
+SAMPLING = GenerateConfig(temperature=0.6, top_p=0.95, max_tokens=1024)
+"""How a model is sampled where nobody says otherwise."""
 
 
 @task
@@ -46,7 +48,7 @@ def eibench(
     official: str | None = None,
     opener: str | None = None,
 ) -> Task:
-    """EIBench on a set of scenarios.
+    """The task of EIBench on a set of scenarios; EIBench's own are eibench/test.
 
     Args:
       scenarios: a path, a bundled pack (english/test) or a dataset under $CTCGRPO_DATA (eibench/test: the 213 published ones).
@@ -73,7 +75,7 @@ def eibench(
         dataset=MemoryDataset(samples, name=scenarios),
         solver=_conversing({s.id: s for s in found}, user, rounds, seed),
         scorer=_judging({s.id: s for s in found}, variant),
-        config=GenerateConfig(temperature=0.6, top_p=0.95, max_tokens=1024),
+        config=SAMPLING,
         epochs=Epochs(repeats, "mean"),
         fail_on_error=False,
     )

@@ -121,8 +121,9 @@ def _picture(found: Mapping[str, Any]) -> bytes:
         label.set_parse_math(False)
     axes.invert_yaxis()
     told = [
-        f"{bench.title} score, difference to {found['baseline']['name']} (paired, 95 % interval)",
+        f"{found['title']}: score, difference to {found['baseline']['name']} (paired, 95 % interval)",
         f"{bench.other}: {found['other']}",
+        f"settings: {found['settings']}",
         *(f"mind: {warning}" for warning in found["warnings"]),
     ]
     axes.set_xlabel("\n".join(_short(line, 110) for line in told), parse_math=False)

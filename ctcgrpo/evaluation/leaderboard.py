@@ -1,43 +1,36 @@
-"""Many evaluations ranked: a board for each benchmark and each way of playing it, since a score under another simulator, judge or
-scoring variant means another thing."""
+"""Many evaluations ranked: a board for each benchmark and each way of playing it, since a score on another data set,
+under another simulator or judge, or with other settings means another thing."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ctcgrpo.errors import OutputError
+from ctcgrpo.evaluation.played import in_words, settings_of, title_of
 from ctcgrpo.evaluation.report import other_of
 from ctcgrpo.evaluation.results import RESULTS, SUMMARY, read_summary
-
-_APART = ("simulator", "seed", "data", "scenarios", "rescored")
-"""Arguments of a task that are told otherwise (by `other` and `data`), or that decide no score's meaning."""
+from ctcgrpo.folders import require_folder
 
 
 def ranked(folder: Path) -> list[dict[str, Any]]:
-    """A board for each benchmark and way of playing it: its `bench`, `other` (simulator or judge), `settings`, `groups`, and
-    `entries` from the best to the worst. Raises OutputError where there is no evaluation below the folder, and for one that
-    cannot be read."""
+    """A board for each benchmark and way of playing it: its `bench`, `title` (with the data set), `other` (simulator or judge),
+    `settings`, `groups`, and `entries` from the best to the worst. Raises OutputError where there is no evaluation below the
+    folder, and for one that cannot be read."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted(folder.rglob(SUMMARY)):
+    for file in sorted(require_folder(folder).rglob(SUMMARY)):
         if not (file.parent / RESULTS).exists():
             continue  # of a run's training, and the like
         summary = read_summary(file.parent)
         if summary["score"]["mean"] is not None:
-            key = json.dumps([summary["bench"], summary["other"], summary.get("data"), _settings(summary)], sort_keys=True)
+            data = summary.get("data") or summary.get("data_set")
+            settings = {name: value for name, value in settings_of(summary).items() if name != "rescored"}
+            key = json.dumps([summary["bench"], summary["other"], data, settings], sort_keys=True)
             found.setdefault(key, []).append(summary)
     if not found:
         raise OutputError(f"there is no evaluation below {folder}; `ctcgrpo evaluate` makes them")
     return [_board(entries) for _, entries in sorted(found.items())]
-
-
-def _settings(summary: Mapping[str, Any]) -> str:
-    """What of the task's arguments decides what a score means."""
-    task = {name: value for name, value in summary["task"].items() if name not in _APART and value is not None}
-    limit = {"limit": summary["limit"]} if summary.get("limit") else {}
-    return ", ".join(f"{name} {value}" for name, value in {**task, **limit}.items()) or "defaults"
 
 
 def _board(summaries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -46,7 +39,8 @@ def _board(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "bench": ordered[0]["bench"],
         "other": other_of(ordered[0]),
-        "settings": _settings(ordered[0]),
+        "title": title_of(ordered[0]),
+        "settings": in_words(settings_of(ordered[0])),
         "groups": groups,
         "entries": [
             {

@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.policy.context import ContextBuilder, Dialogue
-from ctcgrpo.policy.loading import load_tokenizer, stop_ids
+from ctcgrpo.policy.finite import refuse_nonfinite
+from ctcgrpo.policy.loading import LOAD_ERRORS, load_tokenizer, stop_ids
 from ctcgrpo.policy.persona import has_sections, told
 from ctcgrpo.policy.reasoning import OPEN
 from ctcgrpo.recipe import Recipe, load_recipe
@@ -37,7 +38,7 @@ from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
 from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.settings import context_builder
+from ctcgrpo.settings import context_builder, template_kwargs
 
 _REMEMBERED = 65536
 """Replies whose ids are kept for later turns."""
@@ -165,13 +166,14 @@ def recipe_of(folder: Path) -> Recipe | None:
 def _parts(name: str, recipe: Recipe | None, max_batch: int) -> _Parts:
     """Raises PolicyError for what cannot be loaded."""
     tokenizer = load_tokenizer(name)
-    ends = stop_ids(name, tokenizer)
+    ends = stop_ids(name, tokenizer, template_kwargs=None if recipe is None else template_kwargs(recipe))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise PolicyError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from None
+    refuse_nonfinite(model, name)
     contexts = (
         context_builder(recipe, tokenizer, ends)
         if recipe is not None

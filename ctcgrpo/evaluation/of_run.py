@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ctcgrpo.errors import OutputError, RecipeError
+from ctcgrpo.evaluation.played import validated_as
 from ctcgrpo.evaluation.run import LOCAL, Evaluation
 from ctcgrpo.files import missing_in
-from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.recipe import load_recipe
 from ctcgrpo.run_folder import RunFolder
 
 
@@ -21,21 +21,13 @@ def evaluations_of(
 ) -> dict[str, Evaluation]:
     """By name (base, final). `task`, `generation` and `roles` go before what the recipe says. Raises OutputError for a folder
     without a finished run, RecipeError where neither the recipe nor an option says what to evaluate on."""
-    if not folder.recipe_file.exists():
-        raise OutputError(f"{folder.path} is no run's folder: it holds no recipe.yaml")
     if (lacks := missing_in(folder.final)) is not None:
         raise OutputError(
             f"{folder.path} holds no finished run (final/: {lacks}); evaluate a folder in it: --model {folder.path}/best"
         )
     recipe = load_recipe(folder.recipe_file)
-    rollout = recipe.rollout
-    sampled = {
-        "temperature": rollout.temperature,
-        "top_p": rollout.top_p,
-        "top_k": rollout.top_k,
-        "max_tokens": rollout.max_new_tokens,
-    }
-    played = {**_as_validated(recipe), **task}
+    validated, sampled = validated_as(recipe)
+    played = {**validated, **task}
     if roles:
         del played["simulator"]
     if "scenarios" not in played:
@@ -48,30 +40,8 @@ def evaluations_of(
             task=played,
             generation={**sampled, **generation},
             roles=roles,
-            model_args={"recipe": str(folder.recipe_file), "max_batch": rollout.max_batch},
+            model_args={"recipe": str(folder.recipe_file), "max_batch": recipe.rollout.max_batch},
             limit=limit,
         )
         for name, model in (("base", base), ("final", str(folder.final)))
     }
-
-
-def _as_validated(recipe: Recipe) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "rounds": recipe.rollout.max_turns,
-        "variant": recipe.scoring.variant,
-        "simulator": _simulator(recipe),
-    }
-    if recipe.validation is not None:
-        found |= {
-            "scenarios": recipe.validation.scenarios,
-            "repeats": recipe.validation.samples,
-            "seed": recipe.validation.seed,
-        }
-    return found
-
-
-def _simulator(recipe: Recipe) -> str:
-    settings = recipe.simulator
-    if settings.url != "embedded":
-        return settings.url if isinstance(settings.url, str) else settings.url[0]
-    return "scripted" if settings.config is None else str(Path(settings.config))

@@ -10,13 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ctcgrpo.evaluation.benches import Bench, named
+from ctcgrpo.evaluation.played import in_words, settings_of, title_of
 from ctcgrpo.simulator.about import described
 
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     bench = named(summary["bench"])
     console.print(_scores(bench, summary))
-    for line in _lines(bench, summary):
+    for line in (f"settings: {in_words(settings_of(summary))}", *_lines(bench, summary)):
         console.print(Text(line), soft_wrap=True)
 
 
@@ -37,7 +38,7 @@ def _row(table: Table, cells: Sequence[str], style: str | None = None) -> None:
 
 
 def _scores(bench: Bench, summary: Mapping[str, Any]) -> Table:
-    title = f"{bench.title}: {summary['model']} ({bench.other}: {other_of(summary)})"
+    title = f"{title_of(summary)}: {summary['model']} ({bench.other}: {other_of(summary)})"
     table = _table(title, (bench.grouped_by, "scenarios", "score", "95 % interval", "failed"), (bench.grouped_by,))
     overall = {**summary["score"], "failed": summary["failed"]}
     for name, found in {"overall": overall, **summary["groups"]}.items():
@@ -81,15 +82,17 @@ def _lines(bench: Bench, summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"tokens: {spent}")
     for role, cost in summary["cost"].items():
         lines.append(f"cost of the {role}: {cost['money']:.4g} {cost['currency']}")
-    variant = summary["task"].get("variant")
-    lines += [f"scoring variant: {variant}"] if variant else []
+    if unlike := summary.get("unlike_trained"):
+        lines.append(
+            f"mind: not comparable with the run's own validations: {'; '.join(unlike)}. --as-trained takes the run's settings"
+        )
     return lines
 
 
 def print_comparison(found: Mapping[str, Any], console: Console) -> None:
     """`found`: what compare.compared gives."""
     bench = named(found["bench"])
-    title = f"{bench.title}: against {found['baseline']['name']} ({bench.other}: {found['other']})"
+    title = f"{found['title']}: against {found['baseline']['name']} ({bench.other}: {found['other']})"
     table = _table(title, ("", "it was", "is", "better by", "95 % interval", "scenarios"), ("",))
     for other in found["others"]:
         for k, (name, row) in enumerate({other["name"]: other, **other["groups"]}.items()):
@@ -98,6 +101,7 @@ def print_comparison(found: Mapping[str, Any], console: Console) -> None:
             _row(table, (name if not k else f"  {name}", *cells), style="bold" if not k else None)
         table.add_section()
     console.print(table)
+    console.print(Text(f"settings: {found['settings']}"), soft_wrap=True)
     for warning in found["warnings"]:
         console.print(Text(f"mind: {warning}", style="yellow"), soft_wrap=True)
 
@@ -108,7 +112,7 @@ def print_leaderboard(boards: Sequence[Mapping[str, Any]], console: Console) -> 
     for board in boards:
         bench = named(board["bench"])
         groups = board["groups"]
-        title = f"{bench.title} ({bench.other}: {board['other']}; {board['settings']})"
+        title = f"{board['title']} ({bench.other}: {board['other']}; {board['settings']})"
         table = _table(title, ("", "model", "score", "95 % interval", *groups, "failed"), ("model",))
         for place, entry in enumerate(board["entries"], 1):
             cells = [bench.shown(entry["groups"][g]) if g in entry["groups"] else "-" for g in groups]

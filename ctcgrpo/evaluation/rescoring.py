@@ -28,5 +28,6 @@ def rescored(bench: str, file: Path, *, other: str | None, run: str | None) -> t
         "generation": {},
         "versions": {"ctcgrpo": __version__},
         "data": None,
+        "data_set": "rescored results",
         "prices": {},
     }

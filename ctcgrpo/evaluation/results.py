@@ -18,9 +18,10 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.benches import BENCHES, Bench
-from ctcgrpo.files import write_whole
+from ctcgrpo.files import explained, read_json, read_json_lines, write_whole
+from ctcgrpo.folders import require_folder
 from ctcgrpo.intervals import interval, means, share_interval
-from ctcgrpo.run_records import STRICT, explained, read_json, same
+from ctcgrpo.run_records import STRICT, same
 
 RESULTS, SUMMARY = "results.jsonl", "summary.json"
 
@@ -64,6 +65,8 @@ class _Summary(BaseModel):
     model: str
     other: dict[str, Any] | None
     task: dict[str, Any]
+    generation: dict[str, Any]
+    data_set: str | None = None
     score: _Figures
     groups: dict[str, _Figures]
     scenarios: dict[str, float]
@@ -150,16 +153,18 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """Raises OutputError for a folder that holds no evaluation."""
     file = folder / SUMMARY
     if not file.exists():
-        raise OutputError(f"{folder} holds no {SUMMARY}: no finished evaluation")
+        require_folder(folder)
+        raise OutputError(f"{folder} holds no {SUMMARY}: no finished evaluation{_evaluations_in(folder)}")
     summary = read_json(file)
-    needed = ("bench", "model", "other", "task", "score", "groups", "scenarios", "group_of", "failed")
+    needed = ("bench", "model", "other", "task", "generation", "score", "groups", "scenarios", "group_of", "failed")
     if (
         not isinstance(summary, dict)
         or summary.get("bench") not in BENCHES
         or (missing := [n for n in needed if n not in summary])
     ):
         lacks = f" (it lacks {missing[0]})" if isinstance(summary, dict) and summary.get("bench") in BENCHES else ""
-        raise OutputError(f"{file} is no summary of an evaluation{lacks}; `ctcgrpo evaluate` writes those")
+        hint = _evaluations_in(folder) or "; `ctcgrpo evaluate` writes those"
+        raise OutputError(f"{file} is no summary of an evaluation{lacks}{hint}")
     try:
         _refuse_contradiction(_Summary.model_validate(summary))
     except ValidationError as error:
@@ -185,16 +190,21 @@ def _refuse_contradiction(summary: _Summary) -> None:
             raise ValueError(f"{name}.mean = {told}; the mean of its {len(values)} scenarios is {mean}")
 
 
+def _evaluations_in(folder: Path) -> str:
+    """A clause that names the evaluations inside a folder, a run's for example."""
+    found = sorted(str(file.parent) for file in folder.rglob(RESULTS))
+    return f"; it holds the evaluations {', '.join(found)}" if found else ""
+
+
 def read_results(folder: Path) -> list[Result]:
     """Raises OutputError for a file that is not there or holds something else, and for one that holds a dialogue twice."""
     file = folder / RESULTS
-    try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-        results = [_result(row) for row in rows]
-    except FileNotFoundError:
-        raise OutputError(f"{folder} holds no {RESULTS}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise OutputError(f"{file} holds no results of an evaluation: {type(error).__name__}: {error}") from None
+    results = []
+    for place, row in read_json_lines(file):
+        try:
+            results.append(_result(row))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise OutputError(f"{place}: no result of an evaluation: {type(error).__name__}: {error}") from None
     if twice := [key for key, n in Counter((r.scenario, r.repeat) for r in results).items() if n > 1]:
         raise OutputError(f"{file}: duplicate dialogue of scenario {twice[0][0]!r}, repeat {twice[0][1]}")
     return results

@@ -25,13 +25,15 @@ from rich.text import Text
 
 from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError, RecipeError, RunInterrupted
 from ctcgrpo.evaluation import _registry
-from ctcgrpo.evaluation.benches import named
+from ctcgrpo.evaluation.benches import EIBENCH, named
+from ctcgrpo.evaluation.eibench import SAMPLING
 from ctcgrpo.evaluation.fingerprints import fingerprint
 from ctcgrpo.evaluation.logs import newest_log, results_of
+from ctcgrpo.evaluation.played import data_set, trained_as
 from ctcgrpo.evaluation.results import summarise, write_results
-from ctcgrpo.files import write_whole
+from ctcgrpo.files import read_json, write_whole
+from ctcgrpo.folders import check_model, is_model
 from ctcgrpo.recipe import differences
-from ctcgrpo.run_records import read_json
 from ctcgrpo.sections import named_value
 
 LOCAL = "ctcgrpo/"
@@ -55,11 +57,10 @@ class Evaluation:
 def model_name(model: str, option: str = "--model") -> str:
     """How Inspect is told of a model: folders are policies of ours, anything else is PROVIDER/NAME. Raises PolicyError for what is
     neither."""
-    folder = Path(model).expanduser()
-    if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
+    check_model(model, option)
+    if is_model(Path(model).expanduser()):
         return f"{LOCAL}{model}"
-    first = model.partition("/")[0]
-    if "/" not in model or folder.exists() or first in ("", ".", "..", "~") or Path(first).is_dir():
+    if "/" not in model:
         raise PolicyError(
             f"{option} {model!r} is neither a folder with a model (checkpoints/RUN/final) nor PROVIDER/NAME (openai/gpt-4o, "
             "openai-api/local/NAME, hf/NAME, vllm/NAME)"
@@ -129,7 +130,11 @@ def evaluate(
     if log.status == "error":
         raise PolicyError(f"{wanted.bench} could not be played: {log.error.message if log.error else 'no reason given'}")
     results, facts = results_of(log)
-    facts["data"] = of["data"]
+    facts |= {"data": of["data"], "data_set": data_set(bench.name, wanted.task, default)}
+    if (trained := trained_as(Path(wanted.model.removeprefix(LOCAL)))) is not None:
+        facts["trained"] = trained.told
+        if bench.name == EIBENCH.name:
+            facts["unlike_trained"] = trained.differences(settings_before(wanted))
     if price is not None:
         facts["prices"] = {**facts["prices"], "model": {"input": price[0], "output": price[1], "currency": "USD"}}
     summary = summarise(bench, results, facts)
@@ -190,6 +195,13 @@ def _plain(text: str) -> str:
 def settled(parts: Sequence[str]) -> dict[str, Any]:
     """NAME=VALUE arguments (of a provider or a task). Raises RecipeError for one of another form."""
     return dict(named_value(part, "argument", "NAME=VALUE") for part in parts)
+
+
+def settings_before(wanted: Evaluation) -> dict[str, Any]:
+    """The settings that an evaluation of eibench will have: arguments of the task and of sampling together."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(_registry.eibench).parameters.items()}
+    played = {**defaults, **SAMPLING.model_dump(exclude_none=True), **wanted.task, **wanted.generation}
+    return {**played, "simulator": wanted.roles.get("simulator", played["simulator"])}
 
 
 def task_options(bench: str) -> list[str]:

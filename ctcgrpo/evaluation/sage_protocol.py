@@ -8,7 +8,6 @@ reply to the tenth line of the user. Source: SAGE (Tencent/digitalhuman), whose 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.evaluation.results import Line, Result
+from ctcgrpo.files import read_json_lines
 
 START, SUCCESS, FAILURE, USER_TURNS = 40, 100, 10, 10
 PROFILES = "simulator_profile_withfirsttalk.jsonl"
@@ -61,7 +61,7 @@ def load_profiles(path: Path) -> list[Profile]:
         "first_talk": "first_talk",
     }
     found: dict[str, Profile] = {}
-    for place, record in _records(file):
+    for place, record in read_json_lines(file, ScenarioError):
         missing = [name for name in fields.values() if not isinstance(record.get(name), str) or not record[name].strip()]
         if missing:
             raise ScenarioError(f"{place}: {missing[0]} is missing or no text; a profile has {', '.join(fields.values())}")
@@ -72,25 +72,6 @@ def load_profiles(path: Path) -> list[Profile]:
     if not found:
         raise ScenarioError(f"{file} holds no profiles")
     return list(found.values())
-
-
-def _records(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    found = []
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScenarioError(f"{file} cannot be read as UTF-8 text: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            place = f"{file}, line {number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ScenarioError(f"{place}: not valid JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise ScenarioError(f"{place}: a JSON object is expected, this is a {type(record).__name__}")
-            found.append((place, record))
-    return found
 
 
 def letter(emotion: int) -> str:
@@ -145,7 +126,7 @@ def read_results(file: Path) -> list[Result]:
     if not file.is_file():
         raise ScenarioError(f"{file} not found")
     results: list[Result] = []
-    for place, record in _records(file):
+    for place, record in read_json_lines(file, ScenarioError):
         emotion, history = record.get("emo_point"), record.get("history")
         for name in ("id", "character"):
             if not isinstance(record.get(name), str) or not record[name]:

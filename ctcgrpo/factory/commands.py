@@ -14,9 +14,10 @@ from rich.table import Table
 
 from ctcgrpo.errors import RecipeError, RunFailed, ScenarioError
 from ctcgrpo.scenarios import Split, by_scene, has_splits, load_scenarios, read_records
+from ctcgrpo.startup import announce_loading
 from ctcgrpo.terminal import Terminal, say
 
-app = typer.Typer(help="Scenarios: fetch, check and shape sets of them.", no_args_is_help=True)
+app = typer.Typer(help="Fetch, generate, check and convert sets of scenarios.", no_args_is_help=True)
 _SOURCE = typer.Argument(help="A path, a bundled pack (english/train) or a dataset (eibench/train).")
 _SPLIT = typer.Option(help="The folder, where the source has both.")
 _THRESHOLD = typer.Option(min=0.05, max=1.0, help="Similarity (TF-IDF cosine) from which two records count as one.")
@@ -30,22 +31,45 @@ def validate(
     ] = "train",
     loose: Annotated[bool, typer.Option("--loose", help="Only what keeps scenarios from being played.")] = False,
 ) -> None:
-    """Hold scenarios to every rule, and say what they are; each problem with file and line."""
-    from ctcgrpo.factory.rules import problems
+    """Check scenarios against every rule, and list each problem with file, line and field."""
+    from ctcgrpo.factory.rules import Problem, problems
+    from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 
+    unreadable: list[Problem] = []
+    records = list(
+        read_records(source, split, lambda at, message: unreadable.append(Problem(at, "?", "format", "", message)))
+    )
+    broken = [*unreadable, *problems(records, split)]
     if loose:
-        found = load_scenarios(source, split)
-        say(f"{source}: {len(found)} scenarios ({by_scene(found)})")
-        return
-    records = list(read_records(source, split))
-    broken = list(problems(records))
+        broken = [problem for problem in broken if problem.rule in ("format", "unique")]
     for problem in broken:
         say(problem)
     if broken:
         worst = len({problem.place for problem in broken})
-        raise ScenarioError(f"{source}: {len(broken)} problems in {worst} of {len(records)} records")
+        word = "problem" if len(broken) == 1 else "problems"
+        raise ScenarioError(
+            f"{source}: {len(broken)} {word} in {worst} of {len(records) + len(unreadable)} records, all listed above"
+        )
     found = load_scenarios(source, split)
-    say(f"{source}: {len(found)} scenarios ({by_scene(found)}); every rule holds")
+    say(f"{source}: {len(found)} scenarios ({by_scene(found)})" + ("" if loose else "; every rule holds"))
+    if warning := unscripted_warning(found, "scenarios"):
+        say(f"note: {warning}")
+
+
+@app.command()
+def new(
+    file: Annotated[Path, typer.Argument(help="The file to write, NAME.jsonl; notes on its fields go to NAME.md.")],
+    scene: Annotated[
+        Literal["support", "defense", "repair", "charm"], typer.Option(help="The kind of situation.")
+    ] = "support",
+    language: Annotated[Literal["en", "zh"], typer.Option(help="Of the example.")] = "en",
+) -> None:
+    """Write an example record to start your own set from, with notes on what each field is for."""
+    from ctcgrpo.factory.example import write_example
+
+    record, notes = write_example(file, scene, language)
+    say(f"{record}: one complete {scene} scenario; change its texts to yours\n{notes}: what each field is for")
+    say(f"next: ctcgrpo scenarios validate {record}")
 
 
 @app.command()
@@ -72,7 +96,7 @@ def generate(
     count: Annotated[int, typer.Option(min=1, help="Scenarios that are asked for.")] = 200,
     against: Annotated[list[str] | None, typer.Option(help="A held-out set that none may be like; several.")] = None,
 ) -> None:
-    """Have a model write scenarios from seeds. The same command goes on after a kill, and pays for nothing twice."""
+    """Generate scenarios from seeds with a model; the same command resumes."""
     with _needs_the_extra():
         from ctcgrpo.factory.generate import REPORT, check_target, counted, write_set
         from ctcgrpo.factory.generate import generate as written
@@ -109,7 +133,7 @@ def clean(
         Path | None, typer.Option(help="A model for what no rule can mend (configs/factory); else that is left as it is.")
     ] = None,
 ) -> None:
-    """Mend anchors and the layout of personas, and show all that changes; no word is lost or comes in."""
+    """Repair anchors and the layout of personas, and show every change."""
     with _needs_the_extra():
         from ctcgrpo.factory.cleaning import by_model, by_rule
         from ctcgrpo.factory.storage import check_new, write_layout
@@ -139,7 +163,7 @@ def gate(
     source: Annotated[str, _SOURCE],
     split: Annotated[Literal["train", "test"], _SPLIT] = "train",
 ) -> None:
-    """Play each scenario with a good, a mediocre and a bad canned policy; report those that do not tell them apart."""
+    """Report scenarios in which the scripted user does not tell good replies from bad ones."""
     from ctcgrpo.factory.gate import gate as played
 
     verdicts = [played(scenario) for scenario in load_scenarios(source, split)]
@@ -168,7 +192,7 @@ def dedup(
     ] = None,
     show: Annotated[int, typer.Option(min=0, help="Pairs to show with their texts.")] = 10,
 ) -> None:
-    """Find near-duplicates within a set and against held-out sets. Without --out it exits with 3 where there are any."""
+    """Find near-duplicates in a set and between sets; without --out any of them exits with 3."""
     with _needs_the_extra():
         from ctcgrpo.factory.duplicates import duplicates, to_drop
         from ctcgrpo.factory.storage import check_new, write_layout
@@ -201,12 +225,13 @@ def stats(
     tokenizer: Annotated[str | None, typer.Option(help="A model whose tokens lengths are in; else characters.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw it as well, to this PNG.")] = None,
 ) -> None:
-    """Say how balanced a set is: by scene and seed, lengths, distances between anchors."""
+    """Print how balanced a set is, by scene, seed, length and anchors."""
     with _needs_the_extra():
         from ctcgrpo.factory.stats import stats_of, tables_of, write_picture
 
     count: Callable[[str], int] | None = None
     if tokenizer is not None:
+        announce_loading(f"counting the tokens of {source}")
         from ctcgrpo.policy.loading import load_tokenizer
 
         loaded = load_tokenizer(tokenizer)
@@ -261,7 +286,7 @@ def convert(
     licence: Annotated[str | None, typer.Option(help="Of records that say none.")] = None,
     origin: Annotated[str | None, typer.Option("--source", help="Of records that say none.")] = None,
 ) -> None:
-    """Convert EIBench's layout to `datasets` (Arrow, Hub), or back; every value stays, licence and source in each record."""
+    """Convert a set between EIBench's layout and `datasets` (Arrow, Hub) without loss."""
     from ctcgrpo.factory.storage import HUB, check_new, load_splits, save_dataset, with_origin, write_layout
 
     if source.startswith(HUB) or any((Path(source) / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):

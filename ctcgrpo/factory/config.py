@@ -16,10 +16,12 @@ from ctcgrpo.simulator.config import Budget, Endpoint, Llm
 class Writer(Section):
     """The model that writes."""
 
-    endpoints: tuple[Endpoint, ...] = Field(min_length=1)
-    temperature: float = Field(0.9, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int = Field(6000, ge=1, description="of an answer; a scenario takes some 2,500")
+    endpoints: tuple[Endpoint, ...] = Field(min_length=1, description="the endpoints that share the requests")
+    temperature: float = Field(0.9, ge=0, description="sampling temperature")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample from the most likely tokens with this total probability; 1 is off"
+    )
+    max_tokens: int = Field(6000, ge=1, description="tokens of an answer at most; a scenario takes some 2,500")
     deadline: float = Field(300.0, gt=0, description="seconds that an answer may take, repeated calls included")
 
     @property
@@ -28,14 +30,16 @@ class Writer(Section):
 
 
 class FactoryConfig(Section):
+    """How `ctcgrpo scenarios generate` and `clean` write scenarios."""
+
     writer: Writer
     store: Path = Field(description="the folder for answers already paid for, and the account")
     budget: Budget = Budget()  # type: ignore[call-arg]
-    language: str = "en"
+    language: str = Field("en", description="of the scenarios: one that factory/layout.yaml has the sections of (en, zh)")
     seeds: Path | None = Field(
         None, description="pools of seeds; those that come with the package, of the language, where absent"
     )
-    scenes: tuple[Scene, ...] = Field(SCENES, min_length=1)
+    scenes: tuple[Scene, ...] = Field(SCENES, min_length=1, description="the scenes that are written")
     examples: str | None = Field(
         None, description="a set whose scenarios show how one looks: english/train, chinese/train, a path"
     )
@@ -44,7 +48,7 @@ class FactoryConfig(Section):
     prefix: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]*$", description="of ids: PREFIX-SCENE-0001")
     licence: str = Field(description="of what is written, carried in every record")
     source: str = Field(description="the set's name, carried in every record")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of the draws of themes, people and examples")
 
     @model_validator(mode="after")
     def _fits_together(self) -> FactoryConfig:

@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ctcgrpo.errors import ScenarioError, SimulatorReplyError
+from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.factory.anchors import anchor_problems
 from ctcgrpo.factory.layout import layout_problems
 from ctcgrpo.records import Scenario
-from ctcgrpo.scenarios import read_record
-from ctcgrpo.simulator.protocol import ScenarioCard
-from ctcgrpo.simulator.scripted.knowledge import read_knowledge
+from ctcgrpo.scenarios import Split, check_record
+from ctcgrpo.simulator.scripted.knowledge import script_problems
 from ctcgrpo.simulator.scripted.language import load_language
 
 Record = Mapping[str, Any]
@@ -52,7 +51,9 @@ class Problem:
 
     def __str__(self) -> str:
         field = f"{self.field}: " if self.field else ""
-        return f"{self.place}: {self.id}: {field}{self.message} [{self.rule}]"
+        name = self.id.encode(errors="backslashreplace").decode()  # a lone surrogate cannot be printed
+        who = "" if name == "?" else f"{name}: "
+        return f"{self.place}: {who}{field}{self.message} [{self.rule}]"
 
 
 def rule(function: Rule) -> Rule:
@@ -60,18 +61,16 @@ def rule(function: Rule) -> Rule:
     return function
 
 
-def problems(records: Iterable[tuple[str, Record]]) -> Iterator[Problem]:
+def problems(records: Iterable[tuple[str, Record]], split: Split = "train") -> Iterator[Problem]:
     """Every rule that is broken, in the order of the records (place, record)."""
     seen: dict[str, str] = {}
     for place, record in records:
-        name = str(record.get("id", "?"))
-        try:
-            scenario = read_record(record, place)
-        except ScenarioError as error:
-            yield Problem(
-                place, name, "format", "", str(error).removeprefix(f"{place}: ").removeprefix(f"scenario {name!r}: ")
-            )
+        scenario, faults = check_record(record, place, split)
+        for fault in faults:
+            yield Problem(place, fault.id, "format", fault.field, fault.message)
+        if scenario is None:
             continue
+        name = scenario.id
         if name in seen:
             yield Problem(place, name, "unique", "id", f"is used at {seen[name]} already")
         seen.setdefault(name, place)
@@ -166,10 +165,11 @@ def script(record: Record, scenario: Scenario) -> Found:
     """The scripted user can play it, where it has rules for the language."""
     if not scenario.script:
         return
+    yield from script_problems(scenario.script)
     try:
-        read_knowledge(ScenarioCard.of(scenario), load_language(scenario.language))
+        load_language(scenario.language)
     except SimulatorReplyError as error:
-        yield "script", str(error).removeprefix(f"scenario {scenario.id!r}: ")
+        yield "script", str(error)
 
 
 def texts(record: Record) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from ctcgrpo.errors import OutputError, ScenarioError
-from ctcgrpo.files import write_whole
+from ctcgrpo.files import parse_json, write_whole
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.records import SCENES
 from ctcgrpo.scenarios import read_record
@@ -105,7 +105,7 @@ def from_dataset(rows: Iterable[Mapping[str, Any]], place: str) -> list[dict[str
         if not isinstance(row.get("record"), str):
             raise ScenarioError(f"{where}: no column 'record'; it was not written by `ctcgrpo scenarios convert`")
         try:
-            record = json.loads(row["record"])
+            record = parse_json(row["record"])
         except (ValueError, RecursionError) as error:
             raise ScenarioError(f"{where}: its record is not valid JSON: {error}") from None
         if not isinstance(record, dict):

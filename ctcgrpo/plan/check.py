@@ -33,27 +33,30 @@ from ctcgrpo.errors import (
     RecipeError,
     SimulatorTransportError,
 )
-from ctcgrpo.files import is_complete
+from ctcgrpo.folders import check_model
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.plan.cost import Asked, Tokens, hours, money
 from ctcgrpo.plan.known import cards, published_shapes, shape_of
 from ctcgrpo.plan.memory import GIB, PHASES, Load, MemoryPlan, Shape, memory_plan
+from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.attention import refuse_layouts
 from ctcgrpo.policy.context import ContextBuilder
-from ctcgrpo.policy.loading import build_untaught, load_tokenizer, refuse_positions, stop_ids
+from ctcgrpo.policy.loading import build_untaught, check_fits, load_tokenizer, stop_ids
 from ctcgrpo.policy.reasoning import CLOSE, OPEN
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Completion, Scenario
 from ctcgrpo.rollout.vllm_adapter import base_url
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import load_scenarios, load_scenes
-from ctcgrpo.settings import context_builder
+from ctcgrpo.settings import context_builder, lora_config, template_kwargs
 from ctcgrpo.sharding import FSDP2, NONE, check_launcher, deepspeed_stage, offloads
 from ctcgrpo.simulator.choice import check_patience
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, SimulatorConfig, load_simulator_config
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
+from ctcgrpo.simulator.scripted.backend import ScriptedBackend
+from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.training.tree_attention import how_to_attend
 
@@ -192,6 +195,7 @@ def libraries(s: Subject) -> Iterator[Finding]:
 @check
 def model(s: Subject) -> Iterator[Finding]:
     name = s.recipe.policy.model
+    check_model(name, "policy.model")
     path = build_untaught(name, s.folder / "base", s.recipe.run.seed)
     try:
         config = AutoConfig.from_pretrained(path, revision=s.recipe.policy.revision)
@@ -200,16 +204,21 @@ def model(s: Subject) -> Iterator[Finding]:
         plan = "; the plan below takes its published shape" if s.shape else ""
         raise PolicyError(f"policy.model {name!r} cannot be loaded here ({str(error).splitlines()[0]}){plan}") from None
     s.shape, s.config = shape_of(config), config
-    s.tokenizer = load_tokenizer(path, s.recipe.policy.revision)
-    refuse_positions(config, s.longest, name)
+    policy = s.recipe.policy
+    s.tokenizer = load_tokenizer(path, policy.revision, policy.chat_template)
+    check_fits(config, s.tokenizer, s.longest, name)
     yield Finding("model", "ok", f"{name}, {s.shape.parameters / 1e6:,.1f} million parameters")
-    s.contexts = context_builder(s.recipe, s.tokenizer, stop_ids(path, s.tokenizer, s.recipe.policy.revision))
+    ends = stop_ids(path, s.tokenizer, policy.revision, template_kwargs(s.recipe))
+    s.contexts = context_builder(s.recipe, s.tokenizer, ends)
 
 
 @check
 def adapter(s: Subject) -> Iterator[Finding]:
-    lora = s.recipe.policy.lora
-    if s.config is None or lora is None or isinstance(lora.target_modules, str):
+    lora, config = s.recipe.policy.lora, lora_config(s.recipe)
+    if s.config is None or lora is None or config is None:
+        return
+    refuse_tied_targets(s.config, config)
+    if isinstance(lora.target_modules, str):
         return
     names = [name for name, _ in s.skeleton.named_modules()]
     if missing := [t for t in lora.target_modules if not any(name == t or name.endswith(f".{t}") for name in names)]:
@@ -254,6 +263,8 @@ def context(s: Subject) -> Iterator[Finding]:
     if s.contexts is None or not s.scenarios:
         return
     s.contexts.check([*s.scenarios, *s.held_out])
+    for note in s.contexts.notes([*s.scenarios, *s.held_out]):
+        yield Finding("context", "warning", note)
     last = [_last_prompt(s, x) for x in _sample(s.scenarios, _MEASURED)]
     dropped = sum(n > 0 for _, n in last) / len(last)
     reply = min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens)
@@ -442,6 +453,10 @@ def simulator(s: Subject) -> Iterator[Finding]:
     check_patience(says, settings.timeout)
     who = ", ".join(map(str, says.get("models") or [says.get("backend")]))
     yield Finding("simulator", "ok", f"{who} answered a canary turn: {reply!r}")
+    if says.get("backend") == ScriptedBackend.name:
+        for played, what in ((s.scenarios, "training scenarios"), (s.held_out, "held-out scenarios")):
+            if warning := unscripted_warning(played, what):
+                yield Finding("scripts", "warning", warning)
 
 
 async def _canary(client: SimulatorClient, scenario: Scenario) -> tuple[dict[str, Any], str]:
@@ -565,16 +580,13 @@ def disk(s: Subject) -> Iterator[Finding]:
 @check
 def output(s: Subject) -> Iterator[Finding]:
     folder = RunFolder(s.recipe.folder)
-    if is_complete(folder.final):
-        yield Finding("output", "failed", f"{folder.path} holds a finished run; take another run.name")
-    elif folder.newest_checkpoint() and folder.recipe_file.exists():
-        changed = folder.changes(s.recipe)
-        if changed:
-            yield Finding("output", "failed", f"{folder.path} holds a run of another recipe ({'; '.join(changed[:5])})")
-        else:
-            yield Finding("output", "ok", f"goes on from {folder.newest_checkpoint()}")
-    else:
+    resumed = folder.open(s.recipe)
+    if resumed is None:
         yield Finding("output", "ok", f"{folder.path} is free")
+    else:
+        extended = folder.extended_from(s.recipe)
+        more = f", with training.max_steps {extended} -> {s.recipe.training.max_steps}" if extended else ""
+        yield Finding("output", "ok", f"resumes from {resumed}{more}")
 
 
 @check

@@ -1,33 +1,40 @@
 """The token ids that each turn of the policy is sampled from, and trained on.
 
-A context is laid out message by message, each piece encoded once:
+A context is laid out segment by segment, each encoded once, in one piece, as the chat template's whole text would be:
 
     head (system, first user line) | reply | user line | reply | user line | ... | generation prompt
 
-so the unchanged part of a turn's prompt equals the earlier turn's, id by id. Replies are the sampled ids themselves; they
-are never decoded and encoded again. With `reasoning="strip"` (the paper) earlier turns keep their visible reply only, as
-the model is deployed; with "keep" they keep every sampled token.
+so the unchanged part of a turn's prompt equals the earlier turn's, id by id. Replies are the sampled ids themselves, as long as
+they read in the dialogue as the template writes them. With `reasoning="strip"` (the paper) earlier turns keep their visible reply
+only, as the model is deployed; with "keep" they keep every sampled token. What persons and policies say never becomes a control
+token, whatever it spells.
 
 A prompt that is too long drops the oldest exchange, never the system prompt and never the latest line of the user.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyEngineError, PolicyError
+from ctcgrpo.policy.chat_template import ChatTemplate, ControlTokens
 from ctcgrpo.policy.persona import told
 from ctcgrpo.policy.reasoning import CLOSE, OPEN, parse_completion
 from ctcgrpo.records import Completion, Scenario
 
 ReasoningPolicy = Literal["strip", "keep"]
 Ids = tuple[int, ...]
+
+_ANCHORS = ("a", ".", "1", "Q", "。", "\n")
+"""What a text in the middle of a dialogue is encoded behind: the first of these that merges with nothing of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,26 +72,42 @@ class ContextBuilder:
         self._max_prompt_tokens = max_prompt_tokens
         self._reasoning = reasoning
         self._persona_sections = persona_sections
-        self._template_kwargs = dict(template_kwargs or {})
-        if not getattr(tokenizer, "chat_template", None):
-            raise PolicyError(
-                f"tokenizer {tokenizer.name_or_path!r} has no chat template; "
-                "choose an instruct model or set its chat_template"
-            )
-        self._before_reply, self._between, self._after_user, self._generation = self._probe_template()
-        self._generation_ids = self._encode(self._generation)
-        # What is kept was sampled behind the generation prompt, which may open the reasoning; history proper may not.
-        self._before_reply_ids = self._generation_ids if reasoning == "keep" else self._encode(self._before_reply)
+        self._template = ChatTemplate(tokenizer, template_kwargs)
+        self._control = ControlTokens(tokenizer)
+        self._prompt = self._template.layout(False).prompt
+        # Where the template writes a space before a reply and leaves it out of the prompt, the policy samples it.
+        before = self._template.layout(False).before_reply
+        self._sampled_lead = before[len(self._prompt) :] if before.startswith(self._prompt) else ""
+        self._remember()
+
+    def _remember(self) -> None:
         self._head_ids = lru_cache(maxsize=4096)(self._encode_head)
-        self._glue_ids = lru_cache(maxsize=65536)(self._encode_glue)
+        self._line_ids = lru_cache(maxsize=65536)(self._encode_line)
 
     @property
     def opens_reasoning(self) -> bool:
         """Whether the generation prompt already opens the reasoning, so that completions begin inside it."""
-        return OPEN in self._generation and CLOSE not in self._generation.rpartition(OPEN)[2]
+        return OPEN in self._prompt and CLOSE not in self._prompt.rpartition(OPEN)[2]
+
+    def notes(self, scenarios: Iterable[Scenario]) -> list[str]:
+        """What a user should know of how these scenarios are put into prompts."""
+        folded = {s.policy_opens for s in scenarios if self._template.layout(s.policy_opens).folded}
+        notes = []
+        if folded:
+            which = "dialogues that the policy opens" if folded == {True} else "every dialogue"
+            notes.append(
+                f"{self._template.name} takes no system message: in {which} the persona is part of the first user turn"
+            )
+        if self._template.uses_today():
+            notes.append(
+                f"{self._template.name} puts today's date into prompts, so the same dialogue has another prompt tomorrow; fix the "
+                "date, for example with policy.template_kwargs={date_string: 26 Jul 2024}"
+            )
+        return notes
 
     def start(self, scenario: Scenario) -> Dialogue:
-        return Dialogue(told(scenario.policy_persona, self._persona_sections), scenario.opening_line)
+        persona = told(scenario.policy_persona, self._persona_sections)
+        return Dialogue(persona.strip(), scenario.opening_line.strip())
 
     def extend(self, dialogue: Dialogue, completion: Completion, user_line: str) -> Dialogue:
         """The dialogue after the policy's completion and the user's answer."""
@@ -92,7 +115,7 @@ class ContextBuilder:
         if ids and ids[-1] in self._stop_ids:
             ids = ids[:-1]
         if self._reasoning == "strip":
-            ids = self._visible(ids)
+            ids = self._as_rendered(ids)
         return replace(dialogue, exchanges=(*dialogue.exchanges, Exchange(ids, user_line.strip())))
 
     def prompt(self, dialogue: Dialogue) -> tuple[Ids, int]:
@@ -102,12 +125,11 @@ class ContextBuilder:
         last_droppable = len(exchanges) - (0 if first_line else 1)
         for dropped in range(max(0, last_droppable) + 1):
             opening = first_line if not dropped or not first_line else exchanges[dropped - 1].user_line
-            ids = list(self._head_ids(dialogue.policy_persona, opening))
-            for exchange in exchanges[dropped:]:
-                ids += self._before_reply_ids
+            kept = exchanges[dropped:]
+            ids = list(self._head_ids(dialogue.policy_persona, opening, not kept))
+            for k, exchange in enumerate(kept, start=1):
                 ids += exchange.reply_ids
-                ids += self._glue_ids(exchange.user_line)
-            ids += self._generation_ids
+                ids += self._line_ids(exchange.user_line, k == len(kept))
             if len(ids) <= self._max_prompt_tokens:
                 return tuple(ids), dropped
         raise PolicyEngineError(
@@ -115,9 +137,11 @@ class ContextBuilder:
             f"rollout.max_prompt_tokens is {self._max_prompt_tokens}"
         )
 
+    # --- what is refused -----------------------------------------------------------------------------------------------
+
     def check(self, scenarios: Iterable[Scenario]) -> None:
-        """Refuse, before any rollout, scenarios whose first prompt does not fit or whose template cannot open."""
-        scenarios = list(scenarios)
+        """Refuse, before any rollout, scenarios whose first prompt does not fit, and a template or tokenizer under which the ids of
+        a dialogue are not those of the template's own text."""
         for scenario in scenarios:
             try:
                 self.prompt(self.start(scenario))
@@ -125,88 +149,115 @@ class ContextBuilder:
                 raise PolicyError(f"scenario {scenario.id!r}: {error}; raise it or drop the scenario") from None
             except PolicyError as error:
                 raise PolicyError(f"scenario {scenario.id!r}: {error}") from None
-        if any(scenario.policy_opens for scenario in scenarios):
-            self._check_system_only()
+            self._rendered.check_dialogue(scenario)
 
-    # --- chat template -----------------------------------------------------------------------------------------------
+    @cached_property
+    def _rendered(self) -> ContextBuilder:
+        """Itself without a bound, and with the history that templates render: earlier turns without their reasoning."""
+        twin = copy(self)
+        twin._max_prompt_tokens, twin._reasoning = sys.maxsize, "strip"
+        twin._remember()
+        return twin
 
-    def _render(self, messages: list[dict[str, str]], generation: bool = False) -> str:
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation, **self._template_kwargs
-            )
-        except TemplateError as error:
-            roles = ", ".join(m["role"] for m in messages)
-            raise PolicyError(
-                f"the chat template of {self._tokenizer.name_or_path!r} refuses messages ({roles}): {error}"
-            ) from None
-        return str(text)
+    def check_dialogue(self, scenario: Scenario) -> None:
+        """Hold the prompts of a dialogue's first turns against the template's text of the same messages. Raises PolicyError."""
+        dialogue = self.start(scenario)
+        persona, opening = dialogue.policy_persona, dialogue.opening_line
+        spelled = any(map(self._control.find, (persona, opening)))
+        said: list[tuple[str, str]] = []
+        for reply in ("I hear you.", "Go on, then"):
+            text = self._template.render(self._template.messages(persona, opening, said))
+            ids, _ = self.prompt(dialogue)
+            own = tuple(self._tokenizer.encode(text, add_special_tokens=False))
+            # Behind a reply a tokenizer may merge what was sampled with what follows; the text is the same all the same.
+            if ids != own and (self._text(ids) != self._text(own) or not (said or spelled)):
+                raise PolicyError(self._difference(scenario, len(said) + 1, ids, own))
+            said.append((reply, opening or persona.splitlines()[-1].strip()))
+            ids = self._encode_reply(reply)
+            dialogue = self.extend(dialogue, Completion(ids, (), (), "stop"), said[-1][1])
 
-    def _probe_template(self) -> tuple[str, str, str, str]:
-        """The template's text before a reply, between a reply and a user line, after a user line, and its prompt."""
-        reply, line = "PROBE-REPLY", "PROBE-LINE"
-        opening = [{"role": "system", "content": "PROBE-SYSTEM"}, {"role": "user", "content": "PROBE-OPENING"}]
-        head = self._render(opening)
-        full = self._render([*opening, {"role": "assistant", "content": reply}, {"role": "user", "content": line}])
-        prompted = self._render(opening, generation=True)
-        before_reply, found_reply, rest = full[len(head) :].partition(reply)
-        between, found_line, after_user = rest.partition(line)
-        if not (full.startswith(head) and prompted.startswith(head) and found_reply and found_line):
-            raise PolicyError(
-                f"the chat template of {self._tokenizer.name_or_path!r} does not render message by message, "
-                "so contexts would not stay a prefix from turn to turn; set another chat_template"
-            )
-        return before_reply, between, after_user, prompted[len(head) :]
-
-    def _check_system_only(self) -> None:
-        system = [{"role": "system", "content": "PROBE-SYSTEM"}]
-        reply, line = {"role": "assistant", "content": "R"}, {"role": "user", "content": "L"}
-        head = self._render(system)
-        expected = head + self._before_reply + "R" + self._between + "L" + self._after_user
-        prompted = self._render(system, generation=True)
-        if self._render([*system, reply, line]) != expected or prompted != head + self._generation:
-            raise PolicyError(
-                f"the chat template of {self._tokenizer.name_or_path!r} cannot open a dialogue from a system message alone, "
-                "which scene charm needs; leave charm out with scenarios.scenes or set another chat_template"
-            )
+    def _difference(self, scenario: Scenario, turn: int, ids: Ids, own: Ids) -> str:
+        at = next((k for k, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
+        here, there = (self._tokenizer.convert_ids_to_tokens(list(part[max(0, at - 2) : at + 4])) for part in (ids, own))
+        return (
+            f"scenario {scenario.id!r}: the prompt of turn {turn} is not what {self._template.name} renders: at token {at} it has "
+            f"{here}, the template's own text {there}; set policy.chat_template to a file whose template keeps messages as they are"
+        )
 
     # --- pieces --------------------------------------------------------------------------------------------------------
 
-    def _encode(self, text: str) -> Ids:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+    def _encode_head(self, persona: str, opening: str, last: bool) -> Ids:
+        layout = self._template.layout(not opening)
+        ending = self._ending(layout.first_prompt, layout.before_first_reply, last)
+        return self._encode([layout.lead, persona, layout.joint, opening, ending])
 
-    def _encode_head(self, persona: str, opening_line: str) -> Ids:
-        words = {"system": persona, "user": opening_line}
-        messages = [{"role": role, "content": f"PROBE-{role}"} for role, text in words.items() if text]
-        rest = self._render(messages)
-        ids: Ids = ()
-        for message in messages:
-            before, _, rest = rest.partition(message["content"])
-            ids += self._encode(before) + self._words(words[message["role"]])
-        return ids + self._encode(rest)
+    def _encode_line(self, line: str, last: bool) -> Ids:
+        """A line of the user with what the template writes around it: the end of the reply before, the start of the next one."""
+        layout = self._template.layout(False)
+        return self._encode([layout.between, line, self._ending(layout.prompt, layout.before_reply, last)], behind=_ANCHORS)
 
-    def _encode_glue(self, user_line: str) -> Ids:
-        return self._encode(self._between) + self._words(user_line) + self._encode(self._after_user)
+    def _ending(self, prompt: str, before_reply: str, last: bool) -> str:
+        # What is kept was sampled behind the generation prompt, which may open the reasoning; history proper may not.
+        return prompt if last or self._reasoning == "keep" else before_reply.removesuffix(self._sampled_lead)
 
-    def _words(self, text: str) -> Ids:
-        """What somebody says are words, whatever they spell: no control token comes out of them."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+    def _as_rendered(self, ids: Ids) -> Ids:
+        """The visible part of a completion as it stands in later prompts: the sampled ids where they read as the template writes
+        the reply. Else (white space around it, a tag or a token across its edge, a control token in it) the reply's text is
+        encoded, which is exact: it is context only."""
+        parsed = parse_completion(self._tokenizer.decode(ids), "stop", self.opens_reasoning)
+        wanted = self._sampled_lead + parsed.reply
+        visible = ids if parsed.reasoning is None else self._tail(ids, wanted)
+        if parsed.reply and self._text(visible) == wanted and self._control.ids.isdisjoint(visible):
+            return visible
+        return self._encode_reply(parsed.reply)
 
-    def _visible(self, ids: Ids) -> Ids:
-        """The sampled ids after the reasoning, or none where it was never closed."""
-        text = self._tokenizer.decode(ids)
-        parsed = parse_completion(text, "stop", self.opens_reasoning)
-        reply = parsed.reply
-        if not reply:
-            return ()
-        if parsed.reasoning is None:
-            return ids
-        for cut in range(len(ids), -1, -1):
-            rest = self._tokenizer.decode(ids[cut:])
-            if rest.rstrip() == reply:
+    def _tail(self, ids: Ids, wanted: str) -> Ids:
+        """The shortest end of the ids that is at least as long a text as `wanted`."""
+        for cut in range(len(ids) - 1, -1, -1):
+            if len(self._text(ids[cut:])) >= len(wanted):
                 return ids[cut:]
-            if CLOSE in rest:
-                break
-        # A token straddles the closing tag and the reply, or tags are broken and the user saw the reply without them: this
-        # text is context only, so encoding it anew is exact.
-        return self._encode(reply)
+        return ids
+
+    def _encode_reply(self, reply: str) -> Ids:
+        return self._encode(["", self._sampled_lead + reply], behind=(self._prompt, *_ANCHORS))
+
+    def _text(self, ids: Ids) -> str:
+        """How ids read in the middle of a dialogue; at its start some tokenizers leave a space out."""
+        anchor = self._anchor_ids(_ANCHORS[0])
+        return str(self._tokenizer.decode([*anchor, *ids])).removeprefix(self._tokenizer.decode(anchor))
+
+    def _encode(self, parts: Sequence[str], behind: Sequence[str] = ()) -> Ids:
+        """Texts of the template (even places) and words of persons (odd places) in one piece, so that no seam between them shows;
+        `behind`: what precedes them. No control token comes out of words."""
+        text = "".join(parts)
+        starts = list(accumulate(map(len, parts), initial=0))
+        words = [(start, part) for start, part in zip(starts[1::2], parts[1::2], strict=False)]
+        literal = sum(len(self._control.find(part)) for part in parts[::2])
+        spelled = [start + at + 1 for start, part in words for at, _ in self._control.find(part)]
+        each_character = [start + k for start, part in words for k in range(1, len(part))]
+        for cuts in (spelled, each_character):  # tokenizers that normalise may see control tokens that are not spelled out
+            ids = self._encode_cut(text, cuts, behind)
+            if sum(k in self._control.ids for k in ids) == literal:
+                return ids
+        raise PolicyEngineError(f"a line reads as control tokens to this tokenizer, however it is cut: {text[:80]!r}")
+
+    def _encode_cut(self, text: str, cuts: Sequence[int], behind: Sequence[str]) -> Ids:
+        pieces = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
+        ids = self._encode_behind(pieces[0], behind) if behind else self._plainly(pieces[0])
+        for piece in pieces[1:]:
+            ids += self._encode_behind(piece, _ANCHORS)
+        return ids
+
+    def _encode_behind(self, text: str, anchors: Sequence[str]) -> Ids:
+        """A text in the middle of a dialogue: encoded behind another one, whose ids are taken away."""
+        for anchor in anchors:
+            before, whole = self._anchor_ids(anchor), self._plainly(anchor + text)
+            if whole[: len(before)] == before:
+                return whole[len(before) :]
+        raise PolicyEngineError(f"this tokenizer merges {text[:40]!r} with whatever stands before it")
+
+    def _anchor_ids(self, anchor: str) -> Ids:
+        return self._plainly(anchor)
+
+    def _plainly(self, text: str) -> Ids:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyError
 from ctcgrpo.naming import did_you_mean
+from ctcgrpo.policy.chat_template import end_of_turn
 from ctcgrpo.policy.persona import told
 from ctcgrpo.policy.starter.corpus import Situation
 from ctcgrpo.policy.starter.teach import build_starter, untaught_starter
@@ -18,6 +21,8 @@ from ctcgrpo.policy.tiny import build_tiny
 from ctcgrpo.scenarios import load_scenarios
 
 _BUILTIN = "builtin/"
+LOAD_ERRORS = (OSError, ValueError, SafetensorError)
+"""What transformers raises for a model or tokenizer that is not there, or whose files are damaged."""
 
 
 def build_builtin(model: str, folder: Path, seed: int, *, keep: bool, say: Callable[[str], None] = lambda _: None) -> str:
@@ -79,47 +84,69 @@ def pinned(model: str, revision: str | None) -> str:
         return model
     try:
         return str(snapshot_download(model, revision=revision))
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise PolicyError(f"policy.model {model!r} at {revision!r} cannot be had: {str(error).splitlines()[0]}") from None
 
 
-def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer, padding on the left, with a pad token."""
+def load_tokenizer(model: str, revision: str | None = None, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer, padding on the left, with a pad token, and with the template of a file in place of its own. Raises
+    PolicyError for a tokenizer or a file that cannot be read."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision, padding_side="left")
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise PolicyError(f"policy.model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PolicyError(f"policy.chat_template = {str(chat_template)!r} cannot be read: {error}") from None
     return tokenizer
 
 
-def stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> frozenset[int]:
-    """Every id that ends a reply: the tokenizer's end of sequence, and what the model's generation config adds."""
+def stop_ids(
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    revision: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> frozenset[int]:
+    """Every id that ends a reply: the tokenizer's end of sequence, what the model's generation config adds, and what the chat
+    template writes behind a reply (base models often declare the first alone)."""
     ids = {tokenizer.eos_token_id}
     with contextlib.suppress(OSError):  # not every model comes with a generation config
         declared = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
         ids |= set(declared if isinstance(declared, list) else [declared])
+    if tokenizer.chat_template:
+        ids.add(end_of_turn(tokenizer, template_kwargs))
     ids.discard(None)
     if not ids:
         raise PolicyError(f"tokenizer of {model!r} has no end-of-sequence token, so no reply would ever end")
     return frozenset(ids)
 
 
-def check_positions(model: str, wanted: int, revision: str | None = None) -> None:
-    """Refuse a context that the model has no positions for."""
+def load_config(model: str, revision: str | None = None) -> PretrainedConfig:
+    """The model's configuration. Raises PolicyError where there is none."""
     try:
-        config = AutoConfig.from_pretrained(model, revision=revision)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(model, revision=revision)
+    except LOAD_ERRORS as error:
         raise PolicyError(f"policy.model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
-    refuse_positions(config, wanted, model)
 
 
-def refuse_positions(config: PretrainedConfig, wanted: int, name: str) -> None:
-    """Raises PolicyError where a model of this configuration has fewer positions."""
+def check_fits(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, longest: int, name: str) -> None:
+    """Raises PolicyError where a model of this configuration has no positions for `longest` tokens, or no embedding for one of the
+    tokenizer's tokens."""
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and wanted > limit:
+    if limit is not None and longest > limit:
         raise PolicyError(
-            f"rollout.max_prompt_tokens + rollout.max_new_tokens is {wanted}, but {name!r} has {limit} positions; "
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens is {longest}, but {name!r} has {limit} positions; "
             "lower one of them"
+        )
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    beyond = sorted((k, token) for token, k in tokenizer.get_vocab().items() if rows is not None and k >= rows)
+    if beyond:
+        some = ", ".join(f"{token!r} ({k})" for k, token in beyond[:3])
+        raise PolicyError(
+            f"policy.model {name!r}: its tokenizer has {len(beyond)} tokens beyond its embedding of {rows} rows: {some}; resize "
+            "the model's embeddings (resize_token_embeddings), or use the tokenizer that belongs to it"
         )

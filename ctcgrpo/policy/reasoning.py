@@ -24,10 +24,10 @@ def parse_completion(text: str, finish_reason: Literal["stop", "length"], opened
     a tag anywhere else is "broken_tags". All of these are the policy's doing: outcomes, never failures.
     """
     body = (OPEN + text if opened else text).strip()
-    broken = False
+    broken = unclosed = False
     if body.startswith(OPEN):
         reasoning, closed, reply = body[len(OPEN) :].partition(CLOSE)
-        broken = not closed
+        broken = unclosed = not closed
     elif CLOSE in body:
         reasoning, _, reply = body.partition(CLOSE)
         broken = True
@@ -40,6 +40,7 @@ def parse_completion(text: str, finish_reason: Literal["stop", "length"], opened
     reply = reply.strip()
     faults = {
         "broken_tags": broken,
+        "unclosed_reasoning": unclosed,
         "empty_reasoning": reasoning is not None and not reasoning.strip(),
         "empty_reply": not reply,
         "cut": finish_reason == "length",

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ctcgrpo.errors import OutputError
+from ctcgrpo.folders import require_folder
 from ctcgrpo.terminal import Terminal
+
+if TYPE_CHECKING:
+    from ctcgrpo.report.reading import Trial
 
 _WARNINGS = 10
 """Printed at most; the page shows how many there are."""
@@ -18,18 +24,17 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run's folder; or a sweep's: its trials, and the run that it found best.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; report.html in the folder by default.")] = None,
 ) -> None:
-    """Write one HTML page: scores, states and credit over steps, and every dialogue with each turn's credit."""
+    """Write an HTML page of a run: curves, and every dialogue with the credit of each turn."""
     from ctcgrpo.report.page import write_report
-    from ctcgrpo.report.reading import Trial, read_run, read_trials
+    from ctcgrpo.report.reading import read_run, read_trials
 
     trials: list[Trial] = []
-    source = run
-    if (run / "table.json").exists():
+    if (require_folder(run) / "table.json").exists():
         trials = read_trials(run / "table.json")
-        if not (run / "best").exists():
-            raise OutputError(f"{run} holds a sweep without a finished trial; there is nothing to report")
-        source = (run / "best").resolve().parent
-    found = read_run(source)
+        source = _run_of_sweep(run, trials)
+        found = replace(read_run(source), name=f"sweep {run.resolve().name}: {source.parent.name}, {source.name}")
+    else:
+        found = read_run(run)
     file = out or run / "report.html"
     wrote = write_report(found, file, trials)
     console = Terminal(120)
@@ -43,3 +48,14 @@ def report(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _run_of_sweep(sweep: Path, trials: Sequence[Trial]) -> Path:
+    """The run that a sweep's report shows: the best one, or one of the first trial where all are equal. Raises OutputError for a
+    sweep without a finished trial."""
+    if (sweep / "best").exists():
+        return (sweep / "best").resolve().parent
+    first = next((trial for trial in trials if trial["score"] is not None and trial["by_seed"]), None)
+    if first is None:
+        raise OutputError(f"{sweep} holds a sweep without a finished trial; there is nothing to report")
+    return sweep / str(first["trial"]) / f"seed-{next(iter(first['by_seed']))}"

@@ -20,26 +20,17 @@ from typing_extensions import TypedDict
 
 from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.errors import OutputError
-from ctcgrpo.files import is_complete
+from ctcgrpo.files import explained, is_complete, read_json
+from ctcgrpo.folders import require_run
 from ctcgrpo.intervals import means
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.records import UserState
 from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.run_records import (
-    Summary,
-    disagreement,
-    explained,
-    read_json,
-    read_metrics,
-    read_summary,
-    read_traces,
-    read_validations,
-    same,
-)
-from ctcgrpo.scoring import shaped_outcome, turn_score
-from ctcgrpo.training.samples import CreditOptions, step_credit
+from ctcgrpo.run_records import Summary, disagreement, read_metrics, read_summary, read_traces, same
+from ctcgrpo.scoring import shaped_outcome, turn_form, turn_score
+from ctcgrpo.training.samples import CreditOptions, credit_options, step_credit
 from ctcgrpo.training.samples import Summary as EpisodeSummary
-from ctcgrpo.validation import Validation
+from ctcgrpo.validation import Validation, read_validations
 
 Trace = dict[str, Any]
 """run_records.Trace, with what is added here."""
@@ -91,17 +82,13 @@ def read_trials(file: Path) -> list[Trial]:
 
 def read_run(path: Path, options: CreditOptions | None = None) -> Run:
     """Raises OutputError for a folder that holds no run, or one that has not played an episode yet."""
-    folder = RunFolder(path)
-    if not folder.recipe_file.exists():
-        raise OutputError(f"{path} is no run's folder: it holds no recipe.yaml")
+    folder = require_run(path)
     recipe = load_recipe(folder.recipe_file)
     episodes, bad = _episodes(folder.traces)
     if not episodes:
         told = f" that can be read ({bad[0]})" if bad else ""
         raise OutputError(f"{path} holds no episode yet{told}; there is nothing to report")
     if options is None:
-        from ctcgrpo.settings import credit_options
-
         options = credit_options(recipe)
     validations, bad_validations = read_validations(folder.validation_file)
     metrics, bad_metrics = read_metrics(folder.metrics_file)
@@ -244,8 +231,7 @@ def summary_of(episode: Trace, options: CreditOptions) -> EpisodeSummary:
         no_reasoning, fault = options.shaping
         reward = shaped_outcome(
             outcome,
-            [turn["reasoning"] is None for turn in turns],
-            any({"broken_tags", "empty_reasoning", "empty_reply"} & set(turn["faults"]) for turn in turns),
+            [turn_form(turn["reasoning"], turn["faults"]) for turn in turns],
             no_reasoning=no_reasoning,
             fault=fault,
         )
@@ -263,5 +249,6 @@ def summary_of(episode: Trace, options: CreditOptions) -> EpisodeSummary:
         failure=episode["failure"]["kind"] if episode["failure"] else None,
         turn_tokens=tuple(turn["completion_tokens"] for turn in turns),
         cut_turns=sum("cut" in turn["faults"] for turn in turns),
+        empty_turns=sum("empty_reply" in turn["faults"] for turn in turns),
         dropped_exchanges=max((turn["dropped_exchanges"] for turn in turns), default=0),
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ctcgrpo.errors import RunInterrupted
 from ctcgrpo.policy.attention import Layout, masked_attention
 
 _BLOCK = 64
@@ -64,8 +65,16 @@ class CacheLayout(Layout):
     last, which nobody sees before another token overwrites it.
     """
 
-    def __init__(self, cache: KvCache, slots: Sequence[int] | int, positions: torch.Tensor) -> None:
+    def __init__(
+        self,
+        cache: KvCache,
+        slots: Sequence[int] | int,
+        positions: torch.Tensor,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`interrupted` is asked in each layer; once it holds, the forward pass ends with RunInterrupted."""
         self._cache = cache
+        self._interrupted = interrupted
         device = positions.device
         self._rows = torch.arange(slots, device=device) if isinstance(slots, int) else torch.tensor(slots, device=device)
         self._read: slice | torch.Tensor = slice(0, slots) if isinstance(slots, int) else self._rows
@@ -83,6 +92,8 @@ class CacheLayout(Layout):
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
+        if self._interrupted():  # a slow machine takes minutes for a forward pass over long prompts
+            raise RunInterrupted("interrupted in the middle of a forward pass")
         keys, values = self._cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
         at = (self._rows.unsqueeze(1), slice(None), self._positions)
         keys[at], values[at] = key.transpose(1, 2), value.transpose(1, 2)

@@ -8,10 +8,12 @@ order, so the composition of every batch is fixed and a run repeats bit by bit; 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +25,36 @@ from ctcgrpo.rollout.engine import PolicyEngine, Sampling, request_seed
 from ctcgrpo.scoring import Variant, outcome_score
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
+
+_LOOK_SECONDS = 0.1
+"""How often a batch of episodes looks whether it is to stop."""
+
+
+@dataclass(slots=True)
+class Awaited:
+    """How many replies of the policy, and answers of the user, are being waited for."""
+
+    replies: int = 0
+    answers: int = 0
+
+    @contextlib.contextmanager
+    def reply(self) -> Iterator[None]:
+        self.replies += 1
+        try:
+            yield
+        finally:
+            self.replies -= 1
+
+    @contextlib.contextmanager
+    def answer(self) -> Iterator[None]:
+        self.answers += 1
+        try:
+            yield
+        finally:
+            self.answers -= 1
+
+    def __str__(self) -> str:
+        return f"{self.replies} replies of the policy and {self.answers} answers of the user in progress"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +109,10 @@ class RolloutRunner:
         self.stop_ids = stop_ids
         self.play = play
         self._interrupted = interrupted
+        self.awaited = Awaited()
 
     def with_play(self, play: Play) -> RolloutRunner:
-        """The same parts, playing otherwise."""
+        """The same parts, playing otherwise; what is `awaited` is counted together."""
         other = copy.copy(self)
         other.play = play
         return other
@@ -89,7 +122,8 @@ class RolloutRunner:
     ) -> list[Episode]:
         """One episode a slot, in the order of the slots; `on_episode` sees each the moment it is over.
 
-        Raises RunPaused as soon as the run is asked to stop, or the simulator may spend no more.
+        Raises RunPaused as soon as the run is asked to stop, or the simulator may spend no more; replies and answers in progress
+        are given up then.
         """
         players = [_Player(self, slot, on_episode) for slot in slots]
         async with self.simulator, self.engine:
@@ -110,15 +144,23 @@ class RolloutRunner:
         deadline: float | None = None,
     ) -> None:
         tasks = [asyncio.create_task(what(player)) for player in players if not player.over]
+        everything = asyncio.gather(*tasks)
+        interrupt = asyncio.create_task(self._interrupt())
         try:
-            if tasks:
-                over, _ = await asyncio.wait(tasks, timeout=deadline, return_when=asyncio.FIRST_EXCEPTION)
-                for task in over:
-                    task.result()
+            watched: set[asyncio.Future[Any]] = {everything, interrupt}
+            over, _ = await asyncio.wait(watched, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
+            for done in over:
+                done.result()
         finally:
-            for task in tasks:
+            for task in (*tasks, interrupt):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, everything, interrupt, return_exceptions=True)
+
+    async def _interrupt(self) -> None:
+        """Raises RunInterrupted once the run is asked to stop."""
+        while True:
+            self.check_interrupt()
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def check_interrupt(self) -> None:
         if self._interrupted():
@@ -155,7 +197,8 @@ class _Player:
         try:
             prompt_ids, dropped = runner.contexts.prompt(self._dialogue)
             seed = request_seed(play.seed, *slot.seeds, len(self._turns))
-            completion = await runner.engine.generate(prompt_ids, seed=seed, sampling=play.sampling)
+            with runner.awaited.reply():
+                completion = await runner.engine.generate(prompt_ids, seed=seed, sampling=play.sampling)
             self._pending = (prompt_ids, dropped, completion)
         except EPISODE_ERRORS as error:
             self._fail(error)
@@ -183,7 +226,8 @@ class _Player:
         )
         started = time.perf_counter()
         try:
-            answer = await runner.simulator.turn(request)
+            with runner.awaited.answer():
+                answer = await runner.simulator.turn(request)
         except EPISODE_ERRORS as error:
             self._fail(error)
             return

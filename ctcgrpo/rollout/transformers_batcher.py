@@ -61,11 +61,14 @@ class TransformersBatcher(Batcher):
         stop_ids: Iterable[int],
         max_batch: int,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`max_batch`: requests under way at once; others wait. Raises PolicyError for a model that it cannot serve."""
+        """`max_batch`: requests under way at once; others wait. `interrupted` ends a step between two layers with RunInterrupted.
+        Raises PolicyError for a model that it cannot serve."""
         use_layouts(model)
         self._model = model
         self._autocast = autocast
+        self._interrupted = interrupted
         self._pad_id = pad_id
         self._stop_ids = frozenset(stop_ids)
         self._max_batch = max_batch
@@ -132,7 +135,7 @@ class TransformersBatcher(Batcher):
         following = [request.next for request in running]
         self._cache.reserve(len(running), max(position for _, position in following) + 1)
         tokens, positions = torch.tensor(following, device=self._model.device).T.unsqueeze(-1)
-        logits = self._forward(tokens, positions, CacheLayout(self._cache, len(running), positions))[:, -1]
+        logits = self._forward(tokens, positions, self._layout(len(running), positions))[:, -1]
         for sampling in dict.fromkeys(request.sampling for request in running):
             slots = [s for s, request in enumerate(running) if request.sampling == sampling]
             uniforms = torch.tensor(
@@ -246,11 +249,12 @@ class TransformersBatcher(Batcher):
             # Padding goes where the prompt's last token will: nobody sees it there, and no room is made for it.
             positions = torch.minimum(starts + torch.arange(longest), ends).to(self._model.device)
             self._cache.reserve(len(self._held), int(positions.max()) + 1)
-            self._forward(
-                tokens.to(self._model.device), positions, CacheLayout(self._cache, [slot for _, slot, _ in batch], positions)
-            )
+            self._forward(tokens.to(self._model.device), positions, self._layout([slot for _, slot, _ in batch], positions))
         for slot, _ in placed:
             self._held[slot] = self._running[slot].prompt[:-1]
+
+    def _layout(self, slots: Sequence[int] | int, positions: torch.Tensor) -> CacheLayout:
+        return CacheLayout(self._cache, slots, positions, self._interrupted)
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, layout: CacheLayout) -> torch.Tensor:
         output = self._model(

@@ -20,22 +20,24 @@ TOKEN_ENV = "CTCGRPO_SIMULATOR_TOKEN"
 class Price(Section):
     """Money for a million tokens."""
 
-    prompt: float = Field(0.0, ge=0)
-    completion: float = Field(0.0, ge=0)
+    prompt: float = Field(0.0, ge=0, description="for a million tokens of prompts")
+    completion: float = Field(0.0, ge=0, description="for a million tokens of answers")
 
 
 class Endpoint(Section):
     """One OpenAI-compatible endpoint."""
 
-    url: str = Field(description="up to and with /v1")
-    model: str
+    url: str = Field(description="of the API, up to and with /v1")
+    model: str = Field(description="the model's name at this endpoint")
     key_env: str | None = Field(None, description="the environment variable that holds the key; none for an open endpoint")
     weight: float = Field(1.0, gt=0, description="its share of the dialogues")
     concurrency: int = Field(64, ge=1, description="calls at a time")
-    requests_per_minute: int | None = Field(None, ge=1)
-    tokens_per_minute: int | None = Field(None, ge=1)
+    requests_per_minute: int | None = Field(None, ge=1, description="the account's limit; no limit where absent")
+    tokens_per_minute: int | None = Field(None, ge=1, description="the account's limit; no limit where absent")
     timeout: float = Field(60.0, gt=0, description="seconds a call")
-    output: Literal["json_schema", "json_object", "text"] = Field("json_schema", description="what it can be held to")
+    output: Literal["json_schema", "json_object", "text"] = Field(
+        "json_schema", description="the strictest form of answer that it supports"
+    )
     bounded_strings: bool = Field(False, description="put maxLength into the schema (vLLM keeps to it; some refuse it)")
     seed: bool = Field(True, description="send a seed with each call")
     extra_body: dict[str, Any] = Field({}, description="further fields of the request, for example enable_thinking: false")
@@ -69,13 +71,15 @@ class Endpoint(Section):
 class Llm(Section):
     """An LLM that plays the user."""
 
-    endpoints: tuple[Endpoint, ...] = Field(min_length=1)
+    endpoints: tuple[Endpoint, ...] = Field(min_length=1, description="the endpoints that share the dialogues")
     official: Path | None = Field(
         None, description="the folder with the authors' EIBench code: its prompts instead of ours (runs third-party code)"
     )
-    temperature: float = Field(0.7, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int = Field(1024, ge=1, description="of an answer")
+    temperature: float = Field(0.7, ge=0, description="sampling temperature of the user's answers")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample from the most likely tokens with this total probability; 1 is off"
+    )
+    max_tokens: int = Field(1024, ge=1, description="tokens of an answer at most")
     samples: int = Field(1, ge=1, description="k: answers whose state changes are averaged; costs k times as much")
     deadline: float = Field(180.0, gt=0, description="seconds that a turn may take, retries and waiting included")
 
@@ -103,15 +107,17 @@ class Budget(Section):
     """A hard limit on what is spent over all runs that share the store; reaching it pauses the run."""
 
     money: float | None = Field(None, gt=0, description="in `currency`, by the prices of the endpoints")
-    tokens: int | None = Field(None, gt=0)
-    currency: str = "USD"
+    tokens: int | None = Field(None, gt=0, description="tokens of prompts and answers together")
+    currency: str = Field("USD", description="of prices and of `money`; a name, nothing is converted")
 
 
 class ServerSection(Section):
     """How `ctcgrpo serve` answers."""
 
     token_env: str = Field(TOKEN_ENV, description="the variable with the bearer token; a token is required beyond loopback")
-    max_body_mb: float = Field(16.0, gt=0)
+    max_body_mb: float = Field(
+        16.0, gt=0, description="a larger request is refused with status 413 (megabytes of 10^6 bytes)"
+    )
     drain_seconds: int = Field(60, ge=1, description="how long turns under way may take after a signal to stop")
     log_level: Literal["debug", "info", "warning"] = Field("info", description="only debug shows texts")
 
@@ -127,7 +133,7 @@ class ServerSection(Section):
 class SimulatorConfig(Section):
     """Who plays the user. The default is the scripted user."""
 
-    backend: Literal["scripted", "llm"] = "scripted"
+    backend: Literal["scripted", "llm"] = Field("scripted", description="the scripted user (rules, no LLM), or an LLM")
     scripted: Scripted = Scripted()  # type: ignore[call-arg]
     llm: Llm | None = None
     store: Path | None = Field(

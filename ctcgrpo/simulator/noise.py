@@ -23,9 +23,9 @@ from rich.text import Text
 from typing_extensions import TypedDict
 
 from ctcgrpo.errors import EPISODE_ERRORS, OutputError
+from ctcgrpo.files import collect_records
 from ctcgrpo.records import SCENES, Scenario, UserState
 from ctcgrpo.run_records import State as RecordedState
-from ctcgrpo.run_records import read_records
 from ctcgrpo.scoring import turn_score
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
@@ -86,15 +86,18 @@ def recorded_turns(
     lines that are no dialogue and are left out. Raises OutputError where there are none."""
     known = {s.id: s for s in scenarios}
     traces: dict[str, list[Mapping[str, Any]]] = {scene: [] for scene in SCENES}
+    unreadable: list[str] = []
     for file in files:
-        found, problems = read_records(file, _RECORDED.validate_python)
+        found, problems = collect_records(file, _RECORDED.validate_python)
         for problem in problems:
             warn(problem)
+        unreadable += problems
         for trace in found:
             if trace["failure"] is None and trace["scenario"] in known:
                 traces[known[trace["scenario"]].scene].append(trace)
     if not any(traces.values()):
-        raise OutputError("there are no recorded dialogues of these scenarios to replay")
+        why = f" ({unreadable[0]})" if unreadable else ""
+        raise OutputError(f"there are no recorded dialogues of these scenarios to replay{why}")
     rng = random.Random(seed)
     chosen = [t for scene in SCENES for t in rng.sample(traces[scene], min(dialogues, len(traces[scene])))]
     return [turn for trace in chosen for turn in _turns(trace, known[trace["scenario"]], max_rounds)]

@@ -8,6 +8,7 @@
 
 Errors carry a TurnProblem where asking again is no use: 400 no TurnRequest, 401 the token, 402 the budget is spent, 413 too large,
 422 the user's answer could not be had, 502 no endpoint answered. 5xx without one, and no answer at all: try again.
+README.md has the whole contract.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ from ctcgrpo.simulator.service import TurnService
 from ctcgrpo.simulator.store import Store
 
 _STATUS = {SimulatorReplyError.kind: 422, SimulatorTransportError.kind: 502, BudgetSpent.kind: 402}
+
+
+_DRAIN_AFTER_ERROR = 5
+"""Seconds that turns in progress get where what started a server ends with an error, Ctrl-C included."""
 
 
 class _TooLarge(Exception):
@@ -275,8 +280,13 @@ def running(server: SimulatorServer, port: int = 0) -> Iterator[str]:
         if not thread.is_alive() or time.monotonic() > deadline:
             raise SimulatorTransportError("the embedded simulator server did not start")
         time.sleep(0.01)
+    drain = server.config.server.drain_seconds
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    except BaseException as error:  # nobody waits for the turns in progress any more; what an LLM answers soon is still kept
+        drain = 0 if isinstance(error, KeyboardInterrupt) else min(drain, _DRAIN_AFTER_ERROR)
+        inner.config.timeout_graceful_shutdown = drain
+        raise
     finally:
         inner.should_exit = True
-        thread.join(server.config.server.drain_seconds + 5)
+        thread.join(drain + 5)

@@ -25,8 +25,7 @@ def study(
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time, one process each.")] = 1,
     against: Annotated[str | None, typer.Option(help="Print differences to this variant, not to the baseline.")] = None,
 ) -> None:
-    """Run a study: the same recipe with several settings and seeds; says first how long it takes. The same command goes on
-    after a kill, and runs nothing twice."""
+    """Run a recipe with several settings and seeds, and compare them; the same command resumes it."""
     asked, recipe = load_study(file)
     if against is not None and against not in asked.variants:
         raise RecipeError(f"--against {against!r}: {did_you_mean(against, asked.variants)}")

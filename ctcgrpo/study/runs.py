@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo.errors import CtcGrpoError, OutputError, RunFailed, RunInterrupted
-from ctcgrpo.files import is_complete, mark_complete, write_whole
+from ctcgrpo.files import is_complete, mark_complete, read_json, write_whole
 from ctcgrpo.recipe import Recipe, load_recipe, overrides
 from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.run_records import read_json, valid_validations
 from ctcgrpo.scenarios import read_records
 from ctcgrpo.study.figures import Curves, curves_of
 from ctcgrpo.study.spec import Run, Study
+from ctcgrpo.validation import valid_validations
 from ctcgrpo.workers import alone, end_with_pool
 
 _RUNS_A_PROCESS = 20

@@ -36,14 +36,24 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Study(Section):
-    program: Path
-    description: str | None = None
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31, strict=True)], ...] = Field(min_length=2)
-    primary: Literal["area", "final"] = Field("area", description="see figures.py")
-    baseline: str
-    seconds: float = Field(gt=0, description="what a run takes, roughly")
-    environments: dict[str, dict[str, Any]] = Field(min_length=1)
-    variants: dict[str, dict[str, Any]] = Field(min_length=2)
+    """Variants of a recipe compared over environments and seeds (ctcgrpo study)."""
+
+    program: Path = Field(description="the recipe of every run")
+    description: str | None = Field(None, description="for readers; nothing depends on it")
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31, strict=True)], ...] = Field(
+        min_length=2, description="every variant runs once with each"
+    )
+    primary: Literal["area", "final"] = Field(
+        "area", description="the measure: the area between held-out curve and its start, or the last score minus the first"
+    )
+    baseline: str = Field(description="the variant that the others are compared with")
+    seconds: float = Field(gt=0, description="what a run takes, roughly: for the estimate that is printed first")
+    environments: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="by name, overrides of the recipe that all variants share"
+    )
+    variants: dict[str, dict[str, Any]] = Field(
+        min_length=2, description="by name, overrides of the recipe that are compared"
+    )
 
     @model_validator(mode="after")
     def _can_be_run(self) -> Study:

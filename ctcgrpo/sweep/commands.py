@@ -25,7 +25,7 @@ def sweep(
         bool, typer.Option("--wandb", help="Hand the file to W&B instead, and say how agents are started.")
     ] = False,
 ) -> None:
-    """Run a sweep; the same command goes on after a kill, and runs nothing twice."""
+    """Run a sweep over fields of a recipe; the same command resumes it."""
     spec, recipe = load_sweep(file)
     if wandb:
         if name or overrides or devices:
@@ -36,7 +36,7 @@ def sweep(
         return
     try:
         from ctcgrpo.sweep.coordinator import check_devices, run_sweep
-        from ctcgrpo.sweep.table import printed
+        from ctcgrpo.sweep.table import all_equal, printed
     except ImportError as error:
         raise RecipeError(f"sweeping needs the extra sweep: pip install 'ctcgrpo[sweep]' ({error})") from None
     check_devices(workers, devices or [])
@@ -54,7 +54,9 @@ def sweep(
     )
     shutil.copyfile(file, folder / "sweep.yaml")
     console.print(printed(rows, f"sweep {folder.name}: held-out score after training"))
-    if (folder / "best").exists():
+    if all_equal(rows):
+        console.print("all trials have the same score: there is no best one. Try more steps, or values further apart.")
+    elif (folder / "best").exists():
         console.print(f"best checkpoint: {folder / 'best'}", markup=False, highlight=False, soft_wrap=True)
     if all(row["score"] is None for row in rows):
         raise RunFailed(f"no trial of {folder} came to its end; each says why in its folder's log")

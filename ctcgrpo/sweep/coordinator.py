@@ -4,7 +4,7 @@
         sweep.yaml          what is swept
         study.db            Optuna's record of the trials
         trial-0003/seed-1/  a run's folder; what was killed goes on in it
-        best                a link to the best checkpoint of the best trial
+        best                a link to the best checkpoint of the best trial, unless all trials are equal
         table.json          the table, by trial
 
 A trial is a point of the sweep, played with every value of run.seed; its score is the mean of theirs. The coordinator alone owns
@@ -30,12 +30,13 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from ctcgrpo.errors import OutputError, RecipeError, RunInterrupted
-from ctcgrpo.files import is_complete, write_whole
+from ctcgrpo.files import is_complete, read_json, write_whole
 from ctcgrpo.recipe import Recipe, overrides
 from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.run_records import Outcome, read_json, read_summary, read_validations, valid_validations
+from ctcgrpo.run_records import Outcome, read_summary
 from ctcgrpo.sweep.spec import SEED, Parameter, Sweep
-from ctcgrpo.sweep.table import table_of
+from ctcgrpo.sweep.table import all_equal, table_of
+from ctcgrpo.validation import read_validations, valid_validations
 from ctcgrpo.workers import alone, end_with_parent
 
 TRAIN = (sys.executable, "-m", "ctcgrpo", "train")
@@ -317,15 +318,15 @@ def _keep_to(folder: Path, sweep: Sweep, extra: Sequence[str]) -> None:
 
 
 def _link_best(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """`best`: the best checkpoint of the best run of the best trial."""
+    """`best`: the best checkpoint of the best run of the best trial; none where all trials are equal."""
+    link = folder / "best"
+    link.unlink(missing_ok=True)
     best = next((row for row in rows if row["score"] is not None), None)
-    if best is None:
+    if best is None or all_equal(rows):
         return
     seed = max(best["by_seed"], key=lambda s: best["by_seed"][s])
     run = folder / best["trial"] / f"seed-{seed}"
     target = run / "best" if (run / "best").exists() else run / "final"
-    link = folder / "best"
-    link.unlink(missing_ok=True)
     link.symlink_to(target.relative_to(folder))
 
 

@@ -35,14 +35,14 @@ SEED = "run.seed"
 class Parameter(Section):
     """What one parameter may be: a list of values, or a range."""
 
-    value: Any = None
-    values: tuple[Any, ...] | None = Field(None, min_length=1)
+    value: Any = Field(None, description="one value, the same for all runs")
+    values: tuple[Any, ...] | None = Field(None, min_length=1, description="a list of values, none of them twice")
     distribution: Literal["constant", "categorical", "uniform", "int_uniform", "q_uniform", "log_uniform_values"] | None = (
-        None
+        Field(None, description="how a range is sampled; uniform where absent (int_uniform for whole numbers)")
     )
-    min: int | float | None = None
-    max: int | float | None = None
-    q: float | None = Field(None, gt=0)
+    min: int | float | None = Field(None, description="the lower end of a range")
+    max: int | float | None = Field(None, description="the upper end of a range")
+    q: float | None = Field(None, gt=0, description="q_uniform only: the distance between values")
 
     @model_validator(mode="after")
     def _is_one_thing(self) -> Parameter:
@@ -98,8 +98,10 @@ class Parameter(Section):
 
 
 class Metric(Section):
-    name: str
-    goal: Literal["maximize"] = "maximize"
+    """What runs are compared by."""
+
+    name: str = Field(description=f"{METRIC}: the score on the held-out scenarios after training")
+    goal: Literal["maximize"] = Field("maximize", description="scores are maximised")
 
     @field_validator("name")
     @classmethod
@@ -112,22 +114,24 @@ class Metric(Section):
 class EarlyTerminate(Section):
     """Stop runs that do worse than others did by then."""
 
-    type: Literal["hyperband"] = "hyperband"
+    type: Literal["hyperband"] = Field("hyperband", description="successive halving, as in W&B")
     min_iter: int = Field(ge=1, description="steps before the first comparison")
     eta: float = Field(3, gt=1, description="each comparison is so many times later; of those compared 1/eta go on")
 
 
 class Sweep(Section):
-    program: Path
-    method: Literal["grid", "random", "bayes"]
-    metric: Metric = Metric(name=METRIC)
-    parameters: dict[str, Parameter] = Field(min_length=1)
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    description: str | None = None
-    project: str | None = None
-    entity: str | None = None
-    command: tuple[str, ...] | None = None
-    run_cap: int | None = Field(None, ge=1)
+    """A search over fields of a recipe, in W&B's format (ctcgrpo sweep)."""
+
+    program: Path = Field(description="the recipe")
+    method: Literal["grid", "random", "bayes"] = Field(description="every combination, random draws, or Optuna's TPE")
+    metric: Metric = Metric(name=METRIC)  # type: ignore[call-arg]
+    parameters: dict[str, Parameter] = Field(min_length=1, description="by the recipe's field, as section.field")
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="on W&B, and of the folder")
+    description: str | None = Field(None, description="for readers; nothing depends on it")
+    project: str | None = Field(None, description="--wandb only: the W&B project")
+    entity: str | None = Field(None, description="--wandb only: the W&B team or user")
+    command: tuple[str, ...] | None = Field(None, description="--wandb only: how an agent starts a run")
+    run_cap: int | None = Field(None, ge=1, description="random and bayes: the number of trials")
     early_terminate: EarlyTerminate | None = None
 
     @model_validator(mode="after")

@@ -15,7 +15,8 @@ from rich.text import Text
 from ctcgrpo.errors import OutputError
 from ctcgrpo.intervals import crossed
 from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.run_records import same, valid_validations
+from ctcgrpo.run_records import same
+from ctcgrpo.validation import valid_validations
 
 _STATES = {
     TrialState.COMPLETE: "done",
@@ -70,6 +71,16 @@ def _row(name: str, trial: FrozenTrial, folder: Path) -> dict[str, Any]:
 def _scores(run: RunFolder) -> list[dict[str, float]]:
     """The mean of each held-out scenario, by validation, from the first to the last. Raises OutputError for damaged ones."""
     return [validation.by_scenario for validation in valid_validations(run.validation_file)]
+
+
+_SAME = 5e-4
+"""Scores within this are the same in the table."""
+
+
+def all_equal(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a sweep found no difference: several trials came to their end, all with the same score."""
+    scores = [row["score"] for row in rows if row["score"] is not None]
+    return len(scores) > 1 and max(scores) - min(scores) < _SAME
 
 
 def printed(rows: Sequence[Mapping[str, Any]], title: str) -> Table:

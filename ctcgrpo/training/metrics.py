@@ -25,6 +25,7 @@ def rollout_metrics(summaries: Sequence[Summary], credit: StepCredit) -> dict[st
         "episodes/turns": _mean(len(s.turn_scores) for s in valid),
         "replies/tokens": _mean(sum(s.turn_tokens) / len(s.turn_scores) for s in valid),
         "replies/cut": _mean(s.cut_turns / len(s.turn_scores) for s in valid),
+        "replies/empty": _mean(s.empty_turns / len(s.turn_scores) for s in valid),
         "prompts/dropped_exchanges": float(sum(s.dropped_exchanges for s in summaries)),
     }
     for scene in SCENES:

@@ -38,6 +38,18 @@ class Row:
     attention_mask: torch.Tensor | None = None
     segments: Segments | None = None
 
+    @property
+    def samples(self) -> int:
+        """How many samples have entries here."""
+        return len(set(self.sample.tolist()))
+
+    @property
+    def turn_weights(self) -> torch.Tensor:
+        """(E,): 1 / (trained tokens of its sample), so that those of a sample sum to 1. A row has all tokens of its samples."""
+        _, which, counts = torch.unique(self.sample, return_inverse=True, return_counts=True)
+        weights: torch.Tensor = 1.0 / counts.to(torch.float32)[which]
+        return weights
+
     def to(self, device: torch.device) -> Row:
         return replace(self, **{name: t.to(device) for name in _TENSORS if (t := getattr(self, name)) is not None})
 

@@ -13,8 +13,9 @@ from typing import Literal
 import numpy as np
 
 from ctcgrpo import credit
+from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Episode, Scene, TurnSample
-from ctcgrpo.scoring import shaped_outcome, turn_score
+from ctcgrpo.scoring import shaped_outcome, turn_form, turn_score
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Summary:
     failure: str | None
     turn_tokens: tuple[int, ...]
     cut_turns: int
+    empty_turns: int
     dropped_exchanges: int
 
 
@@ -54,6 +56,24 @@ class CreditOptions:
     """(penalty for no reasoning, penalty for a fault), or None for a policy that does not reason."""
 
 
+def credit_options(recipe: Recipe) -> CreditOptions:
+    """What a recipe says of credit and scoring."""
+    credit, scoring = recipe.credit, recipe.scoring
+    return CreditOptions(
+        alpha=credit.alpha,
+        centering=credit.centering,
+        credit=credit.credit,
+        gamma=credit.gamma,
+        center_weights=credit.center_weights,
+        scale=credit.scale,
+        std_min=credit.std_min,
+        shuffle=credit.shuffle,
+        shuffle_seed=recipe.run.seed,
+        turn_weights=scoring.turn_weights,
+        shaping=(scoring.no_reasoning_penalty, scoring.fault_penalty) if recipe.policy.reasons else None,
+    )
+
+
 def summarise(episode: Episode, options: CreditOptions) -> Summary:
     weights = (options.turn_weights or {}).get(episode.scenario.scene, (0.5, 0.5))
     reward = episode.outcome
@@ -61,8 +81,7 @@ def summarise(episode: Episode, options: CreditOptions) -> Summary:
         no_reasoning, fault = options.shaping
         reward = shaped_outcome(
             episode.outcome,
-            [turn.reasoning is None for turn in episode.turns],
-            any({"broken_tags", "empty_reasoning", "empty_reply"} & set(turn.faults) for turn in episode.turns),
+            [turn_form(turn.reasoning, turn.faults) for turn in episode.turns],
             no_reasoning=no_reasoning,
             fault=fault,
         )
@@ -78,6 +97,7 @@ def summarise(episode: Episode, options: CreditOptions) -> Summary:
         failure=episode.failure.kind if episode.failure else None,
         turn_tokens=tuple(len(turn.completion.token_ids) for turn in episode.turns),
         cut_turns=sum("cut" in turn.faults for turn in episode.turns),
+        empty_turns=sum("empty_reply" in turn.faults for turn in episode.turns),
         dropped_exchanges=max((turn.dropped_exchanges for turn in episode.turns), default=0),
     )
 

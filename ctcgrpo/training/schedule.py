@@ -1,9 +1,12 @@
-"""Which scenarios each step plays: the same on every process and after a resume."""
+"""Which scenarios each step plays, the same on every process and after a resume; and the learning rate of a step."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import TrainingArguments, get_scheduler
 
 from ctcgrpo.records import Scenario
 
@@ -26,3 +29,16 @@ def _deal(indices: Sequence[int], rng: random.Random) -> Iterator[int]:
         deck = list(indices)
         rng.shuffle(deck)
         yield from deck
+
+
+def learning_rate_at(arguments: TrainingArguments, step: int) -> float:
+    """The learning rate of the optimizer step after `step` of them."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate)
+    schedule = get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer,
+        int(arguments.warmup_steps),
+        arguments.max_steps,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+    return float(arguments.learning_rate * schedule.lr_lambdas[0](step))

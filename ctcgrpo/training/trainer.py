@@ -21,17 +21,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import DistributedType, gather_object
+from torch.optim.lr_scheduler import LambdaLR
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import use_adapter
 
 from ctcgrpo.credit import SceneBaseline
-from ctcgrpo.errors import PolicyError, RunPaused, TooManyFailures, too_many_failed
+from ctcgrpo.errors import PolicyError, RunPaused, TooManyFailures, TrainingDiverged, too_many_failed
 from ctcgrpo.files import checkpoints, is_complete, mark_complete
 from ctcgrpo.policy.attention import use_layouts, with_layout
+from ctcgrpo.policy.finite import nonfinite_gradient, nonfinite_weight, refuse_nonfinite
 from ctcgrpo.processes import on_main
 from ctcgrpo.records import Episode, TurnSample
 from ctcgrpo.training.head import score_trained_positions_only
@@ -46,6 +48,10 @@ SCENE_BASELINE = "scene_baseline.json"
 """What earlier steps say of each scene's turns, in a checkpoint."""
 
 
+LossWeights = Literal["token", "turn"]
+"""What weighs alike in the loss: every trained token of a step, or every trained turn."""
+
+
 @dataclass(frozen=True, slots=True)
 class UpdateOptions:
     """What the update needs beyond TRL's GRPOConfig."""
@@ -54,7 +60,9 @@ class UpdateOptions:
     tokens_per_row: int = 16384
     packing: Packing = "auto"
     clip: float = 0.2
+    dual_clip: float | None = None
     entropy_bonus: float = 0.001
+    loss_weights: LossWeights = "token"
     recorded_logprobs: bool = False
     max_failed: float = 0.5
     keep_checkpoints: int = 3
@@ -92,6 +100,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         score_trained_positions_only()
         super().__init__(model=model, args=args, reward_funcs=_no_reward, **kwargs)
         policy = self.accelerator.unwrap_model(self.model)
+        refuse_nonfinite(policy, str(model if isinstance(model, str) else policy.name_or_path))
         half = args.bf16 or policy.dtype == torch.bfloat16
         self._how = how_to_attend(options.packing, self.accelerator.device, half=half)
         if self._how is not None:
@@ -120,6 +129,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         update = self.state.global_step % self._options.updates_per_step
+        self.refuse_nonfinite_weights()
         if update == 0 or not self._updates:
             self._before_step(self.rollout_step)
             self._updates = self._new_batch(inputs)
@@ -151,7 +161,9 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
     def update_rows(self, model: torch.nn.Module, rows: Sequence[Row]) -> torch.Tensor:
         """`update` for rows already made, equally many on every process."""
         model.train()
-        tokens = self._sum_over_processes([float(sum(len(row.at) for row in rows))])[0]
+        counts = (float(sum(len(row.at) for row in rows)), float(sum(row.samples for row in rows)))
+        tokens, turns = self._sum_over_processes(counts)
+        total = tokens if self._options.loss_weights == "token" else turns
         if not tokens:
             return torch.zeros((), device=self.accelerator.device)
         totals: list[TokenSums] = []
@@ -160,11 +172,56 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
             self.accelerator.gradient_state._set_sync_gradients(is_last)
             with self._without_sync(model, is_last):
                 sums = self._row_sums(model, row)
+                if is_last:  # before DeepSpeed's backward, which is followed by its optimizer step at once
+                    self._refuse_nonfinite_loss([*totals, sums])
                 # Data-parallel training averages gradients over processes: the factor makes it a sum.
-                loss = sums.loss * (self.accelerator.num_processes / tokens)
+                loss = sums.loss * (self.accelerator.num_processes / total)
                 self.accelerator.backward(loss, **self._backward_kwargs())
             totals.append(TokenSums(*(getattr(sums, field.name).detach() for field in fields(TokenSums))))
+        self._refuse_nonfinite_gradients(model)
         return self._log_update(totals, tokens)
+
+    # --- what is not finite ----------------------------------------------------------------------------------------------
+
+    def _refuse_nonfinite_loss(self, totals: Sequence[TokenSums]) -> None:
+        self._refuse(
+            None
+            if all(bool(torch.isfinite(t.loss)) for t in totals)
+            else f"step {self.rollout_step + 1}: the loss is not finite",
+            "log-probabilities overflow: lower training.learning_rate, or compute in float32 (training.bf16=false)",
+        )
+
+    def _refuse_nonfinite_gradients(self, model: torch.nn.Module) -> None:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            measured = getattr(model, "get_global_grad_norm", None)
+            norm = measured() if measured else None
+            name = None if norm is None or math.isfinite(norm) else "their norm"
+        else:
+            name = nonfinite_gradient(model)
+        self._refuse(
+            name and f"step {self.rollout_step + 1}: gradients are not finite ({name})",
+            "the backward pass overflows: lower training.learning_rate, or compute in float32 (training.bf16=false)",
+        )
+
+    def refuse_nonfinite_weights(self) -> None:
+        """Raises TrainingDiverged on all processes where the policy holds NaN or infinite weights on any: nothing may be sampled
+        from it, and no checkpoint made of it."""
+        name = nonfinite_weight(self.accelerator.unwrap_model(self.model))
+        clipping = f"set training.max_grad_norm (it is {self.args.max_grad_norm:g}; 1 is usual)"
+        self._refuse(
+            name and f"after the optimizer step of step {self._last_step} the policy's weights are not finite ({name})",
+            f"training.learning_rate = {self.args.learning_rate:g} is too high: lower it, or {clipping}",
+        )
+
+    @property
+    def _last_step(self) -> int:
+        """The batch of rollouts, from 1, that the last optimizer step belongs to."""
+        return (int(self.state.global_step) - 1) // self._options.updates_per_step + 1
+
+    def _refuse(self, problem: str | None, cause: str) -> None:
+        """Raises TrainingDiverged on all processes where one of them has a problem."""
+        if found := next((text for text in gather_object([problem]) if text is not None), None):
+            raise TrainingDiverged(f"{found}; likely cause: {cause}")
 
     def _plan(self, samples: Sequence[TurnSample], *, packed: bool = True) -> Plan:
         return plan(
@@ -186,6 +243,8 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
             row.old_logprobs,
             row.advantages,
             clip=self._options.clip,
+            dual_clip=self._options.dual_clip,
+            weights=row.turn_weights if self._options.loss_weights == "turn" else None,
             entropy_bonus=self._options.entropy_bonus,
             reference=self._reference(model, row) if self.beta else None,
             kl_weight=self.beta,
@@ -355,14 +414,15 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
     def _log_update(self, totals: Sequence[TokenSums], tokens: float) -> torch.Tensor:
         mine = [float(sum(getattr(t, field.name) for t in totals)) for field in fields(TokenSums)]
         over_all = dict(zip([f.name for f in fields(TokenSums)], self._sum_over_processes(mine), strict=True))
-        self._log_number("policy_loss", over_all["loss"] / tokens)
+        loss = over_all["loss"] / over_all["weight"]
+        self._log_number("policy_loss", loss)
         self._log_number("clip_share", over_all["clipped"] / tokens)
         self._log_number("entropy", over_all["entropy"] / tokens)
         self._log_number("ratio", over_all["ratio"] / tokens)
         if self.beta:
             self._log_number("kl", over_all["kl"] / tokens)
         self._log_number("trained_tokens", tokens)
-        return torch.tensor(over_all["loss"] / tokens, device=self.accelerator.device)
+        return torch.tensor(loss, device=self.accelerator.device)
 
     def _sum_over_processes(self, values: Sequence[float]) -> list[float]:
         numbers = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
@@ -373,6 +433,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint counts once every process has written its files and the marker stands."""
+        self.refuse_nonfinite_weights()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -394,7 +455,18 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            self._take_up_schedule()
             self._baseline = SceneBaseline(**json.loads((Path(checkpoint) / SCENE_BASELINE).read_text()))
+
+    def _take_up_schedule(self) -> None:
+        """A run that is given more steps takes its learning rate from the longer schedule, not from the end of the shorter one."""
+        schedule = self.lr_scheduler
+        if isinstance(schedule, LambdaLR):  # not DeepSpeed's own
+            steps = schedule.last_epoch
+            rates = [base * rate(steps) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+            for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            schedule._last_lr = rates
 
     def save_now(self) -> None:
         """A checkpoint of the last finished optimizer step, unless it has one."""

@@ -235,21 +235,74 @@ def test_a_damaged_policy_is_named_and_leaves_nothing_behind(
     if refreshed and name != "COMPLETE":
         mark_complete(run / "final")
     code, _, err = ctcgrpo("export", str(run))
+    assert code in (4, 6) and "final" in err, err
+    assert not list(run.glob("export*"))
     if name == "COMPLETE":
-        assert code in (0, 6)  # of an unmarked folder; what a marker must hold is the run folder's to say
-    else:
+        assert code == 6 and "no complete 'final' (COMPLETE " in err, err
+    if name in ("model.safetensors", "tokenizer.json"):
+        code, _, err = ctcgrpo("evaluate", str(run), "--limit", "1", "--display", "none")
         assert code in (4, 6) and "final" in err, err
-        assert not list(run.glob("export*"))
-        if name in ("model.safetensors", "tokenizer.json"):
-            code, _, err = ctcgrpo("evaluate", str(run), "--limit", "1", "--display", "none")
-            assert code in (4, 6) and "final" in err, err
 
 
 def test_a_bad_number_of_the_best_step_is_named(run: Path, ctcgrpo: Command) -> None:
     (run / "best" / "STEP").write_text("xx\n")
     code, _, err = ctcgrpo("export", str(run), "--which", "best")
-    assert code == 6 and "best/STEP" in err and "xx" in err, err
+    assert code == 6 and "no complete 'best' (STEP has 3 of 2 bytes)" in err, err
     assert ctcgrpo("export", str(run))[0] == 0
+
+
+@pytest.fixture
+def killed(finished: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """A copy of it as if it had been killed before its final policy was written; and the command that resumes it."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "final")
+    return run, ["train", str(run / "recipe.yaml"), f"run.output_dir={tmp_path}", "run.name=run"]
+
+
+def test_half_a_line_at_the_end_of_the_metrics_is_forgotten(killed: tuple[Path, list[str]], ctcgrpo: Command) -> None:
+    run, command = killed
+    whole = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(whole + '{"step": 3, "outco')
+    code, out, err = ctcgrpo(*command)
+    assert code == 0 and "resumes from checkpoint-4" in " ".join(out.split()), err
+    assert (run / "metrics.jsonl").read_text() == whole and (run / "final" / "COMPLETE").exists()
+
+
+RECORDS: list[tuple[str, Callable[[Path], None], str]] = [
+    *((file, damage, problem) for file in ("metrics.jsonl", "validation.jsonl") for damage, problem in (
+        (first_line("{bad"), "line 1: not valid JSON"), (first_line("{}"), "line 1: step"), (first_line("[]"), "line 1: expected"),
+        (first_line('{"step": "1"}'), "line 1: step = '1'"), (first_line('{"step": 1, "step": 1}'), "line 1: .*duplicate key"),
+        (first_line("[" * 5000), "line 1: not"), (first_line("\x00"), "line 1: not valid JSON"), (doubled, "duplicate step"),
+    )),
+    ("metrics.jsonl", first_line('{"step": 1, "x": 1' + "0" * 400 + "}"), "line 1: "),
+    ("validation.jsonl", without_second_line, "lacks the validation after step 1"),
+    ("validation.jsonl", cut, "lacks the validation after step 1"),
+    *((file, damage, problem) for file in ("simulator.json", "data.json", "sharding.json") for damage, problem in (
+        (cut, "cannot be read"), (zeroed, "cannot be read"), (text("[]"), "holds a list"), (text("[" * 5000), "nested too deep"),
+        (text('{"a": 1, "a": 2}'), "duplicate key"),
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "damage", "problem"), RECORDS)
+def test_a_run_does_not_resume_from_damaged_records(
+    killed: tuple[Path, list[str]], ctcgrpo: Command, name: str, damage: Callable[[Path], None], problem: str
+) -> None:
+    run, command = killed
+    damage(run / name)
+    before = {file: file.read_bytes() for file in [run / name, *(run / "traces").iterdir()]}
+    code, _, err = ctcgrpo(*command)
+    assert code == 6 and re.search(rf"{run / name}\W.*{problem}", err), err
+    assert "restore the file to resume, or start another run with run.name=NAME" in err and "Traceback" not in err
+    assert {file: file.read_bytes() for file in before} == before, "nothing is lost"
+
+
+def test_a_record_of_data_that_holds_something_else_is_no_record(killed: tuple[Path, list[str]], ctcgrpo: Command) -> None:
+    run, command = killed
+    data = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps({**data, next(iter(data)): 3}))
+    code, _, err = ctcgrpo(*command)
+    assert code == 6 and f"{next(iter(data))}: recorded as '3'; expected digests by name" in err, err
 
 
 def test_a_failed_write_leaves_nothing_behind(run: Path, ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def test_an_endpoint_that_is_down_stops_the_run_and_it_resumes(ctcgrpo: Command,
         command += ["validation.scenarios=english/test", "validation.every=5"]
         llm.down = True
         code, _, err = ctcgrpo(*command)
-        assert code == 7 and "episodes failed" in err and "the same command again goes on" in err
+        assert code == 7 and "episodes failed" in err and "the same command again resumes" in err
         traces = list((tmp_path / "down" / "traces").glob("validation-*.jsonl"))
         failures = [json.loads(line)["failure"] for file in traces for line in file.read_text().splitlines()]
         assert len(failures) == 16 and all(
@@ -166,7 +166,7 @@ def test_a_spent_budget_pauses_the_run_and_no_secret_is_left_behind(
         command = ["train", TINY, *QUICK, "run.output_dir=runs", f"simulator.config={config(40_000)}"]
         code, out, err = ctcgrpo(*command)
         said = [out, err]
-        assert code == 8 and "budget of 40000 tokens is spent" in err and "the same command again goes on" in err
+        assert code == 8 and "budget of 40000 tokens is spent" in err and "the same command again resumes" in err
         config(1_000_000)
         first = len(llm.requests)
         code, out, err = ctcgrpo(*command)

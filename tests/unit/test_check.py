@@ -16,6 +16,7 @@ from ctcgrpo.plan.cost import Asked, Tokens, hours, money
 from ctcgrpo.plan.known import published_shapes, shape_of
 from ctcgrpo.plan.memory import GIB, Load, memory_plan
 from ctcgrpo.recipe import load_recipe
+from ctcgrpo.scenarios import read_records
 from tests.conftest import ROOT, Command
 
 TINY = ROOT / "recipes" / "tiny.yaml"
@@ -127,18 +128,31 @@ def test_a_launcher_that_shards_otherwise_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
-    (folder / "checkpoint-2").mkdir(parents=True)
+    for name in ("checkpoint-2", "final"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text("{}")
     mark_complete(folder / "checkpoint-2")
     recipe = load_recipe(TINY, [f"run.output_dir={tmp_path}"])
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
-    assert look(tmp_path)["output"][0].text == f"goes on from {folder / 'checkpoint-2'}"
+    assert look(tmp_path)["output"][0].text == f"resumes from {folder / 'checkpoint-2'}"
     assert look(tmp_path, "hardware.processes=2")["output"][0].level == "ok"
+    assert "with training.max_steps 2 -> 5" in look(tmp_path, "training.max_steps=5")["output"][0].text
     assert "credit.alpha: 15.0 -> 3.0" in failed(look(tmp_path, "credit.alpha=3"))["output"]
-    (folder / "recipe.yaml").write_text("run: [")
-    assert f"but not what it was: {folder / 'recipe.yaml'}: not valid YAML" in failed(look(tmp_path))["output"]
-    (folder / "final").mkdir()
     mark_complete(folder / "final")
     assert "holds a finished run" in failed(look(tmp_path))["output"]
+    assert look(tmp_path, "training.max_steps=5")["output"][0].level == "ok"
+    (folder / "recipe.yaml").write_text("run: [")
+    assert f"its recipe.yaml cannot be read: {folder / 'recipe.yaml'}: not valid YAML" in failed(look(tmp_path))["output"]
+
+
+def test_scenarios_that_the_scripted_user_knows_nothing_of_are_warned_of(tmp_path: Path) -> None:
+    records = [{k: v for k, v in r.items() if k != "script"} for _, r in read_records("english", "train")]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (found,) = look(tmp_path, f"scenarios.train={tmp_path / 'mine.jsonl'}")["scripts"]
+    assert (
+        found.level == "warning" and f"{len(records)} of {len(records)} training scenarios have no script.det" in found.text
+    )
+    assert "scripts" not in look(tmp_path)
 
 
 def test_what_a_run_costs(tmp_path: Path) -> None:

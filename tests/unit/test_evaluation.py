@@ -135,7 +135,7 @@ def test_profiles_that_are_wrong_are_named(tmp_path: Path) -> None:
     for text, problem in {
         "": "holds no profiles",
         "{": "line 1: not valid JSON",
-        "[]": "line 1: a JSON object",
+        "[]": "line 1: expected a JSON object",
         json.dumps(profile(task="")): "line 1: task is missing",
         json.dumps(profile()) + "\n" + json.dumps(profile()): "'a' stands twice",
     }.items():
@@ -372,7 +372,11 @@ def test_mistakes_are_named_and_no_traceback(tmp_path: Path, ctcgrpo: Command, m
         (("eibench", "--model", "gpt", "--simulator", "scripted"), 4, "neither a folder with a model .* nor PROVIDER/NAME"),
         (("eibench", "--model", "nope/x", "--simulator", "scripted"), 2, "nope"),
         (("eibench", "--model", "nope[/b]/x", "--simulator", "scripted"), 2, "nope"),
-        (("eibench", "--model", "tests/nothing/there", "--simulator", "scripted"), 4, "neither a folder"),
+        (
+            ("eibench", "--model", "tests/nothing/there", "--simulator", "scripted"),
+            4,
+            "tests/nothing/there' .*no such folder",
+        ),
         (("eibench", "--model", "a/b", "--simulator", "qwen"), 4, "--simulator 'qwen' is neither"),
         (("eibench", "--model", "scripted/talker", "--simulator", "scripted", "-M", "foo=1"), 2, "-M: .*foo"),
         (("eibench", "--model", "a/b", "--simulator", "scripted", "--run", "x"), 2, "--run is for --rescore"),
@@ -393,6 +397,8 @@ def test_mistakes_are_named_and_no_traceback(tmp_path: Path, ctcgrpo: Command, m
         ),
         (("eibench", "--model", "scripted/talker", "--simulator", "scripted", "-M", "x"), 2, "'x': write NAME=VALUE"),
         ((str(tmp_path),), 6, "is no run's folder"),
+        (("foo",), 2, r"neither a benchmark .eibench, sage, eqbench3. nor the folder of a run"),
+        (("checkpoints/foo",), 6, "checkpoints/foo: no such folder"),
     ]:
         status, _, err = ctcgrpo("evaluate", *arguments, *out)
         assert status == code, (arguments, status, err)
@@ -509,9 +515,16 @@ def test_comparison_is_paired_and_shown(tmp_path: Path, ctcgrpo: Command) -> Non
         ("summary.json", lambda text: text.replace('"a1": "a"', '"a2": "a"'), "group_of lacks scenario 'a1'"),
         ("summary.json", lambda text: text.replace('"a1": -0.4', '"a1": -0.1'), "the mean of its 2 scenarios is -0.15"),
         ("summary.json", lambda text: text.replace('"task": {', '"task": 3, "x": {'), "task = 3"),
-        ("results.jsonl", lambda text: text[:-30], "holds no results"),
-        ("results.jsonl", lambda text: "[]\n" + text, "holds no results"),
-        ("results.jsonl", lambda text: text.replace('"lines": [', '"lines": ["x", ', 1), "holds no results"),
+        ("summary.json", lambda text: text.replace('"generation": {', '"generation": 3, "x": {'), "generation = 3"),
+        ("summary.json", lambda text: text.replace('"generation": {', '"x": {'), "it lacks generation"),
+        ("summary.json", lambda text: text.replace('"task": {', '"task": {}, "task": {'), "duplicate key 'task'"),
+        ("results.jsonl", lambda text: text[:-30], "results.jsonl, line 2: not valid JSON"),
+        ("results.jsonl", lambda text: "[]\n" + text, "line 1: expected a JSON object, got a list"),
+        (
+            "results.jsonl",
+            lambda text: text.replace('"lines": [', '"lines": ["x", ', 1),
+            "line 1: no result of an evaluation",
+        ),
         ("results.jsonl", lambda text: text.replace('"score": -0.2', '"score": NaN', 1), "expected a finite number"),
         ("results.jsonl", lambda text: text.replace('"score": -0.2', '"score": null', 1), "either a score or a failure"),
         ("results.jsonl", lambda text: text.replace('"a0"', '"a1"'), "duplicate dialogue of scenario 'a1'"),
@@ -579,6 +592,39 @@ def test_a_comparison_is_whole_on_a_phone_and_in_the_dark(tmp_path: Path) -> Non
         browser.close()
 
 
+def test_evaluations_inside_runs_are_found(tmp_path: Path, ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "checkpoints" / "r"
+    made(tmp_path / "checkpoints" / "evaluations" / "eibench" / "m", {"a": [0.1]}, "m/alone")
+    made(run / "evaluations" / "eibench-final", {"a": [0.3]}, "m/in-a-run")
+    (run / "summary.json").write_text('{"before": 1}')
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = ctcgrpo("leaderboard")
+    assert code == 0 and out.index("m/in-a-run") < out.index("m/alone")
+    code, _, err = ctcgrpo("compare", "checkpoints/r", "checkpoints/evaluations/eibench/m")
+    assert code == 6 and "it holds the evaluations checkpoints/r/evaluations/eibench-final" in err
+    code, _, err = ctcgrpo("compare", "checkpoints/rr", "checkpoints/evaluations/eibench/m")
+    assert code == 6 and "checkpoints/rr: no such folder; did you mean 'checkpoints/r'?" in err
+
+
+def test_mock_models_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: pytest.fail("the table of tokens is downloaded"))
+    file = tmp_path / sage.PROFILES
+    file.write_text(json.dumps(profile()) + "\n")
+    of = {
+        "eibench": ({"rounds": 1, "simulator": "scripted"}, {}),
+        "eqbench3": ({"data": str(eq_folder(tmp_path / "data"))}, {"judge": "mockllm/model"}),
+        "sage": ({"data": str(tmp_path)}, {"simulator": "mockllm/model"}),
+    }
+    for bench, (task, roles) in of.items():
+        wanted = Evaluation(bench, "mockllm/model", task=task, roles=roles, limit=1)
+        evaluate(wanted, tmp_path / bench, display="none")
+        for result in read_results(tmp_path / bench):
+            # What a mock says is no verdict and no user's line; it was asked, and nothing else failed.
+            assert result.failure is None or "usable" in result.failure[1] or "Unreadable" in result.failure[1], (
+                result.failure
+            )
+
+
 def test_a_leaderboard_keeps_apart_what_cannot_be_compared(tmp_path: Path, ctcgrpo: Command) -> None:
     for k, score in enumerate((0.1, 0.5, -0.2)):
         made(tmp_path / f"e{k}", {"a": [score], "b": [score]}, f"m/{k}")
@@ -589,7 +635,9 @@ def test_a_leaderboard_keeps_apart_what_cannot_be_compared(tmp_path: Path, ctcgr
     code, out, _ = ctcgrpo("leaderboard", str(tmp_path))
     assert code == 0 and out.index("m/1") < out.index("m/0") < out.index("m/2") and "x/judge-like" in out
     code, _, err = ctcgrpo("leaderboard", str(tmp_path / "deep" / "nothing"))
-    assert code == 6 and "no evaluation" in err
+    assert code == 6 and "no such folder" in err
+    (tmp_path / "empty").mkdir()
+    assert "no evaluation below" in ctcgrpo("leaderboard", str(tmp_path / "empty"))[2]
 
 
 def test_a_run_is_evaluated_as_it_was_validated(tmp_path: Path, ctcgrpo: Command) -> None:

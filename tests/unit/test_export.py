@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ctcgrpo.errors import OutputError
@@ -23,6 +24,7 @@ def run(tiny: Path, tmp_path: Path) -> Path:
     """A finished run's folder, as far as an export looks at it."""
     folder = tmp_path / "run"
     overrides = ["scenarios.train=eibench/train", f"policy.model={tiny}", "rollout.top_p=0.9"]
+    overrides += ["validation.scenarios=english/test", "validation.samples=2"]
     folder.mkdir()
     (folder / "recipe.yaml").write_text(load_recipe(ROOT / "recipes" / "tiny.yaml", overrides).to_yaml())
     for name, mark in (("final", "COMPLETE"), ("checkpoint-4", "COMPLETE"), ("checkpoint-6", ""), ("best", "STEP")):
@@ -32,7 +34,7 @@ def run(tiny: Path, tmp_path: Path) -> Path:
         AutoTokenizer.from_pretrained(tiny).save_pretrained(folder / name)
         if mark == "STEP":
             (folder / name / mark).write_text("4\n")
-        elif mark:
+        if mark:
             mark_complete(folder / name)
     return folder
 
@@ -58,13 +60,29 @@ def test_an_export_loads_and_says_what_was_measured(run: Path, ctcgrpo: Command)
     card = (run / "four" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "transformers" and "base_model" in front
+    assert (
+        "eibench task on the bundled pack english/test; rounds 3, " in card
+        and "temperature 1.0, top-p 0.9, top-k off" in card
+    )
+    assert "EIBench (" not in card.replace("EIBench (eibench/train)", "")  # trained on it, not measured on it
     for part in ("| overall (16) | -0.500 | -0.250 |", "| charm | -0.500 | -0.250 |", "+0.250", "+0.100 to +0.400", "qwen3-max",
                  "ctcgrpo/12345678", "CC BY-NC 4.0", "the 4 policy", "all weights", "variant `training`"):  # fmt: skip
         assert part in card, card
     assert not list(run.glob("*.partial"))
+    (run / "summary.json").write_text(json.dumps(SUMMARY | {"simulator": {"backend": "scripted"}}))
     export(run, run / "best-one", which="best")
     card = (run / "best-one" / "README.md").read_text()
-    assert "the best policy" in card
+    assert (
+        "the best policy" in card
+        and "Simulated user: scripted;\na score is comparable only with one of the same data, settings and simulator."
+        in card
+    )
+
+
+def test_the_card_of_a_run_with_the_scripted_user(run: Path) -> None:
+    (run / "summary.json").write_text(json.dumps({**SUMMARY, "simulator": {"backend": "scripted", "deadline": None}}))
+    export(run, run / "out")
+    assert "Simulated user: scripted;" in (run / "out" / "README.md").read_text()
 
 
 def test_without_validation_the_card_says_that_nothing_is_known(run: Path) -> None:
@@ -78,11 +96,11 @@ def test_what_is_not_there_is_named(run: Path, ctcgrpo: Command, tmp_path: Path)
         assert got == code and expected in err and "Traceback" not in err, err
 
     fails("holds no recipe.yaml", str(tmp_path))
-    fails("has no complete '6'; it has final, best, 4", str(run), "--which", "6")
+    fails("has no complete '6' (COMPLETE is missing); it has final, best, 4", str(run), "--which", "6")
     fails("has no complete 'lost'", str(run), "--which", "lost")
     fails("is there already", str(run), "--out", str(run))
     (run / "final" / "config.json").unlink()
-    fails("has no complete 'final'; it has best, 4", str(run))
+    fails("has no complete 'final' (config.json is missing); it has best, 4", str(run))
     mark_complete(run / "final")
     fails("final cannot be loaded on", str(run), code=4)
     assert not (run / "export").exists()
@@ -126,3 +144,35 @@ def test_zero_1_in_bfloat16_is_exported_from_its_rounded_weights(run: Path, ctcg
     assert code == 0, err
     model = AutoModelForCausalLM.from_pretrained(run / "export")
     assert float(model.model.norm.weight[0]) == len("checkpoint-4")
+
+
+def test_an_export_that_is_another_policy_is_not_written(run: Path, tiny: Path, ctcgrpo: Command) -> None:
+    """An adapter on a head that is tied to the embedding: merged, it changes both."""
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    adapted = get_peft_model(
+        base, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    adapted.save_pretrained(run / "checkpoint-6")
+    for weights in (run / "checkpoint-6").glob("model*.safetensors"):
+        weights.unlink()
+    mark_complete(run / "checkpoint-6")
+    for dtype in ("bfloat16", "float32"):
+        code, _, err = ctcgrpo("export", str(run), "--which", "6", "--dtype", dtype)
+        assert code == 4 and "the export is not the trained policy: its log-probabilities are " in err, err
+        assert not (run / "export").exists() and not list(run.glob("*.partial"))
+
+
+def test_an_adapter_is_merged_into_the_policy_that_was_trained(run: Path, tiny: Path, ctcgrpo: Command) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    adapted = get_peft_model(
+        base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    adapted.save_pretrained(run / "checkpoint-6")
+    (run / "checkpoint-6" / "model.safetensors").unlink()
+    mark_complete(run / "checkpoint-6")
+    code, _, err = ctcgrpo("export", str(run), "--which", "6", "--dtype", "float32")
+    assert code == 0, err
+    ids = torch.arange(50)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(run / "export")(ids).logits
+        assert torch.allclose(merged, adapted.eval()(ids).logits, atol=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import random
 import re
@@ -14,17 +15,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctcgrpo.errors import OutputError, ScenarioError
+from ctcgrpo.errors import OutputError, RecipeError, ScenarioError
 from ctcgrpo.factory.anchors import anchor_problems, nearest_levels, repaired
 from ctcgrpo.factory.duplicates import clusters, duplicates, text_of, to_drop
+from ctcgrpo.factory.example import write_example
+from ctcgrpo.factory.gate import gate
 from ctcgrpo.factory.layout import layout_problems, mended, sections
 from ctcgrpo.factory.rules import problems
 from ctcgrpo.factory.splitting import held_out
 from ctcgrpo.factory.stats import effective, stats_of, tables_of, write_picture
 from ctcgrpo.factory.storage import from_dataset, load_splits, save_dataset, to_dataset, with_origin, write_layout
-from ctcgrpo.records import SCENES
+from ctcgrpo.records import SCENES, Scene
 from ctcgrpo.scenarios import PACKS as PACK_FOLDER
 from ctcgrpo.scenarios import load_scenarios, read_records
+from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from tests.conftest import SHARED_DATA, Command
 
 Record = dict[str, Any]
@@ -71,7 +75,7 @@ def test_a_real_eibench_record_keeps_every_rule() -> None:
 
 
 BROKEN: list[tuple[Callable[[Record], Any], str, str, str]] = [
-    (lambda r: r.update(scene_tag="comfort"), "format", "", "scene_tag is 'comfort'"),
+    (lambda r: r.update(scene_tag="comfort"), "format", "scene_tag", "is 'comfort'"),
     (
         lambda r: r["initial_calibration"].update(initial_anger=72),
         "anchors",
@@ -95,7 +99,8 @@ BROKEN: list[tuple[Callable[[Record], Any], str, str, str]] = [
     (lambda r: r["must_avoid"].append("```json"), "written", "must_avoid.3", "markup"),
     (lambda r: r["must_avoid"].append("As an AI I have no feelings"), "written", "must_avoid.3", "refusal"),
     (lambda r: r.update(goal_one_liner="陪她把这个早晨熬过去，不要急着下结论"), "language", "goal_one_liner", "not in 'en'"),
-    (lambda r: r["script"]["details"][0].pop("words"), "script", "script", "script.details.0.words"),
+    (lambda r: r["script"]["details"][0].pop("words"), "script", "script.details.0.words", "field required"),
+    (lambda r: r["script"].update(detials=[]), "script", "script.detials", "did you mean 'details'?"),
 ]
 
 
@@ -107,6 +112,44 @@ def test_each_broken_rule_is_named_with_file_line_and_field(
     found = [p for p in problems([("a.jsonl, line 3", record)]) if p.rule == rule]
     assert found and all(p.place == "a.jsonl, line 3" and p.id == record["id"] for p in found)
     assert any(p.field == field and message in p.message for p in found), [str(p) for p in found]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("scene", SCENES)
+def test_an_example_keeps_every_rule_and_its_notes_name_every_field(tmp_path: Path, scene: Scene, language: str) -> None:
+    file, notes = write_example(tmp_path / "new" / "mine.jsonl", scene, language)
+    assert list(problems(read_records(file))) == []
+    (scenario,) = load_scenarios(file)
+    assert (scenario.scene, scenario.language) == (scene, language) and not gate(scenario).problem
+    assert unscripted_warning([scenario], "training scenarios") is None
+    text = notes.read_text(encoding="utf-8")
+
+    def leaves(value: Any, path: str) -> set[str]:
+        if isinstance(value, dict) and path not in ("script.lines", "script.boundary", "script.repair"):
+            return {leaf for key, inner in value.items() for leaf in leaves(inner, f"{path}.{key}".strip("."))}
+        return leaves(value[0], f"{path}[]") if path == "script.details" else {path}
+
+    (record,) = (r for _, r in read_records(file))
+    told = {field for field in leaves(record, "") if f"| `{field}` |" in text}
+    assert leaves(record, "") - told == {"worst_case.reason"}  # kept, and read by nobody
+    for kept in (file, notes):
+        before = kept.read_bytes()
+        with pytest.raises(OutputError, match="exists already"):
+            write_example(tmp_path / "new" / "mine.jsonl", scene, language)
+        assert kept.read_bytes() == before
+    with pytest.raises(RecipeError, match=r"expected a name that ends in .jsonl; try .*mine.jsonl"):
+        write_example(tmp_path / "mine.json", scene, language)
+
+
+def test_scenarios_without_a_script_are_warned_of() -> None:
+    scenarios = load_scenarios("english/train")
+    assert unscripted_warning(scenarios, "training scenarios") is None
+    bare = [dataclasses.replace(s, script={"lines": {}}) for s in scenarios[:5]]
+    warning = unscripted_warning([*bare, *scenarios[5:]], "training scenarios") or ""
+    assert warning.startswith(
+        f"5 of {len(scenarios)} training scenarios have no script.details ({bare[0].id}, {bare[1].id}, "
+    )
+    assert "ctcgrpo scenarios new" in warning and "simulator.config" in warning
 
 
 def test_an_id_that_is_used_twice_names_both_places(record: Record) -> None:
@@ -465,8 +508,24 @@ def test_the_commands(tmp_path: Path, ctcgrpo: Command) -> None:
     assert "[/x] 1" in ctcgrpo("scenarios", "stats", str(tmp_path / "markup"))[1]
     write_layout([{**records[0], "prompt": None}, {**records[1], "prompt": 5}], tmp_path / "nulls")
     assert "prompt: is None; it is a list of chat messages" in ctcgrpo("scenarios", "validate", str(tmp_path / "nulls"))[1]
+    (tmp_path / "bad.jsonl").write_text("{\n" + json.dumps(records[0] | {"scene_tag": "war", "title": 5}) + "\n[]\n")
+    for how in ((), ("--loose",)):
+        code, out, err = ctcgrpo("scenarios", "validate", str(tmp_path / "bad.jsonl"), *how)
+        assert code == 3 and "4 problems in 3 of 3 records" in err
+        for told in (
+            "line 1: not valid JSON",
+            f"line 2: {records[0]['id']}: title: is 5; ",
+            "line 3: expected a JSON object",
+        ):
+            assert f"bad.jsonl, {told}" in out
+    bare = {key: value for key, value in records[0].items() if key != "script"}
+    (tmp_path / "bare.jsonl").write_text(json.dumps(bare) + "\n")
+    code, out, _ = ctcgrpo("scenarios", "validate", str(tmp_path / "bare.jsonl"))
+    assert code == 0 and f"note: 1 of 1 scenarios have no script.details ({bare['id']})" in out
+    code, out, _ = ctcgrpo("scenarios", "new", str(tmp_path / "mine.jsonl"), "--scene", "charm", "--language", "zh")
+    assert code == 0 and "mine.jsonl: one complete charm scenario" in out and (tmp_path / "mine.md").exists()
     (tmp_path / "deep.jsonl").write_text("[" * 200_000 + "\n")
-    code, _, err = ctcgrpo("scenarios", "validate", str(tmp_path / "deep.jsonl"))
-    assert code == 3 and "deep.jsonl, line 1: not " in err
+    code, out, _ = ctcgrpo("scenarios", "validate", str(tmp_path / "deep.jsonl"))
+    assert code == 3 and "deep.jsonl, line 1: not " in out
     code, _, err = ctcgrpo("scenarios", "convert", "hf://datasets/a/b", "hf://datasets/c/d")
     assert code == 2 and "the Hub copies them" in err

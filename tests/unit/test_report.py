@@ -80,6 +80,7 @@ def made(folder: Path, episodes: list[dict[str, Any]], *, finished: bool = True,
     (folder / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     if finished:
         (folder / "final").mkdir()
+        (folder / "final" / "config.json").write_text("{}")
         mark_complete(folder / "final")
     return folder
 

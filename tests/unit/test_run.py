@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctcgrpo.errors import OutputError, SimulatorReplyError
+from ctcgrpo.files import is_complete, mark_complete
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import PACKS
@@ -96,8 +98,18 @@ def test_broken_json_is_named_with_its_line(ctcgrpo: Command, pack: Path) -> Non
     lines[4] = lines[4][:-40]
     file.write_text("\n".join(lines))
     for command in (("train", TINY, f"scenarios.train={pack}"), ("scenarios", "validate", str(pack))):
-        code, _, err = ctcgrpo(*command)
-        assert code == 3 and "support_final.jsonl, line 5: not valid JSON" in err
+        code, out, err = ctcgrpo(*command)
+        assert code == 3 and "support_final.jsonl, line 5: not valid JSON" in (err if command[0] == "train" else out)
+
+
+def test_a_run_warns_of_scenarios_that_the_scripted_user_knows_nothing_of(
+    ctcgrpo: Command, pack: Path, tmp_path: Path
+) -> None:
+    edit(pack / "charm_final.jsonl", 2, lambda r: r.pop("script"))
+    command = ("train", TINY, f"run.output_dir={tmp_path / 'out'}", "policy.lora={target_modules: [nope]}")  # ends early
+    code, out, _ = ctcgrpo(*command, f"scenarios.train={pack}")
+    assert code == 4 and "warning: 1 of 64 training scenarios have no script.details (charm-train-02)" in out
+    assert "ctcgrpo scenarios new" in out
 
 
 def without_chat_template(tiny: Path, folder: Path) -> Path:
@@ -116,7 +128,7 @@ def without_chat_template(tiny: Path, folder: Path) -> Path:
         ("scenarios.per_step=5", 2, "scenarios.per_step is 5 for 4 scenes"),
         ("rollout.max_prompt_tokens=100", 4, "rollout.max_prompt_tokens is 100; raise it or drop the scenario"),
         ("rollout.max_prompt_tokens=5000", 4, "has 4096 positions; lower one of them"),
-        ("policy.model=/nowhere/at/all", 4, "policy.model '/nowhere/at/all' cannot be loaded"),
+        ("policy.model=/nowhere/at/all", 4, "policy.model '/nowhere/at/all' cannot be loaded: no such folder"),
         ("policy.model=WITHOUT_TEMPLATE", 4, "has no chat template"),
         ("simulator.url=http://127.0.0.1:9", 5, "no simulator server answers there"),
         ("simulator.port=TAKEN", 5, "choose another port, or 0 for any free one"),
@@ -124,6 +136,12 @@ def without_chat_template(tiny: Path, folder: Path) -> Path:
         ("training.bf16=true", 2, "this machine cannot run the recipe's training section"),
         ("policy.attention=foo", 2, "policy.attention is 'foo', but packing and the transformers engine bring their own"),
         ("policy.lora={target_modules: [nope]}", 4, "policy (model 'builtin/tiny', attention, lora)"),
+        ("policy.lora={target_modules: [lm_head]}", 4, "takes in lm_head, which this model ties to model.embed_tokens"),
+        (
+            "policy.lora={target_modules: '.*embed_tokens'}",
+            4,
+            "takes in model.embed_tokens, which this model ties to lm_head",
+        ),
         ("policy.model=WITHOUT_WEIGHTS", 4, "without_weights', attention, lora)"),
     ],
 )
@@ -246,7 +264,7 @@ def test_a_run_that_fails_too_often_stops_and_can_go_on(ctcgrpo: Command, tmp_pa
         code, _, err = ctcgrpo(*command)
         assert code == 7, err
         assert "step 2: 8 of 8 episodes failed ({'simulator_reply': 8})" in err and "no words left" in err
-        assert "checkpoint-1; the same command again goes on" in err
+        assert "checkpoint-1; the same command again resumes" in err
         traces = (tmp_path / "tiny" / "traces" / "step-000002.rank-0.jsonl").read_text().splitlines()
         assert all(
             json.loads(t)["outcome"] is None and "no words left" in json.loads(t)["failure"]["message"] for t in traces
@@ -287,6 +305,165 @@ def test_a_broken_checkpoint_is_never_loaded(ctcgrpo: Command, tmp_path: Path) -
         assert f"passing over {reason}" in " ".join(out.split()), out
     assert "step 2/3" in out and "step 1/3" not in out
     assert (folder / "final" / "model.safetensors").read_bytes() == final
+
+
+def test_files_that_are_not_what_was_written_are_never_loaded(ctcgrpo: Command, tmp_path: Path) -> None:
+    command = ["train", TINY, *FAST, "training.max_steps=3", f"run.output_dir={tmp_path}"]
+    assert ctcgrpo(*command)[0] == 0
+    folder = tmp_path / "tiny"
+    final = (folder / "final" / "model.safetensors").read_bytes()
+    weights = folder / "checkpoint-3" / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))  # zeros, in the right length
+    (folder / "checkpoint-2" / "COMPLETE").write_text("{}")
+    (folder / "final" / "COMPLETE").unlink()
+    code, out, err = ctcgrpo(*command)
+    assert code == 0, err
+    told = " ".join(out.split())
+    assert "checkpoint-3: model.safetensors is damaged" in told and "checkpoint-2: COMPLETE lists no file" in told
+    assert "step 2/3" in out and "step 1/3" not in out
+    assert (folder / "final" / "model.safetensors").read_bytes() == final
+
+
+def test_a_run_that_resumes_meets_the_same_data(ctcgrpo: Command, pack: Path, tiny: Path, tmp_path: Path) -> None:
+    model, template = tmp_path / "model", tmp_path / "template.jinja"
+    shutil.copytree(tiny, model)
+    shutil.copy(model / "chat_template.jinja", template)
+    command = ["train", TINY, *FAST, "training.max_steps=2", f"run.output_dir={tmp_path}", f"scenarios.train={pack}"]
+    command += [f"policy.model={model}", f"policy.chat_template={template}"]
+    command += [f"validation={{scenarios: {pack}, every: 9}}"]
+    assert ctcgrpo(*command)[0] == 0
+    folder = tmp_path / "tiny"
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "checkpoint-2")  # as if it had been killed after its first checkpoint
+
+    file = pack / "support_final.jsonl"
+    whole = file.read_text()
+
+    def refused(*reasons: str) -> None:
+        code, _, err = ctcgrpo(*command)
+        assert code == 6 and all(reason in err for reason in reasons), err
+
+    lines = whole.splitlines(keepends=True)
+    file.write_text("".join(lines[:8]))
+    refused(
+        "other data", "scenarios.train: 8 removed (support-train-09, support-train-10, support-train-11, ...)", "validation."
+    )
+    file.write_text("".join(lines[::-1]))
+    refused("scenarios.train: in another order")
+    file.write_text(whole.replace("### Background", "### Altered background", 1))
+    refused("scenarios.train: 1 altered (support-train-01)")
+    file.write_text(whole)
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config + " ")
+    refused("policy.model: 1 altered (config.json)")
+    (model / "config.json").write_text(config)
+    template.write_text(template.read_text() + " ")
+    refused("policy.chat_template: 1 altered (template.jinja)", "run.name=NAME")
+    shutil.copy(model / "chat_template.jinja", template)
+    code, out, err = ctcgrpo(*command)
+    assert code == 0 and "step 2/2" in out, err
+
+
+def test_a_finished_run_can_be_given_more_steps(ctcgrpo: Command, tmp_path: Path) -> None:
+    command = ["train", TINY, *FAST, f"run.output_dir={tmp_path}", "training.schedule=constant", "training.warmup=0"]
+    assert ctcgrpo(*command, "training.max_steps=3", "run.name=whole")[0] == 0
+    assert ctcgrpo(*command, "training.max_steps=1")[0] == 0
+    folder = tmp_path / "tiny"
+    first = (folder / "final" / "model.safetensors").read_bytes()
+    code, _, err = ctcgrpo(*command, "training.max_steps=1")
+    assert code == 6 and "holds a finished run" in err and "training.max_steps=N" in err
+    code, _, err = ctcgrpo(*command, "training.max_steps=2", "credit.alpha=3")
+    assert code == 6 and "credit.alpha: 15.0 -> 3.0" in err and "max_steps" not in err
+    code, out, err = ctcgrpo(*command, "training.max_steps=3")
+    assert code == 0, err
+    assert "training.max_steps 1 -> 3: the constant schedule now spans 3 steps; the learning rate" in " ".join(out.split())
+    assert "step 2/3" in out and "step 1/3" not in out
+    # The same weights as a run that was to have three steps from the beginning, and the earlier policy beside them.
+    final = (folder / "final" / "model.safetensors").read_bytes()
+    assert final == (tmp_path / "whole" / "final" / "model.safetensors").read_bytes() != first
+    assert (folder / "final-after-1-steps" / "model.safetensors").read_bytes() == first
+    code, _, err = ctcgrpo(*command, "training.max_steps=2")
+    assert code == 6 and "training.max_steps: 3 -> 2" in err
+
+
+def test_more_steps_take_their_learning_rate_from_the_longer_schedule(ctcgrpo: Command, tmp_path: Path) -> None:
+    command = ["train", TINY, *FAST, f"run.output_dir={tmp_path}", "training.warmup=0", "training.learning_rate=1e-3"]
+    assert ctcgrpo(*command, "training.max_steps=4", "run.name=whole")[0] == 0
+    assert ctcgrpo(*command, "training.max_steps=2")[0] == 0
+    code, out, err = ctcgrpo(*command, "training.max_steps=4")
+    assert code == 0, err
+
+    def rates(name: str) -> list[float]:
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["learning_rate"] for line in lines]
+
+    assert rates("tiny")[2:] == pytest.approx(rates("whole")[2:])
+    assert rates("tiny")[1] != pytest.approx(rates("whole")[1])
+    assert f"the learning rate behind the earlier end is {rates('whole')[2]:.3g}" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    "where, error",
+    [
+        ("ctcgrpo.rollout.traces.TraceWriter.__call__", OSError(28, "No space left on device", "step-000002.rank-0.jsonl")),
+        ("ctcgrpo.run_folder.RunFolder.append_metrics", OSError(122, "Disk quota exceeded")),
+        # As torch and safetensors say it on a file system of 12 MB.
+        ("torch.save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1649728 vs 1649620")),
+        ("safetensors.torch.serialize_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+    ],
+)
+def test_a_full_disk_is_an_error_with_what_was_saved(
+    ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    command = ["train", TINY, *FAST, f"run.output_dir={tmp_path}"]
+    assert ctcgrpo(*command)[0] == 0
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, full)
+        code, _, err = ctcgrpo(*command, "training.max_steps=2")
+    assert code == 6 and err.startswith(f"error: cannot write to {tmp_path / 'tiny'}: "), err
+    assert f"Saved {tmp_path / 'tiny' / 'checkpoint-1'}; free some space" in err and err.count("\n") == 1
+    code, out, err = ctcgrpo(*command, "training.max_steps=2")
+    assert code == 0 and "step 2/2" in out, err
+
+
+def test_a_run_folder_resumes_elsewhere(ctcgrpo: Command, tmp_path: Path) -> None:
+    assert ctcgrpo("train", TINY, *FAST, f"run.output_dir={tmp_path / 'here'}")[0] == 0
+    shutil.rmtree(tmp_path / "here" / "tiny" / "final")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / "tiny").rename(tmp_path / "there" / "moved")
+    moved = ["train", TINY, *FAST, f"run.output_dir={tmp_path / 'there'}", "run.name=moved"]
+    code, _, err = ctcgrpo(*moved)
+    assert code == 0 and (tmp_path / "there" / "moved" / "final").exists(), err
+
+
+def test_a_best_policy_counts_once_a_checkpoint_has_its_step(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+
+    def take(step: int) -> None:
+        saved = tmp_path / "best.partial"
+        saved.mkdir()
+        (saved / "weights").write_text(str(step))
+        folder.take_best(saved, step)
+
+    assert folder.best_step is None and folder.rewind_best(0) is None
+    take(2)
+    folder.settle_best(2)
+    assert folder.best_step == 2 and is_complete(folder.best)
+    take(4)
+    folder.settle_best(3)  # the newest checkpoint is of step 3: killed now, step 4 is played again
+    assert folder.best_step == 2
+    assert folder.rewind_best(3) == 2 and (folder.best / "weights").read_text() == "2"
+    take(4)
+    take(6)
+    assert folder.rewind_best(6) == 6 and (folder.best / "weights").read_text() == "6"
+    (folder.best / "STEP").write_text("x\n")
+    mark_complete(folder.best)
+    with pytest.raises(OutputError, match="STEP: expected the number of a step"):
+        folder.rewind_best(6)
 
 
 def _wandb_history(log: Path) -> dict[str, list[str]]:

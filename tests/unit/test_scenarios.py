@@ -13,7 +13,7 @@ import pytest
 
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.records import SCENES, UserState
-from ctcgrpo.scenarios import PACKS, load_scenarios
+from ctcgrpo.scenarios import PACKS, load_scenarios, read_scenarios
 from ctcgrpo.simulator.protocol import ScenarioCard
 from tests.conftest import SHARED_DATA
 
@@ -115,7 +115,7 @@ def changed(record: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     [
         ("scene_tag", "suport", r"line 2.*scene_tag is 'suport'; did you mean 'support'\?"),
         ("scene_tag", "war", r"scene_tag is 'war'; known: charm, defense, repair, support"),
-        ("scene_tag", None, "field 'scene_tag' is missing"),
+        ("scene_tag", None, "scene_tag is missing"),
         ("aggressor_profile.system_prompt", "  ", "aggressor_profile.system_prompt is '  '; a persona cannot be empty"),
         ("defender_profile.system_prompt", "", "defender_profile.system_prompt is ''; a persona cannot be empty"),
         ("aggressor_profile.opening_line", "", "in support the user speaks first"),
@@ -142,16 +142,16 @@ def test_mistakes_are_named_with_file_line_field_and_value(
 
 def test_a_misspelt_section_is_not_taken_for_an_extra_key(tmp_path: Path, record: dict[str, Any]) -> None:
     record["worst_cases"] = record.pop("worst_case")
-    with pytest.raises(ScenarioError, match="'worst_cases' is unknown and 'worst_case' is missing; did you mean"):
+    with pytest.raises(ScenarioError, match="worst_cases is unknown and worst_case is missing; did you mean 'worst_case'"):
         load_scenarios(write(tmp_path, record))
 
 
 def test_broken_files(tmp_path: Path, record: dict[str, Any]) -> None:
     with pytest.raises(ScenarioError, match=r"line 3: not valid JSON: .* at column"):
         load_scenarios(write(tmp_path, record, "", '{"id": '))
-    with pytest.raises(ScenarioError, match="line 1: a scenario is a JSON object, this is a list"):
+    with pytest.raises(ScenarioError, match="line 1: expected a JSON object, got a list"):
         load_scenarios(write(tmp_path, [1]))
-    with pytest.raises(ScenarioError, match="'nowhere.jsonl' not found; looked at"):
+    with pytest.raises(ScenarioError, match="'nowhere.jsonl': no such file or folder"):
         load_scenarios("nowhere.jsonl")
     with pytest.raises(ScenarioError, match="holds no scenarios"):
         load_scenarios(write(tmp_path, ""))
@@ -183,6 +183,70 @@ def test_a_duplicate_id_names_both_places(tmp_path: Path, record: dict[str, Any]
     file = write(tmp_path, record, record)
     with pytest.raises(ScenarioError, match=r"line 2: id 'support-1' is already used at .*line 1"):
         load_scenarios(file)
+
+
+def test_a_duplicate_key_is_refused_at_any_depth(tmp_path: Path, record: dict[str, Any]) -> None:
+    line = json.dumps(record)
+    for old, key in (('"title": "A title"', "title"), ('"initial_anger": 70', "initial_anger")):
+        file = write(tmp_path, record, line.replace(old, f"{old}, {old}"))
+        with pytest.raises(ScenarioError, match=rf"line 2: .*duplicate key '{key}'"):
+            load_scenarios(file)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["title", "id", "aggressor_profile.system_prompt", "defender_profile.system_prompt", "extra", "script.lines.flat"],
+)
+def test_a_lone_surrogate_is_refused_with_its_field(tmp_path: Path, record: dict[str, Any], path: str) -> None:
+    record["script"] = {"lines": {"flat": "x"}}
+    record["extra"] = "x"
+    file = write(tmp_path, changed(record, path, "half of one: \ud83d."))
+    with pytest.raises(ScenarioError) as error:
+        load_scenarios(file)
+    assert f"{file}, line 1" in str(error.value) and f"{path} holds a lone surrogate ('\\ud83d'" in str(error.value)
+    str(error.value).encode()  # it can be printed
+    whole = changed(record, path, "whole: \U0001f600")
+    assert len(load_scenarios(write(tmp_path, whole))) == 1
+
+
+def test_all_faults_of_all_records_are_found_at_once(tmp_path: Path, record: dict[str, Any]) -> None:
+    first = changed(changed(record, "scene_tag", "suport"), "initial_calibration.initial_anger", 170)
+    first["title"] = 5
+    first["rub_goals"]["target_anger"] = "much"
+    second = changed(changed(changed(record, "id", "b"), "aggressor_profile.opening_line", ""), "defender_profile", None)
+    third = changed(changed(record, "id", "c"), "worst_case.worst_anger_min", 1)
+    file = write(tmp_path, first, "{", second, third, changed(record, "id", "d"))
+    scenarios, faults = read_scenarios(file)
+    assert [s.id for s in scenarios] == ["d"]
+    assert [(f.place.rpartition(" ")[2], f.field) for f in faults] == [
+        ("1", "title"),
+        ("1", "rub_goals.target_anger"),
+        ("1", "scene_tag"),
+        ("1", "initial_calibration.initial_anger"),
+        ("2", ""),
+        ("3", "defender_profile"),
+        ("3", "aggressor_profile.opening_line"),
+        ("4", "worst_case.worst_anger_min"),
+    ]
+    with pytest.raises(ScenarioError, match=rf"line 1: .*\(7 more; `ctcgrpo scenarios validate {file}` lists all\)"):
+        load_scenarios(file)
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("english/trian", "did you mean 'english/train'?"),
+        ("chinse", "did you mean 'chinese'?"),
+        ("./english", "no such file or folder"),
+        ("~/nothing/here", "no such file or folder"),
+        ("checkpoints/set", "no such file or folder"),
+        ("mine.jsonl", "no such file or folder"),
+    ],
+)
+def test_a_source_that_is_not_there(source: str, message: str) -> None:
+    with pytest.raises(ScenarioError) as error:
+        load_scenarios(source)
+    assert f"scenarios {source!r}" in str(error.value) and message in str(error.value)
 
 
 def sections(persona: str) -> list[str]:

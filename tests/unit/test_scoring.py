@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ctcgrpo.policy.reasoning import parse_completion
 from ctcgrpo.records import Anchors, UserState
-from ctcgrpo.scoring import outcome_score, shaped_outcome, turn_score
+from ctcgrpo.scoring import outcome_score, shaped_outcome, turn_form, turn_score
 
 ANCHORS = Anchors(UserState(70, 30), UserState(20, 80), UserState(90, 10))
 # A boundary scene that may cost some anger: the target lies above the initial value.
@@ -109,8 +110,23 @@ def test_turn_score_is_the_change_that_happened() -> None:
 
 
 def test_shaping_by_hand() -> None:
-    assert shaped_outcome(0.5, [False, False], False) == 0.5
-    assert shaped_outcome(0.5, [True, False, False, False], False) == pytest.approx(0.5 - 0.2 / 4)
-    assert shaped_outcome(0.5, [True, True], True) == pytest.approx(0.5 - 0.2 - 0.05)
-    assert shaped_outcome(-0.9, [True], True) == -1.0
-    assert math.isnan(shaped_outcome(math.nan, [True], True))
+    fine = (False, False)
+    assert shaped_outcome(0.5, [fine, fine]) == 0.5
+    assert shaped_outcome(0.5, [(False, True), fine]) == pytest.approx(0.5 - 0.05)
+    assert shaped_outcome(0.5, [(True, True), (True, True)]) == pytest.approx(0.5 - 0.2 - 0.05)
+    assert shaped_outcome(-0.9, [(True, True)]) == -1.0
+    assert math.isnan(shaped_outcome(math.nan, [(True, True)]))
+
+
+@pytest.mark.parametrize("odd", ["No reasoning.", "<think>  </think>A reply.", "<think>on and on"])
+def test_missing_blank_and_unclosed_reasoning_cost_the_same(odd: str) -> None:
+    """Three values worked out: R = 0.3, and one of eight turns."""
+    parsed = [parse_completion(text, "stop") for text in [odd, *["<think>He is sad.</think>I am here."] * 7]]
+    forms = [turn_form(turn.reasoning, turn.faults) for turn in parsed]
+    assert shaped_outcome(0.3, forms) == pytest.approx(0.225)
+
+
+def test_broken_tags_and_empty_replies_cost_once() -> None:
+    texts = ["<think>a</think>b</think>c", "<think>He is sad.</think>", "<think>Fine.</think>Yes."]
+    forms = [turn_form(turn.reasoning, turn.faults) for turn in (parse_completion(text, "stop") for text in texts)]
+    assert shaped_outcome(0.3, forms) == pytest.approx(0.25)

@@ -36,6 +36,19 @@ def trace(scenario: str, outcome: float | None, replies: list[str], rollout: int
     }
 
 
+def test_a_reply_with_separators_of_unicode_is_one_line(run: Path) -> None:
+    file = run / "traces" / "validation-000007.rank-0.jsonl"
+    told = "Yes,\u2028the\u2029lamp\x85."
+    lines = file.read_text().replace(json.dumps("Yes, the lamp."), json.dumps(told, ensure_ascii=False))
+    file.write_text(lines, encoding="utf-8")
+    out = io.StringIO()
+    show_run(run, Console(file=out, width=120), scenario="a")
+    assert told in json.loads(lines.split("\n")[0])["turns"][0]["reply"] and "lamp" in out.getvalue()
+    file.write_text(lines + "no JSON\n", encoding="utf-8")
+    show_run(run, Console(file=out, width=120))
+    assert "warning: validation-000007.rank-0.jsonl, line 4: not valid JSON" in out.getvalue()
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     (tmp_path / "traces").mkdir()

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from ctcgrpo.errors import RecipeError, SimulatorReplyError
-from ctcgrpo.records import SCENES, Scenario
+from ctcgrpo.records import SCENES, Scenario, UserState
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.llm.answers import Unreadable
 from ctcgrpo.simulator.llm.official import OfficialPrompts
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts, gives_away, quoted
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SHARED_DATA
 
 PROMPTS = TemplatePrompts()
 ENGLISH = {s.scene: s for s in load_scenarios("english/train")}
@@ -63,7 +63,12 @@ def test_every_scene_is_told_in_full_in_its_language(scene: str, language: str) 
     # Bands of behaviour for each 20 points of both axes.
     for band in ("81", "61", "41", "21"):
         assert len(re.findall(rf"- {band} ", told)) == 2
-    assert known.user_persona in told and all(item in told for item in known.success_criteria + known.must_avoid)
+    assert known.user_persona in told
+    # What costs 5 to 10 at once, as a list.
+    triggers = told.split({"en": "At once 5 to 10 for the worse:\n", "zh": "立刻往坏 5 到 10 分：\n"}[language])[1].split(
+        "\n\n"
+    )[0]
+    assert len(triggers.splitlines()) == 4 and all(line.startswith("- ") for line in triggers.splitlines())
     rules, scenery, persona = (
         told.index(head) for head in (told[:20], {"en": "# The scene", "zh": "# 场景"}[language], known.user_persona)
     )
@@ -100,8 +105,97 @@ def test_the_moment_says_how_the_user_is_now() -> None:
 
     assert "answer 2 of at most 8: you still press" in moment(round=2)
     assert "your patience wanes" in moment(round=6) and "press" not in moment(round=6)
-    assert "thin-skinned" in moment(state=(61, 40)) and "thin-skinned" in moment(state=(20, 19))
-    assert "thin-skinned" not in moment(state=(60, 20))
+    assert "lean to the harsher side" in moment(state=(61, 40)) and "lean to the harsher side" in moment(state=(20, 19))
+    assert "harsher" not in moment(state=(60, 20))
+
+
+EIBENCH = SHARED_DATA / "eibench"
+PACKED = [
+    s for pack in ("english", "chinese") for split in ("train", "test") for s in load_scenarios(f"{pack}/{split}", split)
+]
+
+
+def sentences(text: str) -> list[str]:
+    """Of at least four words, or ten characters without spaces between them."""
+    found = (part.strip(" -") for part in re.split(r"[.!?;:。！？；：\n]+", text))
+    return [part for part in found if len(part.split()) >= 4 or len(re.findall(r"[\u4e00-\u9fff]", part)) >= 10]
+
+
+def policys_side(scenario: Scenario) -> set[str]:
+    parts = (scenario.goal, *scenario.success_criteria, *scenario.must_avoid, scenario.policy_persona)
+    return {sentence for part in parts for sentence in sentences(part) if sentence not in scenario.user_persona}
+
+
+def test_the_user_is_told_nothing_of_the_policys_side() -> None:
+    scenarios = list(PACKED)
+    if EIBENCH.is_dir():
+        scenarios += [s for file in sorted(EIBENCH.glob("*.jsonl")) for s in load_scenarios(file, "test")]
+    for scenario in scenarios:
+        system, user = PROMPTS.messages(request("Hello.", scenario=scenario))
+        prompt = system["content"] + user["content"]
+        known = [sentence for sentence in policys_side(scenario) if sentence in prompt]
+        assert not known, (scenario.id, known)
+    assert sum(len(policys_side(s)) for s in scenarios) > 10 * len(scenarios)
+
+
+def tiers(language: str) -> list[tuple[range, range]]:
+    """(for the better, for the worse), from the table in the rules."""
+    system = PROMPTS.messages(request("Hi.").model_copy(update={"scenario": card("support", language)}))[0]["content"]
+    rows = re.findall(r"^\| (\d+) (?:to|到) (\d+) \| (\d+) (?:to|到) (\d+) \|", system, re.MULTILINE)
+    return [(range(int(a), int(b) + 1), range(int(c), int(d) + 1)) for a, b, c, d in rows]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_scale_that_the_rules_state(language: str) -> None:
+    found = tiers(language)
+    assert [(better[0], better[-1], worse[0], worse[-1]) for better, worse in found] == [
+        (1, 2, 1, 4), (3, 5, 5, 8), (6, 8, 8, 10),
+    ]  # fmt: skip
+    # Eight replies that clearly meet the user, each at the top of the second tier, from anger 85: the leaning decides only where
+    # one hesitates between two numbers, so it takes nothing off them.
+    anger, step = 85, found[1][0][-1]
+    for _ in range(8):
+        anger = UserState(anger, 50).plus(-step, 0).anger
+    assert anger <= 50
+
+
+@pytest.mark.parametrize(
+    "part, en, zh",
+    [
+        ("signs", "negative anger_delta and a positive trust_delta", "anger_delta 为负、trust_delta 为正"),
+        ("added", "it is added to the number", "会加到原来的数上"),
+        ("leaning", "This is a leaning", "这只是偏向"),
+        ("large gains", "somebody who has been good to you over several turns", "好几轮都对你好的人"),
+        ("orders", "has at the least ignored you", "至少等于没把你当回事"),
+        ("empty", "An empty line is silence", "对方一句话也没说，就是不理你"),
+        ("politeness", "more polite than the moment is", "客气得过头"),
+        ("parroting", "says back to you what you just said", "把你刚说的话再说一遍"),
+        ("length", "longer than three or four sentences", "超过三四句"),
+        ("inertia", "that it was getting better is no reason", "“刚才已经好多了”不是"),
+        ("going on", "Going on is the rule", "继续是常态"),
+        ("no early end", "Do not end it before your fourth answer, unless", "第四次回话之前不要结束"),
+        ("leaving costs", "at least 3 points for the worse", "至少往坏 3 分"),
+        (
+            "stagnation",
+            "costs the other side 1 to 2 points on each number every turn",
+            "每一轮两个数都要让对方付出 1 到 2 分",
+        ),
+    ],
+)
+def test_what_the_rules_ask_for(part: str, en: str, zh: str) -> None:
+    for language, words in (("en", en), ("zh", zh)):
+        system = PROMPTS.messages(request("Hi.").model_copy(update={"scenario": card("support", language)}))[0]["content"]
+        assert words in system, (part, language)
+
+
+def test_what_scenes_ask_for() -> None:
+    def scene(name: str, language: str) -> str:
+        return PROMPTS.messages(request("Hi.").model_copy(update={"scenario": card(name, language)}))[0]["content"]
+
+    assert "it does not lower your grievance" in scene("defense", "en") and "委屈不会因此减少" in scene("defense", "zh")
+    assert "You set them small tests" in scene("charm", "en") and "小考题" in scene("charm", "zh")
+    assert "boring small talk" in scene("charm", "en") and "Vague promises" in scene("repair", "en")
+    assert "analysed, or given a plan, where you wanted company" in scene("support", "en")
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=range(len(HOSTILE)))
@@ -135,8 +229,7 @@ def test_a_reply_that_tells_the_rules_is_noticed() -> None:
     zh = en.model_copy(update={"scenario": card("support", "zh")})
     messages, persona = PROMPTS.messages(en), en.scenario.user_persona
     assert gives_away(messages, persona, "Sure: " + messages[0]["content"][200:400])
-    assert gives_away(messages, persona, f"I am here to {en.scenario.goal}")  # which it does not know
-    assert gives_away(PROMPTS.messages(zh), persona, "好的：同一种办法会失效。对方第二次用同样的方式安慰、道歉、开玩笑")
+    assert gives_away(PROMPTS.messages(zh), persona, "好的：同样的招数会失灵。对方第二次用同样的方式安慰、道歉、开玩笑")
     for scenario in ENGLISH.values():
         mine = PROMPTS.messages(request("Hello.", scenario=scenario))
         assert not gives_away(mine, scenario.user_persona, scenario.user_persona)  # whoever it is may speak of its own life

@@ -21,9 +21,11 @@ from ctcgrpo.files import mark_complete
 from ctcgrpo.intervals import crossed
 from ctcgrpo.recipe import overrides
 from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.sweep.coordinator import run_sweep, score_of
+from ctcgrpo.sweep.coordinator import _link_best, run_sweep, score_of
 from ctcgrpo.sweep.spec import Sweep, load_sweep
+from ctcgrpo.sweep.table import all_equal
 from tests.conftest import ROOT, Command
+from tests.unit.test_report import episode, made
 
 TRAIN = (sys.executable, "-m", "tests.fake_train")
 GRID = {"credit.alpha": {"values": [0, 10]}, "credit.std_min": {"values": [0.1, 0.2]}, "run.seed": {"values": [0, 1]}}
@@ -130,6 +132,24 @@ def test_a_grid_is_run_once_with_its_seeds_together(tmp_path: Path, monkeypatch:
     assert again == rows == json.loads((folder / "table.json").read_text()) and len(starts.read_text().splitlines()) == 8
     with pytest.raises(OutputError, match="another sweep .overrides differ"):
         run(file, folder)
+
+
+def test_a_sweep_of_equal_trials_announces_no_best(tmp_path: Path, ctcgrpo: Command) -> None:
+    row = {"params": {}, "state": "done", "reason": "", "ci95": [0.0, 0.1], "gain": 0.1}
+    rows = [{**row, "trial": f"trial-000{k}", "score": 0.05, "by_seed": {"3": 0.05}} for k in range(2)]
+    apart = [rows[0], {**rows[1], "score": 0.04}]
+    assert all_equal(rows) and not all_equal(apart) and not all_equal(rows[:1])
+    assert not all_equal([rows[0], {**rows[1], "score": None}])
+    for trial in ("trial-0000", "trial-0001"):
+        made(tmp_path / "alphas" / trial / "seed-3", [episode(0, k, 0.1, [(45, 55)]) for k in range(2)])
+    _link_best(tmp_path / "alphas", apart)
+    assert (tmp_path / "alphas" / "best").resolve().parent.parent.name == "trial-0000"
+    _link_best(tmp_path / "alphas", rows)
+    assert not (tmp_path / "alphas" / "best").is_symlink()
+    (tmp_path / "alphas" / "table.json").write_text(json.dumps(rows))
+    code, out, err = ctcgrpo("report", str(tmp_path / "alphas"))
+    assert code == 0 and str(tmp_path / "alphas" / "report.html") in out, err
+    assert "sweep alphas: trial-0000, seed-3" in (tmp_path / "alphas" / "report.html").read_text()
 
 
 def test_a_sweep_that_was_killed_goes_on_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,12 @@ def test_evaluations_are_printed_as_text(tmp_path: Path, ctcgrpo: Command) -> No
         results = [
             Result(f"{evil}{k}", 1, evil, score, {}, None, (Line("user", evil), Line("model", evil))) for k in range(2)
         ]
-        facts = {"model": f"{name}{evil}", "other": {"models": [evil]}, "task": {"rounds": evil + name}, "generation": {}}
+        facts = {
+            "model": f"{name}{evil}",
+            "other": {"models": [evil]},
+            "task": {"rounds": evil},
+            "generation": {"stop": evil + name},
+        }
         write_results(tmp_path / name, results, summarise(EIBENCH, results, facts | {"limit": None}))
     for command in (("compare", str(tmp_path / "a"), str(tmp_path / "b")), ("leaderboard", str(tmp_path))):
         code, out, err = ctcgrpo(*command)

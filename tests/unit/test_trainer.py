@@ -16,6 +16,7 @@ from ctcgrpo.errors import PolicyError
 from ctcgrpo.records import Failure
 from ctcgrpo.scoring import turn_score
 from ctcgrpo.training.samples import CreditOptions
+from ctcgrpo.training.trainer import LossWeights
 from ctcgrpo.training.tree_attention import Packing, SegmentLayout
 from tests import sameness
 
@@ -38,7 +39,12 @@ def test_the_comparison_covers_both_sides_of_the_clip_and_a_failure(tiny: Path) 
     assert low and high
 
 
-def test_gradients_are_those_of_the_formula_turn_by_turn(tiny: Path, plain: sameness.Outcome) -> None:
+@pytest.mark.parametrize("loss_weights", ["token", "turn"])
+def test_gradients_are_those_of_the_formula_turn_by_turn(
+    tiny: Path, plain: sameness.Outcome, loss_weights: LossWeights
+) -> None:
+    if loss_weights == "turn":
+        plain = sameness.run(str(tiny), tokens_per_row=300, packing="segments", loss_weights=loss_weights)
     episodes = sameness.fixed_episodes(str(tiny))
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype="float32").train()
     outcomes, groups = [e.outcome for e in episodes], [e.group for e in episodes]
@@ -46,13 +52,14 @@ def test_gradients_are_those_of_the_formula_turn_by_turn(tiny: Path, plain: same
     advantages = credit.turn_advantages(outcomes, groups, scores)
     valid = [(e, a) for e, a in zip(episodes, advantages, strict=True) if e.failure is None]
     tokens = sum(len(t.completion.token_ids) for e, _ in valid for t in e.turns)
+    turns = sum(len(e.turns) for e, _ in valid)
     for episode, turn_advantages in valid:
         for turn, advantage in zip(episode.turns, turn_advantages, strict=True):
             logp, entropy = sameness.naive_logprobs(model, turn.prompt_ids, turn.completion.token_ids)
             ratio = (logp - torch.tensor(turn.completion.logprobs)).exp()
             clipped = ratio.clamp(1 - sameness.CLIP, 1 + sameness.CLIP)
             objective = torch.minimum(ratio * advantage, clipped * advantage) + sameness.ENTROPY_BONUS * entropy
-            (-objective.sum() / tokens).backward()
+            (-(objective.sum() / tokens if loss_weights == "token" else objective.mean() / turns)).backward()
     for name, parameter in model.named_parameters():
         if name in plain.gradients:
             apart = (parameter.grad - plain.gradients[name]).norm() / parameter.grad.norm()

@@ -6,15 +6,16 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctcgrpo.credit import SceneBaseline
+from ctcgrpo.credit import SceneBaseline, turn_advantages
 from ctcgrpo.records import SCENES, Anchors, Completion, Episode, Failure, Scenario, Turn, TurnSample, UserState
-from ctcgrpo.training.loss import token_sums
+from ctcgrpo.training.loss import TokenSums, token_sums
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.rows import dummy_row, plain_rows
 from ctcgrpo.training.samples import CreditOptions, step_credit, summarise, turn_samples, update_of
@@ -132,7 +133,7 @@ def test_shaping_only_where_the_policy_reasons() -> None:
     silent = episode(0, 0, [(0, 0), (0, 0)], 0.5)
     assert summarise(silent, CreditOptions()).reward == 0.5
     shaped = CreditOptions(shaping=(0.2, 0.05))
-    assert summarise(silent, shaped).reward == pytest.approx(0.3)
+    assert summarise(silent, shaped).reward == pytest.approx(0.5 - 0.2 - 0.05)
     broken = episode(0, 0, [(0, 0)], 0.5, reasoning="x", faults=("broken_tags",))
     assert summarise(broken, shaped).reward == pytest.approx(0.45)
     assert summarise(broken, shaped).outcome == 0.5
@@ -222,6 +223,55 @@ def test_the_loss_by_hand() -> None:
     # Clipped tokens pass nothing on; the others -A * ratio.
     assert logprobs.grad is not None
     assert logprobs.grad.tolist() == pytest.approx([0, -0.5, 1.5, 0])
+
+
+def test_a_dual_clip_bounds_what_a_likely_token_costs() -> None:
+    # Ratios 5 and 2 with A = -1, 5 with A = +1; dual clip 3.
+    logprobs = torch.tensor([5.0, 2.0, 5.0]).log().requires_grad_()
+    advantages = torch.tensor([-1.0, -1.0, 1.0])
+
+    def sums(dual_clip: float | None) -> TokenSums:
+        return token_sums(
+            logprobs, torch.zeros(3), torch.zeros(3), advantages, clip=0.2, entropy_bonus=0.0, dual_clip=dual_clip
+        )
+
+    assert sums(None).loss.item() == pytest.approx(5 + 2 - 1.2) and int(sums(None).clipped) == 1
+    assert sums(3.0).loss.item() == pytest.approx(3 + 2 - 1.2) and int(sums(3.0).clipped) == 2
+    sums(3.0).loss.backward()
+    assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx([0, 2, 0])
+
+
+def test_turns_that_weigh_alike() -> None:
+    """Samples of one and three tokens, in a row that has them in another order."""
+    samples = [TurnSample((1, 2), (3,), 1.0), TurnSample((1, 2), (4, 5, 6), -1.0)]
+    (row,) = plain_rows(samples, tokens_per_row=99, pad_id=0)
+    by_sample = dict(zip(row.sample.tolist(), row.turn_weights.tolist(), strict=True))
+    assert by_sample == pytest.approx({0: 1.0, 1: 1 / 3})
+    logprobs = torch.zeros(4, requires_grad=True)
+    sums = token_sums(logprobs, torch.zeros(4), None, row.advantages, clip=0.2, entropy_bonus=0.0, weights=row.turn_weights)
+    assert float(sums.weight) == pytest.approx(2.0) and sums.loss.item() == pytest.approx(0.0)
+    assert dummy_row(0).turn_weights.shape == (0,)
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.floats(-0.1, 0.1), st.integers(1, 30)), min_size=1, max_size=6), min_size=2, max_size=4),
+    st.sampled_from(["turn", "token"]),
+)
+def test_the_turn_term_sums_to_zero_over_what_the_loss_weighs(
+    rollouts: list[list[tuple[float, int]]], weights: Literal["turn", "token"]
+) -> None:
+    """Centered with the weights of the loss, credit moves between the turns of a rollout and is neither made nor lost."""
+    scores = [[score for score, _ in rollout] for rollout in rollouts]
+    lengths = [[length for _, length in rollout] for rollout in rollouts]
+    zeros = [0.0] * len(rollouts)
+    advantages = turn_advantages(zeros, [0] * len(rollouts), scores, center_weights=None if weights == "turn" else lengths)
+    for turns, sizes in zip(advantages, lengths, strict=True):
+        samples = [TurnSample((1,), (2,) * n, float(a)) for a, n in zip(turns, sizes, strict=True)]
+        total = 0.0
+        for row in plain_rows(samples, tokens_per_row=16, pad_id=0):
+            w = row.turn_weights if weights == "turn" else torch.ones(len(row.at))
+            total += float((w * row.advantages).sum())
+        assert total == pytest.approx(0.0, abs=1e-4)
 
 
 def test_without_old_logprobs_the_gradient_is_that_of_logprobs() -> None:

@@ -154,7 +154,9 @@ def _languages() -> list[str]:
 
 
 def _told_of(card: ScenarioCard) -> str:
-    return card.model_dump_json(exclude={"script"})
+    """The user's side of a card. Goal, success criteria and what to avoid are the policy's: in defense they are the opposite of
+    what the user wants."""
+    return card.model_dump_json(include={"language", "scene", "user_persona"})
 
 
 @lru_cache(maxsize=4096)

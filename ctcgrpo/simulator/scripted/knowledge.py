@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
 from ctcgrpo.errors import SimulatorReplyError
+from ctcgrpo.naming import did_you_mean
+from ctcgrpo.records import Scenario
 from ctcgrpo.simulator.protocol import ScenarioCard
 from ctcgrpo.simulator.scripted.language import Language
 
@@ -41,19 +44,28 @@ class Knowledge:
 
 
 class _Detail(BaseModel):
-    about: str
-    words: list[str] = Field(min_length=1)
-    sense: list[str]
-    line: str
+    about: str = Field(description="What it is, in a few words. Explanations of a turn name it so.")
+    words: list[str] = Field(min_length=1, description="Words that name it: a reply that holds one takes the detail up.")
+    sense: list[str] = Field(description="Words that a reply is likely to hold that engages with it rather than naming it.")
+    line: str = Field(description="What the user says to bring it up.")
 
 
 class _Script(BaseModel):
     """The `script` of a record, as the bundled packs write it; every part may be absent."""
 
-    details: list[_Detail] = []
-    boundary: dict[str, list[str]] = {}
-    repair: dict[str, list[str]] = {}
-    lines: dict[str, list[str]] = {}
+    details: list[_Detail] = Field(
+        [], description="Some six things of this user's life, in the order in which they come up."
+    )
+    boundary: dict[str, list[str]] = Field(
+        {}, description="defense alone: `words` that state the boundary, `offer`: words of what is offered instead."
+    )
+    repair: dict[str, list[str]] = Field(
+        {}, description="repair alone: words that own the `fault`, words of the `remedy` that is offered."
+    )
+    lines: dict[str, list[str]] = Field(
+        {},
+        description="What this user says, by mood: warmer, flat, colder, thanks, leaves. Left out: lines of the language.",
+    )
 
 
 def read_knowledge(card: ScenarioCard, language: Language) -> Knowledge:
@@ -87,6 +99,43 @@ def read_knowledge(card: ScenarioCard, language: Language) -> Knowledge:
         matter=matter,
         lines={mood: lines for mood, lines in script.lines.items() if lines},
     )
+
+
+def script_fields() -> Iterator[tuple[str, str]]:
+    """(field, what it is for) of a record's `script`."""
+    for path, model in (("script", _Script), ("script.details[]", _Detail)):
+        for name, field in model.model_fields.items():
+            yield f"{path}.{name}", field.description or ""
+
+
+def unscripted_warning(scenarios: Sequence[Scenario], what: str) -> str | None:
+    """A warning for scenarios without details in their `script`, where the scripted user plays them; None where all have some.
+    `what` names them."""
+    without = [scenario.id for scenario in scenarios if not scenario.script.get("details")]
+    if not without:
+        return None
+    named = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
+    return (
+        f"{len(without)} of {len(scenarios)} {what} have no script.details ({named}): the scripted user then knows only "
+        "what it derives from the personas, and tells good replies from bad ones poorly. Write a script (`ctcgrpo scenarios new "
+        "FILE` shows one, `ctcgrpo scenarios gate` tests it), or let an LLM play the user (simulator.config, simulator.url)"
+    )
+
+
+def script_problems(script: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong) of a record's `script`: everything that is not of the form that the scripted user reads."""
+    try:
+        _Script.model_validate(script)
+    except ValidationError as error:
+        for problem in error.errors():
+            yield ".".join(map(str, ("script", *problem["loc"]))), problem["msg"].lower()
+    details = script.get("details")
+    parts: list[tuple[str, type[BaseModel], Any]] = [("script", _Script, script)]
+    parts += [(f"script.details.{k}", _Detail, d) for k, d in enumerate(details if isinstance(details, list) else ())]
+    for field, model, part in parts:
+        for key in part if isinstance(part, Mapping) else ():
+            if key not in model.model_fields:
+                yield f"{field}.{key}", f"is not read by the scripted user; {did_you_mean(key, model.model_fields)}"
 
 
 def _derived_details(card: ScenarioCard, language: Language) -> tuple[Detail, ...]:

@@ -1,0 +1,141 @@
+"""How scores were made, in words: the data set, the settings that they depend on, and how a run trained and validated its policy.
+
+A score under another data set or other settings is another score, so every table, page, ranking and card names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctcgrpo.evaluation.benches import EIBENCH, named
+from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.scenarios import EIBENCH_DATA, described
+
+SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")
+_TASK = ("rounds", "variant", "official", "opener", "rescored")
+"""Arguments of tasks that decide what a score means."""
+_SHOWN = {"top_p": "top-p", "top_k": "top-k", "max_tokens": "max tokens", "variant": "scoring variant"}
+
+
+def data_set(bench: str, task: Mapping[str, Any], scenarios: str) -> str:
+    """The data set of an evaluation in words; `scenarios` is the default of a task that names none."""
+    if bench == EIBENCH.name:
+        return described(task.get("scenarios", scenarios))
+    return str(task.get("data") or f"$CTCGRPO_DATA/{bench}")
+
+
+def title_of(summary: Mapping[str, Any]) -> str:
+    """The benchmark's title with its data set. EIBench is the name of its own data set alone: its task on other scenarios is
+    called so."""
+    bench, data = named(summary["bench"]), summary.get("data_set") or "a data set that was not recorded"
+    return eibench_on(data) if bench is EIBENCH else f"{bench.title}, {data}"
+
+
+def eibench_on(data: str) -> str:
+    """EIBench for its own data set (as `data_set` names it), else its task on another."""
+    return data if data.startswith(f"{EIBENCH_DATA} (") else f"eibench task on {data}"
+
+
+def settings_of(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a score depends on beside data set, model and simulator or judge, by name, in the order in which it is shown."""
+    task, generation = summary["task"], summary["generation"]
+    found = {name: task[name] for name in _TASK if task.get(name) is not None}
+    if "rescored" not in task:
+        found |= {name: generation.get(name) for name in SAMPLING}
+        found |= {name: value for name, value in generation.items() if name not in SAMPLING}
+    found |= {"repeats": task["repeats"]} if task.get("repeats", 1) != 1 else {}
+    return found | ({"limit": summary["limit"]} if summary.get("limit") else {})
+
+
+def in_words(settings: Mapping[str, Any]) -> str:
+    """Settings as one line: rounds 8, temperature 0.6, top-p 0.95, top-k not set, ..."""
+    return ", ".join(f"{shown_name(name)} {shown_value(name, value)}" for name, value in settings.items())
+
+
+def shown_name(name: str) -> str:
+    return _SHOWN.get(name, name.replace("_", " "))
+
+
+def shown_value(name: str, value: Any) -> str:
+    if name == "top_k" and value == 0:
+        return "off"
+    return "not set" if value is None else str(value)
+
+
+def validated_as(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How a run validates its policy: the arguments of the task eibench (scenarios, repeats and seed only with a validation
+    section), and of sampling."""
+    rollout, simulator = recipe.rollout, recipe.simulator
+    task: dict[str, Any] = {"rounds": rollout.max_turns, "variant": recipe.scoring.variant}
+    if simulator.url != "embedded":
+        task["simulator"] = simulator.url if isinstance(simulator.url, str) else simulator.url[0]
+    else:
+        task["simulator"] = "scripted" if simulator.config is None else str(simulator.config)
+    if (validation := recipe.validation) is not None:
+        task |= {"scenarios": validation.scenarios, "repeats": validation.samples, "seed": validation.seed}
+    sampling = (rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
+    return task, dict(zip(SAMPLING, sampling, strict=True))
+
+
+def validation_settings(recipe: Recipe) -> dict[str, Any]:
+    """The same for a run's summary and card; the data set in words. A recipe with a validation section only."""
+    task, sampling = validated_as(recipe)
+    told = {"rounds": task["rounds"], "variant": task["variant"], **sampling, "repeats": task["repeats"]}
+    return {"data_set": described(task["scenarios"]), **told}
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A policy of a run: `which` is the folder's name in it; `task` and `sampling` as `validated_as` gives them."""
+
+    run: Path
+    which: str
+    recipe: Recipe
+    task: Mapping[str, Any]
+    sampling: Mapping[str, Any]
+
+    @property
+    def told(self) -> str:
+        """How the run trained and validated, in words."""
+        sections = self.recipe.policy.persona_sections
+        persona = "all of the persona" if sections is None else f"persona sections {', '.join(sections)}"
+        on = self.task.get("scenarios")
+        validated = "without a validation" if on is None else f"validated on {described(on)}"
+        settings = {"rounds": self.task["rounds"], "variant": self.task["variant"], **self.sampling}
+        return (
+            f"{self.run / self.which} is of the run {self.recipe.run.name}: trained on {described(self.recipe.scenarios.train)}, "
+            f"{validated}, with {in_words(settings)}, simulator {self.task['simulator']}, {persona}"
+        )
+
+    def differences(self, played: Mapping[str, Any]) -> list[str]:
+        """In what other settings (task arguments and sampling together) differ from the run's: "rounds 8 (the run: 4)"."""
+        deciding = ("scenarios", "simulator", "rounds", "variant", *SAMPLING)
+        own = {**self.task, **self.sampling}
+        return [
+            f"{shown_name(name)} {shown_value(name, played.get(name))} (the run: {shown_value(name, own[name])})"
+            for name in deciding
+            if name in own and _plain(name, played.get(name)) != own[name]
+        ]
+
+
+def trained_as(folder: Path) -> Trained | None:
+    """The run that a policy's folder belongs to (RUN/final, best, base, checkpoint-N, an export in it); None where it is of none.
+    Raises RecipeError for a recipe that cannot be read."""
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        return None
+    for place in (folder, folder.resolve()):  # a sweep's best policy is a link into its run
+        run = RunFolder(place.parent)
+        if run.recipe_file.exists():
+            recipe = load_recipe(run.recipe_file)
+            return Trained(run.path, place.name, recipe, *validated_as(recipe))
+    return None
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Sampling of policies in folders: no top-k is 0."""
+    return 0 if name == "top_k" and value is None else value

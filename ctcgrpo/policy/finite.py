@@ -1,0 +1,49 @@
+"""Finding numbers that are no numbers, in weights and gradients, whatever they are sharded with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from accelerate.utils import gather_object
+
+from ctcgrpo.errors import PolicyError
+
+
+def nonfinite_weight(model: torch.nn.Module) -> str | None:
+    """The name of a parameter of which this process holds NaN or infinite values; None where there is none."""
+    for name, parameter in model.named_parameters():
+        # DeepSpeed's ZeRO-3 keeps its shard of a parameter beside it.
+        if not _finite(getattr(parameter, "ds_tensor", parameter)):
+            return name
+    return None
+
+
+def refuse_nonfinite(model: torch.nn.Module, name: str) -> None:
+    """Raises PolicyError, on all processes together, for a policy that was loaded with NaN or infinite weights on any of them."""
+    if found := next((weight for weight in gather_object([nonfinite_weight(model)]) if weight is not None), None):
+        raise PolicyError(
+            f"policy.model {name!r}: its weights are not finite ({found}): the files are damaged; load another model"
+        )
+
+
+def nonfinite_gradient(model: torch.nn.Module) -> str | None:
+    """The name of a parameter whose gradient, or this process's shard of it, is not finite; None where there is none, and under
+    DeepSpeed, which keeps gradients elsewhere."""
+    return next((name for name, gradient in _gradients(model) if not _finite(gradient)), None)
+
+
+def _gradients(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            yield name, parameter.grad
+
+
+@torch.no_grad()
+def _finite(tensor: torch.Tensor) -> bool:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # FSDP2's DTensor
+    if not local.is_floating_point() or not local.numel():
+        return True
+    # Both ends show NaN and infinities, and need no mask of the tensor's size.
+    lowest, highest = local.aminmax()
+    return bool(torch.isfinite(lowest) & torch.isfinite(highest))

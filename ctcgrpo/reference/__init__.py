@@ -1,0 +1,1 @@
+"""What fields and metrics mean: `ctcgrpo fields` and `ctcgrpo metrics`."""
