@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.panel import Panel
+from rich.text import Text
 
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.naming import did_you_mean
@@ -40,7 +41,7 @@ async def chat(
     seed = secrets.randbits(32) if seed is None else seed
     anchors, card = scenario.anchors, ScenarioCard.of(scenario)
     state, goal = anchors.initial, anchors.target
-    console.print(Panel(scenario.policy_persona, title=f"you, in {scenario.id} ({scenario.scene})"), markup=False)
+    console.print(Panel(Text(scenario.policy_persona), title=Text(f"you, in {scenario.id} ({scenario.scene})")))
     console.print(
         f"anger {state.anger}, trust {state.trust}; aim for anger {goal.anger}, trust {goal.trust} in {rounds} replies. "
         "An empty line ends it.\n",

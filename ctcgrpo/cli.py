@@ -27,6 +27,7 @@ from ctcgrpo.scenarios import load_scenes
 from ctcgrpo.startup import LAUNCHED, announce_loading
 from ctcgrpo.study import commands as studying
 from ctcgrpo.sweep import commands as sweeping
+from ctcgrpo.terminal import Terminal, say
 
 _LONGEST_MESSAGE = 4000
 """Characters of an error that are printed."""
@@ -97,7 +98,6 @@ def check(
     settings = load_recipe(recipe, overrides or [])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     announce_loading(f"checking {settings.run.name}")
-    from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
     from ctcgrpo.plan.check import findings
@@ -105,7 +105,7 @@ def check(
 
     transformers_logging.disable_progress_bar()
     found, subject = findings(settings)
-    print_findings(found, subject.memory, Console(width=None if sys.stdout.isatty() else 132), settings.run.name)
+    print_findings(found, subject.memory, Terminal(132), settings.run.name)
     if any(finding.level == "failed" for finding in found):
         sys.exit(RecipeError.exit_code)
 
@@ -142,15 +142,13 @@ def chat(
     """Play the policy's role against the simulated user."""
     import asyncio
 
-    from rich.console import Console
-
     from ctcgrpo.chat import chat, find_scenario
     from ctcgrpo.scenarios import load_scenarios
     from ctcgrpo.simulator.choice import chosen_simulator
 
     chosen = find_scenario(load_scenarios(scenarios, "test"), scenario)
     with chosen_simulator(config, url or []) as simulator:
-        asyncio.run(chat(chosen, simulator, Console(), lambda: input("You: "), rounds=rounds))
+        asyncio.run(chat(chosen, simulator, Terminal(80), lambda: input("You: "), rounds=rounds))
 
 
 def noise(
@@ -163,8 +161,6 @@ def noise(
     """Measure how much a simulator's judgement varies when a run's turns are replayed."""
     import asyncio
 
-    from rich.console import Console
-
     from ctcgrpo.recipe import resolved_recipe
     from ctcgrpo.scenarios import load_scenarios
     from ctcgrpo.simulator.choice import chosen_simulator, introduced
@@ -176,11 +172,14 @@ def noise(
     if recipe.validation is not None:
         scenarios += load_scenarios(recipe.validation.scenarios, "test")
     files = sorted(folder.traces.glob("*.jsonl"))
-    turns = recorded_turns(files, scenarios, dialogues=dialogues, max_rounds=recipe.rollout.max_turns)
+    rounds = recipe.rollout.max_turns
+    turns = recorded_turns(
+        files, scenarios, dialogues=dialogues, max_rounds=rounds, warn=lambda text: say(f"warning: {text}", sys.stderr)
+    )
     with chosen_simulator(config, url or []) as simulator:
         says = asyncio.run(introduced(simulator))
         found = asyncio.run(measure(turns, simulator, replays=replays))
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Terminal(120)
     console.print(noise_table(found, f"noise of the simulator on turns of {run}"))
     console.print(f"simulator: {says}", markup=False, highlight=False, soft_wrap=True)
 
@@ -190,11 +189,9 @@ def show(
     scenario: Annotated[str | None, typer.Option(help="Which held-out scenario to show; a typical one by default.")] = None,
 ) -> None:
     """Print a finished run: held-out scores and one scenario before and after training."""
-    from rich.console import Console
-
     from ctcgrpo.show import show_run
 
-    show_run(run, Console(width=None if sys.stdout.isatty() else 120), scenario=scenario)
+    show_run(run, Terminal(120), scenario=scenario)
 
 
 def export(
@@ -213,9 +210,9 @@ def export(
 
     transformers_logging.disable_progress_bar()
     written = exporting.export(run, out or run / "export", which=which, dtype=dtype)
-    print(f"exported to {written}")
+    say(f"exported to {written}")
     if push is not None:
-        print(f"uploaded to {exporting.push(written, push)}")
+        say(f"uploaded to {exporting.push(written, push)}")
 
 
 def version() -> None:
@@ -272,6 +269,6 @@ def _guarded(run: Callable[[], object]) -> None:
     except CtcGrpoError as error:
         what = "stopped" if isinstance(error, RunPaused) else "error"
         rank = os.environ.get("RANK", "0")
-        said = cut(str(error), _LONGEST_MESSAGE)
-        print(f"{what}: {said}" if rank == "0" else f"[process {rank}] {what}: {said}", file=sys.stderr)
+        message = cut(str(error), _LONGEST_MESSAGE)
+        say(f"{what}: {message}" if rank == "0" else f"[process {rank}] {what}: {message}", sys.stderr)
         sys.exit(error.exit_code)

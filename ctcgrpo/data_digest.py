@@ -33,6 +33,9 @@ def data_changes(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping
     changes = []
     for subject in [*old, *(s for s in new if s not in old)]:
         before, after = old.get(subject, {}), new.get(subject, {})
+        if not isinstance(before, Mapping):  # of a file that was edited
+            changes.append(f"{subject}: recorded as {str(before)[:40]!r}; expected digests by name")
+            continue
         sets = {
             "removed": [k for k in before if k not in after],
             "added": [k for k in after if k not in before],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 import jinja2
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,16 +21,19 @@ from transformers import (
 )
 
 from ctcgrpo import __version__
-from ctcgrpo.errors import OutputError, PolicyError
+from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError
 from ctcgrpo.evaluation.played import eibench_on, in_words, validation_settings
 from ctcgrpo.files import checkpoints, is_complete, missing_in
 from ctcgrpo.folders import require_run
 from ctcgrpo.policy.finite import refuse_nonfinite
-from ctcgrpo.policy.loading import LOAD_ERRORS, stop_ids
+from ctcgrpo.policy.loading import stop_ids
 from ctcgrpo.recipe import Recipe, resolved_recipe
-from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.run_folder import RunFolder, disk_problem
+from ctcgrpo.run_records import Summary, disagreement, read_summary
 from ctcgrpo.scenarios import described, load_scenarios
 from ctcgrpo.settings import template_kwargs
+from ctcgrpo.simulator import about
+from ctcgrpo.validation import read_validations
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -38,25 +41,30 @@ Dtype = Literal["bfloat16", "float32"]
 def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat16") -> Path:
     """Write a policy of a run to `out`: `which` is final, best, or the number of a checkpoint (its optimizer steps).
 
-    Adapters are merged, and shards joined, in float32, then rounded to `dtype`. What was written is loaded again and its
-    log-probabilities are held against the trained policy's. Raises OutputError for a run or checkpoint that is
-    not there or not complete, and where `out` exists; PolicyError where the base model cannot be loaded.
+    Adapters are merged, and shards joined, in float32, then rounded to `dtype`. What was written is loaded again, and its
+    log-probabilities are compared with the trained policy's. Raises OutputError for a run or checkpoint that is not there or not
+    complete, where `out` exists or cannot be written, and where the figures for its card are damaged; PolicyError where the policy
+    cannot be loaded, has weights that are not finite, or is not what was written. A failed export leaves nothing behind.
     """
     folder = require_run(run)
     if out.exists():
         raise OutputError(f"{out} is there already; choose another with --out")
     recipe = resolved_recipe(folder.recipe_file)
     source = _source(folder, which)
+    card = model_card(recipe, _summary(folder, recipe), which=which)
     base = str(folder.base) if recipe.policy.model.startswith("builtin/") else recipe.policy.model
     try:
         trained = _trained(source, base, recipe.policy.revision, dtype)
         tokenizer = AutoTokenizer.from_pretrained(
             source if (source / "tokenizer_config.json").exists() else base, revision=recipe.policy.revision
         )
-    except LOAD_ERRORS as error:
-        raise PolicyError(f"{source} cannot be loaded on {base!r}: {str(error).splitlines()[0]}") from None
-    refuse_nonfinite(trained, str(source))
-    wanted = _logprobs(trained, tokenizer)
+        refuse_nonfinite(trained, str(source))
+        wanted = _logprobs(trained, tokenizer)
+    except CtcGrpoError:
+        raise
+    except Exception as error:  # noqa: BLE001 - damaged files raise whatever their readers do (safetensors, tokenizers, torch)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise PolicyError(f"{source} cannot be loaded on {base!r}: {reason}") from None
     model = (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained).to(getattr(torch, dtype))
     del trained
     model.generation_config = _generation(
@@ -64,15 +72,33 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
     )
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    del model
-    _refuse_another_policy(partial, tokenizer, wanted, dtype)
-    summary = run / "summary.json"
-    figures = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
-    (partial / "README.md").write_text(model_card(recipe, figures, which=which), encoding="utf-8")
-    partial.rename(out)
+    try:
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        del model
+        _refuse_another_policy(partial, tokenizer, wanted, dtype)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        reason = disk_problem(error) or getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OutputError(f"cannot write {out}: {reason}; choose another folder with --out") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _summary(folder: RunFolder, recipe: Recipe) -> Summary | None:
+    """The figures of a run. Raises OutputError where its files are damaged: a card is not to publish a wrong one."""
+    summary = read_summary(folder.path, Summary)
+    if summary is None:
+        return None
+    if recipe.validation is None:
+        raise OutputError(f"{folder.path}: summary.json has figures, but recipe.yaml no validation section; one is damaged")
+    validations, problems = read_validations(folder.validation_file)
+    if told := next(iter(problems), None) or disagreement(summary, validations):
+        raise OutputError(f"{folder.path}: {told}; without summary.json the card says that nothing was measured")
+    return summary
 
 
 def push(folder: Path, repository: str, *, private: bool = True) -> str:
@@ -94,10 +120,9 @@ def _source(folder: RunFolder, which: str) -> Path:
     there |= {str(step): path for step, path in sorted(checkpoints(folder.path).items())}
     complete = [name for name, path in there.items() if is_complete(path)]
     if which not in complete:
-        why = missing_in(there[which]) if which in there and there[which].exists() else None
-        raise OutputError(
-            f"{folder.path} has no complete {which!r}{f' ({why})' if why else ''}; it has {', '.join(complete) or 'nothing'}"
-        )
+        lacks = missing_in(there[which]) if which in there and there[which].exists() else None
+        why = f" ({lacks})" if lacks else ""
+        raise OutputError(f"{folder.path} has no complete {which!r}{why}; it has {', '.join(complete) or 'nothing'}")
     return there[which]
 
 
@@ -118,11 +143,10 @@ def _logprobs(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> tor
 
 
 def _refuse_another_policy(folder: Path, tokenizer: PreTrainedTokenizerBase, wanted: torch.Tensor, dtype: Dtype) -> None:
-    """Raises PolicyError, and removes the folder, where what was written there is not the policy that was trained."""
+    """Raises PolicyError where what was written to the folder is not the policy that was trained."""
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     apart = float((_logprobs(again, tokenizer) - wanted).abs().mean())
     if not apart <= _TOLERANCE[dtype]:
-        shutil.rmtree(folder)
         raise PolicyError(
             f"the export is not the trained policy: its log-probabilities are {apart:.3g} nats off on the mean, beyond "
             f"{_TOLERANCE[dtype]:g} (--dtype {dtype}); nothing was written"
@@ -181,13 +205,15 @@ def _generation(recipe: Recipe, ends: list[int]) -> GenerationConfig:
     )
 
 
-def model_card(recipe: Recipe, summary: dict[str, Any] | None, *, which: str) -> str:
-    """The README of an export: what it comes from, how it was trained, what was measured and on what. `summary`: of the run."""
+def model_card(recipe: Recipe, summary: Summary | None, *, which: str) -> str:
+    """The README of an export: what it comes from, how it was trained, what was measured and on what. `summary`: of the run, where
+    it was validated."""
     template = jinja2.Template(
         (files("ctcgrpo") / "model_card.md.j2").read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined
     )
     told = {"builtin": recipe.policy.model.startswith("builtin/"), "trained_on": described(recipe.scenarios.train)}
-    if recipe.validation is not None:
+    if summary is not None:
         settings = validation_settings(recipe)
         told |= {"measured": eibench_on(settings.pop("data_set")), "settings": in_words(settings)}
+        told["user"] = about.described(summary.simulator)
     return str(template.render(recipe=recipe, summary=summary, which=which, version=__version__, **told))

@@ -1,13 +1,16 @@
-"""Files that a killed run leaves whole (written in one move; folders that carry a marker), and the one reader of JSON lines."""
+"""Files that a killed run leaves whole (written in one move; folders that carry a marker), and the one reader of JSON and of JSON
+lines."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from ctcgrpo.errors import CtcGrpoError, OutputError
 
@@ -16,6 +19,7 @@ COMPLETE = "COMPLETE"
 _WHOLE = 2**24
 """Bytes of a file up to which all of it enters its digest; of a larger one (weights) this much, in pieces spread over it."""
 _PIECES = 16
+_T = TypeVar("_T")
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -66,7 +70,7 @@ def read_json_lines(
             ValueError,
             RecursionError,
         ) as problem:  # a duplicate key, a number of thousands of digits, brackets without end
-            bad(place, f"not JSON that can be read: {problem}")
+            bad(place, f"not JSON that can be read: {_reason(problem)}")
         else:
             if isinstance(value, dict):
                 yield place, value
@@ -88,10 +92,76 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_run_records(file: Path) -> list[dict[str, Any]]:
-    """The objects that a run has written to a JSON lines file so far; none where there is no file. Half a line at the end, which a
-    killed run leaves, is ignored. Raises OutputError for any other line that is no JSON object."""
-    return [record for _, record in read_json_lines(file, whole_only=True)] if file.exists() else []
+def read_json(file: Path) -> Any:
+    """What a JSON file holds. Raises OutputError for one that cannot be read, is no JSON, or holds a duplicate key."""
+    try:
+        return parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise OutputError(f"{file} cannot be read: {_reason(error)}") from None
+
+
+def collect_records(
+    file: Path, read: Callable[[dict[str, Any]], _T], *, whole_only: bool = False
+) -> tuple[list[_T], list[str]]:
+    """What `read` makes of the objects in a JSON lines file, and what is wrong with the other lines ("NAME, line 3: ..."), where it
+    raises ValueError and where they hold no object; nothing where there is no file. `whole_only`: as in `read_json_lines`."""
+    if not file.exists():
+        return [], []
+    found: list[_T] = []
+    problems: list[str] = []
+
+    def bad(place: str, message: str) -> None:
+        problems.append(f"{file.name}{place.removeprefix(str(file))}: {message}")
+
+    for place, record in read_json_lines(file, on_bad=bad, whole_only=whole_only):
+        try:
+            found.append(read(record))
+        except (ValueError, OverflowError) as error:
+            bad(place, _reason(error))
+    return found, problems
+
+
+def by_step(
+    file: Path, records: Iterable[_T], step_of: Callable[[_T], int], problems: Sequence[str]
+) -> tuple[list[_T], list[str]]:
+    """A file's records in the order of their steps, each step once; and the problems, with those of duplicate steps."""
+    found: dict[int, _T] = {}
+    duplicates = []
+    for record in records:
+        step = step_of(record)
+        if step in found:
+            duplicates.append(f"{file.name}: duplicate step {step}; the first one counts")
+        found.setdefault(step, record)
+    return [found[step] for step in sorted(found)], [*problems, *duplicates]
+
+
+RESTORE = "restore the file to resume, or start another run with run.name=NAME"
+
+
+def refuse_to_resume(file: Path, problems: Sequence[str]) -> None:
+    """Raises OutputError where `collect_records` or `by_step` found problems in a file that a run resumes from."""
+    if problems:
+        raise OutputError(f"{file.parent}/{problems[0]}; {RESTORE}")
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, ValidationError):
+        return explained(error)
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def explained(error: ValidationError) -> str:
+    """The first thing that is wrong: field, value, and what is expected."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{field} is missing"
+    expected = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+    return (
+        f"{field} = {repr(first['input'])[:80]}; {expected}" if field else f"{repr(first['input'])[:80]}; expected an object"
+    )
 
 
 def file_digest(file: Path) -> str:
@@ -125,7 +195,7 @@ def is_complete(folder: Path) -> bool:
 def missing_in(folder: Path) -> str | None:
     """What keeps a folder from being complete; None where nothing does."""
     try:
-        files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        files = parse_json((folder / COMPLETE).read_text(encoding="utf-8"))
         if not files:
             return f"{COMPLETE} lists no file"
         for name, (size, digest) in files.items():
@@ -136,7 +206,7 @@ def missing_in(folder: Path) -> str | None:
                 return f"{name} is damaged: it is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(folder)} is missing"
-    except (ValueError, AttributeError, TypeError, OSError) as error:
+    except (ValueError, AttributeError, TypeError, OSError, RecursionError) as error:
         return f"{COMPLETE} cannot be read ({error})"
     return None
 

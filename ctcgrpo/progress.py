@@ -6,10 +6,10 @@ import math
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ctcgrpo.records import Episode
+from ctcgrpo.terminal import Terminal
 
 
 class RunProgress:
@@ -20,7 +20,7 @@ class RunProgress:
         self._steps = steps
         self._episodes_per_step = episodes_per_step
         self._enabled = enabled
-        self._console = Console()
+        self._console = Terminal(80)
         self._live: Progress | None = None
         self._started = time.monotonic()
         self._first_step = 0

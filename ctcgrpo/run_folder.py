@@ -34,9 +34,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from ctcgrpo.errors import OutputError, RecipeError
-from ctcgrpo.files import checkpoints, is_complete, mark_complete, missing_in, read_run_records, write_whole
+from ctcgrpo.files import (
+    RESTORE,
+    checkpoints,
+    is_complete,
+    mark_complete,
+    missing_in,
+    read_json,
+    refuse_to_resume,
+    write_whole,
+)
 from ctcgrpo.recipe import Recipe, differences
+from ctcgrpo.run_records import read_metrics
 from ctcgrpo.sections import parse_mapping, read_text
+from ctcgrpo.validation import resumed_validations
 from ctcgrpo.workers import alone
 
 BEST_STEP = "STEP"
@@ -99,7 +110,8 @@ class RunFolder:
     def open(self, recipe: Recipe) -> Path | None:
         """Make the folder ready for this recipe; gives the checkpoint to go on from, or None to start.
 
-        Raises OutputError where it holds a finished run, or one of another recipe that has trained already.
+        Raises OutputError where it holds a finished run, or one of another recipe that has trained already, and where the records
+        of the run that resumes are damaged.
         """
         started = self.newest_checkpoint()
         finished = is_complete(self.final)
@@ -110,6 +122,9 @@ class RunFolder:
                 f"{self.path} holds a finished run of this recipe; take {self.final}, give it more steps with "
                 "training.max_steps=N, or start another with run.name=NAME"
             )
+        if started:
+            self._metrics()
+            resumed_validations(self.validation_file)
         return started
 
     def extended_from(self, recipe: Recipe) -> int | None:
@@ -121,7 +136,8 @@ class RunFolder:
 
     def begin(self, recipe: Recipe, steps: int) -> None:
         """Training begins after `steps` batches of rollouts: record the recipe, forget what an earlier life of the run wrote
-        of later steps, and all that it wrote where nothing of it goes on."""
+        of later steps, and all that it wrote where nothing of it goes on. Raises OutputError for damaged metrics."""
+        kept_metrics = [metrics for metrics in self._metrics() if metrics["step"] <= steps] if steps else []
         if is_complete(self.final) and (steps_then := self.extended_from(recipe)):
             kept = self.path / f"final-after-{steps_then}-steps"
             if (summary := self.path / "summary.json").exists():
@@ -136,7 +152,7 @@ class RunFolder:
             self.validation_file.unlink(missing_ok=True)
             shutil.rmtree(self.best, ignore_errors=True)
             shutil.rmtree(self._newer_best, ignore_errors=True)
-        self._rewind(steps)
+        write_whole(self.metrics_file, "".join(json.dumps(metrics) + "\n" for metrics in kept_metrics))
 
     def keep_to(
         self,
@@ -147,9 +163,9 @@ class RunFolder:
         compare: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] = differences,
     ) -> None:
         """Record in a file what decides the run beside its recipe (who plays the user, how it is sharded, the data); raises
-        OutputError where a run that resumes would meet something else."""
+        OutputError where a run that resumes would meet something else, or the file is damaged."""
         file = self.path / name
-        if resumes and file.exists() and (changed := compare(json.loads(file.read_text(encoding="utf-8")), now)):
+        if resumes and file.exists() and (changed := compare(_object(file), now)):
             raise OutputError(
                 f"{self.path} was trained with other {name.removesuffix('.json')} ({'; '.join(changed)}); restore what it was "
                 "to resume, or start another run with run.name=NAME"
@@ -200,10 +216,10 @@ class RunFolder:
         newer = (found[step] for step in sorted(found) if kept is None or step > int(kept.name.rpartition("-")[2]))
         return [f"{folder.name}: {missing_in(folder)}" for folder in newer]
 
-    def _rewind(self, steps: int) -> None:
-        if self.metrics_file.exists():
-            kept = [json.dumps(record) + "\n" for record in read_run_records(self.metrics_file) if record["step"] <= steps]
-            write_whole(self.metrics_file, "".join(kept))
+    def _metrics(self) -> list[dict[str, Any]]:
+        found, problems = read_metrics(self.metrics_file, whole_only=True)
+        refuse_to_resume(self.metrics_file, problems)
+        return found
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """Add a line; a number that is not finite (nothing was measured) is written as null, since JSON knows no NaN."""
@@ -244,6 +260,16 @@ class RunFolder:
             raise OutputError(
                 f"{self.path} holds a run, but its recipe.yaml cannot be read: {reason}; start another with run.name=NAME"
             ) from None
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        found = read_json(file)
+    except OutputError as error:
+        raise OutputError(f"{error}; {RESTORE}") from None
+    if not isinstance(found, dict):
+        raise OutputError(f"{file} holds a {type(found).__name__}; expected an object; {RESTORE}")
+    return found
 
 
 def _best_step(folder: Path) -> int | None:

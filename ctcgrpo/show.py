@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,30 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.played import eibench_on, in_words
-from ctcgrpo.files import read_run_records
 from ctcgrpo.folders import require_folder
+from ctcgrpo.intervals import means
 from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.run_records import (
+    Figures,
+    Improvement,
+    Summary,
+    disagreement,
+    read_dialogues,
+    read_summary,
+    same,
+)
+from ctcgrpo.validation import read_validations
 
 Trace = Mapping[str, Any]
-"""An episode as `rollout/traces.py` writes it."""
+"""run_records.Dialogue."""
+_SIDE_BY_SIDE = 100
+"""Columns that two dialogues beside each other need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +44,10 @@ class Speech:
 
 
 def speech(episodes: Iterable[Trace]) -> Speech:
-    """Over all replies of valid episodes. Raises ValueError where there are none."""
+    """Over all replies of valid episodes. Raises OutputError where there are none."""
     replies = [turn["reply"] for e in episodes if e["failure"] is None for turn in e["turns"]]
     if not replies:
-        raise ValueError("no replies")
+        raise OutputError("no valid episode has a reply")
     return Speech(sum(len(reply.split()) for reply in replies) / len(replies), len(set(replies)) / len(replies))
 
 
@@ -48,29 +60,28 @@ def typical_scenario(before: Sequence[Trace], after: Sequence[Trace]) -> str:
 
 
 def show_run(path: Path, console: Console, *, scenario: str | None = None) -> None:
-    """Print a finished run. Raises OutputError for a folder that holds none, and for a scenario that it did not play."""
+    """Print a finished run, and what is wrong with its files. Raises OutputError for a folder that holds none, for figures that are
+    damaged, and for a scenario that it did not play."""
     folder = RunFolder(require_folder(path))
     file = path / "summary.json"
-    if not file.exists():
+    summary = read_summary(path, Summary)
+    if summary is None:
         raise OutputError(f"{path} holds no summary.json: no finished run with a validation section")
-    summary = json.loads(file.read_text(encoding="utf-8"))
-    before, after = (_validation(folder, summary[when]["step"]) for when in ("before", "after"))
+    (before, problems), (after, others) = (_validation(folder, file, figures) for figures in (summary.before, summary.after))
+    validations, bad_lines = read_validations(folder.validation_file)
+    told = disagreement(summary, validations)
+    problems = [*problems, *others, *bad_lines, *([told] if told else [])]
     chosen = scenario or typical_scenario(before, after)
     if chosen not in _scored(before) & _scored(after):
         known = ", ".join(sorted(_scored(before) & _scored(after)))
         raise OutputError(f"scenario {chosen!r} was not played before and after; played were {known}")
-    gain = summary["improvement"]
     console.print(_table(summary, speech(before), speech(after)))
-    console.print(
-        f"score in [-1, 1], mean over {gain['n']} scenarios; improvement {gain['overall']:+.3f}, 95 % interval "
-        f"{gain['ci95'][0]:+.3f} to {gain['ci95'][1]:+.3f} (paired bootstrap over scenarios)\n",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if settings := dict(summary.get("settings", {})):  # runs of earlier versions recorded none
+    console.print(f"{_improvement(summary.improvement)}\n", highlight=False)
+    if summary.settings is not None:  # runs of earlier versions recorded none
+        settings: dict[str, Any] = {**summary.settings}
         measured = eibench_on(settings.pop("data_set"))
         console.print(f"{measured}: {in_words(settings)}\n", markup=False, highlight=False, soft_wrap=True)
-    console.print(_side_by_side(_typical(before, chosen), _typical(after, chosen)))
+    console.print(_dialogues(_typical(before, chosen), _typical(after, chosen), console.width))
     console.print(
         f"trained policy  {folder.final}\nuntrained       {folder.base if folder.base.exists() else 'as the recipe names it'}\n"
         f"every dialogue  {folder.traces}\nfigures         {file}, {folder.metrics_file}\nanother one     "
@@ -79,14 +90,37 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
         highlight=False,
         soft_wrap=True,
     )
+    for problem in problems:
+        console.print(Text(f"warning: {problem}", style="yellow"), soft_wrap=True)
 
 
-def _validation(folder: RunFolder, step: int) -> list[Trace]:
-    files = sorted(folder.traces.glob(f"validation-{step:06d}.rank-*.jsonl"))
-    episodes = [record for file in files for record in read_run_records(file)]
+def _improvement(gain: Improvement) -> str:
+    if gain.overall is None or gain.ci95 is None:
+        return "improvement unknown: no scenario has a valid episode both before and after training"
+    low, high = gain.ci95
+    scenarios = "scenarios" if gain.n is None else f"{gain.n} scenarios"
+    return (
+        f"improvement {gain.overall:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}\n"
+        f"(score in [-1, 1], mean over {scenarios}; paired bootstrap over scenarios)"
+    )
+
+
+def _validation(folder: RunFolder, summary: Path, figures: Figures) -> tuple[Sequence[Trace], list[str]]:
+    """The dialogues that figures were computed from, and what is wrong with them."""
+    step = figures.step
+    if step is None:
+        raise OutputError(f"{summary}: before.step or after.step is missing; it is not as a run wrote it")
+    episodes, problems = read_dialogues(sorted(folder.traces.glob(f"validation-{step:06d}.rank-*.jsonl")))
     if not episodes:
-        raise OutputError(f"{folder.traces} holds no dialogues of the validation after step {step}")
-    return sorted(episodes, key=lambda e: (e["group"], e["rollout"]))
+        why = f" that can be read ({problems[0]})" if problems else ""
+        raise OutputError(f"{folder.traces} holds no dialogues of the validation after step {step}{why}")
+    outcomes = means((e["scenario"], e["outcome"]) for e in episodes if e["outcome"] is not None)
+    mean = sum(outcomes.values()) / len(outcomes) if outcomes else None
+    if not problems and not same(mean, figures.overall):
+        problems.append(
+            f"after step {step} the dialogues have the score {mean}, and {summary.name} says {figures.overall}; one is damaged"
+        )
+    return episodes, problems
 
 
 def _scored(episodes: Sequence[Trace]) -> set[str]:
@@ -108,18 +142,15 @@ def _typical(episodes: Sequence[Trace], scenario: str) -> Trace:
     return sorted(played, key=lambda e: e["outcome"])[len(played) // 2]
 
 
-def _table(summary: Mapping[str, Any], before: Speech, after: Speech) -> Table:
-    table = Table(title=f"held-out scenarios, before and after {summary['steps']} steps")
+def _table(summary: Summary, before: Speech, after: Speech) -> Table:
+    table = Table(title=f"held-out scenarios, before and after {summary.after.step} steps")
     table.add_column("")
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right")
-    a, b = summary["before"], summary["after"]
-    table.add_row(
-        "overall", f"{a['overall']:+.3f}", f"{b['overall']:+.3f}", f"{b['overall'] - a['overall']:+.3f}", style="bold"
-    )
-    for scene in a["scenes"]:
-        x, y = a["scenes"][scene], b["scenes"].get(scene)
-        table.add_row(scene, f"{x:+.3f}", *(("-", "-") if y is None else (f"{y:+.3f}", f"{y - x:+.3f}")))
+    a, b = summary.before, summary.after
+    table.add_row("overall", *_change(a.overall, b.overall), style="bold")
+    for scene in dict.fromkeys([*a.scenes, *b.scenes]):
+        table.add_row(Text(scene), *_change(a.scenes.get(scene), b.scenes.get(scene)))
     table.add_section()
     table.add_row("words a reply", f"{before.words:.1f}", f"{after.words:.1f}", f"{after.words - before.words:+.1f}")
     table.add_row(
@@ -131,11 +162,21 @@ def _table(summary: Mapping[str, Any], before: Speech, after: Speech) -> Table:
     return table
 
 
-def _side_by_side(before: Trace, after: Trace) -> Table:
+def _change(before: float | None, after: float | None) -> tuple[str, str, str]:
+    """Of two scores, and their difference where there are both."""
+    shown = ["-" if x is None else f"{x:+.3f}" for x in (before, after)]
+    return shown[0], shown[1], "-" if before is None or after is None else f"{after - before:+.3f}"
+
+
+def _dialogues(before: Trace, after: Trace, width: int) -> Group | Table:
+    """Side by side where both have room, else one above the other."""
+    panels = _dialogue(before, "before"), _dialogue(after, "after")
+    if width < _SIDE_BY_SIDE:
+        return Group(*panels)
     table = Table.grid(expand=True, padding=(0, 1))
     table.add_column(ratio=1)
     table.add_column(ratio=1)
-    table.add_row(_dialogue(before, "before"), _dialogue(after, "after"))
+    table.add_row(*panels)
     return table
 
 
@@ -152,5 +193,6 @@ def _dialogue(episode: Trace, title: str) -> Panel:
         lines.append(Text(f"  anger {anger:+d}, trust {trust:+d}: {turn['why']}", style=mood))
         lines.append(Text(f"User: {turn['user_line']}"))
     start, end = episode["initial_state"], episode["final_state"]
-    foot = f"anger {start[0]} to {end[0]}, trust {start[1]} to {end[1]}, score {episode['outcome']:+.2f}"
-    return Panel(Group(*lines), title=f"{title}: {episode['scenario']}", subtitle=foot)
+    # In the body, where it wraps: a panel's title and subtitle are cut off in a narrow terminal.
+    foot = f"score {episode['outcome']:+.2f}, anger {start[0]} to {end[0]}, trust {start[1]} to {end[1]}"
+    return Panel(Group(*lines, Rule(style="dim"), Text(foot)), title=Text(f"{title}: {episode['scenario']}"))

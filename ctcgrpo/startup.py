@@ -8,6 +8,8 @@ import sys
 import warnings
 from typing import Final
 
+from ctcgrpo.terminal import say
+
 _NOT_FOR_USERS: Final = {
     "DeepSpeed": "Setting accelerator to CPU",
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
@@ -25,13 +27,12 @@ _announced = False
 
 def announce_loading(doing: str, libraries: str = "PyTorch and transformers") -> None:
     """Say on standard error what a command does and that its libraries are being loaded, unless they are loaded already; call it
-    before they are imported. Of several
-    processes the one that was started, or the main one, says it."""
+    before they are imported. Of several processes the one that was started, or the main one, says it."""
     global _announced
     _silence()
     if not _announced and LAUNCHED not in os.environ and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
         _announced = True
-        print(f"{doing}: loading {libraries} (5 to 20 seconds) ...", file=sys.stderr, flush=True)
+        say(f"{doing}: loading {libraries} (5 to 20 seconds) ...", sys.stderr)
 
 
 def _silence() -> None:

@@ -10,13 +10,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ctcgrpo.errors import TooManyFailures, too_many_failed
-from ctcgrpo.files import read_run_records, write_whole
+from pydantic import BaseModel, ConfigDict
+
+from ctcgrpo.errors import OutputError, TooManyFailures, too_many_failed
+from ctcgrpo.files import by_step, collect_records, refuse_to_resume, write_whole
 from ctcgrpo.intervals import interval, means, paired
-from ctcgrpo.records import SCENES, Episode, Scenario
-from ctcgrpo.rollout.runner import Slot
+from ctcgrpo.records import SCENES, Episode, Scenario, Scene
+
+if TYPE_CHECKING:
+    from ctcgrpo.rollout.runner import Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,45 @@ def validation_of(step: int, scenarios: Sequence[Scenario], episodes: Sequence[t
     return Validation(step, outcomes, {s.id: s.scene for s in scenarios}, failed)
 
 
+class _Line(BaseModel):
+    """A line of validation.jsonl."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    step: int
+    outcomes: dict[str, list[float]]
+    scenes: dict[str, Scene]
+    failed: int = 0
+
+
+def read_validations(file: Path, *, whole_only: bool = False) -> tuple[list[Validation], list[str]]:
+    """By step, each once, and what is wrong with the other lines of validation.jsonl. `whole_only` skips half a line at the end."""
+
+    def read(record: dict[str, Any]) -> Validation:
+        return Validation(**_Line.model_validate(record).model_dump())
+
+    found, problems = collect_records(file, read, whole_only=whole_only)
+    return by_step(file, found, lambda validation: validation.step, problems)
+
+
+def valid_validations(file: Path) -> list[Validation]:
+    """By step, at least one, each with a valid episode. Raises OutputError where a line is damaged: for readers whose figures are
+    of all of them."""
+    found, problems = read_validations(file)
+    if not found and not problems:
+        problems = [f"{file.name} holds no validation"]
+    problems += [f"{file.name}: no valid episode after step {v.step}" for v in found if not v.by_scenario]
+    if problems:
+        raise OutputError(f"{file.parent}/{problems[0]}")
+    return found
+
+
+def resumed_validations(file: Path) -> list[Validation]:
+    """Those that a run has recorded, to resume from. Raises OutputError where a line is damaged."""
+    found, problems = read_validations(file, whole_only=True)
+    refuse_to_resume(file, problems)
+    return found
+
+
 def improvement(before: Validation, after: Validation, *, seed: int = 0) -> dict[str, Any]:
     """The mean paired difference over the scenarios that both have, and its 95 % interval by a bootstrap over them."""
     differences = list(paired(before.by_scenario, after.by_scenario).values())
@@ -75,6 +118,8 @@ def improvement(before: Validation, after: Validation, *, seed: int = 0) -> dict
 
 def validation_slots(scenarios: Sequence[Scenario], samples: int, step: int) -> list[Slot]:
     """What a validation plays: `samples` episodes a scenario, with the same seeds after whatever step."""
+    from ctcgrpo.rollout.runner import Slot  # imports transformers, which those who read a record do without
+
     return [Slot(scenario, step, group, k, seed_step=0) for group, scenario in enumerate(scenarios) for k in range(samples)]
 
 
@@ -105,11 +150,12 @@ class Validator:
 
     def rewind(self, step: int, best_step: int | None) -> None:
         """Take up the record of an earlier life of the run, up to `step`, where it goes on; `best_step` is that of the
-        policy kept as the best."""
+        policy kept as the best. Raises OutputError where a line of the record is damaged or missing."""
         self.done, self.best_step = {}, best_step
         if step:
-            kept = [Validation(**r) for r in read_run_records(self.file) if r["step"] <= step]
-            self.done = {validation.step: validation for validation in kept}
+            self.done = {v.step: v for v in resumed_validations(self.file) if v.step <= step}
+            lost = [due for due in range(0, step, self.every) if due not in self.done]
+            refuse_to_resume(self.file, [f"{self.file.name} lacks the validation after step {due}" for due in lost])
 
     def is_due(self, step: int) -> bool:
         return step % self.every == 0 and step not in self.done

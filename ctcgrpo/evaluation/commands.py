@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from ctcgrpo.errors import GateFailed, OutputError, RecipeError, TooManyFailures, too_many_failed
 from ctcgrpo.evaluation.benches import BENCHES, named
@@ -22,6 +21,7 @@ from ctcgrpo.evaluation.results import summarise, write_results
 from ctcgrpo.folders import is_model, require_folder, require_run
 from ctcgrpo.naming import is_path
 from ctcgrpo.startup import announce_loading
+from ctcgrpo.terminal import Terminal, say
 
 if TYPE_CHECKING:
     from ctcgrpo.evaluation.run import Evaluation
@@ -166,8 +166,8 @@ def leaderboard(
     print_leaderboard(ranked(folder), _console())
 
 
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 120)
+def _console() -> Terminal:
+    return Terminal(120)
 
 
 def _slug(text: str) -> str:
@@ -198,7 +198,7 @@ def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
             display=given.get("display") or ("rich" if sys.stdout.isatty() else "plain"),
             connections=given.get("connections"),
             price=given.get("price"),
-            say=lambda text: print(text, file=sys.stderr),
+            say=lambda text: say(text, sys.stderr),
         )
 
     return play
@@ -261,7 +261,7 @@ def _wanted(bench: str, model: str, given: Given, trained: Trained | None) -> Ev
     )
 
 
-def _announce(trained: Trained, wanted: Evaluation, given: Given, console: Console) -> None:
+def _announce(trained: Trained, wanted: Evaluation, given: Given, console: Terminal) -> None:
     """Print how a run's policy was trained; and, where it is not evaluated so, what differs and the command that does."""
     lines = [trained.told]
     if wanted.bench == "eibench":
@@ -300,7 +300,7 @@ def _judge(summary: Mapping[str, Any], fail_under: float | None, *, again: bool 
         )
 
 
-def _evaluate_run(run: Path, given: Given, console: Console) -> None:
+def _evaluate_run(run: Path, given: Given, console: Terminal) -> None:
     """Base and final policy of a run, as its validation plays them unless options say otherwise, and their comparison."""
     if is_model(run):
         raise RecipeError(f"{run} is a policy's folder; `ctcgrpo evaluate eibench --model {run}` evaluates it")
@@ -322,7 +322,7 @@ def _evaluate_run(run: Path, given: Given, console: Console) -> None:
     _judge(summaries[-1], given.get("fail_under"))
 
 
-def _compare(found: Mapping[str, Any], out: Path, dialogues: int, console: Console) -> None:
+def _compare(found: Mapping[str, Any], out: Path, dialogues: int, console: Terminal) -> None:
     print_comparison(found, console)
     try:
         from ctcgrpo.evaluation.forest import write_comparison
@@ -333,7 +333,7 @@ def _compare(found: Mapping[str, Any], out: Path, dialogues: int, console: Conso
     console.print(f"picture and page: {', '.join(map(str, written))}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _rescore(bench: str, given: Given, console: Console) -> None:
+def _rescore(bench: str, given: Given, console: Terminal) -> None:
     results, facts = rescored(bench, given["rescore"], other=given.get("simulator"), run=given.get("run"))
     summary = summarise(named(bench), results, facts)
     if (out := given.get("out")) is not None:

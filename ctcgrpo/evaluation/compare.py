@@ -9,7 +9,7 @@ from typing import Any
 from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.played import in_words, settings_of, shown_name, shown_value, title_of
 from ctcgrpo.evaluation.report import other_of
-from ctcgrpo.evaluation.results import Result, read_results, read_summary
+from ctcgrpo.evaluation.results import RESULTS, SUMMARY, Result, read_results, read_summary
 from ctcgrpo.intervals import interval, paired
 
 _DECIDING = ("other", "data")
@@ -140,8 +140,8 @@ def most_changed(found: Mapping[str, Any], most: int = 3) -> list[dict[str, Any]
                     "other": other["name"],
                     "scenario": scenario,
                     "difference": other["by_scenario"][scenario],
-                    "before": _typical(before[scenario]),
-                    "after": _typical(after[scenario]),
+                    "before": _typical(before, scenario, found["baseline"]["folder"]),
+                    "after": _typical(after, scenario, other["folder"]),
                 }
             )
     return shown
@@ -155,7 +155,12 @@ def _by_scenario(results: Sequence[Result]) -> dict[str, list[Result]]:
     return found
 
 
-def _typical(results: Sequence[Result]) -> Result:
+def _typical(by_scenario: Mapping[str, Sequence[Result]], scenario: str, folder: str) -> Result:
+    results = by_scenario.get(scenario)
+    if not results:
+        raise OutputError(
+            f"{folder}: {RESULTS} holds no scored dialogue of {scenario!r}, which {SUMMARY} has; one is damaged"
+        )
     scores = [r.score or 0.0 for r in results]
     mean = sum(scores) / len(scores)
     return min(results, key=lambda r: abs((r.score or 0.0) - mean))

@@ -1,10 +1,14 @@
-"""A comparison as a picture, and as one page that needs no network: forest plot, figures, and the dialogues that changed most."""
+"""A comparison as a picture, and as one page that needs no network: forest plot, figures, and the dialogues that changed most.
+
+The page draws the plot itself, each row beside its figures, in colours that follow the reader's light or dark scheme; the picture
+is for papers and slides.
+"""
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -15,11 +19,13 @@ import matplotlib
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ctcgrpo.evaluation.benches import Bench, named
+from ctcgrpo.terminal import printable
 
 PNG, HTML = "comparison.png", "comparison.html"
-_BETTER, _WORSE, _UNSURE = "#1a7f37", "#b42318", "#57606a"
+_COLORS = {"better": "#1a7f37", "worse": "#b42318", "unsure": "#57606a"}
 
 
 def write_comparison(found: Mapping[str, Any], changed: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
@@ -31,9 +37,7 @@ def write_comparison(found: Mapping[str, Any], changed: Sequence[Mapping[str, An
         (files("ctcgrpo.evaluation") / "comparison.html.j2").read_text(encoding="utf-8")
     )
     bench = named(found["bench"])
-    page = template.render(
-        found=found, changed=changed, bench=bench, picture=base64.b64encode(picture).decode(), change=_change(bench)
-    )
+    page = template.render(found=found, changed=changed, bench=bench, plot=_plot(found), change=_change(bench))
     (folder / PNG).write_bytes(picture)
     (folder / HTML).write_text(page, encoding="utf-8")
     return [folder / PNG, folder / HTML]
@@ -41,6 +45,58 @@ def write_comparison(found: Mapping[str, Any], changed: Sequence[Mapping[str, An
 
 def _change(bench: Bench) -> Any:
     return lambda value: bench.shown(value, change=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """A row of the plot. Places are in percent of its width; `verdict` is better, worse or unsure."""
+
+    name: str
+    row: Mapping[str, Any]
+    whole: bool
+    low: float
+    middle: float
+    high: float
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Plot:
+    marks: Sequence[_Mark]
+    ticks: Sequence[tuple[float, float]]
+    """Value and place, at round values."""
+    zero: float
+
+
+def _plot(found: Mapping[str, Any]) -> _Plot:
+    """A row for each evaluation beside the first, and one for each of its groups."""
+    rows = [(name, row, not k) for other in found["others"] for k, (name, row) in enumerate(_rows(other))]
+    values = [0.0] + [x for _, row, _ in rows for x in (row["difference"], *(row["ci95"] or ()))]
+    least, most = min(values), max(values)
+    pad = (most - least or 1.0) * 0.08
+    left, width = least - pad, most - least + 2 * pad
+
+    def place(x: float) -> float:
+        return float(round(100 * (x - left) / width, 2))
+
+    marks = []
+    for name, row, whole in rows:
+        low, high = row["ci95"] or (row["difference"], row["difference"])
+        marks.append(_Mark(name, row, whole, place(low), place(row["difference"]), place(high), _verdict(row)))
+    ticks = [float(x) for x in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(least, most)]
+    return _Plot(marks, [(x, place(x)) for x in ticks if left <= x <= left + width], place(0.0))
+
+
+def _rows(other: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(other["name"], other), *other["groups"].items()]
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    """Whether the interval excludes zero, and on which side."""
+    if row["ci95"] is None:
+        return "unsure"
+    low, high = row["ci95"]
+    return "better" if low > 0 else "worse" if high < 0 else "unsure"
 
 
 def _picture(found: Mapping[str, Any]) -> bytes:
@@ -55,7 +111,7 @@ def _picture(found: Mapping[str, Any]) -> bytes:
     axes: Axes = figure.add_subplot()
     for place, (_, row, whole) in enumerate(rows):
         low, high = row["ci95"] or (row["difference"], row["difference"])
-        color = _UNSURE if row["ci95"] is None else _BETTER if low > 0 else _WORSE if high < 0 else _UNSURE
+        color = _COLORS[_verdict(row)]
         axes.plot([low, high], [place, place], color=color, linewidth=2.4 if whole else 1.3, solid_capstyle="butt")
         axes.plot([row["difference"]], [place], marker="D" if whole else "o", color=color, markersize=7 if whole else 4.5)
     axes.axvline(0, color="#8c959f", linewidth=1, linestyle="--")
@@ -67,10 +123,10 @@ def _picture(found: Mapping[str, Any]) -> bytes:
     told = [
         f"{found['title']}: score, difference to {found['baseline']['name']} (paired, 95 % interval)",
         f"{bench.other}: {found['other']}",
-        f"settings: {found['settings']}"[:110],
-        *(f"mind: {warning}"[:110] for warning in found["warnings"]),
+        f"settings: {found['settings']}",
+        *(f"mind: {warning}" for warning in found["warnings"]),
     ]
-    axes.set_xlabel("\n".join(told), parse_math=False)
+    axes.set_xlabel("\n".join(_short(line, 110) for line in told), parse_math=False)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#d0d7de", linewidth=0.6)
@@ -93,4 +149,10 @@ def _fonts() -> list[str]:
 
 def _drawable(name: str, place: int) -> str:
     """A name as the fonts here can draw it: without Chinese ones, a number that the table beside the picture explains."""
-    return name if name.isascii() or _fonts() else f"row {place + 1}"
+    return _short(name, 48) if name.isascii() or _fonts() else f"row {place + 1}"
+
+
+def _short(text: str, most: int) -> str:
+    """Without control characters, and without its middle where it is too long to be drawn."""
+    text = printable(text)
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2) :]}"

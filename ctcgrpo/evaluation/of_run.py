@@ -7,7 +7,7 @@ from typing import Any
 from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.evaluation.played import validated_as
 from ctcgrpo.evaluation.run import LOCAL, Evaluation
-from ctcgrpo.files import is_complete
+from ctcgrpo.files import missing_in
 from ctcgrpo.recipe import resolved_recipe
 from ctcgrpo.run_folder import RunFolder
 
@@ -21,8 +21,10 @@ def evaluations_of(
 ) -> dict[str, Evaluation]:
     """By name (base, final). `task`, `generation` and `roles` go before what the recipe says. Raises OutputError for a folder
     without a finished run, RecipeError where neither the recipe nor an option says what to evaluate on."""
-    if not is_complete(folder.final):
-        raise OutputError(f"{folder.path} holds no finished run; evaluate a folder in it: --model {folder.path}/best")
+    if (lacks := missing_in(folder.final)) is not None:
+        raise OutputError(
+            f"{folder.path} holds no finished run (final/: {lacks}); evaluate a folder in it: --model {folder.path}/best"
+        )
     recipe = resolved_recipe(folder.recipe_file)
     validated, sampled = validated_as(recipe)
     played = {**validated, **task}

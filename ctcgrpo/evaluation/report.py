@@ -11,6 +11,7 @@ from rich.text import Text
 
 from ctcgrpo.evaluation.benches import Bench, named
 from ctcgrpo.evaluation.played import in_words, settings_of, title_of
+from ctcgrpo.simulator.about import described
 
 _MOST_REASONS, _MOST_CHARACTERS = 8, 500
 
@@ -24,10 +25,7 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
 
 def other_of(summary: Mapping[str, Any]) -> str:
     """Who played the simulator or the judge, in words."""
-    about = summary.get("other") or {}
-    models = about.get("models") or [about.get("backend", "unknown")]
-    prompts = f", prompts {about['prompts']}" if about.get("prompts") else ""
-    return f"{', '.join(models)}{prompts}"
+    return described(summary["other"])
 
 
 def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:

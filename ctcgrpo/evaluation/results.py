@@ -7,18 +7,22 @@ summary.json    what `summarise` makes of them: means over scenarios, with inter
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.benches import BENCHES, Bench
-from ctcgrpo.files import read_json_lines, write_whole
+from ctcgrpo.files import explained, read_json, read_json_lines, write_whole
 from ctcgrpo.folders import require_folder
 from ctcgrpo.intervals import interval, means, share_interval
+from ctcgrpo.run_records import STRICT, same
 
 RESULTS, SUMMARY = "results.jsonl", "summary.json"
 
@@ -46,6 +50,29 @@ class Result:
     failure: tuple[str, str] | None = None
     lines: tuple[Line, ...] = ()
     tokens: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+class _Figures(BaseModel):
+    model_config = STRICT
+    mean: float | None
+    ci95: Annotated[tuple[float, float], Field(strict=False)] | None
+    n: int
+
+
+class _Summary(BaseModel):
+    """As much of a summary as comparisons and leaderboards read."""
+
+    model_config = STRICT
+    model: str
+    other: dict[str, Any] | None
+    task: dict[str, Any]
+    generation: dict[str, Any]
+    data_set: str | None = None
+    score: _Figures
+    groups: dict[str, _Figures]
+    scenarios: dict[str, float]
+    group_of: dict[str, str]
+    failed: int
 
 
 def figures(values: Sequence[tuple[str, float]]) -> dict[str, Any]:
@@ -136,14 +163,11 @@ def write_results(folder: Path, results: Sequence[Result], summary: Mapping[str,
 def read_summary(folder: Path) -> dict[str, Any]:
     """Raises OutputError for a folder that holds no evaluation."""
     file = folder / SUMMARY
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         require_folder(folder)
-        raise OutputError(f"{folder} holds no {SUMMARY}: no finished evaluation{_evaluations_in(folder)}") from None
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{file} cannot be read: {error}") from None
-    needed = ("bench", "model", "other", "task", "score", "groups", "scenarios", "group_of", "failed")
+        raise OutputError(f"{folder} holds no {SUMMARY}: no finished evaluation{_evaluations_in(folder)}")
+    summary = read_json(file)
+    needed = ("bench", "model", "other", "task", "generation", "score", "groups", "scenarios", "group_of", "failed")
     if (
         not isinstance(summary, dict)
         or summary.get("bench") not in BENCHES
@@ -152,7 +176,29 @@ def read_summary(folder: Path) -> dict[str, Any]:
         lacks = f" (it lacks {missing[0]})" if isinstance(summary, dict) and summary.get("bench") in BENCHES else ""
         hint = _evaluations_in(folder) or "; `ctcgrpo evaluate` writes those"
         raise OutputError(f"{file} is no summary of an evaluation{lacks}{hint}")
+    try:
+        _refuse_contradiction(_Summary.model_validate(summary))
+    except ValidationError as error:
+        raise OutputError(f"{file}: {explained(error)}; it is not as `ctcgrpo evaluate` wrote it") from None
+    except ValueError as error:
+        raise OutputError(f"{file}: {error}; it is damaged") from None
     return summary
+
+
+def _refuse_contradiction(summary: _Summary) -> None:
+    """Raises ValueError where means are not those of the scenarios in the same file."""
+    if lacking := next((name for name in summary.scenarios if name not in summary.group_of), None):
+        raise ValueError(f"group_of lacks scenario {lacking!r}")
+    scores: dict[str, list[float]] = {group: [] for group in summary.groups}
+    for name, score in summary.scenarios.items():
+        scores.setdefault(summary.group_of[name], []).append(score)
+    said: dict[str, tuple[_Figures | None, list[float]]] = {"score": (summary.score, list(summary.scenarios.values()))}
+    said |= {f"groups.{group}": (summary.groups.get(group), values) for group, values in scores.items()}
+    for name, (found, values) in said.items():
+        mean = sum(values) / len(values) if values else None
+        if found is None or found.n != len(values) or not same(found.mean, mean):
+            told = None if found is None else found.mean
+            raise ValueError(f"{name}.mean = {told}; the mean of its {len(values)} scenarios is {mean}")
 
 
 def _evaluations_in(folder: Path) -> str:
@@ -162,16 +208,26 @@ def _evaluations_in(folder: Path) -> str:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """Raises OutputError for a file that is not there or holds something else."""
+    """Raises OutputError for a file that is not there or holds something else, and for one that holds a dialogue twice."""
     file = folder / RESULTS
-    try:
-        return [_result(row) for _, row in read_json_lines(file)]
-    except (ValueError, TypeError, KeyError) as error:
-        raise OutputError(f"{file} holds no results of an evaluation: {error}") from None
+    results = []
+    for place, row in read_json_lines(file):
+        try:
+            results.append(_result(row))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise OutputError(f"{place}: no result of an evaluation: {type(error).__name__}: {error}") from None
+    if twice := [key for key, n in Counter((r.scenario, r.repeat) for r in results).items() if n > 1]:
+        raise OutputError(f"{file}: duplicate dialogue of scenario {twice[0][0]!r}, repeat {twice[0][1]}")
+    return results
 
 
 def _result(row: dict[str, Any]) -> Result:
     row["lines"] = tuple(Line(**line) for line in row["lines"])
     row["failure"] = tuple(row["failure"]) if row["failure"] is not None else None
     row["tokens"] = {role: tuple(pair) for role, pair in row["tokens"].items()}
-    return Result(**row)
+    result = Result(**row)
+    if result.failure is None and not math.isfinite(result.score or 0.0):
+        raise ValueError(f"score = {result.score}; expected a finite number")
+    if (result.score is None) != (result.failure is not None):
+        raise ValueError("a dialogue has either a score or a failure")
+    return result

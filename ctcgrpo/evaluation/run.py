@@ -33,7 +33,7 @@ from ctcgrpo.evaluation.logs import newest_log, results_of
 from ctcgrpo.evaluation.played import data_set, trained_as
 from ctcgrpo.evaluation.reasons import PATIENCE
 from ctcgrpo.evaluation.results import summarise, write_results
-from ctcgrpo.files import write_whole
+from ctcgrpo.files import read_json, write_whole
 from ctcgrpo.folders import check_model, is_model
 from ctcgrpo.proxies import settle_environment
 from ctcgrpo.recipe import differences
@@ -173,7 +173,9 @@ def _keep_to(folder: Path, asked: Mapping[str, Any], *, begun: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if begun and file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = read_json(file)
+            if not isinstance(before, dict):
+                raise OutputError(f"{file} is no record of an evaluation; choose another folder with --out")
             if changed := differences(before, asked):
                 raise OutputError(f"{folder} holds another evaluation ({'; '.join(changed)}); choose another with --out")
         write_whole(file, json.dumps(asked, indent=2) + "\n")

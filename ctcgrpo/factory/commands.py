@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ctcgrpo.errors import RecipeError, RunFailed, ScenarioError
 from ctcgrpo.scenarios import Split, by_scene, has_splits, load_scenarios, read_records
 from ctcgrpo.startup import announce_loading
+from ctcgrpo.terminal import Terminal, say
 
 app = typer.Typer(help="Fetch, generate, check and convert sets of scenarios.", no_args_is_help=True)
 _SOURCE = typer.Argument(help="A path, a bundled pack (english/train) or a dataset (eibench/train).")
@@ -44,7 +43,7 @@ def validate(
     if loose:
         broken = [problem for problem in broken if problem.rule in ("format", "unique")]
     for problem in broken:
-        print(problem)
+        say(problem)
     if broken:
         worst = len({problem.place for problem in broken})
         word = "problem" if len(broken) == 1 else "problems"
@@ -52,9 +51,9 @@ def validate(
             f"{source}: {len(broken)} {word} in {worst} of {len(records) + len(unreadable)} records, all listed above"
         )
     found = load_scenarios(source, split)
-    print(f"{source}: {len(found)} scenarios ({by_scene(found)})" + ("" if loose else "; every rule holds"))
+    say(f"{source}: {len(found)} scenarios ({by_scene(found)})" + ("" if loose else "; every rule holds"))
     if warning := unscripted_warning(found, "scenarios"):
-        print(f"note: {warning}")
+        say(f"note: {warning}")
 
 
 @app.command()
@@ -69,8 +68,8 @@ def new(
     from ctcgrpo.factory.example import write_example
 
     record, notes = write_example(file, scene, language)
-    print(f"{record}: one complete {scene} scenario; change its texts to yours\n{notes}: what each field is for")
-    print(f"next: ctcgrpo scenarios validate {record}")
+    say(f"{record}: one complete {scene} scenario; change its texts to yours\n{notes}: what each field is for")
+    say(f"next: ctcgrpo scenarios validate {record}")
 
 
 @app.command()
@@ -84,10 +83,10 @@ def fetch(
     from ctcgrpo.fetch import fetch as fetched
 
     def agree(found: DataSet) -> bool:
-        print(f"{found.title}\nlicence: {found.licence}")
+        say(f"{found.title}\nlicence: {found.licence}")
         return yes or typer.confirm("Fetch it?")
 
-    print(f"it is in {fetched(dataset, agree, source=source)}")
+    say(f"it is in {fetched(dataset, agree, source=source)}")
 
 
 @app.command()
@@ -111,13 +110,13 @@ def generate(
     files = write_set(outcomes, out, settings)
     for outcome in outcomes:
         for told in (*outcome.repairs, *outcome.reasons):
-            print(f"{outcome.asked.id}: {outcome.status}: {told}")
+            say(f"{outcome.asked.id}: {outcome.status}: {told}")
     for verdict in (gate(scenario) for scenario in (load_scenarios(out) if files else ())):
         if verdict.problem:
-            print(f"{verdict.id}: gate: {verdict.problem}")
+            say(f"{verdict.id}: gate: {verdict.problem}")
     states = counted(outcomes)
-    print(f"{len(outcomes)} asked for: {', '.join(f'{n} {status}' for status, n in sorted(states.items()))}; {out / REPORT}")
-    print(
+    say(f"{len(outcomes)} asked for: {', '.join(f'{n} {status}' for status, n in sorted(states.items()))}; {out / REPORT}")
+    say(
         f"all answers in {settings.store}: {spent['calls']} calls, {spent['prompt_tokens']} + {spent['completion_tokens']} tokens, "
         f"{spent['money']:.2f} {spent['currency']}"
     )
@@ -149,12 +148,12 @@ def clean(
             found[k] = cleaned
     for cleaned in found:
         for told in (*cleaned.differences, *(f"{cleaned.status}: {reason}" for reason in cleaned.reasons)):
-            print(f"{cleaned.record.get('id')}: {told}")
+            say(f"{cleaned.record.get('id')}: {told}")
     kept = [cleaned.record for cleaned in found if cleaned.status != "no scenario"]
     write_layout(kept, out)
     states = Counter(cleaned.status for cleaned in found)
     told = ", ".join(f"{n} {status}" for status, n in sorted(states.items()))
-    print(f"{source}: {told}; {len(kept)} records are in {out}")
+    say(f"{source}: {told}; {len(kept)} records are in {out}")
     if bad := states["left"] + states["no scenario"]:
         raise ScenarioError(f"{bad} records of {source} could not be cleaned; each says why above")
 
@@ -170,12 +169,12 @@ def gate(
     verdicts = [played(scenario) for scenario in load_scenarios(source, split)]
     failed = [verdict for verdict in verdicts if verdict.problem]
     for verdict in failed:
-        print(f"{verdict.id}: {verdict.problem} ({_outcomes(verdict.good, verdict.mediocre, verdict.bad)})")
+        say(f"{verdict.id}: {verdict.problem} ({_outcomes(verdict.good, verdict.mediocre, verdict.bad)})")
     if failed:
         raise ScenarioError(f"{len(failed)} of {len(verdicts)} scenarios of {source} do not pass the gate")
     n = len(verdicts)
     means = (sum(v.good for v in verdicts) / n, sum(v.mediocre for v in verdicts) / n, sum(v.bad for v in verdicts) / n)
-    print(f"{source}: {n} scenarios pass; mean outcomes: {_outcomes(*means)}")
+    say(f"{source}: {n} scenarios pass; mean outcomes: {_outcomes(*means)}")
 
 
 def _outcomes(good: float, mediocre: float, bad: float) -> str:
@@ -210,11 +209,11 @@ def dedup(
             console.print(_pairs_table(f"{source}: {len(pairs)} pairs {title}", pairs[:show], records, others))
     dropped = to_drop(records, within, held, leaks)
     for k, reason in dropped.items():
-        print(f"{records[k]['id']}: {reason}")
-    print(f"{source}: {len(dropped)} of {len(records)} records have to go ({len(within)} pairs within, {len(leaks)} leaks)")
+        say(f"{records[k]['id']}: {reason}")
+    say(f"{source}: {len(dropped)} of {len(records)} records have to go ({len(within)} pairs within, {len(leaks)} leaks)")
     if out is not None:
         files = write_layout([record for k, record in enumerate(records) if k not in dropped], out)
-        print(f"{len(records) - len(dropped)} records without them: {', '.join(map(str, files))}")
+        say(f"{len(records) - len(dropped)} records without them: {', '.join(map(str, files))}")
     elif dropped:
         raise ScenarioError(f"{source} holds duplicates; --out FOLDER writes the set without them")
 
@@ -248,7 +247,7 @@ def stats(
 
         with writing(picture):
             write_picture(found, picture)
-        print(f"drawn: {picture}")
+        say(f"drawn: {picture}")
 
 
 @app.command()
@@ -275,7 +274,7 @@ def split(
         raise ScenarioError(f"{source}: with --share {share:g} no record is left for {empty}")
     for name, part in parts.items():
         write_layout(part, out / name)
-        print(f"{out / name}: {len(part)} records")
+        say(f"{out / name}: {len(part)} records")
 
 
 @app.command()
@@ -298,14 +297,14 @@ def convert(
         for name, loaded in found.items():
             records = [with_origin(record, licence=licence, source=origin) for record in loaded]
             folder = Path(target) / name if len(found) > 1 or has_splits(source) else Path(target)
-            print(f"{', '.join(map(str, write_layout(records, folder)))}: {len(records)} records")
+            say(f"{', '.join(map(str, write_layout(records, folder)))}: {len(records)} records")
         return
     names: Sequence[Split] = ("train", "test") if has_splits(source) else ("train",)
     splits: dict[str, list[dict[str, Any]]] = {
         name: [with_origin(record, licence=licence, source=origin) for record in _records(source, name)] for name in names
     }
     save_dataset(splits, target)
-    print(f"{target}: {', '.join(f'{len(records)} {name}' for name, records in splits.items())}")
+    say(f"{target}: {', '.join(f'{len(records)} {name}' for name, records in splits.items())}")
 
 
 def _records(source: str, split: Split) -> list[dict[str, Any]]:
@@ -331,8 +330,8 @@ def _excerpt(record: Mapping[str, Any]) -> str:
     return f"{record.get('title', '')}: {opening}"[:110]
 
 
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 132)
+def _console() -> Terminal:
+    return Terminal(132)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ _STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
 
 def print_findings(found: Sequence[Finding], memory: MemoryPlan | None, console: Console, name: str) -> None:
-    table = Table("", "", "", title=f"check of {name}", show_header=False)
+    table = Table("", "", "", title=Text(f"check of {name}"), show_header=False)
     for finding in found:
-        table.add_row(finding.about, Text(finding.level, style=_STYLES[finding.level]), Text(finding.text))
+        table.add_row(Text(finding.about), Text(finding.level, style=_STYLES[finding.level]), Text(finding.text))
     console.print(table)
     if memory is not None:
         console.print(_memory_table(memory))

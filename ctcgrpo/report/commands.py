@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.folders import require_folder
+from ctcgrpo.terminal import Terminal
+
+if TYPE_CHECKING:
+    from ctcgrpo.report.reading import Trial
+
+_WARNINGS = 10
+"""Printed at most; the page shows how many there are."""
 
 
 def report(
@@ -21,19 +26,22 @@ def report(
 ) -> None:
     """Write an HTML page of a run: curves, and every dialogue with the credit of each turn."""
     from ctcgrpo.report.page import write_report
-    from ctcgrpo.report.reading import read_run
+    from ctcgrpo.report.reading import read_run, read_trials
 
-    trials: list[dict[str, Any]] = []
+    trials: list[Trial] = []
     if (require_folder(run) / "table.json").exists():
-        trials = json.loads((run / "table.json").read_text(encoding="utf-8"))
+        trials = read_trials(run / "table.json")
         source = _run_of_sweep(run, trials)
         found = replace(read_run(source), name=f"sweep {run.resolve().name}: {source.parent.name}, {source.name}")
     else:
         found = read_run(run)
     file = out or run / "report.html"
     wrote = write_report(found, file, trials)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Terminal(120)
     sampled = "" if wrote["shown"] == wrote["of"] else f" (a sample of {wrote['of']})"
+    more = [f"and {len(found.problems) - _WARNINGS} more"] if len(found.problems) > _WARNINGS else []
+    for problem in [*found.problems[:_WARNINGS], *more]:
+        console.print(f"warning: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{file}: {wrote['shown']} episodes{sampled}, {wrote['bytes'] / 1e6:.1f} MB",
         markup=False,
@@ -42,12 +50,12 @@ def report(
     )
 
 
-def _run_of_sweep(sweep: Path, trials: list[dict[str, Any]]) -> Path:
+def _run_of_sweep(sweep: Path, trials: Sequence[Trial]) -> Path:
     """The run that a sweep's report shows: the best one, or one of the first trial where all are equal. Raises OutputError for a
     sweep without a finished trial."""
     if (sweep / "best").exists():
         return (sweep / "best").resolve().parent
-    first = next((trial for trial in trials if trial["score"] is not None), None)
+    first = next((trial for trial in trials if trial["score"] is not None and trial["by_seed"]), None)
     if first is None:
         raise OutputError(f"{sweep} holds a sweep without a finished trial; there is nothing to report")
     return sweep / str(first["trial"]) / f"seed-{next(iter(first['by_seed']))}"

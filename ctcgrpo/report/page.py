@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,9 +18,11 @@ import jinja2
 import numpy as np
 
 from ctcgrpo import __version__
-from ctcgrpo.intervals import interval, means
+from ctcgrpo.intervals import interval
 from ctcgrpo.records import SCENES
 from ctcgrpo.report.reading import Run, Trace
+from ctcgrpo.simulator.about import described
+from ctcgrpo.validation import Validation, improvement
 
 MOST_BYTES = 20_000_000
 """Of packed episodes: beyond it whole groups are left out, evenly over the steps."""
@@ -56,9 +59,11 @@ def figures_of(run: Run) -> dict[str, Any]:
         "finished": run.finished,
         "steps": max((e["step"] for e in trained), default=0),
         "max_steps": run.recipe.training.max_steps,
-        "unreadable": run.unreadable,
+        "problems": list(run.problems),
+        "facts": _facts(run),
+        "headline": _headline(run.validations),
         "credit_options": run.recipe.credit.model_dump(mode="json"),
-        "validations": [_validation(record) for record in run.validations],
+        "validations": [_validation(validation) for validation in run.validations],
         "training": [
             {"step": m["step"], "overall": m.get("outcome/all"), **{s: m.get(f"outcome/{s}") for s in SCENES}}
             for m in run.metrics
@@ -70,17 +75,40 @@ def figures_of(run: Run) -> dict[str, Any]:
     }
 
 
-def _validation(record: Mapping[str, Any]) -> dict[str, Any]:
-    by_scenario = means((name, value) for name, values in record["outcomes"].items() for value in values)
-    of_scene = {"overall": list(by_scenario.values())}
-    for name, mean in by_scenario.items():
-        of_scene.setdefault(record["scenes"].get(name, "?"), []).append(mean)
+def _facts(run: Run) -> dict[str, str]:
+    """What a reader asks first of a run whose name they do not know: in words, by what they are of."""
+    recipe, lora = run.recipe, run.recipe.policy.lora
+    repeat = shlex.join(["ctcgrpo", "train", str(run.path / "recipe.yaml"), f"run.name={recipe.run.name}-again"])
+    return {
+        "model": recipe.policy.model + (f", LoRA of rank {lora.rank}" if lora else ", all weights"),
+        "simulated user": described(run.simulator),
+        "trained on": recipe.scenarios.train,
+        "validated on": "nothing" if recipe.validation is None else recipe.validation.scenarios,
+        "recipe": f"{recipe.run.name}, seed {recipe.run.seed}",
+        "date": f"{run.written:%Y-%m-%d %H:%M} UTC" if run.written else "unknown",
+        "the same again": repeat,
+    }
+
+
+def _headline(validations: Sequence[Validation]) -> dict[str, Any] | None:
+    """The first and the last held-out score, and the paired improvement between them; None before there are two."""
+    if len(validations) < 2 or not (validations[0].by_scenario and validations[-1].by_scenario):
+        return None
+    before, after = validations[0], validations[-1]
+    ends = {name: {"step": v.step, "score": v.overall} for name, v in (("before", before), ("after", after))}
+    return {**ends, "improvement": improvement(before, after)}
+
+
+def _validation(validation: Validation) -> dict[str, Any]:
+    of_scene: dict[str, list[float]] = {}
+    for name, mean in validation.by_scenario.items():
+        of_scene.setdefault("overall", []).append(mean)
+        of_scene.setdefault(validation.scenes.get(name, "?"), []).append(mean)
     found = {
         name: {"mean": sum(values) / len(values), "ci95": list(interval(values)), "n": len(values)}
         for name, values in of_scene.items()
-        if values
     }
-    return {"step": record["step"], "failed": record.get("failed", 0), "scores": found}
+    return {"step": validation.step, "failed": validation.failed, "scores": found}
 
 
 def _phases(trained: Sequence[Trace]) -> list[list[Trace]]:

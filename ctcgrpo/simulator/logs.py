@@ -3,12 +3,20 @@ shows a secret."""
 
 from __future__ import annotations
 
+import json
 import logging
-from typing import TextIO
+from typing import Any, TextIO
 
 import structlog
 
+from ctcgrpo.terminal import printable
+
 Log = structlog.typing.FilteringBoundLogger
+
+
+def _printable_json(event: object, **options: Any) -> str:
+    """The stream may be a terminal, and what endpoints answered is quoted."""
+    return printable(json.dumps(event, ensure_ascii=False, **options))
 
 
 def json_log(stream: TextIO, level: str = "info") -> Log:
@@ -17,7 +25,7 @@ def json_log(stream: TextIO, level: str = "info") -> Log:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.JSONRenderer(ensure_ascii=False),
+            structlog.processors.JSONRenderer(serializer=_printable_json),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
     )

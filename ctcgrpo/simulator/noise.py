@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 from rich.table import Table
+from rich.text import Text
+from typing_extensions import TypedDict
 
 from ctcgrpo.errors import EPISODE_ERRORS, OutputError
-from ctcgrpo.files import read_run_records
+from ctcgrpo.files import collect_records
 from ctcgrpo.records import SCENES, Scenario, UserState
+from ctcgrpo.run_records import State as RecordedState
 from ctcgrpo.scoring import turn_score
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
@@ -50,19 +54,50 @@ class Noise:
         return self.between**2 / total if total > 0 else float("nan")
 
 
+class _Turn(TypedDict):
+    reply: str
+    user_line: str
+    before: RecordedState
+    why: str
+
+
+class _Recorded(TypedDict):
+    """As much of a trace as is replayed."""
+
+    scenario: str
+    rollout: int
+    failure: dict[str, Any] | None
+    turns: list[_Turn]
+
+
+_RECORDED = TypeAdapter(_Recorded)
+
+
 def recorded_turns(
-    files: Iterable[Path], scenarios: Sequence[Scenario], *, dialogues: int, max_rounds: int, seed: int = 0
+    files: Iterable[Path],
+    scenarios: Sequence[Scenario],
+    *,
+    dialogues: int,
+    max_rounds: int,
+    seed: int = 0,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> list[TurnRequest]:
-    """The turns of some recorded dialogues, equally many dialogues of each scene, as they would be asked for again. Raises
-    OutputError where there are none."""
+    """The turns of some recorded dialogues, equally many dialogues of each scene, as they would be asked for again. `warn` hears of
+    lines that are no dialogue and are left out. Raises OutputError where there are none."""
     known = {s.id: s for s in scenarios}
     traces: dict[str, list[Mapping[str, Any]]] = {scene: [] for scene in SCENES}
+    unreadable: list[str] = []
     for file in files:
-        for trace in read_run_records(file):
+        found, problems = collect_records(file, _RECORDED.validate_python)
+        for problem in problems:
+            warn(problem)
+        unreadable += problems
+        for trace in found:
             if trace["failure"] is None and trace["scenario"] in known:
-                traces[trace["scene"]].append(trace)
+                traces[known[trace["scenario"]].scene].append(trace)
     if not any(traces.values()):
-        raise OutputError("there are no recorded dialogues of these scenarios to replay")
+        why = f" ({unreadable[0]})" if unreadable else ""
+        raise OutputError(f"there are no recorded dialogues of these scenarios to replay{why}")
     rng = random.Random(seed)
     chosen = [t for scene in SCENES for t in rng.sample(traces[scene], min(dialogues, len(traces[scene])))]
     return [turn for trace in chosen for turn in _turns(trace, known[trace["scenario"]], max_rounds)]
@@ -137,7 +172,7 @@ def _pooled_variance(groups: Sequence[Sequence[float]]) -> float:
 
 
 def noise_table(noise: Mapping[str, Noise], title: str) -> Table:
-    table = Table(title=title)
+    table = Table(title=Text(title))
     for name in (
         "scene",
         "turns",

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ctcgrpo.errors import RecipeError, RunFailed
 from ctcgrpo.files import write_whole
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.study.spec import NAME, load_study
+from ctcgrpo.terminal import Terminal
 
 
 def study(
@@ -37,7 +36,7 @@ def study(
     from ctcgrpo.study.figures import table_of
     from ctcgrpo.study.runs import found_curves, run_study
 
-    console = Console(width=None if sys.stdout.isatty() else 168)
+    console = Terminal(168)
     if not NAME.fullmatch(name or file.stem):
         raise RecipeError(f"--name {name or file.stem!r}: letters, digits, dots and dashes make the name of a folder")
     folder = out / (name or file.stem)

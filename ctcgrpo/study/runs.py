@@ -23,15 +23,16 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 from ctcgrpo.errors import CtcGrpoError, OutputError, RunFailed, RunInterrupted
-from ctcgrpo.files import is_complete, mark_complete, read_run_records, write_whole
+from ctcgrpo.files import is_complete, mark_complete, read_json, write_whole
 from ctcgrpo.recipe import Recipe, load_recipe, overrides
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import read_records
 from ctcgrpo.study.figures import Curves, curves_of
 from ctcgrpo.study.spec import Run, Study
-from ctcgrpo.validation import Validation
+from ctcgrpo.validation import valid_validations
 from ctcgrpo.workers import alone, end_with_pool
 
 _RUNS_A_PROCESS = 20
@@ -61,12 +62,12 @@ def found_curves(study: Study, folder: Path) -> dict[str, dict[str, Curves]]:
     """The curves of the finished runs, by environment and variant."""
     found: dict[str, dict[str, Curves]] = {}
     for environment in study.environments:
-        user: tuple[str, str] | None = None
+        user: tuple[str, Any] | None = None
         for variant in study.variants:
             runs = [Run(environment, variant, seed) for seed in study.seeds]
             finished = {run: RunFolder(run.folder(folder)) for run in runs if is_complete(run.folder(folder) / "final")}
             for run, place in finished.items():
-                said = (place.path / "simulator.json").read_text(encoding="utf-8")
+                said = read_json(place.path / "simulator.json")
                 user = user or (run.name, said)
                 if said != user[1]:
                     raise OutputError(
@@ -81,8 +82,7 @@ def found_curves(study: Study, folder: Path) -> dict[str, dict[str, Curves]]:
 
 
 def _curve(run: RunFolder) -> list[tuple[int, float]]:
-    validations = [Validation(**record) for record in read_run_records(run.validation_file)]
-    return sorted((validation.step, validation.overall) for validation in validations)
+    return [(validation.step, validation.overall) for validation in valid_validations(run.validation_file)]
 
 
 def _keep_to(folder: Path, study: Study, recipe: Recipe) -> None:
@@ -90,7 +90,8 @@ def _keep_to(folder: Path, study: Study, recipe: Recipe) -> None:
     asked = json.loads(study.model_dump_json(exclude={"seconds", "description"}))
     asked["starter"] = [recipe.policy.model, recipe.run.seed]
     asked["texts"] = _texts(study)
-    if file.exists() and (before := json.loads(file.read_text(encoding="utf-8"))) != asked:
+    if file.exists() and (before := read_json(file)) != asked:
+        before = before if isinstance(before, dict) else {}
         changed = ", ".join(sorted(name for name in {*before, *asked} if before.get(name) != asked.get(name)))
         raise OutputError(
             f"{folder} holds another study ({changed} differ); what is studied is fixed, give this one another --name"

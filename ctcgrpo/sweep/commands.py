@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ctcgrpo.errors import RecipeError, RunFailed
 from ctcgrpo.sweep.spec import load_sweep
+from ctcgrpo.terminal import Terminal
 
 
 def sweep(
@@ -41,7 +40,7 @@ def sweep(
     except ImportError as error:
         raise RecipeError(f"sweeping needs the extra sweep: pip install 'ctcgrpo[sweep]' ({error})") from None
     check_devices(workers, devices or [])
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Terminal(140)
     folder = out / (name or spec.name or file.stem)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     rows = run_sweep(

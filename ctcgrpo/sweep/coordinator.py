@@ -27,14 +27,16 @@ from typing import Any
 
 import optuna
 from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from ctcgrpo.errors import OutputError, RecipeError, RunInterrupted
-from ctcgrpo.files import is_complete, read_run_records, write_whole
+from ctcgrpo.files import is_complete, read_json, write_whole
 from ctcgrpo.recipe import Recipe, overrides
 from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.run_records import Outcome, read_summary
 from ctcgrpo.sweep.spec import SEED, Parameter, Sweep
 from ctcgrpo.sweep.table import all_equal, table_of
-from ctcgrpo.validation import Validation
+from ctcgrpo.validation import read_validations, valid_validations
 from ctcgrpo.workers import alone, end_with_parent
 
 TRAIN = (sys.executable, "-m", "ctcgrpo", "train")
@@ -116,8 +118,14 @@ def run_sweep(
 
 def _study(sweep: Sweep, recipe: Recipe, folder: Path) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = f"sqlite:///{folder / 'study.db'}"
-    known = optuna.load_study(study_name="sweep", storage=storage) if (folder / "study.db").exists() else None
+    file = folder / "study.db"
+    storage = f"sqlite:///{file}"
+    try:
+        known = optuna.load_study(study_name="sweep", storage=storage) if file.exists() else None
+    except (KeyError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        raise OutputError(
+            f"{file} is no record of a sweep ({str(error).splitlines()[0]}); remove it: finished runs are kept, and read again"
+        ) from None
     # A sampler that begins with the same seed after a restart would ask for the same points again.
     seed = len(known.trials) if known is not None else 0
     sampler = optuna.samplers.TPESampler(seed=seed) if sweep.method == "bayes" else optuna.samplers.RandomSampler(seed=seed)
@@ -214,11 +222,7 @@ def _advance(
         say(f"{one.folder.name}: stopped after step {max(one.reported)}, behind the others")
         return True
     if code:
-        reason = _last_words(one.run)
-        one.trial.set_user_attr("reason", reason)
-        study.tell(one.trial, state=TrialState.FAIL)
-        say(f"{one.folder.name}: failed: {reason}")
-        return True
+        return _failed(study, one, _last_words(one.run), say)
     return _next_seed(study, one, say)
 
 
@@ -226,17 +230,30 @@ def _next_seed(study: optuna.Study, one: _Running, say: Callable[[str], None]) -
     one.seeds.pop(0)
     if one.seeds:
         return False
-    scores = [score_of(RunFolder(one.folder / f"seed-{seed}")) for seed in one.trial.user_attrs["seeds"]]
+    try:
+        scores = [score_of(RunFolder(one.folder / f"seed-{seed}")) for seed in one.trial.user_attrs["seeds"]]
+    except OutputError as error:
+        return _failed(study, one, str(error), say)
     mean = sum(scores) / len(scores)
     study.tell(one.trial, mean)
     say(f"{one.folder.name}: {mean:+.3f}")
     return True
 
 
+def _failed(study: optuna.Study, one: _Running, reason: str, say: Callable[[str], None]) -> bool:
+    one.trial.set_user_attr("reason", reason)
+    study.tell(one.trial, state=TrialState.FAIL)
+    say(f"{one.folder.name}: failed: {reason}")
+    return True
+
+
 def score_of(run: RunFolder) -> float:
-    """The score after training of a finished run."""
-    summary = json.loads((run.path / "summary.json").read_text(encoding="utf-8"))
-    return float(summary["after"]["overall"])
+    """The score after training of a finished run. Raises OutputError where its figures are missing or damaged."""
+    summary = read_summary(run.path, Outcome)
+    if summary is None:
+        raise OutputError(f"{run.path} holds no summary.json; without it a trial has no score")
+    valid_validations(run.validation_file)  # what the table is made of
+    return summary.after.overall
 
 
 def _start(
@@ -269,10 +286,10 @@ def _is_worse(one: _Running) -> bool:
     """Report the validations of a trial's first run, and say whether the pruner gives it up."""
     if one.seeds[0] != one.trial.user_attrs["seeds"][0]:
         return False
-    for record in read_run_records(one.run.validation_file):
-        step = int(record["step"])
-        if step and step not in one.reported:
-            one.trial.report(Validation(**record).overall, step)
+    for validation in read_validations(one.run.validation_file)[0]:
+        step = validation.step
+        if step and step not in one.reported and validation.by_scenario:
+            one.trial.report(validation.overall, step)
             one.reported.add(step)
             if one.trial.should_prune():
                 return True
@@ -291,7 +308,8 @@ def _last_words(run: RunFolder) -> str:
 def _keep_to(folder: Path, sweep: Sweep, extra: Sequence[str]) -> None:
     file = folder / "sweep.json"
     asked = {**sweep.model_dump(mode="json", exclude_unset=True), "overrides": list(extra)}
-    if file.exists() and (before := json.loads(file.read_text(encoding="utf-8"))) != json.loads(json.dumps(asked)):
+    if file.exists() and (before := read_json(file)) != json.loads(json.dumps(asked)):
+        before = before if isinstance(before, dict) else {}
         changed = [name for name in {*before, *asked} if before.get(name) != asked.get(name)]
         raise OutputError(
             f"{folder} holds another sweep ({', '.join(sorted(changed))} differ); give this one another --name"

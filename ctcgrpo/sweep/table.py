@@ -10,11 +10,13 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
+from rich.text import Text
 
-from ctcgrpo.files import read_run_records
+from ctcgrpo.errors import OutputError
 from ctcgrpo.intervals import crossed
 from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.validation import Validation
+from ctcgrpo.run_records import same
+from ctcgrpo.validation import valid_validations
 
 _STATES = {
     TrialState.COMPLETE: "done",
@@ -49,20 +51,26 @@ def _row(name: str, trial: FrozenTrial, folder: Path) -> dict[str, Any]:
     if trial.state != TrialState.COMPLETE:
         return row
     seeds = trial.user_attrs["seeds"]
-    found = [_scores(RunFolder(folder / name / f"seed-{seed}")) for seed in seeds]
+    try:
+        found = [_scores(RunFolder(folder / name / f"seed-{seed}")) for seed in seeds]
+    except OutputError as error:  # it was whole when the trial ended
+        return row | {"state": "damaged", "reason": str(error)}
     after = [run[-1] for run in found]
+    if not set.intersection(*map(set, after)):
+        return row | {"state": "damaged", "reason": "its seeds have no scenario in common"}
     row["by_seed"] = {str(seed): sum(scores.values()) / len(scores) for seed, scores in zip(seeds, after, strict=True)}
     row["score"] = sum(row["by_seed"].values()) / len(seeds)
     row["ci95"] = list(crossed(after))
     before = [sum(run[0].values()) / len(run[0]) for run in found]
     row["gain"] = row["score"] - sum(before) / len(before)
+    if trial.value is not None and not same(trial.value, row["score"]):
+        row["reason"] = f"validation.jsonl has {row['score']:+.3f}, summary.json {trial.value:+.3f}: one is damaged"
     return row
 
 
 def _scores(run: RunFolder) -> list[dict[str, float]]:
-    """The mean of each held-out scenario, by validation, from the first to the last."""
-    records = sorted(read_run_records(run.validation_file), key=lambda record: record["step"])
-    return [Validation(**record).by_scenario for record in records]
+    """The mean of each held-out scenario, by validation, from the first to the last. Raises OutputError for damaged ones."""
+    return [validation.by_scenario for validation in valid_validations(run.validation_file)]
 
 
 _SAME = 5e-4
@@ -79,16 +87,17 @@ def printed(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Parameters that are the same in every row stand in no column."""
     names = list(dict.fromkeys(name for row in rows for name in row["params"]))
     names = [name for name in names if len({json.dumps(row["params"].get(name)) for row in rows}) > 1 or len(rows) == 1]
-    table = Table(title=title)
+    table = Table(title=Text(title))
     for name in ("trial", *names, "score", "95 % interval", "gain", "seeds", ""):
-        table.add_column(name, justify="right" if name in ("score", "95 % interval", "gain", "seeds") else "left")
+        table.add_column(Text(name), justify="right" if name in ("score", "95 % interval", "gain", "seeds") else "left")
     for row in rows:
         figures = ("-", "-", "-")
         if row["score"] is not None:
             figures = (f"{row['score']:+.3f}", f"{row['ci95'][0]:+.3f} to {row['ci95'][1]:+.3f}", f"{row['gain']:+.3f}")
         told = row["state"] if not row["reason"] else f"{row['state']}: {row['reason']}"
         cells = [_shown(row["params"].get(name)) for name in names]
-        table.add_row(row["trial"], *cells, *figures, str(len(row["by_seed"]) or "-"), "" if told == "done" else told)
+        shown = (row["trial"], *cells, *figures, str(len(row["by_seed"]) or "-"), "" if told == "done" else told)
+        table.add_row(*map(Text, shown))  # a reason is the last line of a log: text, never markup
     return table
 
 

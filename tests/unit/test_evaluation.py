@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -24,6 +25,7 @@ from ctcgrpo.evaluation import eqbench3_protocol as eq
 from ctcgrpo.evaluation import sage_protocol as sage
 from ctcgrpo.evaluation.benches import EIBENCH
 from ctcgrpo.evaluation.compare import compared, most_changed
+from ctcgrpo.evaluation.forest import write_comparison
 from ctcgrpo.evaluation.leaderboard import ranked
 from ctcgrpo.evaluation.reasons import reason_of
 from ctcgrpo.evaluation.results import Line, Result, figures, read_results, reasons, summarise, write_results
@@ -39,6 +41,7 @@ from tests.unit.test_llm_user import configuration
 from tests.unit.test_run import FAST, TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 REAL_SAGE, REAL_EQ = SHARED_DATA / "sage", SHARED_DATA / "eqbench3"
 needs_sage = pytest.mark.skipif(not REAL_SAGE.is_dir(), reason=f"SAGE's files are not in {REAL_SAGE}")
 needs_eq = pytest.mark.skipif(not REAL_EQ.is_dir(), reason=f"EQ-Bench 3's files are not in {REAL_EQ}")
@@ -635,6 +638,94 @@ def test_comparison_is_paired_and_shown(tmp_path: Path, ctcgrpo: Command) -> Non
         assert code == 6 and problem in err
     made(tmp_path / "d", {"z9": [0.0]})
     assert "no scored scenario in common" in ctcgrpo("compare", str(a), str(tmp_path / "d"))[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        ("summary.json", lambda text: text[:200], "cannot be read"),
+        ("summary.json", lambda text: "[]", "is no summary"),
+        ("summary.json", lambda text: "[" * 9000, "cannot be read"),
+        ("summary.json", lambda text: text.replace('"mean": -0.3', '"mean": 0.3', 1), "score.mean = 0.3"),
+        ("summary.json", lambda text: text.replace('"mean": -0.3', '"mean": NaN, "x": -0.3', 1), "score.mean = nan"),
+        ("summary.json", lambda text: text.replace('"a1": "a"', '"a2": "a"'), "group_of lacks scenario 'a1'"),
+        ("summary.json", lambda text: text.replace('"a1": -0.4', '"a1": -0.1'), "the mean of its 2 scenarios is -0.15"),
+        ("summary.json", lambda text: text.replace('"task": {', '"task": 3, "x": {'), "task = 3"),
+        ("summary.json", lambda text: text.replace('"generation": {', '"generation": 3, "x": {'), "generation = 3"),
+        ("summary.json", lambda text: text.replace('"generation": {', '"x": {'), "it lacks generation"),
+        ("summary.json", lambda text: text.replace('"task": {', '"task": {}, "task": {'), "duplicate key 'task'"),
+        ("results.jsonl", lambda text: text[:-30], "results.jsonl, line 2: not valid JSON"),
+        ("results.jsonl", lambda text: "[]\n" + text, "line 1: expected a JSON object, got a list"),
+        (
+            "results.jsonl",
+            lambda text: text.replace('"lines": [', '"lines": ["x", ', 1),
+            "line 1: no result of an evaluation",
+        ),
+        ("results.jsonl", lambda text: text.replace('"score": -0.2', '"score": NaN', 1), "expected a finite number"),
+        ("results.jsonl", lambda text: text.replace('"score": -0.2', '"score": null', 1), "either a score or a failure"),
+        ("results.jsonl", lambda text: text.replace('"a0"', '"a1"'), "duplicate dialogue of scenario 'a1'"),
+        ("results.jsonl", lambda text: text.replace('"a0"', '"a9"'), "holds no scored dialogue of 'a0'"),
+    ],
+)
+def test_damaged_evaluations_are_named_and_never_a_traceback(
+    tmp_path: Path, ctcgrpo: Command, name: str, change: Any, problem: str
+) -> None:
+    made(tmp_path / "a", {"a0": [-0.1], "a1": [-0.1]})
+    folder = made(tmp_path / "b", {"a0": [-0.2], "a1": [-0.4]}, "m/b")
+    text = (folder / name).read_text()
+    assert change(text) != text
+    (folder / name).write_text(change(text))
+    code, _, err = ctcgrpo("compare", str(tmp_path / "a"), str(folder))
+    assert code == 6 and problem in err and name in err, err
+    code, _, err = ctcgrpo("leaderboard", str(tmp_path))
+    assert code == (6 if name == "summary.json" else 0) and (name == "results.jsonl" or problem in err), err
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+@pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed")
+def test_a_comparison_is_whole_on_a_phone_and_in_the_dark(tmp_path: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    before = {f"{g}{k}": [0.1 * k - 0.5] for g in "ab" for k in range(5)}
+    after = {name: [score[0] + (0.2 if name < "b" else -0.1) + 0.01 * int(name[1])] for name, score in before.items()}
+    folders = [
+        made(tmp_path / "a", before, "provider/" + "long-name-" * 8),
+        made(tmp_path / "b", after, "m/" + "x" * 90),
+        made(tmp_path / "c", {"a0": [0.0]}, "m/c"),
+    ]
+    found = compared(folders)
+    write_comparison(found, most_changed(found, 1), tmp_path)
+
+    def brightness(color: str) -> float:
+        red, green, blue = map(int, re.findall(r"\d+", color)[:3])
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        for width, scheme in ((390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")):
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            page.goto((tmp_path / "comparison.html").as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            intervals = page.locator("td", has_text=" to ")
+            rows = [row for other in found["others"] for row in (other, *other["groups"].values()) if row["ci95"]]
+            assert intervals.all_inner_texts() == [f"{row['ci95'][0]:+.3f} to {row['ci95'][1]:+.3f}" for row in rows]
+            for k in range(len(rows)):
+                box = intervals.nth(k).bounding_box()
+                assert box["x"] >= 0 and box["x"] + box["width"] <= width
+            # The plot has no ground of its own, and its marks stand out from the page's.
+            assert page.locator("img").count() == 0
+            ground = brightness(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+            assert (ground < 60) == (scheme == "dark")
+            circles = page.locator(".plot circle")
+            assert circles.count() == 5
+            colors = [circles.nth(k).evaluate("e => getComputedStyle(e).fill") for k in range(5)]
+            assert len(set(colors)) == 3 and all(abs(brightness(color) - ground) > 60 for color in colors)
+            # Marks stand where their values are: the groups on both sides of zero.
+            zero = page.locator(".plot .zero").first.bounding_box()["x"]
+            places = [box["x"] + box["width"] / 2 for box in (circles.nth(k).bounding_box() for k in range(5))]
+            assert places[1] > zero > places[2]
+            page.close()
+        browser.close()
 
 
 def test_evaluations_inside_runs_are_found(tmp_path: Path, ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch) -> None:

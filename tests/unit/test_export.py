@@ -72,13 +72,17 @@ def test_an_export_loads_and_says_what_was_measured(run: Path, ctcgrpo: Command)
     (run / "summary.json").write_text(json.dumps(SUMMARY | {"simulator": {"backend": "scripted"}}))
     export(run, run / "best-one", which="best")
     card = (run / "best-one" / "README.md").read_text()
-    assert "the best policy" in card and "was played by scripted;" in card
+    assert (
+        "the best policy" in card
+        and "Simulated user: scripted;\na score is comparable only with one of the same data, settings and simulator."
+        in card
+    )
 
 
 def test_the_card_of_a_run_with_the_scripted_user(run: Path) -> None:
     (run / "summary.json").write_text(json.dumps({**SUMMARY, "simulator": {"backend": "scripted", "deadline": None}}))
     export(run, run / "out")
-    assert "The user was played by scripted;" in (run / "out" / "README.md").read_text()
+    assert "Simulated user: scripted;" in (run / "out" / "README.md").read_text()
 
 
 def test_without_validation_the_card_says_that_nothing_is_known(run: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from ctcgrpo.errors import OutputError, ScenarioError
 from ctcgrpo.evaluation.results import read_results
-from ctcgrpo.files import read_json_lines, read_run_records
+from ctcgrpo.files import collect_records, read_json, read_json_lines
 from ctcgrpo.simulator.noise import recorded_turns
 
 ODD = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"
@@ -19,8 +19,10 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     text = ODD.replace("\x0b", "").replace("\x0c", "").replace("\x1c", "")
     file.write_bytes(b"\xef\xbb\xbf" + f'{{"text": "{text}"}}\r\n\n{{"text": "z"}}'.encode())
     assert list(read_json_lines(file)) == [(f"{file}, line 1", {"text": text}), (f"{file}, line 3", {"text": "z"})]
-    assert read_run_records(file) == [{"text": text}]  # the last line has no end: a killed run wrote half of it
-    assert read_run_records(tmp_path / "none.jsonl") == []
+    # The last line has no end: a killed run wrote half of it.
+    assert list(read_json_lines(file, whole_only=True)) == [(f"{file}, line 1", {"text": text})]
+    assert collect_records(file, dict, whole_only=True) == ([{"text": text}], [])
+    assert collect_records(tmp_path / "none.jsonl", dict) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -37,12 +39,18 @@ def test_a_bad_line_is_an_error_with_file_and_line(tmp_path: Path, line: bytes, 
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 2}\n')
     with pytest.raises(OutputError, match=rf"a.jsonl, line 2: .*{message}"):
-        read_run_records(file)
+        list(read_json_lines(file))
     with pytest.raises(ScenarioError, match="a.jsonl, line 2"):
         list(read_json_lines(file, ScenarioError))
     bad: list[str] = []
     assert [r["a"] for _, r in read_json_lines(file, on_bad=lambda place, _: bad.append(place))] == [1, 2]
     assert bad == [f"{file}, line 2"]
+    found, problems = collect_records(file, lambda record: record["a"])
+    assert found == [1, 2] and len(problems) == 1 and problems[0].startswith("a.jsonl, line 2: ")
+    file.write_bytes(line)
+    if not line.startswith(b"[1]"):
+        with pytest.raises(OutputError, match="a.jsonl cannot be read: "):
+            read_json(file)
 
 
 def test_readers_of_runs_and_results_name_the_bad_line(tmp_path: Path) -> None:
@@ -50,7 +58,7 @@ def test_readers_of_runs_and_results_name_the_bad_line(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="results.jsonl, line 1: not valid JSON"):
         read_results(tmp_path)
     (tmp_path / "step-000001.rank-0.jsonl").write_text("no JSON\n")
-    with pytest.raises(OutputError, match="rank-0.jsonl, line 1: not valid JSON"):
+    with pytest.raises(OutputError, match=r"no recorded dialogues .*\(step-000001.rank-0.jsonl, line 1: not valid JSON"):
         recorded_turns([tmp_path / "step-000001.rank-0.jsonl"], [], dialogues=1, max_rounds=1)
     with pytest.raises(OutputError, match="gone.jsonl: no such file"):
         list(read_json_lines(tmp_path / "gone.jsonl"))

@@ -9,15 +9,17 @@ import random
 import re
 import shutil
 import time
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.files import mark_complete
+from ctcgrpo.records import SCENES
 from ctcgrpo.report import page as pages
 from ctcgrpo.report.page import figures_of, write_report
 from ctcgrpo.report.reading import read_run
@@ -142,8 +144,79 @@ def test_what_cannot_be_reported_is_said(tmp_path: Path, ctcgrpo: Command) -> No
         out.write('{"step": 1, "scena')
     run = read_run(cut)
     assert run.unreadable == 1 and len(run.episodes) == 5 and not run.finished
+    assert any("step-000001.rank-0.jsonl, line 6" in problem for problem in run.problems)
     with pytest.raises(OutputError, match="no recipe.yaml"):
         read_run(tmp_path)
+
+
+def test_the_headline_and_the_facts_by_hand(tmp_path: Path) -> None:
+    folder = made(tmp_path / "r", EPISODES, validation={"scenarios": "english/test"})
+    assert figures_of(read_run(folder))["headline"] is None  # one validation says nothing of training
+    with (folder / "validation.jsonl").open("a") as out:
+        scores = {"s1": [0.3, 0.5], "s2": [0.1]}
+        out.write(
+            json.dumps({"step": 4, "outcomes": scores, "scenes": {"s1": "support", "s2": "charm"}, "failed": 0}) + "\n"
+        )
+    (folder / "simulator.json").write_text(json.dumps({"backend": "llm", "models": ["qwen3-max"], "prompts": "ctcgrpo/1"}))
+    found = figures_of(read_run(folder))
+    headline = found["headline"]
+    assert (headline["before"], headline["after"]) == (
+        {"step": 0, "score": pytest.approx(-0.15)},
+        {"step": 4, "score": pytest.approx(0.25)},
+    )
+    # By scenario +0.2 and +0.6: a bootstrap over two draws both, or one of them twice.
+    assert headline["improvement"]["overall"] == pytest.approx(0.4)
+    assert headline["improvement"]["ci95"] == pytest.approx([0.2, 0.6]) and headline["improvement"]["n"] == 2
+    facts = found["facts"]
+    assert facts["model"] == "m, all weights" and facts["simulated user"] == "qwen3-max, prompts ctcgrpo/1"
+    assert facts["recipe"] == "r, seed 0" and facts["validated on"] == "english/test"
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", facts["date"])
+    assert facts["the same again"] == f"ctcgrpo train {folder}/recipe.yaml run.name=r-again"
+
+
+def test_scenes_are_told_apart_by_colour_blind_readers_too() -> None:
+    """The smallest distance in CIELAB between two scenes' colours, as seen with each dichromacy (Machado et al. 2009)."""
+    page = (ROOT / "ctcgrpo" / "report" / "page.html.j2").read_text()
+    seen = [np.eye(3)] + [
+        np.array(m).reshape(3, 3)
+        for m in (
+            (0.152286, 1.052583, -0.204868, 0.114503, 0.786281, 0.099216, -0.003882, -0.048116, 1.051998),
+            (0.367322, 0.860646, -0.227968, 0.280085, 0.672501, 0.047413, -0.011820, 0.042940, 0.968881),
+            (1.255528, -0.076749, -0.178779, -0.078411, 0.930809, 0.147602, 0.004733, 0.691367, 0.303900),
+        )
+    ]
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+    def linear(color: str) -> Any:
+        c = np.array([int(color[k : k + 2], 16) / 255 for k in (1, 3, 5)])
+        return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+    def lab(rgb: Any) -> Any:
+        f = np.cbrt(to_xyz @ np.clip(rgb, 1e-3, 1) / [0.9505, 1, 1.089])
+        return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+    blocks = re.findall(r":root \{(.*?)\}", page, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:  # light and dark
+        value = dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6})", block))
+        colors = [linear(value[name]) for name in ("overall", *SCENES)]
+        card = linear(value["card"])
+        for color in colors:
+            low, high = sorted((float(to_xyz[1] @ color), float(to_xyz[1] @ card)))
+            assert (high + 0.05) / (low + 0.05) >= 3  # the contrast that WCAG asks of graphics
+        for m in seen:
+            assert min(np.linalg.norm(lab(m @ a) - lab(m @ b)) for a, b in combinations(colors, 2)) > 20
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[3]", '[{"trial": "t"}]', "[" * 9000, '[{"trial": "t", "score": "x"}]'])
+def test_a_damaged_table_of_a_sweep_is_named(tmp_path: Path, ctcgrpo: Command, text: str) -> None:
+    made(tmp_path / "seed-0", EPISODES)
+    (tmp_path / "best").symlink_to(tmp_path / "seed-0" / "final")
+    (tmp_path / "table.json").write_text("[]")
+    assert ctcgrpo("report", str(tmp_path))[0] == 0
+    (tmp_path / "table.json").write_text(text)
+    code, _, err = ctcgrpo("report", str(tmp_path))
+    assert code == 6 and "table.json" in err, err
 
 
 def test_larger_runs_are_sampled_by_whole_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +304,84 @@ def test_a_browser_opens_the_page(browser: Any, tmp_path: Path) -> None:
         page.click("#after")
         assert "group 2 of 3" in page.locator("#where").inner_text()
         page.close()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+@pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed")
+def test_charts_have_round_ticks_a_zero_line_one_look_a_scene_and_values_on_hover(browser: Any, tmp_path: Path) -> None:
+    episodes = [
+        episode(g, k, 0.3 * k - 0.5, [(47, 52), (44 + 3 * k, 55)], scenario=f"{scene}-{g}", scene=scene)
+        for g, scene in enumerate(SCENES)
+        for k in range(3)
+    ]
+    folder = made(tmp_path / "r", episodes, validation={"scenarios": "english/test"})
+    scenes = {f"v{k}": scene for k, scene in enumerate(reversed(SCENES))}
+    validations = [
+        {
+            "step": step,
+            "outcomes": {name: [0.013 * step - 0.2 - 0.05 * k] for k, name in enumerate(scenes)},
+            "scenes": scenes,
+        }
+        for step in (0, 7, 23)
+    ]
+    (folder / "validation.jsonl").write_text("".join(json.dumps(v) + "\n" for v in validations))
+    metrics = [
+        {"step": n, "outcome/all": n / 40 - 0.3, **{f"outcome/{s}": n / 50 - 0.2 for s in SCENES}} for n in range(1, 24)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    file = tmp_path / "report.html"
+    write_report(read_run(folder), file)
+    for width, dark in ((1280, False), (1280, True), (390, True), (390, False)):
+        page, asked, wrong = opened(browser, file, width, dark)
+        assert (asked, wrong) == ([], [])
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        headline = page.locator("#headline").inner_text()
+        for part in ("before (step 0)", "−0.275", "after (step 23)", "+0.024", "+0.299", "95 % interval +0.299 to +0.299"):
+            assert part in headline, headline
+        assert "ctcgrpo train" in page.locator("#facts").inner_text()
+        charts = page.evaluate(CHARTS)
+        assert len(charts) >= 8
+        for chart in charts:
+            for ticks, whole in ((chart["x"], chart["whole"]), (chart["y"], False)):
+                assert 2 <= len(ticks) <= 8, chart
+                steps = {round(b - a, 9) for a, b in pairwise(ticks)}
+                assert len(steps) == 1 and float(f"{min(steps):e}".partition("e")[0]) in (1, 2, 5), chart
+                assert not whole or all(tick == int(tick) for tick in ticks)
+            assert bool(chart["zero"]) == (min(chart["y"]) <= 0 <= max(chart["y"]))
+            assert len(set(chart["swatches"])) == len(chart["swatches"]), chart["title"]
+        # Where values cross zero there is a line, and a scene has one colour, dash and marker in all charts.
+        assert charts[0]["zero"] and charts[1]["zero"]
+        looks = [
+            {name: look for chart in charts for name, look in chart["looks"].items() if name.partition(" ")[0] == scene}
+            for scene in SCENES
+        ]
+        assert all(len(of_scene) == 2 and len(set(of_scene.values())) == 1 for of_scene in looks), looks
+        assert len({look for of_scene in looks for look in of_scene.values()}) == 4
+        chart = page.locator("#charts svg.chart").first
+        chart.scroll_into_view_if_needed()
+        box = chart.bounding_box()
+        page.mouse.move(box["x"] + box["width"] * 0.97, box["y"] + box["height"] / 2)
+        tip = page.locator("#tip")
+        assert tip.is_visible()
+        for part in ("step 23", "overall: 0.024 (95 %", "support: −0.051", "charm: 0.099"):
+            assert part in tip.inner_text(), tip.inner_text()
+        at = tip.bounding_box()
+        assert at["x"] >= 0 and at["x"] + at["width"] <= width
+        page.mouse.move(2, 2)
+        assert not tip.is_visible()
+        page.close()
+
+
+CHARTS = """() => [...document.querySelectorAll("svg.chart")].map(svg => {
+  const number = t => Number(t.textContent.replace("−", "-")), box = svg.closest("figure");
+  const title = box.querySelector("figcaption").textContent;
+  const look = line => [getComputedStyle(line).stroke, line.getAttribute("stroke-dasharray")].join("/");
+  return {title, whole: /by step|by turn \\(solid|seconds/.test(title),
+    x: [...svg.querySelectorAll(".tick-x")].map(number), y: [...svg.querySelectorAll(".tick-y")].map(number),
+    zero: svg.querySelectorAll(".zero-y").length,
+    swatches: [...box.querySelectorAll(".legend svg")].map(s => s.innerHTML),
+    looks: Object.fromEntries([...svg.querySelectorAll("[data-series]")].map(l => [l.dataset.series, look(l)]))};
+})"""
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")

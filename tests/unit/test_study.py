@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from ctcgrpo.errors import OutputError, RecipeError
-from ctcgrpo.files import mark_complete, read_run_records
+from ctcgrpo.files import mark_complete, read_json_lines
 from ctcgrpo.intervals import student
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.study.commands import printed
@@ -154,7 +154,7 @@ def test_the_table_goes_from_the_best_to_the_worst() -> None:
     assert list(table.columns[-1].cells) == ["8.0 (6.7 to 10.0)", "20.0 (20.0 to 20.0)", "never (never to never)"]
 
 
-def test_a_study_is_killed_and_goes_on(tmp_path: Path, ctcgrpo: Command) -> None:
+def test_a_study_is_killed_and_goes_on(tmp_path: Path, ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real runs, in one process one after the other, are those that each would be in a process of its own, bit by bit."""
     program = tmp_path / "tiny.yaml"
     changes = ["training.save_every=100", "validation.scenarios=english/test", "validation.every=1"]
@@ -189,6 +189,7 @@ def test_a_study_is_killed_and_goes_on(tmp_path: Path, ctcgrpo: Command) -> None
     assert set(curves) == {"outcome_only", "rollout"} and curves["rollout"].steps.tolist() == [0, 1, 2]
     assert curves["rollout"].scores[:, 0] == pytest.approx(curves["outcome_only"].scores[:, 0]), "all begin alike"
     assert run_study(study, as_it_stands, out / "s") == {}, "nothing is left to do"
+    monkeypatch.setenv("COLUMNS", "240")  # no header is wrapped, however wide the intervals are
     code, told, _ = ctcgrpo("study", str(file), "--out", str(out), "--against", "rollout")
     assert code == 0 and "4 runs (1 environments x 2 variants x 2 seeds), 0 to go" in told and "against rollout" in told
     code, _, problem = ctcgrpo("study", str(file), "--out", str(out), "--against", "rollouts")
@@ -220,10 +221,10 @@ def test_a_study_is_killed_and_goes_on(tmp_path: Path, ctcgrpo: Command) -> None
         run_study(*load_study(written(tmp_path / "s.yaml", program=str(program), seeds=[1, 2, 3])), out / "s")
     rollout = out / "s" / "runs" / "prompt" / "rollout"
     (rollout / "seed-2" / "recipe.yaml").write_text((rollout / "seed-1" / "recipe.yaml").read_text())
-    with pytest.raises(OutputError, match="is of another recipe .run.name: seed-1 -> seed-2"):
+    with pytest.raises(OutputError, match="is of another recipe .run.seed: 1 -> 2"):
         run_study(study, as_it_stands, out / "s")
     assert all(
-        record for record in read_run_records(out / "s" / "runs" / "prompt" / "rollout" / "seed-1" / "validation.jsonl")
+        record for _, record in read_json_lines(out / "s" / "runs" / "prompt" / "rollout" / "seed-1" / "validation.jsonl")
     )
     assert curves_of({1: [(0, 0.0), (1, 1.0)]}).scores.shape == (1, 2)
     assert process.returncode == -signal.SIGKILL

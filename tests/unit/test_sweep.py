@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,11 @@ import yaml
 
 from ctcgrpo import tracking
 from ctcgrpo.errors import OutputError, RecipeError
+from ctcgrpo.files import mark_complete
 from ctcgrpo.intervals import crossed
 from ctcgrpo.recipe import overrides
-from ctcgrpo.sweep.coordinator import _link_best, run_sweep
+from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.sweep.coordinator import _link_best, run_sweep, score_of
 from ctcgrpo.sweep.spec import Sweep, load_sweep
 from ctcgrpo.sweep.table import all_equal
 from tests.conftest import ROOT, Command
@@ -183,6 +186,86 @@ def test_runs_that_fail_are_told_with_their_reason(tmp_path: Path, monkeypatch: 
     rows = run(written(tmp_path / "s.yaml"), tmp_path / "out")
     assert [row["state"] for row in rows] == ["done", "done", "failed", "failed"]
     assert rows[2]["score"] is None and rows[2]["reason"] == "error: policy.model 'x' cannot be loaded"
+
+
+VALIDATION = {"step": 0, "outcomes": {"a": [0.1], "b": [0.3]}, "scenes": {"a": "charm", "b": "charm"}, "failed": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("summary.json", '{"after":', "summary.json cannot be read"),
+        ("summary.json", "", "summary.json cannot be read"),
+        ("summary.json", "[]", "summary.json: "),
+        ("summary.json", '{"after": {}}', "after.overall is missing"),
+        ("summary.json", '{"after": {"overall": NaN}}', "after.overall = nan"),
+        ("summary.json", '{"after": {"overall": null}}', "after.overall = None"),
+        ("summary.json", '{"after": {"overall": "0.9"}}', "after.overall = '0.9'"),
+        ("summary.json", '{"after": {"overall": true}}', "after.overall = True"),
+        ("summary.json", None, "holds no summary.json"),
+        ("validation.jsonl", "{bad\n", "validation.jsonl, line 1"),
+        ("validation.jsonl", "", "holds no validation"),
+        ("validation.jsonl", '{"step": 1}\n', "outcomes is missing"),
+        ("validation.jsonl", json.dumps({**VALIDATION, "outcomes": {"a": []}}), "no valid episode after step 0"),
+        ("validation.jsonl", json.dumps(VALIDATION) + "\n" + json.dumps(VALIDATION) + "\n", "duplicate step 0"),
+        ("validation.jsonl", None, "holds no validation"),
+    ],
+)
+def test_a_run_with_damaged_files_has_no_score(name: str, text: str | None, problem: str, tmp_path: Path) -> None:
+    finished_run(tmp_path)
+    assert score_of(RunFolder(tmp_path)) == 0.2
+    if text is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(OutputError, match=re.escape(problem)):
+        score_of(RunFolder(tmp_path))
+
+
+def finished_run(folder: Path) -> None:
+    (folder / "final").mkdir(parents=True)
+    (folder / "final" / "config.json").write_text("{}")
+    (folder / "summary.json").write_text('{"after": {"overall": 0.2}}')
+    (folder / "validation.jsonl").write_text(json.dumps(VALIDATION) + "\n")
+    mark_complete(folder / "final")
+
+
+def test_a_run_with_damaged_files_fails_its_trial_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_TRAIN", f"count={tmp_path / 'starts'}")
+    folder = tmp_path / "out"
+    for trial in range(4):
+        for seed in (0, 1):
+            finished_run(folder / f"trial-{trial:04d}" / f"seed-{seed}")
+    (folder / "trial-0001" / "seed-0" / "summary.json").write_text('{"after":')
+    (folder / "trial-0000" / "seed-1" / "validation.jsonl").write_text("{bad\n")
+    said: list[str] = []
+    sweep, recipe = load_sweep(written(tmp_path / "s.yaml"))
+    rows = run_sweep(sweep, recipe, folder, train=TRAIN, say=said.append)
+    assert [row["trial"] for row in rows] == ["trial-0002", "trial-0003", "trial-0000", "trial-0001"]
+    assert [row["state"] for row in rows] == ["done", "done", "failed", "failed"]
+    assert [row["score"] for row in rows] == [pytest.approx(0.2)] * 2 + [None] * 2
+    assert "validation.jsonl, line 1" in rows[2]["reason"] and "summary.json cannot be read" in rows[3]["reason"]
+    assert any("trial-0001: failed" in line and "summary.json" in line for line in said)
+    assert not (tmp_path / "starts").exists()
+    # Damaged after its trial ended: the table is made all the same, and says so.
+    other = folder / "trial-0002" / "seed-1" / "validation.jsonl"
+    other.write_text(json.dumps({**VALIDATION, "outcomes": {"a": [0.9], "b": [0.9]}}) + "\n")
+    (folder / "trial-0003" / "seed-1" / "validation.jsonl").write_text("{\n")
+    found = {row["trial"]: row for row in run_sweep(sweep, recipe, folder, train=TRAIN)}
+    assert "summary.json +0.200: one is damaged" in found["trial-0002"]["reason"]
+    assert found["trial-0003"]["score"] is None and "validation.jsonl, line 1" in found["trial-0003"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("study.db", "x" * 5000), ("study.db", ""), ("sweep.json", "{"), ("sweep.json", "[]")]
+)
+def test_damaged_files_of_a_sweep_are_named(name: str, text: str, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / name).write_text(text)
+    sweep, recipe = load_sweep(written(tmp_path / "s.yaml"))
+    with pytest.raises(OutputError, match=f"{name} |another sweep"):
+        run_sweep(sweep, recipe, folder, train=TRAIN)
 
 
 def test_a_search_stops_what_falls_behind_and_ends_at_its_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
