@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from ctcgrpo.errors import ScenarioError
-from ctcgrpo.records import SCENES, UserState
+from ctcgrpo.records import SCENES, Scenario, UserState
 from ctcgrpo.scenarios import PACKS, load_scenarios, read_scenarios
 from ctcgrpo.simulator.protocol import ScenarioCard
 from tests.conftest import SHARED_DATA
@@ -269,6 +270,30 @@ def test_the_bundled_pack() -> None:
         assert worst.trust + 15 <= initial.trust <= target.trust - 20, s.id
         assert len(s.script["details"]) == 6 and s.goal and s.success_criteria and s.must_avoid, s.id
         assert s.extras["licence"] == "Apache-2.0", s.id
+
+
+def bundled() -> list[Scenario]:
+    return [
+        s for pack in ("english", "chinese") for split in ("train", "test") for s in load_scenarios(f"{pack}/{split}", split)
+    ]
+
+
+def test_anger_of_the_bundled_users_is_as_far_from_the_target_as_in_eibench() -> None:
+    for s in bundled():
+        initial, target, worst = s.anchors
+        assert target.anger < initial.anger <= worst.anger - 15 and worst.trust < initial.trust < target.trust, s.id
+        if s.scene != "charm":
+            assert 35 <= initial.anger - target.anger <= 60, s.id
+        if s.scene == "defense":
+            assert 70 <= initial.anger <= 85, s.id
+
+
+def test_core_goals_of_the_bundled_policies_say_what_the_role_wants_and_not_how_to_get_it() -> None:
+    """The way to it stands in the goal and the success criteria, which the policy is not told."""
+    for s in bundled():
+        goal = s.policy_persona.splitlines()[-1]
+        assert len(re.findall(r"[.!?;。！？；]", goal)) == 1, s.id
+        assert s.scene == "charm" or goal.startswith(("You want ", "你")), s.id
 
 
 @pytest.mark.skipif(not SHARED_DATA.exists(), reason="the EIBench example record is not part of this project")
