@@ -118,6 +118,14 @@ def test_no_written_sentence_has_a_character_where_it_cannot_stand() -> None:
     assert not [clause for clause in clauses if LANGUAGE.misplaced.search(clause)]
 
 
+def test_one_kind_of_quotation_marks_and_one_form_of_address() -> None:
+    for s in SCENARIOS.values():
+        lines = [s.opening_line, *(d["line"] for d in s.script["details"])]
+        lines += [line for of_mood in s.script["lines"].values() for line in of_mood]
+        assert not re.search("[「」『』]", s.user_persona + s.policy_persona + "".join(lines)), s.id
+        assert len(set(re.findall("[你您]", "".join(lines)))) <= 1, s.id
+
+
 def _other(scenario: Scenario) -> str:
     """Another scenario of another scene."""
     names = list(SCENARIOS)

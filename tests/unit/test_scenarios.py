@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from ctcgrpo.errors import ScenarioError
-from ctcgrpo.records import SCENES, UserState
+from ctcgrpo.records import SCENES, Scenario, UserState
 from ctcgrpo.scenarios import PACKS, load_scenarios, read_scenarios
 from ctcgrpo.simulator.protocol import ScenarioCard
 from tests.conftest import SHARED_DATA
@@ -22,9 +23,9 @@ POLICY_SECTIONS = ["Background", "Role and stance", "Known facts", "Core goal"]
 
 FROZEN = {
     "charm": "c72ae6f5b008ab04e43fb847da96099110e8f6dddcf3a3e0caf92f9c9b5bf6b5",
-    "defense": "a3b86b1b0efdfcf213bf6ba79874261e55ef65850121796259568890a0e061ba",
-    "repair": "b1be760279a3f4a25c151fa862cad3ebb70e154a9e5f2d80ab78ac1ef9ed6bf8",
-    "support": "8a4301623378fb2691d5e75aa78b4bd174f1610fcb53bc691b31f42e7281e0aa",
+    "defense": "8e31dd6a2c056b2c60a0b6c299535e22400f63602b972ce905dc3bca6ce768fc",
+    "repair": "25a003a1710d8542847ba16c417e4f1795122c7d70903c9a229182cd03774251",
+    "support": "44cdcae7230a0cb65f5918af524b86f95e2501837662e8b400365b24be7871ea",
 }
 
 
@@ -271,6 +272,30 @@ def test_the_bundled_pack() -> None:
         assert s.extras["licence"] == "Apache-2.0", s.id
 
 
+def bundled() -> list[Scenario]:
+    return [
+        s for pack in ("english", "chinese") for split in ("train", "test") for s in load_scenarios(f"{pack}/{split}", split)
+    ]
+
+
+def test_anger_of_the_bundled_users_is_as_far_from_the_target_as_in_eibench() -> None:
+    for s in bundled():
+        initial, target, worst = s.anchors
+        assert target.anger < initial.anger <= worst.anger - 15 and worst.trust < initial.trust < target.trust, s.id
+        if s.scene != "charm":
+            assert 35 <= initial.anger - target.anger <= 60, s.id
+        if s.scene == "defense":
+            assert 70 <= initial.anger <= 85, s.id
+
+
+def test_core_goals_of_the_bundled_policies_say_what_the_role_wants_and_not_how_to_get_it() -> None:
+    """The way to it stands in the goal and the success criteria, which the policy is not told."""
+    for s in bundled():
+        goal = s.policy_persona.splitlines()[-1]
+        assert len(re.findall(r"[.!?;。！？；]", goal)) == 1, s.id
+        assert s.scene == "charm" or goal.startswith(("You want ", "你")), s.id
+
+
 @pytest.mark.skipif(not SHARED_DATA.exists(), reason="the EIBench example record is not part of this project")
 def test_a_real_eibench_record() -> None:
     (scenario,) = load_scenarios(SHARED_DATA / "eibench", "test")
@@ -281,7 +306,7 @@ def test_a_real_eibench_record() -> None:
 
 
 def test_the_held_out_scenarios_are_frozen() -> None:
-    """Every figure that this project quotes comes from the bundled test split as it stood before any policy was tuned;
-    tuning validates on scenarios 13 to 16 of each scene of the training split, and trains on 1 to 12."""
+    """The bundled test split as it stands before any policy is tuned on this revision of the packs; tuning validates on scenarios
+    13 to 16 of each scene of the training split, and trains on 1 to 12. Figures of earlier revisions name theirs."""
     files = {file.stem.removesuffix("_final"): file for file in (PACKS / "english" / "test").glob("*.jsonl")}
     assert {scene: hashlib.sha256(file.read_bytes()).hexdigest() for scene, file in files.items()} == FROZEN
