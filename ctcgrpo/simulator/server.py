@@ -38,7 +38,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ctcgrpo import __version__
-from ctcgrpo.errors import BudgetSpent, ScenarioError, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.errors import BudgetSpent, OutputError, ScenarioError, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.naming import cut
 from ctcgrpo.records import Scenario
 from ctcgrpo.simulator.config import SimulatorConfig, check_listening
@@ -149,7 +149,10 @@ class SimulatorServer:
             yield
         finally:
             await self.backend.close()
-            self.log.info("stopped", **self.service.account())
+            try:
+                self.log.info("stopped", **self.service.account())
+            except OutputError as error:
+                self.log.error("stopped", error=str(error))
             if self._store is not None:
                 self._store.close()
 
@@ -232,7 +235,13 @@ class SimulatorServer:
             task.cancel()
 
     async def _account(self, request: Request) -> Response:
-        return self._refusal(request) or JSONResponse(self.service.account())
+        if refusal := self._refusal(request):
+            return refusal
+        try:
+            return JSONResponse(self.service.account())
+        except OutputError as error:
+            self.log.error("store", error=str(error))
+            return _problem(500, error.kind, str(error))
 
     async def _health(self, request: Request) -> Response:
         deadline = self.config.llm.deadline if self.config.llm is not None else None

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,3 +186,31 @@ def test_a_spent_budget_pauses_the_run_and_no_secret_is_left_behind(
         searched += 1
         assert b"marked-secret" not in file.read_bytes(), file
     assert searched > 30 and (tmp_path / "store" / "data.mdb").exists()
+
+
+@pytest.mark.parametrize("kill", [False, True])
+async def test_two_servers_on_one_store_spend_its_budget_together(tmp_path: Path, kill: bool) -> None:
+    """Neither takes what the other has booked for money that is spent, also when one of them is killed."""
+    budget = 220_000
+    with FakeLlm(delay=0.1).serving() as llm:
+        config = configured(tmp_path / "s.yaml", llm, store=str(tmp_path / "store"), budget={"tokens": budget})
+
+        async def turns(server: Server, first: int) -> Counter[str]:
+            async with SimulatorClient(server.url, timeout=60, patience=0.5) as client:
+                asked = (client.turn(request("Hello.", seed=first + k)) for k in range(250))
+                return Counter(type(r).__name__ for r in await asyncio.gather(*asked, return_exceptions=True))
+
+        with serving(config) as one, serving(config) as other:
+            for stream in (one.process.stdout, one.process.stderr, other.process.stdout, other.process.stderr):
+                assert stream is not None  # a full pipe would block the server
+                threading.Thread(target=stream.read, daemon=True).start()
+            playing = [asyncio.create_task(turns(one, 0)), asyncio.create_task(turns(other, 1000))]
+            if kill:
+                while len(llm.requests) < 60:
+                    await asyncio.sleep(0.01)
+                other.process.kill()
+            results = await asyncio.gather(*playing)
+    assert 0.9 * budget <= 1100 * len(llm.requests) <= budget + 1100, results  # what an answer of the fake costs
+    assert set(results[0]) == {"TurnReply", "BudgetSpent"} and results[0]["TurnReply"] >= 50, results
+    if not kill:
+        assert set(results[1]) == {"TurnReply", "BudgetSpent"} and results[1]["TurnReply"] >= 50, results

@@ -235,7 +235,7 @@ class EndpointPool:
             if not line.ready and not probe:  # others were told to stay away while this one waited
                 raise CallFailed("waiting", line.problem)
             asked = time.monotonic()
-            booking = await stack.enter_async_context(self._account.booking(most))
+            booking = await stack.enter_async_context(self._account.booking(most, deadline.left() - _SHORTEST_CALL))
             started = time.monotonic()
             timeout = min(deadline.left(), line.settings.timeout)
             # So little of the budget is left that calls go one by one, and wait for longer than they have time.
