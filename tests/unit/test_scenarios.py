@@ -288,6 +288,23 @@ def test_anger_of_the_bundled_users_is_as_far_from_the_target_as_in_eibench() ->
             assert 70 <= initial.anger <= 85, s.id
 
 
+@pytest.mark.parametrize(
+    ("pack", "words", "scene"),
+    [
+        ("english", "You are drunk", "defense"),
+        ("english", "You flirt", "defense"),
+        ("english", "You flirt", "charm"),
+        ("english", "You are in panic", "support"),
+        ("chinese", "你喝醉了", "defense"),
+        ("chinese", "你就说俏皮话", "defense"),
+        ("chinese", "撩他两句", "charm"),
+        ("chinese", "你慌得厉害", "support"),
+    ],
+)
+def test_kinds_of_users_as_in_eibench(pack: str, words: str, scene: str) -> None:
+    assert [s.id for s in load_scenarios(f"{pack}/train", "train") if s.scene == scene and words in s.user_persona]
+
+
 def test_core_goals_of_the_bundled_policies_say_what_the_role_wants_and_not_how_to_get_it() -> None:
     """The way to it stands in the goal and the success criteria, which the policy is not told."""
     for s in bundled():
