@@ -47,7 +47,8 @@ class Counters:
         return _read_counter(self._transaction, name)
 
     def put(self, name: str, value: dict[str, Any]) -> None:
-        self._transaction.put(name.encode(), seal(json.dumps(value).encode()))
+        key = name.encode()
+        self._transaction.put(key, seal(key, json.dumps(value).encode()))
 
 
 class Store:
@@ -77,7 +78,7 @@ class Store:
             found: bytes | None = transaction.get(key)
         if found is None:
             return None
-        value = unseal(found)
+        value = unseal(key, found)
         if value is None:
             _log.warning("store: an answer in %s is damaged, and is asked for again", self._folder)
         return value
@@ -85,7 +86,7 @@ class Store:
     def put(self, key: bytes, value: bytes) -> None:
         """Raises OutputError where it cannot be kept, for example on a full disk."""
         with self._errors("write to"), self._env.begin(db=self._answers, write=True) as transaction:
-            transaction.put(key, seal(value))
+            transaction.put(key, seal(key, value))
 
     def counter(self, name: str) -> dict[str, Any]:
         """Empty for one that was never kept. Raises OutputError for a store that cannot be read."""
@@ -124,7 +125,7 @@ def _read_counter(transaction: lmdb.Transaction, name: str) -> dict[str, Any]:
     found = transaction.get(name.encode())
     if found is None:
         return {}
-    value = unseal(bytes(found))
+    value = unseal(name.encode(), bytes(found))
     if value is None:
         raise OutputError(f"store: data.mdb is damaged: {name} cannot be read; {_MOVE_AWAY}")
     read: dict[str, Any] = json.loads(value)

@@ -24,14 +24,15 @@ DAMAGED, UNUSABLE = 1, 2
 _NOT_DAMAGE = (lmdb.DiskError, lmdb.LockError, lmdb.MemoryError, lmdb.ReadersFullError, lmdb.ReadonlyError, OSError)
 
 
-def seal(value: bytes) -> bytes:
-    """With a checksum in front."""
-    return zlib.crc32(value).to_bytes(4, "big") + value
+def seal(key: bytes, value: bytes) -> bytes:
+    """With a checksum of both in front."""
+    return zlib.crc32(value, zlib.crc32(key)).to_bytes(4, "big") + value
 
 
-def unseal(sealed: bytes) -> bytes | None:
-    """None for a value that is damaged."""
-    return sealed[4:] if zlib.crc32(sealed[4:]).to_bytes(4, "big") == sealed[:4] else None
+def unseal(key: bytes, sealed: bytes) -> bytes | None:
+    """None for a value that is damaged, or belongs to another key."""
+    value = sealed[4:]
+    return value if seal(key, value) == sealed else None
 
 
 def find_damage(folder: str) -> str | None:
@@ -66,7 +67,7 @@ def _find_damage_in(environment: lmdb.Environment, name: bytes, page_size: int) 
             if key <= previous:  # also ends the walk over a tree with a cycle
                 return f"data.mdb is damaged: {name.decode()} are out of order"
             previous = key
-            if name == b"counters" and unseal(value) is None:  # a damaged answer is asked for again when it is needed
+            if name == b"counters" and unseal(key, value) is None:  # a damaged answer is asked for again when it is needed
                 return "data.mdb is damaged: the account of what was spent cannot be read"
         if entries != transaction.stat(database)["entries"]:
             return f"data.mdb is damaged: {name.decode()} are missing"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import lmdb
 import pytest
 
 from ctcgrpo.errors import BudgetSpent, RecipeError, SimulatorReplyError, SimulatorTransportError
@@ -20,7 +23,8 @@ from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SimulatorConfig, load_simulator_config
 from ctcgrpo.simulator.llm.answers import Answer
 from ctcgrpo.simulator.llm.backend import averaged
-from ctcgrpo.simulator.protocol import ScenarioCard, TurnReply, TurnRequest, Usage
+from ctcgrpo.simulator.logs import json_log
+from ctcgrpo.simulator.protocol import ACCOUNT_PATH, ScenarioCard, TurnReply, TurnRequest, Usage
 from ctcgrpo.simulator.server import SimulatorServer, running
 from tests.conftest import ROOT
 from tests.fake_llm import FakeLlm
@@ -333,6 +337,27 @@ async def test_a_damaged_answer_in_the_store_is_asked_for_again(
         assert (await ask(url, request("Hello."))).reply == "Line 2."
         assert server.service.account()["calls"] == 2
     assert "an answer in" in caplog.text and "is damaged" in caplog.text
+
+
+async def test_an_account_that_cannot_be_read_is_said_by_name(
+    llm: FakeLlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def begin(self, **options: Any) -> Any:
+            raise lmdb.CorruptedError("mdb_get")
+
+        def close(self) -> None: ...
+
+    said = io.StringIO()
+    server = SimulatorServer(configuration(llm, store=tmp_path), log=json_log(said, "info"))
+    with running(server) as url:
+        monkeypatch.setattr(server._store, "_env", Broken())
+        async with aiohttp.ClientSession() as session, session.get(url + ACCOUNT_PATH) as response:
+            assert response.status == 500
+            answer = await response.json()
+    assert answer["kind"] == "output" and "data.mdb is damaged" in answer["error"]
+    events = [json.loads(line) for line in said.getvalue().splitlines()]
+    assert "data.mdb is damaged" in next(e["error"] for e in events if e["event"] == "stopped")
 
 
 async def test_the_same_request_at_the_same_time_is_one_call() -> None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lmdb
@@ -94,7 +95,7 @@ async def test_a_call_is_settled_with_the_most_where_nobody_said_what_it_cost(tm
 async def test_the_wait_for_calls_under_way_has_an_end(tmp_path: Path) -> None:
     account = Account(Budget(tokens=100), Store(tmp_path))
     async with asyncio.timeout(5), account.booking(MOST):
-        said = r"is spent: 0 calls took 0 tokens and 0.00 USD, 1 calls under way may take 60 .* \(waited 0.1 s"
+        said = r"has no room for another call now: 0 calls took .*, 1 calls under way may take 60 .* \(waited 0.1 s"
         with pytest.raises(BudgetSpent, match=said):
             async with account.booking(MOST, 0.1):
                 pass
@@ -222,6 +223,13 @@ async def test_errors_of_lmdb_become_the_projects_own_and_bookings_survive_them(
     assert account.spent == Spent(2, 61, 0, 0)
 
 
+def test_a_store_is_not_opened_on_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LMDB would end the process with SIGBUS when it first writes to its lock file."""
+    monkeypatch.setattr("os.statvfs", lambda folder: SimpleNamespace(f_bavail=1, f_frsize=4096))
+    with pytest.raises(OutputError, match="store: cannot use .*: .*No space left on device; try making room there"):
+        Store(tmp_path / "s")
+
+
 # --- damage ---------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +295,23 @@ def test_a_damaged_account_is_refused_by_name(whole: Path, tmp_path: Path) -> No
     folder = damaged(whole, tmp_path / "s", data.replace(b'"calls": 300', b'"calls": 100'))
     with pytest.raises(OutputError, match="the account of what was spent cannot be read; try moving the folder away"):
         Store(folder)
+
+
+def test_an_answer_is_never_taken_for_that_of_another_key(tmp_path: Path) -> None:
+    first, second = bytes([1]) * 9000, bytes([2]) * 9000
+    store = Store(tmp_path)
+    store.put(b"a" * 32, first)
+    store.put(b"b" * 32, second)
+    store.close()
+    data = (tmp_path / "data.mdb").read_bytes()
+    at = [data.index(value) - 4 for value in (first, second)]  # with the checksums
+    parts = [data[start : start + 9004] for start in at]
+    mutated = bytearray(data)
+    for start, part in zip(at, reversed(parts), strict=True):
+        mutated[start : start + 9004] = part
+    (tmp_path / "data.mdb").write_bytes(mutated)
+    store = Store(tmp_path)
+    assert store.get(b"a" * 32) is None and store.get(b"b" * 32) is None
 
 
 USING = """

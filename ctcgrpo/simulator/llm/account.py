@@ -169,7 +169,7 @@ class Account:
             book.settle(owner, most, cost)
 
     def explain(self) -> str:
-        """That the budget is spent, for an error."""
+        """Why another call cannot be made, for an error."""
         with self._open() as (book, _):
             return self._explain(book)
 
@@ -177,6 +177,7 @@ class Account:
         spent, under_way, budget = book.spent, book.under_way, self._budget
         limits = [f"{budget.money:g} {budget.currency}"] if budget.money is not None else []
         limits += [f"{budget.tokens} tokens"] if budget.tokens is not None else []
+        state = "has no room for another call now" if under_way.calls else "is spent"
         booked = (
             f"{under_way.calls} calls under way may take {under_way.tokens} tokens and "
             f"{under_way.money / MICRO:.2f} {budget.currency}, "
@@ -184,7 +185,7 @@ class Account:
             else ""
         )
         return (
-            f"the budget of {' and '.join(limits)} is spent: {spent.calls} calls took {spent.tokens} tokens and "
+            f"the budget of {' and '.join(limits)} {state}: {spent.calls} calls took {spent.tokens} tokens and "
             f"{spent.money / MICRO:.2f} {budget.currency}, {booked}and another call could exceed it; "
             "raise it in the configuration that sets it (budget)"
         )
