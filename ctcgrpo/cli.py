@@ -18,6 +18,8 @@ from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
 from ctcgrpo.factory import commands as scenarios
 from ctcgrpo.folders import check_model, require_run
+from ctcgrpo.naming import cut
+from ctcgrpo.proxies import settle_environment
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.reference import commands as reference
 from ctcgrpo.report import commands as reporting
@@ -26,6 +28,9 @@ from ctcgrpo.startup import LAUNCHED, announce_loading
 from ctcgrpo.study import commands as studying
 from ctcgrpo.sweep import commands as sweeping
 from ctcgrpo.terminal import Terminal, say
+
+_LONGEST_MESSAGE = 4000
+"""Characters of an error that are printed."""
 
 app = typer.Typer(
     help="Train language models to manage a user's emotions over several turns, with CTC-GRPO.",
@@ -156,13 +161,13 @@ def noise(
     """Measure how much a simulator's judgement varies when a run's turns are replayed."""
     import asyncio
 
-    from ctcgrpo.recipe import load_recipe
+    from ctcgrpo.recipe import resolved_recipe
     from ctcgrpo.scenarios import load_scenarios
     from ctcgrpo.simulator.choice import chosen_simulator, introduced
     from ctcgrpo.simulator.noise import measure, noise_table, recorded_turns
 
     folder = require_run(run)
-    recipe = load_recipe(folder.recipe_file)
+    recipe = resolved_recipe(folder.recipe_file)
     scenarios = list(load_scenarios(recipe.scenarios.train, "train"))
     if recipe.validation is not None:
         scenarios += load_scenarios(recipe.validation.scenarios, "test")
@@ -255,6 +260,7 @@ app.add_typer(scenarios.app, name="scenarios", rich_help_panel="Scenarios and th
 
 
 def _guarded(run: Callable[[], object]) -> None:
+    settle_environment()
     try:
         run()
     except KeyboardInterrupt:
@@ -263,5 +269,6 @@ def _guarded(run: Callable[[], object]) -> None:
     except CtcGrpoError as error:
         what = "stopped" if isinstance(error, RunPaused) else "error"
         rank = os.environ.get("RANK", "0")
-        say(f"{what}: {error}" if rank == "0" else f"[process {rank}] {what}: {error}", sys.stderr)
+        said = cut(str(error), _LONGEST_MESSAGE)
+        say(f"{what}: {said}" if rank == "0" else f"[process {rank}] {what}: {said}", sys.stderr)
         sys.exit(error.exit_code)

@@ -27,7 +27,7 @@ from ctcgrpo.files import checkpoints, is_complete, missing_in
 from ctcgrpo.folders import require_run
 from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import stop_ids
-from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.recipe import Recipe, resolved_recipe
 from ctcgrpo.run_folder import RunFolder, disk_problem
 from ctcgrpo.run_records import Summary, disagreement, read_summary
 from ctcgrpo.scenarios import described, load_scenarios
@@ -49,7 +49,7 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
     folder = require_run(run)
     if out.exists():
         raise OutputError(f"{out} is there already; choose another with --out")
-    recipe = load_recipe(folder.recipe_file)
+    recipe = resolved_recipe(folder.recipe_file)
     source = _source(folder, which)
     card = model_card(recipe, _summary(folder, recipe), which=which)
     base = str(folder.base) if recipe.policy.model.startswith("builtin/") else recipe.policy.model

@@ -1,4 +1,4 @@
-"""Saying which name was probably meant, and whether a text names a path at all."""
+"""Names and values in messages: which name was probably meant, whether a text names a path, no more of a value than is read."""
 
 from __future__ import annotations
 
@@ -6,18 +6,34 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
+_MOST = 200
+"""Characters of a value that a message quotes."""
+_LISTED = 30
+
+
+def cut(text: str, most: int = _MOST) -> str:
+    """The beginning of a text that comes from outside, and how long all of it is."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def quoted(value: object) -> str:
+    """A value from outside, as Python writes it, cut."""
+    return cut(repr(value))
+
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name closest to `name`, or None when none is close."""
-    matches = get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    matches = get_close_matches(name[:_MOST], list(known), n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A clause for an error message: the nearest known name, or all of them."""
+    """A clause for an error message: the nearest known name, or all of them, some where there are many."""
     known = sorted(known)
-    match = nearest(name, known)
-    return f"did you mean {match!r}?" if match else f"known: {', '.join(known)}"
+    if match := nearest(name, known):
+        return f"did you mean {quoted(match)}?"
+    more = f", and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
+    return f"known: {', '.join(cut(name) for name in known[:_LISTED])}{more}"
 
 
 _WRITTEN_TO = "checkpoints"

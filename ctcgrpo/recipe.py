@@ -16,13 +16,14 @@ from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from ctcgrpo.credit import CENTERINGS, CREDITS, SCALES
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.naming import did_you_mean
+from ctcgrpo.naming import cut, did_you_mean, quoted
 from ctcgrpo.records import SCENES, Scene
 from ctcgrpo.sections import Section, environment_name, named_value, parse_mapping, read_text, validated
 from ctcgrpo.sharding import splits_weights
 from ctcgrpo.simulator.config import TOKEN_ENV
 
 _PYTHON_KEY = "'"
+_OWN_VARIABLES = "CTCGRPO_"
 _OPENING, _CLOSING = "'''':", "# '''; from ctcgrpo.cli import run_recipe"
 
 
@@ -160,10 +161,14 @@ class Simulator(Section):
     )
     port: int = Field(0, ge=0, le=65535, description="of the embedded server; 0 takes any free one")
     token_env: str = Field(
-        TOKEN_ENV, description="the environment variable with the servers' bearer token, where they need one"
+        TOKEN_ENV,
+        description="the environment variable with the servers' bearer token, where they need one; a name that does not begin with "
+        "CTCGRPO_ is for the command line only",
     )
     timeout: float = Field(240.0, gt=0, description="seconds that one request for a turn may take")
-    patience: float = Field(600.0, gt=0, description="seconds that a turn is asked for again where no server answers")
+    patience: float = Field(
+        600.0, gt=0, description="seconds that a turn is asked for again where no server answers, or no LLM can be asked"
+    )
 
     @field_validator("url")
     @classmethod
@@ -428,13 +433,34 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def load_recipe(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override, validate. Raises RecipeError naming file, field, value and what would be right."""
+def load_recipe(file: str | Path, overrides: Sequence[str] = (), *, changes: Sequence[str] = ()) -> Recipe:
+    """Read, override, validate. Raises RecipeError naming file, field, value and what would be right.
+
+    `overrides` come from the command line; `changes` have the same form and come from a file (a sweep, a study). What
+    simulator.token_env names is sent to simulator.url, so a file may only name variables that begin with CTCGRPO_; a user may
+    name another one on the command line.
+    """
     path = Path(file)
-    data = _parse(path)
+    data, typed = _parse(path), dict[str, Any]()
+    for change in [*changes, *overrides]:
+        _apply(data, change)
     for override in overrides:
-        _apply(data, override)
-    return validated(data, Recipe, path)
+        _apply(typed, override)
+    recipe = validated(data, Recipe, path)
+    name = recipe.simulator.token_env
+    if not name.startswith(_OWN_VARIABLES) and "token_env" not in typed.get("simulator", {}):
+        raise RecipeError(
+            f"{path}: simulator.token_env = {name!r}; expected a name that begins with {_OWN_VARIABLES}, since the value of the "
+            f"variable is sent to simulator.url; to allow {name} for a run, write simulator.token_env={name} on its command line"
+        )
+    return recipe
+
+
+def resolved_recipe(file: str | Path) -> Recipe:
+    """The recipe that a run wrote into its folder, for readers of the run, which send nothing to its simulator: what it names was
+    allowed when the run began. Raises RecipeError as `load_recipe` does."""
+    path = Path(file)
+    return validated(_parse(path), Recipe, path)
 
 
 def overrides(chosen: Mapping[str, Any]) -> list[str]:
@@ -452,7 +478,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{name}.")
         elif a != b:
-            found.append(f"{name}: {a} -> {b}")
+            found.append(f"{cut(name)}: {cut(str(a))} -> {cut(str(b))}")
     return found
 
 
@@ -475,6 +501,6 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if below is None:
             below = target[parent] = {}
         if not isinstance(below, dict):
-            raise RecipeError(f"override {override!r}: {parent!r} is not a section")
+            raise RecipeError(f"override {quoted(override)}: {quoted(parent)} is not a section")
         target = below
     target[last] = value

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.files import read_json_lines
-from ctcgrpo.naming import did_you_mean, is_path, nearest
+from ctcgrpo.naming import cut, did_you_mean, is_path, nearest, quoted
 from ctcgrpo.records import SCENES, Anchors, Scenario, Scene, UserState
 
 Split = Literal["train", "test"]
@@ -35,6 +35,10 @@ def data_home() -> Path:
     return Path(os.environ.get("CTCGRPO_DATA") or Path.home() / ".cache" / "ctcgrpo")
 
 
+_LONGEST_MESSAGE = 600
+"""Characters of what is wrong with a record: it may quote the record."""
+
+
 class Fault(NamedTuple):
     """What keeps a record from being a scenario: its place (file and line), its id ("?" for none), the field, what is wrong."""
 
@@ -44,8 +48,8 @@ class Fault(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        who = "" if self.id == "?" else f"scenario {self.id!r}: "
-        return f"{self.place}: {who}{f'{self.field} ' if self.field else ''}{self.message}"
+        who = "" if self.id == "?" else f"scenario {quoted(self.id)}: "
+        return f"{self.place}: {who}{f'{cut(self.field)} ' if self.field else ''}{cut(self.message, _LONGEST_MESSAGE)}"
 
 
 def load_scenarios(source: str | Path, split: Split = "train") -> list[Scenario]:
@@ -256,12 +260,12 @@ def check_record(record: Mapping[str, Any], place: str, split: Split = "train") 
             field = ".".join(map(str, one["loc"]))
             ordered = ordered and one["loc"][0] not in _ANCHORS
             if one["type"] != "missing":
-                fault(field, f"is {one['input']!r}; {one['msg'].lower()}")
+                fault(field, f"is {quoted(one['input'])}; {one['msg'].lower()}")
             elif not any(nearest(other, [field], cutoff=_MISSPELT) for other in meant):
                 fault(field, "is missing")
         parsed = _without(record, [one["loc"] for one in error.errors()])
     if not parsed.id.strip():
-        fault("id", f"is {parsed.id!r}; an id cannot be empty")
+        fault("id", f"is {quoted(parsed.id)}; an id cannot be empty")
     scene = next((s for s in SCENES if s == parsed.scene_tag.strip().lower()), None)
     if scene is None:
         fault("scene_tag", f"is {parsed.scene_tag!r}; {did_you_mean(parsed.scene_tag.lower(), SCENES)}")

@@ -11,9 +11,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.naming import did_you_mean
-from ctcgrpo.strict_yaml import load_yaml
+from ctcgrpo.naming import cut, did_you_mean
+from ctcgrpo.strict_yaml import MAX_CHARACTERS, load_yaml
 
+_LONGEST_MESSAGE = 600
+"""Characters of what a rule says, which may quote a value."""
 _S = TypeVar("_S", bound="Section")
 
 
@@ -32,9 +34,22 @@ class Section(BaseModel):
         return data
 
 
+_OF_SECRETS = re.compile(r"sk_|(?:hf|gsk|ghp|gho|xai|r8|pk|rk|nvapi|pplx|github_pat)_(?=\w{16})|AIza|eyJ")
+"""How keys of common providers begin."""
+
+
 def environment_name(value: str) -> str:
-    """For fields that name an environment variable; raises ValueError for what may be the secret itself, without quoting it."""
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) or value.lower().startswith("sk"):
+    """For fields that name an environment variable (SKYWORK_API_KEY, my_key); raises ValueError for what may be the secret itself,
+    without quoting it: keys begin in known ways, or hold a long run of letters and digits."""
+    run = max(map(len, value.split("_")), default=0)
+    digits = sum(c.isdigit() for c in value)
+    if re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
+        is_name = run < 20 or digits < 4
+    else:
+        mixed = digits or (value.lower() != value and value.upper() != value)
+        is_name = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) is not None
+        is_name = is_name and not _OF_SECRETS.match(value) and run < (16 if mixed else 24)
+    if not is_name:
         raise ValueError("name an environment variable here, never the secret itself")
     return value
 
@@ -46,7 +61,8 @@ def read_text(path: Path, what: str) -> str:
         hint = did_you_mean(str(path), near) if near else f"no {what}s there"
         raise RecipeError(f"{what} {str(path)!r} not found; {hint}")
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            return file.read(MAX_CHARACTERS + 1)  # one more than load_yaml takes
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text: {error}") from None
 
@@ -87,7 +103,7 @@ def _refuse_unknown(data: Mapping[str, Any], model: type[BaseModel], path: str, 
     for key, value in data.items():
         field = model.model_fields.get(key)
         if field is None:
-            raise RecipeError(f"{file}: unknown field {path}{key}; {did_you_mean(str(key), model.model_fields)}")
+            raise RecipeError(f"{file}: unknown field {cut(f'{path}{key}')}; {did_you_mean(str(key), model.model_fields)}")
         section = section_type(field.annotation)
         if section is None:
             continue
@@ -110,8 +126,8 @@ def section_type(annotation: Any) -> type[BaseModel] | None:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    field = ".".join(map(str, first["loc"]))
-    message = first["msg"].removeprefix("Value error, ")
+    field = cut(".".join(map(str, first["loc"])))
+    message = cut(first["msg"].removeprefix("Value error, "), _LONGEST_MESSAGE)
     if not field:
         return message
     if first["type"] == "missing":
@@ -121,4 +137,5 @@ def _explain(error: ValidationError) -> str:
     if field.rpartition(".")[2].endswith("_env"):  # somebody may have put the secret there
         return f"{field}: {message}"
     shown = re.sub(r"//[^/@]*@", "//[secret]@", repr(first["input"]))
+    shown = cut(re.sub(r"([?&][^=&]+=)[^&'\"]+", r"\1[...]", shown))  # of a URL, where a secret may be
     return f"{field} is {shown}; {message[:1].lower()}{message[1:]}"

@@ -69,7 +69,7 @@ from ctcgrpo.settings import (
 from ctcgrpo.sharding import check_launcher, deepspeed_stage, sharding_arguments
 from ctcgrpo.simulator.choice import check_patience, introduced
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import SCRIPTED_USER, load_simulator_config
+from ctcgrpo.simulator.config import SCRIPTED_USER, bearer_token, load_simulator_config
 from ctcgrpo.simulator.logs import json_log
 from ctcgrpo.simulator.scripted.backend import ScriptedBackend
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
@@ -174,9 +174,10 @@ class _Run:
         urls = self._simulator_urls(stack, [*self._scenarios, *held_out])
         simulator = SimulatorClient(
             urls,
-            token=os.environ.get(recipe.simulator.token_env),
+            token=bearer_token(recipe.simulator.token_env),
             timeout=recipe.simulator.timeout,
             patience=recipe.simulator.patience,
+            say=self._progress.say,
         )
         self._simulator = simulator
         self._simulator_says = asyncio.run(introduced(simulator))

@@ -85,6 +85,14 @@ def evaluate(
     model_arg: Annotated[
         list[str] | None, typer.Option("-M", help="NAME=VALUE for the model's provider (hf: model_path=FOLDER).")
     ] = None,
+    generate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-G",
+            help="NAME=VALUE of sampling, as Inspect names it (reasoning_effort=low, max_completion_tokens=2000); null sends none "
+            "(temperature=null); of another role: judge.temperature=null.",
+        ),
+    ] = None,
     price: Annotated[
         tuple[float, float] | None, typer.Option(help="US dollars for a million tokens that the model reads, and writes.")
     ] = None,
@@ -173,7 +181,7 @@ def _only(given: Given, allowed: set[str], what: str) -> None:
 
 
 def _option(name: str) -> str:
-    return "-M" if name == "model_arg" else f"--{name.replace('_', '-')}"
+    return {"model_arg": "-M", "generate": "-G"}.get(name) or f"--{name.replace('_', '-')}"
 
 
 def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
@@ -222,10 +230,15 @@ def _others(bench: str, given: Given) -> tuple[dict[str, str], Given]:
 
 def _wanted(bench: str, model: str, given: Given, trained: Trained | None) -> Evaluation:
     """Raises RecipeError for an option that the benchmark does not have."""
+    from ctcgrpo.evaluation.generation import split_settings
     from ctcgrpo.evaluation.run import Evaluation, model_name, settled, task_options
 
     roles, played = _others(bench, given)
-    task, generation = {**_task(given), **played}, _generation(given)
+    settings, role_settings, unset = split_settings(settled(given.get("generate", [])))
+    if other := sorted(set(role_settings) - set(roles)):
+        raise RecipeError(f"-G {other[0]}...: no model plays the {other[0]} here (--{other[0]} PROVIDER/NAME)")
+    task = {**_task(given), **played, **({"unset": ",".join(sorted(unset))} if unset else {})}
+    generation = {**settings, **_generation(given)}
     if given.get("as_trained"):
         if bench != "eibench" or trained is None:
             why = f"is not for {bench}" if bench != "eibench" else f"needs a policy in a run's folder, and {model} is none"
@@ -242,6 +255,7 @@ def _wanted(bench: str, model: str, given: Given, trained: Trained | None) -> Ev
         task=task,
         generation=generation,
         roles=roles,
+        role_generation=role_settings,
         model_args=settled(given.get("model_arg", [])),
         limit=given.get("limit"),
     )

@@ -22,6 +22,7 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.util import span
 
 from ctcgrpo.errors import PolicyEngineError, RecipeError
+from ctcgrpo.evaluation.generation import Unset, config_of, names_of
 from ctcgrpo.evaluation.record import Record
 from ctcgrpo.evaluation.speaking import say
 from ctcgrpo.evaluation.users import User, chosen_user
@@ -47,6 +48,7 @@ def eibench(
     seed: int = 0,
     official: str | None = None,
     opener: str | None = None,
+    unset: Unset = "",
 ) -> Task:
     """The task of EIBench on a set of scenarios; EIBench's own are eibench/test.
 
@@ -61,9 +63,12 @@ def eibench(
       official: a folder with the authors' code, whose prompts the simulator is given (it is executed).
       opener: what a user's message says where the model speaks first (charm), for providers that take no dialogue without one
         (anthropic, google); published figures have none.
+      unset: settings that are not sent, where providers refuse them: temperature,top_p,max_tokens,seed; simulator.NAME for those
+        of the simulator.
     """
     found = load_scenarios(scenarios, "test")
-    user = chosen_user(simulator, None if official is None else Path(official).expanduser())
+    left_out = names_of(unset)
+    user = chosen_user(simulator, None if official is None else Path(official).expanduser(), left_out)
     if rounds < 1 or repeats < 1:
         raise RecipeError(f"rounds is {rounds} and repeats {repeats}; both are at least 1")
     samples = [
@@ -73,9 +78,9 @@ def eibench(
     return Task(
         name="eibench",
         dataset=MemoryDataset(samples, name=scenarios),
-        solver=_conversing({s.id: s for s in found}, user, rounds, seed),
+        solver=_conversing({s.id: s for s in found}, user, rounds, seed, left_out),
         scorer=_judging({s.id: s for s in found}, variant),
-        config=SAMPLING,
+        config=config_of("model", left_out, **SAMPLING.model_dump(exclude_none=True)),
         epochs=Epochs(repeats, "mean"),
         fail_on_error=False,
     )
@@ -87,7 +92,7 @@ def _opening(scenario: Scenario, opener: str | None) -> list[ChatMessage]:
     return [system, *([ChatMessageUser(content=line)] if line else [])]
 
 
-def _conversing(scenarios: Mapping[str, Scenario], user: User, rounds: int, seed: int) -> Solver:
+def _conversing(scenarios: Mapping[str, Scenario], user: User, rounds: int, seed: int, left_out: frozenset[str]) -> Solver:
     """Model and user take turns until the user leaves or the rounds are over."""
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
@@ -103,7 +108,7 @@ def _conversing(scenarios: Mapping[str, Scenario], user: User, rounds: int, seed
             record.user_said(scenario.opening_line, now._asdict())
         for round in range(1, rounds + 1):
             async with span(f"turn {round}", type="turn"):
-                config = GenerateConfig(seed=request_seed(seed, *place, round - 1))
+                config = config_of("model", left_out, seed=request_seed(seed, *place, round - 1))
                 reply = await say(state.messages, role="model", config=config)
                 state.messages.append(reply.message)
                 record.model_said(reply)

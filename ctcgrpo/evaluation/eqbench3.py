@@ -12,12 +12,13 @@ from pathlib import Path
 
 from inspect_ai import Epochs, Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
-from inspect_ai.model import ChatMessageUser, GenerateConfig, Model
+from inspect_ai.model import ChatMessageUser, Model
 from inspect_ai.scorer import Score, Scorer, Target, grouped, mean, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from ctcgrpo.errors import JudgeReplyError
 from ctcgrpo.evaluation.eqbench3_protocol import EqBench, EqScenario, Unreadable, load_eqbench, read_scores, task_score
+from ctcgrpo.evaluation.generation import Unset, config_of, names_of
 from ctcgrpo.evaluation.record import Record
 from ctcgrpo.evaluation.speaking import played_by, say, temperature_of
 from ctcgrpo.rollout.engine import request_seed
@@ -29,16 +30,18 @@ _JUDGE_TOKENS = 8000
 
 
 @task
-def eqbench3(data: str | None = None, repeats: int = 1, seed: int = 0) -> Task:
+def eqbench3(data: str | None = None, repeats: int = 1, seed: int = 0, unset: Unset = "") -> Task:
     """EQ-Bench 3, rubric: 45 scenarios, scored from 0 to 100 by a judge, without whose name a score means nothing.
 
     Args:
       data: your copy of the folder data of EQ-bench/eqbench3; by default $CTCGRPO_DATA/eqbench3.
       repeats: times that each scenario is played; it counts with their mean.
       seed: of what is sampled, where providers heed it.
+      unset: settings that are not sent, where providers refuse them: temperature,top_p,max_tokens,seed; judge.NAME for those of
+        the judge.
     """
     bench = load_eqbench(data_home() / "eqbench3" if data is None else Path(data).expanduser())
-    judge = played_by("judge")
+    judge, left_out = played_by("judge"), names_of(unset)
     samples = [
         Sample(id=s.id, input=bench.asked(s)[0], metadata={"group": s.kind, "title": s.title, "category": s.category})
         for s in bench.scenarios
@@ -47,15 +50,17 @@ def eqbench3(data: str | None = None, repeats: int = 1, seed: int = 0) -> Task:
     return Task(
         name="eqbench3",
         dataset=MemoryDataset(samples, name="eqbench3"),
-        solver=_answering(bench, by_id, judge, seed),
-        scorer=_judging(bench, by_id, judge, seed),
-        config=GenerateConfig(temperature=_TEMPERATURE, max_tokens=12000),
+        solver=_answering(bench, by_id, judge, seed, left_out),
+        scorer=_judging(bench, by_id, judge, seed, left_out),
+        config=config_of("model", left_out, temperature=_TEMPERATURE, max_tokens=12000),
         epochs=Epochs(repeats, "mean"),
         fail_on_error=False,
     )
 
 
-def _answering(bench: EqBench, scenarios: Mapping[str, EqScenario], judge: Model, seed: int) -> Solver:
+def _answering(
+    bench: EqBench, scenarios: Mapping[str, EqScenario], judge: Model, seed: int, left_out: frozenset[str]
+) -> Solver:
     """The user's lines are canned: the model answers each, whatever it said before."""
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
@@ -63,7 +68,7 @@ def _answering(bench: EqBench, scenarios: Mapping[str, EqScenario], judge: Model
         record.about = {
             "models": [str(judge)],
             "prompts": f"eqbench3/{bench.digest}",
-            "temperature": temperature_of(judge, _OF_JUDGE),
+            "temperature": None if "judge.temperature" in left_out else temperature_of(judge, _OF_JUDGE),
         }
         state.messages = []
         asked = bench.asked(scenario)
@@ -71,7 +76,9 @@ def _answering(bench: EqBench, scenarios: Mapping[str, EqScenario], judge: Model
             debrief = scenario.kind != "analysis" and turn == len(asked) - 1
             state.messages.append(ChatMessageUser(content=line))
             record.user_said(line)
-            config = GenerateConfig(
+            config = config_of(
+                "model",
+                left_out,
                 seed=request_seed("eqbench3", seed, scenario.id, state.epoch, turn),
                 temperature=_OF_DEBRIEF if debrief else None,
             )
@@ -84,7 +91,9 @@ def _answering(bench: EqBench, scenarios: Mapping[str, EqScenario], judge: Model
     return solver(name="answer")(lambda: solve)()
 
 
-def _judging(bench: EqBench, scenarios: Mapping[str, EqScenario], judge: Model, seed: int) -> Scorer:
+def _judging(
+    bench: EqBench, scenarios: Mapping[str, EqScenario], judge: Model, seed: int, left_out: frozenset[str]
+) -> Scorer:
     """The judge's verdict. An answer that cannot be read is asked for again; without one, the sample fails."""
 
     async def score(state: TaskState, target: Target) -> Score:
@@ -95,7 +104,9 @@ def _judging(bench: EqBench, scenarios: Mapping[str, EqScenario], judge: Model, 
         prompt = bench.judged(scenario, said["user"], said["model"])
         problem = ""
         for attempt in range(_ATTEMPTS):
-            config = GenerateConfig(
+            config = config_of(
+                "judge",
+                left_out,
                 seed=request_seed("judge", seed, scenario.id, state.epoch, attempt),
                 temperature=temperature_of(judge, _OF_JUDGE),
                 max_tokens=_JUDGE_TOKENS,

@@ -32,7 +32,7 @@ from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import LOAD_ERRORS, load_tokenizer, stop_ids
 from ctcgrpo.policy.persona import has_sections, told
 from ctcgrpo.policy.reasoning import OPEN
-from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.recipe import Recipe, resolved_recipe
 from ctcgrpo.records import Completion
 from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import Sampling
@@ -81,7 +81,7 @@ class LocalPolicy(ModelAPI):
         self._model = str(folder) if folder.exists() else model_name
         if folder.exists() and not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
             raise PolicyError(f"{model_name} holds no model; name a folder with its config.json (checkpoints/RUN/final)")
-        self._recipe = load_recipe(recipe) if recipe is not None else recipe_of(folder)
+        self._recipe = resolved_recipe(recipe) if recipe is not None else recipe_of(folder)
         self._max_batch = max_batch
         _MADE.add(self)
         self._sampled: OrderedDict[str, Completion] = OrderedDict()
@@ -160,7 +160,7 @@ class LocalPolicy(ModelAPI):
 def recipe_of(folder: Path) -> Recipe | None:
     """The recipe of the run that a policy's folder belongs to."""
     file = RunFolder(folder.resolve().parent).recipe_file
-    return load_recipe(file) if file.exists() else None
+    return resolved_recipe(file) if file.exists() else None
 
 
 def _parts(name: str, recipe: Recipe | None, max_batch: int) -> _Parts:

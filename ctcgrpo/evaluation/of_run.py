@@ -8,7 +8,7 @@ from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.evaluation.played import validated_as
 from ctcgrpo.evaluation.run import LOCAL, Evaluation
 from ctcgrpo.files import missing_in
-from ctcgrpo.recipe import load_recipe
+from ctcgrpo.recipe import resolved_recipe
 from ctcgrpo.run_folder import RunFolder
 
 
@@ -25,7 +25,7 @@ def evaluations_of(
         raise OutputError(
             f"{folder.path} holds no finished run (final/: {lacks}); evaluate a folder in it: --model {folder.path}/best"
         )
-    recipe = load_recipe(folder.recipe_file)
+    recipe = resolved_recipe(folder.recipe_file)
     validated, sampled = validated_as(recipe)
     played = {**validated, **task}
     if roles:

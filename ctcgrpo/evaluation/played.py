@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo.evaluation.benches import EIBENCH, named
-from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.recipe import Recipe, resolved_recipe
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import EIBENCH_DATA, described
 
@@ -131,7 +131,7 @@ def trained_as(folder: Path) -> Trained | None:
     for place in (folder, folder.resolve()):  # a sweep's best policy is a link into its run
         run = RunFolder(place.parent)
         if run.recipe_file.exists():
-            recipe = load_recipe(run.recipe_file)
+            recipe = resolved_recipe(run.recipe_file)
             return Trained(run.path, place.name, recipe, *validated_as(recipe))
     return None
 

@@ -13,6 +13,8 @@ from ctcgrpo.evaluation.benches import Bench, named
 from ctcgrpo.evaluation.played import in_words, settings_of, title_of
 from ctcgrpo.simulator.about import described
 
+_MOST_REASONS, _MOST_CHARACTERS = 8, 500
+
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     bench = named(summary["bench"])
@@ -75,6 +77,10 @@ def _lines(bench: Bench, summary: Mapping[str, Any]) -> list[str]:
     if summary["failed"]:
         kinds = ", ".join(f"{n} {kind}" for kind, n in summary["failures"].items())
         lines.append(f"failed, and in no figure: {summary['failed']} of {summary['results']} ({kinds})")
+        told = summary.get("reasons", [])
+        lines += [f"  {reason['count']} x {reason['kind']}: {_ended(reason['example'])}" for reason in told[:_MOST_REASONS]]
+        if (more := len(told) - _MOST_REASONS) > 0:
+            lines.append(f"  and {more} other reasons; results.jsonl has all")
     if without := [group for group, found in summary["groups"].items() if not found["n"]]:
         lines.append(f"the overall score is incomplete: {', '.join(without)} has none")
     if summary["tokens"]:
@@ -87,6 +93,12 @@ def _lines(bench: Bench, summary: Mapping[str, Any]) -> list[str]:
             f"mind: not comparable with the run's own validations: {'; '.join(unlike)}. --as-trained takes the run's settings"
         )
     return lines
+
+
+def _ended(message: str) -> str:
+    """One line without control characters: the end of a message, where what a provider said is."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+    return line if len(line) <= _MOST_CHARACTERS else f"... {line[-_MOST_CHARACTERS:]}"
 
 
 def print_comparison(found: Mapping[str, Any], console: Console) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -120,11 +121,21 @@ def summarise(bench: Bench, results: Sequence[Result], facts: Mapping[str, Any])
         "results": len(results),
         "failed": len(results) - len(scored),
         "failures": dict(failures),
+        "reasons": reasons(results),
         "tokens": tokens,
         "cost": _cost(facts.get("prices", {}), tokens),
         "scenarios": means(_scores(scored)),
         "group_of": {r.scenario: r.group for r in results},
     }
+
+
+def reasons(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Why results failed, those alike together, the most frequent first: kind, count, and one example."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for kind, message in (r.failure for r in results if r.failure is not None):
+        groups.setdefault((kind, re.sub(r"\d+", "#", message)), []).append(message)
+    found = [{"kind": kind, "count": len(told), "example": told[0]} for (kind, _), told in groups.items()]
+    return sorted(found, key=lambda reason: -reason["count"])
 
 
 def _cost(prices: Mapping[str, Any], tokens: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Any]]:

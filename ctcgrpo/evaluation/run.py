@@ -20,6 +20,7 @@ from typing import Any
 import inspect_ai
 from inspect_ai._util.error import PrerequisiteError
 from inspect_ai.log import EvalLog
+from inspect_ai.model import GenerateConfig, Model, get_model
 from rich.errors import MarkupError
 from rich.text import Text
 
@@ -30,9 +31,11 @@ from ctcgrpo.evaluation.eibench import SAMPLING
 from ctcgrpo.evaluation.fingerprints import fingerprint
 from ctcgrpo.evaluation.logs import newest_log, results_of
 from ctcgrpo.evaluation.played import data_set, trained_as
+from ctcgrpo.evaluation.reasons import PATIENCE
 from ctcgrpo.evaluation.results import summarise, write_results
 from ctcgrpo.files import read_json, write_whole
 from ctcgrpo.folders import check_model, is_model
+from ctcgrpo.proxies import settle_environment
 from ctcgrpo.recipe import differences
 from ctcgrpo.sections import named_value
 
@@ -43,13 +46,15 @@ LOCAL = "ctcgrpo/"
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """What is evaluated, on what, and how. `task` are the arguments of the benchmark's task, `generation` those of sampling
-    (temperature, top_p, max_tokens, ...), `roles` models by role, `model_args` what the model's provider takes."""
+    (temperature, top_p, max_tokens, ...), `roles` models by role, `role_generation` the sampling of those, `model_args` what the
+    model's provider takes."""
 
     bench: str
     model: str
     task: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
+    role_generation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     model_args: Mapping[str, Any] = field(default_factory=dict)
     limit: int | None = None
 
@@ -83,6 +88,7 @@ def evaluate(
     Raises OutputError where the folder holds another evaluation, or one of other data or another policy under the same name;
     RecipeError and PolicyError for what cannot be evaluated here; RunInterrupted on Ctrl-C: the same call goes on.
     """
+    settle_environment()  # for the providers' clients
     bench = named(wanted.bench)
     logs = folder / "logs"
     log = newest_log(logs, say)
@@ -105,11 +111,11 @@ def evaluate(
                 f"ctcgrpo/{bench.name}",
                 model=wanted.model,
                 model_args=dict(wanted.model_args),
-                model_roles=dict(wanted.roles) or None,
+                model_roles=_role_models(wanted) or None,
                 task_args=dict(wanted.task),
                 limit=wanted.limit,
                 **options,
-                **wanted.generation,
+                **{"timeout": PATIENCE, **wanted.generation},
             )
         elif log.status != "success" or _failed(log):
             played = inspect_ai.eval_retry(log.location, **options)
@@ -140,6 +146,13 @@ def evaluate(
     summary = summarise(bench, results, facts)
     write_results(folder, results, summary)
     return summary
+
+
+def _role_models(wanted: Evaluation) -> dict[str, Model]:
+    return {
+        role: get_model(name, config=GenerateConfig(**{"timeout": PATIENCE, **wanted.role_generation.get(role, {})}))
+        for role, name in wanted.roles.items()
+    }
 
 
 def _close_policies() -> None:

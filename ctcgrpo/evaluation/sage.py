@@ -15,12 +15,13 @@ import jinja2
 from inspect_ai import Epochs, Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.log import transcript
-from inspect_ai.model import ChatMessageSystem, ChatMessageUser, GenerateConfig, Model
+from inspect_ai.model import ChatMessageSystem, ChatMessageUser, Model
 from inspect_ai.scorer import Score, Scorer, Target, grouped, mean, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.util import span
 
 from ctcgrpo.errors import SimulatorReplyError
+from ctcgrpo.evaluation.generation import Unset, config_of, names_of
 from ctcgrpo.evaluation.record import Record
 from ctcgrpo.evaluation.sage_protocol import (
     START,
@@ -47,16 +48,18 @@ _T = TypeVar("_T")
 
 
 @task
-def sage(data: str | None = None, repeats: int = 1, seed: int = 0) -> Task:
+def sage(data: str | None = None, repeats: int = 1, seed: int = 0, unset: Unset = "") -> Task:
     """SAGE: 100 Chinese users; the score is the mean final emotion, from 0 to 100.
 
     Args:
       data: your copy of the profiles: the file, or its folder; by default $CTCGRPO_DATA/sage.
       repeats: dialogues a profile; a profile counts with their mean.
       seed: of what is sampled, where providers heed it.
+      unset: settings that are not sent, where providers refuse them: temperature,top_p,max_tokens,seed; simulator.NAME for those
+        of the simulator.
     """
     profiles = load_profiles(data_home() / "sage" if data is None else Path(data).expanduser())
-    simulator = played_by("simulator")
+    simulator, left_out = played_by("simulator"), names_of(unset)
     prompts = {name: (_FOLDER / f"{name}.j2").read_text(encoding="utf-8") for name in ("model", "plan", "reply")}
     samples = [
         Sample(
@@ -69,21 +72,23 @@ def sage(data: str | None = None, repeats: int = 1, seed: int = 0) -> Task:
     return Task(
         name="sage",
         dataset=MemoryDataset(samples, name="sage"),
-        solver=_conversing({p.id: p for p in profiles}, simulator, prompts, seed),
+        solver=_conversing({p.id: p for p in profiles}, simulator, prompts, seed, left_out),
         scorer=_judging(),
-        config=GenerateConfig(temperature=0.6, top_p=0.95, max_tokens=1024),
+        config=config_of("model", left_out, temperature=0.6, top_p=0.95, max_tokens=1024),
         epochs=Epochs(repeats, "mean"),
         fail_on_error=False,
     )
 
 
-def _conversing(profiles: Mapping[str, Profile], simulator: Model, prompts: Mapping[str, str], seed: int) -> Solver:
+def _conversing(
+    profiles: Mapping[str, Profile], simulator: Model, prompts: Mapping[str, str], seed: int, left_out: frozenset[str]
+) -> Solver:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
     plan_prompt, reply_prompt = (environment.from_string(prompts[name]) for name in ("plan", "reply"))
     about = {
         "models": [str(simulator)],
         "prompts": f"ctcgrpo-sage/{hashlib.sha256(''.join(prompts.values()).encode()).hexdigest()[:8]}",
-        "temperature": temperature_of(simulator, _TEMPERATURE),
+        "temperature": None if "simulator.temperature" in left_out else temperature_of(simulator, _TEMPERATURE),
     }
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
@@ -97,14 +102,19 @@ def _conversing(profiles: Mapping[str, Profile], simulator: Model, prompts: Mapp
 
         for turn in range(1, USER_TURNS + 1):
             async with span(f"turn {turn}", type="turn"):
-                said = await say(state.messages, role="model", config=GenerateConfig(seed=seeded(turn)))
+                said = await say(state.messages, role="model", config=config_of("model", left_out, seed=seeded(turn)))
                 state.messages.append(said.message)
                 record.model_said(said)
                 if turn == USER_TURNS:
                     break
                 told = {"profile": profile, "dialogue": _dialogue(record)}
                 plan, change = await _asked(
-                    simulator, plan_prompt.render(**told, emotion=emotion), planned_change, record, seeded(turn, "plan")
+                    simulator,
+                    plan_prompt.render(**told, emotion=emotion),
+                    planned_change,
+                    record,
+                    seeded(turn, "plan"),
+                    left_out,
                 )
                 emotion = max(0, min(100, emotion + change))
                 feeling = analysis(plan.text)
@@ -114,6 +124,7 @@ def _conversing(profiles: Mapping[str, Profile], simulator: Model, prompts: Mapp
                     spoken,
                     record,
                     seeded(turn, "reply"),
+                    left_out,
                 )
                 moved: dict[str, Any] = {"emotion": emotion, "change": change, "why": feeling}
                 transcript().info(moved, source="simulator")
@@ -127,11 +138,18 @@ def _conversing(profiles: Mapping[str, Profile], simulator: Model, prompts: Mapp
     return solver(name="converse")(lambda: solve)()
 
 
-async def _asked(simulator: Model, prompt: str, read: Callable[[str], _T], record: Record, seed: int) -> tuple[Said, _T]:
+async def _asked(
+    simulator: Model, prompt: str, read: Callable[[str], _T], record: Record, seed: int, left_out: frozenset[str]
+) -> tuple[Said, _T]:
     """An answer of the simulator, and what was read in it. Raises SimulatorReplyError where none of three could be read."""
     problem = ""
     for attempt in range(_ATTEMPTS):
-        config = GenerateConfig(seed=(seed + attempt) % 2**31, temperature=temperature_of(simulator, _TEMPERATURE))
+        config = config_of(
+            "simulator",
+            left_out,
+            seed=(seed + attempt) % 2**31,
+            temperature=temperature_of(simulator, _TEMPERATURE),
+        )
         said = await say([ChatMessageUser(content=prompt)], role="simulator", model=simulator, config=config)
         record.spend("simulator", said.tokens)
         try:

@@ -6,15 +6,26 @@ error, a context that is too long, an answer that a filter withheld) is none: it
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
-from inspect_ai.model import ChatMessage, ChatMessageAssistant, GenerateConfig, Model, ModelOutput, get_model
+from inspect_ai.model import (
+    ChatMessage,
+    ChatMessageAssistant,
+    ContentReasoning,
+    GenerateConfig,
+    Model,
+    ModelOutput,
+    get_model,
+)
 from inspect_ai.model._providers.mockllm import MockLLM
 from inspect_ai.util import LimitExceededError
 
 from ctcgrpo.errors import CtcGrpoError, JudgeReplyError, PolicyEngineError, RecipeError, SimulatorTransportError
+from ctcgrpo.evaluation.reasons import prepared, reason_of, unread
 from ctcgrpo.policy.reasoning import parse_completion
 
 Role = Literal["model", "simulator", "judge"]
@@ -23,6 +34,7 @@ _ERRORS: dict[str, type[CtcGrpoError]] = {
     "simulator": SimulatorTransportError,
     "judge": JudgeReplyError,
 }
+_log = logging.getLogger(__name__)
 _OUTCOMES = ("stop", "max_tokens", "unknown", "tool_calls")
 _NO_CONTENT = "(no content)"
 """What Inspect writes where a provider answered with nothing."""
@@ -53,6 +65,8 @@ async def say(
     cut = output.stop_reason == "max_tokens"
     text = "" if sampled.text.strip() == _NO_CONTENT else sampled.text
     reply = parse_completion(text, "length" if cut else "stop").reply
+    if not reply and not cut:
+        _warn(str(output.model), why_empty(output))
     return Said(
         text=reply,
         cut=cut,
@@ -61,27 +75,48 @@ async def say(
     )
 
 
+@cache
+def _warn(model: str, why: str) -> None:
+    """Once: it may be said of every reply."""
+    _log.warning("%s: %s", model, why)
+
+
 async def generated(messages: Sequence[ChatMessage], *, role: Role, model: Model, config: GenerateConfig) -> ModelOutput:
     """A completion with something that the model said. Raises the role's error where there is none."""
     problem = _ERRORS[role]
     if isinstance(model.api, MockLLM):  # by default it counts tokens with a table that is downloaded
         model.api.count_text_tokens = _some_tokens  # type: ignore[method-assign]
     try:
-        output = await model.generate(list(messages), config=config)
+        output = await prepared(model).generate(list(messages), config=config)
     except (CtcGrpoError, LimitExceededError):
         raise
     except Exception as error:  # whatever a provider's client raises
-        told = " ".join(str(error).split())[:300]
-        raise problem(f"{model}: {type(error).__name__}: {told}") from error
+        raise problem(f"{model}: {reason_of(error)}") from error
     if output.error or not output.choices:
-        raise problem(f"{model}: {output.error or 'it answered without a choice'}")
+        raise problem(f"{model}: {output.error or unread() or 'it answered without a choice'}")
     if output.stop_reason not in _OUTCOMES:
-        raise problem(f"{model}: it ended with {output.stop_reason}: {' '.join(output.completion.split())[:200]}")
+        said = " ".join(output.completion.split())[-400:]
+        raise problem(f"{model}: it ended with {output.stop_reason}: {said or 'no reason given'}")
     return output
 
 
 async def _some_tokens(text: str) -> int:
     return max(1, len(text) // 4)
+
+
+def why_empty(output: ModelOutput) -> str:
+    """Of an answer without a text: what there is in place of it, and what helps."""
+    content = output.choices[0].message.content
+    if not isinstance(content, str) and any(isinstance(part, ContentReasoning) for part in content):
+        cut = output.stop_reason == "max_tokens"
+        went = "the whole limit on tokens went into reasoning" if cut else "the text is in reasoning_content"
+        return (
+            f"content is empty: {went}; raise max_tokens, or turn reasoning off where the server does not parse it "
+            "(-G 'extra_body={chat_template_kwargs: {enable_thinking: false}}')"
+        )
+    if output.choices[0].message.tool_calls:
+        return "content is empty: it called a tool, and none was offered"
+    return f"content is empty (it ended with {output.stop_reason})"
 
 
 def tokens_of(output: ModelOutput) -> tuple[int, int]:

@@ -4,7 +4,6 @@ ours, or a simulator server that runs already. Prompts, reading and states are t
 from __future__ import annotations
 
 import atexit
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -16,18 +15,20 @@ from inspect_ai.model import (
     ChatMessageAssistant,
     ChatMessageSystem,
     ChatMessageUser,
-    GenerateConfig,
+    ContentText,
     Model,
     ResponseSchema,
 )
 from inspect_ai.util import JSONSchema
 
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.evaluation.speaking import generated, played_by, temperature_of, tokens_of
+from ctcgrpo.evaluation.generation import config_of
+from ctcgrpo.evaluation.speaking import generated, played_by, temperature_of, tokens_of, why_empty
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import TOKEN_ENV, SimulatorConfig, load_simulator_config
+from ctcgrpo.simulator.config import TOKEN_ENV, SimulatorConfig, bearer_token, load_simulator_config
 from ctcgrpo.simulator.llm.backend import LlmBackend, chosen_prompts
-from ctcgrpo.simulator.llm.endpoints import ChatCompletion
+from ctcgrpo.simulator.llm.calls import ChatCompletion
+from ctcgrpo.simulator.llm.endpoints import Deadline, Outage
 from ctcgrpo.simulator.llm.prompts import Message
 from ctcgrpo.simulator.protocol import SimulatorBackend, TurnReply, TurnRequest
 from ctcgrpo.simulator.scripted import ScriptedBackend
@@ -71,7 +72,7 @@ class Served(User):
         self._timeout = 240.0 if config is None or config.llm is None else config.llm.deadline + 30
 
     def _client(self) -> SimulatorClient:
-        return SimulatorClient(self._url, token=os.environ.get(TOKEN_ENV), timeout=self._timeout, patience=60.0)
+        return SimulatorClient(self._url, token=bearer_token(TOKEN_ENV), timeout=self._timeout)
 
     async def turn(self, request: TurnRequest) -> TurnReply:
         async with self._client() as client:
@@ -87,26 +88,38 @@ class Served(User):
 class InspectModel:
     """An Inspect model as the LLM behind the simulator: Inspect makes the calls, repeats them, limits them and logs them."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self.temperature = temperature_of(model, _TEMPERATURE)
+    def __init__(self, model: Model, left_out: frozenset[str]) -> None:
+        """`left_out`: settings that are not sent (generation.names_of)."""
+        self._model, self._left_out = model, left_out
+        self.temperature = None if "simulator.temperature" in left_out else temperature_of(model, _TEMPERATURE)
 
     async def complete(
-        self, messages: Sequence[Message], *, dialogue: str, seed: int, schema: dict[str, Any], deadline: float
+        self, messages: Sequence[Message], *, dialogue: str, seed: int, schema: dict[str, Any], deadline: Deadline
     ) -> ChatCompletion:
         told: list[ChatMessage] = [_MESSAGES[m["role"]](content=m["content"]) for m in messages]
-        config = GenerateConfig(
+        config = config_of(
+            "simulator",
+            self._left_out,
             seed=seed % 2**31,
             temperature=self.temperature,
             response_schema=ResponseSchema(name="answer", json_schema=JSONSchema.model_validate(schema), strict=True),
         )
         output = await generated(told, role="simulator", model=self._model, config=config)
-        ended = "length" if output.stop_reason == "max_tokens" else output.stop_reason
+        message = output.choices[0].message
+        ended = "length" if output.stop_reason == "max_tokens" else str(output.stop_reason)
+        note = "" if message.text.strip() else why_empty(output)
+        parts = [] if isinstance(message.content, str) else message.content
+        if any(isinstance(part, ContentText) and part.refusal for part in parts):
+            ended, note = "refusal", " ".join(message.text.split())[:400]
         read, written = tokens_of(output)
-        return ChatCompletion(output.choices[0].message.text, ended, read, written, str(self._model))
+        return ChatCompletion(message.text, ended, read, written, str(self._model), note)
 
     def is_ready(self) -> bool:
         return True
+
+    def outage(self) -> Outage | None:
+        """Inspect repeats calls for as long as it is told to."""
+        return None
 
     def spent(self) -> Mapping[str, Any]:
         """Inspect keeps the books."""
@@ -115,9 +128,10 @@ class InspectModel:
     async def close(self) -> None: ...
 
 
-def chosen_user(simulator: str | None, official: Path | None) -> User:
+def chosen_user(simulator: str | None, official: Path | None, left_out: frozenset[str] = frozenset()) -> User:
     """`simulator`: None for the model with that role, "scripted", the file of a configuration, or the URL of a server.
-    `official`: a folder with the authors' code, whose prompts the role's model is given. Raises RecipeError for what cannot be
+    `official`: a folder with the authors' code, whose prompts the role's model is given. `left_out`: settings that are not
+    sent to it. Raises RecipeError for what cannot be
     had."""
     if official is not None and simulator is not None:
         raise RecipeError(
@@ -125,7 +139,7 @@ def chosen_user(simulator: str | None, official: Path | None) -> User:
         )
     if simulator is None:
         model = played_by("simulator")
-        llm = InspectModel(model)
+        llm = InspectModel(model, left_out)
         about = {"models": [str(model)], "temperature": llm.temperature}
         return InProcess(LlmBackend(llm, chosen_prompts(official), about=about))
     if simulator == SCRIPTED:

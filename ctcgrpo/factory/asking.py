@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
+from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.simulator.llm.backend import ChatModel
+from ctcgrpo.simulator.llm.endpoints import Deadline
 from ctcgrpo.simulator.llm.prompts import Message
 from ctcgrpo.simulator.store import Store
 
@@ -21,11 +22,17 @@ async def answer_once(
     schema: dict[str, Any],
     seconds: float,
 ) -> str:
-    """The text of an answer, within so many seconds; `key` says what is asked, and decides the seed. Raises what `llm` raises."""
+    """The text of an answer, within so many seconds; `key` says what is asked, and decides the seed. Raises what `llm` raises, and
+    SimulatorReplyError for an answer without a text."""
     if (kept := store.get(key)) is not None:
         return kept.decode()
     seed = int.from_bytes(key[:4], "big") >> 1
-    deadline = time.monotonic() + seconds
-    answer = await llm.complete(messages, dialogue=dialogue, seed=seed, schema=schema, deadline=deadline)
+    answer = await llm.complete(messages, dialogue=dialogue, seed=seed, schema=schema, deadline=Deadline(seconds))
+    if answer.ended in ("content_filter", "refusal"):
+        raise SimulatorReplyError(
+            f"{answer.endpoint} refused the request ({answer.ended}): {answer.note or 'without a reason'}"
+        )
+    if answer.note:
+        raise SimulatorReplyError(f"{answer.endpoint} gave no usable answer: {answer.note}")
     store.put(key, answer.text.encode("utf-8", "replace"))
     return answer.text

@@ -78,7 +78,7 @@ def by_model(left: Sequence[Cleaned], config: FactoryConfig) -> list[Cleaned]:
 
     async def every() -> list[Cleaned]:
         store = Store(config.store)
-        pool = EndpointPool(config.writer.llm, Account(config.budget, store))
+        pool = EndpointPool(config.writer, Account(config.budget, store))
         room = asyncio.Semaphore(sum(endpoint.concurrency for endpoint in config.writer.endpoints))
 
         async def one(cleaned: Cleaned) -> Cleaned:

@@ -10,23 +10,15 @@ from ctcgrpo.factory.layout import layouts
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.records import SCENES, Scene
 from ctcgrpo.sections import Section, parse_mapping, read_text, validated
-from ctcgrpo.simulator.config import Budget, Endpoint, Llm
+from ctcgrpo.simulator.config import Budget, Calls
 
 
-class Writer(Section):
+class Writer(Calls):
     """The model that writes."""
 
-    endpoints: tuple[Endpoint, ...] = Field(min_length=1, description="the endpoints that share the requests")
-    temperature: float = Field(0.9, ge=0, description="sampling temperature")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="sample from the most likely tokens with this total probability; 1 is off"
-    )
+    temperature: float | None = Field(0.9, ge=0, description="sampling temperature; null sends none")
     max_tokens: int = Field(6000, ge=1, description="tokens of an answer at most; a scenario takes some 2,500")
-    deadline: float = Field(300.0, gt=0, description="seconds that an answer may take, repeated calls included")
-
-    @property
-    def llm(self) -> Llm:
-        return Llm.model_validate(self.model_dump())
+    deadline: float = Field(300.0, gt=0, description="seconds that an answer may take, retries included")
 
 
 class FactoryConfig(Section):

@@ -117,7 +117,7 @@ async def _all(
     held_out: Sequence[Mapping[str, Any]],
     say: Callable[[str], None],
 ) -> tuple[list[Outcome], Mapping[str, Any]]:
-    pool = EndpointPool(config.writer.llm, Account(config.budget, store))
+    pool = EndpointPool(config.writer, Account(config.budget, store), say=say)
     writer = _Writer(config, pool, store)
     room = asyncio.Semaphore(sum(endpoint.concurrency for endpoint in config.writer.endpoints))
     done = 0
@@ -161,7 +161,7 @@ class _Writer:
         self._schema = schema()
         writer = config.writer
         self._identity = json.dumps(
-            [sorted(e.model for e in writer.endpoints), writer.temperature, writer.top_p, writer.max_tokens]
+            [sorted(e.model for e in writer.endpoints), writer.temperature, writer.top_p, writer.most_tokens]
         )
 
     async def write(self, asked: Wanted, first: list[Message]) -> Outcome:

@@ -14,7 +14,6 @@ import os
 import shutil
 import statistics
 import tempfile
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -43,6 +42,7 @@ from ctcgrpo.policy.attention import refuse_layouts
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import build_untaught, check_fits, load_tokenizer, stop_ids
 from ctcgrpo.policy.reasoning import CLOSE, OPEN
+from ctcgrpo.proxies import open_url
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Completion, Scenario
 from ctcgrpo.rollout.vllm_adapter import base_url
@@ -52,7 +52,7 @@ from ctcgrpo.settings import context_builder, lora_config, template_kwargs
 from ctcgrpo.sharding import FSDP2, NONE, check_launcher, deepspeed_stage, offloads
 from ctcgrpo.simulator.choice import check_patience
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import SCRIPTED_USER, SimulatorConfig, load_simulator_config
+from ctcgrpo.simulator.config import SCRIPTED_USER, SimulatorConfig, bearer_token, load_simulator_config
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
 from ctcgrpo.simulator.scripted.backend import ScriptedBackend
@@ -410,9 +410,9 @@ def load_of(recipe: Recipe) -> Load:
 def policy_servers(s: Subject) -> Iterator[Finding]:
     for url in map(base_url, s.recipe.rollout.vllm.urls):
         try:
-            with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as response:
+            with open_url(f"{url}/v1/models", timeout=5) as response:
                 served = json.load(response)["data"][0]
-            with urllib.request.urlopen(f"{url}/server_info?config_format=json", timeout=5) as response:
+            with open_url(f"{url}/server_info?config_format=json", timeout=5) as response:
                 transfer = json.load(response).get("vllm_config", {}).get("weight_transfer_config")
         except (OSError, ValueError, KeyError, IndexError) as error:
             why = f"{url} does not answer as a vLLM server with development endpoints ({error})"
@@ -448,7 +448,9 @@ def simulator(s: Subject) -> Iterator[Finding]:
             client = SimulatorClient(stack.enter_context(running(server)), timeout=deadline + 30, patience=2)
         else:
             urls = [settings.url] if isinstance(settings.url, str) else list(settings.url)
-            client = SimulatorClient(urls, token=s.environment.get(settings.token_env), timeout=_PATIENCE, patience=2)
+            client = SimulatorClient(
+                urls, token=bearer_token(settings.token_env, s.environment), timeout=_PATIENCE, patience=2
+            )
         says, reply = asyncio.run(_canary(client, s.examples[0]))
     check_patience(says, settings.timeout)
     who = ", ".join(map(str, says.get("models") or [says.get("backend")]))
@@ -469,13 +471,15 @@ async def _canary(client: SimulatorClient, scenario: Scenario) -> tuple[dict[str
     return says, reply.reply[:60]
 
 
-def _turn(scenario: Scenario, said: Sequence[tuple[Any, str]], round: int, rounds: int) -> TurnRequest:
-    opening = [("user", scenario.opening_line)] if scenario.opening_line else []
+def _turn(scenario: Scenario, said: Sequence[tuple[Any, str]], round: int, rounds: int, reflection: str = "") -> TurnRequest:
+    """`reflection`: what the user thought before each of its lines in `said`."""
+    opening = [Utterance(speaker="user", text=scenario.opening_line)] if scenario.opening_line else []
+    lines = [Utterance(speaker=who, text=text, reflection=reflection if who == "user" else "") for who, text in said]
     state = scenario.anchors.initial
     return TurnRequest(
         request_id=f"check/{scenario.id}/{round}",
         scenario=ScenarioCard.of(scenario),
-        history=tuple(Utterance(speaker=who, text=text) for who, text in [*opening, *said]),
+        history=(*opening, *lines),
         state=State(anger=state.anger, trust=state.trust),
         round=round,
         max_rounds=rounds,
@@ -534,16 +538,18 @@ def cost(s: Subject) -> Iterator[Finding]:
 
 def _simulator_tokens(s: Subject) -> Tokens:
     """Of a call, over a dialogue of full length, by our prompts; the official ones differ."""
-    prompts, rounds = TemplatePrompts(), s.recipe.rollout.max_turns
+    thinks = s.simulator is None or s.simulator.llm is None or s.simulator.llm.reflections
+    prompts, rounds = TemplatePrompts(reflections=thinks), s.recipe.rollout.max_turns
     counts = []
     for scenario in _sample(s.examples, _PLAYED):
         rate = _CHARACTERS_PER_TOKEN.get(scenario.language, _OTHER_LANGUAGES)
         said: list[tuple[Any, str]] = []
+        reflection = "x" * _rounded_up((VERDICT_TOKENS - LINE_TOKENS) * rate)
         for round in range(1, rounds + 1):
             said.append(("policy", "x" * _rounded_up(REPLY_TOKENS * rate)))
-            text = "".join(m["content"] for m in prompts.messages(_turn(scenario, said, round, rounds)))
+            text = "".join(m["content"] for m in prompts.messages(_turn(scenario, said, round, rounds, reflection)))
             exact = s.tokenizer is not None and scenario.language == "en"
-            words = sum(len(t) for _, t in said)
+            words = sum(len(t) + (len(reflection) if thinks and who == "user" else 0) for who, t in said)
             standing = len(s.tokenizer.encode(text.replace("x" * 40, ""))) if exact and s.tokenizer is not None else 0
             counts.append(standing + words / rate if exact else len(text) / rate)
             said.append(("user", "x" * _rounded_up(LINE_TOKENS * rate)))

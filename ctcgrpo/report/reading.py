@@ -23,7 +23,7 @@ from ctcgrpo.errors import OutputError
 from ctcgrpo.files import explained, is_complete, read_json
 from ctcgrpo.folders import require_run
 from ctcgrpo.intervals import means
-from ctcgrpo.recipe import Recipe, load_recipe
+from ctcgrpo.recipe import Recipe, resolved_recipe
 from ctcgrpo.records import UserState
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.run_records import Summary, disagreement, read_metrics, read_summary, read_traces, same
@@ -83,7 +83,7 @@ def read_trials(file: Path) -> list[Trial]:
 def read_run(path: Path, options: CreditOptions | None = None) -> Run:
     """Raises OutputError for a folder that holds no run, or one that has not played an episode yet."""
     folder = require_run(path)
-    recipe = load_recipe(folder.recipe_file)
+    recipe = resolved_recipe(folder.recipe_file)
     episodes, bad = _episodes(folder.traces)
     if not episodes:
         told = f" that can be read ({bad[0]})" if bad else ""

@@ -216,16 +216,16 @@ class _Player:
         parsed = parse_completion(runner.tokenizer.decode(ids), completion.finish_reason, runner.contexts.opens_reasoning)
         round = len(self._turns) + 1
         self._history.append(Utterance(speaker="policy", text=parsed.reply))
-        request = turn_request(
-            self._card,
-            self._history,
-            self._state,
-            request_id=f"{play.seed}/{slot.step}/{slot.group}/{slot.scenario.id}/{slot.rollout}/{round}",
-            max_rounds=play.max_turns,
-            seed=request_seed("user", play.seed, *slot.seeds, round),
-        )
         started = time.perf_counter()
         try:
+            request = turn_request(
+                self._card,
+                self._history,
+                self._state,
+                request_id=f"{play.seed}/{slot.step}/{slot.group}/{slot.scenario.id}/{slot.rollout}/{round}",
+                max_rounds=play.max_turns,
+                seed=request_seed("user", play.seed, *slot.seeds, round),
+            )
             with runner.awaited.answer():
                 answer = await runner.simulator.turn(request)
         except EPISODE_ERRORS as error:

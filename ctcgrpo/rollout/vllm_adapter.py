@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ctcgrpo.errors import PolicyEngineError, PolicyError
+from ctcgrpo.proxies import settle_environment
 from ctcgrpo.records import Completion
 from ctcgrpo.rollout.continuous import Batcher, Finished
 from ctcgrpo.rollout.engine import Sampling
@@ -163,6 +164,7 @@ class ServerWeights:
         self._policy = policy
         self._accelerator = accelerator
         self._urls = tuple(map(base_url, urls))
+        settle_environment(*self._urls)  # for TRL's client
         self._generation = _generation(
             policy(),
             accelerator,

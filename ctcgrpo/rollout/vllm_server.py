@@ -13,11 +13,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, Self
 
 import aiohttp
 
 from ctcgrpo.errors import PolicyEngineError
+from ctcgrpo.proxies import open_url, proxy_of, through_proxy
 from ctcgrpo.records import Completion
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
 from ctcgrpo.rollout.vllm_adapter import base_url, completion, room
@@ -51,6 +53,7 @@ class VllmServerEngine(PolicyEngine):
         """`max_length`: tokens of a prompt and its completion; `barrier` waits for all processes; `run` names the weights'
         versions; `timeout` seconds a request; `patience` seconds that a request is repeated for where a server does not answer."""
         self._urls = tuple(map(base_url, urls))
+        self._proxies = {url: proxy_of(url) for url in self._urls}
         self._is_main, self._run = process == 0, run
         self._mine = self._urls[process::processes] or (self._urls[process % len(self._urls)],)
         self._weights = weights
@@ -139,14 +142,15 @@ class VllmServerEngine(PolicyEngine):
             tries += 1
             try:
                 model = self._models.get(url) or await self._model(url)
-                async with self._session.post(f"{url}/v1/completions", json={"model": model, **body}) as response:
+                request = {"model": model, **body}
+                async with self._session.post(f"{url}/v1/completions", json=request, proxy=self._proxies[url]) as response:
                     if response.status == 200:
                         return await response.json()
                     problem = f"HTTP {response.status}: {' '.join((await response.text()).split())[:200]}"
                     if response.status not in _RETRIED:
                         raise PolicyEngineError(f"{url} refused a request of {len(body['prompt'])} tokens ({problem})")
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-                problem = f"{type(error).__name__} {error}".strip()
+                problem = f"{type(error).__name__} {error}".strip() + through_proxy(url)
             pause = min(30.0, self._backoff * 2 ** min(tries - 1, 8)) * self._random.uniform(0.5, 1.5)
             if time.monotonic() + pause >= end:
                 raise PolicyEngineError(f"{url} did not answer in {self._patience:g} s ({tries} tries, last: {problem})")
@@ -154,7 +158,7 @@ class VllmServerEngine(PolicyEngine):
 
     async def _model(self, url: str) -> str:
         assert self._session is not None
-        async with self._session.get(f"{url}/v1/models") as response:
+        async with self._session.get(f"{url}/v1/models", proxy=self._proxies[url]) as response:
             response.raise_for_status()
             served = (await response.json())["data"][0]
         length = served.get("max_model_len")
@@ -172,10 +176,14 @@ def _admin(url: str, body: dict[str, str] | None = None) -> dict[str, Any]:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=_ADMIN_SECONDS) as response:
+        with open_url(request, timeout=_ADMIN_SECONDS) as response:
             answer: dict[str, Any] = json.load(response)
             return answer
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
+        said = ""
+        if isinstance(error, urllib.error.HTTPError):
+            with suppress(OSError):
+                said = f" ({' '.join(error.read(2000).decode(errors='replace').split())[:200]})"
         raise PolicyEngineError(
-            f"{url}: {error}; start the server as launch/serve_policy.sh does (VLLM_SERVER_DEV_MODE=1)"
+            f"{url}: {error}{said}{through_proxy(url)}; start the server as launch/serve_policy.sh does (VLLM_SERVER_DEV_MODE=1)"
         ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import SCRIPTED_USER, TOKEN_ENV, load_simulator_config
+from ctcgrpo.simulator.config import SCRIPTED_USER, TOKEN_ENV, bearer_token, load_simulator_config
 from ctcgrpo.simulator.server import SimulatorServer, running
 
 _PATIENCE = 20.0
@@ -24,7 +23,7 @@ def chosen_simulator(config: Path | None, urls: Sequence[str]) -> Iterator[Simul
     if urls and config is not None:
         raise RecipeError("--config and --url exclude each other: a server has a configuration of its own")
     if urls:
-        yield SimulatorClient(list(urls), token=os.environ.get(TOKEN_ENV), patience=_PATIENCE)
+        yield SimulatorClient(list(urls), token=bearer_token(TOKEN_ENV), patience=_PATIENCE)
         return
     server = SimulatorServer(SCRIPTED_USER if config is None else load_simulator_config(config))
     deadline = server.config.llm.deadline if server.config.llm is not None else 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -14,10 +15,24 @@ import aiohttp
 from pydantic import ValidationError
 
 from ctcgrpo.errors import BudgetSpent, SimulatorReplyError, SimulatorTransportError
-from ctcgrpo.simulator.protocol import ACCOUNT_PATH, HEALTH_PATH, TURN_PATH, TurnProblem, TurnReply, TurnRequest
+from ctcgrpo.naming import cut
+from ctcgrpo.proxies import proxy_of, through_proxy
+from ctcgrpo.records import UserState
+from ctcgrpo.simulator.protocol import (
+    ACCOUNT_PATH,
+    HEALTH_PATH,
+    TURN_PATH,
+    UNAVAILABLE,
+    TurnProblem,
+    TurnReply,
+    TurnRequest,
+)
 
 _TRANSPORT_ERRORS = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 _LONGEST_PAUSE = 15.0
+_log = logging.getLogger(__name__)
+_LARGEST = 4_000_000
+"""Bytes of a response at most."""
 
 
 class SimulatorClient:
@@ -25,7 +40,8 @@ class SimulatorClient:
 
     `urls` are replicas of one simulator: a scenario keeps to one of them while that answers, since it may know the prefix.
     `timeout` is the seconds that one attempt may take, `patience` how long a turn is asked for again where no server answers (a
-    server may be restarted meanwhile); between rounds over the replicas it waits `backoff` x 2^k seconds with jitter, 15 at most.
+    server may be restarted meanwhile) or no LLM can be asked (then `say` hears until when and why); between rounds over the
+    replicas it waits `backoff` x 2^k seconds with jitter, 15 at most.
     """
 
     def __init__(
@@ -36,8 +52,11 @@ class SimulatorClient:
         timeout: float = 240.0,
         patience: float = 600.0,
         backoff: float = 0.5,
+        say: Callable[[str], None] = _log.warning,
     ) -> None:
         self._urls = [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
+        self._proxies = {url: proxy_of(url) for url in self._urls}
+        self._say, self._said_until = say, 0.0
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         self._timeout = aiohttp.ClientTimeout(total=timeout)
         self._patience = patience
@@ -64,13 +83,13 @@ class SimulatorClient:
         problems = []
         for url in self._urls:
             try:
-                answers[url] = await self._get(url + HEALTH_PATH)
+                answers[url] = await self._get(url, HEALTH_PATH)
                 if answers[url].get("status") != "ok" or "backend" not in answers[url]:
                     del answers[url]
                     raise ValueError("what answers is no simulator server")
             except (*_TRANSPORT_ERRORS, ValueError) as error:
                 problems.append(
-                    f"simulator.url {url!r}: no simulator server answers there ({_describe(error)}); "
+                    f"simulator.url {url!r}: no simulator server answers there ({_describe(error)}){through_proxy(url)}; "
                     "start one with `ctcgrpo serve`, or set simulator.url=embedded"
                 )
         if not answers:
@@ -85,7 +104,7 @@ class SimulatorClient:
         """What the simulator has spent; empty where nothing, or nobody answers any more."""
         for url in self._urls:
             try:
-                return await self._get(url + ACCOUNT_PATH)
+                return await self._get(url, ACCOUNT_PATH)
             except (*_TRANSPORT_ERRORS, ValueError):
                 continue
         return {}
@@ -101,7 +120,7 @@ class SimulatorClient:
             for url in (url for url in urls if url not in final):
                 attempts += 1
                 try:
-                    return await self._attempt(url, body)
+                    return _checked(url, request, await self._attempt(url, body))
                 except _NoAnswer as error:
                     problem = str(error)
                 except SimulatorTransportError as error:  # this replica has tried, or does not know us; another may
@@ -112,16 +131,17 @@ class SimulatorClient:
             pause = min(_LONGEST_PAUSE, self._backoff * 2 ** min(rounds - 1, 10)) * self._jitter.uniform(0.5, 1.5)
             if time.monotonic() - started + pause > self._patience:
                 raise SimulatorTransportError(
-                    f"{', '.join(urls)} failed {attempts} times in {self._patience:g} s, last with: {problem}"
+                    f"{', '.join(urls)} gave no answer within the patience of {self._patience:g} s ({attempts} attempts), last: "
+                    f"{problem}"
                 )
             await asyncio.sleep(pause)
 
     async def _attempt(self, url: str, body: bytes) -> TurnReply:
         try:
-            async with self._open.post(url + TURN_PATH, data=body) as response:
-                status, payload = response.status, await response.read()
+            async with self._open.post(url + TURN_PATH, data=body, proxy=self._proxies[url]) as response:
+                status, payload = response.status, await _body(url, response)
         except _TRANSPORT_ERRORS as error:
-            raise _NoAnswer(_describe(error)) from None
+            raise _NoAnswer(f"{_describe(error)}{through_proxy(url)}") from None
         if status == 200:
             try:
                 return TurnReply.model_validate_json(payload)
@@ -130,18 +150,28 @@ class SimulatorClient:
         try:
             said = TurnProblem.model_validate_json(payload)
         except ValidationError:
-            if status == 429 or status >= 500:
-                raise _NoAnswer(f"HTTP {status}") from None
+            if status in (408, 429) or status >= 500:
+                raise _NoAnswer(f"HTTP {status}{through_proxy(url)}: {_excerpt(payload)}") from None
             raise SimulatorReplyError(f"{url} refused the request (HTTP {status}): {_excerpt(payload)}") from None
+        if said.kind == UNAVAILABLE:
+            self._tell(said.error, response.headers.get("Retry-After", ""))
+            raise _NoAnswer(said.error)
         types = {error.kind: error for error in (SimulatorTransportError, BudgetSpent)}
-        raise types.get(said.kind, SimulatorReplyError)(f"{url} (HTTP {status}): {said.error}")
+        raise types.get(said.kind, SimulatorReplyError)(f"{url} (HTTP {status}): {cut(said.error, 2100)}")
+
+    def _tell(self, outage: str, retry_after: str) -> None:
+        """Once for each outage: all turns wait for the same."""
+        now = time.monotonic()
+        if now >= self._said_until:
+            self._said_until = now + (int(retry_after) if retry_after.isdigit() else 0)
+            self._say(f"waiting for the simulator, with a patience of {self._patience:g} s: {outage}")
 
     def _order(self, scenario: str) -> list[str]:
         start = int.from_bytes(hashlib.sha256(scenario.encode("utf-8", "replace")).digest()[:4], "big") % len(self._urls)
         return self._urls[start:] + self._urls[:start]
 
-    async def _get(self, url: str) -> dict[str, Any]:
-        async with self._open.get(url) as response:
+    async def _get(self, url: str, path: str) -> dict[str, Any]:
+        async with self._open.get(url + path, proxy=self._proxies[url]) as response:
             response.raise_for_status()
             answer = await response.json()
         if not isinstance(answer, dict):
@@ -153,6 +183,32 @@ class SimulatorClient:
         if self._session is None:
             raise RuntimeError("SimulatorClient is used outside its `async with` block")
         return self._session
+
+
+async def _body(url: str, response: aiohttp.ClientResponse) -> bytes:
+    found = bytearray()
+    async for part in response.content.iter_chunked(65536):
+        found += part
+        if len(found) > _LARGEST:
+            raise SimulatorReplyError(f"{url}: the response is larger than {_LARGEST} bytes")
+    return bytes(found)
+
+
+def _checked(url: str, request: TurnRequest, reply: TurnReply) -> TurnReply:
+    """The reply, if its state is the request's plus the deltas: outcomes and rewards are computed from it."""
+    before = UserState(request.state.anger, request.state.trust)
+    expected = before.plus(reply.anger_delta, reply.trust_delta)
+    state = UserState(reply.state.anger, reply.state.trust)
+    if state != expected:
+        raise SimulatorReplyError(
+            f"{url}: the response's state is {_said(state)}; expected {_said(expected)}: the request's {_said(before)} and the "
+            f"deltas {reply.anger_delta:+d} and {reply.trust_delta:+d}"
+        )
+    return reply
+
+
+def _said(state: UserState) -> str:
+    return f"anger {state.anger}, trust {state.trust}"
 
 
 class _NoAnswer(Exception):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any, Literal, Self
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +18,10 @@ from ctcgrpo.errors import RecipeError
 from ctcgrpo.sections import Section, environment_name, parse_mapping, read_text, validated
 
 TOKEN_ENV = "CTCGRPO_SIMULATOR_TOKEN"
+_CHAT = "/chat/completions"
+_VARIABLE = re.compile(r"\$\{([^}]*)\}")
+_SECRET_NAME = re.compile(r"auth|key|token|secret|password|cookie|sig$|^code$", re.IGNORECASE)
+"""Names of headers and of parameters in URLs whose values are secrets."""
 
 
 class Price(Section):
@@ -27,9 +34,15 @@ class Price(Section):
 class Endpoint(Section):
     """One OpenAI-compatible endpoint."""
 
-    url: str = Field(description="of the API, up to and with /v1")
+    url: str = Field(
+        description="as its documentation gives it: most end with /v1, or with /v1/chat/completions; ?query allowed"
+    )
     model: str = Field(description="the model's name at this endpoint")
     key_env: str | None = Field(None, description="the environment variable that holds the key; none for an open endpoint")
+    headers: dict[str, str] = Field(
+        {},
+        description="further headers; ${NAME} in a value is replaced by that environment variable: api-key: ${AZURE_API_KEY}",
+    )
     weight: float = Field(1.0, gt=0, description="its share of the dialogues")
     concurrency: int = Field(64, ge=1, description="calls at a time")
     requests_per_minute: int | None = Field(None, ge=1, description="the account's limit; no limit where absent")
@@ -39,8 +52,10 @@ class Endpoint(Section):
         "json_schema", description="the strictest form of answer that it supports"
     )
     bounded_strings: bool = Field(False, description="put maxLength into the schema (vLLM keeps to it; some refuse it)")
-    seed: bool = Field(True, description="send a seed with each call")
-    extra_body: dict[str, Any] = Field({}, description="further fields of the request, for example enable_thinking: false")
+    seed: bool = Field(False, description="send a seed with each call; vLLM heeds it, hosted models refuse or ignore it")
+    extra_body: dict[str, Any] = Field(
+        {}, description="further fields of the request (enable_thinking: false); null removes one (temperature: null)"
+    )
     price: Price = Price()  # type: ignore[call-arg]
     breaker_failures: int = Field(10, ge=1, description="failures in a row that open its circuit breaker")
     breaker_seconds: float = Field(10.0, gt=0, description="how long it stays open at first; doubles each time")
@@ -51,44 +66,100 @@ class Endpoint(Section):
         parts = urlsplit(value)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ValueError("an endpoint begins with http:// or https://")
-        if parts.username or parts.password:
-            raise ValueError("an endpoint's URL holds no secrets; name the variable with the key in key_env")
-        return value.rstrip("/")
+        if parts.username or parts.password or any(_SECRET_NAME.search(name) for name, _ in parse_qsl(parts.query)):
+            raise ValueError("an endpoint's URL holds no secrets; name the variable with the key in key_env, or in headers")
+        path = parts.path.rstrip("/").removesuffix(_CHAT)
+        return parts._replace(path=path.rstrip("/"), fragment="").geturl()
 
     @field_validator("key_env")
     @classmethod
     def _is_a_name(cls, value: str | None) -> str | None:
         return None if value is None else environment_name(value)
 
+    @field_validator("headers")
+    @classmethod
+    def _hold_no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            variables = _VARIABLE.findall(text)
+            for variable in variables:
+                environment_name(variable)
+            if _SECRET_NAME.search(name) and not variables:
+                raise ValueError(f"{name} is a secret: write ${{NAME}}, the environment variable that holds it")
+        return value
+
+    @property
+    def chat_url(self) -> str:
+        parts = urlsplit(self.url)
+        return parts._replace(path=parts.path + _CHAT).geturl()
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """The environment variables that key and headers come from."""
+        return (
+            *([self.key_env] if self.key_env else []),
+            *(v for text in self.headers.values() for v in _VARIABLE.findall(text)),
+        )
+
+    def sent_headers(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Key and headers, with values from the environment. Raises RecipeError for a variable that is not set."""
+        for name in self.secrets:
+            if not environment.get(name):
+                field = "key_env" if name == self.key_env else "headers"
+                raise RecipeError(
+                    f"llm.endpoints {self.url!r}: the environment variable {name} ({field}) is empty or not set"
+                )
+        key = {"Authorization": f"Bearer {environment[self.key_env]}"} if self.key_env else {}
+        return key | {k: _VARIABLE.sub(lambda found: environment[found[1]], text) for k, text in self.headers.items()}
+
     @property
     def label(self) -> str:
         """How logs and metrics call it."""
         parts = urlsplit(self.url)
-        key = f" by {self.key_env}" if self.key_env else ""
+        key = f" by {', '.join(self.secrets)}" if self.secrets else ""
         return f"{self.model} at {parts.netloc}{parts.path.removesuffix('/v1')}{key}"
 
 
-class Llm(Section):
-    """An LLM that plays the user."""
+class Calls(Section):
+    """Which endpoints answer, what is asked of them, and for how long."""
 
-    endpoints: tuple[Endpoint, ...] = Field(min_length=1, description="the endpoints that share the dialogues")
-    official: Path | None = Field(
-        None, description="the folder with the authors' EIBench code: its prompts instead of ours (runs third-party code)"
-    )
-    temperature: float = Field(0.7, ge=0, description="sampling temperature of the user's answers")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="sample from the most likely tokens with this total probability; 1 is off"
-    )
+    endpoints: tuple[Endpoint, ...] = Field(min_length=1, description="the endpoints that share the requests")
+    temperature: float | None = Field(0.7, ge=0, description="sampling temperature; null sends none")
+    top_p: float | None = Field(None, gt=0, le=1, description="sent where it is given")
     max_tokens: int = Field(1024, ge=1, description="tokens of an answer at most")
-    samples: int = Field(1, ge=1, description="k: answers whose state changes are averaged; costs k times as much")
-    deadline: float = Field(180.0, gt=0, description="seconds that a turn may take, retries and waiting included")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="in place of max_tokens, for providers that call it so"
+    )
+    deadline: float = Field(180.0, gt=0, description="seconds that an answer may take, retries included")
+    patience: float = Field(
+        600.0, ge=0, description="seconds that an answer is waited for, beyond deadline, while every endpoint is unavailable"
+    )
 
     @model_validator(mode="after")
-    def _labels_differ(self) -> Llm:
+    def _fits(self) -> Self:
         labels = [endpoint.label for endpoint in self.endpoints]
         if twice := {label for label in labels if labels.count(label) > 1}:
             raise ValueError(f"two endpoints are {min(twice)!r}; join them into one, with the sum of their limits")
+        if self.max_completion_tokens is not None and "max_tokens" in self.model_fields_set:
+            raise ValueError("max_tokens and max_completion_tokens exclude each other; keep the one that the provider knows")
         return self
+
+    @property
+    def most_tokens(self) -> int:
+        """Of an answer, by either name."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class Llm(Calls):
+    """An LLM that plays the user."""
+
+    official: Path | None = Field(
+        None, description="the folder with the authors' EIBench code: its prompts instead of ours (runs third-party code)"
+    )
+    reflections: bool = Field(True, description="the user's own earlier reflections stand in its prompt")
+    tries: int = Field(
+        3, ge=1, description="answers asked for until one can be read; published: 8 in training, 3 in evaluation"
+    )
+    samples: int = Field(1, ge=1, description="k: answers whose state changes are averaged; costs k times as much")
 
 
 class Scripted(Section):
@@ -118,6 +189,14 @@ class ServerSection(Section):
     max_body_mb: float = Field(
         16.0, gt=0, description="a larger request is refused with status 413 (megabytes of 10^6 bytes)"
     )
+    request_seconds: float = Field(
+        30.0, gt=0, description="how long a request may take to arrive; a later one gets status 408"
+    )
+    max_connections: int = Field(
+        4096,
+        ge=1,
+        description="open at a time, and at most half of the open files (ulimit -n); a further one gets status 503",
+    )
     drain_seconds: int = Field(60, ge=1, description="how long turns under way may take after a signal to stop")
     log_level: Literal["debug", "info", "warning"] = Field("info", description="only debug shows texts")
 
@@ -127,7 +206,8 @@ class ServerSection(Section):
         return environment_name(value)
 
     def token(self) -> str | None:
-        return os.environ.get(self.token_env) or None
+        """Raises RecipeError for one that no header can carry."""
+        return _token(self.token_env, os.environ)
 
 
 class SimulatorConfig(Section):
@@ -167,7 +247,8 @@ class SimulatorConfig(Section):
         """Of all that decides the user's answers. How fast they come and what they cost does not."""
         if self.llm is None:
             return ""
-        told = self.llm.model_dump(mode="json", include={"temperature", "top_p", "max_tokens", "samples"})
+        told = self.llm.model_dump(mode="json", include={"temperature", "top_p", "samples"})
+        told["max_tokens"] = self.llm.most_tokens
         deciding = ("url", "model", "output", "bounded_strings", "seed", "extra_body")
         told["endpoints"] = [{name: getattr(endpoint, name) for name in deciding} for endpoint in self.llm.endpoints]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
@@ -192,7 +273,33 @@ def load_simulator_config(file: str | Path) -> SimulatorConfig:
 
 def check_listening(host: str, token: str | None, token_env: str) -> None:
     """Refuse to listen beyond loopback without a token."""
-    if host not in ("localhost", "::1") and not host.startswith("127.") and token is None:
+    if token is None and not _is_loopback(host):
         raise RecipeError(
-            f"listening on {host!r} needs a bearer token: set {token_env} (openssl rand -hex 32), or use 127.0.0.1"
+            f"listening on {host!r} needs a bearer token, and {token_env} is blank or not set: set {token_env} "
+            "(openssl rand -hex 32), or use 127.0.0.1"
         )
+
+
+def _is_loopback(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may resolve to anything
+        return False
+
+
+def bearer_token(name: str, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The token that a client sends: what the environment variable holds, without white space around it; None where it is blank or
+    not set. Raises RecipeError for one that no client here can send."""
+    token = _token(name, environment)
+    if token is not None and not token.isprintable():  # what is not UTF-8 arrives as lone surrogates
+        raise RecipeError(f"the token in {name} is not printable UTF-8 text; make one with openssl rand -hex 32")
+    return token
+
+
+def _token(name: str, environment: Mapping[str, str]) -> str | None:
+    token = environment.get(name, "").strip()
+    if any(ord(character) < 32 or ord(character) == 127 for character in token):
+        raise RecipeError(f"the token in {name} holds a control character; make one with openssl rand -hex 32")
+    return token or None

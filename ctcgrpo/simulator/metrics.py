@@ -23,6 +23,7 @@ class ServerMetrics:
             return Histogram(name, what, labels, namespace=_NAMESPACE, registry=registry, buckets=_SECONDS)
 
         self.turns = counter("turns", "Turns by scene and result (ok, or the kind of error)", "scene", "result")
+        self.refused = counter("refused", "Requests refused before the token was checked, by status", "status")
         self.source = counter("answers", "Answers by where they came from", "source")
         self.seconds = seconds("turn_seconds", "From a request to its answer")
         self.under_way = Gauge("turns_under_way", "Turns being answered", namespace=_NAMESPACE, registry=registry)

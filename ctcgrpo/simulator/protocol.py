@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.records import Anchors, Scenario, Scene, UserState
 
+MOST_LINES, MOST_CHARACTERS = 2_000, 1_200_000
+"""What a TurnRequest may hold: lines of the history, and characters of the history and the scenario's texts together."""
 TURN_PATH = "/v1/turn"
 ACCOUNT_PATH = "/v1/account"
 HEALTH_PATH, READY_PATH, METRICS_PATH = "/health", "/ready", "/metrics"
@@ -96,20 +99,35 @@ class TurnRequest(_Message):
             raise ValueError("history must end with the policy's reply")
         return self
 
+    @model_validator(mode="after")
+    def _is_not_too_long(self) -> TurnRequest:
+        card = self.scenario
+        size = sum(len(u.text) + len(u.reflection) for u in self.history)
+        size += sum(map(len, (card.user_persona, card.policy_persona, card.opening_line, card.goal, *card.success_criteria)))
+        if len(self.history) > MOST_LINES:
+            raise ValueError(f"history has {len(self.history):,} lines; expected at most {MOST_LINES:,}")
+        if size > MOST_CHARACTERS:
+            raise ValueError(f"history and scenario have {size:,} characters; expected at most {MOST_CHARACTERS:,}")
+        return self
+
 
 def turn_request(
     card: ScenarioCard, history: Sequence[Utterance], state: UserState, *, request_id: str, max_rounds: int, seed: int
 ) -> TurnRequest:
-    """The request for the user's reaction to the last reply in `history`; `state` is the one before it."""
-    return TurnRequest(
-        request_id=request_id,
-        scenario=card,
-        history=tuple(history),
-        state=State(anger=state.anger, trust=state.trust),
-        round=sum(utterance.speaker == "policy" for utterance in history),
-        max_rounds=max_rounds,
-        seed=seed,
-    )
+    """The request for the user's reaction to the last reply in `history`; `state` is the one before it. Raises
+    SimulatorReplyError for texts that are too long."""
+    try:
+        return TurnRequest(
+            request_id=request_id,
+            scenario=card,
+            history=tuple(history),
+            state=State(anger=state.anger, trust=state.trust),
+            round=sum(utterance.speaker == "policy" for utterance in history),
+            max_rounds=max_rounds,
+            seed=seed,
+        )
+    except ValidationError as error:
+        raise SimulatorReplyError(f"scenario {card.id!r}: {error.errors()[0]['msg']}") from None
 
 
 class Usage(_Message):
@@ -133,8 +151,12 @@ class TurnReply(_Message):
     usage: Usage = Usage()
 
 
+UNAVAILABLE = "unavailable"
+"""The kind of a TurnProblem that is not for good (503): no LLM can be asked before Retry-After."""
+
+
 class TurnProblem(_Message):
-    """The body of an answer that is no TurnReply: which kind of error of `ctcgrpo.errors` it is, for good."""
+    """The body of an answer that is no TurnReply: which kind of error of `ctcgrpo.errors` it is, for good; or UNAVAILABLE."""
 
     kind: str
     error: str

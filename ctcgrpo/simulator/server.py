@@ -6,15 +6,20 @@
     GET  /ready        200 while turns can be answered
     GET  /metrics      for Prometheus
 
-Errors carry a TurnProblem where asking again is no use: 400 no TurnRequest, 401 the token, 402 the budget is spent, 413 too large,
-422 the user's answer could not be had, 502 no endpoint answered. 5xx without one, and no answer at all: try again.
-README.md has the whole contract.
+Errors carry a TurnProblem where asking again is no use: 400 no TurnRequest, or one that is too long, 401 the token, 402 the
+budget is spent, 413 a body that is too large, 422 the user's answer could not be had, 431 a head that is too large, 502 no endpoint
+answered. 503 with one: every LLM endpoint is unavailable; ask again after Retry-After, and the turn, which waits meanwhile, is
+joined. 408, 5xx without one, and no answer at all: try again. README.md has the whole contract, connections.py the limits that hold
+before the token is checked.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import io
+import math
+import os
 import socket
 import sys
 import threading
@@ -27,16 +32,19 @@ import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ctcgrpo import __version__
 from ctcgrpo.errors import BudgetSpent, ScenarioError, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.naming import cut
 from ctcgrpo.records import Scenario
 from ctcgrpo.simulator.config import SimulatorConfig, check_listening
+from ctcgrpo.simulator.connections import allow_open_files, bounded_http, within_open_files
 from ctcgrpo.simulator.llm.backend import LlmBackend
-from ctcgrpo.simulator.llm.endpoints import CallRecord
+from ctcgrpo.simulator.llm.endpoints import CallRecord, Outage
 from ctcgrpo.simulator.logs import Log, json_log
 from ctcgrpo.simulator.metrics import ServerMetrics
 from ctcgrpo.simulator.protocol import (
@@ -45,9 +53,11 @@ from ctcgrpo.simulator.protocol import (
     METRICS_PATH,
     READY_PATH,
     TURN_PATH,
+    UNAVAILABLE,
     ScenarioCard,
     SimulatorBackend,
     TurnProblem,
+    TurnReply,
     TurnRequest,
 )
 from ctcgrpo.simulator.scripted import ScriptedBackend
@@ -55,14 +65,27 @@ from ctcgrpo.simulator.service import TurnService
 from ctcgrpo.simulator.store import Store
 
 _STATUS = {SimulatorReplyError.kind: 422, SimulatorTransportError.kind: 502, BudgetSpent.kind: 402}
+_LOOK_SECONDS = 1.0
+"""How often a turn under way looks for an outage."""
+_SHORT_OUTAGE = 5.0
+"""Seconds: for less, nobody is sent away."""
 
 
 _DRAIN_AFTER_ERROR = 5
 """Seconds that turns in progress get where what started a server ends with an error, Ctrl-C included."""
 
 
+_MOST_QUOTED, _LONGEST_REASON = 20, 2000
+
+
 class _TooLarge(Exception):
     pass
+
+
+class _Unavailable(Exception):
+    def __init__(self, outage: Outage) -> None:
+        super().__init__(str(outage))
+        self.seconds = math.ceil(outage.seconds)
 
 
 class SimulatorServer:
@@ -80,9 +103,12 @@ class SimulatorServer:
         self.config = config
         self.metrics = ServerMetrics()
         self.log = log or json_log(io.StringIO(), "warning")
-        self._token = token
+        # As bytes: an environment variable and a header may hold any.
+        self._authorization = None if token is None else b"Bearer " + os.fsencode(token)
         self._store = Store(config.store) if config.store is not None else None
-        self.backend = backend or make_backend(config, self._store, self.metrics.on_call)
+        self.backend = backend or make_backend(
+            config, self._store, self.metrics.on_call, say=lambda text: self.log.warning(UNAVAILABLE, error=text)
+        )
         self.service = TurnService(
             self.backend,
             store=self._store,
@@ -109,7 +135,13 @@ class SimulatorServer:
             Route(READY_PATH, self._ready),
             Route(METRICS_PATH, self._metrics),
         ]
-        return Starlette(routes=routes, lifespan=self._lifespan)
+        app = Starlette(
+            routes=routes,
+            lifespan=self._lifespan,
+            exception_handlers={HTTPException: _no_such_route, Exception: self._defective},
+        )
+        app.router.redirect_slashes = False
+        return app
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -140,7 +172,7 @@ class SimulatorServer:
             except ValidationError as error:
                 self.metrics.turns.labels("unknown", "no_request").inc()
                 self.log.warning("turn", result="no_request")
-                return _problem(400, "simulator_reply", f"this is no TurnRequest: {error}")
+                return _problem(400, "simulator_reply", f"this is no TurnRequest: {_few(error)}")
             response, result = await self._answer(turn)
         seconds = time.perf_counter() - started
         self.metrics.seconds.observe(seconds)
@@ -162,20 +194,42 @@ class SimulatorServer:
     async def _answer(self, turn: TurnRequest) -> tuple[Response, str]:
         """The answer, and what became of the turn in a word."""
         try:
-            reply = await self.service.turn(turn)
+            reply = await self._reply(turn)
             return Response(reply.model_dump_json(), media_type="application/json"), "ok"
+        except _Unavailable as outage:
+            response = _problem(503, UNAVAILABLE, str(outage))
+            response.headers["Retry-After"] = str(outage.seconds)
+            return response, UNAVAILABLE
         except (SimulatorReplyError, SimulatorTransportError, BudgetSpent) as error:
             if not isinstance(error, SimulatorReplyError):  # that one may quote what was said
                 self.log.warning("failed", kind=error.kind, error=str(error))
             return _problem(_STATUS[error.kind], error.kind, str(error)), error.kind
         except Exception as error:  # noqa: BLE001 - a defect of this program: it is logged, and the server stays up
-            where = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)][-6:]
-            self.log.error("defect", error=type(error).__name__, where=where)
-            self.log.debug("defect", message=str(error))
-            # Asking again would fail again, and may cost again.
-            return _problem(
-                500, "simulator_reply", f"a defect of the simulator: {type(error).__name__}; see its log"
-            ), "defect"
+            return self._defect(error), "defect"
+
+    def _defect(self, error: Exception) -> Response:
+        where = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)][-6:]
+        self.log.error("defect", error=type(error).__name__, where=where)
+        self.log.debug("defect", message=str(error))
+        # Asking again would fail again, and may cost again.
+        return _problem(500, "simulator_reply", f"a defect of the simulator: {type(error).__name__}; see its log")
+
+    async def _defective(self, request: Request, error: Exception) -> Response:
+        return self._defect(error)
+
+    async def _reply(self, turn: TurnRequest) -> TurnReply:
+        """Raises _Unavailable where the turn has to wait for an LLM for long: it still waits, and is joined when asked again."""
+        task = asyncio.ensure_future(self.service.turn(turn))
+        try:
+            while True:
+                done, _ = await asyncio.wait({task}, timeout=_LOOK_SECONDS)
+                if done:
+                    return task.result()
+                outage = self.service.outage()
+                if outage is not None and outage.seconds > _SHORT_OUTAGE:
+                    raise _Unavailable(outage)
+        finally:
+            task.cancel()
 
     async def _account(self, request: Request) -> Response:
         return self._refusal(request) or JSONResponse(self.service.account())
@@ -195,10 +249,10 @@ class SimulatorServer:
 
     def _refusal(self, request: Request) -> Response | None:
         """An answer to whoever does not know the token; compared in constant time."""
-        if self._token is None:
+        if self._authorization is None:
             return None
-        given = request.headers.get("authorization", "").encode()
-        if hmac.compare_digest(given, f"Bearer {self._token}".encode()):
+        given = next((value for name, value in request.scope["headers"] if name == b"authorization"), b"")
+        if hmac.compare_digest(given, self._authorization):
             return None
         return _problem(401, "simulator_transport", "the bearer token is missing or wrong")
 
@@ -215,27 +269,51 @@ class SimulatorServer:
         return b"".join(parts)
 
     def uvicorn(self) -> uvicorn.Server:
+        limits = self.config.server
+        allow_open_files(limits.max_connections)
         return uvicorn.Server(
             uvicorn.Config(
                 self.app(),
                 log_level="critical",  # ours is the log; its own is text
                 access_log=False,
                 lifespan="on",
-                timeout_graceful_shutdown=self.config.server.drain_seconds,
+                http=bounded_http(
+                    limits.request_seconds,
+                    within_open_files(limits.max_connections),
+                    lambda status: self.metrics.refused.labels(str(status)).inc(),
+                ),
+                ws="none",
+                timeout_graceful_shutdown=limits.drain_seconds,
             )
         )
 
 
 def make_backend(
-    config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None] = lambda record: None
+    config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None], say: Callable[[str], None]
 ) -> SimulatorBackend:
     if config.llm is None:
         return ScriptedBackend(config.scripted.reluctance)
-    return LlmBackend.configured(config, store, on_call)
+    return LlmBackend.configured(config, store, on_call, say)
+
+
+def _few(error: ValidationError) -> str:
+    """What is wrong: a body of megabytes may hold a mistake every few bytes."""
+    if error.error_count() > _MOST_QUOTED:
+        return f"it has {error.error_count()} errors"
+    return str(error)
 
 
 def _problem(status: int, kind: str, error: str) -> Response:
-    return Response(TurnProblem(kind=kind, error=error).model_dump_json(), status_code=status, media_type="application/json")
+    problem = TurnProblem(kind=kind, error=cut(error, _LONGEST_REASON))  # it may quote what the request holds
+    return Response(problem.model_dump_json(), status_code=status, media_type="application/json")
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    reason = f"{request.method} {request.url.path[:100]}: {error.detail}"
+    response = _problem(error.status_code, "simulator_reply", reason)
+    response.headers.update(error.headers or {})
+    return response
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -247,10 +325,10 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
         listener.listen(2048)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name may be none, too
         listener.close()
         raise SimulatorTransportError(
-            f"simulator.port is {port}: cannot listen on {host}:{port} ({error.strerror}); "
+            f"simulator.port is {port}: cannot listen on {cut(host)}:{port} ({getattr(error, 'strerror', error)}); "
             "choose another port, or 0 for any free one"
         ) from None
     return listener
@@ -264,7 +342,7 @@ def serve_forever(config: SimulatorConfig, host: str, port: int) -> None:
     listener = bind(host, port)
     at = f"http://{host}:{listener.getsockname()[1]}"
     print(f"simulator {server.backend.name!r} on {at} (Ctrl-C ends it)", flush=True)
-    server.log.info("started", at=at, **server.backend.about())
+    server.log.info("started", at=at, token=token is not None, **server.backend.about())
     server.uvicorn().run(sockets=[listener])
 
 

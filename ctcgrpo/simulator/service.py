@@ -16,6 +16,7 @@ from typing import Any
 from ctcgrpo.errors import OutputError
 from ctcgrpo.records import MAX_DELTA, UserState
 from ctcgrpo.simulator.llm.backend import LlmBackend
+from ctcgrpo.simulator.llm.endpoints import Outage
 from ctcgrpo.simulator.protocol import Reaction, SimulatorBackend, State, TurnReply, TurnRequest, Usage
 from ctcgrpo.simulator.store import Store, content_key
 
@@ -83,9 +84,9 @@ class TurnService:
             self._on_source("backend")
             return await answer(self.backend, request)
         key = content_key(self._identity, request.model_dump_json(exclude={"request_id"}))
-        if kept := self._store.get(key):
+        if (kept := self._kept_reaction(key)) is not None:
             self._on_source("store")
-            return turn_reply(request, Reaction(**json.loads(kept)))
+            return turn_reply(request, kept)
         self._on_source("backend")
         reaction = await self.backend.react(request)
         try:
@@ -93,6 +94,16 @@ class TurnService:
         except OutputError as error:  # what is paid for is answered all the same
             self._on_error(str(error))
         return turn_reply(request, reaction)
+
+    def _kept_reaction(self, key: bytes) -> Reaction | None:
+        """From the store; None for an answer that is not there, or is damaged."""
+        assert self._store is not None
+        try:
+            kept = self._store.get(key)
+            return None if kept is None else Reaction(**json.loads(kept))
+        except (OutputError, ValueError, TypeError) as error:
+            self._on_error(f"an answer in the store cannot be read, and is asked for again: {error}")
+            return None
 
     def _finished(self, key: bytes, task: asyncio.Task[TurnReply]) -> None:
         del self._under_way[key]
@@ -105,6 +116,10 @@ class TurnService:
     def account(self) -> dict[str, Any]:
         """What the backend spent, over all runs that share its store; empty for one that costs nothing."""
         return dict(self.backend.llm.spent()) if isinstance(self.backend, LlmBackend) else {}
+
+    def outage(self) -> Outage | None:
+        """While no LLM can be asked: for how long, and why."""
+        return self.backend.llm.outage() if isinstance(self.backend, LlmBackend) else None
 
     def is_ready(self) -> bool:
         """Whether turns can be answered now."""

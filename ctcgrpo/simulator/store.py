@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
@@ -30,20 +31,26 @@ class Store:
             raise OutputError(f"store: cannot use {folder}: {error}; name another folder") from None
 
     def get(self, key: bytes) -> bytes | None:
-        with self._env.begin(db=self._answers) as transaction:
+        """Raises OutputError for a store that cannot be read."""
+        with self._errors("read"), self._env.begin(db=self._answers) as transaction:
             found: bytes | None = transaction.get(key)
         return found
 
     def put(self, key: bytes, value: bytes) -> None:
         """Raises OutputError where it cannot be kept, for example on a full disk."""
+        with self._errors("write to"), self._env.begin(db=self._answers, write=True) as transaction:
+            transaction.put(key, value)
+
+    @contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
         try:
-            with self._env.begin(db=self._answers, write=True) as transaction:
-                transaction.put(key, value)
+            yield
         except lmdb.Error as error:
-            raise OutputError(f"store: cannot write to {self._env.path()}: {error}") from None
+            raise OutputError(f"store: cannot {what} {self._env.path()}: {error}") from None
 
     def counters(self, name: str) -> dict[str, int]:
-        with self._env.begin(db=self._counters) as transaction:
+        """Raises OutputError for a store that cannot be read."""
+        with self._errors("read"), self._env.begin(db=self._counters) as transaction:
             found = transaction.get(name.encode())
         return json.loads(found) if found else {}
 
@@ -51,8 +58,8 @@ class Store:
         self, name: str, more: Mapping[str, int], allowed: Callable[[dict[str, int]], bool] = lambda sums: True
     ) -> bool:
         """Add to counters where `allowed` says so of the sums that come out, in one transaction over all processes; gives what it
-        said."""
-        with self._env.begin(db=self._counters, write=True) as transaction:
+        said. Raises OutputError where they cannot be kept."""
+        with self._errors("write to"), self._env.begin(db=self._counters, write=True) as transaction:
             found = transaction.get(name.encode())
             before: dict[str, int] = json.loads(found) if found else {}
             sums = {k: before.get(k, 0) + v for k, v in more.items()}

@@ -103,7 +103,7 @@ def _texts(study: Study) -> dict[str, str]:
     """By environment a digest of what its runs read beside the recipe: who plays the user, and the scenarios."""
     told = {}
     for environment, changes in study.environments.items():
-        recipe = load_recipe(study.program, overrides(changes))
+        recipe = load_recipe(study.program, changes=overrides(changes))
         read = [] if recipe.simulator.config is None else [recipe.simulator.config.read_text(encoding="utf-8")]
         held_out = [] if recipe.validation is None else list(read_records(recipe.validation.scenarios, "test"))
         read += [json.dumps(record) for _, record in (*read_records(recipe.scenarios.train, "train"), *held_out)]

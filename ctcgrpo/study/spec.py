@@ -103,7 +103,7 @@ class Run:
             "policy.model": starter,
         }
         changes = {**study.environments[self.environment], **study.variants[self.variant], **place}
-        return load_recipe(study.program, overrides(changes))
+        return load_recipe(study.program, changes=overrides(changes))
 
 
 def load_study(file: Path) -> tuple[Study, Recipe]:
@@ -125,6 +125,6 @@ def load_study(file: Path) -> tuple[Study, Recipe]:
 
 def _resolved(file: Path, program: Path, what: str, changes: Mapping[str, Any]) -> str:
     try:
-        return load_recipe(program, overrides(changes)).to_yaml()
+        return load_recipe(program, changes=overrides(changes)).to_yaml()
     except RecipeError as error:
         raise RecipeError(f"{file}: {what}: {error}") from None

@@ -165,10 +165,10 @@ def load_sweep(file: Path) -> tuple[Sweep, Recipe]:
     for name, parameter in sweep.parameters.items():
         for value in parameter.choices or parameter.ends:
             try:
-                load_recipe(sweep.program, overrides({**fixed, name: value}))
+                load_recipe(sweep.program, changes=overrides({**fixed, name: value}))
             except RecipeError as error:
                 raise RecipeError(f"{file}: parameters.{name}: {error}") from None
-    recipe = load_recipe(sweep.program, overrides(fixed))
+    recipe = load_recipe(sweep.program, changes=overrides(fixed))
     if recipe.validation is None:
         raise RecipeError(
             f"{file}: program {sweep.program} has no validation section, so there is nothing to compare its runs by"

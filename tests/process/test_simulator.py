@@ -133,7 +133,7 @@ def test_an_endpoint_that_is_down_stops_the_run_and_it_resumes(ctcgrpo: Command,
         (tmp_path / "down" / "final" / "COMPLETE").unlink()
         configured(tmp_path / "s.yaml", llm, deadline=1, endpoint={"model": "another"})
         code, _, err = ctcgrpo(*command)
-        assert code == 6 and "was trained with another simulator (models: ['m'] -> ['another']" in err
+        assert code == 6 and "was trained with other simulator (models: ['m'] -> ['another']" in err
     simulator = json.loads((tmp_path / "down" / "summary.json").read_text())["simulator"]
     assert simulator["models"] == ["m"] and simulator["prompts"].startswith("ctcgrpo/")
     assert simulator["spent"]["calls"] == len(simulator_calls(tmp_path / "down"))

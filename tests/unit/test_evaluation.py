@@ -7,11 +7,15 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 from inspect_ai.model import ModelOutput
@@ -23,7 +27,8 @@ from ctcgrpo.evaluation.benches import EIBENCH
 from ctcgrpo.evaluation.compare import compared, most_changed
 from ctcgrpo.evaluation.forest import write_comparison
 from ctcgrpo.evaluation.leaderboard import ranked
-from ctcgrpo.evaluation.results import Line, Result, figures, read_results, summarise, write_results
+from ctcgrpo.evaluation.reasons import reason_of
+from ctcgrpo.evaluation.results import Line, Result, figures, read_results, reasons, summarise, write_results
 from ctcgrpo.evaluation.run import Evaluation, evaluate
 from ctcgrpo.intervals import share_interval
 from ctcgrpo.records import SCENES
@@ -31,7 +36,7 @@ from ctcgrpo.scenarios import PACKS, load_scenarios
 from ctcgrpo.scoring import outcome_score
 from tests import inspect_models
 from tests.conftest import SHARED_DATA, Command
-from tests.fake_llm import FakeLlm
+from tests.fake_llm import FakeLlm, answered
 from tests.unit.test_llm_user import configuration
 from tests.unit.test_run import FAST, TINY
 
@@ -325,7 +330,7 @@ def test_a_model_plays_the_user_and_fails_at_times(tmp_path: Path) -> None:
     unsteady = play(tmp_path / "b", **options, roles={"simulator": "scripted/unsteady_user"})
     assert 2 <= unsteady["failed"] <= 12 and unsteady["failures"] == {"simulator_reply": unsteady["failed"]}
     failed = [r for r in read_results(tmp_path / "b") if r.failure]
-    assert all(r.score is None and "asked twice" in r.failure[1] and r.lines for r in failed if r.failure)
+    assert all(r.score is None and "no usable answer in 3 tries" in r.failure[1] and r.lines for r in failed if r.failure)
     kept = {name: steady["scenarios"][name] for name in unsteady["scenarios"]}
     assert unsteady["scenarios"] == kept and unsteady["score"]["n"] == 16 - unsteady["failed"]
 
@@ -360,6 +365,137 @@ def test_the_same_command_again_plays_what_failed_and_nothing_else(tmp_path: Pat
     assert play(tmp_path / "out", **options)["scenarios"] == second["scenarios"] and calls.stat().st_size == before
     with pytest.raises(OutputError, match="another evaluation.*task.rounds: 2 -> 3"):
         play(tmp_path / "out", **{**options, "task": {"simulator": "scripted", "rounds": 3}})
+
+
+# --- what providers say, and what is sent to them --------------------------------------------------------------------------------
+
+
+def chat(body: dict[str, Any], content: str | None = "I hear you.", **message: Any) -> dict[str, Any]:
+    found = answered(body, content)
+    found["choices"][0]["message"] |= message
+    return found
+
+
+@contextmanager
+def provider(answer: Callable[[dict[str, Any]], tuple[int, Any]]) -> Iterator[FakeLlm]:
+    """An OpenAI-compatible provider."""
+
+    async def handle(request: web.Request) -> web.Response:
+        body = await request.json()
+        fake.requests.append(body)
+        status, said = answer(body)
+        return web.Response(text=said, status=status) if isinstance(said, str) else web.json_response(said, status=status)
+
+    fake = FakeLlm()
+    fake.handle = handle  # type: ignore[method-assign]
+    with fake.serving():
+        yield fake
+
+
+@pytest.fixture
+def tested(monkeypatch: pytest.MonkeyPatch, ctcgrpo: Command, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """`evaluate eibench` of model m at an URL: exit code, standard output and error. AT in an option is its provider."""
+
+    def run(url: str, *options: str) -> tuple[int, str, str]:
+        service = f"at{urlsplit(url).port}"  # Inspect keeps what it made, by its name
+        monkeypatch.setenv(f"{service.upper()}_API_KEY", "key")
+        monkeypatch.setenv(f"{service.upper()}_BASE_URL", url)
+        named = [option.replace("AT/", f"openai-api/{service}/") for option in ("--model", "AT/m", *options)]
+        asked = ("--rounds", "1", "--limit", "2", "--display", "none", "-G", "timeout=10")
+        return ctcgrpo("evaluate", "eibench", *asked, "--out", str(tmp_path / "out"), *named)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "reason"),
+    [
+        (
+            400,
+            {"error": {"message": "Unsupported parameter: use 'max_completion_tokens'."}},
+            "/m: HTTP 400: Unsupported parameter: use 'max_completion_tokens'. (set it with -G",
+        ),
+        (400, {"detail": "temperature is odd"}, "HTTP 400: temperature is odd (to leave it out: -G temperature=null)"),
+        (400, "Bad request: no such thing", "HTTP 400: Bad request: no such thing"),
+        (
+            200,
+            {"error": {"message": "Insufficient credits", "code": 402}},
+            "HTTP 402: Insufficient credits (no quota is left)",
+        ),
+        (429, {"error": {"message": "No plan.", "code": "insufficient_quota"}}, "HTTP 429: No plan. (no quota is left)"),
+        (200, {"id": "x", "model": "m", "choices": []}, "expected a chat completion, got {"),
+        (403, {"error": {"message": "It was flagged.", "code": 403}}, "HTTP 403: It was flagged."),
+    ],
+    ids=["parameter", "detail", "text", "error in 200", "quota", "no choices", "moderation"],
+)
+def test_an_evaluation_says_why_it_failed(
+    status: int, said: Any, reason: str, tested: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """In the provider's words, once for each reason, and without retries for what none mends."""
+    with provider(lambda body: (status, said)) as llm:
+        code, out, err = tested(llm.url, "--simulator", "scripted")
+        assert len(llm.requests) <= 6  # the client of openai itself repeats a 429 twice
+    assert "2 x policy_engine: " in out
+    assert code == 7 and reason in out and "Traceback" not in err
+    assert out.count("policy_engine: ") == 1
+    results = read_results(tmp_path / "out")
+    assert all(r.failure is not None and reason.split(": ", 1)[-1] in r.failure[1] for r in results)
+
+
+def test_a_long_reason_keeps_its_end() -> None:
+    told = reason_of(ValueError(f"the request was {'x' * 5000} and the answer: no"))
+    assert told.endswith("and the answer: no") and len(told) < 700
+    results = [Result("a", k, "g", None, failure=("policy_engine", f"HTTP 500: {k} broke")) for k in range(3)]
+    results.append(Result("b", 1, "g", None, failure=("simulator_reply", "empty")))
+    found = reasons(results)
+    assert [(r["count"], r["kind"]) for r in found] == [(3, "policy_engine"), (1, "simulator_reply")]
+
+
+def test_settings_that_a_provider_refuses_are_left_out(tested: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    with provider(lambda body: (200, chat(body))) as llm:
+        code, _, err = tested(llm.url, "--simulator", "scripted")
+        assert code == 0, err
+        assert llm.requests[0]["temperature"] == 0.6 and llm.requests[0]["max_tokens"] == 1024 and "seed" in llm.requests[0]
+        left = ("-G", "temperature=null", "-G", "top_p=null", "-G", "seed=null", "-G", "max_completion_tokens=300")
+        code, _, err = tested(llm.url, "--simulator", "scripted", *left, "--out", str(tmp_path / "left"))
+    assert code == 0, err
+    sent = llm.requests[-1]
+    assert sent["max_completion_tokens"] == 300 and not {"temperature", "top_p", "seed", "max_tokens"} & set(sent)
+
+
+def test_settings_of_the_simulator_are_left_out_too(tested: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    user = {"reflection": "", "anger_delta": 1, "trust_delta": 1, "reply": "Well.", "continue": "no", "stop_reason": "done"}
+    asked = ("--simulator", "AT/user", "-G", "simulator.temperature=null", "-G", "simulator.seed=null")
+    with provider(lambda body: (200, chat(body, json.dumps(user) if body["model"] == "user" else "I hear you."))) as llm:
+        code, _, err = tested(llm.url, *asked, "-G", "simulator.response_schema=null", "-G", "simulator.top_p=0.5")
+    assert code == 0, err
+    of_user = next(body for body in llm.requests if body["model"] == "user")
+    assert of_user["top_p"] == 0.5 and not {"temperature", "seed", "response_format"} & set(of_user)
+    assert "seed" in next(body for body in llm.requests if body["model"] == "m")
+
+
+def test_an_answer_in_the_reasoning_alone_is_named(
+    tested: Callable[..., tuple[int, str, str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with provider(lambda body: (200, chat(body, None, reasoning_content="I hear you."))) as llm:
+        code, out, _ = tested(llm.url, "--simulator", "scripted")
+        assert code == 0 and "dialogues with an empty reply: 2 of 2" in out
+        code, out, _ = tested(llm.url, "--simulator", "AT/m", "--out", str(tmp_path / "user"))
+    assert code == 7 and "content is empty: the text is in reasoning_content" in out
+
+
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        ("temprature=1", "did you mean 'temperature'"),
+        ("stop_seqs=null", "null leaves out temperature"),
+        ("judge.temperature=1", "no model plays the judge here"),
+        ("temperature", "write NAME=VALUE"),
+    ],
+)
+def test_settings_that_are_none_are_refused(option: str, problem: str, tested: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = tested("http://127.0.0.1:1", "--simulator", "scripted", "-G", option)
+    assert code == 2 and problem in err
 
 
 def test_mistakes_are_named_and_no_traceback(tmp_path: Path, ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch) -> None:

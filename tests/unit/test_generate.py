@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from aiohttp import web
 
 from ctcgrpo.errors import RecipeError, ScenarioError
 from ctcgrpo.factory.cleaning import by_rule, unkept
@@ -284,6 +285,30 @@ def test_seeds_that_do_not_reach(tmp_path: Path) -> None:
         wanted(pools(file), count=3, scenes=("charm",), examples={}, prefix="x")
     with pytest.raises(RecipeError, match="seeds 'e' not found"):
         pools("e")
+
+
+def test_a_writer_that_is_unavailable_is_waited_for(tmp_path: Path) -> None:
+    """Beyond its deadline, and with a word about it."""
+    said: list[str] = []
+    llm = FakeWriter()
+    plain = llm.handle
+
+    async def first_full(request: web.Request) -> web.StreamResponse:
+        if llm.requests:
+            return await plain(request)
+        llm.requests.append({})
+        return web.json_response({"error": {"message": "slow down"}}, status=429, headers={"Retry-After": "2"})
+
+    llm.handle = first_full  # type: ignore[method-assign]
+    with llm.serving():
+        file = written(tmp_path, llm.url)
+        settings = yaml.safe_load(file.read_text())
+        settings["writer"] |= {"deadline": 1.0, "patience": 20.0}
+        settings["writer"]["endpoints"][0]["concurrency"] = 1
+        file.write_text(yaml.safe_dump(settings))
+        outcomes, _ = generate(load_factory_config(file), count=2, say=said.append)
+    assert {outcome.status for outcome in outcomes} == {"valid"}
+    assert any("every LLM endpoint is unavailable" in text and "slow down" in text for text in said)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "factory").glob("*.yaml")), ids=lambda f: f.stem)

@@ -89,13 +89,16 @@ async def test_the_errors_are_those_that_the_server_gives() -> None:
     with running(SimulatorServer(config, backend=backend, token="right")) as url:
         async with aiohttp.ClientSession() as session:
 
-            async def ask(body: str, headers: dict[str, str]) -> None:
-                async with session.post(url + "/v1/turn", data=body, headers=headers) as response:
+            async def ask(body: str, headers: dict[str, str], path: str = "/v1/turn") -> None:
+                async with session.post(url + path, data=body, headers=headers) as response:
                     seen[response.status] = TurnProblem.model_validate_json(await response.read()).kind
 
             await ask("{}", good)
             await ask(BODY[1], {})
             await ask(" " * 20_000, good)
+            await ask(BODY[1], good, "/v1/turns")
+            await ask(BODY[1], good, "/health")
+            await ask(BODY[1], {"X": "x" * 40_000})
             for k, backend.error in enumerate(
                 (RuntimeError(), SimulatorReplyError("x"), SimulatorTransportError("x"), BudgetSpent("x"))
             ):

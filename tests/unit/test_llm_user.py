@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ctcgrpo.errors import BudgetSpent, RecipeError, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.errors import BudgetSpent, OutputError, RecipeError, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.rollout.traces import trace_record
 from ctcgrpo.scenarios import load_scenarios
@@ -36,7 +36,7 @@ def configuration(*endpoints: FakeLlm, store: Path | None = None, **changes: Any
     """`endpoint__x` sets x for every endpoint. Patient: on a loaded machine what is slow must not be taken for what hangs."""
     of_endpoint = {k.removeprefix("endpoint__"): changes.pop(k) for k in list(changes) if k.startswith("endpoint__")}
     of_top = {k: changes.pop(k) for k in ("cache", "budget", "server") if k in changes}
-    each = {"timeout": 6.0, "breaker_seconds": 0.2, "price": {"prompt": 1.0, "completion": 5.0}} | of_endpoint
+    each = {"timeout": 6.0, "seed": True, "breaker_seconds": 0.2, "price": {"prompt": 1.0, "completion": 5.0}} | of_endpoint
     listed = [{"url": e.url, "model": f"fake-{k}", **each} for k, e in enumerate(endpoints)]
     return SimulatorConfig.model_validate(
         {"backend": "llm", "store": store, "llm": {"deadline": 20.0, "endpoints": listed} | changes} | of_top
@@ -94,7 +94,10 @@ def test_three_hundred_episodes_against_an_endpoint_that_misbehaves(tiny: Path) 
     rates = {"429": 0.1, "500": 0.1, "hang": 0.05, "malformed": 0.1, "truncated": 0.05, "absolute": 0.05, "empty": 0.01}
     with (
         FakeLlm(rates=rates, seed=5).serving() as llm,
-        simulator(configuration(llm, endpoint__concurrency=150, endpoint__timeout=4.0, deadline=60.0)) as (url, server),
+        simulator(configuration(llm, endpoint__concurrency=150, endpoint__timeout=4.0, deadline=60.0, tries=2)) as (
+            url,
+            server,
+        ),
     ):
         runner = Parts(tiny).runner(url, engine=Parts(tiny).engine(max_batch=100))
         runner.simulator = SimulatorClient(url, timeout=120)
@@ -112,14 +115,14 @@ def test_three_hundred_episodes_against_an_endpoint_that_misbehaves(tiny: Path) 
             assert turn.user_goes_on == (goes_on and k < runner.play.max_turns)
     # A malformed answer fails a turn only when its correction is malformed as well: some 4 % of the turns at these rates.
     assert set(failures) <= {"simulator_reply"} and 0 < failures["simulator_reply"] < 60
-    assert all(e.failure is None or "no usable answer, asked twice (last problem:" in e.failure.message for e in episodes)
+    assert all(e.failure is None or "no usable answer in 2 tries (last problem:" in e.failure.message for e in episodes)
     assert states == {"fake-0 at " + llm.url.split("/")[2]: "ready"}
 
 
-async def test_a_malformed_answer_is_asked_for_once_more_precisely() -> None:
-    with FakeLlm(rates={"truncated": 1.0}, seed=1).serving() as llm, simulator(configuration(llm)) as (url, _):
+async def test_a_malformed_answer_is_asked_for_again_precisely() -> None:
+    with FakeLlm(rates={"truncated": 1.0}, seed=1).serving() as llm, simulator(configuration(llm, tries=2)) as (url, _):
         with pytest.raises(
-            SimulatorReplyError, match=r"422.*fake-0 at .* no usable answer, asked twice \(last problem: (missing|no)"
+            SimulatorReplyError, match=r"422.*fake-0 at .* no usable answer in 2 tries \(last problem: (missing|no)"
         ):
             await ask(url, request("Hello."))
     first, second = (r["messages"] for r in llm.requests)
@@ -199,7 +202,9 @@ async def test_a_refused_key_is_said_so_and_never_shown(monkeypatch: pytest.Monk
     monkeypatch.setenv("WRONG_KEY", "marked-wrong-key")
     with FakeLlm(key="right").serving() as llm:
         with simulator(configuration(llm, deadline=1.0, endpoint__key_env="WRONG_KEY")) as (url, _):
-            with pytest.raises(SimulatorTransportError, match="HTTP 401: it refuses the key in WRONG_KEY") as error:
+            with pytest.raises(
+                SimulatorTransportError, match=r"HTTP 401: Incorrect API key provided: Bearer \[key\] \(key_env: WRONG_KEY\)"
+            ) as error:
                 await ask(url, request("Hello."))
     assert "marked" not in str(error.value) and len(llm.requests) == 1
 
@@ -318,6 +323,17 @@ async def test_what_was_answered_is_not_paid_for_again(llm: FakeLlm, tmp_path: P
     assert len(llm.requests) == 3
 
 
+async def test_a_damaged_answer_in_the_store_is_asked_for_again(
+    llm: FakeLlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Store.get
+    with simulator(configuration(llm, store=tmp_path)) as (url, _):
+        await ask(url, request("Hello."))
+    monkeypatch.setattr(Store, "get", lambda store, key: (whole(store, key) or b"")[:-9] or None)
+    with simulator(configuration(llm, store=tmp_path)) as (url, _):
+        assert (await ask(url, request("Hello."))).reply == "Line 2."
+
+
 async def test_the_same_request_at_the_same_time_is_one_call() -> None:
     with FakeLlm(delay=0.3).serving() as llm, simulator(configuration(llm)) as (url, _):
         # The first client gives up before the answer is there; its work is not lost.
@@ -350,7 +366,7 @@ async def test_a_budget_is_never_exceeded_and_pauses(tmp_path: Path) -> None:
 async def test_a_budget_that_makes_calls_wait_too_long_pauses(tmp_path: Path) -> None:
     """Near its end calls fit one by one only: that is no fault of the episodes."""
     with FakeLlm(delay=0.3).serving() as llm:
-        config = configuration(llm, store=tmp_path, budget={"tokens": 16_000}, max_tokens=200, deadline=1.0)
+        config = configuration(llm, store=tmp_path, budget={"tokens": 16_000}, max_tokens=200, deadline=4.0)
         with simulator(config) as (url, _):
             results = await many(url, 30)
     assert {type(r) for r in results} == {BudgetSpent, TurnReply}
@@ -366,10 +382,32 @@ async def test_a_budget_holds_over_all_that_share_a_store(tmp_path: Path) -> Non
     assert accounts[1].spent == Spent(1, 60, 0, 0)  # booked with the most where nobody said what it cost
 
 
+async def test_a_disk_that_fills_up_wakes_those_who_wait_for_the_budget(tmp_path: Path) -> None:
+    """The run pauses with the reason, and nobody waits for ever."""
+    full = {"now": False}
+
+    class Filling(Store):
+        def count(self, *arguments: Any, **options: Any) -> bool:
+            if full["now"]:
+                raise OutputError("store: cannot write to it: no space left on device")
+            return super().count(*arguments, **options)
+
+    account = Account(Budget(tokens=100), Filling(tmp_path))
+
+    async def call(seconds: float) -> None:
+        async with account.booking(Spent(1, 60, 0, 0)):
+            await asyncio.sleep(seconds)
+            full["now"] = True
+
+    async with asyncio.timeout(5):
+        results = await asyncio.gather(call(0.05), call(0), call(0), return_exceptions=True)
+    assert all(isinstance(r, BudgetSpent) and "no space left" in str(r) for r in results), results
+
+
 async def test_calls_given_up_because_another_failed_are_booked(tmp_path: Path) -> None:
     with FakeLlm(rates={"refused": 0.25, "hang": 0.75}, seed=2, longest_hang=2).serving() as llm:
         with simulator(configuration(llm, store=tmp_path, samples=4)) as (url, server):
-            with pytest.raises(SimulatorReplyError, match="refused the request .HTTP 400.: .*context too long"):
+            with pytest.raises(SimulatorReplyError, match="refused the request: HTTP 400: context too long"):
                 await ask(url, request("Hello."))
             await asyncio.sleep(0.1)
             assert server.service.account()["calls"] == llm.faults["hang"] >= 1

@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.recipe import Recipe, differences, load_recipe
+from ctcgrpo.recipe import Recipe, differences, load_recipe, resolved_recipe
+from ctcgrpo.study.spec import load_study
+from ctcgrpo.sweep.spec import load_sweep
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -101,6 +103,52 @@ def test_overrides() -> None:
 def test_mistakes_are_named(override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(TINY, [override])
+
+
+def test_a_file_sends_no_variable_of_others_to_a_simulator(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    text = "".join(line for line in TINY.read_text().splitlines(keepends=True) if not line.startswith(("'", "#")))
+
+    def write(section: str) -> None:
+        file.write_text(f"{text}\nsimulator: {section}\n")
+
+    theirs = "{url: 'http://evil.example', token_env: AWS_SECRET_ACCESS_KEY}"
+    write(theirs)
+    reason = (
+        r"r.yaml: simulator.token_env = 'AWS_SECRET_ACCESS_KEY'; expected a name that begins with CTCGRPO_, .* "
+        r"write simulator.token_env=AWS_SECRET_ACCESS_KEY on its command line"
+    )
+    for overrides in ([], ["simulator.url=http://x"], ["credit.alpha=1"]):
+        with pytest.raises(RecipeError, match=reason):
+            load_recipe(file, overrides)
+    for overrides in (["simulator.token_env=AWS_SECRET_ACCESS_KEY"], [f"simulator={theirs}"]):
+        recipe = load_recipe(file, overrides)
+        assert recipe.simulator.token_env == "AWS_SECRET_ACCESS_KEY"
+        with pytest.raises(RecipeError, match="begins with CTCGRPO_"):  # a sweep's or study's file is a file, too
+            load_recipe(TINY, changes=overrides)
+    sweep = yaml.safe_load((ROOT / "configs/sweeps/tiny.yaml").read_text())
+    sweep["parameters"]["simulator.token_env"] = {"value": "AWS_SECRET_ACCESS_KEY"}
+    study = yaml.safe_load(next((ROOT / "configs/studies").glob("*.yaml")).read_text())
+    next(iter(study["variants"].values()))["simulator.token_env"] = "AWS_SECRET_ACCESS_KEY"
+    for load, content in ((load_sweep, sweep), (load_study, study)):
+        (tmp_path / "many.yaml").write_text(yaml.safe_dump(content))
+        with pytest.raises(RecipeError, match="many.yaml: .*begins with CTCGRPO_"):
+            load(tmp_path / "many.yaml")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())  # what the run writes can be read, and not run
+    assert resolved_recipe(tmp_path / "recipe.yaml") == recipe
+    with pytest.raises(RecipeError, match="begins with CTCGRPO_"):
+        load_recipe(tmp_path / "recipe.yaml")
+    assert load_recipe(file, ["simulator.token_env=CTCGRPO_OTHER"]).simulator.token_env == "CTCGRPO_OTHER"
+    write("{token_env: CTCGRPO_MINE}")
+    assert load_recipe(file).simulator.token_env == "CTCGRPO_MINE"
+    for lookalike in ("ctcgrpo_mine", "XCTCGRPO_MINE", "CTCGRPO"):
+        write(f"{{token_env: {lookalike}}}")
+        with pytest.raises(RecipeError, match="begins with CTCGRPO_"):
+            load_recipe(file)
+    write("{token_env: sk-123}")
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(file)
+    assert "never the secret itself" in str(refused.value) and "sk-123" not in str(refused.value)
 
 
 def test_recorded_logprobs_are_refused_under_truncation() -> None:

@@ -33,7 +33,7 @@ from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.samples import CreditOptions, step_credit, summarise
 from tests.unit.test_packing import model_of
-from tests.unit.test_server import GOOD, misbehaving, says
+from tests.unit.test_server import GOOD, misbehaving, plays, says
 
 SCENARIOS = [next(s for s in load_scenarios("english/train") if s.scene == scene) for scene in ("support", "charm")]
 SLOTS = [Slot(scenario, 3, group, rollout) for group, scenario in enumerate(SCENARIOS) for rollout in range(3)]
@@ -257,12 +257,19 @@ async def test_the_models_own_generation_config_changes_nothing(parts: Parts) ->
 
 async def test_a_failing_simulator_is_a_failed_episode(parts: Parts) -> None:
     # Two turns are answered, then the server is broken for good.
-    async with misbehaving(says(GOOD), says(GOOD), says("oops", 500)) as (url, _):
+    async with misbehaving(plays, plays, says("oops", 500)) as (url, _):
         episodes = await parts.runner(url).run(SLOTS[:4])
     assert [e.failure.kind if e.failure else None for e in episodes] == ["simulator_transport"] * 4
     assert all(math.isnan(e.outcome) for e in episodes)
     assert sum(len(e.turns) for e in episodes) == 2
     assert "HTTP 500" in str(episodes[0].failure)
+
+
+async def test_a_simulator_that_makes_up_states_is_a_failed_episode(parts: Parts) -> None:
+    async with misbehaving(plays, says(GOOD.replace('"anger":69', '"anger":0'))) as (url, _):
+        episodes = await parts.runner(url).run(SLOTS[:4])
+    assert [e.failure.kind if e.failure else None for e in episodes] == ["simulator_reply"] * 4
+    assert "the response's state is anger 0, trust 41; expected anger " in str(episodes[0].failure)
     async with misbehaving(says("nonsense")) as (url, count):
         episodes = await parts.runner(url).run(SLOTS[:2])
     assert [e.failure.kind for e in episodes if e.failure] == ["simulator_reply"] * 2 and count[0] == 2

@@ -19,7 +19,7 @@ from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, State, TurnReply, TurnRequest, Utterance
 from ctcgrpo.simulator.server import SimulatorServer, bind, running
-from ctcgrpo.simulator.service import answer
+from ctcgrpo.simulator.service import answer, turn_reply
 from tests.conftest import Backend
 
 SCENARIO = load_scenarios("english/train")[0]
@@ -38,7 +38,8 @@ def request(state: UserState = UserState(70, 40), round: int = 1, max_rounds: in
     )
 
 
-GOOD = TurnReply(reply="Hm.", anger_delta=-1, trust_delta=1, state=State(anger=69, trust=41), goes_on=True).model_dump_json()
+STILL = Reaction(reply="Hm.", anger_delta=-1, trust_delta=1, goes_on=True)
+GOOD = turn_reply(request(), STILL).model_dump_json()
 
 
 @asynccontextmanager
@@ -67,6 +68,11 @@ def says(text: str, status: int = 200) -> Handler:
         return web.Response(text=text, status=status, content_type="application/json")
 
     return handler
+
+
+async def plays(r: web.Request) -> web.StreamResponse:
+    """A turn that changes little."""
+    return web.json_response(json.loads(turn_reply(TurnRequest(**await r.json()), STILL).model_dump_json()))
 
 
 async def hangs(_: web.Request) -> web.StreamResponse:
@@ -141,11 +147,14 @@ async def test_what_a_retry_can_mend_is_retried(first: Handler) -> None:
 async def test_what_stays_broken_is_a_transport_error() -> None:
     async with misbehaving(says("oops", 500)) as (url, count):
         async with SimulatorClient(url, patience=0.1, backoff=0.01) as client:
-            with pytest.raises(SimulatorTransportError, match=r"failed \d+ times in 0.1 s, last with: HTTP 500"):
+            with pytest.raises(
+                SimulatorTransportError,
+                match=r"no answer within the patience of 0.1 s \(\d+ attempts\), last: HTTP 500: oops",
+            ):
                 await client.turn(request())
         assert count[0] >= 3
     async with SimulatorClient(url, patience=0.05, backoff=0.01) as client:
-        with pytest.raises(SimulatorTransportError, match=r"failed \d+ times"):
+        with pytest.raises(SimulatorTransportError, match=r"no answer within the patience of 0.05 s .*Connect call failed"):
             await client.turn(request())
 
 
@@ -156,6 +165,49 @@ async def test_an_answer_that_is_no_reply_is_never_guessed(payload: str) -> None
             with pytest.raises(SimulatorReplyError, match="no turn reply"):
                 await client.turn(request())
         assert count[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "deltas", "after", "right"),
+    [
+        ((70, 40), (-1, 1), (69, 41), True),
+        ((95, 4), (10, -10), (100, 0), True),
+        ((3, 98), (-10, 10), (0, 100), True),
+        ((70, 40), (-1, 1), (0, 100), False),
+        ((70, 40), (-1, 1), (69, 40), False),
+        ((70, 40), (0, 0), (69, 40), False),
+        ((3, 98), (-10, 10), (3, 98), False),
+    ],
+)
+async def test_a_state_has_to_be_the_one_before_plus_the_deltas(
+    before: tuple[int, int], deltas: tuple[int, int], after: tuple[int, int], right: bool
+) -> None:
+    answer = TurnReply(
+        reply="Hm.",
+        anger_delta=deltas[0],
+        trust_delta=deltas[1],
+        state=State(anger=after[0], trust=after[1]),
+        goes_on=True,
+    )
+    async with misbehaving(says(answer.model_dump_json())) as (url, count):
+        async with SimulatorClient(url, backoff=0.01) as client:
+            if right:
+                assert await client.turn(request(UserState(*before))) == answer
+                return
+            expected = UserState(*before).plus(*deltas)
+            reason = (
+                f"state is anger {after[0]}, trust {after[1]}; expected anger {expected.anger}, trust {expected.trust}: "
+            )
+            with pytest.raises(SimulatorReplyError, match=reason):
+                await client.turn(request(UserState(*before)))
+        assert count[0] == 1
+
+
+async def test_a_response_has_a_largest_size() -> None:
+    async with misbehaving(says(GOOD.replace("Hm.", "blah " * 2_000_000))) as (url, _):
+        async with SimulatorClient(url) as client:
+            with pytest.raises(SimulatorReplyError, match="the response is larger than 4000000 bytes"):
+                await client.turn(request())
 
 
 async def test_no_server_is_said_so() -> None:
@@ -205,3 +257,10 @@ def test_a_port_in_use_is_said_so() -> None:
                 pass
     finally:
         taken.close()
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a..b", "x" * 300, "1.2.3.4.5"])
+def test_a_host_that_is_none_is_said_so(host: str) -> None:
+    with pytest.raises(SimulatorTransportError, match="cannot listen on ") as refused:
+        bind(host, 0)
+    assert len(str(refused.value)) < 500

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
 
 from ctcgrpo.errors import RecipeError, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import SCRIPTED_USER, check_listening
+from ctcgrpo.simulator.config import SCRIPTED_USER, bearer_token, check_listening
 from ctcgrpo.simulator.logs import json_log
 from ctcgrpo.simulator.server import SimulatorServer, running
 from tests.conftest import Command
@@ -49,15 +51,50 @@ async def test_a_token_is_asked_for() -> None:
 
 
 def test_beyond_loopback_a_token_is_required(ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    for host in ("127.0.0.1", "127.1.2.3", "localhost", "::1"):
+    for host in ("127.0.0.1", "127.1.2.3", "localhost", "Localhost", "::1"):
         check_listening(host, None, "X")
-    for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"):
+    names = ("127.evil.com", "127.0.0.1.nip.io", "127.", "localhost.evil.com", "127.0.0.1 ", "")
+    for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", "::ffff:10.0.0.1", *names):
         check_listening(host, "token", "X")
-        with pytest.raises(RecipeError, match=f"listening on {host!r} needs a bearer token: set X"):
+        with pytest.raises(
+            RecipeError, match=f"listening on {host!r} needs a bearer token, and X is blank or not set: set X"
+        ):
             check_listening(host, None, "X")
-    monkeypatch.delenv("CTCGRPO_SIMULATOR_TOKEN", raising=False)
+    for blank in (None, "", " ", "\t\n "):
+        monkeypatch.delenv("CTCGRPO_SIMULATOR_TOKEN", raising=False)
+        if blank is not None:
+            monkeypatch.setenv("CTCGRPO_SIMULATOR_TOKEN", blank)
+        code, _, err = ctcgrpo("serve", "--host", "0.0.0.0")
+        assert code == 2 and "set CTCGRPO_SIMULATOR_TOKEN" in err
+    monkeypatch.setenv("CTCGRPO_SIMULATOR_TOKEN", "two\nlines")
     code, _, err = ctcgrpo("serve", "--host", "0.0.0.0")
-    assert code == 2 and "set CTCGRPO_SIMULATOR_TOKEN" in err
+    assert code == 2 and "the token in CTCGRPO_SIMULATOR_TOKEN holds a control character" in err and "two" not in err
+
+
+def test_a_token_is_read_without_the_white_space_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, token in ((" t k\n", "t k"), ("töken", "töken"), (" ", None), ("", None)):
+        monkeypatch.setenv("X", value)
+        assert bearer_token("X") == token
+    for value in ("a\x00b", "a\nb", "t\udcffk"):  # the last one is how a byte that is no UTF-8 arrives
+        with pytest.raises(RecipeError, match="the token in X ") as refused:
+            bearer_token("X", {"X": value})
+        assert value not in str(refused.value)
+
+
+@pytest.mark.parametrize("token", ["right", "schlüssel", "钥匙", "t\udcffk"])
+async def test_tokens_are_compared_as_bytes(token: str) -> None:
+    right = os.fsencode(token)
+    heads = [b"Bearer \xff\xfe", b"Bearer \xc3\xa4", b"Bearer", b"", b"bearer " + right, right, b"Bearer " + right + b"\xff"]
+    with running(SimulatorServer(SCRIPTED_USER, token=token)) as url:
+        for head, status in [*((head, 401) for head in heads), (b"Bearer " + right, 200)]:
+            reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
+            writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: " + head + b"\r\n\r\n")
+            said = await reader.read()
+            writer.close()
+            assert int(said.split()[1]) == status, (head, said)
+        if token.isprintable():
+            async with SimulatorClient(url, token=token) as client:
+                assert (await client.turn(request("Hello."))).reply
 
 
 async def test_bodies_have_a_limit() -> None:
@@ -93,7 +130,7 @@ async def test_metrics_and_readiness() -> None:
     place = llm.url.split("/")[2]
     for line in (
         'turns_total{result="ok",scene="support"} 2.0',
-        'turns_total{result="simulator_transport",scene="support"} 1.0',
+        'turns_total{result="unavailable",scene="support"} 1.0',
         'answers_total{source="joined"} 1.0',
         f'calls_total{{endpoint="fake-0 at {place}",result="ok"}} 1.0',
         f'calls_total{{endpoint="fake-0 at {place}",result="http_5xx"}} 1.0',

@@ -211,7 +211,7 @@ def test_a_study_is_killed_and_goes_on(tmp_path: Path, ctcgrpo: Command, monkeyp
     (out / "s" / "runs" / "prompt" / "rollout" / "seed-1" / "final" / "COMPLETE").unlink()
     shutil.rmtree(out / "s" / "starter")
     (out / "s" / "starter").mkdir()
-    (out / "s" / "starter" / "README.md").write_text("no model")
+    (out / "s" / "starter" / "notes.txt").write_text("no model")
     mark_complete(out / "s" / "starter")
     failed = run_study(study, as_it_stands, out / "s")
     assert list(failed) == ["prompt/rollout/seed-1"]

@@ -8,12 +8,12 @@ what was not paid for. What was under way when a process was killed stays booked
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ctcgrpo.errors import BudgetSpent
+from ctcgrpo.errors import BudgetSpent, OutputError
 from ctcgrpo.simulator.config import Budget, Price
 from ctcgrpo.simulator.store import Store
 
@@ -67,6 +67,10 @@ class Account:
         """Calls under way stand in it with the most that they can cost."""
         return Spent(**self._store.counters(_NAME)) if self._store is not None else self._here
 
+    @property
+    def is_limited(self) -> bool:
+        return self._budget.money is not None or self._budget.tokens is not None
+
     @asynccontextmanager
     async def booking(self, most: Spent) -> AsyncIterator[Booking]:
         """Around one call: `most` is the most that it can cost, and what it is booked with unless `cost` is set: a call that was
@@ -82,20 +86,30 @@ class Account:
             yield booking
         finally:
             self._under_way -= 1
-            self._add(booking.cost.plus(most.times(-1)), check=False)
-            async with self._settled:
-                self._settled.notify_all()
+            try:
+                self._add(booking.cost.plus(most.times(-1)), check=False)
+            finally:  # those who wait for the budget must be woken whatever becomes of this call
+                async with self._settled:
+                    self._settled.notify_all()
 
     def _add(self, more: Spent, *, check: bool = True) -> bool:
         def allowed(sums: Spent) -> bool:
             return not check or _allows(self._budget, sums)
 
         if self._store is not None:
-            return self._store.count(_NAME, asdict(more), lambda sums: allowed(Spent(**sums)))
+            return self._counted(more, allowed)
         if allowed(sums := self._here.plus(more)):
             self._here = sums
             return True
         return False
+
+    def _counted(self, more: Spent, allowed: Callable[[Spent], bool]) -> bool:
+        """In the store. Raises BudgetSpent, which pauses the run, where it cannot be written to."""
+        assert self._store is not None
+        try:
+            return self._store.count(_NAME, asdict(more), lambda sums: allowed(Spent(**sums)))
+        except OutputError as error:
+            raise BudgetSpent(f"what calls cost cannot be kept: {error}; make room there, then resume") from None
 
     def explain(self) -> str:
         """That the budget is spent, for an error."""

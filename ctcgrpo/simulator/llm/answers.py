@@ -42,6 +42,7 @@ _MOST, _MOST_BRACES = 16_000, 60
 _MINUS = str.maketrans("\u2212\uff0d\u2013", "---")
 _NUMBER = re.compile(r"([+-]?)(\d{1,6})(?:\.0{1,6})?")
 _SPOKEN_THOUGHT = re.compile(r"^<think>.*?</think>", re.DOTALL)
+_END_OF_THOUGHT = re.compile(r"</think(?:ing)?>")
 _VERDICTS = {"yes": True, "true": True, "no": False, "false": False, "是": True, "否": False}
 # What may follow a value that is whole: the next field, the end of the object, or a comment.
 _END = r"\s*(?=,\s*(?:[\"'}]|//|/\*|#)|}|//|/\*|#)"
@@ -117,10 +118,10 @@ def _without_thoughts(text: str) -> str:
     """What follows the reasoning that opens an answer. A thought that is never closed leaves nothing: it may hold drafts."""
     if text.startswith(("{", "`")):
         return text
-    before, closed, after = text.partition("</think>")
+    closed = _END_OF_THOUGHT.search(text)
     if closed:
-        return after.strip()
-    return "" if text.startswith("<think") else before
+        return text[closed.end() :].strip()
+    return "" if text.startswith("<think") else text
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

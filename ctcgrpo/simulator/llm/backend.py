@@ -6,7 +6,7 @@ What the user says and how it changes comes from an answer that could be read, o
 from __future__ import annotations
 
 import asyncio
-import time
+import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -26,13 +26,15 @@ from ctcgrpo.simulator.llm.answers import (
     Unreadable,
     read_answer,
 )
-from ctcgrpo.simulator.llm.endpoints import CallRecord, ChatCompletion, EndpointPool
+from ctcgrpo.simulator.llm.calls import ChatCompletion
+from ctcgrpo.simulator.llm.endpoints import CallRecord, Deadline, EndpointPool, Outage
 from ctcgrpo.simulator.llm.official import OfficialPrompts
 from ctcgrpo.simulator.llm.prompts import Message, Prompts, TemplatePrompts, gives_away
 from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, TurnRequest, Usage
 from ctcgrpo.simulator.store import Store
 
 _T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 _LONGEST_BACK = 4000
 """Characters of an unreadable answer that are shown to the LLM again."""
 
@@ -41,9 +43,9 @@ class ChatModel(Protocol):
     """What answers chat messages: endpoints, or a model that somebody else calls."""
 
     async def complete(
-        self, messages: Sequence[Message], *, dialogue: str, seed: int, schema: dict[str, Any], deadline: float
+        self, messages: Sequence[Message], *, dialogue: str, seed: int, schema: dict[str, Any], deadline: Deadline
     ) -> ChatCompletion:
-        """A completion before `deadline` (time.monotonic()), held to a JSON schema where that is possible.
+        """A completion before `deadline`, held to a JSON schema where that is possible.
 
         Raises SimulatorTransportError where there was none, SimulatorReplyError for a request that is refused for good,
         BudgetSpent where it cannot be paid for.
@@ -51,6 +53,10 @@ class ChatModel(Protocol):
         ...
 
     def is_ready(self) -> bool: ...
+
+    def outage(self) -> Outage | None:
+        """While nothing can be asked: until when, and why."""
+        ...
 
     def spent(self) -> Mapping[str, Any]:
         """Over all calls: of every run, where they share a store."""
@@ -60,8 +66,8 @@ class ChatModel(Protocol):
 
 
 class LlmBackend:
-    """`about` says what decides the answers beside the prompts; `samples` answers are averaged, within `deadline` seconds a
-    turn."""
+    """`about` says what decides the answers beside the prompts; `samples` answers are averaged, each asked for up to `tries` times
+    until it can be read, within `deadline` seconds a turn."""
 
     name = "llm"
 
@@ -72,32 +78,38 @@ class LlmBackend:
         *,
         about: Mapping[str, Any],
         samples: int = 1,
+        tries: int = 3,
         deadline: float = 180.0,
         bounded_strings: bool = False,
     ) -> None:
         self.llm, self.prompts = llm, prompts
         self._about = about
-        self._samples, self._deadline = samples, deadline
+        self._samples, self._tries, self._deadline = samples, tries, deadline
         self._schema = answer_schema(bounded=bounded_strings)
 
     @classmethod
     def configured(
-        cls, config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None] = lambda record: None
+        cls,
+        config: SimulatorConfig,
+        store: Store | None,
+        on_call: Callable[[CallRecord], None] = lambda record: None,
+        say: Callable[[str], None] = _log.warning,
     ) -> LlmBackend:
-        """The one that a configuration describes; `on_call` sees every call to an endpoint. Raises RecipeError for what cannot work
-        here: a key that is not set, a folder without the official code."""
+        """The one that a configuration describes; `on_call` sees every call to an endpoint, `say` hears when none can be asked.
+        Raises RecipeError for what cannot work here: a key that is not set, a folder without the official code."""
         llm = config.llm
         if llm is None:
             raise ValueError("the configuration has no llm section")
         return cls(
-            EndpointPool(llm, Account(config.budget, store), on_call),
-            chosen_prompts(llm.official),
+            EndpointPool(llm, Account(config.budget, store), on_call, say),
+            chosen_prompts(llm.official, reflections=llm.reflections),
             about={
                 "models": sorted({endpoint.model for endpoint in llm.endpoints}),
                 "temperature": llm.temperature,
                 "settings": config.digest,
             },
             samples=llm.samples,
+            tries=llm.tries,
             deadline=llm.deadline,
             bounded_strings=all(endpoint.bounded_strings for endpoint in llm.endpoints),
         )
@@ -113,9 +125,8 @@ class LlmBackend:
 
     async def react(self, request: TurnRequest) -> Reaction:
         messages = self.prompts.messages(request)
-        deadline = time.monotonic() + self._deadline
         seeds = [request.seed + k for k in range(self._samples)]
-        results = await _together([self._answer(request, messages, seed, deadline) for seed in seeds])
+        results = await _together([self._answer(request, messages, seed, Deadline(self._deadline)) for seed in seeds])
         answers = [answer for answer, _ in results]
         usage = Usage(
             prompt_tokens=sum(c.prompt_tokens for _, calls in results for c in calls),
@@ -125,13 +136,13 @@ class LlmBackend:
         return averaged(answers, usage)
 
     async def _answer(
-        self, request: TurnRequest, messages: list[Message], seed: int, deadline: float
+        self, request: TurnRequest, messages: list[Message], seed: int, deadline: Deadline
     ) -> tuple[Answer, list[ChatCompletion]]:
-        """One answer, and the calls that it took: two at most."""
+        """One answer, and the calls that it took: `tries` at most."""
         card, state = request.scenario, UserState(request.state.anger, request.state.trust)
         calls: list[ChatCompletion] = []
         problem: Unreadable | None = None
-        for attempt in range(2):
+        for attempt in range(self._tries):
             asked = messages
             if problem is not None:
                 back: list[Message] = [{"role": "assistant", "content": calls[-1].text[:_LONGEST_BACK] or "-"}]
@@ -139,24 +150,33 @@ class LlmBackend:
             calls.append(
                 await self.llm.complete(asked, dialogue=card.id, seed=seed + attempt, schema=self._schema, deadline=deadline)
             )
-            if calls[-1].ended == "content_filter":
-                raise SimulatorReplyError(f"{calls[-1].endpoint}: its content filter withheld the user's answer")
+            last = calls[-1]
+            if last.ended == "content_filter":
+                raise SimulatorReplyError(f"{last.endpoint}: its content filter withheld the user's answer")
+            if last.ended == "refusal":
+                raise SimulatorReplyError(f"{last.endpoint}: the model refused to answer as the user: {last.note}")
             try:
-                answer = read_answer(calls[-1].text, state)
+                answer = read_answer(last.text, state)
                 if gives_away(messages, card.user_persona, answer.reply):
                     raise Unreadable("leak", REPLY)
                 return answer, calls
             except Unreadable as error:
                 problem = error
+        why = last.note or f"{problem}{', cut off by llm.max_tokens' if last.ended == 'length' else ''}"
+        shown = f"; it said {_excerpt(last.text)!r}" if last.text else ""
         raise SimulatorReplyError(
-            f"{calls[-1].endpoint} gave no usable answer, asked twice (last problem: {problem}"
-            f"{', cut off by llm.max_tokens' if calls[-1].ended == 'length' else ''})"
+            f"{last.endpoint} gave no usable answer in {self._tries} tries (last problem: {why}{shown})"
         )
 
 
-def chosen_prompts(official: Path | None) -> Prompts:
-    """The project's own, or the authors' out of a copy of their code (which is executed)."""
-    return TemplatePrompts() if official is None else OfficialPrompts(official)
+def _excerpt(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else f"{line[:120]} ... {line[-80:]}"
+
+
+def chosen_prompts(official: Path | None, *, reflections: bool = True) -> Prompts:
+    """The project's own, or the authors' out of a copy of their code (which is executed; they always hold earlier reflections)."""
+    return TemplatePrompts(reflections=reflections) if official is None else OfficialPrompts(official)
 
 
 async def _together(asked: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:

@@ -54,10 +54,11 @@ class Prompts(Protocol):
 
 
 class TemplatePrompts:
-    """The project's own prompts."""
+    """The project's own prompts. `reflections`: the user's own earlier ones stand in the history."""
 
-    def __init__(self) -> None:
-        self.name = f"ctcgrpo/{_digest()}"
+    def __init__(self, *, reflections: bool = True) -> None:
+        self._reflections = reflections
+        self.name = f"ctcgrpo/{_digest()}{'' if reflections else '/no-reflections'}"
 
     def check(self, card: ScenarioCard) -> None:
         _environment(card.language)
@@ -77,7 +78,14 @@ class TemplatePrompts:
         now = moment.render(
             anger=request.state.anger, trust=request.state.trust, round=request.round, max_rounds=request.max_rounds
         )
-        lines = [{"speaker": u.speaker, "quoted": quoted(u.text)} for u in request.history]
+        lines = [
+            {
+                "speaker": u.speaker,
+                "quoted": quoted(u.text),
+                "reflection": quoted(u.reflection) if u.reflection and self._reflections else "",
+            }
+            for u in request.history
+        ]
         dialogue = _environment(card.language).get_template("dialogue.j2").render(lines=lines)
         return [
             {"role": "system", "content": _standing(_told_of(card))},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
@@ -16,6 +17,10 @@ from ctcgrpo.simulator.scripted.rules import Finding, Heard, findings
 
 _MOST_CREDIT = 9
 _SHORT_TEMPER = 1.5
+_MEMORY = 100
+"""Lines of the dialogue that a reply is compared with; what lies further back is forgotten."""
+_LONGEST_LINE = 20_000
+"""In characters; the rest of a longer line is not heard."""
 
 
 class ScriptedBackend:
@@ -35,7 +40,7 @@ class ScriptedBackend:
         return {"backend": self.name, **({"reluctance": self._reluctance} if self._reluctance else {})}
 
     async def react(self, request: TurnRequest) -> Reaction:
-        return react(request, self._reluctance)
+        return await asyncio.to_thread(react, request, self._reluctance)
 
     async def close(self) -> None:
         """Nothing is open."""
@@ -91,14 +96,19 @@ def _raised(knowledge: Knowledge, user_opens: bool, round: int) -> Detail | None
 
 def _readings(card_json: str, history: Sequence[Utterance]) -> list[Reading]:
     """A reading of each of the policy's replies so far, each in the light of what had been said by then."""
-    said = tuple((utterance.speaker, utterance.text) for utterance in history)
+    said = tuple((utterance.speaker, _heard(utterance.text)) for utterance in history)
     ends = [k + 1 for k, (speaker, _) in enumerate(said) if speaker == "policy"]
-    return [_reading(card_json, said[:end]) for end in ends]
+    return [_reading(card_json, said[max(0, end - _MEMORY) : end], reply) for reply, end in enumerate(ends, 1)]
+
+
+def _heard(text: str) -> str:
+    return text if len(text) <= _LONGEST_LINE else text[:_LONGEST_LINE] + "…"
 
 
 @lru_cache(maxsize=16384)
-def _reading(card_json: str, said: tuple[tuple[str, str], ...]) -> Reading:
-    """The reading of the last reply in `said`. Kept, since the next request of a dialogue needs all earlier ones again."""
+def _reading(card_json: str, said: tuple[tuple[str, str], ...], reply: int) -> Reading:
+    """The reading of the last line in `said`, the policy's `reply`-th from 1. Kept, since the next request of a dialogue needs all
+    earlier ones again."""
     card, knowledge = _card(card_json), _knowledge(card_json)
     language = load_language(card.language)
     heard = [text for speaker, text in said[:-1] if speaker == "user"]
@@ -108,10 +118,10 @@ def _reading(card_json: str, said: tuple[tuple[str, str], ...]) -> Reading:
         knowledge=knowledge,
         language=language,
         moves=language.moves[card.scene],
-        heard=[card.policy_persona, *heard],
+        heard=[_heard(card.policy_persona), *heard],
         latest=heard[-1] if heard else "",
-        earlier=earlier,
-        raised=_raised(knowledge, bool(card.opening_line), len(earlier) + 1),
+        earlier=list(dict.fromkeys(earlier)),
+        raised=_raised(knowledge, bool(card.opening_line), reply),
     )
 
 

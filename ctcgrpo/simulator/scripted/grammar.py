@@ -7,19 +7,27 @@ into one are looked for by themselves (`is_spliced`).
 
 Tags: D determiner, P subject pronoun, O object pronoun, X auxiliary, M modal, Z "n't", V verb, G -ing form, N noun, J adjective,
 R adverb, I preposition, T "to", C conjunction, W question word, U interjection, "." the end, "," a pause, "^" the beginning.
+Some are other tags in a certain place (`_BY_PLACE`): Q is an object pronoun after a preposition, which a verb may follow ("one
+call from me would do"); S a subject after its verb ("is he alone"); H an adjective asked for ("how old is she"); K a preposition
+with nothing after it ("what are you afraid of").
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from functools import lru_cache
 from itertools import pairwise
 
 # For each tag, the tags that cannot follow it.
 _CANNOT_FOLLOW: dict[str, str] = {
     "^": "OZ,",
     "D": "DPOXMZVICTWU.,",
-    "P": "DPOJTWUNGIZ",
+    "P": "DPOJTUNGIZ",
     "O": "OXMZ",
+    "Q": "OZ",
+    "S": "OXMZ",
+    "H": "DOZ",
+    "K": "DPOXMZVGNJRITCWU",
     "X": "XM",
     "M": "XMI",
     "Z": "XMZ",
@@ -35,9 +43,15 @@ _CANNOT_FOLLOW: dict[str, str] = {
     "U": "Z",
     ",": "Z.,",
 }
+_BY_PLACE = (("O", "IT", "Q"), ("P", "XMZ", "S"), ("J", "W", "H"), ("I", "VGJS", "K"))
+"""Tag, what it stands after, and what it may then be instead."""
 _FUNCTION_TAGS = frozenset("DPOXMZITCW")
-_LONGEST_CONTENT_RUN = 4
-_LONGEST_FRAGMENT = 7
+_LONGEST_CONTENT_RUN = 5
+_LONGEST_FRAGMENT = 9
+_SHORT = 4
+"""In words: up to here any words that can stand side by side may be a sentence ("Good evening, Mr Danciu")."""
+_LEAST_FUNCTION = 0.2
+"""The least share of function words: one in five, as in "My cellar fridge stands empty"."""
 _SUBJECTS = frozenset(["i", "he", "she", "we", "they", "you", "it"])
 _ONLY_SUBJECTS = _SUBJECTS - {"you", "it"}
 _OBJECTS = frozenset(["me", "him", "her", "us", "them", "you"])
@@ -55,7 +69,7 @@ def _tags_of(word: str, lexicon: Mapping[str, str]) -> str:
     if word.endswith("ing"):
         return "GNJV"
     if word.endswith("ed"):
-        return "VJ"
+        return "VJ" if len(word) > 5 else "VJN"
     if word.endswith("s"):
         return "NV"
     return "NJV"
@@ -66,36 +80,44 @@ def is_sound(tokens: Sequence[str], lexicon: Mapping[str, str]) -> bool:
     words = [t for t in tokens if t != ","]
     if not words:
         return False
-    if len(words) <= 3:
+    if len(words) <= _SHORT:
         return _agrees(tokens, lexicon)
     tags = [_tags_of(word, lexicon) for word in words]
     function = [bool(_FUNCTION_TAGS & set(t)) for t in tags]
-    if sum(function) < 0.25 * len(words):
+    if sum(function) < _LEAST_FUNCTION * len(words):
         return False
     run = longest = 0
     for is_function in function:
         run = 0 if is_function else run + 1
         longest = max(longest, run)
-    repeated = any(a == b and a not in ("very", "that", "had", "really", "so") for a, b in pairwise(words))
+    repeated = any(a == b and a not in ("very", "that", "had", "really", "so", ",") for a, b in pairwise(tokens))
     return longest <= _LONGEST_CONTENT_RUN and not repeated and _verbal(words, lexicon) and _agrees(tokens, lexicon)
 
 
 def _verbal(words: Sequence[str], lexicon: Mapping[str, str]) -> bool:
     """Whether it has a verb, or is short enough to do without."""
     return len(words) <= _LONGEST_FRAGMENT or any(
-        set("XV") & set(lexicon.get(word, "V" if word.endswith(("ed", "s")) else "")) for word in words
+        set("XMV") & set(lexicon.get(word, "V" if word.endswith(("ed", "s")) else "")) for word in words
     )
 
 
 def _agrees(tokens: Sequence[str], lexicon: Mapping[str, str]) -> bool:
     """Whether some choice of tags runs through the sentence without a forbidden pair."""
-    reachable = {"^"}
+    reachable = frozenset("^")
     for token in tokens:
-        options = "," if token == "," else _tags_of(token, lexicon)
-        reachable = {tag for tag in options if any(tag not in _CANNOT_FOLLOW.get(before, "") for before in reachable)}
+        reachable = _next_tags(reachable, "," if token == "," else _tags_of(token, lexicon))
         if not reachable:
             return False
-    return any("." not in _CANNOT_FOLLOW.get(tag, "") for tag in reachable)
+    return bool(_next_tags(reachable, "."))
+
+
+@lru_cache(maxsize=65536)
+def _next_tags(reachable: frozenset[str], options: str) -> frozenset[str]:
+    """Those of a word's possible tags, by `_BY_PLACE` too, that can stand after some of the tags of the word before."""
+    by_place = {tag for of, behind, tag in _BY_PLACE if of in options and reachable & set(behind)}
+    return frozenset(
+        by_place | {tag for tag in options if any(tag not in _CANNOT_FOLLOW.get(before, "") for before in reachable)}
+    )
 
 
 def is_spliced(tokens: Sequence[str], lexicon: Mapping[str, str], takes_clause: Set[str], takes_two: Set[str]) -> bool:
@@ -108,23 +130,35 @@ def is_spliced(tokens: Sequence[str], lexicon: Mapping[str, str], takes_clause: 
     """
     if len(tokens) > 3 and tokens[-1] == "that" and _is_noun(tokens, len(tokens) - 2, lexicon):
         return not takes_two & set(tokens)
+    # "After the storm you took the ladder" is as it should be.
+    if not tokens or _OPENS_CLAUSE & set(_tags_of(tokens[0], lexicon)):
+        return False
+    has_pause = tokens[0] == ","
     for k in range(2, len(tokens)):
+        if _subordinates(tokens[k - 1], lexicon):
+            return False
         before, after = tokens[k - 1], _verb_group(tokens, k, lexicon)
+        has_pause = has_pause or before == ","
         if not after or before in takes_clause:
             continue
-        # "After the storm you took the ladder" is as it should be.
-        if _OPENS_CLAUSE & set(_tags_of(tokens[0], lexicon)) or any(_subordinates(t, lexicon) for t in tokens[:k]):
-            continue
-        if before in _OBJECTS and tokens[k] in _ONLY_SUBJECTS and not takes_clause & set(tokens[max(0, k - 3) : k]):
+        side_by_side = before in _OBJECTS and tokens[k] in _ONLY_SUBJECTS
+        if side_by_side and not takes_clause & set(tokens[max(0, k - 3) : k]) and not _is_put_first(tokens, k - 2, lexicon):
             return True
         # So is "told the vicar I had no time".
-        if "," in tokens[:k] or (takes_clause | takes_two) & set(tokens[max(0, k - 4) : k - 2]):
+        if has_pause or (takes_clause | takes_two) & set(tokens[max(0, k - 4) : k - 2]):
             continue
         if _is_noun(tokens, k - 1, lexicon) and tokens[after - 1] not in takes_two and after < len(tokens):
             follows = set(_tags_of(tokens[after], lexicon))
             if follows <= set("DO") or (follows <= set("WR") and "W" in follows):
                 return True
     return False
+
+
+def _is_put_first(tokens: Sequence[str], at: int, lexicon: Mapping[str, str]) -> bool:
+    """Whether a clause opens there with a preposition: "You did, and without them I would have drowned"."""
+    return "I" in _tags_of(tokens[at], lexicon) and (
+        at == 0 or tokens[at - 1] == "," or "C" in _tags_of(tokens[at - 1], lexicon)
+    )
 
 
 def _is_noun(tokens: Sequence[str], at: int, lexicon: Mapping[str, str]) -> bool:

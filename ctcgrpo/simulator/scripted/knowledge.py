@@ -18,6 +18,8 @@ from ctcgrpo.simulator.scripted.language import Language
 _HEADING = re.compile(r"^#+.*$", re.MULTILINE)
 _FACT = re.compile(r"^\s*\d+[.、)]\s*(.+)$", re.MULTILINE)
 _MOST_DETAILS = 6
+_MOST_FACTS = 100
+"""Sentences of a persona that count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +36,16 @@ class Detail:
 @dataclass(frozen=True, slots=True)
 class Knowledge:
     """`musts` name what the scene asks for in this scenario: boundary and offer, or fault and remedy. `vocabulary` is all
-    content of the scenario's texts; `matter` the part of it that is not everyday talk."""
+    content of the scenario's texts; `matter` the part of it that is not everyday talk. `facts` are what the policy's role knows of
+    itself and of the place, and `subjects` what the dialogue is about: the stems of one sentence of its persona, or of the
+    goal, each."""
 
     details: tuple[Detail, ...]
     musts: Mapping[str, frozenset[str]]
     vocabulary: frozenset[str]
     matter: frozenset[str]
+    facts: tuple[frozenset[str], ...]
+    subjects: tuple[frozenset[str], ...]
     lines: Mapping[str, list[str]]
 
 
@@ -54,7 +60,7 @@ class _Script(BaseModel):
     """The `script` of a record, as the bundled packs write it; every part may be absent."""
 
     details: list[_Detail] = Field(
-        [], description="Some six things of this user's life, in the order in which they come up."
+        [], max_length=100, description="Some six things of this user's life, in the order in which they come up."
     )
     boundary: dict[str, list[str]] = Field(
         {}, description="defense alone: `words` that state the boundary, `offer`: words of what is offered instead."
@@ -87,8 +93,8 @@ def read_knowledge(card: ScenarioCard, language: Language) -> Knowledge:
     else:
         details = _derived_details(card, language)
     parts = script.boundary or script.repair
-    personas = [_HEADING.sub("", text) for text in (card.user_persona, card.policy_persona)]
-    texts = [*personas, card.opening_line, card.goal, *card.success_criteria]
+    user_persona, policy_persona = (_HEADING.sub("", text) for text in (card.user_persona, card.policy_persona))
+    texts = [user_persona, policy_persona, card.opening_line, card.goal, *card.success_criteria]
     texts += [d.line for d in details]
     vocabulary = frozenset().union(*(language.content(text) for text in texts), *(d.field for d in details))
     matter = frozenset().union(*(language.uncommon(text) for text in texts))
@@ -97,6 +103,8 @@ def read_knowledge(card: ScenarioCard, language: Language) -> Knowledge:
         musts={name: stems(words) for name, words in parts.items()},
         vocabulary=vocabulary,
         matter=matter,
+        facts=_stems_by_sentence(policy_persona, language),
+        subjects=_stems_by_sentence(card.goal, language),
         lines={mood: lines for mood, lines in script.lines.items() if lines},
     )
 
@@ -136,6 +144,11 @@ def script_problems(script: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for key in part if isinstance(part, Mapping) else ():
             if key not in model.model_fields:
                 yield f"{field}.{key}", f"is not read by the scripted user; {did_you_mean(key, model.model_fields)}"
+
+
+def _stems_by_sentence(text: str, language: Language) -> tuple[frozenset[str], ...]:
+    contents = (language.content(sentence) for sentence in language.sentences(text))
+    return tuple(content for content in contents if content)[:_MOST_FACTS]
 
 
 def _derived_details(card: ScenarioCard, language: Language) -> tuple[Detail, ...]:

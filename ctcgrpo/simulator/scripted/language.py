@@ -2,8 +2,9 @@
 
 A file holds: `script` (latin or han), `lexicon` (tag -> words, latin only), `things` (concrete everyday words), `takes_clause`
 and `takes_two` (latin only: see `grammar.is_spliced`), `binding` (han only: characters that bind words into a clause),
-`misplaced` (han only, may be absent: what no clause holds), `faults` and `moves` (name -> patterns and effect; moves
-per scene), `lines` (what the user says where the scenario has no words of its own).
+`misplaced` (han only, may be absent: what no clause holds), `mine` (a pattern: what a speaker calls its own), `pronouns`
+(those of one third person each), `faults` and `moves` (name -> patterns and effect; moves per scene), `lines` (what the
+user says where the scenario has no words of its own).
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from ctcgrpo.simulator.scripted.grammar import is_sound, is_spliced
 from ctcgrpo.strict_yaml import load_yaml
 
 _LANGUAGES = files("ctcgrpo.simulator.scripted") / "languages"
-_LATIN_TOKEN = re.compile(r"n't\b|'(?:s|m|re|ve|d|ll)\b|[a-z]+(?=n't\b)|[a-z]+|\d+(?:[.,:]\d+)*|,")
+_LATIN_TOKEN = re.compile(r"n't\b|'(?:s|m|re|ve|d|ll)\b|[a-z]+(?=n't\b)|[a-z]+'(?:am|clock)\b|[a-z]+|\d+(?:[.,:]\d+)*|,")
 _HAN_RUN = re.compile(r"[\u4e00-\u9fff]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"')\]]*(?:\s+|(?<=[。！？]))|\n+")
 _CLAUSE = re.compile(r"[，、；：,]")
 _BREAK = re.compile(r"[;:()\"“”—–]| - |--")
 _ENDED = re.compile(r"[.!?…。！？][\"')\]”’」]*\s*$")
+_LONGEST_SENTENCE = 500
+"""In characters; a longer stretch without an end is read in pieces of this length, so that no pattern meets more at once."""
 _KEPT = 8192
 """Texts whose reading is kept."""
 _stemmers = threading.local()
@@ -62,13 +65,16 @@ class Language:
     takes_two: frozenset[str]
     binding: frozenset[str]
     misplaced: re.Pattern[str] | None
+    mine: re.Pattern[str]
+    pronouns: Mapping[str, str]
     faults: tuple[Pattern, ...]
     scene_faults: Mapping[str, tuple[Pattern, ...]]
     moves: Mapping[str, tuple[Pattern, ...]]
     lines: Mapping[str, list[str]]
 
     def sentences(self, text: str) -> list[str]:
-        return [s.strip() for s in _SENTENCE_END.split(text) if s and s.strip()]
+        sentences = (s.strip() for s in _SENTENCE_END.split(text) if s)
+        return [s[k : k + _LONGEST_SENTENCE] for s in sentences for k in range(0, len(s), _LONGEST_SENTENCE)]
 
     def ends(self, text: str) -> bool:
         """Whether the last sentence is brought to its end."""
@@ -99,6 +105,19 @@ class Language:
     def uncommon(self, text: str) -> frozenset[str]:
         """The content that is not everyday talk."""
         return self.content(text) - self.everyday
+
+    def possessed(self, text: str) -> frozenset[str]:
+        """The content of what a text calls the speaker's own ("my own mother")."""
+        return frozenset().union(*(self.content(match[0]) for match in self.mine.finditer(text.lower())))
+
+    def persons(self, text: str) -> frozenset[str]:
+        """The third persons that a text speaks of: "she", if it has "her"."""
+        return frozenset(self.pronouns[t] for t in self.pronouns if t in (text if self.han else self.tokens(text)))
+
+    def weight(self, stems: frozenset[str]) -> int:
+        """How much it tells that two texts share these stems: 1 for a word of everyday talk, 2 for any other. Pairs of
+        characters are too short to tell as much, and count 1."""
+        return len(stems) if self.han else len(stems) + len(stems - self.everyday)
 
     # Personas and earlier lines are read anew at every turn of a dialogue.
     @cached_property
@@ -151,7 +170,7 @@ class Language:
         return token[0].isalpha() and not set(self.lexicon.get(token, "N")) <= set("DPOXMZITCWUR")
 
 
-@cache
+@lru_cache(maxsize=65536)
 def stem(word: str) -> str:
     if not hasattr(_stemmers, "english"):
         _stemmers.english = snowballstemmer.stemmer("english")
@@ -182,6 +201,8 @@ def load_language(code: str) -> Language:
         takes_clause=frozenset(str(data.get("takes_clause", "")).split()),
         takes_two=frozenset(str(data.get("takes_two", "")).split()),
         binding=frozenset(str(data.get("binding", "")).split()),
+        mine=re.compile(data["mine"]),
+        pronouns={word: words.split()[0] for words in data["pronouns"] for word in words.split()},
         misplaced=re.compile("|".join(data["misplaced"])) if "misplaced" in data else None,
         faults=_patterns(data["faults"]),
         scene_faults={scene: _patterns(data["scene_faults"].get(scene, {})) for scene in scenes},

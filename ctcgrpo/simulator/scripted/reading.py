@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, islice, takewhile
 
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
 from ctcgrpo.simulator.scripted.language import Language, Pattern, stem
 
 _RUN = 4
 _SHORTEST_FRAME = 5
+_MOST_SENTENCES = 200
+"""What comes after so many sentences is not read: long before, a reply tires."""
+_NAME = re.compile(r"\b[A-Z][a-z]+\b(?=[,.!?])")
+"""Somebody is called by a name; people shorten names."""
+_DERIVES = frozenset(["er", "ers", "or", "ors", "y", "ly", "ment", "ness", "ful", "less", "en"])
+"""Endings that make a word out of a whole one."""
+TELLING = 2
+"""A sentence speaks of a fact from this much in common on: two words, or one that is not everyday talk."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
     """`sound`: it hangs together, of whole words. `own`: it is not taken over from what was said before. `sensible`: most of its
-    content is everyday talk or belongs to this scenario."""
+    content is everyday talk or belongs to this scenario. `yours` is the content without what the speaker calls its
+    own: "my own mother" is not the user's."""
 
     text: str
     sound: bool
     own: bool
     sensible: bool
     content: frozenset[str]
+    yours: frozenset[str]
 
     @property
     def counts(self) -> bool:
         return self.sound and self.own and self.sensible
+
+    @property
+    def asks(self) -> bool:
+        return "?" in self.text or "？" in self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +56,11 @@ class Reading:
     two such words: one alone may be luck, and a script that says "promise" in every dialogue is bound to be right now and
     then. `answers`: it takes up a word of the user's last line that is not everyday talk, so it could not be said to anybody.
     `frames` are its longer sentences with their content left open: "You have put _ and _ into the _, and I can see it".
-    `raised` is the detail that the user brought up last. `moves` and
-    `musts` are what counting sentences do. `echo` and `repetition` are the shares taken from what was heard and from earlier
-    replies; `twice` says that two of its sentences are nearly one.
+    `raised` is the detail that the user brought up last. `tells` are the stems with which it speaks, in its own words, of
+    facts of the policy's persona or, in a question, of the goal. `follows` says that it speaks of "her" to a user who has just
+    done so, or of "my mother" to one who has spoken of a mother. `moves` and `musts` are what counting sentences do. `echo` and
+    `repetition` are the shares taken from what was heard and from earlier replies; `twice` says that two of its sentences are
+    nearly one.
     """
 
     length: int
@@ -51,6 +69,8 @@ class Reading:
     engaged: tuple[Detail, ...]
     brings: bool
     raised: Detail | None
+    tells: frozenset[str]
+    follows: bool
     moves: tuple[Pattern, ...]
     musts: frozenset[str]
     answers: bool
@@ -80,10 +100,11 @@ def read(
     """`heard`: what the user said and what the policy's role was told; `latest`: the user's last line, "" where the policy
     opens; `earlier`: the policy's earlier replies."""
     sources = _all_runs(heard, language)
-    words = frozenset().union(*(_words(text, language) for text in heard))
-    sentences = tuple(_sentence(s, knowledge, language, sources, words) for s in language.sentences(text))
+    words = sorted(frozenset().union(*(_words(text, language) for text in heard)))
+    spoken = language.sentences(text)[:_MOST_SENTENCES]
+    sentences = tuple(_sentence(s, knowledge, language, sources, words) for s in spoken)
     counting = [s for s in sentences if s.counts]
-    said = frozenset().union(*(s.content for s in counting))
+    said = frozenset().union(*(s.yours for s in counting))
     known = frozenset().union(*(language.content(text) for text in heard))
     brings = said - known - language.thing_stems
     listens = bool(said & known & (knowledge.matter | language.thing_stems)) or len(said & language.content(latest)) >= 2
@@ -93,7 +114,7 @@ def read(
         return len(own) >= (1 if listens else 2)
 
     touched = tuple(d for d in knowledge.details if _touches(said, d, just_raised=d == raised))
-    content = language.content(text)
+    content, said_words = language.content(text), _words(text, language)
     return Reading(
         length=language.length(text),
         sentences=sentences,
@@ -101,16 +122,30 @@ def read(
         brings=bool(brings & knowledge.matter),
         engaged=tuple(d for d in touched if engages(d)),
         raised=raised,
+        tells=frozenset().union(*(_told(s, knowledge, language) for s in sentences if s.sound and s.own)),
+        follows=any(_follows(s.text, latest, language) for s in counting),
         moves=tuple(m for m in moves if any(m.matches(s.text.lower()) for s in counting)),
         answers=bool(said & language.content(latest) & (knowledge.matter | language.thing_stems)),
         musts=frozenset(name for name, words in knowledge.musts.items() if any(s.content & words for s in counting)),
         frames=frozenset(f for s in sentences if len(f := _frame(s.text, language)) >= _SHORTEST_FRAME),
-        questions=sum("?" in s.text or "？" in s.text for s in sentences),
-        echo=_coverage(text, sources, language),
-        repetition=max((_similarity(content, text, other, language) for other in earlier), default=0.0),
+        questions=sum(s.asks for s in sentences),
+        echo=_coverage(said_words, sources),
+        repetition=max((_similarity(content, said_words, other, language) for other in earlier), default=0.0),
         twice=any(_alike(a, b, language) for a, b in combinations(sentences, 2)),
         breaks_off=not language.ends(text),
     )
+
+
+def _told(sentence: Sentence, knowledge: Knowledge, language: Language) -> frozenset[str]:
+    """The stems of the facts that a sentence speaks of."""
+    facts = (*knowledge.facts, *knowledge.subjects) if sentence.asks else knowledge.facts
+    shared = (sentence.content & fact for fact in facts)
+    return frozenset().union(*(stems for stems in shared if language.weight(stems) >= TELLING))
+
+
+def _follows(text: str, latest: str, language: Language) -> bool:
+    persons = language.persons(text) & language.persons(latest)
+    return bool(persons or language.possessed(text) & language.content(latest))
 
 
 def _touches(content: frozenset[str], detail: Detail, just_raised: bool) -> bool:
@@ -121,29 +156,37 @@ def _touches(content: frozenset[str], detail: Detail, just_raised: bool) -> bool
 
 
 def _sentence(
-    text: str, knowledge: Knowledge, language: Language, sources: frozenset[tuple[str, ...]], heard: frozenset[str]
+    text: str, knowledge: Knowledge, language: Language, sources: frozenset[tuple[str, ...]], heard: Sequence[str]
 ) -> Sentence:
     words = [t for t in language.tokens(text) if t != ","]
+    names = {word.lower() for word in _NAME.findall(text)}
     content = language.content(text)
     talk = {stem(w) for w in words if language.is_common(w)} - language.thing_stems
     strange = content - knowledge.vocabulary - talk
     return Sentence(
         text=text,
-        sound=language.is_sound(text) and not any(_is_cut(w, heard, knowledge, language) for w in words),
-        own=_coverage(text, sources, language) <= 0.5,
+        sound=language.is_sound(text) and not any(_is_cut(w, heard, knowledge, language) for w in words if w not in names),
+        own=_coverage(_words(text, language), sources) <= 0.5,
         sensible=language.han or len(strange) <= max(1, len(content) // 3),
         content=content,
+        yours=content - language.possessed(text),
     )
 
 
-def _is_cut(word: str, heard: frozenset[str], knowledge: Knowledge, language: Language) -> bool:
-    """Whether it is the beginning of a word that was heard ("stri" for stride) and no word by itself that anybody here knows."""
+def _is_cut(word: str, heard: Sequence[str], knowledge: Knowledge, language: Language) -> bool:
+    """Whether it is the beginning of a word that was heard ("stri" for stride) and no word by itself that anybody here knows;
+    `heard` is sorted."""
     if language.han or language.is_common(word) or not word.isalpha():
         return False
-    if len(word) < 2 or word in heard or stem(word) in knowledge.vocabulary | language.thing_stems:
+    if len(word) < 2 or stem(word) in knowledge.vocabulary | language.thing_stems:
         return False
-    longer = [h for h in heard if h.startswith(word) and stem(h) != stem(word)]
-    return any(not language.is_common(h.removeprefix(word)) for h in longer)  # "hall" is a word where there is a hallway
+    from_here = islice(heard, bisect_left(heard, word), None)
+    longer = list(takewhile(lambda h: h.startswith(word), from_here))
+    if longer and longer[0] == word:
+        return False
+    rests = (h.removeprefix(word) for h in longer if stem(h) != stem(word))
+    # "Hall" is a word where there is a hallway, and "heat" where there is a heater.
+    return any(not language.is_common(rest) and rest not in _DERIVES for rest in rests)
 
 
 def _alike(a: Sentence, b: Sentence, language: Language) -> bool:
@@ -168,9 +211,8 @@ def _all_runs(texts: Iterable[str], language: Language) -> frozenset[tuple[str, 
     return frozenset().union(*(_runs(_words(text, language)) for text in texts))
 
 
-def _coverage(text: str, sources: frozenset[tuple[str, ...]], language: Language) -> float:
-    """The share of a text's words that stand in a run of four words taken from the sources."""
-    words = _words(text, language)
+def _coverage(words: tuple[str, ...], sources: frozenset[tuple[str, ...]]) -> float:
+    """The share of words that stand in a run of four words taken from the sources."""
     taken = [False] * len(words)
     for k in range(len(words) - _RUN + 1):
         if words[k : k + _RUN] in sources:
@@ -178,8 +220,8 @@ def _coverage(text: str, sources: frozenset[tuple[str, ...]], language: Language
     return sum(taken) / len(words) if words else 0.0
 
 
-def _similarity(content: frozenset[str], text: str, other: str, language: Language) -> float:
+def _similarity(content: frozenset[str], words: tuple[str, ...], other: str, language: Language) -> float:
     """How much of a reply stood in another one already, by content words or by runs of words, whichever is more."""
     other_content = language.content(other)
     shared = len(content & other_content) / max(1, len(content | other_content))
-    return max(shared, _coverage(text, _runs(_words(other, language)), language))
+    return max(shared, _coverage(words, _runs(_words(other, language))))

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 from ctcgrpo.records import Scene
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
 from ctcgrpo.simulator.scripted.language import Language
-from ctcgrpo.simulator.scripted.reading import Reading
+from ctcgrpo.simulator.scripted.reading import TELLING, Reading
 
 _MERE_MENTION = 0.25
 """What manner is worth in a reply that mentions this user's matters and brings in nothing of its own."""
@@ -54,6 +55,12 @@ class Heard:
     def known(self) -> frozenset[Detail]:
         """Details that earlier replies engaged with already."""
         return frozenset(d for r in self.earlier for d in r.engaged)
+
+    @property
+    def tells(self) -> bool:
+        """Whether it comes with something of its own persona that it has not told yet."""
+        told = frozenset().union(*(r.tells for r in self.earlier))
+        return self.language.weight(self.reading.tells - told) >= TELLING
 
     @property
     def fresh(self) -> list[Detail]:
@@ -129,7 +136,8 @@ def breaking_off(h: Heard) -> Iterator[Finding]:
 
 @spoiler
 def rambling(h: Heard) -> Iterator[Finding]:
-    if h.reading.share("sound") <= 0.34 and h.reading.share("sensible") > 0.5:
+    strange = h.reading.share("sound") <= 0.34 and h.reading.share("sensible") > 0.5
+    if strange and _is_empty(h.reading) and not _is_sincere(h, _is_empty):
         yield Finding(3, -3, "talks of things that have nothing to do with me")
 
 
@@ -194,10 +202,22 @@ def about_me(h: Heard) -> Iterator[Finding]:
 
 @rule
 def about_anybody(h: Heard) -> Iterator[Finding]:
-    """Once is polite; who hears nothing else feels talked past, more each time."""
-    if _is_empty(h.reading):
+    """Once is polite; who hears nothing else feels talked past, more each time. What comes from the speaker's own life could
+    not be said by anybody: it does neither good nor harm."""
+    if not _is_empty(h.reading):
+        return
+    if _is_sincere(h, _is_empty):
+        yield Finding(0, 0, "tells me something of its own" if h.tells else "goes along with what I speak of")
+    else:
         weight = 1 + min(_MOST_OFTEN, sum(map(_is_empty, h.earlier)))
         yield Finding(weight, -weight, "could be said to anybody")
+
+
+def _is_sincere(h: Heard, talks_past: Callable[[Reading], bool]) -> bool:
+    """Whether it tells something of its own, or goes along with what the user speaks of, and did not talk past the user more than
+    once, or more often than not: one's own life is welcome from somebody who listens, and no substitute for listening."""
+    talked_past = sum(map(talks_past, h.earlier))
+    return (h.tells or h.reading.follows) and talked_past <= min(1, len(h.earlier) / 2)
 
 
 def _is_empty(reading: Reading) -> bool:
@@ -215,9 +235,11 @@ def listening(h: Heard) -> Iterator[Finding]:
 
 @rule
 def mere_mention(h: Heard) -> Iterator[Finding]:
-    """Coming back to this user's things is a beginning; from the second time on it has to come with something of one's own."""
-    if _merely_mentions(h.reading):
-        weight = min(2, sum(map(_merely_mentions, h.earlier)))
+    """Coming back to this user's things is a beginning; from the second time on, with no listening in between, it has to come with
+    something of one's own."""
+    if _merely_mentions(h.reading) and not _is_sincere(h, lambda r: _is_empty(r) or _merely_mentions(r)):
+        since = takewhile(lambda r: not r.engaged and not r.answers, reversed(h.earlier))
+        weight = min(2, sum(map(_merely_mentions, since)))
         if weight:
             yield Finding(weight, -weight, "names my things and says nothing about them")
 

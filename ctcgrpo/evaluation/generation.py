@@ -1,0 +1,63 @@
+"""What is sent with each call beside the messages: the settings of a benchmark, of the command line, and those that are left out.
+
+`unset` names settings that providers refuse: temperature, top_p, max_tokens, seed; of another role ROLE.NAME (judge.temperature,
+simulator.response_schema). A setting that is left out is not sent: the provider's own default holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from inspect_ai.model import GenerateConfig
+
+from ctcgrpo.errors import RecipeError
+from ctcgrpo.naming import did_you_mean
+
+NAMES = ("temperature", "top_p", "max_tokens", "seed", "response_schema")
+ROLES = ("model", "simulator", "judge")
+Unset = str | Sequence[str]
+
+
+def names_of(unset: Unset) -> frozenset[str]:
+    """As ROLE.NAME. Raises RecipeError for what is no setting."""
+    given = unset.split(",") if isinstance(unset, str) else list(unset)
+    found = set()
+    for name in (part.strip() for part in given if part.strip()):
+        role, dot, setting = name.rpartition(".")
+        if setting not in NAMES or (dot and role not in ROLES):
+            known = [*NAMES, *(f"{role}.{setting}" for role in ROLES[1:] for setting in NAMES)]
+            raise RecipeError(f"unset is {name!r}; {did_you_mean(name, known)}")
+        found.add(f"{role or 'model'}.{setting}")
+    return frozenset(found)
+
+
+def config_of(role: str, unset: Collection[str], **settings: Any) -> GenerateConfig:
+    """The settings of a role without those that are left out; `unset` as `names_of` gives it."""
+    return GenerateConfig(**{name: value for name, value in settings.items() if f"{role}.{name}" not in unset})
+
+
+def split_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]], list[str]]:
+    """NAME=VALUE settings of -G: those of the model, those of other roles by role, and the names that null leaves out.
+
+    max_completion_tokens=N stands in for max_tokens, which is then left out. Raises RecipeError for a setting that Inspect does not
+    know."""
+    ours: dict[str, dict[str, Any]] = {}
+    unset: list[str] = []
+    for name, value in given.items():
+        role, dot, setting = name.rpartition(".")
+        role = role or "model"
+        known = [*GenerateConfig.model_fields, "max_completion_tokens"]
+        if (dot and role not in ROLES) or setting not in known:
+            raise RecipeError(f"-G {name!r}: {did_you_mean(name, known)}; of another role ROLE.NAME (judge.temperature)")
+        if value is None:
+            if setting not in NAMES:
+                raise RecipeError(f"-G {name}=null: it is not sent anyway; null leaves out {', '.join(NAMES)}")
+            unset.append(name)
+        elif setting == "max_completion_tokens":
+            unset.append(f"{role}.max_tokens" if dot else "max_tokens")
+            body = {setting: value} | ours.setdefault(role, {}).get("extra_body", {})
+            ours[role]["extra_body"] = body
+        else:
+            ours.setdefault(role, {})[setting] = value
+    return ours.pop("model", {}), ours, unset

@@ -1,0 +1,128 @@
+"""Why a call of Inspect's to a provider failed, in the provider's own words, and which failures are worth another try."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from inspect_ai.event import ModelEvent
+from inspect_ai.log import transcript
+from inspect_ai.model import Model
+from pydantic import ValidationError
+
+from ctcgrpo.simulator.llm.reasons import CallFailed, error_body, error_object, failure_of
+
+PATIENCE = 600
+"""Seconds that a call is tried again; Inspect itself would not give up."""
+_MOST = 600
+_SILENCE = 60.0
+"""Seconds between two lines about the same provider."""
+_LEFT_OUT = ("temperature", "top_p", "max_tokens", "seed", "response_format")
+_MISREAD = (TypeError, IndexError, AttributeError, KeyError, ValidationError)
+"""What Inspect's providers raise for a body that is no completion."""
+_log = logging.getLogger(__name__)
+
+
+def reason_of(error: BaseException) -> str:
+    """What the provider said; else what its client says, the end of it where it is long: the beginning is the request."""
+    chain = list(_chain(error))
+    for part in chain:
+        if failed := _answered(part):
+            return f"{failed}{_hint(str(failed))}"
+    said = unread() if isinstance(error, _MISREAD) else ""
+    if said:
+        return said
+    chain = [part for part in chain if type(part).__name__ != "RetryError"]  # says nothing itself
+    told = dict.fromkeys(f"{type(part).__name__}: {' '.join(str(part).split())}".removesuffix(": ") for part in chain)
+    return _end("; ".join(reversed(told)))
+
+
+def prepared(model: Model) -> Model:
+    """The model, whose calls are not tried again where no retry mends it (a quota that is used up), are logged where they are,
+    and fail with the provider's error where it comes with HTTP 200."""
+    if not isinstance(model.api.should_retry, _Retries):
+        model.api.should_retry = _Retries(str(model), model.api.should_retry)  # type: ignore[assignment, method-assign]
+    client: Any = getattr(model.api, "http_client", None)  # httpx's; made anew for each evaluation
+    if hasattr(client, "event_hooks") and _give_status not in client.event_hooks["response"]:
+        hooks = client.event_hooks
+        client.event_hooks = {**hooks, "response": [*hooks["response"], _give_status]}
+    return model
+
+
+async def _give_status(response: Any) -> None:
+    """Give an error within HTTP 200 the status that it stands for: the provider's client then raises it, or tries again."""
+    if response.status_code != 200 or "json" not in response.headers.get("content-type", ""):
+        return
+    try:
+        data = json.loads(await response.aread())
+    except (ValueError, RecursionError):
+        return
+    if isinstance(data, Mapping) and data.get("error") and not data.get("choices"):
+        response.status_code = error_object(data).status or 502
+
+
+class _Retries:
+    def __init__(self, name: str, rule: Callable[[Exception], Any]) -> None:
+        self._name, self._rule = name, rule
+        self._silent_until = 0.0
+
+    def __call__(self, error: Exception) -> Any:
+        failed = next((found for part in _chain(error) if (found := _answered(part))), None)
+        if failed is not None and failed.result == "quota":
+            return False
+        decision = self._rule(error)
+        if decision and time.monotonic() >= self._silent_until:
+            self._silent_until = time.monotonic() + _SILENCE
+            until = time.strftime("%H:%M:%S", time.localtime(time.time() + PATIENCE))
+            _log.warning("waiting for %s, at most until %s: %s", self._name, until, reason_of(error))
+        return decision
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it came from."""
+    seen: set[int] = set()
+    part: BaseException | None = error
+    while part is not None and id(part) not in seen:
+        seen.add(id(part))
+        yield part
+        part = part.__cause__ or part.__context__
+
+
+def _answered(error: BaseException) -> CallFailed | None:
+    """The failure that a client's error with an HTTP status and a body is."""
+    response = getattr(error, "response", None)
+    status = getattr(error, "status_code", None) or getattr(response, "status_code", None)
+    if not isinstance(status, int):
+        return None
+    try:
+        text = getattr(response, "text", None)
+    except RuntimeError:  # httpx: a body that was never read
+        return None
+    if not isinstance(text, str):
+        return None
+    headers = {str(name).lower(): str(value) for name, value in dict(getattr(response, "headers", {})).items()}
+    return failure_of(status, headers, error_body(text), sent={}, key="")
+
+
+def unread() -> str:
+    """What the last call of this sample was answered with, which Inspect's provider could not read; empty where that is unknown."""
+    call = next((event.call for event in reversed(transcript().events) if isinstance(event, ModelEvent)), None)
+    if call is None or not call.response:
+        return ""
+    given = {name: value for name, value in call.response.items() if value is not None}
+    return f"expected a chat completion, got {error_object(given).message}"
+
+
+def _hint(message: str) -> str:
+    if "max_completion_tokens" in message:
+        return " (set it with -G max_completion_tokens=N)"
+    named = [name for name in _LEFT_OUT if re.search(rf"\b{name}\b", message)]
+    return f" (to leave it out: {' '.join(f'-G {name}=null' for name in named)})" if named else ""
+
+
+def _end(text: str) -> str:
+    return text if len(text) <= _MOST else f"... {text[-_MOST:]}"
