@@ -249,6 +249,13 @@ def check_record(record: Mapping[str, Any], place: str, split: Split = "train") 
     def fault(field: str, message: str) -> None:
         faults.append(Fault(place, who, field.encode(errors="backslashreplace").decode(), message))
 
+    meta = record.get("meta_config")
+    if isinstance(meta, Mapping) and _INITIAL in meta:  # the other place in which EIBench's records have it
+        if record.get(_INITIAL, meta[_INITIAL]) != meta[_INITIAL]:
+            fault(
+                _INITIAL, f"is {quoted(record[_INITIAL])}, and meta_config.{_INITIAL} is {quoted(meta[_INITIAL])}; keep one"
+            )
+        record = {**record, _INITIAL: meta[_INITIAL]}
     for field, message in (*_lone_surrogates(record), *_misspelt(record, _Record)):
         fault(field, message)
     ordered = True
@@ -298,7 +305,8 @@ def check_record(record: Mapping[str, Any], place: str, split: Split = "train") 
     return scenario, []
 
 
-_ANCHORS = ("initial_calibration", "rub_goals", "worst_case")
+_INITIAL = "initial_calibration"
+_ANCHORS = (_INITIAL, "rub_goals", "worst_case")
 _STAND_INS: Mapping[str, Any] = {
     "id": "?",
     "scene_tag": "charm",

@@ -14,7 +14,7 @@ import pytest
 
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.records import SCENES, Scenario, UserState
-from ctcgrpo.scenarios import PACKS, load_scenarios, read_scenarios
+from ctcgrpo.scenarios import PACKS, load_scenarios, read_record, read_scenarios
 from ctcgrpo.simulator.protocol import ScenarioCard
 from tests.conftest import SHARED_DATA
 
@@ -62,6 +62,23 @@ def test_records_may_be_wrapped_and_the_policy_opens_in_charm(tmp_path: Path, re
     record |= {"scene_tag": "Charm"}
     (scenario,) = load_scenarios(write(tmp_path, {"row": record}))
     assert scenario.scene == "charm" and scenario.policy_opens
+
+
+def test_initial_values_may_stand_under_meta_config(record: dict[str, Any]) -> None:
+    plain = read_record(record, "x")
+    initial = record.pop("initial_calibration")
+    moved = read_record({**record, "meta_config": {"initial_calibration": initial, "other": 1}}, "x")
+    assert moved.anchors == plain.anchors and moved.extras["meta_config"]["other"] == 1
+    assert read_record({**record, "meta_config": {"other": 1}}, "x").anchors.initial == (50, 50)
+    both = {
+        **record,
+        "initial_calibration": {**initial, "initial_anger": 69},
+        "meta_config": {"initial_calibration": initial},
+    }
+    with pytest.raises(
+        ScenarioError, match=r"initial_calibration is .*69.*, and meta_config.initial_calibration is .*70.*; keep one"
+    ):
+        read_record(both, "x")
 
 
 def test_missing_anchors_take_the_defaults_of_the_split(tmp_path: Path, record: dict[str, Any]) -> None:
