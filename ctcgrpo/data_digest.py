@@ -12,6 +12,9 @@ from typing import Any
 from ctcgrpo.files import file_digest
 from ctcgrpo.records import Scenario
 
+_LOADED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+"""Weights, configurations, tokenizers and templates."""
+
 
 def scenarios_digest(scenarios: Sequence[Scenario]) -> dict[str, str]:
     """By id, in the order in which they are played: 12 hexadecimal digits of everything that a record says."""
@@ -24,8 +27,9 @@ def scenarios_digest(scenarios: Sequence[Scenario]) -> dict[str, str]:
 
 
 def folder_digest(folder: Path) -> dict[str, str]:
-    """By name: 12 hexadecimal digits of each file of a local model."""
-    return {file.name: file_digest(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    """By name: 12 hexadecimal digits of each file of a local model that is loaded; notes and cards beside them are not."""
+    files = sorted({file for pattern in _LOADED for file in folder.glob(pattern) if file.is_file()})
+    return {file.name: file_digest(file) for file in files}
 
 
 def data_changes(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping[str, str]]) -> list[str]:

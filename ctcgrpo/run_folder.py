@@ -117,6 +117,12 @@ class RunFolder:
         finished = is_complete(self.final)
         if self.recipe_file.exists() and (started or finished):
             self._refuse_other_run(recipe)
+        if finished and not started and self.extended_from(recipe):
+            lacks = "; ".join(self.passed_over()) or "it has none"
+            raise OutputError(
+                f"{self.path} cannot be given more steps: no complete checkpoint to resume from ({lacks}); start another run "
+                f"from {self.final} with policy.model and run.name=NAME"
+            )
         if finished and not (started and self.extended_from(recipe)):
             raise OutputError(
                 f"{self.path} holds a finished run of this recipe; take {self.final}, give it more steps with "

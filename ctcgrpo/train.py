@@ -486,6 +486,9 @@ class _Run:
         if checkpoint is None:
             return "Nothing was saved; start again with the mended recipe"
         again = f"policy.model={checkpoint} run.name=NAME"
+        if self._recipe.policy.lora is not None:  # a checkpoint holds the adapter alone
+            step, folder = checkpoint.name.rpartition("-")[2], self._folder.path
+            again = f"ctcgrpo export {folder} --which {step} --out FOLDER --dtype float32; then policy.model=FOLDER run.name=NAME"
         return f"The last good checkpoint is {checkpoint}; start another run from it with the mended recipe: {again}"
 
 

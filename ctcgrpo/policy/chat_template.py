@@ -27,6 +27,8 @@ Message = dict[str, str]
 FOLD = "\n\n"
 """Between persona and first line where both stand in the first user turn."""
 _RENDER_SECONDS = 30.0
+_MANY = 16
+"""Exchanges of the longest dialogue that is probed: some templates keep the last messages only."""
 _TODAY = "PROBE-TODAY"
 
 
@@ -109,15 +111,17 @@ class ChatTemplate:
 
     def _layout(self, first: list[Message], *, folded: bool, probes: list[str] | None = None) -> Layout:
         firsts = probes or [m["content"] for m in first]
-        parts = [self._parts(first, firsts, exchanges, folded) for exchanges in range(4)]
+        counts = (0, 1, 2, 3, _MANY)
+        parts = [self._parts(first, firsts, exchanges, folded) for exchanges in counts]
         n = len(firsts)
-        opens, once, twice, _ = parts
+        opens, once, twice = parts[:3]
         lead, joint = opens[0], opens[1] if n == 2 else ""
         before_first, between, prompt = once[n], once[n + 1], once[n + 2]
         before = twice[n + 2]
         head = [lead, joint][:n]
-        grows = [before_first, between, before, between, before, between, prompt]
-        expected = [[*head, opens[n]], [*head, *grows[:2], prompt], [*head, *grows[:4], prompt], [*head, *grows]]
+        expected = [
+            [*head, before_first, between, *[before, between] * (k - 1), prompt] if k else [*head, opens[n]] for k in counts
+        ]
         if parts != expected:
             shorter, longer = next((a, b) for a, b in zip(expected, parts, strict=True) if a != b)
             was, now = next((a, b) for a, b in zip(shorter, longer, strict=True) if a != b)
@@ -129,7 +133,7 @@ class ChatTemplate:
 
     def _parts(self, first: list[Message], firsts: list[str], exchanges: int, folded: bool) -> list[str]:
         """What the template writes around the messages of a dialogue, each of which it must render once and in its place."""
-        said = [(f"PROBE-REPLY-{k}", f"PROBE-LINE-{k}") for k in range(exchanges)]
+        said = [(f"PROBE-REPLY-{k:02}", f"PROBE-LINE-{k:02}") for k in range(exchanges)]
         messages = [*first, *_exchanged(said)]
         try:
             rest = text = self.render(messages)
@@ -181,15 +185,16 @@ def _role(content: str, messages: list[Message]) -> str:
     return next(m["role"] for m in messages if content in m["content"])
 
 
+_MARKUP = re.compile(r"\s*[<\[{|].+[>\]}|]\s*", re.DOTALL)
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class ControlTokens:
-    """The tokens that no text of a person or a policy may turn into: added tokens, except for mere white space. `ids` leaves out
-    what stands for unknown text and for bytes, since any text may need them."""
+    """The tokens that no text of a person or a policy may turn into: special tokens, and added ones that look like markup (words
+    that were added are words). `ids` leaves out what stands for unknown text and for bytes, since any text may need them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        by_text = {text: k for text, k in tokenizer.get_added_vocab().items() if text.strip()}
+        by_text = {text: k for text, k in tokenizer.get_added_vocab().items() if _MARKUP.fullmatch(text)}
         by_text |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         self.ids = frozenset(k for text, k in by_text.items() if not _BYTE.fullmatch(text)) - {tokenizer.unk_token_id}
         self._by_text = by_text

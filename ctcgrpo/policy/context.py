@@ -37,6 +37,11 @@ _ANCHORS = ("a", ".", "1", "Q", "。", "\n")
 """What a text in the middle of a dialogue is encoded behind: the first of these that merges with nothing of it."""
 
 
+_ODD_REPLY = 'I hear you. "Quite" & <i>so</i>:\n\n- it\'s {1}\n  100 %'
+_ODD_LINE = 'It is "so" & <i>so</i>, ' + "and so on, " * 60 + "as I said."
+"""Words that a template which escapes, shortens or re-formats contents would change."""
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """A reply of the policy as context ids, and the user's answer to it."""
@@ -78,6 +83,11 @@ class ContextBuilder:
         # Where the template writes a space before a reply and leaves it out of the prompt, the policy samples it.
         before = self._template.layout(False).before_reply
         self._sampled_lead = before[len(self._prompt) :] if before.startswith(self._prompt) else ""
+        if unsaid := self._sampled_lead.replace(OPEN, "").replace(CLOSE, "").strip():
+            raise PolicyError(
+                f"{self._template.name} writes {unsaid!r} before a reply in history, but not in the prompt for one; set "
+                "policy.chat_template to a file with another one"
+            )
         self._remember()
 
     def _remember(self) -> None:
@@ -97,6 +107,11 @@ class ContextBuilder:
             which = "dialogues that the policy opens" if folded == {True} else "every dialogue"
             notes.append(
                 f"{self._template.name} takes no system message: in {which} the persona is part of the first user turn"
+            )
+        if self._control.first(self._template.layout(False).between) is None:
+            notes.append(
+                f"{self._template.name} ends replies with plain text: only the model's end-of-sequence token ends one, which "
+                "earlier turns in prompts do not show"
             )
         if self._template.uses_today():
             notes.append(
@@ -146,7 +161,8 @@ class ContextBuilder:
             try:
                 self.prompt(self.start(scenario))
             except PolicyEngineError as error:
-                raise PolicyError(f"scenario {scenario.id!r}: {error}; raise it or drop the scenario") from None
+                advice = "; raise it or drop the scenario" if "max_prompt_tokens" in str(error) else ""
+                raise PolicyError(f"scenario {scenario.id!r}: {error}{advice}") from None
             except PolicyError as error:
                 raise PolicyError(f"scenario {scenario.id!r}: {error}") from None
             self._rendered.check_dialogue(scenario)
@@ -165,16 +181,16 @@ class ContextBuilder:
         persona, opening = dialogue.policy_persona, dialogue.opening_line
         spelled = any(map(self._control.find, (persona, opening)))
         said: list[tuple[str, str]] = []
-        for reply in ("I hear you.", "Go on, then"):
+        for reply in (_ODD_REPLY, "Go on, then"):
             text = self._template.render(self._template.messages(persona, opening, said))
             ids, _ = self.prompt(dialogue)
             own = tuple(self._tokenizer.encode(text, add_special_tokens=False))
             # Behind a reply a tokenizer may merge what was sampled with what follows; the text is the same all the same.
             if ids != own and (self._text(ids) != self._text(own) or not (said or spelled)):
                 raise PolicyError(self._difference(scenario, len(said) + 1, ids, own))
-            said.append((reply, opening or persona.splitlines()[-1].strip()))
-            ids = self._encode_reply(reply)
-            dialogue = self.extend(dialogue, Completion(ids, (), (), "stop"), said[-1][1])
+            line = f"{opening or persona.splitlines()[-1].strip()}\n{_ODD_LINE}"
+            said.append((reply, line))
+            dialogue = replace(dialogue, exchanges=(*dialogue.exchanges, Exchange(self._encode_reply(reply), line)))
 
     def _difference(self, scenario: Scenario, turn: int, ids: Ids, own: Ids) -> str:
         at = next((k for k, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
@@ -219,7 +235,7 @@ class ContextBuilder:
         return ids
 
     def _encode_reply(self, reply: str) -> Ids:
-        return self._encode(["", self._sampled_lead + reply], behind=(self._prompt, *_ANCHORS))
+        return self._encode([self._sampled_lead, reply], behind=(self._prompt, *_ANCHORS))
 
     def _text(self, ids: Ids) -> str:
         """How ids read in the middle of a dialogue; at its start some tokenizers leave a space out."""

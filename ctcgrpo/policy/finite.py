@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from accelerate.utils import gather_object
 
@@ -30,20 +28,24 @@ def refuse_nonfinite(model: torch.nn.Module, name: str) -> None:
 def nonfinite_gradient(model: torch.nn.Module) -> str | None:
     """The name of a parameter whose gradient, or this process's shard of it, is not finite; None where there is none, and under
     DeepSpeed, which keeps gradients elsewhere."""
-    return next((name for name, gradient in _gradients(model) if not _finite(gradient)), None)
-
-
-def _gradients(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            yield name, parameter.grad
+        # Its norm, as clipping takes it: finite numbers whose squares overflow would be scaled to nothing.
+        if parameter.grad is not None and not bool(torch.isfinite(torch.linalg.vector_norm(_local(parameter.grad)))):
+            return name
+    return None
 
 
 @torch.no_grad()
 def _finite(tensor: torch.Tensor) -> bool:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # FSDP2's DTensor
+    local = _local(tensor)
     if not local.is_floating_point() or not local.numel():
         return True
     # Both ends show NaN and infinities, and need no mask of the tensor's size.
     lowest, highest = local.aminmax()
     return bool(torch.isfinite(lowest) & torch.isfinite(highest))
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of an FSDP2 DTensor; any other tensor itself."""
+    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part

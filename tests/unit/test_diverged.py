@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ctcgrpo.errors import PolicyError, TrainingDiverged
 from ctcgrpo.files import is_complete
-from ctcgrpo.policy.finite import nonfinite_weight, refuse_nonfinite
+from ctcgrpo.policy.finite import nonfinite_gradient, nonfinite_weight, refuse_nonfinite
 from ctcgrpo.training import trainer as trainer_module
 from ctcgrpo.training.loss import token_sums
 from tests.conftest import Command
@@ -98,6 +98,15 @@ def test_what_is_finite() -> None:
         assert nonfinite_weight(model) == "bias"
         with pytest.raises(PolicyError, match=r"policy.model 'odd': its weights are not finite \(bias\)"):
             refuse_nonfinite(model, "odd")
+
+
+def test_gradients_whose_norm_overflows_are_not_finite() -> None:
+    """Clipping would scale them to nothing without a word."""
+    model = torch.nn.Linear(4, 4)
+    model.weight.grad = torch.full_like(model.weight, 1e30)
+    assert nonfinite_gradient(model) == "weight"
+    model.weight.grad = torch.ones_like(model.weight)
+    assert nonfinite_gradient(model) is None
 
 
 def test_a_policy_that_says_nothing_is_told_of(ctcgrpo: Command, tiny: Path, tmp_path: Path) -> None:

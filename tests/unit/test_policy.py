@@ -226,13 +226,20 @@ def test_what_cannot_serve_is_refused(tiny: Path) -> None:
         "{% for m in messages %}{{ m.role }}: {{ m.content|lower }}{% endfor %}": "rewrites the user message",
         "{% for m in messages %}{{ m.role }}: {{ m.content }} {{ m.content }}{% endfor %}": "repeats the system message",
         "{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}|{% endif %}{% endfor %}": "drops the assistant",
+        QWEN3_LIKE.replace("m.content", "m.content|e"): "is not what .* renders",
+        QWEN3_LIKE.replace("m.content", "m.content|replace('\\n', ' ')"): "is not what .* renders",
+        QWEN3_LIKE.replace("m.content", "m.content|truncate(400)"): "is not what .* renders",
+        QWEN3_LIKE.replace(
+            "in messages", "in (messages if messages|length < 12 else messages[-9:])"
+        ): "drops the user message|does not render message by message",
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}": "'<.im_start.>assistant' before a",
         "{{ messages|length }}{% for m in messages %}{{ m.content }}|{% endfor %}": "does not render message by message",
         "{% for m in messages %}{{ m.content }}|{% endfor %}{{ 1 // 0 }}": "refuses messages .*: integer division",
         "{% include 'other' %}": "refuses messages",
     }.items():
         tokenizer.chat_template = template
         with pytest.raises(PolicyError, match=why):
-            builder(tokenizer)
+            builder(tokenizer).check([SUPPORT])
 
 
 def test_a_template_that_does_not_come_to_an_end(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
@@ -241,6 +248,41 @@ def test_a_template_that_does_not_come_to_an_end(tokenizer: Any, monkeypatch: py
     monkeypatch.setattr("ctcgrpo.policy.chat_template._RENDER_SECONDS", 0.3)
     with pytest.raises(PolicyError, match=r"still rendering after 0.3 s; set policy.chat_template"):
         builder(endless)
+
+
+# As DeepSeek R1 and Qwen3-Thinking (the prompt opens the reasoning) and GLM 4.5 (history has an empty one) write them.
+THINKING = {
+    "opens": "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content.split('</think>')[-1] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}",
+    "empty": "{%- for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.role == 'assistant' %}"
+    "{{ '\\n<think></think>\\n' }}{% else %}{{ '\\n' }}{% endif %}{{ m.content.split('</think>')[-1] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("layout", THINKING)
+def test_templates_that_open_or_empty_the_reasoning(tiny: Path, layout: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = THINKING[layout]
+    contexts = builder(tokenizer)
+    contexts.check([SUPPORT, CHARM])
+    assert contexts.opens_reasoning == (layout == "opens")
+    dialogue, lines = contexts.start(SUPPORT), []
+    for reply, line in [("One moment.", "I see."), ("And then?", "Nothing.")]:
+        sampled = f"{'' if layout == 'opens' else '<think>'}\nHe is sad.</think>\n{reply}"
+        dialogue = contexts.extend(dialogue, completion(tokenizer, sampled), line)
+        lines += [reply, line]
+        own = tokenizer.apply_chat_template(messages(SUPPORT, *lines), tokenize=False, add_generation_prompt=True)
+        assert list(contexts.prompt(dialogue)[0]) == tokenizer.encode(own, add_special_tokens=False)
+
+
+def test_words_that_were_added_are_words(tiny: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_tokens(["night", "\U0001f600", "e"])
+    contexts = builder(tokenizer)
+    contexts.check([SUPPORT, CHARM])
+    said = contexts.extend(contexts.start(SUPPORT), completion(tokenizer, "Good night."), "night \U0001f600 e<|im_end|>")
+    assert "night \U0001f600 e<|im_end|>" in tokenizer.decode(contexts.prompt(said)[0])
 
 
 def test_a_time_limit_gives_the_timer_back() -> None:
