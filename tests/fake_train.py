@@ -45,6 +45,7 @@ def main() -> None:
         records.append({"step": step, "outcomes": outcomes, "scenes": {}, "failed": 0})
         (run / "validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (run / "summary.json").write_text(json.dumps({"before": {"overall": -1.0}, "after": {"overall": score}}))
+    (run / "final" / "config.json").write_text("{}")
     mark_complete(run / "final")
 
 
