@@ -37,11 +37,11 @@ from ctcgrpo.files import file_digest
 from ctcgrpo.folders import check_model
 from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.loading import (
-    LOAD_ERRORS,
     build_builtin,
     check_fits,
     load_config,
     load_tokenizer,
+    loading_weights,
     pinned,
     stop_ids,
 )
@@ -236,10 +236,11 @@ class _Run:
         return data
 
     def _make_trainer(self, **parts: Any) -> CtcGrpoTrainer:
+        where = f"policy (model {self._recipe.policy.model!r}, attention, lora)"
         try:
-            return CtcGrpoTrainer(**parts)
-        except (*LOAD_ERRORS, ImportError) as error:
-            where = f"policy (model {self._recipe.policy.model!r}, attention, lora)"
+            with loading_weights(where):
+                return CtcGrpoTrainer(**parts)
+        except ImportError as error:
             raise PolicyError(f"{where}: {str(error).splitlines()[0]}") from None
 
     def _make_engine(

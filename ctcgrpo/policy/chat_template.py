@@ -28,6 +28,10 @@ FOLD = "\n\n"
 """Between persona and first line where both stand in the first user turn."""
 _RENDER_SECONDS = 30.0
 _TODAY = "PROBE-TODAY"
+_TEMPLATE_ERRORS = (
+    TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
+"""What an expression in a template may raise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,7 @@ class ChatTemplate:
             raise PolicyError(
                 f"{self.name} was still rendering after {_RENDER_SECONDS:g} s; set policy.chat_template"
             ) from None
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        except _TEMPLATE_ERRORS as error:
             reason = str(error) or type(error).__name__
             raise PolicyError(f"{self.name} refuses messages ({roles}): {reason.splitlines()[0]}") from None
 

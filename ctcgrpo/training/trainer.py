@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import use_adapter
 
+from ctcgrpo.checkpoint_pickles import weights_only
 from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.errors import PolicyError, RunPaused, TooManyFailures, TrainingDiverged, too_many_failed
 from ctcgrpo.files import checkpoints, is_complete, mark_complete
@@ -451,6 +452,25 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         for step, folder in folders.items():
             if step < oldest_kept:
                 shutil.rmtree(folder)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """DeepSpeed loads its part of a checkpoint here."""
+        with self._weights_only(resume_from_checkpoint):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        with self._weights_only(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self._weights_only(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is none: losses are scaled for float16 alone, and a file of that name is not this run's."""
+
+    def _weights_only(self, checkpoint: str | None) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if checkpoint is None else weights_only(Path(checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -1,0 +1,54 @@
+"""Reading what torch.save wrote as data: a pickle may name any function to call, and run folders come from others too.
+
+transformers asks torch for weights only (`weights_only=True`). DeepSpeed asks for everything. Within `weights_only` nobody does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ctcgrpo.errors import OutputError
+
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""torch.load heeds it before its own argument."""
+
+
+@contextlib.contextmanager
+def weights_only(checkpoint: Path) -> Iterator[None]:
+    """Within it torch.load, whoever calls it, restores tensors and plain values, and, for a checkpoint of DeepSpeed's, the three
+    classes that ZeRO keeps beside them. Raises OutputError for a file that names anything else: nothing of it has run."""
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(_zero_classes(checkpoint)):
+            yield
+    except pickle.UnpicklingError as error:
+        reason = next(
+            (line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), str(error)[:200]
+        )
+        raise OutputError(
+            f"{checkpoint}: a file holds more than weights and numbers ({reason.strip()}); it was not loaded. Remove the "
+            "folder to use an older checkpoint"
+        ) from None
+    finally:
+        if before is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = before
+
+
+def _zero_classes(checkpoint: Path) -> list[Any]:
+    if not any(checkpoint.glob("global_step*")):
+        return []
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]
