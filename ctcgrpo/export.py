@@ -28,7 +28,7 @@ from ctcgrpo.files import checkpoints, is_complete, missing_in
 from ctcgrpo.folders import require_run
 from ctcgrpo.hub import reason
 from ctcgrpo.policy.finite import refuse_nonfinite
-from ctcgrpo.policy.loading import loading_weights, stop_ids
+from ctcgrpo.policy.loading import LOAD_ERRORS, stop_ids
 from ctcgrpo.recipe import Recipe, resolved_recipe
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import described, load_scenarios
@@ -50,11 +50,13 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
     recipe = resolved_recipe(folder.recipe_file)
     source = _source(folder, which)
     base = str(folder.base) if recipe.policy.model.startswith("builtin/") else recipe.policy.model
-    with loading_weights(f"{source} cannot be loaded on {base!r}"):
+    try:
         trained = _trained(source, base, recipe.policy.revision, dtype)
         tokenizer = AutoTokenizer.from_pretrained(
             source if (source / "tokenizer_config.json").exists() else base, revision=recipe.policy.revision
         )
+    except LOAD_ERRORS as error:
+        raise PolicyError(f"{source} cannot be loaded on {base!r}: {str(error).splitlines()[0]}") from None
     refuse_nonfinite(trained, str(source))
     wanted = _logprobs(trained, tokenizer)
     model = (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained).to(getattr(torch, dtype))
