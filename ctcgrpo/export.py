@@ -26,7 +26,7 @@ from ctcgrpo.errors import OutputError, PolicyError
 from ctcgrpo.evaluation.played import eibench_on, in_words, validation_settings
 from ctcgrpo.files import checkpoints, is_complete, missing_in
 from ctcgrpo.folders import require_run
-from ctcgrpo.hub import reason
+from ctcgrpo.hub import hub_reason
 from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import LOAD_ERRORS, stop_ids
 from ctcgrpo.recipe import Recipe, resolved_recipe
@@ -86,7 +86,7 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
     except Exception as error:  # noqa: BLE001 - what its HTTP library raises changes with it; the export is written in any case
-        raise OutputError(f"the Hub did not take {repository}: {reason(error)}; {folder} stays as it is") from None
+        raise OutputError(f"the Hub did not take {repository}: {hub_reason(error)}; {folder} stays as it is") from None
     return f"https://huggingface.co/{repository}"
 
 

@@ -7,7 +7,7 @@ from huggingface_hub import get_token
 from ctcgrpo.simulator.llm.reasons import without_secrets
 
 
-def reason(error: BaseException) -> str:
+def hub_reason(error: BaseException) -> str:
     """The first line of an error, without the Hub's token: a server may quote the request that it refuses."""
     first = next(iter(str(error).splitlines()), "") or type(error).__name__
     token = get_token()

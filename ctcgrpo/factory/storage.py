@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ctcgrpo.errors import CtcGrpoError, OutputError, ScenarioError
 from ctcgrpo.files import parse_json, write_whole
-from ctcgrpo.hub import reason
+from ctcgrpo.hub import hub_reason
 from ctcgrpo.naming import did_you_mean, quoted
 from ctcgrpo.records import SCENES
 from ctcgrpo.scenarios import read_record
@@ -130,7 +130,7 @@ def save_dataset(splits: Mapping[str, Sequence[Record]], target: str) -> None:
     try:
         data.push_to_hub(name, private=True)
     except Exception as error:  # noqa: BLE001 - what its HTTP library raises changes with it; the records are where they were
-        raise OutputError(f"{target}: the Hub does not take it: {reason(error)}") from None
+        raise OutputError(f"{target}: the Hub does not take it: {hub_reason(error)}") from None
 
 
 def load_splits(source: str) -> dict[str, list[dict[str, Any]]]:
@@ -139,7 +139,7 @@ def load_splits(source: str) -> dict[str, list[dict[str, Any]]]:
     try:
         data = load_from_disk(source) if name is None else load_dataset(name)
     except (OSError, ValueError) as error:
-        raise ScenarioError(f"{source}: cannot be read as a dataset: {reason(error)}") from None
+        raise ScenarioError(f"{source}: cannot be read as a dataset: {hub_reason(error)}") from None
     splits = data if isinstance(data, DatasetDict) else {"train": data}
     return {str(split): from_dataset(rows, f"{source}, {split}") for split, rows in splits.items()}
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyError
-from ctcgrpo.hub import reason
+from ctcgrpo.hub import hub_reason
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.policy.chat_template import end_of_turn
 from ctcgrpo.policy.persona import told
@@ -41,7 +41,7 @@ def loading_weights(what: str) -> Iterator[None]:
             f"{what}: its pickled weights hold more than weights, and were not loaded; convert them to safetensors"
         ) from None
     except LOAD_ERRORS as error:
-        raise PolicyError(f"{what}: {reason(error)}") from None
+        raise PolicyError(f"{what}: {hub_reason(error)}") from None
     except RuntimeError as error:
         if _OTHER_SIZES not in str(error):
             raise
@@ -108,7 +108,7 @@ def pinned(model: str, revision: str | None) -> str:
     try:
         return str(snapshot_download(model, revision=revision))
     except LOAD_ERRORS as error:
-        raise PolicyError(f"policy.model {model!r} at {revision!r} cannot be had: {reason(error)}") from None
+        raise PolicyError(f"policy.model {model!r} at {revision!r} cannot be had: {hub_reason(error)}") from None
 
 
 def load_tokenizer(model: str, revision: str | None = None, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
@@ -117,7 +117,7 @@ def load_tokenizer(model: str, revision: str | None = None, chat_template: Path 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision, padding_side="left")
     except _ODD_FILES as error:
-        raise PolicyError(f"policy.model {model!r}: its tokenizer cannot be loaded: {reason(error)}") from None
+        raise PolicyError(f"policy.model {model!r}: its tokenizer cannot be loaded: {hub_reason(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
@@ -153,7 +153,7 @@ def load_config(model: str, revision: str | None = None) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(model, revision=revision)
     except _ODD_FILES as error:
-        raise PolicyError(f"policy.model {model!r} cannot be loaded: config.json: {reason(error)}") from None
+        raise PolicyError(f"policy.model {model!r} cannot be loaded: config.json: {hub_reason(error)}") from None
 
 
 def check_fits(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, longest: int, name: str) -> None:

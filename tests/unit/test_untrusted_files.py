@@ -18,7 +18,7 @@ from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError, ScenarioError
 from ctcgrpo.factory.storage import load_splits, save_dataset
 from ctcgrpo.files import mark_complete
 from ctcgrpo.folders import check_model, require_folder
-from ctcgrpo.hub import reason
+from ctcgrpo.hub import hub_reason
 from ctcgrpo.policy.chat_template import ChatTemplate
 from ctcgrpo.policy.loading import load_config, load_tokenizer, loading_weights
 from ctcgrpo.scenarios import load_scenarios
@@ -143,6 +143,6 @@ def test_what_the_hub_quotes_shows_no_token(monkeypatch: pytest.MonkeyPatch) -> 
     token = "hf_abcdefghijklmnopqrstuvwxyz0123"
     monkeypatch.setenv("HF_TOKEN", token)
     for said in (f"403 Forbidden: you sent Bearer {token}.\nand more", f"token {token[:7]}...{token[-4:]} is wrong"):
-        shown = reason(RuntimeError(said))
+        shown = hub_reason(RuntimeError(said))
         assert token not in shown and token[:7] not in shown and "[key]" in shown and "\n" not in shown
-    assert reason(RuntimeError()) == "RuntimeError"
+    assert hub_reason(RuntimeError()) == "RuntimeError"
