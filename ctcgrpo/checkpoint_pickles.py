@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from transformers import TrainerState
 
 from ctcgrpo.errors import OutputError
 
+_DAMAGED = ("PytorchStreamReader", "Invalid argument", "invalid magic number", "unexpected EOF")
+"""What torch.load says of a file that is cut or overwritten."""
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """torch.load heeds it before its own argument."""
 
@@ -37,11 +41,29 @@ def weights_only(checkpoint: Path) -> Iterator[None]:
             f"{checkpoint}: a file holds more than weights and numbers ({reason.strip()}); it was not loaded. Remove the "
             "folder to use an older checkpoint"
         ) from None
+    except (EOFError, OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OSError | RuntimeError) and not any(mark in str(error) for mark in _DAMAGED):
+            raise
+        raise OutputError(
+            f"{checkpoint}: a file is damaged ({str(error)[:200]}); remove the folder to use an older checkpoint"
+        ) from None
     finally:
         if before is None:
             del os.environ[_FORCE]
         else:
             os.environ[_FORCE] = before
+
+
+def refuse_damaged_state(checkpoint: Path) -> None:
+    """Raises OutputError for a checkpoint whose trainer_state.json is not as transformers wrote it."""
+    file = checkpoint / "trainer_state.json"
+    try:
+        steps = TrainerState.load_from_json(str(file)).global_step
+        problem = "" if type(steps) is int and steps >= 0 else f"global_step = {steps!r}; expected a number of steps"
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        problem = f"cannot be read ({str(error)[:200]})"
+    if problem:
+        raise OutputError(f"{file}: {problem}; remove {checkpoint} to use an older checkpoint")
 
 
 def _zero_classes(checkpoint: Path) -> list[Any]:

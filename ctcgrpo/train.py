@@ -21,6 +21,7 @@ from trl import GRPOConfig
 from trl.trainer.utils import ensure_master_addr_port
 
 from ctcgrpo import __version__
+from ctcgrpo.checkpoint_pickles import refuse_damaged_state
 from ctcgrpo.data_digest import data_changes, folder_digest, scenarios_digest
 from ctcgrpo.errors import (
     CtcGrpoError,
@@ -304,6 +305,8 @@ class _Run:
 
     def to_the_end(self) -> Path:
         trainer, progress, folder = self._trainer, self._progress, self._folder
+        if self._resume is not None:
+            refuse_damaged_state(self._resume)
         try:
             trainer.train(resume_from_checkpoint=str(self._resume) if self._resume else None)
             if trainer.stop_requested:

@@ -31,7 +31,7 @@ from trl.trainer.utils import use_adapter
 
 from ctcgrpo.checkpoint_pickles import weights_only
 from ctcgrpo.credit import SceneBaseline
-from ctcgrpo.errors import PolicyError, RunPaused, TooManyFailures, TrainingDiverged, too_many_failed
+from ctcgrpo.errors import OutputError, PolicyError, RunPaused, TooManyFailures, TrainingDiverged, too_many_failed
 from ctcgrpo.files import checkpoints, is_complete, mark_complete
 from ctcgrpo.policy.attention import use_layouts, with_layout
 from ctcgrpo.policy.finite import nonfinite_gradient, nonfinite_weight, refuse_nonfinite
@@ -476,7 +476,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._take_up_schedule()
-            self._baseline = SceneBaseline(**json.loads((Path(checkpoint) / SCENE_BASELINE).read_text()))
+            self._baseline = _scene_baseline(Path(checkpoint) / SCENE_BASELINE)
 
     def _take_up_schedule(self) -> None:
         """A run that is given more steps takes its learning rate from the longer schedule, not from the end of the shorter one."""
@@ -497,6 +497,15 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Left out: a card with the run's figures is written on export, not at every checkpoint."""
+
+
+def _scene_baseline(file: Path) -> SceneBaseline:
+    try:
+        return SceneBaseline(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise OutputError(
+            f"{file}: cannot be read ({str(error)[:200]}); remove its folder to use an older checkpoint"
+        ) from None
 
 
 def _of_entries(scores: torch.Tensor, row: Row) -> torch.Tensor:

@@ -6,12 +6,13 @@ import asyncio
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 from aiohttp import web
 
 from ctcgrpo.errors import CtcGrpoError
+from ctcgrpo.simulator.llm.reasons import Result
 from tests.attacks.suite import Tries, attack
 from tests.unit.test_endpoints import Asked, config, done, says, serving, turns
 
@@ -137,3 +138,17 @@ def keys_quoted_back(tries: Tries) -> None:
         with tries.one(name):
             said = shown(answer)
             assert _KEY not in said and _KEY[:6] not in said and _KEY[-8:] not in said, said[:400]
+
+
+@attack("endpoints", seconds=40)
+def kinds_of_errors(tries: Tries) -> None:
+    """Errors with statuses, codes and types of any name: what becomes a label of metrics stays one of a closed set."""
+    rng = tries.rng("kinds")
+    known = {*get_args(Result), "ok", "cancelled"}
+    for _ in range(40):
+        name = "".join(rng.choices('abc_{}"\n\\ é', k=12))
+        status = rng.choice([400, 402, 403, 409, 418, 422, 451, 500, 529, 599, 200])
+        with tries.one(f"{status}, {name!r}"):
+            asked = asyncio.run(_asked(says({"error": {"message": name, "code": name, "type": name}}, status), patience=0.0))
+            assert set(asked.calls) <= known and asked.calls, asked.calls
+            assert isinstance(asked.results[0], CtcGrpoError), asked.results

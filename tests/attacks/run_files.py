@@ -98,8 +98,19 @@ class Reader:
     weight: float
 
 
-def _scores(text: str) -> list[str]:
-    return _SCORE.findall(text)
+def _scores(text: str) -> list[float]:
+    return [float(score) for score in _SCORE.findall(text)]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether figures are the same but for rounding: the last of 16 digits may change without a word."""
+    if isinstance(a, float) and isinstance(b, float):
+        return abs(a - b) <= 1e-9
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(_same(a[name], b[name]) for name in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)
 
 
 def _show(folder: Path, out: Path) -> tuple[Ran, Any]:
@@ -315,7 +326,7 @@ def _held(name: str, ran: Ran, figures: Any, reference: tuple[Ran, Any], file: P
         assert said, f"exit code {ran.code} without a reason: {ran.said[-300:]}"
         assert len(ran.err) < 2 * _LONGEST_MESSAGE, f"a message of {len(ran.err)} characters"
         return
-    same = figures == reference[1]
+    same = _same(figures, reference[1])
     weights = hostile or file.name in ("recipe.yaml", "metrics.jsonl")
     if not same and not weights:
         before, now = reference[0].said.lower(), ran.said.lower()

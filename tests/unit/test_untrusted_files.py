@@ -21,7 +21,9 @@ from ctcgrpo.folders import check_model, require_folder
 from ctcgrpo.hub import hub_reason
 from ctcgrpo.policy.chat_template import ChatTemplate
 from ctcgrpo.policy.loading import load_config, load_tokenizer, loading_weights
+from ctcgrpo.recipe import load_recipe
 from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.train import train
 from tests.conftest import Command
 from tests.unit.test_run import FAST, TINY
 
@@ -118,6 +120,38 @@ def test_a_run_with_a_pickle_in_its_checkpoint_does_not_resume(ctcgrpo: Command,
     mark_complete(checkpoint)
     code, _, err = ctcgrpo(*command, "training.max_steps=2")
     assert code == 6 and f"{checkpoint}: a file holds more than weights" in err and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "problem"),
+    [
+        ("model.safetensors", lambda data: b"", "a file is damaged"),
+        ("optimizer.pt", lambda data: data[: len(data) // 2], "a file is damaged"),
+        ("rng_state.pth", lambda data: data[:-500], "a file is damaged"),
+        ("scheduler.pt", lambda data: b"", "a file is damaged"),
+        ("trainer_state.json", lambda data: b"[]", "trainer_state.json: cannot be read"),
+        ("trainer_state.json", lambda data: b'{"global_step": "1"}', "global_step = '1'"),
+        ("scene_baseline.json", lambda data: b"[" * 9, "scene_baseline.json: cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_that_is_marked_complete_is_named(
+    ctcgrpo: Command, one_step: Path, tmp_path: Path, file: str, damage: Callable[[bytes], bytes], problem: str
+) -> None:
+    folder = Path(shutil.copytree(one_step, tmp_path / "tiny"))
+    checkpoint = max(folder.glob("checkpoint-*"))
+    (checkpoint / file).write_bytes(damage((checkpoint / file).read_bytes()))
+    mark_complete(checkpoint)
+    code, _, err = ctcgrpo("train", TINY, *FAST, f"run.output_dir={tmp_path}", "training.max_steps=2")
+    assert code == 6 and problem in err and str(checkpoint) in err, err
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that ended after a step, without what it ended with."""
+    folder = tmp_path_factory.mktemp("one-step")
+    train(load_recipe(TINY, [*FAST, f"run.output_dir={folder}", "training.max_steps=1"]))
+    shutil.rmtree(folder / "tiny" / "final")
+    return folder / "tiny"
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-that-name/" + "x" * 300])
