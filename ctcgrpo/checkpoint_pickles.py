@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import TrainerState
 
 from ctcgrpo.errors import OutputError
+from ctcgrpo.files import parse_json
 
 _DAMAGED = ("PytorchStreamReader", "Invalid argument", "invalid magic number", "unexpected EOF")
 """What torch.load says of a file that is cut or overwritten."""
@@ -55,7 +56,17 @@ def weights_only(checkpoint: Path) -> Iterator[None]:
 
 
 def refuse_damaged_state(checkpoint: Path) -> None:
-    """Raises OutputError for a checkpoint whose trainer_state.json is not as transformers wrote it."""
+    """Raises OutputError for a checkpoint whose JSON files are not as transformers wrote them."""
+    for file in (checkpoint / "config.json", checkpoint / "adapter_config.json"):
+        if file.exists():
+            try:
+                found = parse_json(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                raise OutputError(
+                    f"{file}: cannot be read ({error}); remove {checkpoint} to use an older checkpoint"
+                ) from None
+            if not isinstance(found, dict):
+                raise OutputError(f"{file}: expected a JSON object; remove {checkpoint} to use an older checkpoint")
     file = checkpoint / "trainer_state.json"
     try:
         steps = TrainerState.load_from_json(str(file)).global_step
