@@ -21,10 +21,12 @@ from transformers import (
 )
 
 from ctcgrpo import __version__
+from ctcgrpo.checkpoint_pickles import weights_only
 from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError
 from ctcgrpo.evaluation.played import eibench_on, in_words, validation_settings
 from ctcgrpo.files import checkpoints, is_complete, missing_in
 from ctcgrpo.folders import require_run
+from ctcgrpo.hub import hub_reason
 from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import stop_ids
 from ctcgrpo.recipe import Recipe, resolved_recipe
@@ -110,8 +112,7 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
     except Exception as error:  # noqa: BLE001 - what its HTTP library raises changes with it; the export is written in any case
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise OutputError(f"the Hub did not take {repository}: {reason}; {folder} stays as it is") from None
+        raise OutputError(f"the Hub did not take {repository}: {hub_reason(error)}; {folder} stays as it is") from None
     return f"https://huggingface.co/{repository}"
 
 
@@ -169,7 +170,8 @@ def _trained(source: Path, base: str, revision: str | None, dtype: Dtype) -> Pre
     elif shards:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        state = get_fp32_state_dict_from_zero_checkpoint(str(source))
+        with weights_only(source):
+            state = get_fp32_state_dict_from_zero_checkpoint(str(source))
         joined: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
         missing, unexpected = joined.load_state_dict(state, strict=False)
         joined.tie_weights()
@@ -188,7 +190,8 @@ def _is_zero1(source: Path) -> bool:
     states = next(source.glob("global_step*/bf16_zero_*optim_states.pt"), None)
     if states is None:
         return False
-    return "zero_stage" not in torch.load(states, map_location="cpu", weights_only=False)["optimizer_state_dict"]
+    with weights_only(source):
+        return "zero_stage" not in torch.load(states, map_location="cpu")["optimizer_state_dict"]
 
 
 def _generation(recipe: Recipe, ends: list[int]) -> GenerationConfig:

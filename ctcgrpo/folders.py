@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ctcgrpo.errors import OutputError, PolicyError
-from ctcgrpo.naming import is_path, nearest
+from ctcgrpo.naming import cut, is_path, nearest, quoted
 from ctcgrpo.run_folder import RunFolder
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
@@ -13,7 +13,11 @@ _MODEL_FILES = ("config.json", "adapter_config.json")
 
 def require_folder(folder: Path) -> Path:
     """The folder, if it is there. Raises OutputError with the nearest name that is."""
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except OSError as error:
+        raise OutputError(f"{cut(str(folder))}: {error.strerror}") from None
+    if not there:
         raise OutputError(f"{folder}: " + ("a file, not a folder" if folder.exists() else f"no such folder{_meant(folder)}"))
     return folder
 
@@ -44,8 +48,13 @@ def is_model(folder: Path) -> bool:
 def check_model(model: str, field: str) -> None:
     """Raises PolicyError for a path to a model that is not there, and for a folder without one; what names no place on this machine
     (a model of the Hub, builtin/NAME) passes. `field` opens the message."""
-    folder = Path(model).expanduser()
-    if not folder.exists():
+    try:
+        folder = Path(model).expanduser()
+        there = folder.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a user that does not exist
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PolicyError(f"{field} {quoted(model)} cannot be loaded: {reason}") from None
+    if not there:
         if is_path(model):
             raise PolicyError(f"{field} {model!r} cannot be loaded: no such folder{_meant(folder)}")
         return

@@ -140,7 +140,11 @@ def _tried(source: str | Path) -> list[Path]:
 
 
 def _files(source: str | Path, split: Split) -> list[Path]:
-    found = next((path for path in _tried(source) if path.exists()), None)
+    try:
+        found = next((path for path in _tried(source) if path.exists()), None)
+    except (OSError, RuntimeError) as error:  # a name that is too long, a user that does not exist
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ScenarioError(f"scenarios {quoted(str(source))}: {reason}") from None
     if found is None:
         raise _not_found(str(source))
     if found.is_file():

@@ -21,6 +21,7 @@ from trl import GRPOConfig
 from trl.trainer.utils import ensure_master_addr_port
 
 from ctcgrpo import __version__
+from ctcgrpo.checkpoint_pickles import refuse_damaged_state
 from ctcgrpo.data_digest import data_changes, folder_digest, scenarios_digest
 from ctcgrpo.errors import (
     CtcGrpoError,
@@ -37,11 +38,11 @@ from ctcgrpo.files import file_digest
 from ctcgrpo.folders import check_model
 from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.loading import (
-    LOAD_ERRORS,
     build_builtin,
     check_fits,
     load_config,
     load_tokenizer,
+    loading_weights,
     pinned,
     stop_ids,
 )
@@ -236,10 +237,11 @@ class _Run:
         return data
 
     def _make_trainer(self, **parts: Any) -> CtcGrpoTrainer:
+        where = f"policy (model {self._recipe.policy.model!r}, attention, lora)"
         try:
-            return CtcGrpoTrainer(**parts)
-        except (*LOAD_ERRORS, ImportError) as error:
-            where = f"policy (model {self._recipe.policy.model!r}, attention, lora)"
+            with loading_weights(where):
+                return CtcGrpoTrainer(**parts)
+        except ImportError as error:
             raise PolicyError(f"{where}: {str(error).splitlines()[0]}") from None
 
     def _make_engine(
@@ -303,6 +305,8 @@ class _Run:
 
     def to_the_end(self) -> Path:
         trainer, progress, folder = self._trainer, self._progress, self._folder
+        if self._resume is not None:
+            refuse_damaged_state(self._resume)
         try:
             trainer.train(resume_from_checkpoint=str(self._resume) if self._resume else None)
             if trainer.stop_requested:

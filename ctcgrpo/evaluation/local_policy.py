@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.policy.context import ContextBuilder, Dialogue
 from ctcgrpo.policy.finite import refuse_nonfinite
-from ctcgrpo.policy.loading import LOAD_ERRORS, load_tokenizer, stop_ids
+from ctcgrpo.policy.loading import load_tokenizer, loading_weights, stop_ids
 from ctcgrpo.policy.persona import has_sections, told
 from ctcgrpo.policy.reasoning import OPEN
 from ctcgrpo.recipe import Recipe, resolved_recipe
@@ -169,10 +169,8 @@ def _parts(name: str, recipe: Recipe | None, max_batch: int) -> _Parts:
     ends = stop_ids(name, tokenizer, template_kwargs=None if recipe is None else template_kwargs(recipe))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    try:
+    with loading_weights(f"{name} cannot be loaded"):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-    except LOAD_ERRORS as error:
-        raise PolicyError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from None
     refuse_nonfinite(model, name)
     contexts = (
         context_builder(recipe, tokenizer, ends)

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from ctcgrpo.errors import OutputError, ScenarioError
+from ctcgrpo.errors import CtcGrpoError, OutputError, ScenarioError
 from ctcgrpo.files import parse_json, write_whole
-from ctcgrpo.naming import did_you_mean
+from ctcgrpo.hub import hub_reason
+from ctcgrpo.naming import did_you_mean, quoted
 from ctcgrpo.records import SCENES
 from ctcgrpo.scenarios import read_record
 
@@ -124,21 +126,33 @@ def save_dataset(splits: Mapping[str, Sequence[Record]], target: str) -> None:
         with writing(Path(target)):
             data.save_to_disk(target)
         return
+    name = _hub_name(target, OutputError)
     try:
-        data.push_to_hub(target.removeprefix(HUB), private=True)
+        data.push_to_hub(name, private=True)
     except Exception as error:  # noqa: BLE001 - what its HTTP library raises changes with it; the records are where they were
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise OutputError(f"{target}: the Hub does not take it: {reason}") from None
+        raise OutputError(f"{target}: the Hub does not take it: {hub_reason(error)}") from None
 
 
 def load_splits(source: str) -> dict[str, list[dict[str, Any]]]:
     """By split. Raises ScenarioError for what cannot be had or read."""
+    name = _hub_name(source, ScenarioError) if source.startswith(HUB) else None
     try:
-        data = load_dataset(source.removeprefix(HUB)) if source.startswith(HUB) else load_from_disk(source)
+        data = load_from_disk(source) if name is None else load_dataset(name)
     except (OSError, ValueError) as error:
-        raise ScenarioError(f"{source}: cannot be read as a dataset: {str(error).splitlines()[0]}") from None
+        raise ScenarioError(f"{source}: cannot be read as a dataset: {hub_reason(error)}") from None
     splits = data if isinstance(data, DatasetDict) else {"train": data}
     return {str(split): from_dataset(rows, f"{source}, {split}") for split, rows in splits.items()}
+
+
+def _hub_name(address: str, error: type[CtcGrpoError]) -> str:
+    name = address.removeprefix(HUB)
+    try:
+        validate_repo_id(name)
+        if "/" not in name:
+            raise ValueError("it names no owner")
+    except ValueError as problem:
+        raise error(f"{quoted(address)}: expected {HUB}OWNER/NAME ({str(problem).splitlines()[0][:300]})") from None
+    return name
 
 
 def _line(record: Record) -> str:

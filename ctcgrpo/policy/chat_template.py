@@ -30,6 +30,10 @@ _RENDER_SECONDS = 30.0
 _MANY = 16
 """Exchanges of the longest dialogue that is probed: some templates keep the last messages only."""
 _TODAY = "PROBE-TODAY"
+_TEMPLATE_ERRORS = (
+    TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
+"""What an expression in a template may raise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ class ChatTemplate:
             raise PolicyError(
                 f"{self.name} was still rendering after {_RENDER_SECONDS:g} s; set policy.chat_template"
             ) from None
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        except _TEMPLATE_ERRORS as error:
             reason = str(error) or type(error).__name__
             raise PolicyError(f"{self.name} refuses messages ({roles}): {reason.splitlines()[0]}") from None
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyError
+from ctcgrpo.hub import hub_reason
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.policy.chat_template import end_of_turn
 from ctcgrpo.policy.persona import told
@@ -21,8 +24,28 @@ from ctcgrpo.policy.tiny import build_tiny
 from ctcgrpo.scenarios import load_scenarios
 
 _BUILTIN = "builtin/"
-LOAD_ERRORS = (OSError, ValueError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, SafetensorError, pickle.UnpicklingError, StrictDataclassError)
 """What transformers raises for a model or tokenizer that is not there, or whose files are damaged."""
+_ODD_FILES = (*LOAD_ERRORS, TypeError, AttributeError, LookupError)
+"""And where a file is JSON of another shape: only configurations and tokenizers are read when these are caught."""
+_OTHER_SIZES = "ignore_mismatched_sizes"
+
+
+@contextlib.contextmanager
+def loading_weights(what: str) -> Iterator[None]:
+    """Raises PolicyError, which `what` opens, where a model's files are not there, damaged, pickled or do not fit each other."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise PolicyError(
+            f"{what}: its pickled weights hold more than weights, and were not loaded; convert them to safetensors"
+        ) from None
+    except LOAD_ERRORS as error:
+        raise PolicyError(f"{what}: {hub_reason(error)}") from None
+    except RuntimeError as error:
+        if _OTHER_SIZES not in str(error):
+            raise
+        raise PolicyError(f"{what}: its weights have other sizes than its config.json says") from None
 
 
 def build_builtin(model: str, folder: Path, seed: int, *, keep: bool, say: Callable[[str], None] = lambda _: None) -> str:
@@ -85,7 +108,7 @@ def pinned(model: str, revision: str | None) -> str:
     try:
         return str(snapshot_download(model, revision=revision))
     except LOAD_ERRORS as error:
-        raise PolicyError(f"policy.model {model!r} at {revision!r} cannot be had: {str(error).splitlines()[0]}") from None
+        raise PolicyError(f"policy.model {model!r} at {revision!r} cannot be had: {hub_reason(error)}") from None
 
 
 def load_tokenizer(model: str, revision: str | None = None, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
@@ -93,8 +116,8 @@ def load_tokenizer(model: str, revision: str | None = None, chat_template: Path 
     PolicyError for a tokenizer or a file that cannot be read."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision, padding_side="left")
-    except LOAD_ERRORS as error:
-        raise PolicyError(f"policy.model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    except _ODD_FILES as error:
+        raise PolicyError(f"policy.model {model!r}: its tokenizer cannot be loaded: {hub_reason(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
@@ -129,8 +152,8 @@ def load_config(model: str, revision: str | None = None) -> PretrainedConfig:
     """The model's configuration. Raises PolicyError where there is none."""
     try:
         return AutoConfig.from_pretrained(model, revision=revision)
-    except LOAD_ERRORS as error:
-        raise PolicyError(f"policy.model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    except _ODD_FILES as error:
+        raise PolicyError(f"policy.model {model!r} cannot be loaded: config.json: {hub_reason(error)}") from None
 
 
 def check_fits(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, longest: int, name: str) -> None:

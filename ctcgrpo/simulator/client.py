@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
 import random
 import time
@@ -18,6 +19,7 @@ from ctcgrpo.errors import BudgetSpent, SimulatorReplyError, SimulatorTransportE
 from ctcgrpo.naming import cut
 from ctcgrpo.proxies import proxy_of, through_proxy
 from ctcgrpo.records import UserState
+from ctcgrpo.simulator.llm.reasons import retry_after
 from ctcgrpo.simulator.protocol import (
     ACCOUNT_PATH,
     HEALTH_PATH,
@@ -31,6 +33,7 @@ from ctcgrpo.simulator.protocol import (
 _TRANSPORT_ERRORS = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 _LONGEST_PAUSE = 15.0
 _log = logging.getLogger(__name__)
+_NO_SIMULATOR = "what answers is no simulator server"
 _LARGEST = 4_000_000
 """Bytes of a response at most."""
 
@@ -84,10 +87,10 @@ class SimulatorClient:
         for url in self._urls:
             try:
                 answers[url] = await self._get(url, HEALTH_PATH)
-                if answers[url].get("status") != "ok" or "backend" not in answers[url]:
+                if not _is_health(answers[url]):
                     del answers[url]
-                    raise ValueError("what answers is no simulator server")
-            except (*_TRANSPORT_ERRORS, ValueError) as error:
+                    raise ValueError(_NO_SIMULATOR)
+            except (*_TRANSPORT_ERRORS, ValueError, SimulatorReplyError) as error:
                 problems.append(
                     f"simulator.url {url!r}: no simulator server answers there ({_describe(error)}){through_proxy(url)}; "
                     "start one with `ctcgrpo serve`, or set simulator.url=embedded"
@@ -105,7 +108,7 @@ class SimulatorClient:
         for url in self._urls:
             try:
                 return await self._get(url, ACCOUNT_PATH)
-            except (*_TRANSPORT_ERRORS, ValueError):
+            except (*_TRANSPORT_ERRORS, ValueError, SimulatorReplyError):
                 continue
         return {}
 
@@ -154,16 +157,16 @@ class SimulatorClient:
                 raise _NoAnswer(f"HTTP {status}{through_proxy(url)}: {_excerpt(payload)}") from None
             raise SimulatorReplyError(f"{url} refused the request (HTTP {status}): {_excerpt(payload)}") from None
         if said.kind == UNAVAILABLE:
-            self._tell(said.error, response.headers.get("Retry-After", ""))
+            self._tell(said.error, retry_after(response.headers) or 0.0)
             raise _NoAnswer(said.error)
         types = {error.kind: error for error in (SimulatorTransportError, BudgetSpent)}
         raise types.get(said.kind, SimulatorReplyError)(f"{url} (HTTP {status}): {cut(said.error, 2100)}")
 
-    def _tell(self, outage: str, retry_after: str) -> None:
-        """Once for each outage: all turns wait for the same."""
+    def _tell(self, outage: str, seconds: float) -> None:
+        """Once for each outage, which lasts so many seconds: all turns wait for the same."""
         now = time.monotonic()
         if now >= self._said_until:
-            self._said_until = now + (int(retry_after) if retry_after.isdigit() else 0)
+            self._said_until = now + seconds
             self._say(f"waiting for the simulator, with a patience of {self._patience:g} s: {outage}")
 
     def _order(self, scenario: str) -> list[str]:
@@ -173,9 +176,13 @@ class SimulatorClient:
     async def _get(self, url: str, path: str) -> dict[str, Any]:
         async with self._open.get(url + path, proxy=self._proxies[url]) as response:
             response.raise_for_status()
-            answer = await response.json()
+            payload = await _body(url, response)
+        try:
+            answer = json.loads(payload)
+        except (ValueError, RecursionError):
+            raise ValueError(_NO_SIMULATOR) from None
         if not isinstance(answer, dict):
-            raise ValueError("what answers is no simulator server")
+            raise ValueError(_NO_SIMULATOR)
         return answer
 
     @property
@@ -183,6 +190,11 @@ class SimulatorClient:
         if self._session is None:
             raise RuntimeError("SimulatorClient is used outside its `async with` block")
         return self._session
+
+
+def _is_health(answer: dict[str, Any]) -> bool:
+    deadline = answer.get("deadline")
+    return answer.get("status") == "ok" and "backend" in answer and (deadline is None or type(deadline) in (int, float))
 
 
 async def _body(url: str, response: aiohttp.ClientResponse) -> bytes:

@@ -156,13 +156,25 @@ def _points(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def _take_up(study: optuna.Study, sweep: Sweep) -> int:
-    """Ask again for trials that a coordinator left when it was killed."""
-    left = [trial for trial in study.trials if trial.state == TrialState.RUNNING]
-    for trial in left:
-        study.tell(trial.number, state=TrialState.FAIL)
-        attributes = {_FOLDER: trial.user_attrs[_FOLDER]} if _FOLDER in trial.user_attrs else {}
-        study.enqueue_trial(trial.params, user_attrs=attributes)
-    return len(left)
+    """Ask again for trials that a coordinator left when it was killed, be it in the middle of asking again. A trial that ended
+    without a reason was left; one with its point that came later asks for it again."""
+    for trial in study.trials:
+        if trial.state == TrialState.RUNNING:
+            study.tell(trial.number, state=TrialState.FAIL)
+    ended = [trial for trial in study.trials if trial.state == TrialState.FAIL and "reason" not in trial.user_attrs]
+    asked = 0
+    for trial in ended:
+        point = _point(trial)
+        if point and not any(_point(later) == point for later in study.trials[trial.number + 1 :]):
+            attributes = {_FOLDER: trial.user_attrs[_FOLDER]} if _FOLDER in trial.user_attrs else {}
+            study.enqueue_trial(point, user_attrs=attributes)
+            asked += 1
+    return asked
+
+
+def _point(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+    """The parameters of a trial, those included that were asked for and not taken up yet; empty where none was chosen."""
+    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
 
 def _begin(study: optuna.Study, sweep: Sweep, recipe: Recipe, folder: Path, worker: int) -> _Running | None:

@@ -29,8 +29,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import use_adapter
 
+from ctcgrpo.checkpoint_pickles import weights_only
 from ctcgrpo.credit import SceneBaseline
-from ctcgrpo.errors import PolicyError, RunPaused, TooManyFailures, TrainingDiverged, too_many_failed
+from ctcgrpo.errors import OutputError, PolicyError, RunPaused, TooManyFailures, TrainingDiverged, too_many_failed
 from ctcgrpo.files import checkpoints, is_complete, mark_complete
 from ctcgrpo.policy.attention import use_layouts, with_layout
 from ctcgrpo.policy.finite import nonfinite_gradient, nonfinite_weight, refuse_nonfinite
@@ -452,11 +453,30 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
             if step < oldest_kept:
                 shutil.rmtree(folder)
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """DeepSpeed loads its part of a checkpoint here."""
+        with self._weights_only(resume_from_checkpoint):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        with self._weights_only(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self._weights_only(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is none: losses are scaled for float16 alone, and a file of that name is not this run's."""
+
+    def _weights_only(self, checkpoint: str | None) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if checkpoint is None else weights_only(Path(checkpoint))
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._take_up_schedule()
-            self._baseline = SceneBaseline(**json.loads((Path(checkpoint) / SCENE_BASELINE).read_text()))
+            self._baseline = _scene_baseline(Path(checkpoint) / SCENE_BASELINE)
 
     def _take_up_schedule(self) -> None:
         """A run that is given more steps takes its learning rate from the longer schedule, not from the end of the shorter one."""
@@ -477,6 +497,15 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Left out: a card with the run's figures is written on export, not at every checkpoint."""
+
+
+def _scene_baseline(file: Path) -> SceneBaseline:
+    try:
+        return SceneBaseline(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise OutputError(
+            f"{file}: cannot be read ({str(error)[:200]}); remove its folder to use an older checkpoint"
+        ) from None
 
 
 def _of_entries(scores: torch.Tensor, row: Row) -> torch.Tensor:

@@ -400,6 +400,16 @@ def test_secrets_are_not_shown_where_a_provider_quotes_them() -> None:
     assert without_secrets("ok, take k of them", ["k"]) == "ok, take [key] of them"
 
 
+async def test_a_key_in_a_models_words_goes_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "sk-0123456789abcdef"
+    monkeypatch.setenv("SOME_KEY", key)
+    said = json.dumps(GOOD | {"reply": f"My key is {key}.", "reflection": f"Bearer {key}"})
+    for answer in (done(said), done(f"no object, but {key}"), done("", refusal=f"not with {key}")):
+        async with serving(says(answer)) as provider:
+            asked = await turns(config(provider.url, endpoint__key_env="SOME_KEY"))
+        assert key not in str(asked.results) and "[key]" in str(asked.results), asked.results
+
+
 # --- what is sent -----------------------------------------------------------------------------------------------------------------
 
 

@@ -219,15 +219,40 @@ async def test_no_server_is_said_so() -> None:
             await client.health()
 
 
-async def test_what_answers_but_is_no_simulator_is_said_so() -> None:
+@pytest.mark.parametrize("seconds", ["²", "9" * 5000, "-5", "soon", "1e400"])
+async def test_a_retry_after_of_any_kind_is_read(seconds: str) -> None:
+    async def unavailable(_: web.Request) -> web.StreamResponse:
+        problem = {"kind": "unavailable", "error": "all endpoints rest"}
+        return web.json_response(problem, status=503, headers={"Retry-After": seconds})
+
+    async with misbehaving(unavailable, says(GOOD)) as (url, count):
+        async with SimulatorClient(url, backoff=0.01) as client:
+            assert (await client.turn(request())).reply == "Hm."
+    assert count[0] == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "[]",
+        "[" * 100_000,
+        '{"status": "ok", "backend": "x", "deadline": "soon"}',
+        '{"status": "ok", "backend": "x", "deadline": [1]}',
+        '{"status": "ok", "backend": ' + "9" * 5000 + "}",
+        '{"status": "ok", "backend": "' + "x" * 5_000_000 + '"}',
+    ],
+    ids=["a list", "deep", "a deadline of text", "a deadline of a list", "digits", "5 MB"],
+)
+async def test_what_answers_but_is_no_simulator_is_said_so(answer: str) -> None:
     app = web.Application()
-    app.router.add_get("/health", says("[]"))
+    app.router.add_get("/health", says(answer))
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     async with SimulatorClient(f"http://127.0.0.1:{runner.addresses[0][1]}") as client:
-        with pytest.raises(SimulatorTransportError, match="what answers is no simulator server"):
+        with pytest.raises(SimulatorTransportError, match="no simulator server answers there") as refused:
             await client.health()
+        assert len(str(refused.value)) < 1000
     await runner.cleanup()
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
 
@@ -179,6 +180,36 @@ def test_a_sweep_that_was_killed_goes_on_and_repeats_nothing(tmp_path: Path, mon
     assert not finished & set(after) and len(finished) + len(after) == 8
     assert len(rows) == 4 and all(row["state"] == "done" and len(row["by_seed"]) == 2 for row in rows)
     assert {path.name for path in folder.glob("trial-*")} == {row["trial"] for row in rows}
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("method", ["ask", "tell", "enqueue_trial"])
+def test_a_coordinator_killed_while_it_asks_again_loses_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, after: bool
+) -> None:
+    """One is killed with a trial under way, the next before or after the first such call; the third runs the whole grid."""
+    file, folder = written(tmp_path / "s.yaml", parameters={"credit.alpha": {"values": [0, 10]}}), tmp_path / "out"
+
+    class Killed(BaseException):
+        pass
+
+    def killed(name: str, after: bool) -> None:
+        plain = getattr(optuna.Study, name)
+
+        def dies(self: optuna.Study, *arguments: Any, **options: Any) -> None:
+            if after:
+                plain(self, *arguments, **options)
+            raise Killed
+
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(optuna.Study, name, dies)
+            run(file, folder)
+
+    killed("ask", after=True)  # the trial is under way, and nothing of it has been chosen
+    killed(method, after)
+    rows = run(file, folder)
+    assert sorted(row["params"]["credit.alpha"] for row in rows) == [0, 10]
+    assert [row["state"] for row in rows] == ["done", "done"]
 
 
 def test_runs_that_fail_are_told_with_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,13 +182,19 @@ class ChatClient:
         if None in tokens or not tokens[0]:
             tokens = [0, 0]
         return ChatCompletion(
-            text=said_text.encode("utf-8", "replace").decode(),
+            text=self._without_key(said_text.encode("utf-8", "replace").decode()),
             ended=ended,
             prompt_tokens=tokens[0] or 0,
             completion_tokens=tokens[1] or 0,
             endpoint=self._settings.label,
-            note=note,
+            note=self._without_key(note),
         )
+
+    def _without_key(self, text: str) -> str:
+        """A model's own words: they go into traces and pages. A short secret stands for none (EMPTY), and may be a word."""
+        for secret in self._secrets:
+            text = text.replace(secret, "[key]") if len(secret) >= 8 else text
+        return text
 
 
 async def _text(response: aiohttp.ClientResponse) -> str:
