@@ -62,7 +62,7 @@ def eibench(
       seed: of what is sampled, where providers heed it.
       official: a folder with the authors' code, whose prompts the simulator is given (it is executed).
       opener: what a user's message says where the model speaks first (charm), for providers that take no dialogue without one
-        (anthropic, google); published figures have none.
+        (anthropic, google) and for figures beside published ones, which have one.
       unset: settings that are not sent, where providers refuse them: temperature,top_p,max_tokens,seed; simulator.NAME for those
         of the simulator.
     """
