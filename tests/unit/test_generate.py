@@ -39,7 +39,8 @@ CONCURRENCY = 8
 
 def written(tmp_path: Path, url: str, **changes: Any) -> Path:
     file = tmp_path / "factory.yaml"
-    endpoint = {"url": url, "model": "writer", "concurrency": CONCURRENCY, "price": {"prompt": 1.0, "completion": 2.0}}
+    endpoint = {"url": url, "model": "writer", "concurrency": CONCURRENCY, "seed": True}
+    endpoint |= {"price": {"prompt": 1.0, "completion": 2.0}}
     settings = {
         "writer": {"endpoints": [endpoint], "deadline": 20.0},
         "store": str(tmp_path / "store"),
