@@ -37,7 +37,7 @@ def require_run(folder: Path) -> RunFolder:
     if RunFolder(folder).recipe_file.exists():
         return RunFolder(folder)
     hint = f"; the run is {folder.parent}" if RunFolder(folder.parent).recipe_file.exists() else ""
-    raise OutputError(f"{folder} is no run's folder: it holds no recipe.yaml{hint}")
+    raise OutputError(f"{folder} is not the folder of a run: it holds no recipe.yaml{hint}")
 
 
 def is_model(folder: Path) -> bool:

@@ -95,7 +95,7 @@ class Scenarios(Section):
     @classmethod
     def _once(cls, value: tuple[Scene, ...]) -> tuple[Scene, ...]:
         if len(set(value)) < len(value):
-            raise ValueError("a scene stands twice")
+            raise ValueError("duplicate scene")
         return value
 
     per_step: int = Field(16, ge=1, description="scenarios in each step, equally many of each scene")

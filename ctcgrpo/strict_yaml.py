@@ -35,7 +35,7 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key, list | dict | set):  # those are no keys, which is what the loader says
                 if key in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"{quoted(key)} stands twice in one section", node.start_mark
+                        None, None, f"duplicate key {quoted(key)} in one section", node.start_mark
                     )
                 seen.add(key)
         return super().construct_mapping(node, deep)
@@ -78,7 +78,7 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple
 
 def load_yaml(text: str) -> Any:
     """The value of a YAML text. Raises yaml.YAMLError, with a message of some hundred characters, also for a text that is too large
-    or nested too deeply, keys that stand twice, and dates and numbers that are none."""
+    or nested too deeply, duplicate keys, and dates and numbers that are none."""
     if len(text) > MAX_CHARACTERS:
         raise yaml.YAMLError(f"more than {MAX_CHARACTERS} characters")
     try:

@@ -132,7 +132,7 @@ def load_eqbench(folder: Path) -> EqBench:
 
 def parse_scenarios(text: str, place: str = "scenario_prompts.txt") -> list[EqScenario]:
     """`######## id | category | title`, then blocks of `####### PromptN`. A scenario without prompts is left out, as the authors'
-    code does. Raises ScenarioError for a text without scenarios and for an id that stands twice."""
+    code does. Raises ScenarioError for a text without scenarios and for an duplicate id."""
     found: dict[str, EqScenario] = {}
     for block in re.split(r"^########(?!#)", text, flags=re.MULTILINE)[1:]:
         heading, _, rest = block.partition("\n")
@@ -142,7 +142,7 @@ def parse_scenarios(text: str, place: str = "scenario_prompts.txt") -> list[EqSc
         id, category, title = parts
         lines = tuple(part.strip() for part in re.split(r"^#######(?!#)\s*Prompt\d+[^\n]*\n", rest, flags=re.MULTILINE)[1:])
         if id in found:
-            raise ScenarioError(f"{place}: scenario {id} stands twice")
+            raise ScenarioError(f"{place}: duplicate scenario {id}")
         kind: Kind = "analysis" if category.lower() == _ANALYSIS else "drafting" if id in _DRAFTING else "role-play"
         if lines and all(lines):
             found[id] = EqScenario(id, category, title, kind, lines)

@@ -67,7 +67,7 @@ def load_profiles(path: Path) -> list[Profile]:
             raise ScenarioError(f"{place}: {missing[0]} is missing or no text; a profile has {', '.join(fields.values())}")
         profile = Profile(**{ours: record[theirs] for ours, theirs in fields.items()})
         if profile.id in found:
-            raise ScenarioError(f"{place}: id {profile.id!r} stands twice")
+            raise ScenarioError(f"{place}: duplicate id {profile.id!r}")
         found[profile.id] = profile
     if not found:
         raise ScenarioError(f"{file} holds no profiles")

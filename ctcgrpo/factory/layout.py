@@ -68,7 +68,7 @@ def layout_problems(persona: str, role: Role, language: str) -> Iterator[str]:
             near = nearest(names[0], [title for title in titles if not _known(title, wanted)])
             yield f"section {names[0]!r} is missing" + (f" ({near!r} is there)" if near else "")
         elif len(there) > 1:
-            yield f"section {names[0]!r} stands twice"
+            yield f"duplicate section {names[0]!r}"
     for title in titles:
         if not _known(title, wanted):
             yield f"section {title!r} is unknown"

@@ -58,7 +58,7 @@ class Study(Section):
     @model_validator(mode="after")
     def _can_be_run(self) -> Study:
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("a seed stands twice")
+            raise ValueError("duplicate seed")
         if self.baseline not in self.variants:
             raise ValueError(f"baseline: {did_you_mean(self.baseline, self.variants)}")
         for kind, table, fixed in (

@@ -57,7 +57,7 @@ class Parameter(Section):
         if ranged and (self.min is None or self.max is None or not self.min < self.max):
             raise ValueError(f"min is {self.min} and max {self.max}; both are needed, and min < max")
         if self.values is not None and any(value in self.values[:k] for k, value in enumerate(self.values)):
-            raise ValueError("a value stands twice")
+            raise ValueError("duplicate value")
         if not all(isinstance(value, bool | int | float | str | None) for value in self.values or (self.value,)):
             raise ValueError(
                 "values are numbers, texts, true, false or null; name fields of sections with dots (validation.every)"

@@ -142,7 +142,7 @@ def test_profiles_that_are_wrong_are_named(tmp_path: Path) -> None:
         "{": "line 1: not valid JSON",
         "[]": "line 1: expected a JSON object",
         json.dumps(profile(task="")): "line 1: task is missing",
-        json.dumps(profile()) + "\n" + json.dumps(profile()): "'a' stands twice",
+        json.dumps(profile()) + "\n" + json.dumps(profile()): "duplicate id 'a'",
     }.items():
         file.write_text(text)
         with pytest.raises(ScenarioError, match=problem):
@@ -532,7 +532,7 @@ def test_mistakes_are_named_and_no_traceback(tmp_path: Path, ctcgrpo: Command, m
             "no/scenario_prompts.txt not",
         ),
         (("eibench", "--model", "scripted/talker", "--simulator", "scripted", "-M", "x"), 2, "'x': write NAME=VALUE"),
-        ((str(tmp_path),), 6, "is no run's folder"),
+        ((str(tmp_path),), 6, "is not the folder of a run"),
         (("foo",), 2, r"neither a benchmark .eibench, sage, eqbench3. nor the folder of a run"),
         (("checkpoints/foo",), 6, "checkpoints/foo: no such folder"),
     ]:

@@ -182,7 +182,7 @@ def test_layouts_are_broken_and_mended() -> None:
         "section 'Aims' is unknown",
     ]
     assert "text stands before the first section ('Hello.')" in list(layout_problems("Hello.\n" + persona, "user", "en"))
-    assert "section 'Aim' stands twice" in list(layout_problems(persona + "\n\n### Aim\nx", "user", "en"))
+    assert "duplicate section 'Aim'" in list(layout_problems(persona + "\n\n### Aim\nx", "user", "en"))
     assert "no numbered list" in " ".join(layout_problems(re.sub(r"^1\. ", "", persona, flags=re.M), "user", "en"))
     assert mended(persona + "\n\n### Secrets\nx", "user", "en").endswith("### Secrets\nx"), "what is unknown stays"
     assert list(layout_problems("anything", "user", "fr")) == []

@@ -81,7 +81,7 @@ def test_overrides() -> None:
             "training.updates_per_step=3",
             "training.updates_per_step is 3 and rollout.group_size 4; each update takes an equal",
         ),
-        ("scenarios.scenes=[support,support]", "a scene stands twice"),
+        ("scenarios.scenes=[support,support]", "duplicate scene"),
         ("scoring.turn_weights={support: [5, 7]}", "the weights of support sum to 12; they must sum to at most 1"),
         ("simulator={url: http://x, port: 9}", "only an embedded simulator listens on it"),
         ("credit={centering: none, center_weights: token}", "centering 'none', which weighs nothing"),
@@ -174,7 +174,7 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         ("list.yaml", "- 1\n", "a mapping of sections"),
         ("missing.yaml", "run:\n  name: x\n", "policy is missing"),
         ("backslash.yaml", text.replace("name: tiny", 'name: "ti\\ny"'), "neither ''' nor a backslash"),
-        ("twice.yaml", text.replace("scenarios:", "rollout:\n  max_turns: 2\nscenarios:"), "'rollout' stands twice"),
+        ("twice.yaml", text.replace("scenarios:", "rollout:\n  max_turns: 2\nscenarios:"), "duplicate key 'rollout'"),
         ("quotes.yaml", text.replace("# The whole", "# '''The whole"), "neither ''' nor a backslash"),
     ]:
         file = tmp_path / name

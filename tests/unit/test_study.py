@@ -64,7 +64,7 @@ def test_the_shipped_study_is_what_it_says() -> None:
     ("changes", "problem"),
     [
         ({"seeds": [1]}, "seeds"),
-        ({"seeds": [1, 1]}, "a seed stands twice"),
+        ({"seeds": [1, 1]}, "duplicate seed"),
         ({"baseline": "outcome"}, "did you mean 'outcome_only'"),
         ({"primary": "last"}, "primary is 'last'"),
         ({"variants": {"outcome_only": {"credit.alpha": 0}, "b": {"run.seed": 4}}}, "run.seed is the study's own"),

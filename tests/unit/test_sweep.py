@@ -78,7 +78,7 @@ def test_shipped_sweeps_hold_to_the_format_of_wandb(file: Path) -> None:
     [
         ({"parameters": {}}, "parameters: .*at least 1 item"),
         ({"parameters": {"credit.alpha": {"values": []}}}, "parameters.credit.alpha.values"),
-        ({"parameters": {"credit.alpha": {"values": [1, 1]}}}, "a value stands twice"),
+        ({"parameters": {"credit.alpha": {"values": [1, 1]}}}, "duplicate value"),
         ({"parameters": {"credit.alpha": {"value": 1, "values": [2]}}}, "give value, values, or min and max"),
         ({"parameters": {"credit.alpha": {"min": 1}}}, "min < max"),
         ({"parameters": {"credit.alpha": {"min": 1, "max": 2}}}, "a grid needs lists of values; credit.alpha is a range"),
