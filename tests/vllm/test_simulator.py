@@ -85,7 +85,7 @@ def test_a_real_llm_plays_the_user(tmp_path: Path) -> None:
     # A model of 135 million parameters judges badly, but in the form that was asked for.
     assert len(turns) == 4
     for before, reply in turns:
-        assert reply.reply and reply.reflection and reply.usage.prompt_tokens > 1000 and reply.usage.calls in (1, 2)
+        assert reply.reply and reply.reflection and reply.usage.prompt_tokens > 1000 and 1 <= reply.usage.calls <= 3
         after = before.plus(reply.anger_delta, reply.trust_delta)
         assert reply.state == State(anger=after.anger, trust=after.trust)
     assert servers.returncode == 130
