@@ -142,7 +142,7 @@ class RunFolder:
 
     def begin(self, recipe: Recipe, steps: int) -> None:
         """Training begins after `steps` batches of rollouts: record the recipe, forget what an earlier life of the run wrote
-        of later steps, and all that it wrote where nothing of it goes on. Raises OutputError for damaged metrics."""
+        of later steps, and all that it wrote where it starts again. Raises OutputError for damaged metrics."""
         kept_metrics = [metrics for metrics in self._metrics() if metrics["step"] <= steps] if steps else []
         if is_complete(self.final) and (steps_then := self.extended_from(recipe)):
             kept = self.path / f"final-after-{steps_then}-steps"

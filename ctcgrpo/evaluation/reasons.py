@@ -46,7 +46,7 @@ def prepared(model: Model) -> Model:
     and fail with the provider's error where it comes with HTTP 200."""
     if not isinstance(model.api.should_retry, _Retries):
         model.api.should_retry = _Retries(str(model), model.api.should_retry)  # type: ignore[assignment, method-assign]
-    client: Any = getattr(model.api, "http_client", None)  # httpx's; made anew for each evaluation
+    client: Any = getattr(model.api, "http_client", None)  # httpx's; another one for each evaluation
     if hasattr(client, "event_hooks") and _give_status not in client.event_hooks["response"]:
         hooks = client.event_hooks
         client.event_hooks = {**hooks, "response": [*hooks["response"], _give_status]}

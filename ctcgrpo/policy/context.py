@@ -239,7 +239,7 @@ class ContextBuilder:
 
     def _text(self, ids: Ids) -> str:
         """How ids read in the middle of a dialogue; at its start some tokenizers leave a space out."""
-        anchor = self._anchor_ids(_ANCHORS[0])
+        anchor = self._plainly(_ANCHORS[0])
         return str(self._tokenizer.decode([*anchor, *ids])).removeprefix(self._tokenizer.decode(anchor))
 
     def _encode(self, parts: Sequence[str], behind: Sequence[str] = ()) -> Ids:
@@ -267,13 +267,10 @@ class ContextBuilder:
     def _encode_behind(self, text: str, anchors: Sequence[str]) -> Ids:
         """A text in the middle of a dialogue: encoded behind another one, whose ids are taken away."""
         for anchor in anchors:
-            before, whole = self._anchor_ids(anchor), self._plainly(anchor + text)
+            before, whole = self._plainly(anchor), self._plainly(anchor + text)
             if whole[: len(before)] == before:
                 return whole[len(before) :]
         raise PolicyEngineError(f"this tokenizer merges {text[:40]!r} with whatever stands before it")
-
-    def _anchor_ids(self, anchor: str) -> Ids:
-        return self._plainly(anchor)
 
     def _plainly(self, text: str) -> Ids:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
