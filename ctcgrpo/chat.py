@@ -29,6 +29,7 @@ def find_scenario(scenarios: Sequence[Scenario], name: str | None) -> Scenario:
 
 async def chat(
     scenario: Scenario,
+    role: str,
     simulator: SimulatorClient,
     console: Console,
     ask: Callable[[], str],
@@ -36,12 +37,12 @@ async def chat(
     rounds: int = 8,
     seed: int | None = None,
 ) -> float:
-    """Play a dialogue; gives its outcome in [-1, 1]. `ask` reads the person's next line and raises EOFError where there is none any
-    more. Raises the simulator's errors: what was said so far stands on the screen."""
+    """Play a dialogue; gives its outcome in [-1, 1]. `role` is what a policy is told; `ask` reads the person's next line and raises
+    EOFError where there is none any more. Raises the simulator's errors: what was said so far stands on the screen."""
     seed = secrets.randbits(32) if seed is None else seed
     anchors, card = scenario.anchors, ScenarioCard.of(scenario)
     state, goal = anchors.initial, anchors.target
-    console.print(Panel(Text(scenario.policy_persona), title=Text(f"you, in {scenario.id} ({scenario.scene})")))
+    console.print(Panel(Text(role), title=Text(f"you, in {scenario.id} ({scenario.scene})")))
     console.print(
         f"anger {state.anger}, trust {state.trust}; aim for anger {goal.anger}, trust {goal.trust} in {rounds} replies. "
         "An empty line ends it.\n",

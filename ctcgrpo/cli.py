@@ -138,17 +138,23 @@ def chat(
     config: Annotated[Path | None, _CONFIG] = None,
     url: Annotated[list[str] | None, _URLS] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Replies at most.")] = 8,
+    instructions: Annotated[
+        str, typer.Option(help="How to reply, as the policy is told: eibench, short, none, or a file.")
+    ] = "eibench",
 ) -> None:
     """Play the policy's role against the simulated user."""
     import asyncio
 
     from ctcgrpo.chat import chat, find_scenario
+    from ctcgrpo.policy.instructions import load_instructions
+    from ctcgrpo.policy.persona import Briefing
     from ctcgrpo.scenarios import load_scenarios
     from ctcgrpo.simulator.choice import chosen_simulator
 
     chosen = find_scenario(load_scenarios(scenarios, "test"), scenario)
+    role = Briefing(instructions=load_instructions(instructions)).told(chosen)
     with chosen_simulator(config, url or []) as simulator:
-        asyncio.run(chat(chosen, simulator, Terminal(80), lambda: input("You: "), rounds=rounds))
+        asyncio.run(chat(chosen, role, simulator, Terminal(80), lambda: input("You: "), rounds=rounds))
 
 
 def noise(

@@ -17,6 +17,7 @@ from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 from ctcgrpo.credit import CENTERINGS, CREDITS, SCALES
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.naming import cut, did_you_mean, quoted
+from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS
 from ctcgrpo.records import SCENES, Scene
 from ctcgrpo.sections import Section, environment_name, named_value, parse_mapping, read_text, validated
 from ctcgrpo.sharding import splits_weights
@@ -63,6 +64,10 @@ class Policy(Section):
     )
     persona_sections: tuple[str, ...] | None = Field(
         None, description="the sections of its role (### headings) that the policy is told; all of it where absent"
+    )
+    instructions: str = Field(
+        DEFAULT_INSTRUCTIONS,
+        description="how to reply, appended to the role: eibench, short, none, a template file, or a folder with LANGUAGE.j2",
     )
     lora: Lora | None = None
     quantization: Literal["none", "nf4"] = Field("none", description="of the frozen weights under an adapter; nf4 is QLoRA")

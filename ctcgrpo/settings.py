@@ -11,6 +11,8 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from trl import GRPOConfig
 
 from ctcgrpo.policy.context import ContextBuilder
+from ctcgrpo.policy.instructions import load_instructions
+from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.runner import Play
@@ -39,14 +41,20 @@ def template_kwargs(recipe: Recipe) -> dict[str, Any]:
     return {"enable_thinking": recipe.policy.reasons, **recipe.policy.template_kwargs}
 
 
+def briefing(recipe: Recipe) -> Briefing:
+    """Raises PolicyError for instructions that cannot be had."""
+    policy = recipe.policy
+    return Briefing(policy.persona_sections, load_instructions(policy.instructions), policy.reasons)
+
+
 def context_builder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> ContextBuilder:
-    """Raises PolicyError for a chat template that cannot serve."""
+    """Raises PolicyError for a chat template that cannot serve, or instructions that cannot be had."""
     return ContextBuilder(
         tokenizer,
         stop_ids=ends,
         max_prompt_tokens=recipe.rollout.max_prompt_tokens,
         reasoning=recipe.policy.reasoning_context,
-        persona_sections=recipe.policy.persona_sections,
+        briefing=briefing(recipe),
         template_kwargs=template_kwargs(recipe),
     )
 

@@ -37,6 +37,7 @@ from ctcgrpo.evaluation.played import validation_settings
 from ctcgrpo.files import file_digest
 from ctcgrpo.folders import check_model
 from ctcgrpo.policy.adapter import refuse_tied_targets
+from ctcgrpo.policy.instructions import load_instructions
 from ctcgrpo.policy.loading import (
     build_builtin,
     check_fits,
@@ -234,6 +235,9 @@ class _Run:
             data["policy.model"] = folder_digest(folder)
         if policy.chat_template is not None and policy.chat_template.is_file():
             data["policy.chat_template"] = {policy.chat_template.name: file_digest(policy.chat_template)}
+        instructions = load_instructions(policy.instructions)
+        if instructions.texts:
+            data["policy.instructions"] = {policy.instructions: instructions.digest}
         return data
 
     def _make_trainer(self, **parts: Any) -> CtcGrpoTrainer:

@@ -47,7 +47,7 @@ _PLAYED = _ALWAYS | {
     "display",
 }
 _OF_RESCORING = {"sage": _ALWAYS | {"rescore", "simulator"}, "eqbench3": _ALWAYS | {"rescore", "run"}}
-_OF_RUN = _PLAYED | {"scenarios", "rounds", "variant", "official", "opener"}
+_OF_RUN = _PLAYED | {"scenarios", "rounds", "variant", "official", "opener", "instructions", "reasons"}
 
 
 def evaluate(
@@ -74,6 +74,16 @@ def evaluate(
     ] = None,
     opener: Annotated[
         str | None, typer.Option(help="eibench: what a user says first where the model would, for providers that need it.")
+    ] = None,
+    instructions: Annotated[
+        str | None,
+        typer.Option(
+            help="eibench: how to reply, told to the model: eibench, short, none, or a file; a run's policy has its own."
+        ),
+    ] = None,
+    reasons: Annotated[
+        bool | None,
+        typer.Option(help="eibench: word them for a model that reasons between <think> and </think> before it replies."),
     ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Dialogues a scenario.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of what is sampled.")] = None,
@@ -205,7 +215,7 @@ def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
 
 
 def _task(given: Given) -> Given:
-    names = ("scenarios", "data", "rounds", "variant", "official", "opener", "repeats", "seed")
+    names = ("scenarios", "data", "rounds", "variant", "official", "opener", "instructions", "reasons", "repeats", "seed")
     return {name: str(given[name]) if isinstance(given[name], Path) else given[name] for name in names if name in given}
 
 
@@ -239,11 +249,15 @@ def _wanted(bench: str, model: str, given: Given, trained: Trained | None) -> Ev
         raise RecipeError(f"-G {other[0]}...: no model plays the {other[0]} here (--{other[0]} PROVIDER/NAME)")
     task = {**_task(given), **played, **({"unset": ",".join(sorted(unset))} if unset else {})}
     generation = {**settings, **_generation(given)}
+    if bench == "eibench" and trained is not None and "official" not in task:
+        task = {**trained.briefed, **task}  # as its run has it; how a policy was taught to be told is no matter of taste
     if given.get("as_trained"):
         if bench != "eibench" or trained is None:
             why = f"is not for {bench}" if bench != "eibench" else f"needs a policy in a run's folder, and {model} is none"
             raise RecipeError(f"--as-trained {why}; name the folder of a run: --model checkpoints/RUN/best")
         of_run = {name: value for name, value in trained.task.items() if name != "simulator" or not roles}
+        if "official" in task:
+            of_run = {name: value for name, value in of_run.items() if name not in trained.briefed}
         task, generation = {**of_run, **task}, {**trained.sampling, **generation}
     if unknown := sorted(set(task) - set(task_options(bench))):
         raise RecipeError(f"{_option(unknown[0])} is not for {bench}, which has {', '.join(task_options(bench))}")

@@ -14,7 +14,7 @@ from ctcgrpo.intervals import interval, paired
 
 _DECIDING = ("other", "data")
 """What of a summary figures depend on, beside the model and the settings: who plays or judges, and a digest of the data."""
-_MEANING = ("variant", "rounds")
+_MEANING = ("variant", "rounds", "instructions")
 """Settings without which two scores mean other things; how a model is sampled may be what is compared."""
 
 
@@ -24,8 +24,8 @@ def compared(folders: Sequence[Path], names: Sequence[str] | None = None, *, mix
     `title` with the data set, `settings` that all of them share, and `warnings` of what else differs between them.
 
     Raises OutputError for fewer than two, for folders that hold no evaluation, for different benchmarks or no scenario in common,
-    and, unless they may be `mixed`, for another simulator, judge, scoring variant or number of rounds: such scores mean other
-    things.
+    and, unless they may be `mixed`, for another simulator, judge, scoring variant, number of rounds or instructions: such scores
+    mean other things.
     """
     if len(folders) < 2:
         raise OutputError("name at least two evaluations to compare")

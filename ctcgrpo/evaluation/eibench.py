@@ -16,7 +16,7 @@ from typing import Any
 from inspect_ai import Epochs, Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.log import transcript
-from inspect_ai.model import ChatMessage, ChatMessageSystem, ChatMessageUser, GenerateConfig, get_model
+from inspect_ai.model import ChatMessage, ChatMessageAssistant, ChatMessageSystem, ChatMessageUser, GenerateConfig, get_model
 from inspect_ai.scorer import Score, Scorer, Target, grouped, mean, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.util import span
@@ -26,14 +26,21 @@ from ctcgrpo.evaluation.generation import Unset, config_of, names_of
 from ctcgrpo.evaluation.record import Record
 from ctcgrpo.evaluation.speaking import say
 from ctcgrpo.evaluation.users import User, chosen_user
+from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS, load_instructions
+from ctcgrpo.policy.persona import Briefing, together
 from ctcgrpo.records import Scenario, UserState
 from ctcgrpo.rollout.engine import request_seed
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.scoring import Variant, outcome_score
+from ctcgrpo.simulator.llm.official import OfficialPolicyPrompts
 from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
 
+INSTRUCTIONS = "instructions"
+"""The key under which a system message's metadata holds the end of its text that is instructions of ours, in which control tokens
+are such."""
 _NEED_A_USER = ("anthropic/", "google/")
 """Providers that refuse messages without one of a user."""
+_MESSAGES = {"user": ChatMessageUser, "assistant": ChatMessageAssistant}
 SAMPLING = GenerateConfig(temperature=0.6, top_p=0.95, max_tokens=1024)
 """How a model is sampled where nobody says otherwise."""
 
@@ -48,6 +55,9 @@ def eibench(
     seed: int = 0,
     official: str | None = None,
     opener: str | None = None,
+    instructions: str | None = None,
+    reasons: bool = False,
+    persona_sections: Sequence[str] | None = None,
     unset: Unset = "",
 ) -> Task:
     """The task of EIBench on a set of scenarios; EIBench's own are eibench/test.
@@ -60,25 +70,40 @@ def eibench(
       variant: how a final state is scored: evaluation (as published figures are) or training.
       repeats: dialogues a scenario; a scenario counts with their mean.
       seed: of what is sampled, where providers heed it.
-      official: a folder with the authors' code, whose prompts the simulator is given (it is executed).
+      official: a folder with the authors' code (it is executed), whose prompts simulator and model are given.
       opener: what a user's message says where the model speaks first (charm), for providers that take no dialogue without one
         (anthropic, google) and for figures beside published ones, which have one.
+      instructions: how to reply, appended to the model's role: eibench (by default), short, none, a template file, or a folder with
+        LANGUAGE.j2.
+      reasons: word them for a model that reasons between <think> and </think> before it replies.
+      persona_sections: the sections of its role (### headings) that the model is told; all of it where absent.
       unset: settings that are not sent, where providers refuse them: temperature,top_p,max_tokens,seed; simulator.NAME for those
         of the simulator.
     """
     found = load_scenarios(scenarios, "test")
     left_out = names_of(unset)
-    user = chosen_user(simulator, None if official is None else Path(official).expanduser(), left_out)
+    folder = None if official is None else Path(official).expanduser()
+    user = chosen_user(simulator, folder, left_out)
+    if folder is not None and (instructions, reasons, persona_sections, opener) != (None, False, None, None):
+        raise RecipeError(
+            "the official mode words what the model is told: leave out instructions, reasons, persona_sections, opener"
+        )
+    briefing = Briefing(
+        None if persona_sections is None else tuple(persona_sections),
+        load_instructions(instructions or DEFAULT_INSTRUCTIONS),
+        reasons,
+    )
+    prompts = None if folder is None else OfficialPolicyPrompts(folder)
     if rounds < 1 or repeats < 1:
         raise RecipeError(f"rounds is {rounds} and repeats {repeats}; both are at least 1")
     samples = [
-        Sample(id=s.id, input=_opening(s, opener), metadata={"group": s.scene, "title": s.title, "position": k})
+        Sample(id=s.id, input=_opening(s, briefing, opener), metadata={"group": s.scene, "title": s.title, "position": k})
         for k, s in enumerate(found)
     ]
     return Task(
         name="eibench",
         dataset=MemoryDataset(samples, name=scenarios),
-        solver=_conversing({s.id: s for s in found}, user, rounds, seed, left_out),
+        solver=_conversing({s.id: s for s in found}, user, prompts, rounds, seed, left_out),
         scorer=_judging({s.id: s for s in found}, variant),
         config=config_of("model", left_out, **SAMPLING.model_dump(exclude_none=True)),
         epochs=Epochs(repeats, "mean"),
@@ -86,13 +111,36 @@ def eibench(
     )
 
 
-def _opening(scenario: Scenario, opener: str | None) -> list[ChatMessage]:
-    system = ChatMessageSystem(content=scenario.policy_persona)
+def _opening(scenario: Scenario, briefing: Briefing, opener: str | None) -> list[ChatMessage]:
+    role, instructions = briefing.parts(scenario)
+    system = ChatMessageSystem(content=together(role, instructions), metadata={INSTRUCTIONS: instructions})
     line = scenario.opening_line or opener
     return [system, *([ChatMessageUser(content=line)] if line else [])]
 
 
-def _conversing(scenarios: Mapping[str, Scenario], user: User, rounds: int, seed: int, left_out: frozenset[str]) -> Solver:
+def _officially(prompts: OfficialPolicyPrompts, scenario: Scenario, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """What the authors' evaluation sends in place of `messages`; those that it leaves as they are stay the same objects."""
+    said = messages[1:]
+    system, *wanted = prompts.messages(scenario, [(m.role, m.text) for m in said])
+    kept = [
+        old if (old.role, old.text) == (new["role"], new["content"]) else _MESSAGES[new["role"]](content=new["content"])
+        for old, new in zip(said, wanted, strict=False)
+    ]
+    return [
+        ChatMessageSystem(content=system["content"]),
+        *kept,
+        *(_MESSAGES[m["role"]](content=m["content"]) for m in wanted[len(said) :]),
+    ]
+
+
+def _conversing(
+    scenarios: Mapping[str, Scenario],
+    user: User,
+    prompts: OfficialPolicyPrompts | None,
+    rounds: int,
+    seed: int,
+    left_out: frozenset[str],
+) -> Solver:
     """Model and user take turns until the user leaves or the rounds are over."""
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
@@ -102,14 +150,15 @@ def _conversing(scenarios: Mapping[str, Scenario], user: User, rounds: int, seed
         card, now = ScenarioCard.of(scenario), scenario.anchors.initial
         place = (0, state.metadata["position"], scenario.id, state.epoch - 1)
         history = [Utterance(speaker="user", text=scenario.opening_line)] if scenario.opening_line else []
-        if len(state.messages) == 1 and str(get_model()).startswith(_NEED_A_USER):
+        if prompts is None and len(state.messages) == 1 and str(get_model()).startswith(_NEED_A_USER):
             raise PolicyEngineError(f"{get_model()} takes no dialogue that the model opens; give it a line with opener=TEXT")
         if scenario.opening_line:
             record.user_said(scenario.opening_line, now._asdict())
         for round in range(1, rounds + 1):
             async with span(f"turn {round}", type="turn"):
                 config = config_of("model", left_out, seed=request_seed(seed, *place, round - 1))
-                reply = await say(state.messages, role="model", config=config)
+                heard_by_model = state.messages if prompts is None else _officially(prompts, scenario, state.messages)
+                reply = await say(heard_by_model, role="model", config=config)
                 state.messages.append(reply.message)
                 record.model_said(reply)
                 history.append(Utterance(speaker="policy", text=reply.text))

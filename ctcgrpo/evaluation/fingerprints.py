@@ -13,6 +13,7 @@ from typing import Any
 from ctcgrpo.evaluation.eqbench3_protocol import load_eqbench
 from ctcgrpo.evaluation.sage_protocol import load_profiles
 from ctcgrpo.evaluation.users import SCRIPTED, chosen_user
+from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS, load_instructions
 from ctcgrpo.scenarios import data_home, load_scenarios
 from ctcgrpo.simulator.config import load_simulator_config
 from ctcgrpo.simulator.llm.backend import chosen_prompts
@@ -21,7 +22,8 @@ _POLICY_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja")
 
 
 def fingerprint(bench: str, model: str, task: Mapping[str, Any], scenarios: str) -> dict[str, Any]:
-    """`data` of the scenarios, `policy` of a local folder, `simulator` of who plays the user; `scenarios` is what stands in for a
+    """`data` of the scenarios, `policy` of a local folder, `simulator` of who plays the user, `instructions` that the policy is
+    given; `scenarios` is what stands in for a
     task that names none. Raises ScenarioError, RecipeError and SimulatorTransportError for what is not there."""
     found: dict[str, Any] = {"data": data_digest(bench, task, scenarios)}
     folder = Path(model).expanduser()
@@ -29,6 +31,7 @@ def fingerprint(bench: str, model: str, task: Mapping[str, Any], scenarios: str)
         found["policy"] = _of_files(f for pattern in _POLICY_FILES for f in folder.glob(pattern))
     if bench == "eibench":
         found["simulator"] = _simulator(task)
+        found["instructions"] = _instructions(task)
     return found
 
 
@@ -51,6 +54,13 @@ def _simulator(task: Mapping[str, Any]) -> Any:
         return asyncio.run(chosen_user(simulator, None).about())
     config = load_simulator_config(simulator)
     return [config.digest, chosen_prompts(config.llm.official).name if config.llm is not None else SCRIPTED]
+
+
+def _instructions(task: Mapping[str, Any]) -> str:
+    """What the policy is told beside its role, by name and digest."""
+    if (official := task.get("official")) is not None:
+        return chosen_prompts(Path(official).expanduser()).name
+    return load_instructions(task.get("instructions") or DEFAULT_INSTRUCTIONS).name
 
 
 def _of_files(files: Iterable[Path]) -> str:

@@ -2,7 +2,7 @@
 
 Contexts and sampling are those of training, id by id: what was sampled in earlier turns stands in later prompts as it was
 sampled, a prompt that grows too long drops its oldest exchange, and requests of all dialogues are batched while they go on.
-Within a run's folder its recipe says how contexts are made (reasoning, length, which sections of a role the policy is told).
+Within a run's folder its recipe says how contexts are made (reasoning, length). What the policy is told is the task's to say.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyEngineError, PolicyError
+from ctcgrpo.evaluation.eibench import INSTRUCTIONS
 from ctcgrpo.policy.context import ContextBuilder, Dialogue
 from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import load_tokenizer, loading_weights, stop_ids
-from ctcgrpo.policy.persona import has_sections, told
+from ctcgrpo.policy.persona import BETWEEN
 from ctcgrpo.policy.reasoning import OPEN
 from ctcgrpo.recipe import Recipe, resolved_recipe
 from ctcgrpo.records import Completion
@@ -136,14 +137,15 @@ class LocalPolicy(ModelAPI):
     def _dialogue(self, messages: list[ChatMessage]) -> Dialogue:
         """Raises PolicyEngineError for messages that do not take turns."""
         persona = messages[0].text if messages and messages[0].role == "system" else ""
-        if self._recipe is not None and has_sections(persona):
-            persona = told(persona, self._recipe.policy.persona_sections)
+        instructions = str((messages[0].metadata or {}).get(INSTRUCTIONS, "")) if persona else ""
         said = messages[1 if persona else 0 :]
         opening = said[0].text if said and said[0].role == "user" else ""
         said = said[1 if opening else 0 :]
         if not (persona or opening) or [m.role for m in said] != ["assistant", "user"] * (len(said) // 2):
             raise PolicyEngineError(f"messages do not take turns: {', '.join(m.role for m in messages)}")
-        dialogue = Dialogue(persona, opening)
+        dialogue = Dialogue(
+            persona.removesuffix(instructions).removesuffix(BETWEEN if instructions else ""), opening, (), instructions
+        )
         for reply, line in zip(said[::2], said[1::2], strict=True):
             dialogue = self._parts.contexts.extend(dialogue, self._completion(reply), line.text)
         return dialogue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ctcgrpo.errors import OutputError, RecipeError
-from ctcgrpo.evaluation.played import validated_as
+from ctcgrpo.evaluation.played import briefed_as, validated_as
 from ctcgrpo.evaluation.run import LOCAL, Evaluation
 from ctcgrpo.files import missing_in
 from ctcgrpo.recipe import resolved_recipe
@@ -27,6 +27,8 @@ def evaluations_of(
         )
     recipe = resolved_recipe(folder.recipe_file)
     validated, sampled = validated_as(recipe)
+    if "official" in task:  # which words what the policy is told
+        validated = {name: value for name, value in validated.items() if name not in briefed_as(recipe)}
     played = {**validated, **task}
     if roles:
         del played["simulator"]

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo.evaluation.benches import EIBENCH, named
+from ctcgrpo.policy.instructions import load_instructions
 from ctcgrpo.recipe import Recipe, resolved_recipe
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import EIBENCH_DATA, described
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")
-_TASK = ("rounds", "variant", "official", "opener", "rescored")
+_BRIEFING = ("instructions", "reasons", "persona_sections")
+"""Arguments of tasks that say what a policy is told."""
+_TASK = ("rounds", "variant", "official", "opener", "rescored", *_BRIEFING)
 """Arguments of tasks that decide what a score means."""
 _SHOWN = {"top_p": "top-p", "top_k": "top-k", "max_tokens": "max tokens", "variant": "scoring variant"}
 
@@ -44,6 +47,8 @@ def settings_of(summary: Mapping[str, Any]) -> dict[str, Any]:
     """What a score depends on beside data set, model and simulator or judge, by name, in the order in which it is shown."""
     task, generation = summary["task"], summary["generation"]
     found = {name: task[name] for name in _TASK if task.get(name) is not None}
+    if summary.get("instructions"):  # with the digest of the texts
+        found["instructions"] = summary["instructions"]
     if "rescored" not in task:
         found |= {name: generation.get(name) for name in SAMPLING}
         found |= {name: value for name, value in generation.items() if name not in SAMPLING}
@@ -70,7 +75,7 @@ def validated_as(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """How a run validates its policy: the arguments of the task eibench (scenarios, repeats and seed only with a validation
     section), and of sampling."""
     rollout, simulator = recipe.rollout, recipe.simulator
-    task: dict[str, Any] = {"rounds": rollout.max_turns, "variant": recipe.scoring.variant}
+    task: dict[str, Any] = {"rounds": rollout.max_turns, "variant": recipe.scoring.variant, **briefed_as(recipe)}
     if simulator.url != "embedded":
         task["simulator"] = simulator.url if isinstance(simulator.url, str) else simulator.url[0]
     else:
@@ -81,11 +86,19 @@ def validated_as(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     return task, dict(zip(SAMPLING, sampling, strict=True))
 
 
+def briefed_as(recipe: Recipe) -> dict[str, Any]:
+    """What a run's policy is told, as arguments of the task eibench."""
+    policy = recipe.policy
+    sections = None if policy.persona_sections is None else list(policy.persona_sections)
+    return {"instructions": policy.instructions, "reasons": policy.reasons, "persona_sections": sections}
+
+
 def validation_settings(recipe: Recipe) -> dict[str, Any]:
     """The same for a run's summary and card; the data set in words. A recipe with a validation section only."""
     task, sampling = validated_as(recipe)
-    told = {"rounds": task["rounds"], "variant": task["variant"], **sampling, "repeats": task["repeats"]}
-    return {"data_set": described(task["scenarios"]), **told}
+    instructions = load_instructions(recipe.policy.instructions).name
+    told = {"rounds": task["rounds"], "variant": task["variant"], "instructions": instructions, **sampling}
+    return {"data_set": described(task["scenarios"]), **told, "repeats": task["repeats"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +112,11 @@ class Trained:
     sampling: Mapping[str, Any]
 
     @property
+    def briefed(self) -> dict[str, Any]:
+        """What the run tells its policy, as arguments of the task."""
+        return briefed_as(self.recipe)
+
+    @property
     def told(self) -> str:
         """How the run trained and validated, in words."""
         sections = self.recipe.policy.persona_sections
@@ -108,12 +126,13 @@ class Trained:
         settings = {"rounds": self.task["rounds"], "variant": self.task["variant"], **self.sampling}
         return (
             f"{self.run / self.which} is of the run {self.recipe.run.name}: trained on {described(self.recipe.scenarios.train)}, "
-            f"{validated}, with {in_words(settings)}, simulator {self.task['simulator']}, {persona}"
+            f"{validated}, with {in_words(settings)}, simulator {self.task['simulator']}, {persona}, "
+            f"instructions {self.recipe.policy.instructions}"
         )
 
     def differences(self, played: Mapping[str, Any]) -> list[str]:
         """In what other settings (task arguments and sampling together) differ from the run's: "rounds 8 (the run: 4)"."""
-        deciding = ("scenarios", "simulator", "rounds", "variant", *SAMPLING)
+        deciding = ("scenarios", "simulator", "rounds", "variant", *_BRIEFING, *SAMPLING)
         own = {**self.task, **self.sampling}
         return [
             f"{shown_name(name)} {shown_value(name, played.get(name))} (the run: {shown_value(name, own[name])})"

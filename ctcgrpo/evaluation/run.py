@@ -137,6 +137,8 @@ def evaluate(
         raise PolicyError(f"{wanted.bench} could not be played: {log.error.message if log.error else 'no reason given'}")
     results, facts = results_of(log)
     facts |= {"data": of["data"], "data_set": data_set(bench.name, wanted.task, default)}
+    if "instructions" in of:
+        facts["instructions"] = of["instructions"]
     if (trained := trained_as(Path(wanted.model.removeprefix(LOCAL)))) is not None:
         facts["trained"] = trained.told
         if bench.name == EIBENCH.name:

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.policy.chat_template import ChatTemplate, ControlTokens
-from ctcgrpo.policy.persona import told
+from ctcgrpo.policy.persona import BETWEEN, Briefing, together
 from ctcgrpo.policy.reasoning import CLOSE, OPEN, parse_completion
 from ctcgrpo.records import Completion, Scenario
 
@@ -52,11 +52,13 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A conversation so far, from the policy's side. `opening_line` is empty where the policy opens."""
+    """A conversation so far, from the policy's side. `opening_line` is empty where the policy opens. The `instructions` on how to
+    reply stand behind the persona; they are texts of ours, so that control tokens in them (<think>) are such."""
 
     policy_persona: str
     opening_line: str
     exchanges: tuple[Exchange, ...] = ()
+    instructions: str = ""
 
 
 class ContextBuilder:
@@ -69,14 +71,14 @@ class ContextBuilder:
         stop_ids: Iterable[int],
         max_prompt_tokens: int,
         reasoning: ReasoningPolicy = "strip",
-        persona_sections: Sequence[str] | None = None,
+        briefing: Briefing | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
         self._max_prompt_tokens = max_prompt_tokens
         self._reasoning = reasoning
-        self._persona_sections = persona_sections
+        self._briefing = briefing or Briefing()
         self._template = ChatTemplate(tokenizer, template_kwargs)
         self._control = ControlTokens(tokenizer)
         self._prompt = self._template.layout(False).prompt
@@ -121,8 +123,8 @@ class ContextBuilder:
         return notes
 
     def start(self, scenario: Scenario) -> Dialogue:
-        persona = told(scenario.policy_persona, self._persona_sections)
-        return Dialogue(persona.strip(), scenario.opening_line.strip())
+        persona, instructions = self._briefing.parts(scenario)
+        return Dialogue(persona, scenario.opening_line.strip(), instructions=instructions)
 
     def extend(self, dialogue: Dialogue, completion: Completion, user_line: str) -> Dialogue:
         """The dialogue after the policy's completion and the user's answer."""
@@ -141,7 +143,7 @@ class ContextBuilder:
         for dropped in range(max(0, last_droppable) + 1):
             opening = first_line if not dropped or not first_line else exchanges[dropped - 1].user_line
             kept = exchanges[dropped:]
-            ids = list(self._head_ids(dialogue.policy_persona, opening, not kept))
+            ids = list(self._head_ids(dialogue.policy_persona, dialogue.instructions, opening, not kept))
             for k, exchange in enumerate(kept, start=1):
                 ids += exchange.reply_ids
                 ids += self._line_ids(exchange.user_line, k == len(kept))
@@ -178,8 +180,8 @@ class ContextBuilder:
     def check_dialogue(self, scenario: Scenario) -> None:
         """Hold the prompts of a dialogue's first turns against the template's text of the same messages. Raises PolicyError."""
         dialogue = self.start(scenario)
-        persona, opening = dialogue.policy_persona, dialogue.opening_line
-        spelled = any(map(self._control.find, (persona, opening)))
+        opening, persona = dialogue.opening_line, together(dialogue.policy_persona, dialogue.instructions)
+        spelled = any(map(self._control.find, (dialogue.policy_persona, opening)))
         said: list[tuple[str, str]] = []
         for reply in (_ODD_REPLY, "Go on, then"):
             text = self._template.render(self._template.messages(persona, opening, said))
@@ -202,10 +204,11 @@ class ContextBuilder:
 
     # --- pieces --------------------------------------------------------------------------------------------------------
 
-    def _encode_head(self, persona: str, opening: str, last: bool) -> Ids:
+    def _encode_head(self, persona: str, instructions: str, opening: str, last: bool) -> Ids:
         layout = self._template.layout(not opening)
         ending = self._ending(layout.first_prompt, layout.before_first_reply, last)
-        return self._encode([layout.lead, persona, layout.joint, opening, ending])
+        behind = (BETWEEN if persona and instructions else "") + instructions
+        return self._encode([layout.lead, persona, behind + layout.joint, opening, ending])
 
     def _encode_line(self, line: str, last: bool) -> Ids:
         """A line of the user with what the template writes around it: the end of the reply before, the start of the next one."""

@@ -1,17 +1,45 @@
-"""What of its role a policy is told: all of it, or the sections that a recipe names."""
+"""What a policy is told: its role, or the sections of it that a recipe names, and the instructions on how to reply."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ctcgrpo.errors import PolicyError
+from ctcgrpo.policy.instructions import WITHOUT, Instructions
+from ctcgrpo.records import Scenario
 
+BETWEEN = "\n\n"
+"""Between a role and the instructions behind it."""
 _HEADING = re.compile(r"^#+ *(.+?) *$", re.MULTILINE)
 
 
-def has_sections(persona: str) -> bool:
-    return _HEADING.search(persona) is not None
+@dataclass(frozen=True, slots=True)
+class Briefing:
+    """How a scenario's role becomes what the policy is told: its `sections` (None: all of it), then the `instructions`, worded for
+    a policy that `reasons` before it replies or one that does not."""
+
+    sections: tuple[str, ...] | None = None
+    instructions: Instructions = WITHOUT
+    reasons: bool = False
+
+    def parts(self, scenario: Scenario) -> tuple[str, str]:
+        """Role and instructions, either may be empty. Raises PolicyError for a section that the role does not have, or a language
+        without instructions."""
+        role = told(scenario.policy_persona, self.sections).strip()
+        try:
+            return role, self.instructions.text(scenario.language, self.reasons)
+        except PolicyError as error:
+            raise PolicyError(f"scenario {scenario.id!r}: {error}") from None
+
+    def told(self, scenario: Scenario) -> str:
+        """Both as one text. Raises as `parts` does."""
+        return together(*self.parts(scenario))
+
+
+def together(role: str, instructions: str) -> str:
+    return BETWEEN.join(part for part in (role, instructions) if part)
 
 
 def told(persona: str, sections: Sequence[str] | None) -> str:
