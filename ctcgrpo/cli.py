@@ -215,7 +215,7 @@ def export(
     from ctcgrpo import export as exporting
 
     transformers_logging.disable_progress_bar()
-    written = exporting.export(run, out or run / "export", which=which, dtype=dtype)
+    written = exporting.export(run, out or run / "export", which=which, dtype=dtype, say=say)
     say(f"exported to {written}")
     if push is not None:
         say(f"uploaded to {exporting.push(written, push)}")

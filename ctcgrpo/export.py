@@ -27,8 +27,10 @@ from ctcgrpo.evaluation.played import eibench_on, in_words, validation_settings
 from ctcgrpo.files import checkpoints, is_complete, missing_in
 from ctcgrpo.folders import require_run
 from ctcgrpo.hub import hub_reason
+from ctcgrpo.policy.builtin import is_builtin, untrained_policy, wheel_of
 from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import stop_ids
+from ctcgrpo.policy.model_wheel import Say
 from ctcgrpo.recipe import Recipe, resolved_recipe
 from ctcgrpo.run_folder import RunFolder, disk_problem
 from ctcgrpo.run_records import Summary, disagreement, read_summary
@@ -40,7 +42,7 @@ from ctcgrpo.validation import read_validations
 Dtype = Literal["bfloat16", "float32"]
 
 
-def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat16") -> Path:
+def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat16", say: Say = lambda _: None) -> Path:
     """Write a policy of a run to `out`: `which` is final, best, or the number of a checkpoint (its optimizer steps).
 
     Adapters are merged, and shards joined, in float32, then rounded to `dtype`. What was written is loaded again, and its
@@ -54,7 +56,7 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
     recipe = resolved_recipe(folder.recipe_file)
     source = _source(folder, which)
     card = model_card(recipe, _summary(folder, recipe), which=which)
-    base = str(folder.base) if recipe.policy.model.startswith("builtin/") else recipe.policy.model
+    base = untrained_policy(recipe.policy.model, folder.base, say)
     try:
         trained = _trained(source, base, recipe.policy.revision, dtype)
         tokenizer = AutoTokenizer.from_pretrained(
@@ -214,7 +216,10 @@ def model_card(recipe: Recipe, summary: Summary | None, *, which: str) -> str:
     template = jinja2.Template(
         (files("ctcgrpo") / "model_card.md.j2").read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined
     )
-    told = {"builtin": recipe.policy.model.startswith("builtin/"), "trained_on": described(recipe.scenarios.train)}
+    model = recipe.policy.model
+    fetched = wheel_of(model)
+    told: dict[str, Any] = {"trained_on": described(recipe.scenarios.train), "fetched": fetched}
+    told["base_model"] = fetched.hub_id if fetched else None if is_builtin(model) else model
     if summary is not None:
         settings = validation_settings(recipe)
         told |= {"measured": eibench_on(settings.pop("data_set")), "settings": in_words(settings)}

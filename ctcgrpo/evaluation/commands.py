@@ -324,7 +324,7 @@ def _evaluate_run(run: Path, given: Given, console: Terminal) -> None:
 
     roles, played = _others("eibench", given)
     task = {**_task(given), **played}
-    wanted = evaluations_of(folder, task, _generation(given), roles, given.get("limit"))
+    wanted = evaluations_of(folder, task, _generation(given), roles, given.get("limit"), say)
     if (trained := trained_as(folder.final)) is not None:
         console.print(trained.told, markup=False, highlight=False, soft_wrap=True)
     out = given.get("out") or run / "evaluations"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.evaluation.played import briefed_as, validated_as
 from ctcgrpo.evaluation.run import LOCAL, Evaluation
 from ctcgrpo.files import missing_in
+from ctcgrpo.policy.builtin import untrained_policy
 from ctcgrpo.recipe import resolved_recipe
 from ctcgrpo.run_folder import RunFolder
 
@@ -18,9 +20,11 @@ def evaluations_of(
     generation: dict[str, Any],
     roles: dict[str, str],
     limit: int | None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Evaluation]:
     """By name (base, final). `task`, `generation` and `roles` go before what the recipe says. Raises OutputError for a folder
-    without a finished run, RecipeError where neither the recipe nor an option says what to evaluate on."""
+    without a finished run, PolicyError for a base policy that cannot be fetched, RecipeError where neither the recipe nor an option
+    says what to evaluate on."""
     if (lacks := missing_in(folder.final)) is not None:
         raise OutputError(
             f"{folder.path} holds no finished run (final/: {lacks}); evaluate a folder in it: --model {folder.path}/best"
@@ -34,7 +38,7 @@ def evaluations_of(
         del played["simulator"]
     if "scenarios" not in played:
         raise RecipeError(f"{folder.recipe_file} has no validation section; say what to evaluate on with --scenarios")
-    base = str(folder.base) if recipe.policy.model.startswith("builtin/") else recipe.policy.model
+    base = untrained_policy(recipe.policy.model, folder.base, say)
     return {
         name: Evaluation(
             bench="eibench",

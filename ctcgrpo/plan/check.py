@@ -39,8 +39,10 @@ from ctcgrpo.plan.known import cards, published_shapes, shape_of
 from ctcgrpo.plan.memory import GIB, PHASES, Load, MemoryPlan, Shape, memory_plan
 from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.attention import refuse_layouts
+from ctcgrpo.policy.builtin import build_untaught, wheel_of
 from ctcgrpo.policy.context import ContextBuilder
-from ctcgrpo.policy.loading import build_untaught, check_fits, load_tokenizer, stop_ids
+from ctcgrpo.policy.loading import check_fits, load_tokenizer, stop_ids
+from ctcgrpo.policy.model_wheel import refuse_unfetchable
 from ctcgrpo.policy.reasoning import CLOSE, OPEN
 from ctcgrpo.proxies import open_url
 from ctcgrpo.recipe import Recipe
@@ -196,6 +198,16 @@ def libraries(s: Subject) -> Iterator[Finding]:
 def model(s: Subject) -> Iterator[Finding]:
     name = s.recipe.policy.model
     check_model(name, "policy.model")
+    if (wheel := wheel_of(name)) and not wheel.is_here:
+        s.shape = published_shapes()[wheel.hub_id]
+        refuse_unfetchable(wheel)
+        yield Finding(
+            "model",
+            "warning",
+            f"{name}, {s.shape.parameters / 1e6:,.1f} million parameters, is not here yet: the run will first {wheel.plan}; "
+            "prompts are measured once it is here",
+        )
+        return
     path = build_untaught(name, s.folder / "base", s.recipe.run.seed)
     try:
         config = AutoConfig.from_pretrained(path, revision=s.recipe.policy.revision)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from ctcgrpo.errors import PolicyError
 from ctcgrpo.hub import hub_reason
-from ctcgrpo.naming import did_you_mean
+from ctcgrpo.policy.builtin import is_builtin
 from ctcgrpo.policy.chat_template import end_of_turn
-from ctcgrpo.policy.persona import told
-from ctcgrpo.policy.starter.corpus import Situation
-from ctcgrpo.policy.starter.teach import build_starter, untaught_starter
-from ctcgrpo.policy.tiny import build_tiny
-from ctcgrpo.scenarios import load_scenarios
 
-_BUILTIN = "builtin/"
 LOAD_ERRORS = (OSError, ValueError, SafetensorError, pickle.UnpicklingError, StrictDataclassError)
 """What transformers raises for a model or tokenizer that is not there, or whose files are damaged."""
 _ODD_FILES = (*LOAD_ERRORS, TypeError, AttributeError, LookupError)
@@ -48,62 +42,9 @@ def loading_weights(what: str) -> Iterator[None]:
         raise PolicyError(f"{what}: its weights have other sizes than its config.json says") from None
 
 
-def build_builtin(model: str, folder: Path, seed: int, *, keep: bool, say: Callable[[str], None] = lambda _: None) -> str:
-    """The path or Hub id of a policy; one that comes with this package is built in `folder` first, unless it is to keep
-    the one that is there. `say` hears how far it is. Raises PolicyError for a builtin policy that does not exist."""
-    if not model.startswith(_BUILTIN):
-        return model
-    name = model.removeprefix(_BUILTIN)
-    if name not in BUILDERS:
-        raise PolicyError(f"policy.model is {model!r}; {did_you_mean(model, [_BUILTIN + known for known in BUILDERS])}")
-    if not (keep and (folder / "config.json").exists()):
-        BUILDERS[name](folder, seed, say)
-    return str(folder)
-
-
-def _tiny(folder: Path, seed: int, say: Callable[[str], None]) -> None:
-    def texts() -> Iterator[str]:
-        for scenario in load_scenarios("english/train"):
-            yield from (scenario.policy_persona, scenario.user_persona, scenario.opening_line)
-
-    build_tiny(folder, texts(), seed=seed)
-
-
-STARTER_SECTIONS = ("Background", "Core goal")
-"""What the starter is taught to be told of a role: as much as its few weights can keep in view."""
-
-
-def _situations() -> list[Situation]:
-    return [
-        Situation(
-            s.scene,
-            told(s.policy_persona, STARTER_SECTIONS),
-            tuple(line for line in (s.opening_line, *(detail["line"] for detail in s.script["details"])) if line),
-        )
-        for s in load_scenarios("english/train")
-    ]
-
-
-def _starter(folder: Path, seed: int, say: Callable[[str], None]) -> None:
-    build_starter(folder, _situations(), seed=seed, say=say)
-
-
-def build_untaught(model: str, folder: Path, seed: int) -> str:
-    """As `build_builtin`, in a moment: a policy of the same shape, with the same tokenizer, that has learned nothing."""
-    if model != f"{_BUILTIN}starter":
-        return build_builtin(model, folder, seed, keep=False)
-    for part in untaught_starter(_situations(), seed):
-        part.save_pretrained(folder)
-    return str(folder)
-
-
-BUILDERS: dict[str, Callable[[Path, int, Callable[[str], None]], None]] = {"tiny": _tiny, "starter": _starter}
-"""By name: write model and tokenizer to a folder, from a seed."""
-
-
 def pinned(model: str, revision: str | None) -> str:
     """A Hub model at a revision as a folder, so that everybody who loads it loads the same: vLLM is told a name alone."""
-    if revision is None or Path(model).exists() or model.startswith(_BUILTIN):
+    if revision is None or Path(model).exists() or is_builtin(model):
         return model
     try:
         return str(snapshot_download(model, revision=revision))

@@ -27,6 +27,7 @@ from typing import Any
 
 from ctcgrpo.errors import CtcGrpoError, OutputError, RunFailed, RunInterrupted
 from ctcgrpo.files import is_complete, mark_complete, read_json, write_whole
+from ctcgrpo.policy.builtin import build_builtin, is_built
 from ctcgrpo.recipe import Recipe, load_recipe, overrides
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import read_records
@@ -47,7 +48,7 @@ def run_study(
     """
     with alone(folder):
         _keep_to(folder, study, recipe)
-        starter = str(folder / "starter") if recipe.policy.model.startswith("builtin/") else recipe.policy.model
+        starter = str(folder / "starter") if is_built(recipe.policy.model) else recipe.policy.model
         recipes = {run: run.recipe(study, folder, starter=starter) for run in study.runs()}
         left = [run for run, of_run in recipes.items() if not _is_finished(of_run)]
         times = _times(folder)
@@ -138,10 +139,10 @@ def _plan(study: Study, runs: int, left: int, times: Mapping[str, float], worker
 
 
 def _build(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
-    from ctcgrpo.policy.loading import build_builtin
-
     model, seed = recipe.policy.model, recipe.run.seed
-    if model.startswith("builtin/") and not is_complete(folder):
+    if not is_built(model):
+        build_builtin(model, folder, seed, keep=True, say=say)
+    elif not is_complete(folder):
         build_builtin(model, folder, seed, keep=False, say=say)
         mark_complete(folder)
 

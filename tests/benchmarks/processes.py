@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ctcgrpo.policy.loading import build_builtin
+from ctcgrpo.policy.builtin import build_builtin
 from tests import sameness
 from tests.benchmarks.packing import dialogues, policy
 

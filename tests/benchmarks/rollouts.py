@@ -21,8 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ctcgrpo.policy.builtin import build_builtin
 from ctcgrpo.policy.context import ContextBuilder
-from ctcgrpo.policy.loading import build_builtin, load_tokenizer, stop_ids
+from ctcgrpo.policy.loading import load_tokenizer, stop_ids
 from ctcgrpo.records import Completion
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling, request_seed
 from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctcgrpo.errors import PolicyError
+from ctcgrpo.policy.builtin import STARTER_SECTIONS, build_builtin
 from ctcgrpo.policy.context import ContextBuilder
-from ctcgrpo.policy.loading import STARTER_SECTIONS, build_builtin
 from ctcgrpo.policy.persona import told
 from ctcgrpo.policy.reasoning import parse_completion
 from ctcgrpo.policy.starter import teach

