@@ -73,6 +73,9 @@ PACKED_TOLERANCE = 0.02
 """How far packed log-probabilities may be from plain ones on the mean, in nats. bfloat16 differs by some 0.01 between any two ways
 of computing attention; a wrong one differs by more than 0.1."""
 
+_COMPARED_TOKENS = 2048
+"""How many tokens (each sample with its context) of a process are scored in two ways before a run trains on them."""
+
 Collect = Callable[[int, Sequence[dict[str, Any]]], list[Episode]]
 """Plays this process's share of a step's episodes: (step, its rows of the data set) -> episodes."""
 
@@ -335,10 +338,12 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         samples = [turn_samples(p, credit.advantages, recorded=self._options.recorded_logprobs) for p in parts]
         if updates > 1 or not self._checked:
             started = time.perf_counter()
+            everything = [sample for part in samples for sample in part]
+            few = self._few(everything)
             if not self._checked and self._how is not None:
-                self._refuse_other_logprobs([s for part in samples for s in part])
+                self._refuse_other_logprobs(few)
             self._checked = True
-            current = iter(self._check_recorded(episodes, samples))
+            current = iter(self._check_recorded(episodes, everything if updates > 1 else few))
             if updates > 1 and not self._options.recorded_logprobs:
                 samples = [[replace(sample, old_logprobs=next(current)) for sample in part] for part in samples]
             self._log_number("seconds/recompute", time.perf_counter() - started)
@@ -358,13 +363,18 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         self._confirm()
         return episodes
 
-    def _refuse_other_logprobs(self, samples: Sequence[TurnSample]) -> None:
-        """Once a run, packed log-probabilities are held against plain ones, as many samples as a row of each process takes: a
-        kernel or a model that sees positions in a way of its own must not train on something else without a word."""
+    def _few(self, samples: Sequence[TurnSample]) -> list[TurnSample]:
+        """As many of the samples as are compared once a run, at least one where there are any. A wrong kernel shows in the first
+        hundred tokens, and on a CPU a pass over a whole row takes a minute."""
+        most = min(_COMPARED_TOKENS, self._options.tokens_per_row)
         ends = accumulate(map(len, samples))
-        few = [s for s, end in zip(samples, ends, strict=True) if end <= self._options.tokens_per_row] or list(samples[:1])
+        return [s for s, end in zip(samples, ends, strict=True) if end <= most] or list(samples[:1])
+
+    def _refuse_other_logprobs(self, samples: Sequence[TurnSample]) -> None:
+        """Once a run, packed log-probabilities are compared with plain ones: a kernel or a model that sees positions in a way of its
+        own must not train on something else without a word."""
         self.model_wrapped.train()
-        packed, plain = (self.logprobs(self.model_wrapped, few, packed=packed) for packed in (True, False))
+        packed, plain = (self.logprobs(self.model_wrapped, samples, packed=packed) for packed in (True, False))
         apart = [abs(a - b) for p, q in zip(packed, plain, strict=True) for a, b in zip(p, q, strict=True)]
         total, tokens = self._sum_over_processes([math.fsum(apart), float(len(apart))])
         mean = total / tokens if tokens else 0.0
@@ -377,17 +387,14 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
                 f"{mean:.3g} nats off the plain ones on the mean, beyond {bound:.2g}; set training.packing=none"
             )
 
-    def _check_recorded(
-        self, episodes: Sequence[Episode], samples: Sequence[Sequence[TurnSample]]
-    ) -> list[tuple[float, ...]]:
-        """The current log-probabilities of all samples, and, as a metric, how far the engine's recorded ones are off:
+    def _check_recorded(self, episodes: Sequence[Episode], samples: Sequence[TurnSample]) -> list[tuple[float, ...]]:
+        """The current log-probabilities of samples, and, as a metric, how far the engine's recorded ones are off:
         the largest difference over tokens, top-p and top-k accounted for where the engine says what it kept."""
-        flat = [sample for part in samples for sample in part]
         self.model_wrapped.train()
-        current = self.logprobs(self.model_wrapped, flat)
+        current = self.logprobs(self.model_wrapped, samples)
         recorded = {(turn.prompt_ids, turn.completion.token_ids): turn.completion for e in episodes for turn in e.turns}
         gaps = [-math.inf]
-        for sample, now in zip(flat, current, strict=True):
+        for sample, now in zip(samples, current, strict=True):
             completion = recorded[sample.prompt_ids, sample.completion_ids]
             # Where an engine cannot tell what top-p and top-k kept, its log-probabilities are of another distribution.
             gaps += [abs(r + k - c) for r, k, c in zip(completion.logprobs, completion.log_kept, now, strict=False)]
