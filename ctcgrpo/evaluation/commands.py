@@ -47,7 +47,7 @@ _PLAYED = _ALWAYS | {
     "display",
 }
 _OF_RESCORING = {"sage": _ALWAYS | {"rescore", "simulator"}, "eqbench3": _ALWAYS | {"rescore", "run"}}
-_OF_RUN = _PLAYED | {"scenarios", "rounds", "variant", "official", "opener"}
+_OF_RUN = _PLAYED | {"scenarios", "rounds", "variant", "official", "opener", "invalid"}
 
 
 def evaluate(
@@ -65,6 +65,12 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="The folder for results; by benchmark and model by default.")] = None,
     scenarios: Annotated[str | None, typer.Option(help="eibench: a path, a pack, or eibench/test.")] = None,
     data: Annotated[Path | None, typer.Option(help="sage, eqbench3: the folder of your copy of its data.")] = None,
+    invalid: Annotated[
+        Literal["skip", "refuse"] | None,
+        typer.Option(
+            help="eibench: leave invalid records out, with a warning and a count (skip, the default), or stop (refuse)."
+        ),
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="eibench: replies at most.")] = None,
     variant: Annotated[
         Literal["training", "evaluation"] | None, typer.Option(help="eibench: how states are scored.")
@@ -205,7 +211,7 @@ def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
 
 
 def _task(given: Given) -> Given:
-    names = ("scenarios", "data", "rounds", "variant", "official", "opener", "repeats", "seed")
+    names = ("scenarios", "data", "rounds", "variant", "official", "opener", "repeats", "seed", "invalid")
     return {name: str(given[name]) if isinstance(given[name], Path) else given[name] for name in names if name in given}
 
 

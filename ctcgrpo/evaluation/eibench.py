@@ -9,6 +9,7 @@ and settings, episode k of a scenario draws here what it draws there. Source: EI
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,13 @@ from ctcgrpo.evaluation.speaking import say
 from ctcgrpo.evaluation.users import User, chosen_user
 from ctcgrpo.records import Scenario, UserState
 from ctcgrpo.rollout.engine import request_seed
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.scenarios import Invalid, load_set
 from ctcgrpo.scoring import Variant, outcome_score
 from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
 
 _NEED_A_USER = ("anthropic/", "google/")
 """Providers that refuse messages without one of a user."""
+_log = logging.getLogger(__name__)
 SAMPLING = GenerateConfig(temperature=0.6, top_p=0.95, max_tokens=1024)
 """How a model is sampled where nobody says otherwise."""
 
@@ -49,6 +51,7 @@ def eibench(
     official: str | None = None,
     opener: str | None = None,
     unset: Unset = "",
+    invalid: Invalid = "skip",
 ) -> Task:
     """The task of EIBench on a set of scenarios; EIBench's own are eibench/test.
 
@@ -65,8 +68,12 @@ def eibench(
         (anthropic, google) and for figures beside published ones, which have one.
       unset: settings that are not sent, where providers refuse them: temperature,top_p,max_tokens,seed; simulator.NAME for those
         of the simulator.
+      invalid: what becomes of records that are no scenarios: left out with a warning (skip), or an error (refuse).
     """
-    found = load_scenarios(scenarios, "test")
+    loaded = load_set(scenarios, "test", invalid)
+    for line in loaded.report():
+        _log.warning("%s", line)
+    found = loaded.scenarios
     left_out = names_of(unset)
     user = chosen_user(simulator, None if official is None else Path(official).expanduser(), left_out)
     if rounds < 1 or repeats < 1:

@@ -30,9 +30,12 @@ def data_set(bench: str, task: Mapping[str, Any], scenarios: str) -> str:
 
 def title_of(summary: Mapping[str, Any]) -> str:
     """The benchmark's title with its data set. EIBench is the name of its own data set alone: its task on other scenarios is
-    called so."""
+    called so. Records that were left out as invalid are counted in it."""
     bench, data = named(summary["bench"]), summary.get("data_set") or "a data set that was not recorded"
-    return eibench_on(data) if bench is EIBENCH else f"{bench.title}, {data}"
+    title = eibench_on(data) if bench is EIBENCH else f"{bench.title}, {data}"
+    skipped = summary.get("skipped") or {"count": 0}
+    left_out = f", without {skipped['count']} invalid of its {skipped['records']} records" if skipped["count"] else ""
+    return f"{title}{left_out}"
 
 
 def eibench_on(data: str) -> str:
@@ -77,6 +80,7 @@ def validated_as(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
         task["simulator"] = "scripted" if simulator.config is None else str(simulator.config)
     if (validation := recipe.validation) is not None:
         task |= {"scenarios": validation.scenarios, "repeats": validation.samples, "seed": validation.seed}
+        task["invalid"] = recipe.scenarios.invalid
     sampling = (rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
     return task, dict(zip(SAMPLING, sampling, strict=True))
 

@@ -37,6 +37,7 @@ from ctcgrpo.files import read_json, write_whole
 from ctcgrpo.folders import check_model, is_model
 from ctcgrpo.proxies import settle_environment
 from ctcgrpo.recipe import differences
+from ctcgrpo.scenarios import load_set
 from ctcgrpo.sections import named_value
 
 LOCAL = "ctcgrpo/"
@@ -137,6 +138,9 @@ def evaluate(
         raise PolicyError(f"{wanted.bench} could not be played: {log.error.message if log.error else 'no reason given'}")
     results, facts = results_of(log)
     facts |= {"data": of["data"], "data_set": data_set(bench.name, wanted.task, default)}
+    if bench.name == EIBENCH.name:
+        whole = load_set(wanted.task.get("scenarios", default), "test", wanted.task.get("invalid", "skip"))
+        facts["skipped"] = {"count": whole.skipped, "records": whole.records, "faults": list(map(str, whole.faults))}
     if (trained := trained_as(Path(wanted.model.removeprefix(LOCAL)))) is not None:
         facts["trained"] = trained.told
         if bench.name == EIBENCH.name:

@@ -864,6 +864,32 @@ def test_figures_of_other_data_under_the_same_name_are_refused(tmp_path: Path) -
         play(tmp_path / "out", **options)
 
 
+def test_invalid_records_are_left_out_of_an_evaluation_and_named_with_its_score(
+    tmp_path: Path, ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = (PACKS / "english" / "test" / "support_final.jsonl").read_text().splitlines()
+    file = Path("mine.jsonl")
+    file.write_text("\n".join(lines))
+    bad = json.loads(lines[1])
+    bad["rub_goals"]["target_trust"] = 0
+    asked = ("evaluate", "eibench", "--model", "scripted/talker", "--simulator", "scripted", "--rounds", "1")
+    asked = (*asked, "--scenarios", str(file), "--display", "none")
+    assert ctcgrpo(*asked, "--out", str(tmp_path / "whole"))[0] == 0
+    file.write_text("\n".join([lines[0], json.dumps(bad), *lines[2:]]))
+    code, _, err = ctcgrpo(*asked, "--out", str(tmp_path / "refused"), "--invalid", "refuse")
+    assert code == 3 and f"{file}, line 2: scenario '{bad['id']}': trust (worst, initial, target)" in err
+    code, out, err = ctcgrpo(*asked, "--out", str(tmp_path / "part"))
+    title = f"eibench task on {file}, without 1 invalid of its 4 records"
+    assert code == 0 and title in " ".join(out.split()), err
+    summary = json.loads((tmp_path / "part" / "summary.json").read_text())
+    assert (summary["skipped"]["count"], summary["skipped"]["records"], summary["score"]["n"]) == (1, 4, 3)
+    assert "line 2" in summary["skipped"]["faults"][0]
+    found = compared([tmp_path / "whole", tmp_path / "part"])
+    assert title in found["title"] and any("data differs" in warning for warning in found["warnings"])
+    assert len(ranked(tmp_path)) == 2
+
+
 def test_a_log_that_cannot_be_read_does_not_block_its_folder(tmp_path: Path) -> None:
     options: dict[str, Any] = {"task": {"simulator": "scripted", "rounds": 1}, "limit": 2}
     first = play(tmp_path, **options)
