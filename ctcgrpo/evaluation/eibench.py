@@ -12,18 +12,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from inspect_ai import Epochs, Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.log import transcript
-from inspect_ai.model import ChatMessage, ChatMessageSystem, ChatMessageUser, GenerateConfig, get_model
+from inspect_ai.model import ChatMessage, ChatMessageSystem, ChatMessageUser, get_model
 from inspect_ai.scorer import Score, Scorer, Target, grouped, mean, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.util import span
 
 from ctcgrpo.errors import PolicyEngineError, RecipeError
-from ctcgrpo.evaluation.generation import Unset, config_of, names_of
+from ctcgrpo.evaluation.generation import SAMPLING, Unset, config_of, names_of
 from ctcgrpo.evaluation.record import Record
 from ctcgrpo.evaluation.speaking import say
 from ctcgrpo.evaluation.users import User, chosen_user
@@ -35,9 +35,10 @@ from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
 
 _NEED_A_USER = ("anthropic/", "google/")
 """Providers that refuse messages without one of a user."""
+Reasoning = Literal["strip", "keep"]
+_HISTORY: Mapping[Reasoning, Literal["none", "all"]] = {"strip": "none", "keep": "all"}
+"""As Inspect names it: which providers are sent, and policies in folders heed."""
 _log = logging.getLogger(__name__)
-SAMPLING = GenerateConfig(temperature=0.6, top_p=0.95, max_tokens=1024)
-"""How a model is sampled where nobody says otherwise."""
 
 
 @task
@@ -52,6 +53,8 @@ def eibench(
     opener: str | None = None,
     unset: Unset = "",
     invalid: Invalid = "skip",
+    tries: int | None = None,
+    reasoning: Reasoning | None = None,
 ) -> Task:
     """The task of EIBench on a set of scenarios; EIBench's own are eibench/test.
 
@@ -69,13 +72,16 @@ def eibench(
       unset: settings that are not sent, where providers refuse them: temperature,top_p,max_tokens,seed; simulator.NAME for those
         of the simulator.
       invalid: what becomes of records that are no scenarios: left out with a warning (skip), or an error (refuse).
+      tries: calls to the user's LLM a turn, until its answer can be read; nothing for 3, or what the configuration says.
+      reasoning: whether the model's own reasoning of earlier turns stays in its messages (keep) or is left out (strip); nothing for
+        strip, and for a policy in a run's folder for what its recipe says.
     """
     loaded = load_set(scenarios, "test", invalid)
     for line in loaded.report():
         _log.warning("%s", line)
     found = loaded.scenarios
     left_out = names_of(unset)
-    user = chosen_user(simulator, None if official is None else Path(official).expanduser(), left_out)
+    user = chosen_user(simulator, None if official is None else Path(official).expanduser(), left_out, tries)
     if rounds < 1 or repeats < 1:
         raise RecipeError(f"rounds is {rounds} and repeats {repeats}; both are at least 1")
     samples = [
@@ -85,7 +91,7 @@ def eibench(
     return Task(
         name="eibench",
         dataset=MemoryDataset(samples, name=scenarios),
-        solver=_conversing({s.id: s for s in found}, user, rounds, seed, left_out),
+        solver=_conversing({s.id: s for s in found}, user, rounds, seed, left_out, reasoning),
         scorer=_judging({s.id: s for s in found}, variant),
         config=config_of("model", left_out, **SAMPLING.model_dump(exclude_none=True)),
         epochs=Epochs(repeats, "mean"),
@@ -99,7 +105,14 @@ def _opening(scenario: Scenario, opener: str | None) -> list[ChatMessage]:
     return [system, *([ChatMessageUser(content=line)] if line else [])]
 
 
-def _conversing(scenarios: Mapping[str, Scenario], user: User, rounds: int, seed: int, left_out: frozenset[str]) -> Solver:
+def _conversing(
+    scenarios: Mapping[str, Scenario],
+    user: User,
+    rounds: int,
+    seed: int,
+    left_out: frozenset[str],
+    reasoning: Reasoning | None,
+) -> Solver:
     """Model and user take turns until the user leaves or the rounds are over."""
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
@@ -115,8 +128,13 @@ def _conversing(scenarios: Mapping[str, Scenario], user: User, rounds: int, seed
             record.user_said(scenario.opening_line, now._asdict())
         for round in range(1, rounds + 1):
             async with span(f"turn {round}", type="turn"):
-                config = config_of("model", left_out, seed=request_seed(seed, *place, round - 1))
-                reply = await say(state.messages, role="model", config=config)
+                config = config_of(
+                    "model",
+                    left_out,
+                    seed=request_seed(seed, *place, round - 1),
+                    reasoning_history=None if reasoning is None else _HISTORY[reasoning],
+                )
+                reply = await say(state.messages, role="model", config=config, keep_reasoning=reasoning == "keep")
                 state.messages.append(reply.message)
                 record.model_said(reply)
                 history.append(Utterance(speaker="policy", text=reply.text))

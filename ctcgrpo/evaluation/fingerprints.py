@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo.evaluation.eqbench3_protocol import load_eqbench
+from ctcgrpo.evaluation.presets import SCRIPTED
 from ctcgrpo.evaluation.sage_protocol import load_profiles
-from ctcgrpo.evaluation.users import SCRIPTED, chosen_user
+from ctcgrpo.evaluation.users import chosen_user
 from ctcgrpo.scenarios import data_home, load_set
 from ctcgrpo.simulator.config import load_simulator_config
 from ctcgrpo.simulator.llm.backend import chosen_prompts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ctcgrpo.errors import OutputError, RecipeError
@@ -17,9 +18,12 @@ def evaluations_of(
     task: dict[str, Any],
     generation: dict[str, Any],
     roles: dict[str, str],
+    role_generation: Mapping[str, Mapping[str, Any]],
     limit: int | None,
+    preset: str | None = None,
 ) -> dict[str, Evaluation]:
-    """By name (base, final). `task`, `generation` and `roles` go before what the recipe says. Raises OutputError for a folder
+    """By name (base, final). `task`, `generation`, `roles` and `role_generation` go before what the recipe says; with a `preset`
+    they are whole, and the recipe says only what is played (scenarios, repeats, seed) and by whom. Raises OutputError for a folder
     without a finished run, RecipeError where neither the recipe nor an option says what to evaluate on."""
     if (lacks := missing_in(folder.final)) is not None:
         raise OutputError(
@@ -27,6 +31,9 @@ def evaluations_of(
         )
     recipe = resolved_recipe(folder.recipe_file)
     validated, sampled = validated_as(recipe)
+    if preset is not None:
+        kept = ("scenarios", "repeats", "seed", "invalid", "simulator")
+        validated, sampled = {name: validated[name] for name in kept if name in validated}, {}
     played = {**validated, **task}
     if roles:
         del played["simulator"]
@@ -40,8 +47,10 @@ def evaluations_of(
             task=played,
             generation={**sampled, **generation},
             roles=roles,
+            role_generation=role_generation,
             model_args={"recipe": str(folder.recipe_file), "max_batch": recipe.rollout.max_batch},
             limit=limit,
+            preset=preset,
         )
         for name, model in (("base", base), ("final", str(folder.final)))
     }

@@ -16,9 +16,19 @@ from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import EIBENCH_DATA, described
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")
-_TASK = ("rounds", "variant", "official", "opener", "rescored")
+_TASK = ("rounds", "variant", "reasoning", "tries", "official", "opener", "rescored")
 """Arguments of tasks that decide what a score means."""
-_SHOWN = {"top_p": "top-p", "top_k": "top-k", "max_tokens": "max tokens", "variant": "scoring variant"}
+_SHOWN = {
+    "top_p": "top-p",
+    "top_k": "top-k",
+    "max_tokens": "max tokens",
+    "variant": "scoring variant",
+    "reasoning": "earlier reasoning",
+    "tries": "tries of the user's LLM",
+    "simulator_temperature": "the user's temperature",
+    "simulator_top_p": "the user's top-p",
+}
+_SHOWN_VALUES = {"strip": "stripped", "keep": "kept"}
 
 
 def data_set(bench: str, task: Mapping[str, Any], scenarios: str) -> str:
@@ -66,6 +76,8 @@ def shown_name(name: str) -> str:
 def shown_value(name: str, value: Any) -> str:
     if name == "top_k" and value == 0:
         return "off"
+    if name == "reasoning":
+        return _SHOWN_VALUES.get(str(value), str(value))
     return "not set" if value is None else str(value)
 
 
@@ -74,6 +86,7 @@ def validated_as(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     section), and of sampling."""
     rollout, simulator = recipe.rollout, recipe.simulator
     task: dict[str, Any] = {"rounds": rollout.max_turns, "variant": recipe.scoring.variant}
+    task["reasoning"] = recipe.policy.reasoning_context
     if simulator.url != "embedded":
         task["simulator"] = simulator.url if isinstance(simulator.url, str) else simulator.url[0]
     else:
@@ -117,7 +130,7 @@ class Trained:
 
     def differences(self, played: Mapping[str, Any]) -> list[str]:
         """In what other settings (task arguments and sampling together) differ from the run's: "rounds 8 (the run: 4)"."""
-        deciding = ("scenarios", "simulator", "rounds", "variant", *SAMPLING)
+        deciding = ("scenarios", "simulator", "rounds", "variant", "reasoning", *SAMPLING)
         own = {**self.task, **self.sampling}
         return [
             f"{shown_name(name)} {shown_value(name, played.get(name))} (the run: {shown_value(name, own[name])})"

@@ -455,7 +455,7 @@ def test_settings_that_a_provider_refuses_are_left_out(tested: Callable[..., tup
     with provider(lambda body: (200, chat(body))) as llm:
         code, _, err = tested(llm.url, "--simulator", "scripted")
         assert code == 0, err
-        assert llm.requests[0]["temperature"] == 0.6 and llm.requests[0]["max_tokens"] == 1024 and "seed" in llm.requests[0]
+        assert llm.requests[0]["temperature"] == 0.6 and llm.requests[0]["max_tokens"] == 8192 and "seed" in llm.requests[0]
         left = ("-G", "temperature=null", "-G", "top_p=null", "-G", "seed=null", "-G", "max_completion_tokens=300")
         code, _, err = tested(llm.url, "--simulator", "scripted", *left, "--out", str(tmp_path / "left"))
     assert code == 0, err
