@@ -807,6 +807,11 @@ def test_a_run_is_evaluated_as_it_was_validated(tmp_path: Path, ctcgrpo: Command
     assert found["others"][0]["difference"] == pytest.approx(gain["overall"], abs=0.04)
     assert "better by" in out
     assert (run / "evaluations" / "comparison.html").exists()
+    few = ("--max-tokens", "8", "--limit", "2", "--display", "none")
+    code, out, err = ctcgrpo("evaluate", str(run), "--preset", "published", *few)
+    assert code == 0 and out.count("preset: published, but max tokens 8 (published: 8192)") == 2, err
+    summary = json.loads((run / "evaluations" / "eibench-final-published" / "summary.json").read_text())
+    assert summary["settings"]["variant"] == "evaluation" and summary["settings"]["top_p"] is None
 
 
 def test_a_configured_llm_plays_the_user_and_is_paid_for(tmp_path: Path) -> None:
