@@ -22,6 +22,7 @@ _BRIEFING = ("instructions", "reasons", "persona_sections")
 _TASK = ("rounds", "variant", "reasoning", "tries", "official", "opener", "rescored", *_BRIEFING)
 """Arguments of tasks that decide what a score means."""
 _SHOWN = {
+    "reasons": "told to reason",
     "top_p": "top-p",
     "top_k": "top-k",
     "max_tokens": "max tokens",
@@ -83,6 +84,8 @@ def shown_value(name: str, value: Any) -> str:
         return "off"
     if name == "reasoning":
         return _SHOWN_VALUES.get(str(value), str(value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return "not set" if value is None else str(value)
 
 

@@ -81,7 +81,9 @@ def test_the_published_preset_decides_what_is_sent(tested: Tested, tmp_path: Pat
         "limit": 2,
     }
     assert "preset: published, but rounds 1 (published: 8)" in out
-    assert "earlier reasoning stripped, tries of the user's LLM 3, temperature 0.7, top-p not set" in out
+    told = " ".join(out.split())
+    assert "earlier reasoning stripped, tries of the user's LLM 3, opener You speak first., instructions eibench (" in told
+    assert "told to reason yes, temperature 0.7, top-p not set" in told
 
 
 def test_options_win_over_a_preset_and_are_named(tested: Tested, tmp_path: Path) -> None:
