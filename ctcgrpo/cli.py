@@ -148,10 +148,13 @@ def chat(
     from ctcgrpo.chat import chat, find_scenario
     from ctcgrpo.policy.instructions import load_instructions
     from ctcgrpo.policy.persona import Briefing
-    from ctcgrpo.scenarios import load_scenarios
+    from ctcgrpo.scenarios import load_set
     from ctcgrpo.simulator.choice import chosen_simulator
 
-    chosen = find_scenario(load_scenarios(scenarios, "test"), scenario)
+    found = load_set(scenarios, "test")
+    for line in found.report():
+        say(line, sys.stderr)
+    chosen = find_scenario(found.scenarios, scenario)
     role = Briefing(instructions=load_instructions(instructions)).told(chosen)
     with chosen_simulator(config, url or []) as simulator:
         asyncio.run(chat(chosen, role, simulator, Terminal(80), lambda: input("You: "), rounds=rounds))
@@ -168,15 +171,18 @@ def noise(
     import asyncio
 
     from ctcgrpo.recipe import resolved_recipe
-    from ctcgrpo.scenarios import load_scenarios
+    from ctcgrpo.scenarios import load_set
     from ctcgrpo.simulator.choice import chosen_simulator, introduced
     from ctcgrpo.simulator.noise import measure, noise_table, recorded_turns
 
     folder = require_run(run)
     recipe = resolved_recipe(folder.recipe_file)
-    scenarios = list(load_scenarios(recipe.scenarios.train, "train"))
+    sets = [load_set(recipe.scenarios.train, "train", recipe.scenarios.invalid)]
     if recipe.validation is not None:
-        scenarios += load_scenarios(recipe.validation.scenarios, "test")
+        sets.append(load_set(recipe.validation.scenarios, "test", recipe.scenarios.invalid))
+    for line in [line for found in sets for line in found.report()]:
+        say(line, sys.stderr)
+    scenarios = [scenario for found in sets for scenario in found.scenarios]
     files = sorted(folder.traces.glob("*.jsonl"))
     rounds = recipe.rollout.max_turns
     turns = recorded_turns(
@@ -184,9 +190,9 @@ def noise(
     )
     with chosen_simulator(config, url or []) as simulator:
         says = asyncio.run(introduced(simulator))
-        found = asyncio.run(measure(turns, simulator, replays=replays))
+        measured = asyncio.run(measure(turns, simulator, replays=replays))
     console = Terminal(120)
-    console.print(noise_table(found, f"noise of the simulator on turns of {run}"))
+    console.print(noise_table(measured, f"noise of the simulator on turns of {run}"))
     console.print(f"simulator: {says}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -240,7 +246,7 @@ def train_here(recipe: Recipe) -> None:
 
 def _before_loading(recipe: Recipe) -> None:
     """Report a broken scenario and a missing model before PyTorch is loaded, then that it is."""
-    load_scenes(recipe.scenarios.train, recipe.scenarios.scenes)
+    load_scenes(recipe.scenarios.train, recipe.scenarios.scenes, recipe.scenarios.invalid)
     check_model(recipe.policy.model, "policy.model")
     announce_loading(f"training {recipe.run.name}")
 

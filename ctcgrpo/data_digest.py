@@ -15,6 +15,9 @@ from ctcgrpo.records import Scenario
 _LOADED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 """Weights, configurations, tokenizers and templates."""
 
+SKIPPED = "skipped"
+"""The subject of data.json that names invalid records, by place, and says what is wrong with them."""
+
 
 def scenarios_digest(scenarios: Sequence[Scenario]) -> dict[str, str]:
     """By id, in the order in which they are played: 12 hexadecimal digits of everything that a record says."""
@@ -33,9 +36,12 @@ def folder_digest(folder: Path) -> dict[str, str]:
 
 
 def data_changes(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """What differs between two records of digests, in words by subject: removed, added, altered, put in another order."""
+    """What differs between two records of digests, in words by subject: removed, added, altered, put in another order. Records that
+    were left out (SKIPPED) are no part of what the run plays: they may be removed or change."""
     changes = []
-    for subject in [*old, *(s for s in new if s not in old)]:
+    for subject in dict.fromkeys([*old, *new]):
+        if subject == SKIPPED:
+            continue
         before, after = old.get(subject, {}), new.get(subject, {})
         if not isinstance(before, Mapping):  # of a file that was edited
             changes.append(f"{subject}: recorded as {str(before)[:40]!r}; expected digests by name")

@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 from ctcgrpo.errors import OutputError, ScenarioError
 from ctcgrpo.naming import cut, did_you_mean
 from ctcgrpo.records import SCENES
-from ctcgrpo.scenarios import Split, by_scene, data_home, load_scenarios
+from ctcgrpo.scenario_format import Split
+from ctcgrpo.scenarios import by_scene, data_home, load_set
 
 _TIMEOUT, _PATIENCE = 60.0, 900.0
 """Seconds that a server may be silent, and that a file may take."""
@@ -77,11 +78,15 @@ def fetch(
         notes = []
         for split, count in dataset.counts.items():
             for file in (file for file in dataset.names if file.startswith(f"{split}/")):
-                load_scenarios(partial / file, split)  # each file by itself: none is empty
-            found = load_scenarios(partial / split, split)
-            say(f"{split}: {len(found)} scenarios ({by_scene(found)})")
-            if len(found) != count:
-                notes.append(f"{split} has {len(found)} scenarios, and the published data set {count}")
+                load_set(partial / file, split)  # each file by itself: none is empty
+            found = load_set(partial / split, split)
+            if damaged := next((fault for fault in found.faults if not fault.field), None):  # no JSON object: a cut file
+                raise ScenarioError(str(damaged))
+            say(f"{split}: {len(found.scenarios)} scenarios ({by_scene(found.scenarios)})")
+            for line in found.report():
+                say(line)
+            if found.records != count:
+                notes.append(f"{split} has {found.records} records, and the published data set {count}")
         if notes and source is None:
             raise ScenarioError(f"{dataset.source}: {'; '.join(notes)}; the download is not complete, try again")
         for note in notes:

@@ -104,6 +104,12 @@ class Scenarios(Section):
         return value
 
     per_step: int = Field(16, ge=1, description="scenarios in each step, equally many of each scene")
+    invalid: Literal["skip", "refuse"] = Field(
+        "skip",
+        description="what becomes of records that are malformed or out of order, here and in validation.scenarios: left out with a "
+        "warning (skip), or an error (refuse); always an error: two records with one id, a file without a valid record, and more "
+        "than half of a set",
+    )
 
 
 class Vllm(Section):

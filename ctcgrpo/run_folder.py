@@ -5,7 +5,7 @@ checkpoints/RUN/
     base/             the starting policy, where the recipe has it built
     metrics.jsonl     one line a step
     simulator.json    who plays the user
-    data.json         digests of the scenarios, of a local model's files and of a chat template's
+    data.json         digests of the scenarios, of a local model's files and of a chat template's; records that were left out
     sharding.json     how DeepSpeed or FSDP2 is configured
     simulator.jsonl   the log of the embedded simulator server
     validation.jsonl  one line a validation

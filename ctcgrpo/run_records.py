@@ -60,7 +60,8 @@ class Settings(TypedDict):
 
 
 class Summary(BaseModel):
-    """As `Validator.summary` writes it for a run with a validation section; `simulator` is what the server said of itself."""
+    """As `Validator.summary` writes it for a run with a validation section; `simulator` is what the server said of itself,
+    `skipped` the number of invalid records that were left out, by the field that names their set."""
 
     model_config = STRICT
     before: Figures
@@ -69,6 +70,7 @@ class Summary(BaseModel):
     scoring_variant: str = "training"
     simulator: dict[str, Any] = {}
     settings: Settings | None = None
+    skipped: dict[str, int] = {}
 
 
 class _Overall(BaseModel):

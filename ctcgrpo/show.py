@@ -81,6 +81,10 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
         settings: dict[str, Any] = {**summary.settings}
         measured = eibench_on(settings.pop("data_set"))
         console.print(f"{measured}: {in_words(settings)}\n", markup=False, highlight=False, soft_wrap=True)
+    if left_out := [f"{n} of {name}" for name, n in summary.skipped.items() if n]:
+        console.print(
+            f"invalid records that were left out: {', '.join(left_out)}\n", markup=False, highlight=False, soft_wrap=True
+        )
     console.print(_dialogues(_typical(before, chosen), _typical(after, chosen), console.width))
     console.print(
         f"trained policy  {folder.final}\nuntrained       {folder.base if folder.base.exists() else 'as the recipe names it'}\n"

@@ -22,7 +22,7 @@ from trl.trainer.utils import ensure_master_addr_port
 
 from ctcgrpo import __version__
 from ctcgrpo.checkpoint_pickles import refuse_damaged_state
-from ctcgrpo.data_digest import data_changes, folder_digest, scenarios_digest
+from ctcgrpo.data_digest import SKIPPED, data_changes, folder_digest, scenarios_digest
 from ctcgrpo.errors import (
     CtcGrpoError,
     OutputError,
@@ -60,7 +60,7 @@ from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
 from ctcgrpo.rollout.vllm_adapter import ColocatedVllm, ServerWeights
 from ctcgrpo.rollout.vllm_server import VllmServerEngine
 from ctcgrpo.run_folder import RunFolder, disk_problem
-from ctcgrpo.scenarios import load_scenarios, load_scenes
+from ctcgrpo.scenarios import load_scenes, load_set
 from ctcgrpo.settings import (
     context_builder,
     lora_config,
@@ -107,8 +107,14 @@ class _Run:
 
     def __init__(self, recipe: Recipe, stack: contextlib.ExitStack) -> None:
         self._recipe = recipe
-        self._scenarios = load_scenes(recipe.scenarios.train, recipe.scenarios.scenes)
-        held_out = load_scenarios(recipe.validation.scenarios, "test") if recipe.validation else []
+        self._sets = {
+            "scenarios.train": load_scenes(recipe.scenarios.train, recipe.scenarios.scenes, recipe.scenarios.invalid)
+        }
+        if recipe.validation:
+            held_out_set = load_set(recipe.validation.scenarios, "test", recipe.scenarios.invalid)
+            self._sets["validation.scenarios"] = held_out_set
+        self._scenarios = self._sets["scenarios.train"].scenarios
+        held_out = self._sets["validation.scenarios"].scenarios if recipe.validation else []
         # The arguments come before everything else that asks which process this is: they set up the process group, and
         # DeepSpeed, if it is to shard a model while loading, has to be configured by then.
         processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -151,12 +157,14 @@ class _Run:
             f"{recipe.run.name} {resumes}: policy {recipe.policy.model}, {len(self._scenarios)} scenarios to train on, "
             f"{len(held_out)} held out"
         )
+        for line in [line for found in self._sets.values() for line in found.report()]:
+            self._progress.say(f"warning: {line}")
         sharding = sharding_arguments(recipe.training.sharding)
         on_main(self._state, lambda: self._folder.keep_to("sharding.json", sharding, resumes=self._resume is not None))
         for broken in on_main(self._state, self._folder.passed_over):
             self._progress.say(f"passing over {broken}")
         policy = recipe.policy
-        data = self._data(held_out)
+        data = self._data()
         on_main(
             self._state,
             lambda: self._folder.keep_to("data.json", data, resumes=self._resume is not None, compare=data_changes),
@@ -229,12 +237,12 @@ class _Run:
         )
         self._validator = self._make_validator(held_out) if recipe.validation else None
 
-    def _data(self, held_out: Sequence[Scenario]) -> dict[str, dict[str, str]]:
+    def _data(self) -> dict[str, dict[str, str]]:
         """Digests of what the run plays and starts from, by the field that names it."""
-        recipe, policy = self._recipe, self._recipe.policy
-        data = {"scenarios.train": scenarios_digest(self._scenarios)}
-        if recipe.validation:
-            data["validation.scenarios"] = scenarios_digest(held_out)
+        policy = self._recipe.policy
+        data = {name: scenarios_digest(found.scenarios) for name, found in self._sets.items()}
+        if faults := [fault for found in self._sets.values() for fault in found.faults]:
+            data[SKIPPED] = {fault.place: str(fault) for fault in faults}
         if wheel := wheel_of(policy.model):
             data["policy.model"] = {wheel.file: wheel.digest[:12]}
         elif not is_builtin(policy.model) and (folder := Path(policy.model)).is_dir():
@@ -343,6 +351,7 @@ class _Run:
                     "run": self._recipe.run.name,
                     "scoring_variant": self._recipe.scoring.variant,
                     "settings": validation_settings(self._recipe),
+                    "skipped": {name: found.skipped for name, found in self._sets.items()},
                     "simulator": {**self._simulator_says, "spent": asyncio.run(_account(self._simulator))},
                     "version": __version__,
                 }

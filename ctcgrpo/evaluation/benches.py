@@ -58,7 +58,12 @@ class Bench:
         return format(value, f"{signed}.{digits}f")
 
 
-_FAULTS = {"empty": "dialogues with an empty reply", "cut": "dialogues with a reply that max_tokens cut off"}
+FAULTS = {
+    "empty": "dialogues with an empty reply",
+    "cut": "dialogues with a reply that max_tokens cut off",
+    "empty_cut": "dialogues with a reply that is empty because max_tokens cut it off",
+}
+"""What goes wrong with replies; shown where it does."""
 EIBENCH = Bench(
     name="eibench",
     title="EIBench",
@@ -70,9 +75,9 @@ EIBENCH = Bench(
         "escalated": "dialogues that end worse than they began",
         "reached": "dialogues that reach the target",
         "turns_to_target": "turns to it, where it was reached",
-        **_FAULTS,
+        **FAULTS,
     },
-    shares=("escalated", "reached", *_FAULTS),
+    shares=("escalated", "reached", *FAULTS),
 )
 SAGE = Bench(
     name="sage",
@@ -85,9 +90,9 @@ SAGE = Bench(
         "success": "dialogues that end with emotion 100",
         "failure": "dialogues that end with emotion below 10",
         "turns": "times that the user spoke",
-        **_FAULTS,
+        **FAULTS,
     },
-    shares=("success", "failure", *_FAULTS),
+    shares=("success", "failure", *FAULTS),
 )
 EQBENCH3 = Bench(
     name="eqbench3",
@@ -100,8 +105,8 @@ EQBENCH3 = Bench(
         name: f"{name.replace('_', ' ')}, 0 to {MOST}"
         for name in dict.fromkeys(n for kind in COUNTED.values() for n in kind)
     }
-    | _FAULTS,
-    shares=tuple(_FAULTS),
+    | FAULTS,
+    shares=tuple(FAULTS),
 )
 BENCHES: Mapping[str, Bench] = {bench.name: bench for bench in (EIBENCH, SAGE, EQBENCH3)}
 

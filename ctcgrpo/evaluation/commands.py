@@ -14,12 +14,23 @@ from ctcgrpo.errors import GateFailed, OutputError, RecipeError, TooManyFailures
 from ctcgrpo.evaluation.benches import BENCHES, named
 from ctcgrpo.evaluation.compare import compared, most_changed
 from ctcgrpo.evaluation.leaderboard import ranked
-from ctcgrpo.evaluation.played import Trained, title_of, trained_as
+from ctcgrpo.evaluation.options import (
+    Given,
+    generation_of,
+    option_name,
+    refuse_unused,
+    roles_of,
+    task_of,
+    wanted_evaluation,
+    with_preset,
+)
+from ctcgrpo.evaluation.played import Trained, title_of, trained_as, validated_as
 from ctcgrpo.evaluation.report import print_comparison, print_leaderboard, print_summary
 from ctcgrpo.evaluation.rescoring import rescored
 from ctcgrpo.evaluation.results import summarise, write_results
 from ctcgrpo.folders import is_model, require_folder, require_run
 from ctcgrpo.naming import is_path
+from ctcgrpo.recipe import resolved_recipe
 from ctcgrpo.startup import announce_loading
 from ctcgrpo.terminal import Terminal, say
 
@@ -31,8 +42,6 @@ _MAX_FAILED = 0.5
 _AS_TRAINED = "-as-trained"
 """What an evaluation's folder ends with that takes a run's settings: the same policy with others has a folder too."""
 
-Given = dict[str, Any]
-"""What stands on the command line, by name; what does not stand there is left out."""
 _ALWAYS = {"out", "fail_under"}
 _PLAYED = _ALWAYS | {
     "simulator",
@@ -46,8 +55,11 @@ _PLAYED = _ALWAYS | {
     "price",
     "display",
 }
+_OF_THIS = ("as_trained", "official", "preset", "tries")
+"""What a command with a run's own settings leaves out."""
 _OF_RESCORING = {"sage": _ALWAYS | {"rescore", "simulator"}, "eqbench3": _ALWAYS | {"rescore", "run"}}
-_OF_RUN = _PLAYED | {"scenarios", "rounds", "variant", "official", "opener", "instructions", "reasons"}
+_OF_RUN = _PLAYED | {"preset", "reasoning", "tries", "scenarios", "rounds", "variant", "official", "opener", "invalid"}
+_OF_RUN |= {"instructions", "reasons"}
 
 
 def evaluate(
@@ -65,6 +77,12 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="The folder for results; by benchmark and model by default.")] = None,
     scenarios: Annotated[str | None, typer.Option(help="eibench: a path, a pack, or eibench/test.")] = None,
     data: Annotated[Path | None, typer.Option(help="sage, eqbench3: the folder of your copy of its data.")] = None,
+    invalid: Annotated[
+        Literal["skip", "refuse"] | None,
+        typer.Option(
+            help="eibench: leave invalid records out, with a warning and a count (skip, the default), or stop (refuse)."
+        ),
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="eibench: replies at most.")] = None,
     variant: Annotated[
         Literal["training", "evaluation"] | None, typer.Option(help="eibench: how states are scored.")
@@ -88,9 +106,44 @@ def evaluate(
     repeats: Annotated[int | None, typer.Option(min=1, help="Dialogues a scenario.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of what is sampled.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many scenarios.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, help="Of the model.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Of the model.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of a reply.")] = None,
+    preset: Annotated[
+        Literal["published"] | None,
+        typer.Option(
+            help="eibench: settings of published figures: 8 rounds, scoring variant evaluation, temperature 0.7 without top-p, "
+            "8,192 tokens, earlier reasoning stripped, 3 tries a turn of an LLM user at temperature 0.7 without top-p and seed. "
+            "Options win over it, and the summary names what differs."
+        ),
+    ] = None,
+    reasoning: Annotated[
+        Literal["strip", "keep"] | None,
+        typer.Option(
+            help="eibench: whether the model's own reasoning of earlier turns is left out of its messages (strip, as published and "
+            "by default) or stays (keep); a run's policy by default as its recipe says."
+        ),
+    ] = None,
+    tries: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="eibench: calls to the user's LLM a turn, until its answer can be read. Default: 3, or llm.tries."
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Of the model. Default: 0.6 and top-p 0.95, as in training, so that validations agree with it (eqbench3: 0.7); "
+            "published for eibench: 0.7 without top-p.",
+        ),
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Of the model; see --temperature.")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of a reply, reasoning included. Default: 8,192, as published, since fewer cut models that reason to empty "
+            "replies; 1,024 for a policy in a folder that does not reason, as in training (eqbench3: 12,000).",
+        ),
+    ] = None,
     connections: Annotated[int | None, typer.Option(min=1, help="Dialogues at a time, and calls to a provider.")] = None,
     model_arg: Annotated[
         list[str] | None, typer.Option("-M", help="NAME=VALUE for the model's provider (hf: model_path=FOLDER).")
@@ -130,7 +183,7 @@ def evaluate(
         name: value for name, value in locals().items() if name not in ("bench", "console") and value is not None
     }
     if bench not in BENCHES and Path(bench).is_dir():
-        _only(given, _OF_RUN, "a run's folder")
+        refuse_unused(given, _OF_RUN, "a run's folder")
         _evaluate_run(Path(bench), given, console)
         return
     if is_path(bench):
@@ -139,7 +192,7 @@ def evaluate(
     if rescore is not None:
         if bench not in _OF_RESCORING:
             raise RecipeError(f"--rescore is for {' and '.join(_OF_RESCORING)}; {bench}'s dialogues are played here")
-        _only(given, _OF_RESCORING[bench], f"--rescore of {bench}")
+        refuse_unused(given, _OF_RESCORING[bench], f"--rescore of {bench}")
         _rescore(bench, given, console)
         return
     if model is None:
@@ -148,10 +201,10 @@ def evaluate(
         raise RecipeError("--run is for --rescore of eqbench3")
     play = _play(given)
     trained = trained_as(Path(model))
-    wanted = _wanted(known.name, model, given, trained)
+    wanted = wanted_evaluation(known.name, model, given, trained)
     if trained is not None:
         _announce(trained, wanted, given, console)
-    play_as = f"{_slug(wanted.model)}{_AS_TRAINED if as_trained else ''}"
+    play_as = f"{_slug(wanted.model)}{_AS_TRAINED if as_trained else ''}{f'-{preset}' if preset else ''}"
     summary = play(wanted, out or _OUT / known.name / play_as)
     print_summary(summary, console)
     _judge(summary, fail_under)
@@ -184,16 +237,6 @@ def _slug(text: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in text).strip("-")
 
 
-def _only(given: Given, allowed: set[str], what: str) -> None:
-    """Raises RecipeError for an option that would do nothing."""
-    if unused := sorted(set(given) - allowed):
-        raise RecipeError(f"{_option(unused[0])} is not for {what}")
-
-
-def _option(name: str) -> str:
-    return {"model_arg": "-M", "generate": "-G"}.get(name) or f"--{name.replace('_', '-')}"
-
-
 def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
     announce_loading("evaluating", "Inspect AI")
     try:
@@ -214,67 +257,6 @@ def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
     return play
 
 
-def _task(given: Given) -> Given:
-    names = ("scenarios", "data", "rounds", "variant", "official", "opener", "instructions", "reasons", "repeats", "seed")
-    return {name: str(given[name]) if isinstance(given[name], Path) else given[name] for name in names if name in given}
-
-
-def _generation(given: Given) -> Given:
-    return {name: given[name] for name in ("temperature", "top_p", "max_tokens") if name in given}
-
-
-def _others(bench: str, given: Given) -> tuple[dict[str, str], Given]:
-    """The models that play a role, and what says who plays the user where that is no model of Inspect's."""
-    from ctcgrpo.evaluation.run import model_name
-
-    other = named(bench).other
-    if wrong := {"simulator", "judge"} & set(given) - {other}:
-        raise RecipeError(f"{_option(wrong.pop())} is not for {bench}, which has a {other}")
-    name = given.get(other)
-    if name is None:
-        return {}, {}
-    if bench == "eibench" and (name == "scripted" or name.startswith("http") or name.endswith((".yaml", ".yml"))):
-        return {}, {"simulator": name}
-    return {other: model_name(name, _option(other))}, {}
-
-
-def _wanted(bench: str, model: str, given: Given, trained: Trained | None) -> Evaluation:
-    """Raises RecipeError for an option that the benchmark does not have."""
-    from ctcgrpo.evaluation.generation import split_settings
-    from ctcgrpo.evaluation.run import Evaluation, model_name, settled, task_options
-
-    roles, played = _others(bench, given)
-    settings, role_settings, unset = split_settings(settled(given.get("generate", [])))
-    if other := sorted(set(role_settings) - set(roles)):
-        raise RecipeError(f"-G {other[0]}...: no model plays the {other[0]} here (--{other[0]} PROVIDER/NAME)")
-    task = {**_task(given), **played, **({"unset": ",".join(sorted(unset))} if unset else {})}
-    generation = {**settings, **_generation(given)}
-    if bench == "eibench" and trained is not None and "official" not in task:
-        task = {**trained.briefed, **task}  # as its run has it; how a policy was taught to be told is no matter of taste
-    if given.get("as_trained"):
-        if bench != "eibench" or trained is None:
-            why = f"is not for {bench}" if bench != "eibench" else f"needs a policy in a run's folder, and {model} is none"
-            raise RecipeError(f"--as-trained {why}; name the folder of a run: --model checkpoints/RUN/best")
-        of_run = {name: value for name, value in trained.task.items() if name != "simulator" or not roles}
-        if "official" in task:
-            of_run = {name: value for name, value in of_run.items() if name not in trained.briefed}
-        task, generation = {**of_run, **task}, {**trained.sampling, **generation}
-    if unknown := sorted(set(task) - set(task_options(bench))):
-        raise RecipeError(f"{_option(unknown[0])} is not for {bench}, which has {', '.join(task_options(bench))}")
-    if not roles and "simulator" not in task:
-        raise RecipeError(f"--{named(bench).other} is missing: {bench} needs one beside the model")
-    return Evaluation(
-        bench=bench,
-        model=model_name(model),
-        task=task,
-        generation=generation,
-        roles=roles,
-        role_generation=role_settings,
-        model_args=settled(given.get("model_arg", [])),
-        limit=given.get("limit"),
-    )
-
-
 def _announce(trained: Trained, wanted: Evaluation, given: Given, console: Terminal) -> None:
     """Print how a run's policy was trained; and, where it is not evaluated so, what differs and the command that does."""
     lines = [trained.told]
@@ -292,12 +274,12 @@ def _command_as_trained(trained: Trained, given: Given) -> str:
     """The same command with the run's settings, in a folder of its own."""
     words = ["ctcgrpo", "evaluate", "eibench"]
     for name, value in given.items():
-        if name in trained.task or name in trained.sampling or name in ("as_trained", "official"):
+        if name in trained.task or name in trained.sampling or name in _OF_THIS:
             continue
         if name == "out":
             value = f"{value}{_AS_TRAINED}"
         for one in value if isinstance(value, list) else [value]:
-            words += [_option(name), *map(str, one if isinstance(one, tuple) else (one,))]
+            words += [option_name(name), *map(str, one if isinstance(one, tuple) else (one,))]
     return shlex.join([*words, "--as-trained"])
 
 
@@ -322,13 +304,22 @@ def _evaluate_run(run: Path, given: Given, console: Terminal) -> None:
     play = _play(given)
     from ctcgrpo.evaluation.of_run import evaluations_of
 
-    roles, played = _others("eibench", given)
-    task = {**_task(given), **played}
-    wanted = evaluations_of(folder, task, _generation(given), roles, given.get("limit"), say)
+    roles, played = roles_of("eibench", given)
+    task = {**task_of(given), **played}
+    generation, role_generation = generation_of(given), dict[str, Given]()
+    if (preset := given.get("preset")) is not None:
+        simulator = (
+            None if roles else task.get("simulator", validated_as(resolved_recipe(folder.recipe_file))[0]["simulator"])
+        )
+        task, generation, role_generation, unset = with_preset(preset, simulator, task, generation, {}, [], roles)
+        task["unset"] = ",".join(unset)
+    wanted = evaluations_of(folder, task, generation, roles, role_generation, given.get("limit"), preset, say)
     if (trained := trained_as(folder.final)) is not None:
         console.print(trained.told, markup=False, highlight=False, soft_wrap=True)
     out = given.get("out") or run / "evaluations"
-    folders = {which: out / f"{evaluation.bench}-{which}" for which, evaluation in wanted.items()}
+    folders = {
+        which: out / f"{evaluation.bench}-{which}{f'-{preset}' if preset else ''}" for which, evaluation in wanted.items()
+    }
     summaries = [play(evaluation, folders[which]) for which, evaluation in wanted.items()]
     for summary in summaries:
         print_summary(summary, console)

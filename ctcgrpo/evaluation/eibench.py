@@ -9,20 +9,21 @@ and settings, episode k of a scenario draws here what it draws there. Source: EI
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from inspect_ai import Epochs, Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.log import transcript
-from inspect_ai.model import ChatMessage, ChatMessageAssistant, ChatMessageSystem, ChatMessageUser, GenerateConfig, get_model
+from inspect_ai.model import ChatMessage, ChatMessageAssistant, ChatMessageSystem, ChatMessageUser, get_model
 from inspect_ai.scorer import Score, Scorer, Target, grouped, mean, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.util import span
 
 from ctcgrpo.errors import PolicyEngineError, RecipeError
-from ctcgrpo.evaluation.generation import Unset, config_of, names_of
+from ctcgrpo.evaluation.generation import SAMPLING, Unset, config_of, names_of
 from ctcgrpo.evaluation.record import Record
 from ctcgrpo.evaluation.speaking import say
 from ctcgrpo.evaluation.users import User, chosen_user
@@ -30,7 +31,7 @@ from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS, load_instructions
 from ctcgrpo.policy.persona import Briefing, together
 from ctcgrpo.records import Scenario, UserState
 from ctcgrpo.rollout.engine import request_seed
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.scenarios import Invalid, load_set
 from ctcgrpo.scoring import Variant, outcome_score
 from ctcgrpo.simulator.llm.official import OfficialPolicyPrompts
 from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
@@ -40,9 +41,11 @@ INSTRUCTIONS = "instructions"
 are such."""
 _NEED_A_USER = ("anthropic/", "google/")
 """Providers that refuse messages without one of a user."""
+Reasoning = Literal["strip", "keep"]
+_HISTORY: Mapping[Reasoning, Literal["none", "all"]] = {"strip": "none", "keep": "all"}
+"""As Inspect names it: which providers are sent, and policies in folders heed."""
 _MESSAGES = {"user": ChatMessageUser, "assistant": ChatMessageAssistant}
-SAMPLING = GenerateConfig(temperature=0.6, top_p=0.95, max_tokens=1024)
-"""How a model is sampled where nobody says otherwise."""
+_log = logging.getLogger(__name__)
 
 
 @task
@@ -59,6 +62,9 @@ def eibench(
     reasons: bool = False,
     persona_sections: Sequence[str] | None = None,
     unset: Unset = "",
+    invalid: Invalid = "skip",
+    tries: int | None = None,
+    reasoning: Reasoning | None = None,
 ) -> Task:
     """The task of EIBench on a set of scenarios; EIBench's own are eibench/test.
 
@@ -79,11 +85,18 @@ def eibench(
       persona_sections: the sections of its role (### headings) that the model is told; all of it where absent.
       unset: settings that are not sent, where providers refuse them: temperature,top_p,max_tokens,seed; simulator.NAME for those
         of the simulator.
+      invalid: what becomes of records that are no scenarios: left out with a warning (skip), or an error (refuse).
+      tries: calls to the user's LLM a turn, until its answer can be read; nothing for 3, or what the configuration says.
+      reasoning: whether the model's own reasoning of earlier turns stays in its messages (keep) or is left out (strip); nothing for
+        strip, and for a policy in a run's folder for what its recipe says.
     """
-    found = load_scenarios(scenarios, "test")
+    loaded = load_set(scenarios, "test", invalid)
+    for line in loaded.report():
+        _log.warning("%s", line)
+    found = loaded.scenarios
     left_out = names_of(unset)
     folder = None if official is None else Path(official).expanduser()
-    user = chosen_user(simulator, folder, left_out)
+    user = chosen_user(simulator, folder, left_out, tries)
     if folder is not None and (instructions, reasons, persona_sections, opener) != (None, False, None, None):
         raise RecipeError(
             "the official mode words what the model is told: leave out instructions, reasons, persona_sections, opener"
@@ -103,7 +116,7 @@ def eibench(
     return Task(
         name="eibench",
         dataset=MemoryDataset(samples, name=scenarios),
-        solver=_conversing({s.id: s for s in found}, user, prompts, rounds, seed, left_out),
+        solver=_conversing({s.id: s for s in found}, user, prompts, rounds, seed, left_out, reasoning),
         scorer=_judging({s.id: s for s in found}, variant),
         config=config_of("model", left_out, **SAMPLING.model_dump(exclude_none=True)),
         epochs=Epochs(repeats, "mean"),
@@ -140,6 +153,7 @@ def _conversing(
     rounds: int,
     seed: int,
     left_out: frozenset[str],
+    reasoning: Reasoning | None,
 ) -> Solver:
     """Model and user take turns until the user leaves or the rounds are over."""
 
@@ -156,9 +170,14 @@ def _conversing(
             record.user_said(scenario.opening_line, now._asdict())
         for round in range(1, rounds + 1):
             async with span(f"turn {round}", type="turn"):
-                config = config_of("model", left_out, seed=request_seed(seed, *place, round - 1))
-                heard_by_model = state.messages if prompts is None else _officially(prompts, scenario, state.messages)
-                reply = await say(heard_by_model, role="model", config=config)
+                config = config_of(
+                    "model",
+                    left_out,
+                    seed=request_seed(seed, *place, round - 1),
+                    reasoning_history=None if reasoning is None else _HISTORY[reasoning],
+                )
+                told = state.messages if prompts is None else _officially(prompts, scenario, state.messages)
+                reply = await say(told, role="model", config=config, keep_reasoning=reasoning == "keep")
                 state.messages.append(reply.message)
                 record.model_said(reply)
                 history.append(Utterance(speaker="policy", text=reply.text))

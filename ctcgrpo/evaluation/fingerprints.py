@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo.evaluation.eqbench3_protocol import load_eqbench
+from ctcgrpo.evaluation.presets import SCRIPTED
 from ctcgrpo.evaluation.sage_protocol import load_profiles
-from ctcgrpo.evaluation.users import SCRIPTED, chosen_user
+from ctcgrpo.evaluation.users import chosen_user
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS, load_instructions
-from ctcgrpo.scenarios import data_home, load_scenarios
+from ctcgrpo.scenarios import data_home, load_set
 from ctcgrpo.simulator.config import load_simulator_config
 from ctcgrpo.simulator.llm.backend import chosen_prompts
 
@@ -41,7 +42,7 @@ def data_digest(bench: str, task: Mapping[str, Any], scenarios: str) -> str:
         return _digest(map(repr, load_profiles(Path(given).expanduser() if given else data_home() / "sage")))
     if bench == "eqbench3":
         return _digest([repr(load_eqbench(Path(given).expanduser() if given else data_home() / "eqbench3"))])
-    return _digest(map(repr, load_scenarios(task.get("scenarios", scenarios), "test")))
+    return _digest(map(repr, load_set(task.get("scenarios", scenarios), "test", task.get("invalid", "skip")).scenarios))
 
 
 def _simulator(task: Mapping[str, Any]) -> Any:

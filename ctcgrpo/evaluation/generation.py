@@ -14,6 +14,12 @@ from inspect_ai.model import GenerateConfig
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.naming import did_you_mean
 
+SAMPLING = GenerateConfig(temperature=0.6, top_p=0.95, max_tokens=8192)
+"""How a model is sampled where nobody says otherwise: temperature and top-p as in training, so that validations and
+evaluations of a policy agree; tokens as published, since models that reason spend some thousands of them before they reply."""
+LOCAL_TOKENS = 1024
+"""Tokens of a reply, where nobody says otherwise, of a policy in a folder that does not reason, as in training: one that never
+ends a reply would take eight times as long."""
 NAMES = ("temperature", "top_p", "max_tokens", "seed", "response_schema")
 ROLES = ("model", "simulator", "judge")
 Unset = str | Sequence[str]

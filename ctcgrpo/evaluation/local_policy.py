@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.evaluation.eibench import INSTRUCTIONS
-from ctcgrpo.policy.context import ContextBuilder, Dialogue
+from ctcgrpo.evaluation.generation import LOCAL_TOKENS
+from ctcgrpo.policy.context import ContextBuilder, Dialogue, ReasoningPolicy
 from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import load_tokenizer, loading_weights, stop_ids
 from ctcgrpo.policy.persona import BETWEEN
@@ -43,15 +45,16 @@ from ctcgrpo.settings import context_builder, template_kwargs
 
 _REMEMBERED = 65536
 """Replies whose ids are kept for later turns."""
-_NEW_TOKENS = 1024
-"""Where nobody says how long a reply may be."""
+_KEPT: Mapping[str, ReasoningPolicy] = {"none": "strip", "all": "keep"}
+"""What Inspect's reasoning_history asks for."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
-    contexts: ContextBuilder
+    contexts: Callable[[ReasoningPolicy | None], ContextBuilder]
+    positions: int | None
     engine: ContinuousEngine
 
 
@@ -85,6 +88,7 @@ class LocalPolicy(ModelAPI):
         self._recipe = resolved_recipe(recipe) if recipe is not None else recipe_of(folder)
         self._max_batch = max_batch
         _MADE.add(self)
+        self._made: dict[ReasoningPolicy | None, ContextBuilder] = {}
         self._sampled: OrderedDict[str, Completion] = OrderedDict()
 
     @cached_property
@@ -97,7 +101,8 @@ class LocalPolicy(ModelAPI):
     ) -> ModelOutput:
         if tools:
             raise PolicyEngineError("a policy of this project calls no tools")
-        prompt_ids, _ = self._parts.contexts.prompt(self._dialogue(input))
+        contexts = self._contexts(_KEPT.get(config.reasoning_history or ""))
+        prompt_ids, _ = contexts.prompt(self._dialogue(input, contexts))
         completion = await self._parts.engine.generate(
             prompt_ids,
             seed=secrets.randbits(31) if config.seed is None else config.seed,
@@ -105,11 +110,11 @@ class LocalPolicy(ModelAPI):
                 temperature=1.0 if config.temperature is None else config.temperature,
                 top_p=1.0 if config.top_p is None else config.top_p,
                 top_k=config.top_k or 0,
-                max_new_tokens=config.max_tokens or _NEW_TOKENS,
+                max_new_tokens=self._limit(config.max_tokens or LOCAL_TOKENS, len(prompt_ids)),
             ),
         )
         text = self._parts.tokenizer.decode([token for token in completion.token_ids if token not in self._parts.stop_ids])
-        if self._parts.contexts.opens_reasoning:
+        if contexts.opens_reasoning:
             text = OPEN + text
         output = ModelOutput.from_content(
             self.model_name, text, stop_reason="max_tokens" if completion.finish_reason == "length" else "stop"
@@ -127,6 +132,7 @@ class LocalPolicy(ModelAPI):
         if "_parts" in self.__dict__:
             self._parts.engine.close()
             del self._parts
+            self._made.clear()
 
     def _remember(self, message: ChatMessageAssistant, completion: Completion) -> None:
         assert message.id is not None
@@ -134,7 +140,18 @@ class LocalPolicy(ModelAPI):
         while len(self._sampled) > _REMEMBERED:
             self._sampled.popitem(last=False)
 
-    def _dialogue(self, messages: list[ChatMessage]) -> Dialogue:
+    def _contexts(self, reasoning: ReasoningPolicy | None) -> ContextBuilder:
+        """As the recipe makes contexts, unless something else is asked for."""
+        if reasoning not in self._made:
+            self._made[reasoning] = self._parts.contexts(reasoning)
+        return self._made[reasoning]
+
+    def _limit(self, wanted: int, prompt: int) -> int:
+        """Tokens of a reply, so that it ends within the positions that the model knows."""
+        positions = self._parts.positions
+        return wanted if positions is None else max(1, min(wanted, positions - prompt))
+
+    def _dialogue(self, messages: list[ChatMessage], contexts: ContextBuilder) -> Dialogue:
         """Raises PolicyEngineError for messages that do not take turns."""
         persona = messages[0].text if messages and messages[0].role == "system" else ""
         instructions = str((messages[0].metadata or {}).get(INSTRUCTIONS, "")) if persona else ""
@@ -147,7 +164,7 @@ class LocalPolicy(ModelAPI):
             persona.removesuffix(instructions).removesuffix(BETWEEN if instructions else ""), opening, (), instructions
         )
         for reply, line in zip(said[::2], said[1::2], strict=True):
-            dialogue = self._parts.contexts.extend(dialogue, self._completion(reply), line.text)
+            dialogue = contexts.extend(dialogue, self._completion(reply), line.text)
         return dialogue
 
     def _completion(self, reply: ChatMessage) -> Completion:
@@ -174,14 +191,19 @@ def _parts(name: str, recipe: Recipe | None, max_batch: int) -> _Parts:
     with loading_weights(f"{name} cannot be loaded"):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
     refuse_nonfinite(model, name)
-    contexts = (
-        context_builder(recipe, tokenizer, ends)
-        if recipe is not None
-        else ContextBuilder(tokenizer, stop_ids=ends, max_prompt_tokens=_room(model))
-    )
+
+    def contexts(reasoning: ReasoningPolicy | None) -> ContextBuilder:
+        if recipe is None:
+            return ContextBuilder(tokenizer, stop_ids=ends, max_prompt_tokens=_room(model), reasoning=reasoning or "strip")
+        if reasoning is None:
+            return context_builder(recipe, tokenizer, ends)
+        policy = recipe.policy.model_copy(update={"reasoning_context": reasoning})
+        return context_builder(recipe.model_copy(update={"policy": policy}), tokenizer, ends)
+
+    contexts(None)  # a template that cannot serve is refused before anything is played
     engine = ContinuousEngine(TransformersBatcher(model, pad_id=tokenizer.pad_token_id, stop_ids=ends, max_batch=max_batch))
     engine.take_weights(0)
-    return _Parts(tokenizer, ends, contexts, engine)
+    return _Parts(tokenizer, ends, contexts, getattr(model.config, "max_position_embeddings", None), engine)
 
 
 def _room(model: PreTrainedModel) -> int:

@@ -19,9 +19,20 @@ from ctcgrpo.scenarios import EIBENCH_DATA, described
 SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")
 _BRIEFING = ("instructions", "reasons", "persona_sections")
 """Arguments of tasks that say what a policy is told."""
-_TASK = ("rounds", "variant", "official", "opener", "rescored", *_BRIEFING)
+_TASK = ("rounds", "variant", "reasoning", "tries", "official", "opener", "rescored", *_BRIEFING)
 """Arguments of tasks that decide what a score means."""
-_SHOWN = {"top_p": "top-p", "top_k": "top-k", "max_tokens": "max tokens", "variant": "scoring variant"}
+_SHOWN = {
+    "reasons": "told to reason",
+    "top_p": "top-p",
+    "top_k": "top-k",
+    "max_tokens": "max tokens",
+    "variant": "scoring variant",
+    "reasoning": "earlier reasoning",
+    "tries": "tries of the user's LLM",
+    "simulator_temperature": "the user's temperature",
+    "simulator_top_p": "the user's top-p",
+}
+_SHOWN_VALUES = {"strip": "stripped", "keep": "kept"}
 
 
 def data_set(bench: str, task: Mapping[str, Any], scenarios: str) -> str:
@@ -33,9 +44,12 @@ def data_set(bench: str, task: Mapping[str, Any], scenarios: str) -> str:
 
 def title_of(summary: Mapping[str, Any]) -> str:
     """The benchmark's title with its data set. EIBench is the name of its own data set alone: its task on other scenarios is
-    called so."""
+    called so. Records that were left out as invalid are counted in it."""
     bench, data = named(summary["bench"]), summary.get("data_set") or "a data set that was not recorded"
-    return eibench_on(data) if bench is EIBENCH else f"{bench.title}, {data}"
+    title = eibench_on(data) if bench is EIBENCH else f"{bench.title}, {data}"
+    skipped = summary.get("skipped") or {"count": 0}
+    left_out = f", without {skipped['count']} invalid of its {skipped['records']} records" if skipped["count"] else ""
+    return f"{title}{left_out}"
 
 
 def eibench_on(data: str) -> str:
@@ -68,6 +82,10 @@ def shown_name(name: str) -> str:
 def shown_value(name: str, value: Any) -> str:
     if name == "top_k" and value == 0:
         return "off"
+    if name == "reasoning":
+        return _SHOWN_VALUES.get(str(value), str(value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return "not set" if value is None else str(value)
 
 
@@ -76,12 +94,14 @@ def validated_as(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     section), and of sampling."""
     rollout, simulator = recipe.rollout, recipe.simulator
     task: dict[str, Any] = {"rounds": rollout.max_turns, "variant": recipe.scoring.variant, **briefed_as(recipe)}
+    task["reasoning"] = recipe.policy.reasoning_context
     if simulator.url != "embedded":
         task["simulator"] = simulator.url if isinstance(simulator.url, str) else simulator.url[0]
     else:
         task["simulator"] = "scripted" if simulator.config is None else str(simulator.config)
     if (validation := recipe.validation) is not None:
         task |= {"scenarios": validation.scenarios, "repeats": validation.samples, "seed": validation.seed}
+        task["invalid"] = recipe.scenarios.invalid
     sampling = (rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
     return task, dict(zip(SAMPLING, sampling, strict=True))
 
@@ -132,7 +152,7 @@ class Trained:
 
     def differences(self, played: Mapping[str, Any]) -> list[str]:
         """In what other settings (task arguments and sampling together) differ from the run's: "rounds 8 (the run: 4)"."""
-        deciding = ("scenarios", "simulator", "rounds", "variant", *_BRIEFING, *SAMPLING)
+        deciding = ("scenarios", "simulator", "rounds", "variant", "reasoning", *_BRIEFING, *SAMPLING)
         own = {**self.task, **self.sampling}
         return [
             f"{shown_name(name)} {shown_value(name, played.get(name))} (the run: {shown_value(name, own[name])})"

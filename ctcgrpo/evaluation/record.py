@@ -11,6 +11,7 @@ from inspect_ai.log import EvalSample
 from inspect_ai.util import StoreModel
 
 from ctcgrpo import errors
+from ctcgrpo.evaluation.benches import FAULTS
 from ctcgrpo.evaluation.results import Line, Result
 from ctcgrpo.evaluation.speaking import Said
 
@@ -34,8 +35,8 @@ class Record(StoreModel):
 
     def model_said(self, said: Said) -> None:
         self.lines = [*self.lines, {"speaker": "model", "text": said.text}]
-        found = [name for name, there in (("empty", not said.text), ("cut", said.cut)) if there]
-        self.faults = [*self.faults, *found]
+        there = {"empty": not said.text, "cut": said.cut, "empty_cut": said.cut and not said.text}
+        self.faults = [*self.faults, *(name for name in FAULTS if there[name])]
         self.spend("model", said.tokens)
 
     def user_said(self, text: str, state: Mapping[str, float] | None = None, why: str = "") -> None:
@@ -52,7 +53,7 @@ def result_of(sample: EvalSample) -> Result:
     score = None if failure is not None else next(iter((sample.scores or {}).values()))
     value = None if score is None else score.as_float()
     assert value is None or math.isfinite(value)
-    faults = {name: float(name in record.faults) for name in ("empty", "cut")}
+    faults = {name: float(name in record.faults) for name in FAULTS}
     return Result(
         scenario=str(sample.id),
         repeat=sample.epoch,

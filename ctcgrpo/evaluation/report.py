@@ -9,7 +9,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from ctcgrpo.evaluation.benches import Bench, named
+from ctcgrpo.evaluation.benches import FAULTS, Bench, named
 from ctcgrpo.evaluation.played import in_words, settings_of, title_of
 from ctcgrpo.simulator.about import described
 
@@ -19,8 +19,16 @@ _MOST_REASONS, _MOST_CHARACTERS = 8, 500
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     bench = named(summary["bench"])
     console.print(_scores(bench, summary))
-    for line in (f"settings: {in_words(settings_of(summary))}", *_lines(bench, summary)):
+    for line in (f"settings: {in_words(settings_of(summary))}", *_preset(summary), *_lines(bench, summary)):
         console.print(Text(line), soft_wrap=True)
+
+
+def _preset(summary: Mapping[str, Any]) -> list[str]:
+    """The preset's name, and what differs from it."""
+    preset = summary.get("preset")
+    if preset is None:
+        return []
+    return [f"preset: {preset['name']}{', but ' if preset['differs'] else ''}{', '.join(preset['differs'])}"]
 
 
 def other_of(summary: Mapping[str, Any]) -> str:
@@ -65,7 +73,7 @@ def _lines(bench: Bench, summary: Mapping[str, Any]) -> list[str]:
     scored = summary["results"] - summary["failed"]
     for name, what in bench.measures.items():
         found = summary["measures"][name]
-        if found["mean"] is None or (name in ("empty", "cut") and not found["count"]):
+        if found["mean"] is None or (name in FAULTS and not found["count"]):
             continue
         spread = found["ci95"]
         if "count" in found:
@@ -74,6 +82,10 @@ def _lines(bench: Bench, summary: Mapping[str, Any]) -> list[str]:
         else:
             between = "" if spread is None else f" ({spread[0]:.2f} to {spread[1]:.2f})"
             lines.append(f"{what}: {found['mean']:.2f}{between}")
+    if summary["measures"].get("empty_cut", {}).get("count"):
+        lines.append(
+            "mind: replies were cut before they began, and count as empty: raise --max-tokens, or let the model reason less"
+        )
     if summary["failed"]:
         kinds = ", ".join(f"{n} {kind}" for kind, n in summary["failures"].items())
         lines.append(f"failed, and in no figure: {summary['failed']} of {summary['results']} ({kinds})")

@@ -59,6 +59,14 @@ class _Figures(BaseModel):
     n: int
 
 
+class _Skipped(BaseModel):
+    """Invalid records of the data set, which were left out."""
+
+    model_config = STRICT
+    count: int
+    records: int
+
+
 class _Summary(BaseModel):
     """As much of a summary as comparisons and leaderboards read."""
 
@@ -68,6 +76,7 @@ class _Summary(BaseModel):
     task: dict[str, Any]
     generation: dict[str, Any]
     data_set: str | None = None
+    skipped: _Skipped | None = None
     score: _Figures
     groups: dict[str, _Figures]
     scenarios: dict[str, float]

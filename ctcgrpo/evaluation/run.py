@@ -13,7 +13,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,20 @@ from rich.text import Text
 
 from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError, RecipeError, RunInterrupted
 from ctcgrpo.evaluation import _registry
-from ctcgrpo.evaluation.benches import EIBENCH, named
-from ctcgrpo.evaluation.eibench import SAMPLING
+from ctcgrpo.evaluation.benches import EIBENCH, EQBENCH3, named
 from ctcgrpo.evaluation.fingerprints import fingerprint
+from ctcgrpo.evaluation.generation import LOCAL_TOKENS, SAMPLING, names_of
 from ctcgrpo.evaluation.logs import newest_log, results_of
-from ctcgrpo.evaluation.played import data_set, trained_as
+from ctcgrpo.evaluation.played import data_set, settings_of, trained_as
+from ctcgrpo.evaluation.presets import TRIES, asks_an_llm, configured_llm, preset_of
 from ctcgrpo.evaluation.reasons import PATIENCE
 from ctcgrpo.evaluation.results import summarise, write_results
+from ctcgrpo.evaluation.users import TEMPERATURE
 from ctcgrpo.files import read_json, write_whole
 from ctcgrpo.folders import check_model, is_model
 from ctcgrpo.proxies import settle_environment
 from ctcgrpo.recipe import differences
+from ctcgrpo.scenarios import load_set
 from ctcgrpo.sections import named_value
 
 LOCAL = "ctcgrpo/"
@@ -47,7 +50,7 @@ LOCAL = "ctcgrpo/"
 class Evaluation:
     """What is evaluated, on what, and how. `task` are the arguments of the benchmark's task, `generation` those of sampling
     (temperature, top_p, max_tokens, ...), `roles` models by role, `role_generation` the sampling of those, `model_args` what the
-    model's provider takes."""
+    model's provider takes. `preset` names the settings that these were taken from, where they were."""
 
     bench: str
     model: str
@@ -57,6 +60,7 @@ class Evaluation:
     role_generation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     model_args: Mapping[str, Any] = field(default_factory=dict)
     limit: int | None = None
+    preset: str | None = None
 
 
 def model_name(model: str, option: str = "--model") -> str:
@@ -88,6 +92,7 @@ def evaluate(
     Raises OutputError where the folder holds another evaluation, or one of other data or another policy under the same name;
     RecipeError and PolicyError for what cannot be evaluated here; RunInterrupted on Ctrl-C: the same call goes on.
     """
+    wanted = with_defaults(wanted)
     settle_environment()  # for the providers' clients
     bench = named(wanted.bench)
     logs = folder / "logs"
@@ -139,10 +144,19 @@ def evaluate(
     facts |= {"data": of["data"], "data_set": data_set(bench.name, wanted.task, default)}
     if "instructions" in of:
         facts["instructions"] = of["instructions"]
+    if bench.name == EIBENCH.name:
+        whole = load_set(wanted.task.get("scenarios", default), "test", wanted.task.get("invalid", "skip"))
+        facts["skipped"] = {"count": whole.skipped, "records": whole.records, "faults": list(map(str, whole.faults))}
     if (trained := trained_as(Path(wanted.model.removeprefix(LOCAL)))) is not None:
         facts["trained"] = trained.told
         if bench.name == EIBENCH.name:
             facts["unlike_trained"] = trained.differences(settings_before(wanted))
+    facts["settings"] = settings_of(facts)
+    if wanted.preset is not None:
+        facts["preset"] = {
+            "name": wanted.preset,
+            "differs": preset_of(wanted.preset).differences(settings_before(wanted)),
+        }
     if price is not None:
         facts["prices"] = {**facts["prices"], "model": {"input": price[0], "output": price[1], "currency": "USD"}}
     summary = summarise(bench, results, facts)
@@ -212,10 +226,46 @@ def settled(parts: Sequence[str]) -> dict[str, Any]:
     return dict(named_value(part, "argument", "NAME=VALUE") for part in parts)
 
 
+def with_defaults(wanted: Evaluation) -> Evaluation:
+    """The settings that depend on who is evaluated and who plays the user, where nobody named them: what becomes of earlier
+    reasoning, tries of the user's LLM, and tokens of a reply."""
+    task, generation = dict(wanted.task), dict(wanted.generation)
+    is_local = wanted.model.startswith(LOCAL)
+    trained = trained_as(Path(wanted.model.removeprefix(LOCAL))) if is_local else None
+    if wanted.bench == EIBENCH.name:
+        task.setdefault("reasoning", "strip" if trained is None else trained.task["reasoning"])
+        simulator = task.get("simulator")
+        if asks_an_llm(simulator):
+            llm = None if simulator is None else configured_llm(simulator)
+            task.setdefault("tries", TRIES if llm is None else llm.tries)
+    reasons = trained is not None and trained.recipe.policy.reasons
+    limited = wanted.bench == EQBENCH3.name or "model.max_tokens" in names_of(task.get("unset", ""))
+    if is_local and not reasons and not limited:
+        generation.setdefault("max_tokens", LOCAL_TOKENS)
+    return replace(wanted, task=task, generation=generation)
+
+
 def settings_before(wanted: Evaluation) -> dict[str, Any]:
-    """The settings that an evaluation of eibench will have: arguments of the task and of sampling together."""
+    """The settings that an evaluation of eibench will have: arguments of the task and of sampling together, and how an LLM that
+    plays the user is sampled."""
+    wanted = with_defaults(wanted)
     defaults = {name: parameter.default for name, parameter in inspect.signature(_registry.eibench).parameters.items()}
-    played = {**defaults, **SAMPLING.model_dump(exclude_none=True), **wanted.task, **wanted.generation}
+    unset = names_of(wanted.task.get("unset", ""))
+    sampling = {n: value for n, value in SAMPLING.model_dump(exclude_none=True).items() if f"model.{n}" not in unset}
+    played = {**defaults, **sampling, **wanted.task, **wanted.generation}
+    if "tries" not in wanted.task:
+        del played["tries"]
+    elif (simulator := wanted.task.get("simulator")) is not None:
+        llm = configured_llm(simulator)
+        played |= {"simulator_temperature": llm and llm.temperature, "simulator_top_p": llm and llm.top_p}
+    else:
+        sampled = {"temperature": TEMPERATURE, **wanted.role_generation.get("simulator", {})}
+        played |= {
+            f"simulator_{n}": None
+            if f"simulator.{n}" in unset and n not in wanted.role_generation.get("simulator", {})
+            else sampled.get(n)
+            for n in ("temperature", "top_p")
+        }
     return {**played, "simulator": wanted.roles.get("simulator", played["simulator"])}
 
 

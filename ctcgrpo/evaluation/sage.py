@@ -21,7 +21,7 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.util import span
 
 from ctcgrpo.errors import SimulatorReplyError
-from ctcgrpo.evaluation.generation import Unset, config_of, names_of
+from ctcgrpo.evaluation.generation import SAMPLING, Unset, config_of, names_of
 from ctcgrpo.evaluation.record import Record
 from ctcgrpo.evaluation.sage_protocol import (
     START,
@@ -74,7 +74,7 @@ def sage(data: str | None = None, repeats: int = 1, seed: int = 0, unset: Unset 
         dataset=MemoryDataset(samples, name="sage"),
         solver=_conversing({p.id: p for p in profiles}, simulator, prompts, seed, left_out),
         scorer=_judging(),
-        config=config_of("model", left_out, temperature=0.6, top_p=0.95, max_tokens=1024),
+        config=config_of("model", left_out, **SAMPLING.model_dump(exclude_none=True)),
         epochs=Epochs(repeats, "mean"),
         fail_on_error=False,
     )

@@ -16,6 +16,7 @@ from inspect_ai.model import (
     ChatMessage,
     ChatMessageAssistant,
     ContentReasoning,
+    ContentText,
     GenerateConfig,
     Model,
     ModelOutput,
@@ -26,7 +27,7 @@ from inspect_ai.util import LimitExceededError
 
 from ctcgrpo.errors import CtcGrpoError, JudgeReplyError, PolicyEngineError, RecipeError, SimulatorTransportError
 from ctcgrpo.evaluation.reasons import prepared, reason_of, unread
-from ctcgrpo.policy.reasoning import parse_completion
+from ctcgrpo.policy.reasoning import ParsedReply, parse_completion
 
 Role = Literal["model", "simulator", "judge"]
 _ERRORS: dict[str, type[CtcGrpoError]] = {
@@ -42,8 +43,8 @@ _NO_CONTENT = "(no content)"
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A model's visible text; `cut` says that it ran into the limit on tokens. `message` goes into later contexts: the text
-    alone, under the id of what was sampled. `tokens` are those read and written."""
+    """A model's visible text; `cut` says that it ran into the limit on tokens. `message` goes into later contexts: the text,
+    and its reasoning where that is kept, under the id of what was sampled. `tokens` are those read and written."""
 
     text: str
     cut: bool
@@ -57,22 +58,36 @@ async def say(
     role: Role,
     model: Model | None = None,
     config: GenerateConfig,
+    keep_reasoning: bool = False,
 ) -> Said:
     """What a model says next, in a role; without `model`, the one that is evaluated. Reasoning is told apart whether its provider
-    does so or leaves it between <think> tags. Raises the role's error where there is nothing that the model said."""
+    does so or leaves it between <think> tags; `keep_reasoning` puts it into `message`, in the form in which it came. Raises the
+    role's error where there is nothing that the model said."""
     output = await generated(messages, role=role, model=model or get_model(), config=config)
     sampled = output.choices[0].message
     cut = output.stop_reason == "max_tokens"
     text = "" if sampled.text.strip() == _NO_CONTENT else sampled.text
-    reply = parse_completion(text, "length" if cut else "stop").reply
-    if not reply and not cut:
+    parsed = parse_completion(text, "length" if cut else "stop")
+    reply = parsed.reply
+    if not reply:
         _warn(str(output.model), why_empty(output))
     return Said(
         text=reply,
         cut=cut,
-        message=ChatMessageAssistant(id=sampled.id, content=reply, model=sampled.model, source="generate"),
+        message=ChatMessageAssistant(
+            id=sampled.id,
+            content=[*_reasoning_of(sampled, parsed), ContentText(text=reply)] if keep_reasoning else reply,
+            model=sampled.model,
+            source="generate",
+        ),
         tokens=tokens_of(output),
     )
+
+
+def _reasoning_of(sampled: ChatMessageAssistant, parsed: ParsedReply) -> list[ContentReasoning]:
+    """What a model thought before its reply, as its provider told it apart, or else as it stood between tags."""
+    told = [] if isinstance(sampled.content, str) else [p for p in sampled.content if isinstance(p, ContentReasoning)]
+    return told or ([ContentReasoning(reasoning=parsed.reasoning)] if parsed.reasoning else [])
 
 
 @cache
@@ -107,11 +122,11 @@ async def _some_tokens(text: str) -> int:
 def why_empty(output: ModelOutput) -> str:
     """Of an answer without a text: what there is in place of it, and what helps."""
     content = output.choices[0].message.content
+    if output.stop_reason == "max_tokens":
+        return "the reply is empty: the whole limit on tokens went into reasoning; raise --max-tokens, or let it reason less"
     if not isinstance(content, str) and any(isinstance(part, ContentReasoning) for part in content):
-        cut = output.stop_reason == "max_tokens"
-        went = "the whole limit on tokens went into reasoning" if cut else "the text is in reasoning_content"
         return (
-            f"content is empty: {went}; raise max_tokens, or turn reasoning off where the server does not parse it "
+            "content is empty: the text is in reasoning_content; turn reasoning off where the server does not parse it "
             "(-G 'extra_body={chat_template_kwargs: {enable_thinking: false}}')"
         )
     if output.choices[0].message.tool_calls:

@@ -23,6 +23,7 @@ from inspect_ai.util import JSONSchema
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.evaluation.generation import config_of
+from ctcgrpo.evaluation.presets import SCRIPTED, TRIES, asks_an_llm
 from ctcgrpo.evaluation.speaking import generated, played_by, temperature_of, tokens_of, why_empty
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import TOKEN_ENV, SimulatorConfig, bearer_token, load_simulator_config
@@ -35,8 +36,7 @@ from ctcgrpo.simulator.scripted import ScriptedBackend
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.simulator.service import answer
 
-SCRIPTED = "scripted"
-_TEMPERATURE = 0.7
+TEMPERATURE = 0.7
 _MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
 
 
@@ -91,7 +91,7 @@ class InspectModel:
     def __init__(self, model: Model, left_out: frozenset[str]) -> None:
         """`left_out`: settings that are not sent (generation.names_of)."""
         self._model, self._left_out = model, left_out
-        self.temperature = None if "simulator.temperature" in left_out else temperature_of(model, _TEMPERATURE)
+        self.temperature = None if "simulator.temperature" in left_out else temperature_of(model, TEMPERATURE)
 
     async def complete(
         self, messages: Sequence[Message], *, dialogue: str, seed: int, schema: dict[str, Any], deadline: Deadline
@@ -128,11 +128,15 @@ class InspectModel:
     async def close(self) -> None: ...
 
 
-def chosen_user(simulator: str | None, official: Path | None, left_out: frozenset[str] = frozenset()) -> User:
+def chosen_user(
+    simulator: str | None, official: Path | None, left_out: frozenset[str] = frozenset(), tries: int | None = None
+) -> User:
     """`simulator`: None for the model with that role, "scripted", the file of a configuration, or the URL of a server.
     `official`: a folder with the authors' code, whose prompts the role's model is given. `left_out`: settings that are not
-    sent to it. Raises RecipeError for what cannot be
-    had."""
+    sent to it. `tries`: calls to the LLM a turn, until its answer can be read; by default 3, or as the configuration says.
+    Raises RecipeError for what cannot be had."""
+    if tries is not None and not asks_an_llm(simulator):
+        raise RecipeError(f"tries is {tries}, but {simulator!r} calls no LLM with settings from here; leave it out")
     if official is not None and simulator is not None:
         raise RecipeError(
             "official prompts are for a model with the role simulator; a configuration names its own (llm.official)"
@@ -141,12 +145,14 @@ def chosen_user(simulator: str | None, official: Path | None, left_out: frozense
         model = played_by("simulator")
         llm = InspectModel(model, left_out)
         about = {"models": [str(model)], "temperature": llm.temperature}
-        return InProcess(LlmBackend(llm, chosen_prompts(official), about=about))
+        return InProcess(LlmBackend(llm, chosen_prompts(official), about=about, tries=tries or TRIES))
     if simulator == SCRIPTED:
         return InProcess(ScriptedBackend())
     if simulator.startswith(("http://", "https://")):
         return Served(simulator)
     config = load_simulator_config(simulator)
+    if tries is not None and config.llm is not None:
+        config = config.model_copy(update={"llm": config.llm.model_copy(update={"tries": tries})})
     return Served(_started(config), config)
 
 

@@ -19,7 +19,7 @@ from ctcgrpo.factory.asking import answer_once
 from ctcgrpo.factory.config import FactoryConfig
 from ctcgrpo.factory.drafts import json_object
 from ctcgrpo.factory.layout import Role, layout_problems, layouts, mended, without_mark
-from ctcgrpo.scenarios import read_record
+from ctcgrpo.scenario_format import read_record
 from ctcgrpo.simulator.llm.account import Account
 from ctcgrpo.simulator.llm.backend import ChatModel
 from ctcgrpo.simulator.llm.endpoints import EndpointPool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ctcgrpo.errors import RecipeError, RunFailed, ScenarioError
-from ctcgrpo.scenarios import Split, by_scene, has_splits, load_scenarios, read_records
+from ctcgrpo.records import Scenario
+from ctcgrpo.scenario_format import Split
+from ctcgrpo.scenarios import by_scene, has_splits, load_scenarios, load_set, read_records, read_scenarios
 from ctcgrpo.startup import announce_loading
 from ctcgrpo.terminal import Terminal, say
 
@@ -49,11 +52,21 @@ def validate(
         word = "problem" if len(broken) == 1 else "problems"
         raise ScenarioError(
             f"{source}: {len(broken)} {word} in {worst} of {len(records) + len(unreadable)} records, all listed above"
+            f"{_consequence(source, split)}"
         )
     found = load_scenarios(source, split)
     say(f"{source}: {len(found)} scenarios ({by_scene(found)})" + ("" if loose else "; every rule holds"))
     if warning := unscripted_warning(found, "scenarios"):
         say(f"note: {warning}")
+
+
+def _consequence(source: str, split: Split) -> str:
+    """What training and evaluation make of the invalid records of a source."""
+    found = read_scenarios(source, split)
+    if found.refusals:
+        return "; a run refuses the set"
+    left_out = f"; a run with scenarios.invalid=skip leaves out {found.skipped}, and trains on {len(found.scenarios)}"
+    return left_out if found.skipped else ""
 
 
 @app.command()
@@ -166,7 +179,7 @@ def gate(
     """Report scenarios in which the scripted user does not tell good replies from bad ones."""
     from ctcgrpo.factory.gate import gate as played
 
-    verdicts = [played(scenario) for scenario in load_scenarios(source, split)]
+    verdicts = [played(scenario) for scenario in _valid(source, split)]
     failed = [verdict for verdict in verdicts if verdict.problem]
     for verdict in failed:
         say(f"{verdict.id}: {verdict.problem} ({_outcomes(verdict.good, verdict.mediocre, verdict.bad)})")
@@ -239,7 +252,7 @@ def stats(
         def count(text: str) -> int:
             return len(loaded.encode(text, add_special_tokens=False))
 
-    found = stats_of(load_scenarios(source, split), count)
+    found = stats_of(_valid(source, split), count)
     for table in tables_of(found, source):
         _console().print(table)
     if picture is not None:
@@ -305,6 +318,14 @@ def convert(
     }
     save_dataset(splits, target)
     say(f"{target}: {', '.join(f'{len(records)} {name}' for name, records in splits.items())}")
+
+
+def _valid(source: str, split: Split) -> list[Scenario]:
+    """The scenarios of a source; its invalid records are named on standard error."""
+    found = load_set(source, split)
+    for line in found.report():
+        say(line, sys.stderr)
+    return found.scenarios
 
 
 def _records(source: str, split: Split) -> list[dict[str, Any]]:

@@ -14,7 +14,8 @@ from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.factory.layout import layouts
 from ctcgrpo.files import write_whole
 from ctcgrpo.records import Scene
-from ctcgrpo.scenarios import read_records, record_fields
+from ctcgrpo.scenario_format import record_fields
+from ctcgrpo.scenarios import read_records
 from ctcgrpo.simulator.scripted.knowledge import script_fields
 
 PACK_OF = {"en": "english", "zh": "chinese"}

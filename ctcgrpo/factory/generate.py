@@ -26,7 +26,8 @@ from ctcgrpo.factory.sampling import Wanted, pools, wanted
 from ctcgrpo.factory.storage import check_new, write_layout, writing
 from ctcgrpo.files import write_whole
 from ctcgrpo.records import Scene
-from ctcgrpo.scenarios import read_record, read_records
+from ctcgrpo.scenario_format import read_record
+from ctcgrpo.scenarios import read_records
 from ctcgrpo.simulator.llm.account import Account
 from ctcgrpo.simulator.llm.backend import ChatModel
 from ctcgrpo.simulator.llm.endpoints import EndpointPool

@@ -15,7 +15,7 @@ from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.factory.anchors import anchor_problems
 from ctcgrpo.factory.layout import layout_problems
 from ctcgrpo.records import Scenario
-from ctcgrpo.scenarios import Split, check_record
+from ctcgrpo.scenario_format import Split, check_record
 from ctcgrpo.simulator.scripted.knowledge import script_problems
 from ctcgrpo.simulator.scripted.language import load_language
 
@@ -68,15 +68,16 @@ def problems(records: Iterable[tuple[str, Record]], split: Split = "train") -> I
         scenario, faults = check_record(record, place, split)
         for fault in faults:
             yield Problem(place, fault.id, "format", fault.field, fault.message)
+        name = record.get("id")
+        if isinstance(name, str) and name.strip():
+            if name in seen:
+                yield Problem(place, name, "unique", "id", f"is used at {seen[name]} already")
+            seen.setdefault(name, place)
         if scenario is None:
             continue
-        name = scenario.id
-        if name in seen:
-            yield Problem(place, name, "unique", "id", f"is used at {seen[name]} already")
-        seen.setdefault(name, place)
         for title, broken_by in RULES.items():
             for field, message in broken_by(record, scenario):
-                yield Problem(place, name, title, field, message)
+                yield Problem(place, scenario.id, title, field, message)
 
 
 @rule

@@ -22,7 +22,7 @@ from ctcgrpo.files import parse_json, write_whole
 from ctcgrpo.hub import hub_reason
 from ctcgrpo.naming import did_you_mean, quoted
 from ctcgrpo.records import SCENES
-from ctcgrpo.scenarios import read_record
+from ctcgrpo.scenario_format import read_record
 
 Record = Mapping[str, Any]
 _SURROGATE = re.compile(r"[\ud800-\udfff]")

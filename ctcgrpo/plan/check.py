@@ -49,7 +49,7 @@ from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Completion, Scenario
 from ctcgrpo.rollout.vllm_adapter import base_url
 from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.scenarios import load_scenarios, load_scenes
+from ctcgrpo.scenarios import ScenarioSet, load_scenarios, load_scenes, load_set
 from ctcgrpo.settings import context_builder, lora_config, template_kwargs
 from ctcgrpo.sharding import FSDP2, NONE, check_launcher, deepspeed_stage, offloads
 from ctcgrpo.simulator.choice import check_patience
@@ -152,7 +152,9 @@ def findings(
 
 @check
 def scenarios(s: Subject) -> Iterator[Finding]:
-    s.scenarios = load_scenes(s.recipe.scenarios.train, s.recipe.scenarios.scenes)
+    found = load_scenes(s.recipe.scenarios.train, s.recipe.scenarios.scenes, s.recipe.scenarios.invalid)
+    s.scenarios = found.scenarios
+    yield from _left_out("scenarios", found)
     yield Finding("scenarios", "ok", f"{len(s.scenarios)} to train on")
 
 
@@ -161,13 +163,20 @@ def validation(s: Subject) -> Iterator[Finding]:
     if s.recipe.validation is None:
         yield Finding("validation", "warning", "none: the run will not say whether it got better (section validation)")
         return
-    s.held_out = load_scenarios(s.recipe.validation.scenarios, "test")
+    found = load_set(s.recipe.validation.scenarios, "test", s.recipe.scenarios.invalid)
+    s.held_out = found.scenarios
+    yield from _left_out("validation", found)
     if both := {x.id for x in s.held_out} & {x.id for x in s.scenarios}:
         yield Finding(
             "validation", "failed", f"validation.scenarios holds {len(both)} that are trained on, {min(both)!r} among them"
         )
     else:
         yield Finding("validation", "ok", f"{len(s.held_out)} held out")
+
+
+def _left_out(about: str, found: ScenarioSet) -> Iterator[Finding]:
+    if lines := found.report():
+        yield Finding(about, "warning", "\n".join(lines))
 
 
 @check

@@ -30,6 +30,7 @@ from ctcgrpo.files import is_complete, mark_complete, read_json, write_whole
 from ctcgrpo.policy.builtin import build_builtin, is_built
 from ctcgrpo.recipe import Recipe, load_recipe, overrides
 from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.scenario_format import Split
 from ctcgrpo.scenarios import read_records
 from ctcgrpo.study.figures import Curves, curves_of
 from ctcgrpo.study.spec import Run, Study
@@ -106,8 +107,12 @@ def _texts(study: Study) -> dict[str, str]:
     for environment, changes in study.environments.items():
         recipe = load_recipe(study.program, changes=overrides(changes))
         read = [] if recipe.simulator.config is None else [recipe.simulator.config.read_text(encoding="utf-8")]
-        held_out = [] if recipe.validation is None else list(read_records(recipe.validation.scenarios, "test"))
-        read += [json.dumps(record) for _, record in (*read_records(recipe.scenarios.train, "train"), *held_out)]
+        sources: list[tuple[str, Split]] = [(recipe.scenarios.train, "train")]
+        if recipe.validation is not None:
+            sources.append((recipe.validation.scenarios, "test"))
+        for source, split in sources:
+            records = read_records(source, split, on_bad=lambda place, message: None)  # the runs report such lines
+            read += [json.dumps(record) for _, record in records]
         told[environment] = hashlib.sha256("\n".join(read).encode()).hexdigest()[:16]
     return told
 

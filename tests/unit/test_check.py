@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ctcgrpo.plan.cost import Asked, Tokens, hours, money
 from ctcgrpo.plan.known import published_shapes, shape_of
 from ctcgrpo.plan.memory import GIB, Load, memory_plan
 from ctcgrpo.recipe import load_recipe
-from ctcgrpo.scenarios import read_records
+from ctcgrpo.scenarios import PACKS, read_records
 from tests.conftest import ROOT, Command
 
 TINY = ROOT / "recipes" / "tiny.yaml"
@@ -42,6 +43,18 @@ def test_a_recipe_that_will_run_is_ready(ctcgrpo: Command, tmp_path: Path) -> No
     # 2 steps of 16 episodes, and 16 held-out ones before and after, 3 turns each.
     assert "up to 48 a step, 192 in all" in out and "scripted answered a canary turn" in out
     assert "0.0 of sampling at 500 tokens/s" in out and "64 to train on" in out and "16 held out" in out
+
+
+def test_records_that_are_left_out_are_a_warning(tmp_path: Path) -> None:
+    shutil.copytree(PACKS / "english" / "train", tmp_path / "pack")
+    file = tmp_path / "pack" / "charm_final.jsonl"
+    file.write_text(file.read_text() + "[]\n")
+    source = [f"scenarios.train={tmp_path / 'pack'}", "validation.scenarios=english/test"]
+    warning, ok = look(tmp_path, *source)["scenarios"]
+    assert warning.level == "warning" and "1 of 65 records are invalid and left out" in warning.text
+    assert f"{file}, line 17: expected a JSON object, got a list" in warning.text and ok.text == "64 to train on"
+    refused = failed(look(tmp_path, *source, "scenarios.invalid=refuse"))
+    assert f"{file}, line 17: expected a JSON object" in refused["scenarios"]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("qwen*.yaml")), ids=lambda f: f.stem)

@@ -455,7 +455,7 @@ def test_settings_that_a_provider_refuses_are_left_out(tested: Callable[..., tup
     with provider(lambda body: (200, chat(body))) as llm:
         code, _, err = tested(llm.url, "--simulator", "scripted")
         assert code == 0, err
-        assert llm.requests[0]["temperature"] == 0.6 and llm.requests[0]["max_tokens"] == 1024 and "seed" in llm.requests[0]
+        assert llm.requests[0]["temperature"] == 0.6 and llm.requests[0]["max_tokens"] == 8192 and "seed" in llm.requests[0]
         left = ("-G", "temperature=null", "-G", "top_p=null", "-G", "seed=null", "-G", "max_completion_tokens=300")
         code, _, err = tested(llm.url, "--simulator", "scripted", *left, "--out", str(tmp_path / "left"))
     assert code == 0, err
@@ -807,6 +807,11 @@ def test_a_run_is_evaluated_as_it_was_validated(tmp_path: Path, ctcgrpo: Command
     assert found["others"][0]["difference"] == pytest.approx(gain["overall"], abs=0.04)
     assert "better by" in out
     assert (run / "evaluations" / "comparison.html").exists()
+    few = ("--max-tokens", "8", "--limit", "2", "--display", "none")
+    code, out, err = ctcgrpo("evaluate", str(run), "--preset", "published", *few)
+    assert code == 0 and out.count("preset: published, but max tokens 8 (published: 8192)") == 2, err
+    summary = json.loads((run / "evaluations" / "eibench-final-published" / "summary.json").read_text())
+    assert summary["settings"]["variant"] == "evaluation" and summary["settings"]["top_p"] is None
 
 
 def test_a_configured_llm_plays_the_user_and_is_paid_for(tmp_path: Path) -> None:
@@ -862,6 +867,32 @@ def test_figures_of_other_data_under_the_same_name_are_refused(tmp_path: Path) -
     file.write_text(lines[1] + "\n")
     with pytest.raises(OutputError, match="another evaluation .of.data: "):
         play(tmp_path / "out", **options)
+
+
+def test_invalid_records_are_left_out_of_an_evaluation_and_named_with_its_score(
+    tmp_path: Path, ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = (PACKS / "english" / "test" / "support_final.jsonl").read_text().splitlines()
+    file = Path("mine.jsonl")
+    file.write_text("\n".join(lines))
+    bad = json.loads(lines[1])
+    bad["rub_goals"]["target_trust"] = 0
+    asked = ("evaluate", "eibench", "--model", "scripted/talker", "--simulator", "scripted", "--rounds", "1")
+    asked = (*asked, "--scenarios", str(file), "--display", "none")
+    assert ctcgrpo(*asked, "--out", str(tmp_path / "whole"))[0] == 0
+    file.write_text("\n".join([lines[0], json.dumps(bad), *lines[2:]]))
+    code, _, err = ctcgrpo(*asked, "--out", str(tmp_path / "refused"), "--invalid", "refuse")
+    assert code == 3 and f"{file}, line 2: scenario '{bad['id']}': trust (worst, initial, target)" in err
+    code, out, err = ctcgrpo(*asked, "--out", str(tmp_path / "part"))
+    title = f"eibench task on {file}, without 1 invalid of its 4 records"
+    assert code == 0 and title in " ".join(out.split()), err
+    summary = json.loads((tmp_path / "part" / "summary.json").read_text())
+    assert (summary["skipped"]["count"], summary["skipped"]["records"], summary["score"]["n"]) == (1, 4, 3)
+    assert "line 2" in summary["skipped"]["faults"][0]
+    found = compared([tmp_path / "whole", tmp_path / "part"])
+    assert title in found["title"] and any("data differs" in warning for warning in found["warnings"])
+    assert len(ranked(tmp_path)) == 2
 
 
 def test_a_log_that_cannot_be_read_does_not_block_its_folder(tmp_path: Path) -> None:

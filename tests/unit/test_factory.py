@@ -465,8 +465,19 @@ def test_the_commands(tmp_path: Path, ctcgrpo: Command) -> None:
     write_layout([broken, *records[1:3]], tmp_path / "broken")
     code, out, err = ctcgrpo("scenarios", "validate", str(tmp_path / "broken"))
     assert code == 3 and "support_final.jsonl, line 1: support-train-01: rub_goals.target_anger: is 74" in out
-    assert "2 problems in 1 of 3 records" in err
+    assert "2 problems in 1 of 3 records" in err and "leaves out" not in err
     assert ctcgrpo("scenarios", "validate", str(tmp_path / "broken"), "--loose")[0] == 0
+    broken["worst_case"]["worst_anger_min"] = 0
+    write_layout([*records[1:3], broken], tmp_path / "invalid")
+    told = f"{tmp_path / 'invalid'}: 1 of 3 records are invalid and left out"
+    code, out, err = ctcgrpo("scenarios", "validate", str(tmp_path / "invalid"), "--loose")
+    assert code == 3 and "a run with scenarios.invalid=skip leaves out 1, and trains on 2" in err
+    code, out, err = ctcgrpo("scenarios", "stats", str(tmp_path / "invalid"))
+    assert code == 0 and told in err and "2 scenarios" in out
+    code, out, err = ctcgrpo("scenarios", "gate", str(tmp_path / "invalid"))
+    assert code == 0 and told in err and "2 scenarios pass" in out
+    code, _, err = ctcgrpo("scenarios", "split", str(tmp_path / "invalid"), str(tmp_path / "no"))
+    assert code == 3 and "line 3: scenario 'support-train-01'" in err  # what is written anew leaves nothing out
 
     rng = random.Random(0)
     leak = paraphrased(pack("english", "test")[0], rng, share=0.1) | {"id": "leaked"}

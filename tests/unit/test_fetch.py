@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -138,6 +139,18 @@ def first_line(body: bytes) -> bytes:
     return body[: body.index(b"\n") + 1]
 
 
+def test_one_invalid_record_does_not_refuse_a_data_set(ctcgrpo: Command, published: Path) -> None:
+    file = published / "train" / "repair_final.jsonl"
+    first, rest = file.read_text(encoding="utf-8").split("\n", 1)
+    record = json.loads(first)
+    record["worst_case"]["worst_anger_min"] = 0
+    file.write_text(f"{json.dumps(record)}\n{rest}", encoding="utf-8")
+    code, out, err = ctcgrpo("scenarios", "fetch", "eibench", "--source", str(published), "--yes")
+    assert code == 0, err
+    assert "train: 63 scenarios" in out and "1 of 64 records are invalid and left out" in out
+    assert f"scenario '{record['id']}': worst_case.worst_anger_min is 0" in out
+
+
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
@@ -186,7 +199,7 @@ def test_what_comes_whole_is_taken(ctcgrpo: Command, published: Path, answer: An
     with mirror(published, answer) as url:
         code, out, err = ctcgrpo("scenarios", "fetch", "eibench", "--source", url, "--yes")
     assert code == 0, err
-    assert "train has 64 scenarios, and the published data set 2009: figures on them cannot be compared" in out
+    assert "train has 64 records, and the published data set 2009: figures on them cannot be compared" in out
     assert len(load_scenarios("eibench/test", "test")) == 16
 
 
@@ -214,7 +227,7 @@ def test_the_published_source_has_the_published_number(
     here = dataclasses.replace(fetch.DATASETS["eibench"], source=url)
     monkeypatch.setitem(fetch.DATASETS, "eibench", here)
     code, _, err = ctcgrpo("scenarios", "fetch", "eibench", "--yes")
-    assert code == 3 and "train has 64 scenarios, and the published data set 2009; test has 16" in err
+    assert code == 3 and "train has 64 records, and the published data set 2009; test has 16" in err
     assert not list((tmp_path / "home").iterdir())
     monkeypatch.setitem(fetch.DATASETS, "eibench", dataclasses.replace(here, counts={"train": 64, "test": 16}))
     code, out, err = ctcgrpo("scenarios", "fetch", "eibench", "--yes")

@@ -29,7 +29,8 @@ from ctcgrpo.factory.rules import problems
 from ctcgrpo.factory.sampling import Seed, Wanted, pools, wanted
 from ctcgrpo.factory.storage import write_layout
 from ctcgrpo.records import SCENES
-from ctcgrpo.scenarios import load_scenarios, read_record, read_records
+from ctcgrpo.scenario_format import read_record
+from ctcgrpo.scenarios import load_scenarios, read_records
 from tests.conftest import ROOT, Command
 from tests.fake_writer import FakeWriter
 

@@ -60,14 +60,39 @@ def edit(file: Path, line: int, change: Callable[[dict[str, Any]], object]) -> N
         ("charm", 6, lambda r: r.update(rub_goal=r.pop("rub_goals")), "did you mean 'rub_goals'?"),
     ],
 )  # fmt: skip
-def test_broken_scenarios_stop_a_run_before_it_begins(
+def test_broken_scenarios_stop_a_run_that_refuses_them_before_it_begins(
     ctcgrpo: Command, pack: Path, tmp_path: Path, name: str, line: int, change: Callable[[Any], object], message: str
 ) -> None:
     edit(pack / f"{name}_final.jsonl", line, change)
-    code, _, err = ctcgrpo("train", TINY, f"scenarios.train={pack}", f"run.output_dir={tmp_path / 'out'}")
+    asked = ("train", TINY, f"scenarios.train={pack}", f"run.output_dir={tmp_path / 'out'}", "scenarios.invalid=refuse")
+    code, _, err = ctcgrpo(*asked)
     assert code == 3 and err.startswith("error: ") and err.count("\n") == 1
     assert f"{name}_final.jsonl, line {line}" in err and message in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_leaves_invalid_records_out_and_says_so(ctcgrpo: Command, pack: Path, tmp_path: Path) -> None:
+    file = pack / "support_final.jsonl"
+    edit(file, 3, lambda r: r["worst_case"].update(worst_anger_min=10))
+    file.write_text(f"{file.read_text()}\n{{", encoding="utf-8")
+    command = ["train", TINY, *FAST, f"run.output_dir={tmp_path}", f"scenarios.train={pack}"]
+    command += [f"validation={{scenarios: {pack}, every: 9}}"]
+    code, out, err = ctcgrpo(*command)
+    assert code == 0, err
+    told = f"warning: {pack}: 2 of 65 records are invalid and left out"
+    assert out.count(told) == 2 and "63 scenarios to train on, 63 held out" in out  # of each set once
+    assert f"{file}, line 3: scenario 'support-train-03': worst_case.worst_anger_min is 10" in out
+    assert f"{file}, line 17: not valid JSON" in out
+    data = json.loads((tmp_path / "tiny" / "data.json").read_text())
+    assert len(data["scenarios.train"]) == 63 and list(data["skipped"]) == [f"{file}, line 3", f"{file}, line 17"]
+    summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
+    assert summary["skipped"] == {"scenarios.train": 2, "validation.scenarios": 2}
+    code, out, _ = ctcgrpo("show", str(tmp_path / "tiny"))
+    assert code == 0 and "invalid records that were left out: 2 of scenarios.train, 2 of validation.scenarios" in out
+    shutil.rmtree(tmp_path / "tiny" / "final")
+    file.write_text("\n".join(file.read_text().splitlines()[:-1]), encoding="utf-8")  # what was left out may be removed
+    code, _, err = ctcgrpo(*command)
+    assert code == 0, err
 
 
 @pytest.mark.parametrize(
@@ -97,7 +122,10 @@ def test_broken_json_is_named_with_its_line(ctcgrpo: Command, pack: Path) -> Non
     lines = file.read_text().splitlines()
     lines[4] = lines[4][:-40]
     file.write_text("\n".join(lines))
-    for command in (("train", TINY, f"scenarios.train={pack}"), ("scenarios", "validate", str(pack))):
+    for command in (
+        ("train", TINY, f"scenarios.train={pack}", "scenarios.invalid=refuse"),
+        ("scenarios", "validate", str(pack)),
+    ):
         code, out, err = ctcgrpo(*command)
         assert code == 3 and "support_final.jsonl, line 5: not valid JSON" in (err if command[0] == "train" else out)
 

@@ -14,7 +14,8 @@ import pytest
 
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.records import SCENES, Scenario, UserState
-from ctcgrpo.scenarios import PACKS, load_scenarios, read_record, read_scenarios
+from ctcgrpo.scenario_format import read_record
+from ctcgrpo.scenarios import PACKS, load_scenarios, load_scenes, load_set, read_scenarios
 from ctcgrpo.simulator.protocol import ScenarioCard
 from tests.conftest import SHARED_DATA
 
@@ -234,9 +235,9 @@ def test_all_faults_of_all_records_are_found_at_once(tmp_path: Path, record: dic
     second = changed(changed(changed(record, "id", "b"), "aggressor_profile.opening_line", ""), "defender_profile", None)
     third = changed(changed(record, "id", "c"), "worst_case.worst_anger_min", 1)
     file = write(tmp_path, first, "{", second, third, changed(record, "id", "d"))
-    scenarios, faults = read_scenarios(file)
-    assert [s.id for s in scenarios] == ["d"]
-    assert [(f.place.rpartition(" ")[2], f.field) for f in faults] == [
+    found = read_scenarios(file)
+    assert [s.id for s in found.scenarios] == ["d"] and (found.records, found.skipped) == (5, 4)
+    assert [(f.place.rpartition(" ")[2], f.field) for f in found.faults] == [
         ("1", "title"),
         ("1", "rub_goals.target_anger"),
         ("1", "scene_tag"),
@@ -248,6 +249,59 @@ def test_all_faults_of_all_records_are_found_at_once(tmp_path: Path, record: dic
     ]
     with pytest.raises(ScenarioError, match=rf"line 1: .*\(7 more; `ctcgrpo scenarios validate {file}` lists all\)"):
         load_scenarios(file)
+
+
+def of_ids(record: dict[str, Any], ids: str) -> list[dict[str, Any]]:
+    return [record | {"id": name} for name in ids]
+
+
+def out_of_order(record: dict[str, Any], name: str) -> dict[str, Any]:
+    return changed(record | {"id": name}, "rub_goals.target_trust", 30)
+
+
+def test_a_record_out_of_order_is_left_out_and_reported_with_its_line(tmp_path: Path, record: dict[str, Any]) -> None:
+    file = write(tmp_path, *of_ids(record, "abcd"), out_of_order(record, "e"), '{"id": ')
+    found = load_set(file)
+    assert [s.id for s in found.scenarios] == list("abcd") and (found.records, found.skipped) == (6, 2)
+    told, first, second = found.report()
+    assert told == f"{file}: 2 of 6 records are invalid and left out (skip; refuse stops instead)"
+    assert first.startswith(f"  {file}, line 5: scenario 'e': trust (worst, initial, target) is (10, 40, 30)")
+    assert second.startswith(f"  {file}, line 6: not valid JSON")
+    with pytest.raises(ScenarioError, match=rf"line 5: scenario 'e': trust .*\(1 more; `ctcgrpo scenarios validate {file}`"):
+        load_set(file, invalid="refuse")
+    assert load_set(write(tmp_path, record)).report() == []
+
+
+def test_a_long_report_ends_with_the_command_that_lists_all(tmp_path: Path, record: dict[str, Any]) -> None:
+    bad = [out_of_order(record, f"bad-{k}") for k in range(25)]
+    report = load_set(write(tmp_path, *of_ids(record, "abcdefghijklmnopqrstuvwxyz"), *bad)).report()
+    assert len(report) == 22 and report[-1].startswith("  and 5 more; `ctcgrpo scenarios validate ")
+
+
+def test_what_no_run_can_leave_out(tmp_path: Path, record: dict[str, Any]) -> None:
+    """Two records with one id, the invalid one included; a file without a valid record; more than half of a set."""
+    good = of_ids(record, "abcd")
+    for other in (record | {"id": "a", "title": "Another"}, out_of_order(record, "a")):
+        for records in ([*good, other], [other, *good]):
+            with pytest.raises(ScenarioError, match=r"id 'a' is already used at .*ids must be unique"):
+                load_set(write(tmp_path, *records))
+    assert load_set(write(tmp_path, *good, good[0])).skipped == 1  # a repetition: there is no doubt which is meant
+    half = [out_of_order(record, name) for name in "efgh"]
+    assert len(load_set(write(tmp_path, *good, *half)).scenarios) == 4
+    with pytest.raises(ScenarioError, match="5 of 9 records are invalid, more than half.*the first problem: .*line 5"):
+        load_set(write(tmp_path, *good, *half, out_of_order(record, "i")))
+    write(tmp_path, *good)
+    file = write(tmp_path, "# no", "# JSON", name="notes.jsonl")
+    with pytest.raises(ScenarioError, match=r"notes.jsonl: none of its 2 records is valid") as error:
+        load_set(tmp_path)
+    assert str(error.value).startswith(f"{file}, line 1: not valid JSON")
+
+
+def test_a_scene_that_only_invalid_records_had_is_missed(tmp_path: Path, record: dict[str, Any]) -> None:
+    file = write(tmp_path, *of_ids(record, "ab"), out_of_order(record | {"scene_tag": "repair"}, "c"))
+    assert load_scenes(file, ["support"]).skipped == 1
+    with pytest.raises(ScenarioError, match="asks for repair, which .* has none of; 1 invalid records are left out"):
+        load_scenes(file, ["support", "repair"])
 
 
 @pytest.mark.parametrize(
