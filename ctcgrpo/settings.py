@@ -137,6 +137,7 @@ def trainer_arguments(recipe: Recipe, processes: int) -> GRPOConfig:
         max_grad_norm=training.max_grad_norm,
         **_sharding(recipe),
         bf16=training.bf16,
+        use_cpu=training.bf16 and not torch.accelerator.is_available(),  # else transformers refuses bf16 without a GPU
         beta=training.kl,
         disable_dropout=True,
         logging_steps=updates,

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -305,6 +306,7 @@ class _Run:
             pad_id=tokenizer.pad_token_id,
             stop_ids=ends,
             max_batch=rollout.max_batch,
+            dtype=torch.bfloat16 if rollout.dtype == "bfloat16" else None,
             autocast=trainer.accelerator.autocast,
             interrupted=interrupted,
         )

@@ -2,10 +2,13 @@
 
 Requests under way stand in the first slots of a cache; a step forwards one token of each. A request that begins takes over what a
 slot holds of its prompt, be it the dialogue's last turn or another rollout's opening, and forwards only the rest.
+
+A copy of the model in another type may sample in its place: on a CPU with bfloat16 instructions in little more than half the time.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -60,14 +63,17 @@ class TransformersBatcher(Batcher):
         pad_id: int,
         stop_ids: Iterable[int],
         max_batch: int,
+        dtype: torch.dtype | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`max_batch`: requests under way at once; others wait. `interrupted` ends a step between two layers with RunInterrupted.
-        Raises PolicyError for a model that it cannot serve."""
+        """`max_batch`: requests under way at once; others wait. `dtype`: of a copy of the weights that samples in their place,
+        renewed by `take_weights`; None samples with the model itself, under `autocast`. `interrupted` ends a step between two
+        layers with RunInterrupted. Raises PolicyError for a model that it cannot serve."""
         use_layouts(model)
-        self._model = model
-        self._autocast = autocast
+        self._trained = self._model = model
+        self._dtype = dtype
+        self._autocast = autocast if dtype is None else nullcontext
         self._interrupted = interrupted
         self._pad_id = pad_id
         self._stop_ids = frozenset(stop_ids)
@@ -90,15 +96,26 @@ class TransformersBatcher(Batcher):
         if self.under_way:
             raise PolicyEngineError(f"{self.under_way} requests are under way; weights cannot change beneath them")
         self._forget()
-        self._was_training = self._model.training
+        self._was_training = self._trained.training
+        if self._dtype is not None:
+            self._renew_copy(self._dtype)
         self._model.eval()
 
     def rest(self) -> None:
         self._forget()
-        self._model.train(self._was_training)
+        self._trained.train(self._was_training)
 
     def close(self) -> None:
         self._forget()
+
+    @torch.no_grad()
+    def _renew_copy(self, dtype: torch.dtype) -> None:
+        if self._model is self._trained:
+            self._model = copy.deepcopy(self._trained).requires_grad_(False)
+            for parameter in self._model.parameters():  # buffers keep their type: rotary frequencies need it
+                parameter.data = parameter.data.to(dtype)
+        for ours, theirs in zip(self._model.parameters(), self._trained.parameters(), strict=True):
+            ours.copy_(theirs)
 
     @property
     def under_way(self) -> int:

@@ -371,8 +371,8 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         return [s for s, end in zip(samples, ends, strict=True) if end <= most] or list(samples[:1])
 
     def _refuse_other_logprobs(self, samples: Sequence[TurnSample]) -> None:
-        """Once a run, packed log-probabilities are compared with plain ones: a kernel or a model that sees positions in a way of its
-        own must not train on something else without a word."""
+        """Once a run, packed log-probabilities are compared with plain ones: a kernel or a model that sees positions in a way of
+        its own must not train on something else without a word."""
         self.model_wrapped.train()
         packed, plain = (self.logprobs(self.model_wrapped, samples, packed=packed) for packed in (True, False))
         apart = [abs(a - b) for p, q in zip(packed, plain, strict=True) for a, b in zip(p, q, strict=True)]
