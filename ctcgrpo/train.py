@@ -148,7 +148,6 @@ class _Run:
         self._progress = RunProgress(
             name=recipe.run.name,
             steps=recipe.training.max_steps,
-            episodes_per_step=recipe.scenarios.per_step * recipe.rollout.group_size // processes,
             enabled=self._state.is_main_process,
         )
         on_main(self._state, lambda: stack.enter_context(self._folder.held(self._progress.say)))
@@ -208,6 +207,7 @@ class _Run:
         self._tracker = tracker_of(recipe, is_main=self._state.is_main_process)
         stack.callback(self._tracker.close)
         interrupted = stack.enter_context(interrupts(self._progress.say, self._describe_wait))
+        self._progress.say(f"loading the weights of {recipe.policy.model}")
         self._trainer = self._make_trainer(
             model=model,
             args=arguments,
@@ -420,7 +420,10 @@ class _Run:
             Slot(self._scenarios[row["scenario"]], step, (first + k) // size, (first + k) % size)
             for k, row in enumerate(rows)
         ]
-        return self._play(self._runner, slots, f"step-{step:06d}")
+        self._progress.rollouts(step, len(slots))
+        episodes = self._play(self._runner, slots, f"step-{step:06d}")
+        self._progress.update(step)
+        return episodes
 
     def _play(self, runner: RolloutRunner, slots: Sequence[Slot], name: str) -> list[Episode]:
         write = TraceWriter(self._folder.traces / f"{name}.rank-{self._state.process_index}.jsonl")
@@ -485,6 +488,7 @@ class _Run:
         runner = self._runner.with_play(replace(play_settings(self._recipe), seed=settings.seed, deadline=None))
 
         def play(step: int, slots: Sequence[Slot]) -> list[Episode]:
+            self._progress.validation(len(slots))
             return self._play(runner, slots, f"validation-{step:06d}")
 
         return Validator(

@@ -1,0 +1,101 @@
+"""What a run shows while it runs, with a clock of the test: plain lines, and the live display of a terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from ctcgrpo import progress
+from ctcgrpo.progress import RunProgress
+from ctcgrpo.records import Episode, Failure
+from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.terminal import Terminal
+
+EPISODE = Episode(load_scenarios("english/train")[0], 1, 0, 0, (), 0.1)
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+
+    def pass_time(seconds: float) -> None:
+        now[0] += seconds
+
+    return pass_time
+
+
+def shown(*, terminal: bool) -> tuple[RunProgress, io.StringIO]:
+    out = Screen() if terminal else io.StringIO()
+    return RunProgress(name="q", steps=5, enabled=True, console=Terminal(100, file=out)), out
+
+
+def seen(out: io.StringIO, text: str) -> bool:
+    """Whether the display, which a thread renews, comes to hold it."""
+    deadline = time.perf_counter() + 20
+    while text not in out.getvalue() and time.perf_counter() < deadline:
+        time.sleep(0.05)
+    return text in out.getvalue()
+
+
+def play(run: RunProgress, wait: Callable[[float], None], episodes: int, seconds: float) -> None:
+    for _ in range(episodes):
+        wait(seconds)
+        run.episode(EPISODE)
+
+
+def test_no_part_of_the_first_step_is_silent(wait: Callable[[float], None]) -> None:
+    run, out = shown(terminal=False)
+    run.start(0)
+    run.say("validating after step 0: 8 episodes")
+    run.validation(8)
+    play(run, wait, 8, 6.0)
+    run.rollouts(1, 4)
+    play(run, wait, 4, 10.0)
+    run.update(1)
+    wait(20.0)
+    run.step(1, {"outcome/all": -0.5})
+    assert out.getvalue().splitlines() == [
+        "validating after step 0: 8 episodes",
+        "  3 of 8 episodes",
+        "  6 of 8 episodes",
+        "step 1: 4 episodes to play",
+        "  2 of 4 episodes",
+        "  4 of 4 episodes",
+        "step 1: played in 40 s; updating the policy; the first one of a run also compares log-probabilities",
+        "step 1/5  score -0.500  60.0 s a step, 4 min 0 s left",  # without the 48 s of the validation
+    ]
+    run.rollouts(2, 4)
+    play(run, wait, 4, 10.0)
+    run.update(2)
+    run.step(2, {"outcome/all": math.nan})
+    assert out.getvalue().splitlines()[8:] == ["step 2/5  score -  50.0 s a step, 2 min 30 s left"]
+
+
+def test_a_terminal_shows_the_time_left_also_where_a_step_takes_minutes(wait: Callable[[float], None]) -> None:
+    run, out = shown(terminal=True)
+    run.start(0)
+    run.validation(2)
+    play(run, wait, 2, 30.0)
+    assert seen(out, "validation") and seen(out, "2/2")
+    run.rollouts(1, 4)
+    run.episode(replace(EPISODE, outcome=math.nan, failure=Failure("engine", "gone")))
+    play(run, wait, 2, 60.0)
+    assert seen(out, "3/4") and seen(out, "1 failed"), "a step's episodes are counted without those of the validation"
+    run.update(1)
+    assert seen(out, "  update")
+    run.step(1, {"outcome/all": 0.25})
+    run.stop()
+    assert "8 min 0 s left, score +0.250" in out.getvalue()
