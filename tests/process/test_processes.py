@@ -203,10 +203,11 @@ def test_quickstart_stops_at_ctrl_c_goes_on_and_shows_what_it_learned(tmp_path: 
         "validation.every=50",
         "validation.samples=1",
     ]
-    environment = {**ENVIRONMENT, "CTCGRPO_VENV": sys.prefix}
-    stamp = Path(sys.prefix) / ".installed-dev"
-    if not stamp.exists():
-        pytest.skip("this environment was not made by launch/install.sh, which the script would install into")
+    venv = tmp_path / "venv"  # the one that runs this, as if launch/install.sh had just made it
+    venv.mkdir()
+    (venv / "bin").symlink_to(Path(sys.prefix) / "bin")
+    shutil.copy(ROOT / "pyproject.toml", venv / ".installed-dev")
+    environment = {**ENVIRONMENT, "CTCGRPO_VENV": str(venv)}
     started = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -226,7 +227,14 @@ def test_quickstart_stops_at_ctrl_c_goes_on_and_shows_what_it_learned(tmp_path: 
     assert {"overall", "scenes", "n"} <= summary["before"].keys() & summary["after"].keys()
     assert summary["before"]["n"] == 16 and len(summary["improvement"]["ci95"]) == 2
     assert f"{summary['after']['overall']:+.3f}" in again.stdout
-    for part in ("before: ", "after: ", "charm", "distinct replies", str(tmp_path / "q" / "final")):
+    for part in (
+        "before: ",
+        "after: ",
+        "charm",
+        "distinct replies",
+        str(tmp_path / "q" / "final"),
+        f"report {tmp_path / 'q'}",
+    ):
         assert part in again.stdout, again.stdout
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert finished.returncode == 0 and "is finished" in finished.stdout and "before: " in finished.stdout
