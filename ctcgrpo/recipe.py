@@ -50,7 +50,7 @@ class Lora(Section):
 class Policy(Section):
     """The model that is trained."""
 
-    model: str = Field(description="a model folder or Hub id; builtin/smollm2, builtin/tiny, builtin/starter (policy/)")
+    model: str = Field(description="a model folder or Hub id; builtin/smollm2 or builtin/tiny (ctcgrpo/policy/)")
     revision: str | None = Field(None, description="the branch, tag or commit of a Hub model; the newest where absent")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="the type of the weights when loaded")
     attention: str = Field("sdpa", description="transformers' attn_implementation")

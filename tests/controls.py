@@ -3,7 +3,7 @@
     python -m tests.controls checkpoints/quickstart [checkpoints/ANOTHER ...]
 
 Prints the policy's score beside those of (a) the best constant reply and (b) the best script of one reply for each scene and
-turn, both picked on the training scenarios from what the policy said in training and from what its starter was taught; (c) a
+turn, both picked on the training scenarios from what the policy said in training, before it had learned and towards the end; (c) a
 parrot of the user's line; (d) nonsense around the user's words. For each: the paired difference with its 95 % interval.
 Takes some five minutes a run; several are compared together as well, scenario by scenario. (Picked on the held-out scenarios
 themselves, a script of four lines for four scenarios a scene fits their very words, and says nothing about scripts.)
@@ -16,14 +16,11 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from ctcgrpo.policy.persona import told
-from ctcgrpo.policy.starter.corpus import Situation, short_lessons
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.records import SCENES, Scenario, Scene
 from ctcgrpo.scenarios import load_scenarios
@@ -35,6 +32,8 @@ from tests.dialogue import converse
 
 LANGUAGE = load_language("en")
 MOST_CANDIDATES = 60
+"""Of the first steps, and of the last."""
+_STEPS = 12
 NONSENSE = (
     "The {a} sings to the {b} and my window drinks it.",
     "You know that the {a} and the {b} are two friends of the moon.",
@@ -75,16 +74,16 @@ def script(lines: dict[str, list[str]]) -> Speaker:
 
 
 def candidates(folder: Path) -> list[str]:
-    """What the policy said most towards the end of training, beside whole replies from what its starter was taught."""
-    own: Counter[str] = Counter()
-    for file in sorted(folder.glob("traces/step-*.jsonl"))[-12:]:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            own.update(turn["reply"] for turn in json.loads(line)["turns"])
-    situations = [
-        Situation(s.scene, told(s.policy_persona, None), ("It is late.",)) for s in load_scenarios("english/train")
-    ]
-    taught = [lesson.exchanges[0][1].text for lesson in islice(short_lessons(situations, seed=9), MOST_CANDIDATES)]
-    return [*(text for text, _ in own.most_common(MOST_CANDIDATES) if text), *taught]
+    """What the policy said most in the first steps of training and in the last ones."""
+    files = sorted(folder.glob("traces/step-*.jsonl"))
+    found: dict[str, None] = {}
+    for part in (files[:_STEPS], files[-_STEPS:]):
+        said: Counter[str] = Counter()
+        for file in part:
+            for line in file.read_text(encoding="utf-8").splitlines():
+                said.update(turn["reply"] for turn in json.loads(line)["turns"])
+        found.update(dict.fromkeys(text for text, _ in said.most_common(MOST_CANDIDATES) if text))
+    return list(found)
 
 
 def best_constant(scenarios: Sequence[Scenario], replies: Sequence[str], score: Callable[[Scenario, Speaker], float]) -> str:

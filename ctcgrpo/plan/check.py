@@ -39,7 +39,7 @@ from ctcgrpo.plan.known import cards, published_shapes, shape_of
 from ctcgrpo.plan.memory import GIB, PHASES, Load, MemoryPlan, Shape, memory_plan
 from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.attention import refuse_layouts
-from ctcgrpo.policy.builtin import build_untaught, wheel_of
+from ctcgrpo.policy.builtin import build_builtin, wheel_of
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import check_fits, load_tokenizer, stop_ids
 from ctcgrpo.policy.model_wheel import refuse_unfetchable
@@ -217,7 +217,7 @@ def model(s: Subject) -> Iterator[Finding]:
             "prompts are measured once it is here",
         )
         return
-    path = build_untaught(name, s.folder / "base", s.recipe.run.seed)
+    path = build_builtin(name, s.folder / "base", s.recipe.run.seed, keep=False)
     try:
         config = AutoConfig.from_pretrained(path, revision=s.recipe.policy.revision)
     except (OSError, ValueError) as error:

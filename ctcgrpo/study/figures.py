@@ -2,7 +2,7 @@
 
 All variants of an environment start from the same policy and are validated with the same samples, so they begin at the same
 score, and run k of two variants shares its seed, with it scenarios and sampling: differences are paired by seed. Intervals are over
-seeds: Student's t, and for steps to a score, which need no mean, a bootstrap that draws seeds. They say nothing of other starters.
+seeds: Student's t, and for steps to a score, which need no mean, a bootstrap that draws seeds. They say nothing of other policies.
 """
 
 from __future__ import annotations

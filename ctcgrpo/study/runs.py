@@ -2,8 +2,8 @@
 
 checkpoints/studies/NAME/
     study.json                          what is studied
-    starter/                            the policy that every run begins with, where the recipe names a builtin one
-    runs/ENVIRONMENT/VARIANT/seed-1/    a run's folder, and beside it its log
+    base/                               the policy that every run begins with, where runs build it (builtin/tiny)
+    runs/ENVIRONMENT/VARIANT/seed-1/    a run's folder without its checkpoints and best policy, and beside it its log
     times.json                          what each run took, in seconds
     table.json, curves.svg              what came of it
 """
@@ -15,6 +15,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo.errors import CtcGrpoError, OutputError, RunFailed, RunInterrupted
-from ctcgrpo.files import is_complete, mark_complete, read_json, write_whole
+from ctcgrpo.files import checkpoints, is_complete, mark_complete, read_json, write_whole
 from ctcgrpo.policy.builtin import build_builtin, is_built
 from ctcgrpo.recipe import Recipe, load_recipe, overrides
 from ctcgrpo.run_folder import RunFolder
@@ -49,14 +50,14 @@ def run_study(
     """
     with alone(folder):
         _keep_to(folder, study, recipe)
-        starter = str(folder / "starter") if is_built(recipe.policy.model) else recipe.policy.model
-        recipes = {run: run.recipe(study, folder, starter=starter) for run in study.runs()}
+        policy = str(folder / "base") if is_built(recipe.policy.model) else recipe.policy.model
+        recipes = {run: run.recipe(study, folder, policy=policy) for run in study.runs()}
         left = [run for run, of_run in recipes.items() if not _is_finished(of_run)]
         times = _times(folder)
         say(_plan(study, len(recipes), len(left), times, workers))
         if not left:
             return {}
-        _build(recipe, folder / "starter", say)
+        _build(recipe, folder / "base", say)
         return _run_all({run: recipes[run] for run in left}, folder, times, workers, say)
 
 
@@ -90,7 +91,7 @@ def _curve(run: RunFolder) -> list[tuple[int, float]]:
 def _keep_to(folder: Path, study: Study, recipe: Recipe) -> None:
     file = folder / "study.json"
     asked = json.loads(study.model_dump_json(exclude={"seconds", "description"}))
-    asked["starter"] = [recipe.policy.model, recipe.run.seed]
+    asked["policy"] = [recipe.policy.model, recipe.run.seed]
     asked["texts"] = _texts(study)
     if file.exists() and (before := read_json(file)) != asked:
         before = before if isinstance(before, dict) else {}
@@ -218,6 +219,9 @@ def _train(recipe: Recipe, log: Path) -> float:
             traceback.print_exc()
             told = str(error) if isinstance(error, CtcGrpoError) else f"{type(error).__name__}: {error}"
             raise RunFailed(told) from None
+        run = RunFolder(recipe.folder)
+        for weights in (*checkpoints(run.path).values(), run.best):  # gigabytes a run, and a study reads none of them
+            shutil.rmtree(weights, ignore_errors=True)
         return time.monotonic() - started
 
 

@@ -94,13 +94,13 @@ class Run:
     def folder(self, study: Path) -> Path:
         return study / RUNS / self.name
 
-    def recipe(self, study: Study, folder: Path, *, starter: str) -> Recipe:
-        """The run's recipe, under the study's folder."""
+    def recipe(self, study: Study, folder: Path, *, policy: str) -> Recipe:
+        """The run's recipe, under the study's folder; `policy` is the path or Hub id that every run begins with."""
         place = {
             "run.seed": self.seed,
             "run.name": f"seed-{self.seed}",
             "run.output_dir": str(folder / RUNS / self.environment / self.variant),
-            "policy.model": starter,
+            "policy.model": policy,
         }
         changes = {**study.environments[self.environment], **study.variants[self.variant], **place}
         return load_recipe(study.program, changes=overrides(changes))

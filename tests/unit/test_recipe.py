@@ -56,6 +56,18 @@ def test_published_settings() -> None:
     assert changed == ["run.name: qwen3_8b -> qwen3_8b_group", "credit.centering: rollout -> group"]
 
 
+def test_the_quickstart_is_the_longer_run_cut_short() -> None:
+    longer, short = (
+        load_recipe(ROOT / "recipes" / f"{name}.yaml").model_dump(mode="json") for name in ("smollm2", "quickstart")
+    )
+    assert differences(longer, short) == [
+        "run.name: smollm2 -> quickstart",
+        "training.max_steps: 40 -> 16",
+        "training.save_every: 10 -> 8",
+        "validation.every: 10 -> 16",
+    ]
+
+
 def test_overrides() -> None:
     recipe = load_recipe(TINY, ["credit.alpha=10", "training.learning_rate=1e-6", "policy.lora.rank=4", "run.name=other"])
     assert (recipe.credit.alpha, recipe.training.learning_rate, recipe.run.name) == (10.0, 1e-6, "other")

@@ -23,6 +23,7 @@ from ctcgrpo.records import SCENES
 from ctcgrpo.report import page as pages
 from ctcgrpo.report.page import figures_of, write_report
 from ctcgrpo.report.reading import read_run
+from ctcgrpo.scenarios import load_scenarios
 from tests.conftest import ROOT, Command
 from tests.unit.test_run import FAST, TINY
 
@@ -388,7 +389,7 @@ CHARTS = """() => [...document.querySelectorAll("svg.chart")].map(svg => {
 @pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed")
 def test_five_thousand_episodes_open_quickly(browser: Any, tmp_path: Path) -> None:
     """The page says how long it took; that is printed, and held to nothing but its size and that it is whole."""
-    corpus = (ROOT / "ctcgrpo" / "policy" / "starter" / "english" / "nouns.txt").read_text().split()
+    corpus = sorted({word for s in load_scenarios("english/train") for word in s.user_persona.split()})
     episodes = []
     for group in range(625):
         for rollout in range(8):

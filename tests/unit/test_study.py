@@ -50,8 +50,8 @@ def written(file: Path, **changes: Any) -> Path:
 def test_the_shipped_study_is_what_it_says() -> None:
     study, recipe = load_study(ROOT / "configs" / "studies" / "credit.yaml")
     assert len(study.runs()) == 2 * 8 * 5 and study.primary == "area"
-    recipes = {run: run.recipe(study, Path("out"), starter="starter") for run in study.runs()}
-    assert len({r.folder for r in recipes.values()}) == 80 and all(r.policy.model == "starter" for r in recipes.values())
+    recipes = {run: run.recipe(study, Path("out"), policy="base") for run in study.runs()}
+    assert len({r.folder for r in recipes.values()}) == 80 and all(r.policy.model == "base" for r in recipes.values())
     assert {r.run.seed for r in recipes.values()} == {1, 2, 3, 4, 5}
     by_variant = {(run.environment, run.variant): r for run, r in recipes.items()}
     assert by_variant["prompt", "outcome_only"].credit.alpha == 0
@@ -184,6 +184,9 @@ def test_a_study_is_killed_and_goes_on(tmp_path: Path, ctcgrpo: Command, monkeyp
             "a finished run ran again"
         )
 
+    kept = {path.name for path in (out / "s" / "runs" / "prompt" / "rollout" / "seed-1").iterdir() if path.is_dir()}
+    assert kept == {"final", "traces"}, "a study keeps no weights but the last ones"
+
     study, as_it_stands = load_study(file)
     curves = found_curves(study, out / "s")["prompt"]
     assert set(curves) == {"outcome_only", "rollout"} and curves["rollout"].steps.tolist() == [0, 1, 2]
@@ -196,7 +199,7 @@ def test_a_study_is_killed_and_goes_on(tmp_path: Path, ctcgrpo: Command, monkeyp
     assert code == 2 and "did you mean 'rollout'" in problem
 
     alone = tmp_path / "alone"
-    given = [f"policy.model={out / 's' / 'starter'}", f"run.output_dir={alone}", "run.name=seed-2", "run.seed=2"]
+    given = [f"policy.model={out / 's' / 'base'}", f"run.output_dir={alone}", "run.name=seed-2", "run.seed=2"]
     code, _, problem = ctcgrpo("train", str(program), *given)
     assert code == 0, problem
     ours = (out / "s" / "runs" / "prompt" / "rollout" / "seed-2" / "final" / "model.safetensors").read_bytes()
@@ -209,10 +212,10 @@ def test_a_study_is_killed_and_goes_on(tmp_path: Path, ctcgrpo: Command, monkeyp
         found_curves(study, out / "s")
     simulator.write_text(said)
     (out / "s" / "runs" / "prompt" / "rollout" / "seed-1" / "final" / "COMPLETE").unlink()
-    shutil.rmtree(out / "s" / "starter")
-    (out / "s" / "starter").mkdir()
-    (out / "s" / "starter" / "notes.txt").write_text("no model")
-    mark_complete(out / "s" / "starter")
+    shutil.rmtree(out / "s" / "base")
+    (out / "s" / "base").mkdir()
+    (out / "s" / "base" / "notes.txt").write_text("no model")
+    mark_complete(out / "s" / "base")
     failed = run_study(study, as_it_stands, out / "s")
     assert list(failed) == ["prompt/rollout/seed-1"]
     log = (out / "s" / "runs" / "prompt" / "rollout" / "seed-1.log").read_text()
