@@ -20,23 +20,25 @@ done
 bin="${CTCGRPO_VENV:-.venv}/bin"
 cores=$(getconf _NPROCESSORS_ONLN)
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cores}"
+precision=""
+if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
+  precision="rollout.dtype=bfloat16 training.bf16=true"
+fi
 if [ -f "$folder/$name/final/COMPLETE" ]; then
   echo "$folder/$name is finished; remove it to train again"
 else
-  if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
-    echo "this processor has bfloat16 instructions: adding rollout.dtype=bfloat16 training.bf16=true"
-    set -- rollout.dtype=bfloat16 training.bf16=true "$@"
-  fi
+  [ -z "$precision" ] || echo "this processor has bfloat16 instructions: adding $precision"
   echo "training: 16 steps, 10 to 20 minutes on two cores and less on more (this machine has $cores); each step says the time left"
-  "$bin/ctcgrpo" train recipes/quickstart.yaml "$@"
+  # shellcheck disable=SC2086  # two overrides
+  "$bin/ctcgrpo" train recipes/quickstart.yaml $precision "$@"
 fi
 "$bin/ctcgrpo" show "$folder/$name"
 cat <<NEXT
 
 next
-  $bin/ctcgrpo chat --instructions short            talk to the simulated user yourself
-  $bin/ctcgrpo report $folder/$name                 every dialogue, credit and curve as one HTML page
-  ./launch/install.sh eval                          what evaluations need, then
-  $bin/ctcgrpo evaluate $folder/$name               base and trained policy on the benchmark, with intervals
-  $bin/ctcgrpo train recipes/smollm2.yaml           the longer run: 40 steps
+  talk to the simulated user yourself     $bin/ctcgrpo chat --instructions short
+  all dialogues and curves in a page      $bin/ctcgrpo report $folder/$name
+  what evaluations need                   ./launch/install.sh eval
+  the benchmark, before and after         $bin/ctcgrpo evaluate $folder/$name
+  the longer run, 40 steps                $bin/ctcgrpo train recipes/smollm2.yaml $precision
 NEXT
