@@ -6,13 +6,21 @@ import math
 import time
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from ctcgrpo.records import Episode
 from ctcgrpo.terminal import Terminal
 
 _QUIET_SECONDS = 15.0
 """How long plain lines may be away while the first step, which nobody knows the time of yet, is played."""
+
+
+class _Done(MofNCompleteColumn):
+    """How much of a part is done, where it is known."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
 
 
 class RunProgress:
@@ -38,7 +46,7 @@ class RunProgress:
             self._live = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                MofNCompleteColumn(),
+                _Done(),
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[note]}"),
                 console=self._console,

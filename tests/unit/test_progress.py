@@ -95,7 +95,7 @@ def test_a_terminal_shows_the_time_left_also_where_a_step_takes_minutes(wait: Ca
     play(run, wait, 2, 60.0)
     assert seen(out, "3/4") and seen(out, "1 failed"), "a step's episodes are counted without those of the validation"
     run.update(1)
-    assert seen(out, "  update")
+    assert seen(out, "  update") and "/?" not in out.getvalue()
     run.step(1, {"outcome/all": 0.25})
     run.stop()
     assert "8 min 0 s left, score +0.250" in out.getvalue()
