@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -22,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import typer.main
 
 from ctcgrpo import cli
 from ctcgrpo.files import COMPLETE, file_digest, mark_complete
@@ -52,12 +55,17 @@ class Ran:
         return f"{self.out}\n{self.err}"
 
 
+_get_command = functools.cache(typer.main.get_command)
+"""Typer builds all commands anew for each call, which takes longer than most readers do."""
+
+
 def run(*arguments: str) -> Ran:
     """The `ctcgrpo` command in this process; `trace` is the traceback of what escaped it."""
     out, err = io.StringIO(), io.StringIO()
     code, trace = 0, ""
     with (
         mock.patch.object(sys, "argv", ["ctcgrpo", *arguments]),
+        mock.patch.object(typer.main, "get_command", _get_command),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
@@ -287,6 +295,7 @@ def read_run_files(tries: Tries) -> None:
         if time.monotonic() > tries.deadline:
             tries.notes.append(f"time was up after {k} of {tries.mutations} mutations")
             break
+        tries.progress(k)
         rng = tries.rng("run-files", k)
         name = rng.choices(list(references), [READERS[name].weight for name in references])[0]
         reader = READERS[name]
