@@ -73,6 +73,7 @@ class _Summary(BaseModel):
     scenarios: dict[str, float]
     group_of: dict[str, str]
     failed: int
+    failures: dict[str, int]
 
 
 def figures(values: Sequence[tuple[str, float]]) -> dict[str, Any]:
@@ -167,7 +168,19 @@ def read_summary(folder: Path) -> dict[str, Any]:
         require_folder(folder)
         raise OutputError(f"{folder} holds no {SUMMARY}: no finished evaluation{_evaluations_in(folder)}")
     summary = read_json(file)
-    needed = ("bench", "model", "other", "task", "generation", "score", "groups", "scenarios", "group_of", "failed")
+    needed = (
+        "bench",
+        "model",
+        "other",
+        "task",
+        "generation",
+        "score",
+        "groups",
+        "scenarios",
+        "group_of",
+        "failed",
+        "failures",
+    )
     if (
         not isinstance(summary, dict)
         or summary.get("bench") not in BENCHES
@@ -186,7 +199,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_contradiction(summary: _Summary) -> None:
-    """Raises ValueError where means are not those of the scenarios in the same file."""
+    """Raises ValueError where means and intervals are not those of the scenarios in the same file, or `failed` is not the sum of
+    `failures`."""
     if lacking := next((name for name in summary.scenarios if name not in summary.group_of), None):
         raise ValueError(f"group_of lacks scenario {lacking!r}")
     scores: dict[str, list[float]] = {group: [] for group in summary.groups}
@@ -199,6 +213,11 @@ def _refuse_contradiction(summary: _Summary) -> None:
         if found is None or found.n != len(values) or not same(found.mean, mean):
             told = None if found is None else found.mean
             raise ValueError(f"{name}.mean = {told}; the mean of its {len(values)} scenarios is {mean}")
+        spread = interval(values) if len(values) > 1 else (None, None)
+        if not all(map(same, found.ci95 or (None, None), spread)):
+            raise ValueError(f"{name}.ci95 = {found.ci95}; expected {spread} by its {len(values)} scenarios")
+    if summary.failed != (expected := sum(summary.failures.values())):
+        raise ValueError(f"failed = {summary.failed}; the sum of failures is {expected}")
 
 
 def _evaluations_in(folder: Path) -> str:

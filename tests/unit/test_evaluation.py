@@ -650,6 +650,16 @@ def test_comparison_is_paired_and_shown(tmp_path: Path, ctcgrpo: Command) -> Non
         ("summary.json", lambda text: text.replace('"mean": -0.3', '"mean": NaN, "x": -0.3', 1), "score.mean = nan"),
         ("summary.json", lambda text: text.replace('"a1": "a"', '"a2": "a"'), "group_of lacks scenario 'a1'"),
         ("summary.json", lambda text: text.replace('"a1": -0.4', '"a1": -0.1'), "the mean of its 2 scenarios is -0.15"),
+        (
+            "summary.json",
+            lambda text: text.replace("      -0.4,", "      -1.4,", 1),
+            "score.ci95 = (-1.4, -0.2); expected (-0.4, -0.2)",
+        ),
+        (
+            "summary.json",
+            lambda text: text.replace('\n  "failed": 0', '\n  "failed": 7'),
+            "failed = 7; the sum of failures is 0",
+        ),
         ("summary.json", lambda text: text.replace('"task": {', '"task": 3, "x": {'), "task = 3"),
         ("summary.json", lambda text: text.replace('"generation": {', '"generation": 3, "x": {'), "generation = 3"),
         ("summary.json", lambda text: text.replace('"generation": {', '"x": {'), "it lacks generation"),
