@@ -54,7 +54,7 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
     recipe = resolved_recipe(folder.recipe_file)
     source = _source(folder, which)
     card = model_card(recipe, _summary(folder, recipe), which=which)
-    base = str(folder.base) if recipe.policy.model.startswith("builtin/") else recipe.policy.model
+    base = folder.starting_policy(recipe)
     try:
         trained = _trained(source, base, recipe.policy.revision, dtype)
         tokenizer = AutoTokenizer.from_pretrained(

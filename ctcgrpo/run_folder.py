@@ -2,7 +2,7 @@
 
 checkpoints/RUN/
     recipe.yaml       the resolved recipe
-    base/             the starting policy, where the recipe has it built
+    base/             the starting policy, where the recipe has it built; with COMPLETE
     metrics.jsonl     one line a step
     simulator.json    who plays the user
     data.json         digests of the scenarios, of a local model's files and of a chat template's
@@ -90,6 +90,15 @@ class RunFolder:
     @property
     def final(self) -> Path:
         return self.path / "final"
+
+    def starting_policy(self, recipe: Recipe) -> str:
+        """The model that training starts from: base/ where the run built it, else as the recipe names it. Raises OutputError where
+        base/ is not as it was built."""
+        if not recipe.policy.model.startswith("builtin/"):
+            return recipe.policy.model
+        if (lacks := missing_in(self.base)) is not None:
+            raise OutputError(f"{self.base}: {lacks}; restore the folder, or start another run with run.name=NAME")
+        return str(self.base)
 
     @contextlib.contextmanager
     def held(self, say: Callable[[str], None]) -> Iterator[None]:

@@ -293,13 +293,14 @@ class _Run:
         return ContinuousEngine(batcher, interrupted=interrupted)
 
     def _build_policy(self) -> str:
-        """A builtin policy is built anew for a run that starts, and taken as it is by one that goes on."""
+        """A builtin policy is built for a run that starts; one that resumes takes what was built, unless that was removed."""
         check_model(self._recipe.policy.model, "policy.model")
+        if self._resume is not None and self._recipe.policy.model.startswith("builtin/") and self._folder.base.exists():
+            return str(Path(self._folder.starting_policy(self._recipe)).resolve())
         return build_builtin(
             pinned(self._recipe.policy.model, self._recipe.policy.revision),
             self._folder.base.resolve(),
             self._recipe.run.seed,
-            keep=self._resume is not None,
             say=self._progress.say,
         )
 

@@ -32,7 +32,7 @@ def evaluations_of(
         del played["simulator"]
     if "scenarios" not in played:
         raise RecipeError(f"{folder.recipe_file} has no validation section; say what to evaluate on with --scenarios")
-    base = str(folder.base) if recipe.policy.model.startswith("builtin/") else recipe.policy.model
+    base = folder.starting_policy(recipe)
     return {
         name: Evaluation(
             bench="eibench",

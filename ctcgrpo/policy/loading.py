@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyError
+from ctcgrpo.files import mark_complete
 from ctcgrpo.hub import hub_reason
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.policy.chat_template import end_of_turn
@@ -48,16 +49,16 @@ def loading_weights(what: str) -> Iterator[None]:
         raise PolicyError(f"{what}: its weights have other sizes than its config.json says") from None
 
 
-def build_builtin(model: str, folder: Path, seed: int, *, keep: bool, say: Callable[[str], None] = lambda _: None) -> str:
-    """The path or Hub id of a policy; one that comes with this package is built in `folder` first, unless it is to keep
-    the one that is there. `say` hears how far it is. Raises PolicyError for a builtin policy that does not exist."""
+def build_builtin(model: str, folder: Path, seed: int, *, say: Callable[[str], None] = lambda _: None) -> str:
+    """The path or Hub id of a policy; one that comes with this package is built in `folder` first, which is then marked complete.
+    `say` hears how far it is. Raises PolicyError for a builtin policy that does not exist."""
     if not model.startswith(_BUILTIN):
         return model
     name = model.removeprefix(_BUILTIN)
     if name not in BUILDERS:
         raise PolicyError(f"policy.model is {model!r}; {did_you_mean(model, [_BUILTIN + known for known in BUILDERS])}")
-    if not (keep and (folder / "config.json").exists()):
-        BUILDERS[name](folder, seed, say)
+    BUILDERS[name](folder, seed, say)
+    mark_complete(folder)
     return str(folder)
 
 
@@ -91,7 +92,7 @@ def _starter(folder: Path, seed: int, say: Callable[[str], None]) -> None:
 def build_untaught(model: str, folder: Path, seed: int) -> str:
     """As `build_builtin`, in a moment: a policy of the same shape, with the same tokenizer, that has learned nothing."""
     if model != f"{_BUILTIN}starter":
-        return build_builtin(model, folder, seed, keep=False)
+        return build_builtin(model, folder, seed)
     for part in untaught_starter(_situations(), seed):
         part.save_pretrained(folder)
     return str(folder)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo.errors import CtcGrpoError, OutputError, RunFailed, RunInterrupted
-from ctcgrpo.files import is_complete, mark_complete, read_json, write_whole
+from ctcgrpo.files import is_complete, read_json, write_whole
 from ctcgrpo.recipe import Recipe, load_recipe, overrides
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import read_records
@@ -142,8 +142,7 @@ def _build(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
 
     model, seed = recipe.policy.model, recipe.run.seed
     if model.startswith("builtin/") and not is_complete(folder):
-        build_builtin(model, folder, seed, keep=False, say=say)
-        mark_complete(folder)
+        build_builtin(model, folder, seed, say=say)
 
 
 # --- the processes ---------------------------------------------------------------------------------------------------------------
