@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Callable
@@ -129,6 +130,11 @@ def test_a_run_with_a_pickle_in_its_checkpoint_does_not_resume(ctcgrpo: Command,
         ("optimizer.pt", lambda data: data[: len(data) // 2], "a file is damaged"),
         ("rng_state.pth", lambda data: data[:-500], "a file is damaged"),
         ("scheduler.pt", lambda data: b"", "a file is damaged"),
+        ("scheduler.pt", lambda data: bytes(len(data)), "a file is damaged"),
+        ("scheduler.pt", lambda data: saved({"last_epoch": "x"}), "a file is damaged"),
+        ("optimizer.pt", lambda data: saved([1, 2]), "a file is damaged"),
+        ("optimizer.pt", lambda data: saved({"state": {}, "param_groups": []}), "a file is damaged"),
+        ("rng_state.pth", lambda data: saved({"python": 1}), "a file is damaged"),
         ("config.json", lambda data: bytes(len(data)), "config.json: cannot be read"),
         ("config.json", lambda data: b"[]", "config.json: expected a JSON object"),
         ("trainer_state.json", lambda data: b"[]", "trainer_state.json: cannot be read"),
@@ -145,6 +151,12 @@ def test_a_damaged_checkpoint_that_is_marked_complete_is_named(
     mark_complete(checkpoint)
     code, _, err = ctcgrpo("train", TINY, *FAST, f"run.output_dir={tmp_path}", "training.max_steps=2")
     assert code == 6 and problem in err and str(checkpoint) in err, err
+
+
+def saved(value: object) -> bytes:
+    out = io.BytesIO()
+    torch.save(value, out)
+    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
