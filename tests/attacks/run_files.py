@@ -207,15 +207,15 @@ READERS: Mapping[str, Reader] = {
         8,
     ),
     "noise": Reader(_noise, ("recipe.yaml", "traces/*.jsonl"), 2),
-    "export": Reader(_export("final"), ("recipe.yaml", "summary.json", *(f"final/{name}" for name in _WEIGHTS)), 4),
+    "export": Reader(_export("final"), ("recipe.yaml", "summary.json", *(f"final/{name}" for name in _WEIGHTS), "base/*"), 4),
     "export best": Reader(_export("best"), ("best/STEP", *(f"best/{name}" for name in _WEIGHTS)), 2),
-    "evaluate": Reader(_evaluate, ("recipe.yaml", *(f"final/{name}" for name in _WEIGHTS), "base/model.safetensors"), 0.4),
+    "evaluate": Reader(_evaluate, ("recipe.yaml", *(f"final/{name}" for name in _WEIGHTS), "base/*"), 0.4),
     "leaderboard": Reader(_leaderboard, ("evaluations/*/*.json", "evaluations/*/*.jsonl"), 4),
     "compare": Reader(_compare, ("evaluations/*/*.json", "evaluations/*/*.jsonl"), 4),
     "resume": Reader(
         _resume,
         ("recipe.yaml", "metrics.jsonl", "validation.jsonl", "simulator.json", "data.json", "sharding.json", "best/STEP",
-         "best/COMPLETE", "best/model.safetensors", "base/config.json", "checkpoint-1/*", "summary.json"),
+         "best/COMPLETE", "best/model.safetensors", "base/*", "checkpoint-1/*", "summary.json"),
         0.8,
     ),
 }  # fmt: skip
