@@ -167,7 +167,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     if not file.exists():
         require_folder(folder)
         raise OutputError(f"{folder} holds no {SUMMARY}: no finished evaluation{_evaluations_in(folder)}")
-    summary = read_json(file)
+    found = read_json(file)
+    summary: dict[str, Any] = found if isinstance(found, dict) else {}
     needed = (
         "bench",
         "model",
@@ -181,12 +182,10 @@ def read_summary(folder: Path) -> dict[str, Any]:
         "failed",
         "failures",
     )
-    if (
-        not isinstance(summary, dict)
-        or summary.get("bench") not in BENCHES
-        or (missing := [n for n in needed if n not in summary])
-    ):
-        lacks = f" (it lacks {missing[0]})" if isinstance(summary, dict) and summary.get("bench") in BENCHES else ""
+    known = isinstance(bench := summary.get("bench"), str) and bench in BENCHES
+    missing = [name for name in needed if name not in summary]
+    if not known or missing:
+        lacks = f" (it lacks {missing[0]})" if known else ""
         hint = _evaluations_in(folder) or "; `ctcgrpo evaluate` writes those"
         raise OutputError(f"{file} is no summary of an evaluation{lacks}{hint}")
     try:

@@ -645,6 +645,7 @@ def test_comparison_is_paired_and_shown(tmp_path: Path, ctcgrpo: Command) -> Non
     [
         ("summary.json", lambda text: text[:200], "cannot be read"),
         ("summary.json", lambda text: "[]", "is no summary"),
+        ("summary.json", lambda text: text.replace('"bench": "eibench"', '"bench": {}'), "is no summary"),
         ("summary.json", lambda text: "[" * 9000, "cannot be read"),
         ("summary.json", lambda text: text.replace('"mean": -0.3', '"mean": 0.3', 1), "score.mean = 0.3"),
         ("summary.json", lambda text: text.replace('"mean": -0.3', '"mean": NaN, "x": -0.3', 1), "score.mean = nan"),
