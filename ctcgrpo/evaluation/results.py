@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.benches import BENCHES, Bench
@@ -35,6 +35,7 @@ class Line:
     text: str
     state: Mapping[str, float] = field(default_factory=dict)
     why: str = ""
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,10 @@ class Result:
     failure: tuple[str, str] | None = None
     lines: tuple[Line, ...] = ()
     tokens: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+_RESULT = TypeAdapter(Result)
 
 
 class _Figures(BaseModel):
@@ -232,18 +237,17 @@ def read_results(folder: Path) -> list[Result]:
     for place, row in read_json_lines(file):
         try:
             results.append(_result(row))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise OutputError(f"{place}: no result of an evaluation: {type(error).__name__}: {error}") from None
+        except ValueError as error:
+            problem = explained(error) if isinstance(error, ValidationError) else error
+            raise OutputError(f"{place}: no result of an evaluation: {problem}") from None
     if twice := [key for key, n in Counter((r.scenario, r.repeat) for r in results).items() if n > 1]:
         raise OutputError(f"{file}: duplicate dialogue of scenario {twice[0][0]!r}, repeat {twice[0][1]}")
     return results
 
 
 def _result(row: dict[str, Any]) -> Result:
-    row["lines"] = tuple(Line(**line) for line in row["lines"])
-    row["failure"] = tuple(row["failure"]) if row["failure"] is not None else None
-    row["tokens"] = {role: tuple(pair) for role, pair in row["tokens"].items()}
-    result = Result(**row)
+    """Raises ValueError, ValidationError being one, for what is no result."""
+    result = _RESULT.validate_python(row)
     if result.failure is None and not math.isfinite(result.score or 0.0):
         raise ValueError(f"score = {result.score}; expected a finite number")
     if (result.score is None) != (result.failure is not None):
