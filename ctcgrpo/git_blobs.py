@@ -58,8 +58,9 @@ def listed_by_clone(place: Path, commit: str) -> dict[str, str] | None:
     try:
         entries = subprocess.run(
             ["git", "-C", str(place), "ls-tree", "-r", "-z", "--full-tree", commit],
-            # Nothing is downloaded, and no object stands in for another (git replace).
-            env={**os.environ, "GIT_NO_LAZY_FETCH": "1", "GIT_NO_REPLACE_OBJECTS": "1"},
+            # No transport is allowed: a partial clone would run commands of its own configuration to fetch what it lacks. And no
+            # object stands in for another (git replace).
+            env={**os.environ, "GIT_ALLOW_PROTOCOL": "none", "GIT_NO_REPLACE_OBJECTS": "1"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_PATIENCE,

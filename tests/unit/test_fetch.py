@@ -415,6 +415,27 @@ def test_a_folder_is_compared_where_it_is_in_a_clone(
     assert "test/repair_final.jsonl is not that of the commit: git blob id = " in source
 
 
+def test_a_partial_clone_is_listed_without_its_commands(tmp_path: Path) -> None:
+    def git(*command: str) -> str:
+        found = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "protocol.file.allow=always", *command]
+        return subprocess.run(found, capture_output=True, check=True, text=True).stdout.strip()
+
+    whole, part, ran = tmp_path / "whole", tmp_path / "part", tmp_path / "ran"
+    git("init", "-q", str(whole))
+    (whole / "file").write_text("x")
+    git("-C", str(whole), "add", ".")
+    git("-C", str(whole), "commit", "-qm", "x")
+    git("-C", str(whole), "config", "uploadpack.allowFilter", "true")
+    git("-C", str(whole), "config", "uploadpack.allowAnySHA1InWant", "true")
+    git("clone", "-q", "--no-checkout", "--filter=tree:0", f"file://{whole}", str(part))
+    git("-C", str(part), "config", "remote.origin.uploadpack", f"touch {ran}; git-upload-pack")
+    commit = git("-C", str(part), "rev-parse", "HEAD")
+    assert git_blobs.listed_by_clone(part, commit) is None and not ran.exists()
+    assert list(git_blobs.listed_by_clone(whole, commit) or ()) == ["file"]
+    git("-C", str(part), "ls-tree", commit)
+    assert ran.exists()  # so git runs it, where nobody forbids it
+
+
 def test_another_url_is_said_not_to_be_compared(ctcgrpo: Command, url: str, tmp_path: Path) -> None:
     code, out, err = ctcgrpo("scenarios", "fetch", "eibench", "--source", url, "--yes")
     assert code == 0, err
