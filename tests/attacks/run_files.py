@@ -123,12 +123,13 @@ def _same(a: Any, b: Any) -> bool:
 
 def _show(folder: Path, out: Path) -> tuple[Ran, Any]:
     ran = run("show", str(folder))
-    return ran, _scores(_without_dialogues(ran.out))
+    return ran, _scores(table_rows(ran.out))
 
 
-def _without_dialogues(text: str) -> str:
-    """The lines of tables and sums: a dialogue that was left out makes another one the typical one."""
-    return "\n".join(line for line in text.splitlines() if not re.search(r"anger|trust", line))
+def table_rows(text: str) -> str:
+    """The lines of tables and sums, sorted: the order of scenes in a file is no figure. No dialogues: one that is damaged makes
+    another one the typical one."""
+    return "\n".join(sorted(line for line in text.splitlines() if not re.search(r"anger|trust", line)))
 
 
 def _report(folder: Path, out: Path) -> tuple[Ran, Any]:
