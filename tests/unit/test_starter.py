@@ -106,7 +106,7 @@ def test_building_it_is_reproducible_and_a_seed_makes_another(tmp_path: Path, mo
     random.seed(1)
     state = torch.get_rng_state()
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        build_builtin("builtin/starter", tmp_path / folder, seed, keep=False, say=heard.append)
+        build_builtin("builtin/starter", tmp_path / folder, seed, say=heard.append)
         random.random(), torch.rand(1)
     torch.set_rng_state(state)
     a, b, c = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in "abc")
@@ -117,7 +117,7 @@ def test_building_it_is_reproducible_and_a_seed_makes_another(tmp_path: Path, mo
     builder = ContextBuilder(tokenizer, stop_ids=stop, max_prompt_tokens=288, persona_sections=STARTER_SECTIONS)
     builder.check([*load_scenarios("english/train"), *load_scenarios("english/test", "test")])
     with pytest.raises(PolicyError, match="builtin/startr.*did you mean.*builtin/starter"):
-        build_builtin("builtin/startr", tmp_path / "d", 0, keep=False)
+        build_builtin("builtin/startr", tmp_path / "d", 0)
 
 
 def test_what_a_policy_is_told_of_its_role() -> None:
