@@ -17,9 +17,10 @@ One ANSWERS file holds all answers of one reader, JSON lines in either form:
 training, each with its 95 % interval (Wilson). The intervals treat pairs and lines as independent; those of one scenario are
 not. The exit status is 1 where an answer is malformed (FILE, line: what is wrong) or missing.
 
-Dialogues end with the last reply of the policy: the user's answer to it would show what the user, whose judgement was trained
-against, made of it. Runs with the same `validation.seed` share their untrained dialogues, and a reader who meets one of them
-again may recognise it: with several seeds, write one folder for each run, and give each to a reader who has seen no other.
+Dialogues end with the last reply of the policy: the user's answer to it would show what the user, whose judgement was
+trained against, made of it. The user's lines in between depend on that judgement too; the sheets ask not to go by them. Runs
+with the same `validation.seed` share their untrained dialogues, and a reader who meets one of them again may recognise it:
+with several seeds, write one folder for each run, each with another --seed, and give each to a reader who has seen no other.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ quotation marks are addressed to the one whom they describe. A dialogue ends wit
 other.
 
 Prefer the dialogue in which Person 1 answers what was said, makes sense, and speaks as a sincere person would who is in this
-situation. Grammar and length matter as much as they would to you in a conversation. Choose "tie" where neither is better.
+situation. Grammar and length matter as much as they would to you in a conversation. Judge by what Person 1 says, not by how
+Person 2 takes it. Choose "tie" where neither is better.
 
 Answer with one JSON object a line, for all of the {n} pairs:
 
@@ -43,7 +44,7 @@ _LINES_HEAD = """\
 
 Each dialogue shows one situation and what was said in it. Judge the numbered lines, which are those of Person 1: would this line
 pass as said by a sincere person in this situation, at this place in the dialogue? Texts in quotation marks are addressed to the one
-whom they describe. Judge each dialogue for itself.
+whom they describe. Judge each line by itself, not by how Person 2 takes it.
 
 Answer with one JSON object a line, for all of the {n} lines:
 
