@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import TrainerState
 
-from ctcgrpo.errors import OutputError
+from ctcgrpo.errors import CtcGrpoError, OutputError
 from ctcgrpo.files import parse_json
 
-_DAMAGED = ("PytorchStreamReader", "Invalid argument", "invalid magic number", "unexpected EOF")
-"""What torch.load says of a file that is cut or overwritten."""
+_RESTORING = ("load_state_dict", "_load_rng_state")
+"""Functions that put what torch.load read in its place. What they raise for a damaged file is of many types."""
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """torch.load heeds it before its own argument."""
 
@@ -28,7 +29,8 @@ _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 @contextlib.contextmanager
 def weights_only(checkpoint: Path) -> Iterator[None]:
     """Within it torch.load, whoever calls it, restores tensors and plain values, and, for a checkpoint of DeepSpeed's, the three
-    classes that ZeRO keeps beside them. Raises OutputError for a file that names anything else: nothing of it has run."""
+    classes that ZeRO keeps beside them. Raises OutputError for a damaged file, and for one that names anything else: nothing of it
+    has run."""
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
@@ -42,17 +44,28 @@ def weights_only(checkpoint: Path) -> Iterator[None]:
             f"{checkpoint}: a file holds more than weights and numbers ({reason.strip()}); it was not loaded. Remove the "
             "folder to use an older checkpoint"
         ) from None
-    except (EOFError, OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, OSError | RuntimeError) and not any(mark in str(error) for mark in _DAMAGED):
+    except CtcGrpoError:
+        raise
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or not (isinstance(error, SafetensorError) or _while_reading(error)):
             raise
+        reason = f"{type(error).__name__}: {str(error)[:200]}".rstrip(": ")
         raise OutputError(
-            f"{checkpoint}: a file is damaged ({str(error)[:200]}); remove the folder to use an older checkpoint"
+            f"{checkpoint}: a file is damaged ({reason}); remove the folder to use an older checkpoint"
         ) from None
     finally:
         if before is None:
             del os.environ[_FORCE]
         else:
             os.environ[_FORCE] = before
+
+
+def _while_reading(error: Exception) -> bool:
+    """Whether it comes from torch.load or from what puts its result in place, and not from the rest of a trainer's start."""
+    return any(
+        frame.f_globals.get("__name__") == "torch.serialization" or frame.f_code.co_name in _RESTORING
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 def refuse_damaged_state(checkpoint: Path) -> None:

@@ -27,7 +27,7 @@ from ctcgrpo.evaluation.played import eibench_on, in_words, validation_settings
 from ctcgrpo.files import checkpoints, is_complete, missing_in
 from ctcgrpo.folders import require_run
 from ctcgrpo.hub import hub_reason
-from ctcgrpo.policy.builtin import is_builtin, untrained_policy, wheel_of
+from ctcgrpo.policy.builtin import is_builtin, wheel_of
 from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import stop_ids
 from ctcgrpo.policy.model_wheel import Say
@@ -56,7 +56,7 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
     recipe = resolved_recipe(folder.recipe_file)
     source = _source(folder, which)
     card = model_card(recipe, _summary(folder, recipe), which=which)
-    base = untrained_policy(recipe.policy.model, folder.base, say)
+    base = folder.starting_policy(recipe, say)
     try:
         trained = _trained(source, base, recipe.policy.revision, dtype)
         tokenizer = AutoTokenizer.from_pretrained(

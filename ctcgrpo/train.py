@@ -38,7 +38,7 @@ from ctcgrpo.evaluation.played import validation_settings
 from ctcgrpo.files import file_digest
 from ctcgrpo.folders import check_model
 from ctcgrpo.policy.adapter import refuse_tied_targets
-from ctcgrpo.policy.builtin import build_builtin, is_builtin, wheel_of
+from ctcgrpo.policy.builtin import build_builtin, is_built, is_builtin, wheel_of
 from ctcgrpo.policy.instructions import load_instructions
 from ctcgrpo.policy.loading import (
     check_fits,
@@ -313,13 +313,14 @@ class _Run:
         return ContinuousEngine(batcher, interrupted=interrupted)
 
     def _build_policy(self) -> str:
-        """A policy that runs build is built anew by a run that starts, and taken as it is by one that resumes."""
+        """A policy that runs build is built for a run that starts; one that resumes takes what was built, unless it is gone."""
         check_model(self._recipe.policy.model, "policy.model")
+        if self._resume is not None and is_built(self._recipe.policy.model) and self._folder.base.exists():
+            return str(Path(self._folder.starting_policy(self._recipe, self._progress.say)).resolve())
         return build_builtin(
             pinned(self._recipe.policy.model, self._recipe.policy.revision),
             self._folder.base.resolve(),
             self._recipe.run.seed,
-            keep=self._resume is not None,
             say=self._progress.say,
         )
 

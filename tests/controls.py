@@ -29,6 +29,7 @@ from ctcgrpo.simulator.protocol import Utterance
 from ctcgrpo.simulator.scripted.language import load_language
 from ctcgrpo.validation import Validation, improvement, validation_of
 from tests.dialogue import converse
+from tests.held_out import pooled
 
 LANGUAGE = load_language("en")
 MOST_CANDIDATES = 60
@@ -160,12 +161,6 @@ def compared(title: str, policy: Validation, controls: Mapping[str, Validation])
         low, high = gain["ci95"]
         table.add_row(name, f"{control.overall:+.3f}", f"{gain['overall']:+.3f}", f"{low:+.3f} to {high:+.3f}")
     return table
-
-
-def pooled(validations: Sequence[Validation]) -> Validation:
-    """Several runs as one: by scenario, the mean of each run."""
-    means = [v.by_scenario for v in validations]
-    return Validation(0, {name: [m[name] for m in means] for name in means[0]}, validations[0].scenes)
 
 
 def main(folders: Sequence[Path]) -> None:

@@ -9,7 +9,6 @@ from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.evaluation.played import briefed_as, validated_as
 from ctcgrpo.evaluation.run import LOCAL, Evaluation
 from ctcgrpo.files import missing_in
-from ctcgrpo.policy.builtin import untrained_policy
 from ctcgrpo.recipe import resolved_recipe
 from ctcgrpo.run_folder import RunFolder
 
@@ -44,7 +43,7 @@ def evaluations_of(
         del played["simulator"]
     if "scenarios" not in played:
         raise RecipeError(f"{folder.recipe_file} has no validation section; say what to evaluate on with --scenarios")
-    base = untrained_policy(recipe.policy.model, folder.base, say)
+    base = folder.starting_policy(recipe, say)
     return {
         name: Evaluation(
             bench="eibench",

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.benches import BENCHES, Bench
@@ -35,6 +35,7 @@ class Line:
     text: str
     state: Mapping[str, float] = field(default_factory=dict)
     why: str = ""
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,10 @@ class Result:
     failure: tuple[str, str] | None = None
     lines: tuple[Line, ...] = ()
     tokens: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+_RESULT = TypeAdapter(Result)
 
 
 class _Figures(BaseModel):
@@ -82,6 +87,7 @@ class _Summary(BaseModel):
     scenarios: dict[str, float]
     group_of: dict[str, str]
     failed: int
+    failures: dict[str, int]
 
 
 def figures(values: Sequence[tuple[str, float]]) -> dict[str, Any]:
@@ -175,14 +181,25 @@ def read_summary(folder: Path) -> dict[str, Any]:
     if not file.exists():
         require_folder(folder)
         raise OutputError(f"{folder} holds no {SUMMARY}: no finished evaluation{_evaluations_in(folder)}")
-    summary = read_json(file)
-    needed = ("bench", "model", "other", "task", "generation", "score", "groups", "scenarios", "group_of", "failed")
-    if (
-        not isinstance(summary, dict)
-        or summary.get("bench") not in BENCHES
-        or (missing := [n for n in needed if n not in summary])
-    ):
-        lacks = f" (it lacks {missing[0]})" if isinstance(summary, dict) and summary.get("bench") in BENCHES else ""
+    found = read_json(file)
+    summary: dict[str, Any] = found if isinstance(found, dict) else {}
+    needed = (
+        "bench",
+        "model",
+        "other",
+        "task",
+        "generation",
+        "score",
+        "groups",
+        "scenarios",
+        "group_of",
+        "failed",
+        "failures",
+    )
+    known = isinstance(bench := summary.get("bench"), str) and bench in BENCHES
+    missing = [name for name in needed if name not in summary]
+    if not known or missing:
+        lacks = f" (it lacks {missing[0]})" if known else ""
         hint = _evaluations_in(folder) or "; `ctcgrpo evaluate` writes those"
         raise OutputError(f"{file} is no summary of an evaluation{lacks}{hint}")
     try:
@@ -195,7 +212,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_contradiction(summary: _Summary) -> None:
-    """Raises ValueError where means are not those of the scenarios in the same file."""
+    """Raises ValueError where means and intervals are not those of the scenarios in the same file, or `failed` is not the sum of
+    `failures`."""
     if lacking := next((name for name in summary.scenarios if name not in summary.group_of), None):
         raise ValueError(f"group_of lacks scenario {lacking!r}")
     scores: dict[str, list[float]] = {group: [] for group in summary.groups}
@@ -208,6 +226,11 @@ def _refuse_contradiction(summary: _Summary) -> None:
         if found is None or found.n != len(values) or not same(found.mean, mean):
             told = None if found is None else found.mean
             raise ValueError(f"{name}.mean = {told}; the mean of its {len(values)} scenarios is {mean}")
+        spread = interval(values) if len(values) > 1 else (None, None)
+        if not all(map(same, found.ci95 or (None, None), spread)):
+            raise ValueError(f"{name}.ci95 = {found.ci95}; expected {spread} by its {len(values)} scenarios")
+    if summary.failed != (expected := sum(summary.failures.values())):
+        raise ValueError(f"failed = {summary.failed}; the sum of failures is {expected}")
 
 
 def _evaluations_in(folder: Path) -> str:
@@ -223,18 +246,17 @@ def read_results(folder: Path) -> list[Result]:
     for place, row in read_json_lines(file):
         try:
             results.append(_result(row))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise OutputError(f"{place}: no result of an evaluation: {type(error).__name__}: {error}") from None
+        except ValueError as error:
+            problem = explained(error) if isinstance(error, ValidationError) else error
+            raise OutputError(f"{place}: no result of an evaluation: {problem}") from None
     if twice := [key for key, n in Counter((r.scenario, r.repeat) for r in results).items() if n > 1]:
         raise OutputError(f"{file}: duplicate dialogue of scenario {twice[0][0]!r}, repeat {twice[0][1]}")
     return results
 
 
 def _result(row: dict[str, Any]) -> Result:
-    row["lines"] = tuple(Line(**line) for line in row["lines"])
-    row["failure"] = tuple(row["failure"]) if row["failure"] is not None else None
-    row["tokens"] = {role: tuple(pair) for role, pair in row["tokens"].items()}
-    result = Result(**row)
+    """Raises ValueError, ValidationError being one, for what is no result."""
+    result = _RESULT.validate_python(row)
     if result.failure is None and not math.isfinite(result.score or 0.0):
         raise ValueError(f"score = {result.score}; expected a finite number")
     if (result.score is None) != (result.failure is not None):

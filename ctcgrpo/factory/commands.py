@@ -90,8 +90,14 @@ def fetch(
     dataset: Annotated[str, typer.Argument(help="eibench")],
     source: Annotated[str | None, typer.Option(help="Another URL, or a folder with its train/ and test/.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Agree to the licence without being asked.")] = False,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Take the files without comparing them with the published commit.")
+    ] = False,
 ) -> None:
-    """Fetch a dataset that is not part of this package, under $CTCGRPO_DATA (default ~/.cache/ctcgrpo)."""
+    """Fetch a dataset that is not part of this package, under $CTCGRPO_DATA (default ~/.cache/ctcgrpo).
+
+    Each file is compared with the published commit, whose list of files GitHub's API gives.
+    """
     from ctcgrpo.fetch import DataSet
     from ctcgrpo.fetch import fetch as fetched
 
@@ -99,7 +105,7 @@ def fetch(
         say(f"{found.title}\nlicence: {found.licence}")
         return yes or typer.confirm("Fetch it?")
 
-    say(f"it is in {fetched(dataset, agree, source=source)}")
+    say(f"it is in {fetched(dataset, agree, source=source, verify=not unverified)}")
 
 
 @app.command()

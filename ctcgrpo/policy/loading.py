@@ -57,7 +57,7 @@ def load_tokenizer(model: str, revision: str | None = None, chat_template: Path 
     PolicyError for a tokenizer or a file that cannot be read."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision, padding_side="left")
-    except _ODD_FILES as error:
+    except Exception as error:  # noqa: BLE001 - what tokenizers raises for a file that it cannot parse
         raise PolicyError(f"policy.model {model!r}: its tokenizer cannot be loaded: {hub_reason(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -76,11 +76,16 @@ def stop_ids(
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> frozenset[int]:
     """Every id that ends a reply: the tokenizer's end of sequence, what the model's generation config adds, and what the chat
-    template writes behind a reply (base models often declare the first alone)."""
+    template writes behind a reply (base models often declare the first alone). Raises PolicyError where there is none, and for a
+    generation config that cannot be read."""
     ids = {tokenizer.eos_token_id}
-    with contextlib.suppress(OSError):  # not every model comes with a generation config
+    try:
         declared = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
         ids |= set(declared if isinstance(declared, list) else [declared])
+    except _ODD_FILES as error:
+        file = Path(model) / "generation_config.json"
+        if file.exists() or not isinstance(error, OSError):  # not every model comes with one
+            raise PolicyError(f"policy.model {model!r}: {file.name} cannot be read: {hub_reason(error)}") from None
     if tokenizer.chat_template:
         ids.add(end_of_turn(tokenizer, template_kwargs))
     ids.discard(None)

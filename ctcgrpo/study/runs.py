@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo.errors import CtcGrpoError, OutputError, RunFailed, RunInterrupted
-from ctcgrpo.files import checkpoints, is_complete, mark_complete, read_json, write_whole
+from ctcgrpo.files import checkpoints, is_complete, read_json, write_whole
 from ctcgrpo.policy.builtin import build_builtin, is_built
 from ctcgrpo.recipe import Recipe, load_recipe, overrides
 from ctcgrpo.run_folder import RunFolder
@@ -146,11 +146,8 @@ def _plan(study: Study, runs: int, left: int, times: Mapping[str, float], worker
 
 def _build(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
     model, seed = recipe.policy.model, recipe.run.seed
-    if not is_built(model):
-        build_builtin(model, folder, seed, keep=True, say=say)
-    elif not is_complete(folder):
-        build_builtin(model, folder, seed, keep=False, say=say)
-        mark_complete(folder)
+    if not (is_built(model) and is_complete(folder)):
+        build_builtin(model, folder, seed, say=say)
 
 
 # --- the processes ---------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     failed = 0
     for one in chosen(args.names, attacks):
         scale = max(1.0, args.mutations / 300)
-        result = one.run(seed=args.seed, mutations=args.mutations, seconds=one.seconds * scale)
+        result = one.run(
+            seed=args.seed,
+            mutations=args.mutations,
+            seconds=one.seconds * scale,
+            show=lambda line, name=one.name: print(f"{name}: {line}", flush=True),  # type: ignore[misc]
+        )
         failed += not result.held
         verdict = "held" if result.held else f"{len(result.failures)} failed"
         table.add_row(f"{one.subject}/{one.name}", str(result.tries), verdict, f"{result.seconds:.1f}")

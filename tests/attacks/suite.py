@@ -25,6 +25,7 @@ from typing import Any
 SUBJECTS = ("server", "user", "endpoints", "client", "texts", "models", "run_files", "clocks", "secrets", "processes")
 """The modules that hold attacks; each is a subject."""
 _MOST_SHOWN = 20
+_SHOW_EVERY = 30.0
 
 
 class TimeIsUp(TimeoutError):
@@ -46,6 +47,9 @@ class Tries:
     notes: list[str] = field(default_factory=list)
     deadline: float = 0.0
     """On time.monotonic()'s clock: when a fuzzer stops."""
+    show: Callable[[str], None] = lambda line: None
+    """Gets a line for each failure as it happens, and for the progress of a fuzzer."""
+    shown_at: float = field(default_factory=time.monotonic)
 
     @contextlib.contextmanager
     def one(self, what: str) -> Iterator[None]:
@@ -63,6 +67,13 @@ class Tries:
         said = " ".join((str(error) or type(error).__name__).split())
         kind = "" if isinstance(error, AssertionError | TimeIsUp) else f"{type(error).__name__}: "
         self.failures.append(f"{what}: {kind}{said[:600]}")
+        self.show(f"failed: {self.failures[-1]}")
+
+    def progress(self, done: int) -> None:
+        """Show how many mutations were made, every 30 s at most: a fuzzer may run for an hour."""
+        if time.monotonic() > self.shown_at + _SHOW_EVERY:
+            self.shown_at = time.monotonic()
+            self.show(f"{done} of {self.mutations} mutations, {len(self.failures)} failed")
 
     def rng(self, *parts: object) -> random.Random:
         return random.Random(":".join(map(str, (self.seed, *parts))))
@@ -94,12 +105,19 @@ class Attack:
     seconds: float
     quick: bool
 
-    def run(self, *, seed: int = 0, mutations: int = 300, seconds: float | None = None) -> Result:
+    def run(
+        self,
+        *,
+        seed: int = 0,
+        mutations: int = 300,
+        seconds: float | None = None,
+        show: Callable[[str], None] = lambda line: None,
+    ) -> Result:
         """Raises nothing: an attack that takes longer than it may, or that makes no try, has failed."""
         bound = seconds or self.seconds
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="attack-", ignore_cleanup_errors=True) as folder:
-            tries = Tries(Path(folder), seed, mutations, deadline=started + 0.9 * bound)
+            tries = Tries(Path(folder), seed, mutations, deadline=started + 0.9 * bound, show=show)
             try:
                 with _bounded(bound):
                     self.make(tries)

@@ -75,7 +75,7 @@ def main() -> None:
         worker(asked.worker)
         return
     with tempfile.TemporaryDirectory() as folder:
-        base = build_builtin("builtin/tiny", Path(folder), 0, keep=False)  # for its tokenizer
+        base = build_builtin("builtin/tiny", Path(folder), 0)  # for its tokenizer
         policy(torch.device("cpu")).save_pretrained(base)
         pairs = [(launched(base, 1), launched(base, 2)) for _ in range(asked.times)]
     ratios = [one["seconds"] / two["seconds"] for one, two in pairs]

@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--times", type=int, default=5)
     asked = parser.parse_args()
-    folder = build_builtin("builtin/tiny", Path(tempfile.mkdtemp()), 0, keep=False)
+    folder = build_builtin("builtin/tiny", Path(tempfile.mkdtemp()), 0)
     tokenizer = load_tokenizer(folder)
     ends = stop_ids(folder, tokenizer)
     scenarios = load_scenarios("english/train")[:8]

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tests.attacks.__main__ import main
+from tests.attacks.run_files import table_rows
 from tests.attacks.suite import ATTACKS, SUBJECTS, Attack, Tries, load
 
 QUICK = [one for one in load().values() if one.quick]
@@ -17,6 +18,12 @@ def test_a_quick_attack_is_held_off(one: Attack) -> None:
     result = one.run()
     assert result.held, result.shown
     assert result.tries > 1
+
+
+def test_the_order_of_scenes_is_no_figure_and_a_score_of_another_scene_is() -> None:
+    table = "charm  -0.787\nrepair -0.755\nanger +0.100"
+    assert table_rows("repair -0.755\ncharm  -0.787") == table_rows(table)
+    assert table_rows("repair -0.787\ncharm  -0.755") != table_rows(table)
 
 
 def attack_of(make: object, seconds: float = 5.0) -> Attack:

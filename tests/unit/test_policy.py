@@ -457,9 +457,9 @@ def test_what_a_policy_is_told_of_its_role() -> None:
 def test_a_builtin_policy_comes_from_its_seed_and_no_other_exists(tmp_path: Path) -> None:
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.rand(1)
-        build_builtin("builtin/tiny", tmp_path / folder, seed, keep=False)
+        build_builtin("builtin/tiny", tmp_path / folder, seed)
     a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], c[name]) for name in a)
     with pytest.raises(PolicyError, match="builtin/smollm.*did you mean 'builtin/smollm2'"):
-        build_builtin("builtin/smollm", tmp_path / "d", 0, keep=False)
+        build_builtin("builtin/smollm", tmp_path / "d", 0)

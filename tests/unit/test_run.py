@@ -352,6 +352,22 @@ def test_files_that_are_not_what_was_written_are_never_loaded(ctcgrpo: Command, 
     assert (folder / "final" / "model.safetensors").read_bytes() == final
 
 
+def test_a_damaged_starting_policy_is_never_loaded(ctcgrpo: Command, tmp_path: Path) -> None:
+    command = ["train", TINY, *FAST, f"run.output_dir={tmp_path}", "validation={scenarios: english/test, every: 9}"]
+    assert ctcgrpo(*command)[0] == 0
+    folder = tmp_path / "tiny"
+    config = folder / "base" / "config.json"
+    whole = config.read_text()
+    config.write_text(whole.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-16'))
+    assert config.read_text() != whole
+    commands = (["export", str(folder)], ["evaluate", str(folder), "--limit", "1"], [*command, "training.max_steps=2"])
+    for again in commands:
+        code, _, err = ctcgrpo(*again)
+        assert code == 6 and "base: config.json is damaged" in err, (again, err)
+    config.write_text(whole)
+    assert ctcgrpo(*commands[-1])[0] == 0
+
+
 def test_a_run_that_resumes_meets_the_same_data(ctcgrpo: Command, pack: Path, tiny: Path, tmp_path: Path) -> None:
     model, template = tmp_path / "model", tmp_path / "template.jinja"
     shutil.copytree(tiny, model)

@@ -226,7 +226,7 @@ def test_a_run_trains_from_it_and_is_evaluated_and_exported(
     assert not run.base.exists()
     digest = as_smollm2.digest[:12]
     assert json.loads((run.path / "data.json").read_text())["policy.model"] == {as_smollm2.file: digest}
-    wanted = evaluations_of(run, {"scenarios": "english/test"}, {}, {"user": "mockllm/model"}, None)
+    wanted = evaluations_of(run, {"scenarios": "english/test"}, {}, {"user": "mockllm/model"}, {}, None)
     assert wanted["base"].model.endswith(str(as_smollm2.folder))
     code, out, err = ctcgrpo("export", str(run.path), "--dtype", "float32")
     assert code == 0, err

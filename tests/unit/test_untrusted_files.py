@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from ctcgrpo.files import mark_complete
 from ctcgrpo.folders import check_model, require_folder
 from ctcgrpo.hub import hub_reason
 from ctcgrpo.policy.chat_template import ChatTemplate
-from ctcgrpo.policy.loading import load_config, load_tokenizer, loading_weights
+from ctcgrpo.policy.loading import load_config, load_tokenizer, loading_weights, stop_ids
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.train import train
@@ -43,6 +44,10 @@ def model(tiny: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny, tmp_path / "model"))
 
 
+def ends(model: str) -> frozenset[int]:
+    return stop_ids(model, load_tokenizer(model))
+
+
 @pytest.mark.parametrize(
     ("file", "text", "load"),
     [
@@ -51,12 +56,24 @@ def model(tiny: Path, tmp_path: Path) -> Path:
         ("config.json", '{"model_type": ["qwen3"]}', load_config),
         ("tokenizer.json", "[]", load_tokenizer),
         ("tokenizer.json", "{", load_tokenizer),
+        ("generation_config.json", '{"eos_token_id": [1', ends),
+        ("generation_config.json", "[]", ends),
+        ("generation_config.json", '{"eos_token_id": [[1]]}', ends),
     ],
 )
 def test_files_of_another_shape_are_named(model: Path, file: str, text: str, load: Callable[[str], Any]) -> None:
     (model / file).write_text(text)
     with pytest.raises(PolicyError, match=f"policy.model '{model}'.*{file.split('.')[0]}"):
         load(str(model))
+
+
+def test_a_number_out_of_range_in_a_tokenizer_is_named(model: Path) -> None:
+    file = model / "tokenizer.json"
+    text = file.read_text().replace('": 300,', '": 1e999,')
+    assert "1e999" in text
+    file.write_text(text)
+    with pytest.raises(PolicyError, match=f"policy.model '{model}': its tokenizer cannot be loaded: number out of range"):
+        load_tokenizer(str(model))
 
 
 def test_weights_that_are_not_the_configurations_are_named(model: Path) -> None:
@@ -129,6 +146,11 @@ def test_a_run_with_a_pickle_in_its_checkpoint_does_not_resume(ctcgrpo: Command,
         ("optimizer.pt", lambda data: data[: len(data) // 2], "a file is damaged"),
         ("rng_state.pth", lambda data: data[:-500], "a file is damaged"),
         ("scheduler.pt", lambda data: b"", "a file is damaged"),
+        ("scheduler.pt", lambda data: bytes(len(data)), "a file is damaged"),
+        ("scheduler.pt", lambda data: saved({"last_epoch": "x"}), "a file is damaged"),
+        ("optimizer.pt", lambda data: saved([1, 2]), "a file is damaged"),
+        ("optimizer.pt", lambda data: saved({"state": {}, "param_groups": []}), "a file is damaged"),
+        ("rng_state.pth", lambda data: saved({"python": 1}), "a file is damaged"),
         ("config.json", lambda data: bytes(len(data)), "config.json: cannot be read"),
         ("config.json", lambda data: b"[]", "config.json: expected a JSON object"),
         ("trainer_state.json", lambda data: b"[]", "trainer_state.json: cannot be read"),
@@ -145,6 +167,12 @@ def test_a_damaged_checkpoint_that_is_marked_complete_is_named(
     mark_complete(checkpoint)
     code, _, err = ctcgrpo("train", TINY, *FAST, f"run.output_dir={tmp_path}", "training.max_steps=2")
     assert code == 6 and problem in err and str(checkpoint) in err, err
+
+
+def saved(value: object) -> bytes:
+    out = io.BytesIO()
+    torch.save(value, out)
+    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
