@@ -308,7 +308,7 @@ def test_the_quickstart_uses_what_the_processor_has_and_names_what_comes_next(em
     own = f"run.output_dir={empty.venv} run.name=q training.bf16=false"
     place = f"{empty.venv}/q"
     assert asked[-2:] == [f"ctcgrpo train recipes/quickstart.yaml {precision}{own}", f"ctcgrpo show {place}"]
-    assert ("bfloat16 instructions" in done.stdout) == (not code) and "minutes" in done.stdout
+    assert ("this processor has bfloat16" in done.stdout) == (not code) and "minutes" in done.stdout
     for command in ("chat", f"report {place}", f"evaluate {place}", f"train recipes/smollm2.yaml {precision.strip()}"):
         assert f"ctcgrpo {command}" in done.stdout, command
     (empty.venv / "q" / "final").mkdir(parents=True)
