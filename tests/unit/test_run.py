@@ -107,7 +107,8 @@ def test_what_the_scripted_user_cannot_play_stops_a_run_before_it_begins(
     ctcgrpo: Command, pack: Path, tmp_path: Path, change: Callable[[Any], object], message: str
 ) -> None:
     edit(pack / "charm_final.jsonl", 2, change)
-    code, _, err = ctcgrpo("train", TINY, f"scenarios.train={pack}", f"run.output_dir={tmp_path / 'out'}")
+    own = ["policy.instructions=none", f"run.output_dir={tmp_path / 'out'}"]  # there are none in French
+    code, _, err = ctcgrpo("train", TINY, f"scenarios.train={pack}", *own)
     assert code == 3 and "'charm-train-02' cannot be played by the embedded simulator" in err and message in err
 
 
@@ -161,7 +162,6 @@ def without_chat_template(tiny: Path, folder: Path) -> Path:
         ("simulator.url=http://127.0.0.1:9", 5, "no simulator server answers there"),
         ("simulator.port=TAKEN", 5, "choose another port, or 0 for any free one"),
         ("run.output_dir=A_FILE", 6, "cannot write to"),
-        ("training.bf16=true", 2, "this machine cannot run the recipe's training section"),
         ("policy.attention=foo", 2, "policy.attention is 'foo', but packing and the transformers engine bring their own"),
         ("policy.lora={target_modules: [nope]}", 4, "policy (model 'builtin/tiny', attention, lora)"),
         ("policy.lora={target_modules: [lm_head]}", 4, "takes in lm_head, which this model ties to model.embed_tokens"),
