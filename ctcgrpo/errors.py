@@ -74,6 +74,12 @@ class DeadlinePassed(CtcGrpoError):
     kind = "deadline"
 
 
+class EnvironmentFailed(CtcGrpoError):
+    """An environment raised something of its own, or gave a reward or an outcome that is not finite."""
+
+    kind = "environment"
+
+
 class OutputError(CtcGrpoError):
     exit_code = 6
     kind = "output"
@@ -119,7 +125,7 @@ class RunInterrupted(RunPaused):
     kind = "interrupted"
 
 
-EPISODE_ERRORS = (PolicyEngineError, SimulatorTransportError, SimulatorReplyError, DeadlinePassed)
+EPISODE_ERRORS = (PolicyEngineError, SimulatorTransportError, SimulatorReplyError, EnvironmentFailed, DeadlinePassed)
 """What turns an episode into a failed one; anything else is a defect of this program and stops it."""
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ctcgrpo.records import Episode
 from ctcgrpo.terminal import Terminal
+from ctcgrpo.types import Episode
 
 _QUIET_SECONDS = 15.0
 """How long plain lines may be away while the first step, which nobody knows the time of yet, is played."""

@@ -17,7 +17,6 @@ from typing_extensions import TypedDict
 from ctcgrpo.errors import OutputError
 from ctcgrpo.files import by_step, collect_records, explained, read_json
 from ctcgrpo.intervals import means
-from ctcgrpo.records import Scene
 from ctcgrpo.validation import Validation, improvement
 
 STRICT = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
@@ -26,8 +25,6 @@ _CLOSE = 1e-9
 _T = TypeVar("_T")
 
 Score = Annotated[float, Field(allow_inf_nan=False)]
-Points = Annotated[int, Field(ge=0, le=100)]
-State = Annotated[tuple[Points, Points], Field(strict=False)]
 
 
 # --- summary.json ----------------------------------------------------------------------------------------------------------------
@@ -147,10 +144,9 @@ class DialogueTurn(TypedDict):
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     reasoning: str | None
     reply: str
-    user_line: str
-    before: State
-    after: State
-    why: str
+    message: str
+    reward: Score
+    info: dict[str, float | int | str]
 
 
 class TraceTurn(DialogueTurn):
@@ -168,14 +164,13 @@ class Failed(TypedDict):
 
 class _Episode(TypedDict):
     __pydantic_config__ = _OPEN  # type: ignore[misc]
-    scenario: str
+    task: str
     group: int
     rollout: int
     outcome: Score | None
     failure: Failed | None
-    initial_state: State
-    final_state: State | None
-    opening_line: str
+    opening: str
+    info: dict[str, float | int | str]
 
 
 class Dialogue(_Episode):
@@ -187,7 +182,7 @@ class Dialogue(_Episode):
 class Trace(_Episode):
     """An episode as `rollout/traces.py` writes it."""
 
-    scene: Scene
+    tag: str
     turns: list[TraceTurn]
 
 
@@ -200,8 +195,19 @@ def read_dialogues(files: Iterable[Path]) -> tuple[list[dict[str, Any]], list[st
 
 
 def read_traces(files: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The same as `Trace`, whose states follow from each other."""
-    return _episodes(files, lambda record: _continuous(_scored(_TRACE.validate_python(record))))
+    """The same as `Trace`."""
+    return _episodes(files, lambda record: _scored(_TRACE.validate_python(record)))
+
+
+def numbers_by_turn(episode: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The numbers of its info by name: at the start and after each turn; those that all of them have."""
+    infos = [episode["info"], *(turn["info"] for turn in episode["turns"])]
+    names = [name for name, value in episode["info"].items() if not isinstance(value, str)]
+    return {
+        name: [info[name] for info in infos]
+        for name in names
+        if all(not isinstance(info.get(name, ""), str) for info in infos)
+    }
 
 
 def _episodes(files: Iterable[Path], read: Callable[[Any], dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -238,17 +244,4 @@ def _metrics(record: Mapping[str, Any]) -> dict[str, Any]:
 def _scored(episode: Any) -> dict[str, Any]:
     if (episode["outcome"] is None) != (episode["failure"] is not None):
         raise ValueError("an episode has either an outcome or a failure")
-    if episode["outcome"] is not None and episode["final_state"] is None:
-        raise ValueError("final_state is missing")
     return dict(episode)
-
-
-def _continuous(episode: dict[str, Any]) -> dict[str, Any]:
-    state = episode["initial_state"]
-    for k, turn in enumerate(episode["turns"], 1):
-        if turn["before"] != state:
-            raise ValueError(f"turn {k} begins with state {turn['before']}; expected {state}, the one before it")
-        state = turn["after"]
-    if episode["final_state"] not in (None, state):
-        raise ValueError(f"final_state = {episode['final_state']}; expected {state}, that of the last turn")
-    return episode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from trl import GRPOConfig
 
+from ctcgrpo.environments.eibench import EIBench, User
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.instructions import load_instructions
 from ctcgrpo.policy.persona import Briefing
@@ -30,7 +32,6 @@ def play_settings(recipe: Recipe) -> Play:
         sampling=Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens),
         max_turns=rollout.max_turns,
         seed=recipe.run.seed,
-        variant=recipe.scoring.variant,
         deterministic=rollout.deterministic,
         deadline=rollout.deadline,
     )
@@ -47,14 +48,19 @@ def briefing(recipe: Recipe) -> Briefing:
     return Briefing(policy.persona_sections, load_instructions(policy.instructions), policy.reasons)
 
 
+def eibench_environment(recipe: Recipe, user: User) -> Callable[[], EIBench]:
+    """Makes an environment for an episode. Raises PolicyError for instructions that cannot be had."""
+    told, scoring, turns = briefing(recipe), recipe.scoring, recipe.rollout.max_turns
+    return lambda: EIBench(user, briefing=told, max_turns=turns, variant=scoring.variant, turn_weights=scoring.turn_weights)
+
+
 def context_builder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> ContextBuilder:
-    """Raises PolicyError for a chat template that cannot serve, or instructions that cannot be had."""
+    """Raises PolicyError for a chat template that cannot serve."""
     return ContextBuilder(
         tokenizer,
         stop_ids=ends,
         max_prompt_tokens=recipe.rollout.max_prompt_tokens,
         reasoning=recipe.policy.reasoning_context,
-        briefing=briefing(recipe),
         template_kwargs=template_kwargs(recipe),
     )
 

@@ -23,6 +23,7 @@ from ctcgrpo.run_records import (
     Improvement,
     Summary,
     disagreement,
+    numbers_by_turn,
     read_dialogues,
     read_summary,
     same,
@@ -118,7 +119,7 @@ def _validation(folder: RunFolder, summary: Path, figures: Figures) -> tuple[Seq
     if not episodes:
         why = f" that can be read ({problems[0]})" if problems else ""
         raise OutputError(f"{folder.traces} holds no dialogues of the validation after step {step}{why}")
-    outcomes = means((e["scenario"], e["outcome"]) for e in episodes if e["outcome"] is not None)
+    outcomes = means((e["task"], e["outcome"]) for e in episodes if e["outcome"] is not None)
     mean = sum(outcomes.values()) / len(outcomes) if outcomes else None
     if not problems and not same(mean, figures.overall):
         problems.append(
@@ -128,11 +129,11 @@ def _validation(folder: RunFolder, summary: Path, figures: Figures) -> tuple[Seq
 
 
 def _scored(episodes: Sequence[Trace]) -> set[str]:
-    return {e["scenario"] for e in episodes if e["outcome"] is not None}
+    return {e["task"] for e in episodes if e["outcome"] is not None}
 
 
 def _outcomes(episodes: Sequence[Trace], scenario: str) -> list[float]:
-    return [e["outcome"] for e in episodes if e["scenario"] == scenario and e["outcome"] is not None]
+    return [e["outcome"] for e in episodes if e["task"] == scenario and e["outcome"] is not None]
 
 
 def _mean(episodes: Sequence[Trace], scenario: str) -> float:
@@ -142,7 +143,7 @@ def _mean(episodes: Sequence[Trace], scenario: str) -> float:
 
 def _typical(episodes: Sequence[Trace], scenario: str) -> Trace:
     """The episode of a scenario whose outcome is the median one."""
-    played = [e for e in episodes if e["scenario"] == scenario and e["outcome"] is not None]
+    played = [e for e in episodes if e["task"] == scenario and e["outcome"] is not None]
     return sorted(played, key=lambda e: e["outcome"])[len(played) // 2]
 
 
@@ -186,17 +187,19 @@ def _dialogues(before: Trace, after: Trace, width: int) -> Group | Table:
 
 def _dialogue(episode: Trace, title: str) -> Panel:
     lines: list[Text] = []
-    if episode["opening_line"]:
-        lines.append(Text(f"User: {episode['opening_line']}"))
-    for turn in episode["turns"]:
+    if episode["opening"]:
+        lines.append(Text(f"User: {episode['opening']}"))
+    numbers = numbers_by_turn(episode)
+    for k, turn in enumerate(episode["turns"], 1):
         if turn["reasoning"]:
             lines.append(Text(f"({turn['reasoning']})", style="dim italic"))
         lines.append(Text(f"Policy: {turn['reply'] or '(nothing)'}", style="bold"))
-        anger, trust = (y - x for x, y in zip(turn["before"], turn["after"], strict=True))
-        mood = "green" if trust - anger > 0 else "red" if trust - anger < 0 else "dim"
-        lines.append(Text(f"  anger {anger:+d}, trust {trust:+d}: {turn['why']}", style=mood))
-        lines.append(Text(f"User: {turn['user_line']}"))
-    start, end = episode["initial_state"], episode["final_state"]
+        mood = "green" if turn["reward"] > 0 else "red" if turn["reward"] < 0 else "dim"
+        moved = [f"{name} {path[k] - path[k - 1]:+g}" for name, path in numbers.items()] or [f"reward {turn['reward']:+.3f}"]
+        said = [str(value) for value in turn["info"].values() if isinstance(value, str) and value]
+        lines.append(Text(f"  {', '.join(moved)}{': ' if said else ''}{'; '.join(said)}", style=mood))
+        lines.append(Text(f"User: {turn['message']}"))
     # In the body, where it wraps: a panel's title and subtitle are cut off in a narrow terminal.
-    foot = f"score {episode['outcome']:+.2f}, anger {start[0]} to {end[0]}, trust {start[1]} to {end[1]}"
-    return Panel(Group(*lines, Rule(style="dim"), Text(foot)), title=Text(f"{title}: {episode['scenario']}"))
+    ends = [f"{name} {path[0]:g} to {path[-1]:g}" for name, path in numbers.items()]
+    foot = ", ".join([f"score {episode['outcome']:+.2f}", *ends])
+    return Panel(Group(*lines, Rule(style="dim"), Text(foot)), title=Text(f"{title}: {episode['task']}"))

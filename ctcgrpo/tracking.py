@@ -22,8 +22,7 @@ from ctcgrpo.validation import Validation
 
 PROJECT = "ctcgrpo"
 COLUMNS = (
-    "step", "scenario", "scene", "rollout", "outcome", "turn", "user said", "reasoning", "reply", "advantage",
-    "anger before", "trust before", "anger after", "trust after", "why",
+    "step", "task", "tag", "rollout", "outcome", "turn", "heard", "reasoning", "reply", "reward", "advantage", "info",
 )  # fmt: skip
 
 
@@ -133,16 +132,16 @@ def dialogue_rows(run: Path, step: int) -> list[list[Any]]:
     by_scene: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for e in episodes:
         if e["step"] == last:
-            by_scene.setdefault(e["scene"], {}).setdefault(e["group"], []).append(e)
+            by_scene.setdefault(e["tag"], {}).setdefault(e["group"], []).append(e)
     rng = random.Random(last)  # of its own: training's random state must not depend on what is shown
     chosen = [rng.choice(sorted(groups.items()))[1] for _, groups in sorted(by_scene.items())]
     return [row for group in chosen for episode in group for row in _rows(episode)]
 
 
 def _rows(episode: Mapping[str, Any]) -> Sequence[list[Any]]:
-    heard = [episode["opening_line"], *(turn["user_line"] for turn in episode["turns"])]
+    heard = [episode["opening"], *(turn["message"] for turn in episode["turns"])]
     advantages = episode["advantages"] or [None] * len(episode["turns"])
-    place = [episode["step"], episode["scenario"], episode["scene"], episode["rollout"], episode["outcome"]]
+    place = [episode["step"], episode["task"], episode["tag"], episode["rollout"], episode["outcome"]]
     return [
         [
             *place,
@@ -150,10 +149,9 @@ def _rows(episode: Mapping[str, Any]) -> Sequence[list[Any]]:
             heard[k - 1],
             turn["reasoning"],
             turn["reply"],
+            turn["reward"],
             advantages[k - 1],
-            *turn["before"],
-            *turn["after"],
-            turn["why"],
+            ", ".join(f"{name} {value}" for name, value in turn["info"].items()),
         ]
         for k, turn in enumerate(episode["turns"], 1)
     ]

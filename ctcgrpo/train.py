@@ -24,6 +24,7 @@ from trl.trainer.utils import ensure_master_addr_port
 from ctcgrpo import __version__
 from ctcgrpo.checkpoint_pickles import refuse_damaged_state
 from ctcgrpo.data_digest import SKIPPED, data_changes, folder_digest, scenarios_digest
+from ctcgrpo.environments.eibench import opening_messages, task_of
 from ctcgrpo.errors import (
     CtcGrpoError,
     OutputError,
@@ -52,7 +53,7 @@ from ctcgrpo.policy.model_wheel import ModelWheel, fetch_model
 from ctcgrpo.processes import STOP_SECONDS, interrupts, on_main
 from ctcgrpo.progress import RunProgress
 from ctcgrpo.recipe import Recipe
-from ctcgrpo.records import Episode, Scenario
+from ctcgrpo.records import Scenario
 from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import PolicyEngine
 from ctcgrpo.rollout.runner import RolloutRunner, Slot
@@ -63,7 +64,9 @@ from ctcgrpo.rollout.vllm_server import VllmServerEngine
 from ctcgrpo.run_folder import RunFolder, disk_problem
 from ctcgrpo.scenarios import load_scenes, load_set
 from ctcgrpo.settings import (
+    briefing,
     context_builder,
+    eibench_environment,
     lora_config,
     play_settings,
     template_kwargs,
@@ -82,6 +85,7 @@ from ctcgrpo.tracking import tracker_of
 from ctcgrpo.training.samples import credit_options
 from ctcgrpo.training.schedule import learning_rate_at, step_schedule
 from ctcgrpo.training.trainer import CtcGrpoTrainer
+from ctcgrpo.types import Episode
 from ctcgrpo.validation import Validator
 
 _EPISODES = "episodes"
@@ -182,8 +186,10 @@ class _Run:
         ends = stop_ids(model, tokenizer, policy.revision, template_kwargs(recipe))
         contexts = context_builder(recipe, tokenizer, ends)
         played = [*self._scenarios, *held_out]
-        contexts.check(played)
-        for note in contexts.notes(played):
+        told = briefing(recipe)
+        openings = {scenario.id: opening_messages(scenario, told) for scenario in played}
+        contexts.check(openings)
+        for note in contexts.notes(openings.values()):
             self._progress.say(note)
         urls = self._simulator_urls(stack, [*self._scenarios, *held_out])
         simulator = SimulatorClient(
@@ -229,7 +235,8 @@ class _Run:
         stack.callback(self._engine.close)
         self._runner = RolloutRunner(
             engine=self._engine,
-            simulator=simulator,
+            environment=eibench_environment(recipe, simulator),
+            shared=simulator,
             contexts=contexts,
             tokenizer=tokenizer,
             stop_ids=ends,
@@ -418,7 +425,7 @@ class _Run:
         size = self._recipe.rollout.group_size
         first = self._state.process_index * len(rows)
         slots = [
-            Slot(self._scenarios[row["scenario"]], step, (first + k) // size, (first + k) % size)
+            Slot(task_of(self._scenarios[row["scenario"]]), step, (first + k) // size, (first + k) % size)
             for k, row in enumerate(rows)
         ]
         self._progress.rollouts(step, len(slots))

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict
 from ctcgrpo.errors import OutputError, TooManyFailures, too_many_failed
 from ctcgrpo.files import by_step, collect_records, refuse_to_resume, write_whole
 from ctcgrpo.intervals import interval, means, paired
-from ctcgrpo.records import SCENES, Episode, Scenario, Scene
+from ctcgrpo.records import SCENES, Scenario, Scene
+from ctcgrpo.types import Episode
 
 if TYPE_CHECKING:
     from ctcgrpo.rollout.runner import Slot
@@ -118,9 +119,15 @@ def improvement(before: Validation, after: Validation, *, seed: int = 0) -> dict
 
 def validation_slots(scenarios: Sequence[Scenario], samples: int, step: int) -> list[Slot]:
     """What a validation plays: `samples` episodes a scenario, with the same seeds after whatever step."""
-    from ctcgrpo.rollout.runner import Slot  # imports transformers, which those who read a record do without
+    # These import transformers, which those who read a record do without.
+    from ctcgrpo.environments.eibench import task_of
+    from ctcgrpo.rollout.runner import Slot
 
-    return [Slot(scenario, step, group, k, seed_step=0) for group, scenario in enumerate(scenarios) for k in range(samples)]
+    return [
+        Slot(task_of(scenario), step, group, k, seed_step=0)
+        for group, scenario in enumerate(scenarios)
+        for k in range(samples)
+    ]
 
 
 @dataclass
@@ -167,7 +174,7 @@ class Validator:
         slots = validation_slots(self.scenarios, self.samples, step)
         self.say(f"validating after step {step}: {len(slots)} episodes")
         played = self.play(step, self.share(slots))
-        result = validation_of(step, self.scenarios, self.gather([(e.scenario.id, e.outcome) for e in played]))
+        result = validation_of(step, self.scenarios, self.gather([(e.task, e.outcome) for e in played]))
         if too_many_failed(result.failed, len(slots), self.max_failed):
             raise TooManyFailures(
                 f"validation after step {step}: {result.failed} of {len(slots)} episodes failed, "

@@ -29,7 +29,7 @@ class Stage:
     dialogues: Sequence[Trace]
 
     def of_scenario(self, name: str) -> list[Trace]:
-        return [dialogue for dialogue in self.dialogues if dialogue["scenario"] == name]
+        return [dialogue for dialogue in self.dialogues if dialogue["task"] == name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def _stage(folder: RunFolder, validation: Validation) -> Stage:
     if problems:
         raise OutputError(f"{folder.traces}/{problems[0]}")
     dialogues = [episode for episode in episodes if episode["failure"] is None]
-    played = Counter((d["scenario"], round(d["outcome"], 9)) for d in dialogues)
+    played = Counter((d["task"], round(d["outcome"], 9)) for d in dialogues)
     recorded = Counter((name, round(x, 9)) for name, outcomes in validation.outcomes.items() for x in outcomes)
     if played != recorded:
         raise OutputError(

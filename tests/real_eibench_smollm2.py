@@ -50,10 +50,9 @@ def main() -> None:
                 episode = json.loads(line)
                 print(f"\nrollout {episode['rollout']}: outcome {episode['outcome']:+.3f}, failure {episode['failure']}")
                 for turn in episode["turns"]:
-                    print(
-                        f"  {turn['before']} policy ({turn['prompt_tokens']} + {turn['completion_tokens']} tokens): {turn['reply']}"
-                    )
-                    print(f"  {turn['after']} user: {turn['user_line']}   [{turn['why']}]")
+                    size = f"{turn['prompt_tokens']} + {turn['completion_tokens']} tokens"
+                    print(f"  policy ({size}): {turn['reply']}")
+                    print(f"  user: {turn['message']}   {turn['info']}")
         metrics = json.loads((Path(scratch) / "real" / "metrics.jsonl").read_text().splitlines()[0])
         shown = ("outcome/all", "grad_norm", "logprob_gap", "trained_tokens", "credit/turn_term_std", "entropy")
         print("\n" + ", ".join(f"{name} {metrics[name]:.4g}" for name in shown))

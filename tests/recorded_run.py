@@ -10,6 +10,7 @@ from typing import Any
 
 from ctcgrpo.records import Scenario
 from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.scoring import turn_score
 from ctcgrpo.validation import validation_of
 from tests.dialogue import converse
 
@@ -38,7 +39,7 @@ def write_run(folder: Path, validations: Mapping[int, Replies]) -> Path:
             for group, (name, dialogues) in enumerate(replies.items())
             for rollout, said in enumerate(dialogues)
         ]
-        outcomes = [(episode["scenario"], episode["outcome"]) for episode in episodes]
+        outcomes = [(episode["task"], episode["outcome"]) for episode in episodes]
         lines.append(json.dumps(asdict(validation_of(step, [HELD_OUT[name] for name in replies], outcomes))) + "\n")
         traces = "".join(json.dumps(episode) + "\n" for episode in episodes)
         (folder / f"traces/validation-{step:06d}.rank-0.jsonl").write_text(traces)
@@ -58,17 +59,17 @@ def _episode(scenario: Scenario, group: int, rollout: int, replies: Sequence[str
             "completion_tokens": 9,
             "dropped_exchanges": 0,
         }
-        turns.append({**turn, "user_line": line, "why": why, "before": list(state), "after": list(after)})
+        info = {**after._asdict(), "why": why}
+        turns.append({**turn, "message": line, "reward": turn_score(state, after), "info": info})
         state = after
     return {
-        "scenario": scenario.id,
-        "scene": scenario.scene,
+        "task": scenario.id,
+        "tag": scenario.scene,
         "group": group,
         "rollout": rollout,
         "outcome": outcome,
         "failure": None,
-        "initial_state": list(scenario.anchors.initial),
-        "final_state": list(state),
-        "opening_line": scenario.opening_line,
+        "info": scenario.anchors.initial._asdict(),
+        "opening": scenario.opening_line,
         "turns": turns,
     }

@@ -79,7 +79,7 @@ def judged_dialogue(
         state = state.plus(reaction.anger_delta, reaction.trust_delta)
         states.append(state)
         reasons.append(reaction.why)
-        history.append(Utterance(speaker="user", text=turn["user_line"]))
+        history.append(Utterance(speaker="user", text=turn["message"]))
     return states, reasons
 
 
@@ -93,7 +93,7 @@ def _judged(run: HeldOut, stage: Stage, reluctance: float) -> tuple[Validation, 
     variant: Variant = run.recipe.scoring.variant
     outcomes, reasons = [], list[str]()
     for dialogue in stage.dialogues:
-        scenario = run.scenarios[dialogue["scenario"]]
+        scenario = run.scenarios[dialogue["task"]]
         states, why = judged_dialogue(scenario, dialogue, max_rounds=run.recipe.rollout.max_turns, reluctance=reluctance)
         reasons += why
         outcomes.append(
@@ -107,13 +107,14 @@ def refuse_others(run: HeldOut, all_on: Judged, reluctance: float) -> None:
     """Raises OutputError where the rules, all on, do not give what the run recorded."""
     for stage in (run.before, run.after):
         for dialogue in stage.dialogues:
-            scenario = run.scenarios[dialogue["scenario"]]
+            scenario = run.scenarios[dialogue["task"]]
             states, _ = judged_dialogue(scenario, dialogue, max_rounds=run.recipe.rollout.max_turns, reluctance=reluctance)
             for k, (turn, state) in enumerate(zip(dialogue["turns"], states, strict=True), 1):
-                if tuple(turn["after"]) != state:
+                after = (turn["info"]["anger"], turn["info"]["trust"])
+                if after != state:
                     raise OutputError(
                         f"{run.path}/traces: step {stage.validation.step}, {scenario.id}, rollout {dialogue['rollout']}, turn {k}: "
-                        f"after = {list(turn['after'])}; expected {list(state)} by the rules as they are; another version of "
+                        f"after = {list(after)}; expected {list(state)} by the rules as they are; another version of "
                         "the scripted user or of the scenarios played it"
                     )
     recorded, found = improvement(run.before.validation, run.after.validation), all_on.gain

@@ -25,13 +25,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig
 
-from ctcgrpo.records import Anchors, Completion, Episode, Failure, Scenario, Turn, UserState
-from ctcgrpo.scoring import outcome_score
 from ctcgrpo.sharding import sharding_arguments
 from ctcgrpo.training.rows import Row
 from ctcgrpo.training.samples import CreditOptions
 from ctcgrpo.training.trainer import CtcGrpoTrainer, LossWeights, UpdateOptions
 from ctcgrpo.training.tree_attention import Packing
+from ctcgrpo.types import Completion, Episode, Failure, Turn
 
 GROUPS, GROUP_SIZE, STEPS = 2, 4, 2
 TEMPERATURE, CLIP, ENTROPY_BONUS = 0.8, 0.2, 0.01
@@ -60,7 +59,6 @@ def fixed_episodes(base: str) -> list[Episode]:
     rng = random.Random(7)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="float32").eval()
     vocabulary = model.config.vocab_size
-    anchors = Anchors(UserState(60, 40), UserState(20, 80), UserState(95, 5))
     episodes = []
 
     def some(least: int, most: int) -> tuple[int, ...]:
@@ -68,29 +66,27 @@ def fixed_episodes(base: str) -> list[Episode]:
 
     for group in range(GROUPS):
         opening = some(30, 50)
-        scenario = Scenario(
-            f"s{group}", "", ("support", "repair")[group], "en", "user", "hello", "policy", "", (), (), anchors
-        )
         for rollout in range(GROUP_SIZE):
-            state, turns, prompt = anchors.initial, [], opening
+            turns, prompt = [], opening
             for _ in range(TURNS[group][rollout]):
                 reasoning, reply = some(0, 20), some(2, 20)
                 completion_ids, seen = reasoning + reply, (reply, reasoning + reply)[group]
                 ratios = torch.tensor([rng.uniform(0.7, 1.4) for _ in completion_ids])
                 old = naive_logprobs(model, prompt, completion_ids)[0] - ratios.log()
-                after = state.plus(rng.randint(-10, 10), rng.randint(-10, 10))
+                reward = (rng.randint(-10, 10) + rng.randint(-10, 10)) / 200
                 completion = Completion(completion_ids, tuple(old.tolist()), (), "stop")
-                turns.append(Turn(prompt, completion, "", None, (), state, after, "", True, ""))
-                state, prompt = after, prompt + seen + some(3, 12)
+                turns.append(Turn(prompt, completion, "", None, (), "", reward, False))
+                prompt = prompt + seen + some(3, 12)
             failed = (group, rollout) == FAILED
             episodes.append(
                 Episode(
-                    scenario=scenario,
+                    task=f"s{group}",
+                    tag=("first", "second")[group],
                     step=1,
                     group=group,
                     rollout=rollout,
                     turns=tuple(turns),
-                    outcome=float("nan") if failed else outcome_score(state, anchors),
+                    outcome=float("nan") if failed else 3 * sum(turn.reward for turn in turns),
                     failure=Failure("simulator_transport", "gone") if failed else None,
                 )
             )

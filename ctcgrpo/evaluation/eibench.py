@@ -188,7 +188,7 @@ def _conversing(
                         now,
                         request_id=f"{seed}/{'/'.join(map(str, place))}/{round}",
                         max_rounds=rounds,
-                        seed=request_seed("user", seed, *place, round),
+                        seed=request_seed(request_seed("user", seed, *place), round),
                     )
                 )
                 before, now = now, UserState(answer.state.anger, answer.state.trust)

@@ -36,12 +36,12 @@ from ctcgrpo.policy.loading import load_tokenizer, loading_weights, stop_ids
 from ctcgrpo.policy.persona import BETWEEN
 from ctcgrpo.policy.reasoning import OPEN
 from ctcgrpo.recipe import Recipe, resolved_recipe
-from ctcgrpo.records import Completion
 from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.settings import context_builder, template_kwargs
+from ctcgrpo.types import Completion
 
 _REMEMBERED = 65536
 """Replies whose ids are kept for later turns."""

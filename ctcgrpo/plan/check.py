@@ -26,6 +26,7 @@ import yaml
 from accelerate.commands.config.config_args import default_config_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ctcgrpo.environments.eibench import opening_messages
 from ctcgrpo.errors import (
     CtcGrpoError,
     PolicyError,
@@ -46,11 +47,11 @@ from ctcgrpo.policy.model_wheel import refuse_unfetchable
 from ctcgrpo.policy.reasoning import CLOSE, OPEN
 from ctcgrpo.proxies import open_url
 from ctcgrpo.recipe import Recipe
-from ctcgrpo.records import Completion, Scenario
+from ctcgrpo.records import Scenario
 from ctcgrpo.rollout.vllm_adapter import base_url
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import ScenarioSet, load_scenarios, load_scenes, load_set
-from ctcgrpo.settings import context_builder, lora_config, template_kwargs
+from ctcgrpo.settings import briefing, context_builder, lora_config, template_kwargs
 from ctcgrpo.sharding import FSDP2, NONE, check_launcher, deepspeed_stage, offloads
 from ctcgrpo.simulator.choice import check_patience
 from ctcgrpo.simulator.client import SimulatorClient
@@ -61,6 +62,7 @@ from ctcgrpo.simulator.scripted.backend import ScriptedBackend
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.training.tree_attention import how_to_attend
+from ctcgrpo.types import Completion, Message
 
 Level = Literal["ok", "warning", "failed"]
 
@@ -283,10 +285,12 @@ def context(s: Subject) -> Iterator[Finding]:
     """Whether contexts stay a prefix under the template was found out when they were made; whether they fit is found out here."""
     if s.contexts is None or not s.scenarios:
         return
-    s.contexts.check([*s.scenarios, *s.held_out])
-    for note in s.contexts.notes([*s.scenarios, *s.held_out]):
+    told = briefing(s.recipe)
+    openings = {scenario.id: opening_messages(scenario, told) for scenario in [*s.scenarios, *s.held_out]}
+    s.contexts.check(openings)
+    for note in s.contexts.notes(openings.values()):
         yield Finding("context", "warning", note)
-    last = [_last_prompt(s, x) for x in _sample(s.scenarios, _MEASURED)]
+    last = [_last_prompt(s, openings[x.id]) for x in _sample(s.scenarios, _MEASURED)]
     dropped = sum(n > 0 for _, n in last) / len(last)
     reply = min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens)
     text = (
@@ -300,9 +304,9 @@ def context(s: Subject) -> Iterator[Finding]:
         yield Finding("context", "ok", text)
 
 
-def _last_prompt(s: Subject, scenario: Scenario) -> tuple[int, int]:
+def _last_prompt(s: Subject, opening: Sequence[Message]) -> tuple[int, int]:
     assert s.contexts is not None
-    dialogue = s.contexts.start(scenario)
+    dialogue = s.contexts.start(opening)
     reply = Completion((0,) * min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens), (), (), "stop")
     for _ in range(s.recipe.rollout.max_turns - 1):
         dialogue = s.contexts.extend(dialogue, reply, "word " * LINE_TOKENS)

@@ -26,9 +26,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.policy.chat_template import ChatTemplate, ControlTokens
-from ctcgrpo.policy.persona import BETWEEN, Briefing, together
+from ctcgrpo.policy.persona import BETWEEN, together
 from ctcgrpo.policy.reasoning import CLOSE, OPEN, parse_completion
-from ctcgrpo.records import Completion, Scenario
+from ctcgrpo.types import Completion, Message
 
 ReasoningPolicy = Literal["strip", "keep"]
 Ids = tuple[int, ...]
@@ -71,14 +71,12 @@ class ContextBuilder:
         stop_ids: Iterable[int],
         max_prompt_tokens: int,
         reasoning: ReasoningPolicy = "strip",
-        briefing: Briefing | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
         self._max_prompt_tokens = max_prompt_tokens
         self._reasoning = reasoning
-        self._briefing = briefing or Briefing()
         self._template = ChatTemplate(tokenizer, template_kwargs)
         self._control = ControlTokens(tokenizer)
         self._prompt = self._template.layout(False).prompt
@@ -101,9 +99,9 @@ class ContextBuilder:
         """Whether the generation prompt already opens the reasoning, so that completions begin inside it."""
         return OPEN in self._prompt and CLOSE not in self._prompt.rpartition(OPEN)[2]
 
-    def notes(self, scenarios: Iterable[Scenario]) -> list[str]:
-        """What a user should know of how these scenarios are put into prompts."""
-        folded = {s.policy_opens for s in scenarios if self._template.layout(s.policy_opens).folded}
+    def notes(self, openings: Iterable[Sequence[Message]]) -> list[str]:
+        """What a user should know of how dialogues that begin so are put into prompts."""
+        folded = {opens for opens in {len(m) == 1 for m in openings} if self._template.layout(opens).folded}
         notes = []
         if folded:
             which = "dialogues that the policy opens" if folded == {True} else "every dialogue"
@@ -122,9 +120,17 @@ class ContextBuilder:
             )
         return notes
 
-    def start(self, scenario: Scenario) -> Dialogue:
-        persona, instructions = self._briefing.parts(scenario)
-        return Dialogue(persona, scenario.opening_line.strip(), instructions=instructions)
+    def start(self, messages: Sequence[Message]) -> Dialogue:
+        """The dialogue that begins with a system message, and a user's line unless the policy opens. Raises PolicyEngineError for
+        other messages."""
+        if [m["role"] for m in messages] not in (["system"], ["system", "user"]):
+            raise PolicyEngineError(
+                f"an episode begins with messages of {', '.join(m['role'] for m in messages) or 'nobody'}; expected system, or "
+                "system and user"
+            )
+        system, instructions = messages[0]["content"].strip(), messages[0].get("instructions", "")
+        persona = system.removesuffix(instructions).removesuffix(BETWEEN if instructions else "")
+        return Dialogue(persona, messages[1]["content"].strip() if len(messages) > 1 else "", (), instructions)
 
     def extend(self, dialogue: Dialogue, completion: Completion, user_line: str) -> Dialogue:
         """The dialogue after the policy's completion and the user's answer."""
@@ -156,18 +162,18 @@ class ContextBuilder:
 
     # --- what is refused -----------------------------------------------------------------------------------------------
 
-    def check(self, scenarios: Iterable[Scenario]) -> None:
-        """Refuse, before any rollout, scenarios whose first prompt does not fit, and a template or tokenizer under which the ids of
-        a dialogue are not those of the template's own text."""
-        for scenario in scenarios:
+    def check(self, openings: Mapping[str, Sequence[Message]]) -> None:
+        """Refuse, before any rollout, tasks (their first messages, by id) whose first prompt does not fit, and a template or
+        tokenizer under which the ids of a dialogue are not those of the template's own text."""
+        for name, messages in openings.items():
             try:
-                self.prompt(self.start(scenario))
+                self.prompt(self.start(messages))
             except PolicyEngineError as error:
                 advice = "; raise it or drop the scenario" if "max_prompt_tokens" in str(error) else ""
-                raise PolicyError(f"scenario {scenario.id!r}: {error}{advice}") from None
+                raise PolicyError(f"scenario {name!r}: {error}{advice}") from None
             except PolicyError as error:
-                raise PolicyError(f"scenario {scenario.id!r}: {error}") from None
-            self._rendered.check_dialogue(scenario)
+                raise PolicyError(f"scenario {name!r}: {error}") from None
+            self._rendered.check_dialogue(name, messages)
 
     @cached_property
     def _rendered(self) -> ContextBuilder:
@@ -177,9 +183,9 @@ class ContextBuilder:
         twin._remember()
         return twin
 
-    def check_dialogue(self, scenario: Scenario) -> None:
+    def check_dialogue(self, name: str, messages: Sequence[Message]) -> None:
         """Hold the prompts of a dialogue's first turns against the template's text of the same messages. Raises PolicyError."""
-        dialogue = self.start(scenario)
+        dialogue = self.start(messages)
         opening, persona = dialogue.opening_line, together(dialogue.policy_persona, dialogue.instructions)
         spelled = any(map(self._control.find, (dialogue.policy_persona, opening)))
         said: list[tuple[str, str]] = []
@@ -189,16 +195,16 @@ class ContextBuilder:
             own = tuple(self._tokenizer.encode(text, add_special_tokens=False))
             # Behind a reply a tokenizer may merge what was sampled with what follows; the text is the same all the same.
             if ids != own and (self._text(ids) != self._text(own) or not (said or spelled)):
-                raise PolicyError(self._difference(scenario, len(said) + 1, ids, own))
+                raise PolicyError(self._difference(name, len(said) + 1, ids, own))
             line = f"{opening or persona.splitlines()[-1].strip()}\n{_ODD_LINE}"
             said.append((reply, line))
             dialogue = replace(dialogue, exchanges=(*dialogue.exchanges, Exchange(self._encode_reply(reply), line)))
 
-    def _difference(self, scenario: Scenario, turn: int, ids: Ids, own: Ids) -> str:
+    def _difference(self, name: str, turn: int, ids: Ids, own: Ids) -> str:
         at = next((k for k, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
         here, there = (self._tokenizer.convert_ids_to_tokens(list(part[max(0, at - 2) : at + 4])) for part in (ids, own))
         return (
-            f"scenario {scenario.id!r}: the prompt of turn {turn} is not what {self._template.name} renders: at token {at} it has "
+            f"scenario {name!r}: the prompt of turn {turn} is not what {self._template.name} renders: at token {at} it has "
             f"{here}, the template's own text {there}; set policy.chat_template to a file whose template keeps messages as they are"
         )
 

@@ -1,8 +1,9 @@
 """The metrics of a run: what each means, its healthy range, and what to try otherwise. The one place where that is written.
 
 Ranges are rules of thumb, not limits.
-Names are those of metrics.jsonl (a line a step) and of W&B. {scene}, {kind} and {turns} stand for a scene, a kind of failure and a
-number of turns. A test compares this table with the metrics of a real run and with the names in the code.
+Names are those of metrics.jsonl (a line a step) and of W&B. {scene}, {kind}, {turns} and {number} stand for a scene, a kind of
+failure, a number of turns and a number in an environment's info. A test compares this table with the metrics of a real run and with
+the names in the code.
 """
 
 from __future__ import annotations
@@ -48,16 +49,11 @@ GROUPS: Mapping[str, Sequence[Metric]] = {
             "if far below, replies lack reasoning or break its tags; check the chat template and raise rollout.max_new_tokens",
         ),
         Metric(
-            "final_anger/{scene}",
-            "mean anger of the user at the end, 0 to 100",
-            "falls, or stays near the scenarios' target",
-            "if 100 in most episodes, the policy is too weak for these scenarios; start from a better model",
-        ),
-        Metric(
-            "final_trust/{scene}",
-            "mean trust of the user at the end, 0 to 100",
-            "rises",
-            "if it falls with anger, the policy calms without helping; weigh trust more (scoring.turn_weights)",
+            "final_{number}/{scene}",
+            "mean at the end of a number that the environment tells; for EIBench the user's anger and trust, 0 to 100",
+            "final_anger falls, or stays near the scenarios' target; final_trust rises",
+            "if final_anger is 100 in most episodes, the policy is too weak for these scenarios; start from a better model. If "
+            "trust falls with anger, the policy calms without helping; weigh trust more (scoring.turn_weights)",
         ),
     ),
     "Credit": (
@@ -308,6 +304,7 @@ _STANDS_FOR = {
     "scene": "|".join(SCENES),
     "kind": "|".join(error.kind for error in EPISODE_ERRORS),
     "turns": r"\d+",
+    "number": r"\w+",
 }
 
 

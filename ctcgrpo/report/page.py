@@ -21,6 +21,7 @@ from ctcgrpo import __version__
 from ctcgrpo.intervals import interval
 from ctcgrpo.records import SCENES
 from ctcgrpo.report.reading import Run, Trace
+from ctcgrpo.run_records import numbers_by_turn
 from ctcgrpo.simulator.about import described
 from ctcgrpo.validation import Validation, improvement
 
@@ -122,16 +123,16 @@ def _phases(trained: Sequence[Trace]) -> list[list[Trace]]:
 
 
 def _states(part: Sequence[Trace]) -> dict[str, Any]:
-    """The mean state before each turn and after the last, by scene; who has left counts with the state that they left in."""
-    found: dict[str, Any] = {"from": min(e["step"] for e in part), "to": max(e["step"] for e in part), "scenes": {}}
-    for scene in SCENES:
-        paths = [
-            [e["initial_state"], *(t["after"] for t in e["turns"])] for e in part if e["scene"] == scene and not e["failure"]
-        ]
-        if paths:
+    """The means of the info's numbers at the start and after each turn, by tag and name; an episode that is over counts with its
+    last ones."""
+    found: dict[str, Any] = {"from": min(e["step"] for e in part), "to": max(e["step"] for e in part), "tags": {}}
+    for tag in sorted({e["tag"] for e in part}):
+        of_tag = [numbers_by_turn(e) for e in part if e["tag"] == tag and not e["failure"]]
+        for name in dict.fromkeys(name for numbers in of_tag for name in numbers):
+            paths = [numbers[name] for numbers in of_tag if name in numbers]
             longest = max(map(len, paths))
             table = np.array([path + [path[-1]] * (longest - len(path)) for path in paths], dtype=float)
-            found["scenes"][scene] = table.mean(axis=0).round(2).tolist()
+            found["tags"].setdefault(tag, {})[name] = table.mean(axis=0).round(2).tolist()
     return found
 
 
@@ -142,7 +143,7 @@ def _credit(trained: Sequence[Trace]) -> dict[str, Any]:
     for episode in trained:
         for turn, advantage in enumerate(episode["advantages"] or (), 1):
             by_turn.setdefault(turn, []).append(advantage)
-            by_scene.setdefault(episode["scene"], []).append(advantage)
+            by_scene.setdefault(episode["tag"], []).append(advantage)
 
     def counts(values: Sequence[float]) -> dict[str, Any]:
         clipped = np.clip(values, _BINS[0] + 1e-9, _BINS[-1] - 1e-9)
@@ -155,7 +156,7 @@ def _credit(trained: Sequence[Trace]) -> dict[str, Any]:
     return {
         "bins": _BINS.tolist(),
         "turns": {str(turn): counts(values) for turn, values in sorted(by_turn.items())},
-        "scenes": {scene: counts(by_scene[scene]) for scene in SCENES if scene in by_scene},
+        "scenes": {tag: counts(values) for tag, values in sorted(by_scene.items())},
     }
 
 
@@ -171,7 +172,7 @@ def _failures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _lean(e: Trace) -> list[Any]:
     """An episode as a list, without names that would stand in every one of them."""
     turns = [
-        [t["reasoning"], t["reply"], t["user_line"], t["before"], t["after"], t["why"], t["faults"], t["completion_tokens"]]
+        [t["reasoning"], t["reply"], t["message"], t["reward"], t["info"], t["faults"], t["completion_tokens"]]
         for t in e["turns"]
     ]
     advantages = None if e["advantages"] is None else [round(a, 6) for a in e["advantages"]]
@@ -179,12 +180,13 @@ def _lean(e: Trace) -> list[Any]:
     return [
         e["kind"],
         e["step"],
-        e["scenario"],
-        e["scene"],
+        e["task"],
+        e["tag"],
         e["rollout"],
         e["outcome"],
         failure,
-        e["opening_line"],
+        e["opening"],
+        e["info"],
         turns,
         advantages,
     ]

@@ -24,11 +24,10 @@ from ctcgrpo.files import explained, is_complete, read_json
 from ctcgrpo.folders import require_run
 from ctcgrpo.intervals import means
 from ctcgrpo.recipe import Recipe, resolved_recipe
-from ctcgrpo.records import UserState
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.run_records import Summary, disagreement, read_metrics, read_summary, read_traces, same
-from ctcgrpo.scoring import shaped_outcome, turn_form, turn_score
-from ctcgrpo.training.samples import CreditOptions, credit_options, step_credit
+from ctcgrpo.scoring import shaped_outcome, turn_form
+from ctcgrpo.training.samples import CreditOptions, credit_options, numbers, step_credit
 from ctcgrpo.training.samples import Summary as EpisodeSummary
 from ctcgrpo.validation import Validation, read_validations
 
@@ -80,7 +79,7 @@ def read_trials(file: Path) -> list[Trial]:
         raise OutputError(f"{file}: {explained(error)}; the sweep's command writes it again") from None
 
 
-def read_run(path: Path, options: CreditOptions | None = None) -> Run:
+def read_run(path: Path) -> Run:
     """Raises OutputError for a folder that holds no run, or one that has not played an episode yet."""
     folder = require_run(path)
     recipe = resolved_recipe(folder.recipe_file)
@@ -88,19 +87,20 @@ def read_run(path: Path, options: CreditOptions | None = None) -> Run:
     if not episodes:
         told = f" that can be read ({bad[0]})" if bad else ""
         raise OutputError(f"{path} holds no episode yet{told}; there is nothing to report")
-    if options is None:
-        options = credit_options(recipe)
+    options = credit_options(recipe)
     validations, bad_validations = read_validations(folder.validation_file)
     metrics, bad_metrics = read_metrics(folder.metrics_file)
     simulator, bad_simulator = _simulator(path)
     finished = is_complete(folder.final)
     problems = [*bad, *bad_validations, *bad_metrics, *bad_simulator]
     problems += _disagreements(episodes, validations, metrics, finished=finished)
+    credited, terms = with_credit(episodes, options)
+    problems += _other_terms(metrics, terms)
     return Run(
         name=path.resolve().name,
         recipe=recipe,
         finished=finished,
-        episodes=with_credit(episodes, options),
+        episodes=credited,
         validations=validations,
         metrics=metrics,
         unreadable=len(bad),
@@ -175,7 +175,7 @@ def _disagreements(
         problems += _other_metrics(m, [e for e in played.get(("step", m["step"]), ()) if e["failure"] is None])
     for v in validations:
         found = [e for e in played.get(("validation", v.step), ()) if e["failure"] is None]
-        counted = Counter((e["scenario"], round(e["outcome"], 9)) for e in found)
+        counted = Counter((e["task"], round(e["outcome"], 9)) for e in found)
         said = Counter((name, round(x, 9)) for name, outcomes in v.outcomes.items() for x in outcomes)
         if found and counted != said:
             problems.append(f"validation after step {v.step}: traces and validation.jsonl hold different outcomes")
@@ -184,7 +184,7 @@ def _disagreements(
             problems.append(
                 f"validation after step {v.step}: {failed} failed episodes by the traces, {v.failed} by validation.jsonl"
             )
-        if found and any(v.scenes.get(e["scenario"]) != e["scene"] for e in found):
+        if found and any(v.scenes.get(e["task"]) != e["tag"] for e in found):
             problems.append(f"validation after step {v.step}: traces and validation.jsonl hold different scenes")
     return problems
 
@@ -196,7 +196,7 @@ def _other_metrics(m: Mapping[str, Any], episodes: Sequence[Trace]) -> list[str]
         return [f"metrics.jsonl: episodes/valid of step {m['step']} is missing"]
     if said != len(episodes):
         return [f"step {m['step']}: traces hold {len(episodes)} valid episodes, metrics.jsonl says {said:g}"]
-    computed = means([*(("all", e["outcome"]) for e in episodes), *((e["scene"], e["outcome"]) for e in episodes)])
+    computed = means([*(("all", e["outcome"]) for e in episodes), *((e["tag"], e["outcome"]) for e in episodes)])
     return [
         f"step {m['step']}: outcome/{name} is {mean:+.4f} by the traces, {m.get(f'outcome/{name}')} by metrics.jsonl"
         for name, mean in computed.items()
@@ -204,22 +204,37 @@ def _other_metrics(m: Mapping[str, Any], episodes: Sequence[Trace]) -> list[str]
     ]
 
 
-def with_credit(episodes: Sequence[Trace], options: CreditOptions) -> list[Trace]:
-    """Episodes with `advantages`, where they were trained on; None in the others (failed ones, groups of one, validations)."""
+def _other_terms(metrics: Sequence[Mapping[str, Any]], terms: Mapping[int, tuple[float, float]]) -> list[str]:
+    """Where the spread of the credit by the traces is not what the run logged: a reward or an outcome was altered."""
+    names = ("credit/outcome_term_std", "credit/turn_term_std")
+    return [
+        f"step {m['step']}: {name} is {value:.6f} by the traces, {m.get(name)} by metrics.jsonl"
+        for m in metrics
+        for name, value in zip(names, terms.get(m["step"], ()), strict=False)
+        if not same(m.get(name), value)
+    ]
+
+
+def with_credit(episodes: Sequence[Trace], options: CreditOptions) -> tuple[list[Trace], dict[int, tuple[float, float]]]:
+    """Episodes with `advantages`, where they were trained on; None in the others (failed ones, groups of one, validations). And the
+    standard deviations of the outcome term and the turn term, by step."""
     by_step: dict[int, list[Trace]] = {}
     for episode in episodes:
         if episode["kind"] == "step":
             by_step.setdefault(episode["step"], []).append(episode)
     baseline = SceneBaseline()
     advantages: dict[tuple[int, int, int], tuple[float, ...]] = {}
+    terms: dict[int, tuple[float, float]] = {}
     for step, of_step in sorted(by_step.items()):
         found = step_credit([summary_of(e, options) for e in of_step], options, baseline, step=step)
         baseline = found.baseline
         advantages |= {(step, *key): values for key, values in found.advantages.items()}
-    return [
+        terms[step] = found.outcome_term_std, found.turn_term_std
+    credited = [
         {**e, "advantages": advantages.get((e["step"], e["group"], e["rollout"])) if e["kind"] == "step" else None}
         for e in episodes
     ]
+    return credited, terms
 
 
 def summary_of(episode: Trace, options: CreditOptions) -> EpisodeSummary:
@@ -235,17 +250,15 @@ def summary_of(episode: Trace, options: CreditOptions) -> EpisodeSummary:
             no_reasoning=no_reasoning,
             fault=fault,
         )
-    weights = (options.turn_weights or {}).get(episode["scene"], (0.5, 0.5))
-    last = turns[-1]["after"] if turns else episode["initial_state"]
+    last = turns[-1]["info"] if turns else episode["info"]
     return EpisodeSummary(
-        scene=episode["scene"],
+        tag=episode["tag"],
         group=episode["group"],
         rollout=episode["rollout"],
         outcome=outcome,
         reward=reward,
-        turn_scores=tuple(turn_score(UserState(*t["before"]), UserState(*t["after"]), weights) for t in turns),
-        final_anger=last[0],
-        final_trust=last[1],
+        turn_scores=tuple(float(turn["reward"]) for turn in turns),
+        final=numbers(last),
         failure=episode["failure"]["kind"] if episode["failure"] else None,
         turn_tokens=tuple(turn["completion_tokens"] for turn in turns),
         cut_turns=sum("cut" in turn["faults"] for turn in turns),

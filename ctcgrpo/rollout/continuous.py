@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from itertools import count
 
 from ctcgrpo.errors import PolicyEngineError, RunInterrupted
-from ctcgrpo.records import Completion
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
+from ctcgrpo.types import Completion
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from ctcgrpo.records import Completion
+from ctcgrpo.types import Completion
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Playing episodes: the policy and the simulated user take turns until the user leaves or the rounds are over.
+"""Playing episodes: the policy and an environment take turns until the environment says that it is over, or the turns are.
 
 What fails is a record with its reason. With `deterministic`, all episodes of a step take each turn together, in a fixed
 order, so the composition of every batch is fixed and a run repeats bit by bit; otherwise each goes at its own pace, and with a
@@ -10,29 +10,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import math
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from ctcgrpo.errors import EPISODE_ERRORS, CtcGrpoError, DeadlinePassed, RunInterrupted
+from ctcgrpo.errors import EPISODE_ERRORS, CtcGrpoError, DeadlinePassed, EnvironmentFailed, RunInterrupted
 from ctcgrpo.policy.context import ContextBuilder, Dialogue
 from ctcgrpo.policy.reasoning import parse_completion
-from ctcgrpo.records import Completion, Episode, Failure, Scenario, Turn, UserState
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling, request_seed
-from ctcgrpo.scoring import Variant, outcome_score
-from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
+from ctcgrpo.types import Completion, Environment, Episode, Failure, Task, Turn
 
+_T = TypeVar("_T")
 _LOOK_SECONDS = 0.1
 """How often a batch of episodes looks whether it is to stop."""
 
 
 @dataclass(slots=True)
 class Awaited:
-    """How many replies of the policy, and answers of the user, are being waited for."""
+    """How many replies of the policy, and answers of environments, are being waited for."""
 
     replies: int = 0
     answers: int = 0
@@ -54,15 +54,15 @@ class Awaited:
             self.answers -= 1
 
     def __str__(self) -> str:
-        return f"{self.replies} replies of the policy and {self.answers} answers of the user in progress"
+        return f"{self.replies} replies of the policy and {self.answers} answers of the environment in progress"
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """An episode to be played: `group` is the scenario's position in the step, `rollout` the episode's in its group.
+    """An episode to be played: `group` is the task's position in the step, `rollout` the episode's in its group.
     `seed_step` takes the step's place in the seeds where it is given."""
 
-    scenario: Scenario
+    task: Task
     step: int
     group: int
     rollout: int
@@ -72,7 +72,7 @@ class Slot:
     def seeds(self) -> tuple[object, ...]:
         """What of an episode's place its seeds depend on."""
         step = self.step if self.seed_step is None else self.seed_step
-        return step, self.group, self.scenario.id, self.rollout
+        return step, self.group, self.task.id, self.rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +82,21 @@ class Play:
     sampling: Sampling
     max_turns: int
     seed: int
-    variant: Variant = "training"
     deterministic: bool = False
     deadline: float | None = None
     """Seconds after the start of a batch."""
 
 
 class RolloutRunner:
-    """Plays slots against one engine and one simulator."""
+    """Plays slots with one engine, each against an environment of its own. `shared` is what they have in common (a client), entered
+    while a batch is played."""
 
     def __init__(
         self,
         *,
         engine: PolicyEngine,
-        simulator: SimulatorClient,
+        environment: Callable[[], Environment],
+        shared: AbstractAsyncContextManager[Any],
         contexts: ContextBuilder,
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: frozenset[int],
@@ -103,7 +104,8 @@ class RolloutRunner:
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.engine = engine
-        self.simulator = simulator
+        self.environment = environment
+        self.shared = shared
         self.contexts = contexts
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
@@ -122,19 +124,23 @@ class RolloutRunner:
     ) -> list[Episode]:
         """One episode a slot, in the order of the slots; `on_episode` sees each the moment it is over.
 
-        Raises RunPaused as soon as the run is asked to stop, or the simulator may spend no more; replies and answers in progress
+        Raises RunPaused as soon as the run is asked to stop, or a simulator may spend no more; replies and answers in progress
         are given up then.
         """
         players = [_Player(self, slot, on_episode) for slot in slots]
-        async with self.simulator, self.engine:
-            if self.play.deterministic:
-                for _ in range(self.play.max_turns):
-                    await self._together(players, _Player.policy_turn)
-                    await self._together(players, _Player.user_turn)
-            else:
-                await self._together(players, _Player.to_the_end, self.play.deadline)
-                for player in players:
-                    player.cut()
+        async with self.shared, self.engine:
+            try:
+                if self.play.deterministic:
+                    await self._together(players, _Player.reset)
+                    for _ in range(self.play.max_turns):
+                        await self._together(players, _Player.policy_turn)
+                        await self._together(players, _Player.environment_turn)
+                else:
+                    await self._together(players, _Player.to_the_end, self.play.deadline)
+                    for player in players:
+                        player.cut()
+            finally:
+                await asyncio.gather(*(player.close() for player in players))
         return [player.episode() for player in players]
 
     async def _together(
@@ -174,25 +180,40 @@ class _Player:
         self._runner = runner
         self._on_episode = on_episode
         self._slot = slot
-        self._card = ScenarioCard.of(slot.scenario)
-        self._dialogue: Dialogue = runner.contexts.start(slot.scenario)
-        self._history = [Utterance(speaker="user", text=slot.scenario.opening_line)] if slot.scenario.opening_line else []
-        self._state: UserState = slot.scenario.anchors.initial
+        self._environment = runner.environment()
+        self._environment.name = f"{slot.step}/{slot.task.id}/{slot.rollout}"
+        self._dialogue: Dialogue | None = None
         self._turns: list[Turn] = []
         self._pending: tuple[tuple[int, ...], int, Completion] | None = None
+        self._outcome = math.nan
         self._failure: Failure | None = None
-        self._seconds_policy = self._seconds_simulator = 0.0
+        self._seconds_policy = self._seconds_environment = 0.0
+        self._closed = False
         self.over = False
 
     async def to_the_end(self) -> None:
+        await self.reset()
         while not self.over:
             await self.policy_turn()
-            await self.user_turn()
+            await self.environment_turn()
+
+    async def reset(self) -> None:
+        """Begin the episode."""
+        slot, play = self._slot, self._runner.play
+        seed = request_seed("user", play.seed, *slot.seeds)
+        try:
+            messages = await self._asked("reset", self._environment.reset(slot.task.data, seed=seed))
+            self._dialogue = self._runner.contexts.start(messages)
+        except EPISODE_ERRORS as error:
+            self._fail(error)
 
     async def policy_turn(self) -> None:
         """Sample the policy's next completion."""
         runner, slot, play = self._runner, self._slot, self._runner.play
         runner.check_interrupt()
+        if self.over:
+            return
+        assert self._dialogue is not None
         started = time.perf_counter()
         try:
             prompt_ids, dropped = runner.contexts.prompt(self._dialogue)
@@ -204,64 +225,68 @@ class _Player:
             self._fail(error)
         self._seconds_policy += time.perf_counter() - started
 
-    async def user_turn(self) -> None:
-        """Let the user react to it."""
+    async def environment_turn(self) -> None:
+        """Hand the reply to the environment."""
         if self.over or self._pending is None:
             return
-        runner, slot, play = self._runner, self._slot, self._runner.play
+        runner, play = self._runner, self._runner.play
         runner.check_interrupt()
+        assert self._dialogue is not None
         prompt_ids, dropped, completion = self._pending
         self._pending = None
         ids = [token for token in completion.token_ids if token not in runner.stop_ids]
         parsed = parse_completion(runner.tokenizer.decode(ids), completion.finish_reason, runner.contexts.opens_reasoning)
-        round = len(self._turns) + 1
-        self._history.append(Utterance(speaker="policy", text=parsed.reply))
-        started = time.perf_counter()
         try:
-            request = turn_request(
-                self._card,
-                self._history,
-                self._state,
-                request_id=f"{play.seed}/{slot.step}/{slot.group}/{slot.scenario.id}/{slot.rollout}/{round}",
-                max_rounds=play.max_turns,
-                seed=request_seed("user", play.seed, *slot.seeds, round),
+            step = await self._asked("step", self._environment.step(parsed.reply))
+            done = step.done or len(self._turns) + 1 >= play.max_turns
+            self._environment.episode_return += _finite(step.reward, "step gave a reward of")
+            self._turns.append(
+                Turn(
+                    prompt_ids=prompt_ids,
+                    completion=completion,
+                    reply=parsed.reply,
+                    reasoning=parsed.reasoning,
+                    faults=parsed.faults,
+                    message=step.message,
+                    reward=step.reward,
+                    done=done,
+                    info=step.info,
+                    dropped_exchanges=dropped,
+                )
             )
-            with runner.awaited.answer():
-                answer = await runner.simulator.turn(request)
+            self._dialogue = runner.contexts.extend(self._dialogue, completion, step.message)
+            if done:
+                self._outcome = _finite(await self._asked("outcome", _called(self._environment.outcome)), "outcome gave")
+                self._finish()
         except EPISODE_ERRORS as error:
             self._fail(error)
-            return
-        finally:
-            self._seconds_simulator += time.perf_counter() - started
-        after = UserState(answer.state.anger, answer.state.trust)
-        goes_on = answer.goes_on and round < play.max_turns
-        self._turns.append(
-            Turn(
-                prompt_ids=prompt_ids,
-                completion=completion,
-                reply=parsed.reply,
-                reasoning=parsed.reasoning,
-                faults=parsed.faults,
-                before=self._state,
-                after=after,
-                user_line=answer.reply,
-                user_goes_on=goes_on,
-                why=answer.why,
-                dropped_exchanges=dropped,
-            )
-        )
-        self._state = after
-        self._history.append(Utterance(speaker="user", text=answer.reply, reflection=answer.reflection))
-        self._dialogue = runner.contexts.extend(self._dialogue, completion, answer.reply)
-        if not goes_on:
-            self._finish()
 
     def cut(self) -> None:
         """The deadline has passed."""
         if not self.over:
             self._fail(DeadlinePassed(f"rollout.deadline of {self._runner.play.deadline:g} s has passed"))
 
+    async def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            await self._environment.close()
+
+    async def _asked(self, what: str, answer: Awaitable[_T]) -> _T:
+        """What the environment answers. Whatever a stranger's code raises is the reason of this episode's failure; what stops a run
+        stops it."""
+        started = time.perf_counter()
+        try:
+            with self._runner.awaited.answer():
+                return await answer
+        except CtcGrpoError:
+            raise
+        except Exception as error:
+            raise EnvironmentFailed(f"{what} raised {type(error).__name__}: {error}") from error
+        finally:
+            self._seconds_environment += time.perf_counter() - started
+
     def _fail(self, error: CtcGrpoError) -> None:
+        self._outcome = math.nan
         self._failure = Failure(error.kind, f"turn {len(self._turns) + 1}: {error}")
         self._finish()
 
@@ -270,16 +295,29 @@ class _Player:
         self._on_episode(self.episode())
 
     def episode(self) -> Episode:
-        scenario = self._slot.scenario
-        valid = self._failure is None
+        slot = self._slot
         return Episode(
-            scenario=scenario,
-            step=self._slot.step,
-            group=self._slot.group,
-            rollout=self._slot.rollout,
+            task=slot.task.id,
+            tag=slot.task.tag,
+            step=slot.step,
+            group=slot.group,
+            rollout=slot.rollout,
             turns=tuple(self._turns),
-            outcome=outcome_score(self._state, scenario.anchors, self._runner.play.variant) if valid else float("nan"),
+            outcome=self._outcome,
             failure=self._failure,
+            opening="" if self._dialogue is None else self._dialogue.opening_line,
+            info=self._environment.info,
             seconds_policy=self._seconds_policy,
-            seconds_simulator=self._seconds_simulator,
+            seconds_environment=self._seconds_environment,
         )
+
+
+async def _called(function: Callable[[], _T]) -> _T:
+    return function()
+
+
+def _finite(value: float, what: str) -> float:
+    """Raises EnvironmentFailed for a number that is none."""
+    if not math.isfinite(value):
+        raise EnvironmentFailed(f"{what} {value}; expected a finite number")
+    return value

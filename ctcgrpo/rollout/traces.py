@@ -6,26 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ctcgrpo.records import Episode, Turn
+from ctcgrpo.types import Episode, Turn
 
 
 def trace_record(episode: Episode) -> dict[str, Any]:
     """An episode as plain data; a failed one has `outcome` null and says why in `failure`."""
-    valid = episode.failure is None
     return {
         "step": episode.step,
-        "scenario": episode.scenario.id,
-        "scene": episode.scenario.scene,
+        "task": episode.task,
+        "tag": episode.tag,
         "group": episode.group,
         "rollout": episode.rollout,
-        "outcome": episode.outcome if valid else None,
+        "outcome": episode.outcome if episode.failure is None else None,
         "failure": None if episode.failure is None else {"kind": episode.failure.kind, "message": episode.failure.message},
-        "initial_state": list(episode.scenario.anchors.initial),
-        "final_state": list(episode.final_state) if valid else None,
-        "opening_line": episode.scenario.opening_line,
+        "opening": episode.opening,
+        "info": dict(episode.info),
         "turns": [_turn(turn) for turn in episode.turns],
         "seconds_policy": round(episode.seconds_policy, 4),
-        "seconds_simulator": round(episode.seconds_simulator, 4),
+        "seconds_environment": round(episode.seconds_environment, 4),
     }
 
 
@@ -34,11 +32,10 @@ def _turn(turn: Turn) -> dict[str, Any]:
         "reasoning": turn.reasoning,
         "reply": turn.reply,
         "faults": list(turn.faults),
-        "user_line": turn.user_line,
-        "before": list(turn.before),
-        "after": list(turn.after),
-        "why": turn.why,
-        "goes_on": turn.user_goes_on,
+        "message": turn.message,
+        "reward": turn.reward,
+        "done": turn.done,
+        "info": dict(turn.info),
         "prompt_tokens": len(turn.prompt_ids),
         "completion_tokens": len(turn.completion.token_ids),
         "finish_reason": turn.completion.finish_reason,

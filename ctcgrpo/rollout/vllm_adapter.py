@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.proxies import settle_environment
-from ctcgrpo.records import Completion
 from ctcgrpo.rollout.continuous import Batcher, Finished
 from ctcgrpo.rollout.engine import Sampling
+from ctcgrpo.types import Completion
 
 _CHUNK_BYTES = 512 * 2**20
 """How much of the policy is gathered before it is sent on to the servers."""

@@ -20,9 +20,9 @@ import aiohttp
 
 from ctcgrpo.errors import PolicyEngineError
 from ctcgrpo.proxies import open_url, proxy_of, through_proxy
-from ctcgrpo.records import Completion
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
 from ctcgrpo.rollout.vllm_adapter import base_url, completion, room
+from ctcgrpo.types import Completion
 
 _ADMIN_SECONDS = 60.0
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})

@@ -14,10 +14,10 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from rich.table import Table
 from rich.text import Text
 from typing_extensions import TypedDict
@@ -25,7 +25,6 @@ from typing_extensions import TypedDict
 from ctcgrpo.errors import EPISODE_ERRORS, OutputError
 from ctcgrpo.files import collect_records
 from ctcgrpo.records import SCENES, Scenario, UserState
-from ctcgrpo.run_records import State as RecordedState
 from ctcgrpo.scoring import turn_score
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
@@ -54,19 +53,25 @@ class Noise:
         return self.between**2 / total if total > 0 else float("nan")
 
 
+class _State(TypedDict):
+    anger: Annotated[int, Field(ge=0, le=100)]
+    trust: Annotated[int, Field(ge=0, le=100)]
+    why: NotRequired[str]
+
+
 class _Turn(TypedDict):
     reply: str
-    user_line: str
-    before: RecordedState
-    why: str
+    message: str
+    info: _State
 
 
 class _Recorded(TypedDict):
     """As much of a trace as is replayed."""
 
-    scenario: str
+    task: str
     rollout: int
     failure: dict[str, Any] | None
+    info: _State
     turns: list[_Turn]
 
 
@@ -93,32 +98,33 @@ def recorded_turns(
             warn(problem)
         unreadable += problems
         for trace in found:
-            if trace["failure"] is None and trace["scenario"] in known:
-                traces[known[trace["scenario"]].scene].append(trace)
+            if trace["failure"] is None and trace["task"] in known:
+                traces[known[trace["task"]].scene].append(trace)
     if not any(traces.values()):
         why = f" ({unreadable[0]})" if unreadable else ""
         raise OutputError(f"there are no recorded dialogues of these scenarios to replay{why}")
     rng = random.Random(seed)
     chosen = [t for scene in SCENES for t in rng.sample(traces[scene], min(dialogues, len(traces[scene])))]
-    return [turn for trace in chosen for turn in _turns(trace, known[trace["scenario"]], max_rounds)]
+    return [turn for trace in chosen for turn in _turns(trace, known[trace["task"]], max_rounds)]
 
 
 def _turns(trace: Mapping[str, Any], scenario: Scenario, max_rounds: int) -> Iterable[TurnRequest]:
     card = ScenarioCard.of(scenario)
     history = [Utterance(speaker="user", text=scenario.opening_line)] if scenario.opening_line else []
+    state = trace["info"]
     for round, turn in enumerate(trace["turns"], 1):
         history.append(Utterance(speaker="policy", text=turn["reply"]))
-        anger, trust = turn["before"]
         yield TurnRequest(
-            request_id=f"noise/{trace['scenario']}/{trace['rollout']}/{round}",
+            request_id=f"noise/{trace['task']}/{trace['rollout']}/{round}",
             scenario=card,
             history=tuple(history),
-            state=State(anger=anger, trust=trust),
+            state=State(anger=state["anger"], trust=state["trust"]),
             round=round,
             max_rounds=max(max_rounds, len(trace["turns"])),
             seed=0,
         )
-        history.append(Utterance(speaker="user", text=turn["user_line"], reflection=turn["why"]))
+        history.append(Utterance(speaker="user", text=turn["message"], reflection=turn["info"].get("why", "")))
+        state = turn["info"]
 
 
 async def measure(turns: Sequence[TurnRequest], simulator: SimulatorClient, *, replays: int) -> dict[str, Noise]:

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from ctcgrpo.errors import EPISODE_ERRORS, DeadlinePassed
-from ctcgrpo.records import SCENES
 from ctcgrpo.training.samples import StepCredit, Summary
 
 
 def rollout_metrics(summaries: Sequence[Summary], credit: StepCredit) -> dict[str, float]:
-    """outcome, final_anger and final_trust overall and by scene; credit; failures by kind; lengths."""
+    """outcome overall and by tag, the numbers of the last turn's info by tag (final_anger/support); credit; failures by kind;
+    lengths."""
     valid = [s for s in summaries if not s.failure]
     metrics = {
         "outcome/all": _mean(s.outcome for s in valid),
@@ -28,11 +28,11 @@ def rollout_metrics(summaries: Sequence[Summary], credit: StepCredit) -> dict[st
         "replies/empty": _mean(s.empty_turns / len(s.turn_scores) for s in valid),
         "prompts/dropped_exchanges": float(sum(s.dropped_exchanges for s in summaries)),
     }
-    for scene in SCENES:
-        if here := [s for s in valid if s.scene == scene]:
-            metrics[f"outcome/{scene}"] = _mean(s.outcome for s in here)
-            metrics[f"final_anger/{scene}"] = _mean(s.final_anger for s in here)
-            metrics[f"final_trust/{scene}"] = _mean(s.final_trust for s in here)
+    for tag in dict.fromkeys(s.tag for s in sorted(valid, key=lambda s: s.tag)):
+        here = [s for s in valid if s.tag == tag]
+        metrics[f"outcome/{tag}"] = _mean(s.outcome for s in here)
+        for name in dict.fromkeys(name for s in here for name in s.final):
+            metrics[f"final_{name}/{tag}"] = _mean(s.final[name] for s in here if name in s.final)
     cut = Counter(len(s.turn_scores) for s in summaries if s.failure == DeadlinePassed.kind)
     metrics |= {f"deadline/after_{turns}_turns": float(count) for turns, count in sorted(cut.items())}
     kinds = Counter(s.failure for s in summaries if s.failure)

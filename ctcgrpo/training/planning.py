@@ -9,9 +9,9 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ctcgrpo.plan.memory import kept_per_token
-from ctcgrpo.records import TurnSample
 from ctcgrpo.training.packing import Costs, Floats, cut, dealt, distinct_tokens, packed_row, prefix_tree, row_costs
 from ctcgrpo.training.rows import Row, dummy_row, plain_rows
+from ctcgrpo.types import TurnSample
 
 
 @dataclass(frozen=True, slots=True)

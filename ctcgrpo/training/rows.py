@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ctcgrpo.records import TurnSample
 from ctcgrpo.training.tree_attention import Segments
+from ctcgrpo.types import TurnSample
 
 IGNORE = -100
 

@@ -14,22 +14,22 @@ import numpy as np
 
 from ctcgrpo import credit
 from ctcgrpo.recipe import Recipe
-from ctcgrpo.records import Episode, Scene, TurnSample
-from ctcgrpo.scoring import shaped_outcome, turn_form, turn_score
+from ctcgrpo.scoring import shaped_outcome, turn_form
+from ctcgrpo.types import Episode, Info, TurnSample
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """An episode in numbers; `outcome` is the raw one (NaN for a failed episode), `reward` the shaped one."""
+    """An episode in numbers; `outcome` is the raw one (NaN for a failed episode), `reward` the shaped one. `final` holds the
+    numbers of the last turn's info."""
 
-    scene: Scene
+    tag: str
     group: int
     rollout: int
     outcome: float
     reward: float
     turn_scores: tuple[float, ...]
-    final_anger: int
-    final_trust: int
+    final: Mapping[str, float]
     failure: str | None
     turn_tokens: tuple[int, ...]
     cut_turns: int
@@ -39,7 +39,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class CreditOptions:
-    """The options of `credit.turn_advantages`, and the scoring options that come before it."""
+    """The options of `credit.turn_advantages`, and the shaping of outcomes that comes before it."""
 
     alpha: float = 15.0
     centering: str = "rollout"
@@ -51,7 +51,6 @@ class CreditOptions:
     shuffle: Literal["nothing", "turn_scores", "advantages"] = "nothing"
     """A control: what is dealt out at random over the turns of a step, by `shuffle_seed` and the step."""
     shuffle_seed: int = 0
-    turn_weights: Mapping[Scene, tuple[float, float]] | None = None
     shaping: tuple[float, float] | None = None
     """(penalty for no reasoning, penalty for a fault), or None for a policy that does not reason."""
 
@@ -69,13 +68,11 @@ def credit_options(recipe: Recipe) -> CreditOptions:
         std_min=credit.std_min,
         shuffle=credit.shuffle,
         shuffle_seed=recipe.run.seed,
-        turn_weights=scoring.turn_weights,
         shaping=(scoring.no_reasoning_penalty, scoring.fault_penalty) if recipe.policy.reasons else None,
     )
 
 
 def summarise(episode: Episode, options: CreditOptions) -> Summary:
-    weights = (options.turn_weights or {}).get(episode.scenario.scene, (0.5, 0.5))
     reward = episode.outcome
     if options.shaping is not None:
         no_reasoning, fault = options.shaping
@@ -86,20 +83,24 @@ def summarise(episode: Episode, options: CreditOptions) -> Summary:
             fault=fault,
         )
     return Summary(
-        scene=episode.scenario.scene,
+        tag=episode.tag,
         group=episode.group,
         rollout=episode.rollout,
         outcome=episode.outcome,
         reward=reward,
-        turn_scores=tuple(turn_score(turn.before, turn.after, weights) for turn in episode.turns),
-        final_anger=episode.final_state.anger,
-        final_trust=episode.final_state.trust,
+        turn_scores=tuple(turn.reward for turn in episode.turns),
+        final=numbers(episode.final_info),
         failure=episode.failure.kind if episode.failure else None,
         turn_tokens=tuple(len(turn.completion.token_ids) for turn in episode.turns),
         cut_turns=sum("cut" in turn.faults for turn in episode.turns),
         empty_turns=sum("empty_reply" in turn.faults for turn in episode.turns),
         dropped_exchanges=max((turn.dropped_exchanges for turn in episode.turns), default=0),
     )
+
+
+def numbers(info: Info) -> dict[str, float]:
+    """What of an info is a number."""
+    return {name: float(value) for name, value in info.items() if isinstance(value, int | float)}
 
 
 Key = tuple[int, int]
@@ -141,7 +142,7 @@ def step_credit(
         credit=options.credit,
         gamma=options.gamma,
         center_weights=weights,
-        scene_baseline={s.group: baseline.of(s.scene) for s in summaries},
+        scene_baseline={s.group: baseline.of(s.tag) for s in summaries},
         std_min=options.std_min,
         scale=options.scale,
     )
@@ -154,7 +155,7 @@ def step_credit(
     return StepCredit(
         baseline=credit.updated_baseline(
             baseline,
-            [summaries[k].scene for k in valid],
+            [summaries[k].tag for k in valid],
             [credits[k] for k in valid],
             None if weights is None else [weights[k] for k in valid],
         ),

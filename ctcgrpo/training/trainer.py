@@ -36,7 +36,6 @@ from ctcgrpo.files import checkpoints, is_complete, mark_complete
 from ctcgrpo.policy.attention import use_layouts, with_layout
 from ctcgrpo.policy.finite import nonfinite_gradient, nonfinite_weight, refuse_nonfinite
 from ctcgrpo.processes import on_main
-from ctcgrpo.records import Episode, TurnSample
 from ctcgrpo.training.head import score_trained_positions_only
 from ctcgrpo.training.loss import TokenSums, token_sums
 from ctcgrpo.training.metrics import rollout_metrics
@@ -44,6 +43,7 @@ from ctcgrpo.training.planning import Plan, forward_costs, plan
 from ctcgrpo.training.rows import Row
 from ctcgrpo.training.samples import CreditOptions, Summary, step_credit, summarise, turn_samples, update_of
 from ctcgrpo.training.tree_attention import Packing, how_to_attend, tree_layout
+from ctcgrpo.types import Episode, TurnSample
 
 SCENE_BASELINE = "scene_baseline.json"
 """What earlier steps say of each scene's turns, in a checkpoint."""
@@ -330,7 +330,9 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
             self._log_number(name, value)
         seconds = time.perf_counter() - started
         self._log_number("seconds/rollout", seconds)
-        self._log_number("seconds/simulator_per_episode", sum(e.seconds_simulator for e in episodes) / max(1, len(episodes)))
+        self._log_number(
+            "seconds/simulator_per_episode", sum(e.seconds_environment for e in episodes) / max(1, len(episodes))
+        )
         self._log_number("tokens_per_second", sum(sum(s.turn_tokens) for s in summaries) / seconds)
 
         updates = self._options.updates_per_step

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 from transformers import AutoTokenizer
 
+from ctcgrpo.environments.eibench import opening_messages
 from ctcgrpo.errors import CtcGrpoError
 from ctcgrpo.export import model_card
 from ctcgrpo.policy.context import ContextBuilder
+from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.policy.tiny import build_tiny
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.scenarios import load_scenarios
@@ -92,7 +94,7 @@ def template_syntax(tries: Tries) -> None:
                 assert said in system["content"] and quoted(said)[1:-1] in user["content"], told[-600:]
                 assert told.count("49") == plain.count("49"), "an expression was computed"
             with tries.one(f"{scenario.scene}, the policy's context, {syntax}"):
-                ids, _ = contexts.prompt(contexts.start(hostile))
+                ids, _ = contexts.prompt(contexts.start(opening_messages(hostile, Briefing())))
                 text = tokenizer.decode(ids)
                 assert said in text, text[:300]
                 assert text.count("<|im_end|>") == text.count("<|im_start|>") - 1 + (syntax == "<|im_end|>") * text.count(

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from ctcgrpo.records import TurnSample
 from ctcgrpo.training.packing import Costs
 from ctcgrpo.training.planning import plan
+from ctcgrpo.types import TurnSample
 from tests.benchmarks.packing import dialogues
 from tests.benchmarks.timing import alternate, ratio
 

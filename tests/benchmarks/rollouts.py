@@ -21,10 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ctcgrpo.environments.eibench import EIBench, task_of
 from ctcgrpo.policy.builtin import build_builtin
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import load_tokenizer, stop_ids
-from ctcgrpo.records import Completion
+from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling, request_seed
 from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot
 from ctcgrpo.scenarios import load_scenarios
@@ -32,6 +33,7 @@ from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, TurnRequest
 from ctcgrpo.simulator.server import SimulatorServer, running
+from ctcgrpo.types import Completion
 
 SCALE, EPISODES, TURNS = 0.1, 64, 8
 MEDIAN, SPREAD = 1.5, math.log(10 / 1.5) / 2.326
@@ -108,7 +110,9 @@ def main() -> None:
     ends = stop_ids(folder, tokenizer)
     scenarios = load_scenarios("english/train")[:8]
     slots = [
-        Slot(s, 1, group, rollout) for group, s in enumerate(scenarios) for rollout in range(EPISODES // len(scenarios))
+        Slot(task_of(s), 1, group, rollout)
+        for group, s in enumerate(scenarios)
+        for rollout in range(EPISODES // len(scenarios))
     ]
     word = tokenizer.encode("I", add_special_tokens=False)[0]
     clock = Clock()
@@ -118,9 +122,11 @@ def main() -> None:
             clock.path.clear()
             clock.seed = draw
             seed = len(turns)  # another run's requests: the server knows a request that comes again, and answers at once
+            client = SimulatorClient(url)
             runner = RolloutRunner(
                 engine=PacedEngine(clock, word, slots, seed),
-                simulator=SimulatorClient(url),
+                environment=lambda: EIBench(client, briefing=Briefing(), max_turns=TURNS),
+                shared=client,
                 contexts=ContextBuilder(tokenizer, stop_ids=ends, max_prompt_tokens=4000),
                 tokenizer=tokenizer,
                 stop_ids=ends,

@@ -123,12 +123,12 @@ def situation(scenario: Scenario, run: HeldOut) -> str:
 
 def spoken(dialogue: Trace, number: int | None = None) -> str:
     """Everything up to the policy's last reply. `number` is that of its first line, where its lines are numbered."""
-    lines = [_line("Person 2", dialogue["opening_line"])] if dialogue["opening_line"] else []
+    lines = [_line("Person 2", dialogue["opening"])] if dialogue["opening"] else []
     for k, turn in enumerate(dialogue["turns"]):
         name = "Person 1" if number is None else f"[line {number + k}] Person 1"
         lines.append(_line(name, turn["reply"]))
         if k < len(dialogue["turns"]) - 1:
-            lines.append(_line("Person 2", turn["user_line"]))
+            lines.append(_line("Person 2", turn["message"]))
     return "\n\n".join(lines)
 
 

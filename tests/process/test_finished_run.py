@@ -171,7 +171,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
     *((f"traces/{kind}.rank-0.jsonl", damage) for kind in ("step-000001", "validation-000000") for damage in LINES),
     ("traces/validation-000000.rank-0.jsonl", replaced(r'"outcome": -\d\.\d+', '"outcome": 0.5')),
     ("traces/step-000001.rank-0.jsonl", replaced(r'"outcome": -\d\.\d+', '"outcome": 0.5')),
-    ("traces/step-000001.rank-0.jsonl", replaced(r'"after": \[\d+', '"after": [1')),
+    ("traces/step-000001.rank-0.jsonl", replaced(r'"reward": -?\d\.\d+', '"reward": 0.1')),
     ("metrics.jsonl", replaced(r'"outcome/charm": -\d\.\d+', '"outcome/charm": 0.5')),
     ("metrics.jsonl", text("")), ("validation.jsonl", replaced("support", "charm")), ("validation.jsonl", without_second_line),
     ("validation.jsonl", replaced('"failed": 0', '"failed": 3')),

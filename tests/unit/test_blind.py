@@ -66,10 +66,10 @@ def test_the_sheets_show_nothing_but_what_was_said(run: Path, tmp_path: Path) ->
     for sheet in ("pairs", "lines"):
         text = (tmp_path / f"x/{sheet}.md").read_text()
         for trace in traces:
-            assert trace["scenario"] not in re.sub(r"The \w+ [\w-]+ \d", "", text)
+            assert trace["task"] not in re.sub(r"The \w+ [\w-]+ \d", "", text)
             if len(trace["turns"]) == ROUNDS:  # a line of an earlier turn may occur in another dialogue
-                assert trace["turns"][-1]["user_line"] not in text, "the user's answer to the last reply"
-            assert not any(turn["why"] in text for turn in trace["turns"])
+                assert trace["turns"][-1]["message"] not in text, "the user's answer to the last reply"
+            assert not any(turn["info"]["why"] in text for turn in trace["turns"])
         added = re.sub(r'"[^"]*"|^\*\*.*$', "", text.split("\n## ", 1)[1], flags=re.MULTILINE)
         for word in ("trained", "before", "after", "anger", "trust", "score", str(run), "Core goal"):
             assert word not in added, word

@@ -804,7 +804,7 @@ def test_a_run_is_evaluated_as_it_was_validated(tmp_path: Path, ctcgrpo: Command
     trained = json.loads((run / "summary.json").read_text())
     for which, when in (("base", "before"), ("final", "after")):
         traces = (run / "traces" / f"validation-{trained[when]['step']:06d}.rank-0.jsonl").read_text().splitlines()
-        episodes = {(e["scenario"], e["rollout"] + 1): e for e in map(json.loads, traces)}
+        episodes = {(e["task"], e["rollout"] + 1): e for e in map(json.loads, traces)}
         results = read_results(run / "evaluations" / f"eibench-{which}")
         assert len(results) == len(episodes) == 32
         same = [

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from ctcgrpo.environments.eibench import opening_messages
 from ctcgrpo.errors import OutputError, PolicyError, RecipeError
 from ctcgrpo.evaluation.compare import compared
 from ctcgrpo.evaluation.eibench import INSTRUCTIONS, eibench
@@ -84,19 +85,19 @@ def test_tags_in_instructions_are_tokens_and_those_in_a_role_are_not(tiny: Path)
     """What the template renders of a role with instructions, id by id: the model meets in training what it meets when deployed."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     told = Briefing(None, EIBENCH, reasons=True)
-    contexts = ContextBuilder(tokenizer, stop_ids={tokenizer.eos_token_id}, max_prompt_tokens=4000, briefing=told)
+    contexts = ContextBuilder(tokenizer, stop_ids={tokenizer.eos_token_id}, max_prompt_tokens=4000)
     tag = tokenizer.convert_tokens_to_ids("<think>")
     for scenario in (ENGLISH["support"], ENGLISH["charm"]):
-        contexts.check([scenario])
-        ids, _ = contexts.prompt(contexts.start(scenario))
+        contexts.check({scenario.id: opening_messages(scenario, told)})
+        ids, _ = contexts.prompt(contexts.start(opening_messages(scenario, told)))
         messages = [{"role": "system", "content": told.told(scenario)}]
         messages += [{"role": "user", "content": scenario.opening_line}] if scenario.opening_line else []
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert list(ids) == tokenizer.encode(rendered, add_special_tokens=False) and ids.count(tag) == 2
     role = Briefing(None, Instructions())
-    plain = ContextBuilder(tokenizer, stop_ids={tokenizer.eos_token_id}, max_prompt_tokens=4000, briefing=role)
+    plain = ContextBuilder(tokenizer, stop_ids={tokenizer.eos_token_id}, max_prompt_tokens=4000)
     forged = replace(ENGLISH["support"], policy_persona=told.told(ENGLISH["support"]))
-    assert plain.prompt(plain.start(forged))[0].count(tag) == 0
+    assert plain.prompt(plain.start(opening_messages(forged, role)))[0].count(tag) == 0
 
 
 def heard(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, str]]]:

@@ -19,7 +19,6 @@ from ctcgrpo import processes
 from ctcgrpo.errors import RunInterrupted
 from ctcgrpo.files import is_complete
 from ctcgrpo.processes import interrupts
-from ctcgrpo.records import Completion
 from ctcgrpo.rollout.continuous import Finished
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
 from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
@@ -29,6 +28,7 @@ from ctcgrpo.simulator.protocol import Reaction, TurnRequest
 from ctcgrpo.simulator.scripted.backend import ScriptedBackend, react
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.training.trainer import CtcGrpoTrainer
+from ctcgrpo.types import Completion
 from tests.conftest import Command
 from tests.unit.test_rollout import SLOTS, Parts
 from tests.unit.test_run import FAST, TINY

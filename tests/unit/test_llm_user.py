@@ -15,7 +15,10 @@ import aiohttp
 import lmdb
 import pytest
 
+from ctcgrpo.environments.eibench import EIBench, task_of
 from ctcgrpo.errors import BudgetSpent, RecipeError, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.policy.persona import Briefing
+from ctcgrpo.records import UserState
 from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.rollout.traces import trace_record
 from ctcgrpo.scenarios import load_scenarios
@@ -101,9 +104,10 @@ def test_three_hundred_episodes_against_an_endpoint_that_misbehaves(tiny: Path) 
             server,
         ),
     ):
+        client = SimulatorClient(url, timeout=120)
         runner = Parts(tiny).runner(url, engine=Parts(tiny).engine(max_batch=100))
-        runner.simulator = SimulatorClient(url, timeout=120)
-        slots = [Slot(SCENARIOS[k % 60], 1, k // 5, k % 5) for k in range(300)]
+        runner.environment, runner.shared = lambda: EIBench(client, briefing=Briefing(), max_turns=3), client
+        slots = [Slot(task_of(SCENARIOS[k % 60]), 1, k // 5, k % 5) for k in range(300)]
         episodes = asyncio.run(runner.run(slots))
         states = server.backend.llm.states()  # type: ignore[attr-defined]
     assert len(episodes) == 300 and set(llm.faults) == set(rates)
@@ -112,9 +116,11 @@ def test_three_hundred_episodes_against_an_endpoint_that_misbehaves(tiny: Path) 
         record = trace_record(episode)
         assert (record["outcome"] is None) == (episode.failure is not None)
         for k, turn in enumerate(episode.turns, 1):
-            anger, trust, goes_on = llm.answered[turn.user_line]
-            assert turn.after == turn.before.plus(anger, trust)
-            assert turn.user_goes_on == (goes_on and k < runner.play.max_turns)
+            anger, trust, goes_on = llm.answered[turn.message]
+            before = episode.turns[k - 2].info if k > 1 else episode.info
+            moved = UserState(int(before["anger"]), int(before["trust"])).plus(anger, trust)
+            assert (turn.info["anger"], turn.info["trust"]) == moved
+            assert turn.done == (not goes_on or k == runner.play.max_turns)
     # A malformed answer fails a turn only when its correction is malformed as well: some 4 % of the turns at these rates.
     assert set(failures) <= {"simulator_reply"} and 0 < failures["simulator_reply"] < 60
     assert all(e.failure is None or "no usable answer in 2 tries (last problem:" in e.failure.message for e in episodes)

@@ -36,14 +36,15 @@ class Noisy(Backend):
 
 def traces(folder: Path) -> Path:
     """Dialogues as a run records them: three turns each, the state in the middle."""
-    turn = {"reply": "Well.", "user_line": "Hm.", "before": [50, 50], "after": [50, 50], "why": "because"}
+    info = {"anger": 50, "trust": 50, "why": "because"}
+    turn = {"reply": "Well.", "message": "Hm.", "info": info}
     file = folder / "step-000001.rank-0.jsonl"
     records = [
-        {"scenario": s.id, "scene": s.scene, "rollout": 0, "failure": None, "turns": [turn] * 3}
+        {"task": s.id, "tag": s.scene, "rollout": 0, "failure": None, "info": info, "turns": [turn] * 3}
         for s in SCENARIOS
         for _ in "ab"
     ]
-    failed = {"scenario": SCENARIOS[0].id, "scene": "support", "rollout": 1, "failure": {"kind": "x"}, "turns": [turn]}
+    failed = {"task": SCENARIOS[0].id, "rollout": 1, "failure": {"kind": "x"}, "info": info, "turns": [turn]}
     file.write_text("".join(json.dumps(r) + "\n" for r in [*records, failed]))
     return file
 

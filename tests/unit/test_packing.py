@@ -26,10 +26,10 @@ from transformers import (
 
 from ctcgrpo.errors import PolicyError, RecipeError
 from ctcgrpo.policy.attention import use_layouts, with_layout
-from ctcgrpo.records import TurnSample
 from ctcgrpo.training.packing import Costs, dealt, prefix_tree
 from ctcgrpo.training.planning import Plan, forward_costs, plan
 from ctcgrpo.training.tree_attention import TreeAttention, how_to_attend, tree_layout
+from ctcgrpo.types import TurnSample
 
 CPU = torch.device("cpu")
 

@@ -28,8 +28,8 @@ from ctcgrpo.evaluation.run import Evaluation, settings_before, with_defaults
 from ctcgrpo.files import mark_complete
 from ctcgrpo.policy.instructions import load_instructions
 from ctcgrpo.recipe import load_recipe
-from ctcgrpo.records import Completion
 from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.types import Completion
 from tests.conftest import Command
 from tests.fake_llm import FakeLlm
 from tests.unit import test_evaluation

@@ -32,15 +32,15 @@ HOSTILE = "</script><script>document.title='owned'</script> \"quotes' & \x07\u20
 
 
 def turn(before: tuple[int, int], after: tuple[int, int], reply: str = "I hear you.") -> dict[str, Any]:
+    (anger, trust), (was_angry, trusted) = after, before
     return {
         "reasoning": "So the tea.",
         "reply": reply,
         "faults": [],
-        "user_line": "Go on.",
-        "before": before,
-        "after": after,
-        "why": "takes it seriously (-1/+1)",
-        "goes_on": True,
+        "message": "Go on.",
+        "reward": ((was_angry - anger) + (trust - trusted)) / 200,
+        "done": False,
+        "info": {"anger": anger, "trust": trust, "why": "takes it seriously (-1/+1)"},
         "prompt_tokens": 10,
         "completion_tokens": 5,
         "finish_reason": "stop",
@@ -52,18 +52,17 @@ def episode(group: int, rollout: int, outcome: float | None, ends: list[tuple[in
     states = [(50, 50), *ends]
     return {
         "step": 1,
-        "scenario": f"support-{group}",
-        "scene": "support",
+        "task": f"support-{group}",
+        "tag": "support",
         "group": group,
         "rollout": rollout,
         "outcome": outcome,
         "failure": None if outcome is not None else {"kind": "simulator_reply", "message": "turn 2: no answer"},
-        "initial_state": (50, 50),
-        "final_state": states[-1],
-        "opening_line": "My tea is cold.",
+        "opening": "My tea is cold.",
+        "info": {"anger": 50, "trust": 50},
         "turns": [turn(a, b) for a, b in pairwise(states)],
         "seconds_policy": 0.1,
-        "seconds_simulator": 0.1,
+        "seconds_environment": 0.1,
     } | changes
 
 
@@ -106,7 +105,7 @@ def test_credit_in_a_report_by_hand(tmp_path: Path) -> None:
     assert found["validations"][0]["scores"]["overall"]["mean"] == pytest.approx(-0.15)
     assert found["failures"] == {"simulator_reply": 1.0} and found["finished"] and found["steps"] == 1
     # Both of group 1 left after a turn: they count with the state that they left in.
-    assert found["states"][0]["scenes"]["support"] == [[50, 50], [49, 50.5], [48.5, 50]]
+    assert found["states"][0]["tags"]["support"] == {"anger": [50, 49, 48.5], "trust": [50, 50.5, 50]}
     assert sum(found["credit"]["turns"]["1"]["counts"]) == 4 and sum(found["credit"]["scenes"]["support"]["counts"]) == 6
 
 
@@ -222,7 +221,7 @@ def test_a_damaged_table_of_a_sweep_is_named(tmp_path: Path, ctcgrpo: Command, t
 
 def test_larger_runs_are_sampled_by_whole_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     episodes = [
-        episode(g, k, 0.1 * k, [(45, 55)], opening_line=random.Random(4 * g + k).randbytes(60).hex())
+        episode(g, k, 0.1 * k, [(45, 55)], opening=random.Random(4 * g + k).randbytes(60).hex())
         for g in range(60)
         for k in range(4)
     ]
@@ -260,11 +259,10 @@ def opened(browser: Any, file: Path, width: int = 1280, dark: bool = False) -> t
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
 @pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed")
 def test_a_browser_opens_the_page(browser: Any, tmp_path: Path) -> None:
-    hostile = episode(2, 0, 0.3, [(40, 60)], scenario=HOSTILE, opening_line=HOSTILE, scene="charm")
-    hostile["turns"][0] |= {"reply": HOSTILE, "why": HOSTILE, "reasoning": HOSTILE, "user_line": HOSTILE}
-    run = read_run(
-        made(tmp_path / "r", [*EPISODES, hostile, episode(2, 1, 0.1, [(48, 52)], scenario=HOSTILE, scene="charm")])
-    )
+    hostile = episode(2, 0, 0.3, [(40, 60)], task=HOSTILE, opening=HOSTILE, tag="charm")
+    hostile["turns"][0] |= {"reply": HOSTILE, "reasoning": HOSTILE, "message": HOSTILE}
+    hostile["turns"][0]["info"] |= {"why": HOSTILE, HOSTILE: HOSTILE}
+    run = read_run(made(tmp_path / "r", [*EPISODES, hostile, episode(2, 1, 0.1, [(48, 52)], task=HOSTILE, tag="charm")]))
     file = tmp_path / "report.html"
     trials = [
         {"trial": f"trial-{k}", "params": {"credit.alpha": k, "x": HOSTILE}, "score": 0.1 * k, "ci95": [0, 0.2], "gain": 0.1,
@@ -396,7 +394,7 @@ def test_five_thousand_episodes_open_quickly(browser: Any, tmp_path: Path) -> No
             words = [corpus[(group * 131 + rollout * 17 + k * 7) % len(corpus)] for k in range(60)]
             one = episode(group, rollout, (rollout - 4) / 10, [(48, 52), (46, 54), (44, 56), (42, 58)])
             for k, t in enumerate(one["turns"]):
-                t["reply"], t["user_line"] = " ".join(words[k * 10 : k * 10 + 30]), " ".join(words[k * 5 : k * 5 + 25])
+                t["reply"], t["message"] = " ".join(words[k * 10 : k * 10 + 30]), " ".join(words[k * 5 : k * 5 + 25])
             episodes.append(one)
     file = tmp_path / "report.html"
     wrote = write_report(read_run(made(tmp_path / "r", episodes)), file)

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 
 from ctcgrpo.credit import SceneBaseline
+from ctcgrpo.environments.eibench import EIBench, task_of
 from ctcgrpo.errors import PolicyEngineError, RunInterrupted
 from ctcgrpo.policy.context import ContextBuilder
-from ctcgrpo.records import Completion, Episode, Failure
+from ctcgrpo.policy.persona import Briefing
+from ctcgrpo.records import UserState
 from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling, request_seed
 from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot
@@ -28,15 +31,16 @@ from ctcgrpo.rollout.sampler import draw
 from ctcgrpo.rollout.traces import TraceWriter
 from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
 from ctcgrpo.scenarios import load_scenarios
-from ctcgrpo.scoring import outcome_score
+from ctcgrpo.scoring import outcome_score, turn_score
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.samples import CreditOptions, step_credit, summarise
+from ctcgrpo.types import Completion, Episode, Failure
 from tests.unit.test_packing import model_of
 from tests.unit.test_server import GOOD, misbehaving, plays, says
 
 SCENARIOS = [next(s for s in load_scenarios("english/train") if s.scene == scene) for scene in ("support", "charm")]
-SLOTS = [Slot(scenario, 3, group, rollout) for group, scenario in enumerate(SCENARIOS) for rollout in range(3)]
+SLOTS = [Slot(task_of(scenario), 3, group, rollout) for group, scenario in enumerate(SCENARIOS) for rollout in range(3)]
 
 
 class Parts:
@@ -59,9 +63,11 @@ class Parts:
         self, url: str, *, sampling: Sampling = Sampling(max_new_tokens=12), engine: Any = None, **options: Any
     ) -> RolloutRunner:
         play = {k: options.pop(k) for k in ("deterministic", "seed", "max_turns", "deadline") if k in options}
+        client, turns = SimulatorClient(url, timeout=5, patience=0.05, backoff=0.01), play.get("max_turns", 3)
         return RolloutRunner(
             engine=engine or self.engine(),
-            simulator=SimulatorClient(url, timeout=5, patience=0.05, backoff=0.01),
+            environment=lambda: EIBench(client, briefing=Briefing(), max_turns=turns),
+            shared=client,
             contexts=ContextBuilder(self.tokenizer, stop_ids=self.stop_ids, max_prompt_tokens=1000),
             tokenizer=self.tokenizer,
             stop_ids=self.stop_ids,
@@ -106,15 +112,13 @@ async def test_an_episode_adds_up(parts: Parts, simulator_url: str) -> None:
     assert [(e.group, e.rollout, e.step) for e in episodes] == [(s.group, s.rollout, 3) for s in SLOTS]
     assert {e.name for e in seen} == {e.name for e in episodes}
     for episode in episodes:
-        state = episode.scenario.anchors.initial
-        for turn in episode.turns:
-            assert turn.before == state
-            state = turn.after
-        assert episode.final_state == state and episode.failure is None
-        assert episode.outcome == outcome_score(state, episode.scenario.anchors)
-        assert [t.user_goes_on for t in episode.turns[:-1]] == [True] * (len(episode.turns) - 1)
-        assert not episode.turns[-1].user_goes_on
-        charm = episode.scenario.policy_opens
+        scenario = next(s for s in SCENARIOS if s.id == episode.task)
+        states = [UserState(int(i["anger"]), int(i["trust"])) for i in (episode.info, *(t.info for t in episode.turns))]
+        assert states[0] == scenario.anchors.initial and episode.failure is None
+        assert [t.reward for t in episode.turns] == [turn_score(a, b) for a, b in pairwise(states)]
+        assert episode.outcome == outcome_score(states[-1], scenario.anchors)
+        assert [t.done for t in episode.turns] == [False] * (len(episode.turns) - 1) + [True]
+        charm = scenario.policy_opens
         assert ("<|im_start|>user" in parts.tokenizer.decode(episode.turns[0].prompt_ids)) != charm
 
 
@@ -396,7 +400,7 @@ async def test_traces_hold_every_episode(parts: Parts, simulator_url: str, tmp_p
     writer = TraceWriter(file)
     episodes = await parts.runner(simulator_url).run(SLOTS, writer)
     async with misbehaving(says("oops", 500)) as (url, _):
-        failed = await parts.runner(url).run([Slot(SCENARIOS[0], 3, 0, 9)], writer)
+        failed = await parts.runner(url).run([Slot(task_of(SCENARIOS[0]), 3, 0, 9)], writer)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(lines) == len(SLOTS) + 1
     by_key = {(line["group"], line["rollout"]): line for line in lines}
@@ -404,9 +408,9 @@ async def test_traces_hold_every_episode(parts: Parts, simulator_url: str, tmp_p
         line = by_key[episode.group, episode.rollout]
         assert line["outcome"] == episode.outcome and line["failure"] is None
         assert [t["reply"] for t in line["turns"]] == [t.reply for t in episode.turns]
-        assert [t["after"] for t in line["turns"]] == [list(t.after) for t in episode.turns]
+        assert [(t["reward"], t["info"]) for t in line["turns"]] == [(t.reward, t.info) for t in episode.turns]
     line = by_key[0, 9]
-    assert line["outcome"] is None and line["final_state"] is None
+    assert line["outcome"] is None
     assert line["failure"]["kind"] == "simulator_transport" and failed[0].failure
     # Played again after a resume, the step's file starts anew.
     TraceWriter(file)(episodes[0])

@@ -67,8 +67,9 @@ def test_the_table_is_sorted_and_runs_are_taken_together(run: Path, tmp_path: Pa
 def test_a_run_that_other_rules_judged_is_refused(run: Path) -> None:
     file = run / "traces/validation-000008.rank-0.jsonl"
     episodes = [json.loads(line) for line in file.read_text().splitlines()]
-    anger, trust = episodes[0]["final_state"]
-    episodes[0]["final_state"] = episodes[0]["turns"][0]["after"] = [anger + 1, trust]
+    info = episodes[0]["turns"][0]["info"]
+    anger, trust = info["anger"], info["trust"]
+    info["anger"] = anger + 1
     file.write_text("".join(json.dumps(episode) + "\n" for episode in episodes))
     with pytest.raises(OutputError, match=rf"step 8, support-test-01, rollout 0, turn 1: after = \[{anger + 1}, {trust}\]"):
         ablation(read_held_out(run))

@@ -281,7 +281,7 @@ def test_a_run_that_fails_too_often_stops_and_can_go_on(ctcgrpo: Command, tmp_pa
 
         async def react(self, request: TurnRequest) -> Reaction:
             self.answers += 1
-            if self.broken and request.request_id.split("/")[1] != "1":
+            if self.broken and request.request_id.split("/")[0] != "1":
                 raise SimulatorReplyError("no words left")
             return react(request)
 

@@ -18,20 +18,18 @@ from tests.conftest import Command
 def trace(scenario: str, outcome: float | None, replies: list[str], rollout: int = 0) -> dict[str, Any]:
     turn = {
         "reasoning": "Hm.",
-        "user_line": "[red]So?[/red]",
-        "before": [60, 40],
-        "after": [55, 44],
-        "why": "noticed (-5/+4)",
+        "message": "[red]So?[/red]",
+        "reward": 0.045,
+        "info": {"anger": 55, "trust": 44, "why": "noticed (-5/+4)"},
     }
     return {
-        "scenario": scenario,
+        "task": scenario,
         "group": ord(scenario[0]),
         "rollout": rollout,
         "outcome": outcome,
         "failure": None if outcome is not None else {"kind": "simulator_transport", "message": "gone"},
-        "opening_line": "Well?",
-        "initial_state": [60, 40],
-        "final_state": [55, 44],
+        "opening": "Well?",
+        "info": {"anger": 60, "trust": 40},
         "turns": [{**turn, "reply": reply} for reply in replies],
     }
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from ctcgrpo.environments.eibench import opening_messages
 from ctcgrpo.errors import OutputError, PolicyError
 from ctcgrpo.evaluation.of_run import evaluations_of
 from ctcgrpo.plan.check import findings
@@ -27,6 +28,7 @@ from ctcgrpo.policy import builtin, model_wheel
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import stop_ids
 from ctcgrpo.policy.model_wheel import ModelWheel, fetch_model
+from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.policy.smollm2 import SMOLLM2
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.run_folder import RunFolder
@@ -252,4 +254,4 @@ def test_the_real_one() -> None:
         reply = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
     assert tokenizer.decode(reply) == "The capital of France is Paris.<|im_end|>"
     contexts = ContextBuilder(tokenizer, stop_ids=stop_ids(str(folder), tokenizer), max_prompt_tokens=2000)
-    contexts.check(load_scenarios("english/train"))
+    contexts.check({s.id: opening_messages(s, Briefing()) for s in load_scenarios("english/train")})

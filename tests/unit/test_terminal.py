@@ -85,8 +85,8 @@ def test_a_console_prints_foreign_text_as_text_wherever_it_stands(colors: bool) 
 
 def test_show_prints_what_others_wrote_as_text(tmp_path: Path, ctcgrpo: Command) -> None:
     episode = trace("a", -0.5, [f"reply {EVIL}"])
-    episode["opening_line"] = EVIL
-    episode["turns"][0] |= {"user_line": EVIL, "why": EVIL, "reasoning": EVIL}
+    episode["opening"] = EVIL
+    episode["turns"][0] |= {"message": EVIL, "reasoning": EVIL, "info": {**episode["info"], "why": EVIL, EVIL: EVIL}}
     (tmp_path / "traces").mkdir()
     for step in (0, 7):
         (tmp_path / "traces" / f"validation-{step:06d}.rank-0.jsonl").write_text(json.dumps(episode) + "\n")

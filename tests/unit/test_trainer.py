@@ -13,11 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from ctcgrpo import credit
 from ctcgrpo.errors import PolicyError
-from ctcgrpo.records import Failure
-from ctcgrpo.scoring import turn_score
 from ctcgrpo.training.samples import CreditOptions
 from ctcgrpo.training.trainer import LossWeights
 from ctcgrpo.training.tree_attention import Packing, SegmentLayout
+from ctcgrpo.types import Failure
 from tests import sameness
 
 
@@ -48,7 +47,7 @@ def test_gradients_are_those_of_the_formula_turn_by_turn(
     episodes = sameness.fixed_episodes(str(tiny))
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype="float32").train()
     outcomes, groups = [e.outcome for e in episodes], [e.group for e in episodes]
-    scores = [[turn_score(t.before, t.after) for t in e.turns] for e in episodes]
+    scores = [[t.reward for t in e.turns] for e in episodes]
     advantages = credit.turn_advantages(outcomes, groups, scores)
     valid = [(e, a) for e, a in zip(episodes, advantages, strict=True) if e.failure is None]
     tokens = sum(len(t.completion.token_ids) for e, _ in valid for t in e.turns)
@@ -147,7 +146,7 @@ def test_the_scene_baseline_survives_a_resume(tiny: Path, tmp_path: Path) -> Non
         return trainer._baseline, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
 
     whole, weights = run(str(tmp_path / "whole"))
-    assert whole.weights["support"][0] == 2 * sameness.GROUP_SIZE  # group 0, two steps, nobody failed
+    assert whole.weights["first"][0] == 2 * sameness.GROUP_SIZE  # group 0, two steps, nobody failed
     resumed, again = run(str(tmp_path / "whole"), resume=True)
     assert resumed == whole
     assert all(torch.equal(weights[n], again[n]) for n in weights)

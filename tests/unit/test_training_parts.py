@@ -14,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctcgrpo.credit import SceneBaseline, turn_advantages
-from ctcgrpo.records import SCENES, Anchors, Completion, Episode, Failure, Scenario, Turn, TurnSample, UserState
+from ctcgrpo.records import SCENES, Anchors, Scenario, UserState
+from ctcgrpo.scoring import turn_score
 from ctcgrpo.training.loss import TokenSums, token_sums
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.rows import dummy_row, plain_rows
 from ctcgrpo.training.samples import CreditOptions, step_credit, summarise, turn_samples, update_of
 from ctcgrpo.training.schedule import step_schedule
+from ctcgrpo.types import Completion, Episode, Failure, Turn, TurnSample
 
 ANCHORS = Anchors(UserState(60, 40), UserState(20, 80), UserState(95, 5))
 
@@ -41,10 +43,11 @@ def episode(
         after = state.plus(anger, trust)
         done = Completion((5, 6, k), (-1.0, -2.0, -3.0), (0.0,) * 3, "stop")
         prompt = (1, 2, group, rollout, k)
-        turns.append(Turn(prompt, done, "r", reasoning, faults, state, after, "", True, ""))
+        turns.append(Turn(prompt, done, "r", reasoning, faults, "", turn_score(state, after), False, after._asdict()))
         state = after
     failure = Failure("simulator_reply", "x") if math.isnan(outcome) else None
-    return Episode(scenario(SCENES[group % 4]), 1, group, rollout, tuple(turns), outcome, failure)
+    info = ANCHORS.initial._asdict()
+    return Episode(f"s{group}", SCENES[group % 4], 1, group, rollout, tuple(turns), outcome, failure, info=info)
 
 
 def test_the_schedule_is_stratified_and_deals_every_scenario_before_any_comes_again() -> None:
@@ -140,12 +143,6 @@ def test_shaping_only_where_the_policy_reasons() -> None:
     cut = episode(0, 0, [(0, 0)], 0.5, reasoning="x", faults=("cut",))
     assert summarise(cut, shaped).reward == 0.5
     assert math.isnan(summarise(episode(0, 0, [], math.nan), shaped).reward)
-
-
-def test_turn_weights_by_scene() -> None:
-    options = CreditOptions(turn_weights={"support": (1.0, 0.0)})
-    assert summarise(episode(0, 0, [(-4, 10)], 0.5), options).turn_scores == pytest.approx((0.04,))
-    assert summarise(episode(1, 0, [(-4, 10)], 0.5), options).turn_scores == pytest.approx((0.07,))
 
 
 @pytest.mark.parametrize("updates", [1, 2, 4])

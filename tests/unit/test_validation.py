@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ctcgrpo.errors import TooManyFailures
-from ctcgrpo.records import Episode, Failure
 from ctcgrpo.rollout.runner import Slot
+from ctcgrpo.types import Episode, Failure
 from ctcgrpo.validation import Validation, Validator, improvement, validation_of, validation_slots
 from tests.conftest import Command
 from tests.unit.test_run import FAST, TINY
@@ -51,7 +51,7 @@ def test_the_improvement_is_paired() -> None:
 
 def test_slots_are_the_same_every_time() -> None:
     assert [s.seeds for s in validation_slots(SCENARIOS, 2, 0)] == [s.seeds for s in validation_slots(SCENARIOS, 2, 9)]
-    assert [(s.scenario.id, s.group, s.rollout) for s in validation_slots(SCENARIOS, 2, 0)][:3] == [
+    assert [(s.task.id, s.group, s.rollout) for s in validation_slots(SCENARIOS, 2, 0)][:3] == [
         ("a", 0, 0),
         ("a", 0, 1),
         ("b", 1, 0),
@@ -70,7 +70,7 @@ class Scores:
         self.played.append(step)
         value = self.by_step[step]
         failure = Failure("simulator_reply", "x") if math.isnan(value) else None
-        return [Episode(s.scenario, 0, s.group, s.rollout, (), value, failure) for s in slots]
+        return [Episode(s.task.id, s.task.tag, 0, s.group, s.rollout, (), value, failure) for s in slots]
 
 
 def validator(scores: Scores, file: Path, **options: Any) -> Validator:

@@ -12,10 +12,10 @@ import torch
 from aiohttp import web
 
 from ctcgrpo.errors import PolicyEngineError
-from ctcgrpo.records import Completion
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.vllm_adapter import chunks
 from ctcgrpo.rollout.vllm_server import VllmServerEngine
+from ctcgrpo.types import Completion
 
 SAMPLING = Sampling(temperature=0.6, top_p=0.95, top_k=20, max_new_tokens=8)
 Answer = Callable[[dict[str, Any]], web.Response]

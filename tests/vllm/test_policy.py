@@ -34,9 +34,9 @@ os.environ |= {
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
+from ctcgrpo.environments.eibench import task_of
 from ctcgrpo.errors import PolicyEngineError, RunInterrupted
 from ctcgrpo.policy.tiny import build_tiny
-from ctcgrpo.records import Completion
 from ctcgrpo.rollout import vllm_adapter
 from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
@@ -47,6 +47,7 @@ from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.protocol import Reaction, TurnRequest
 from ctcgrpo.simulator.server import SimulatorServer, running
+from ctcgrpo.types import Completion
 from tests.conftest import ROOT, Backend
 from tests.unit.test_rollout import Parts
 
@@ -194,7 +195,7 @@ def test_a_server_gives_what_the_colocated_engine_gives(colocated: Colocated, ba
 
 def test_turns_are_batched_as_they_come_and_follow_the_weights(colocated: Colocated, moody: str) -> None:
     scenarios = load_scenarios("english/train")
-    slots = [Slot(s, 1, g, r) for g, s in enumerate(scenarios[:4]) for r in range(4)]
+    slots = [Slot(task_of(s), 1, g, r) for g, s in enumerate(scenarios[:4]) for r in range(4)]
     runner = colocated.parts.runner(moody, sampling=SAMPLING, engine=colocated.engine)
 
     def play(version: int) -> list[tuple[tuple[int, ...], Completion]]:

@@ -1,0 +1,1 @@
+"""What a policy can be trained in: each module has an `Environment`."""

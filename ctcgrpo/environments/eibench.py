@@ -1,0 +1,94 @@
+"""EIBench's task as an environment: a simulated user, whose anger and trust each reply of the policy moves.
+
+The reward of a turn is the turn score of the change that it made, the outcome the score of the state that the user is left in.
+Source: EIBench (arXiv 2606.15532).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from ctcgrpo.policy.persona import Briefing, together
+from ctcgrpo.records import Scenario, Scene, UserState
+from ctcgrpo.rollout.engine import request_seed
+from ctcgrpo.scoring import Variant, outcome_score, turn_score
+from ctcgrpo.simulator.protocol import ScenarioCard, TurnReply, TurnRequest, Utterance, turn_request
+from ctcgrpo.types import Environment, Message, Step, Task
+
+_EVEN = (0.5, 0.5)
+
+
+class User(Protocol):
+    """Whoever plays the user: the client of a simulator server, or a simulator in this process."""
+
+    async def turn(self, request: TurnRequest) -> TurnReply: ...
+
+
+class EIBench(Environment):
+    """One dialogue with `user`. `max_turns`: replies of the policy at most, which the user is told;
+    `turn_weights`: weights of the change in anger and in trust in a turn's reward, by scene."""
+
+    def __init__(
+        self,
+        user: User,
+        *,
+        briefing: Briefing,
+        max_turns: int,
+        variant: Variant = "training",
+        turn_weights: Mapping[Scene, tuple[float, float]] | None = None,
+    ) -> None:
+        self._user = user
+        self._briefing = briefing
+        self._max_turns = max_turns
+        self._variant: Variant = variant
+        self._turn_weights = turn_weights or {}
+
+    async def reset(self, task: Mapping[str, Any], *, seed: int) -> Sequence[Message]:
+        self._scenario: Scenario = task["scenario"]
+        self._seed = seed
+        self._card = ScenarioCard.of(self._scenario)
+        self._state = self._scenario.anchors.initial
+        opening = self._scenario.opening_line
+        self._history = [Utterance(speaker="user", text=opening)] if opening else []
+        self.info = self._state._asdict()
+        return opening_messages(self._scenario, self._briefing)
+
+    async def step(self, reply: str) -> Step:
+        """Raises the simulator's errors where it has no answer."""
+        self._history.append(Utterance(speaker="policy", text=reply))
+        round = sum(utterance.speaker == "policy" for utterance in self._history)
+        answer = await self._user.turn(
+            turn_request(
+                self._card,
+                self._history,
+                self._state,
+                request_id=f"{self.name}/{self._seed:x}/{round}",
+                max_rounds=self._max_turns,
+                seed=request_seed(self._seed, round),
+            )
+        )
+        before, self._state = self._state, UserState(answer.state.anger, answer.state.trust)
+        self._history.append(Utterance(speaker="user", text=answer.reply, reflection=answer.reflection))
+        return Step(
+            message=answer.reply,
+            reward=turn_score(before, self._state, self._turn_weights.get(self._scenario.scene, _EVEN)),
+            done=not answer.goes_on,
+            info={**self._state._asdict(), "why": answer.why},
+        )
+
+    def outcome(self) -> float:
+        return outcome_score(self._state, self._scenario.anchors, self._variant)
+
+
+def opening_messages(scenario: Scenario, briefing: Briefing) -> list[Message]:
+    """What the policy hears first. Raises PolicyError for a section that the role does not have, or a language without
+    instructions."""
+    role, instructions = briefing.parts(scenario)
+    system: Message = {"role": "system", "content": together(role, instructions), "instructions": instructions}
+    line = scenario.opening_line.strip()
+    return [system, {"role": "user", "content": line}] if line else [system]
+
+
+def task_of(scenario: Scenario) -> Task:
+    return Task(scenario.id, {"scenario": scenario}, scenario.scene)

@@ -1,0 +1,164 @@
+"""An episode of any environment: what is played, what is recorded, and what the trainer sees of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, NotRequired, TypedDict
+
+Info = Mapping[str, float | int | str]
+"""What an environment says of a turn beside its reward: numbers become metrics by name, all of it goes into the trace."""
+_NOTHING: Info = MappingProxyType({})
+
+
+class Message(TypedDict):
+    """A chat message. `instructions`: the end of a system message's content that is a text of the developer's, in which control
+    tokens (<think>) are such; what persons and policies say never becomes a control token."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+    instructions: NotRequired[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What comes of a reply. `message`: what the policy hears next (kept in the record where the episode is over); `reward`: what
+    the turn earned."""
+
+    message: str
+    reward: float
+    done: bool = False
+    info: Info = field(default_factory=lambda: _NOTHING)
+
+
+class Environment:
+    """Plays one episode against the policy. Subclass it.
+
+    Whoever plays it sets `name` (how logs call the episode) before `reset`, adds the rewards up in `episode_return`, and calls
+    `close` once, also after a failure. An exception is a failed episode with its reason, never a reward.
+    """
+
+    name: str = ""
+    episode_return: float = 0.0
+    info: Info = _NOTHING
+    """What is known of the start, as `Step.info` is of a turn; set by `reset`."""
+
+    async def reset(self, task: Mapping[str, Any], *, seed: int) -> Sequence[Message]:
+        """What the policy hears first: a system message, and a user's line unless the policy opens."""
+        raise NotImplementedError
+
+    async def step(self, reply: str) -> Step:
+        """`reply` is the visible text, without reasoning."""
+        raise NotImplementedError
+
+    def outcome(self) -> float:
+        """Of the episode once it is over; by default the sum of its rewards."""
+        return self.episode_return
+
+    async def close(self) -> None:
+        """Give back what the episode held."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What an episode is about: its id, what `Environment.reset` is given, and a `tag` to stratify and report by."""
+
+    id: str
+    data: Mapping[str, Any]
+    tag: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a policy engine returns for one request.
+
+    `token_ids` (n,) are the sampled ids, end-of-turn token included when one was sampled. `logprobs` (n,) are natural
+    logs under the distribution that was sampled from: temperature applied, top-p and top-k renormalised. `log_kept`
+    (n,) is the log of the probability mass that top-p and top-k kept, so `logprobs + log_kept` is the log-probability
+    at the sampling temperature without truncation; it is empty where the engine cannot tell.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    log_kept: tuple[float, ...]
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One reply of the policy and what came of it (`message`, `reward`, `done`, `info` as in `Step`).
+
+    `reply` is the visible text, without reasoning; `reasoning` is None for a completion without a reasoning part.
+    `faults` names what is wrong with the form of the completion ("broken_tags", "unclosed_reasoning",
+    "empty_reasoning", "empty_reply", "cut"). `done` also holds for the last turn that an episode may have.
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion: Completion
+    reply: str
+    reasoning: str | None
+    faults: tuple[str, ...]
+    message: str
+    reward: float
+    done: bool
+    info: Info = field(default_factory=lambda: _NOTHING)
+    dropped_exchanges: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an episode is not a result. `kind` is one of `ctcgrpo.errors.EPISODE_ERRORS`' kinds."""
+
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One episode of a task: a result, or a failure with its reason.
+
+    `outcome` is finite, or NaN exactly when `failure` is set. `group` is the position of the task in its step and `rollout` the
+    position of the episode in its group; both are global, not per process. `opening` is what the policy heard first, empty where
+    it opens; `info` is what was known at the start.
+    """
+
+    task: str
+    tag: str
+    step: int
+    group: int
+    rollout: int
+    turns: tuple[Turn, ...]
+    outcome: float
+    failure: Failure | None = None
+    opening: str = ""
+    info: Info = field(default_factory=lambda: _NOTHING)
+    seconds_policy: float = 0.0
+    seconds_environment: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """How logs call this episode: step/task/rollout."""
+        return f"{self.step}/{self.task}/{self.rollout}"
+
+    @property
+    def final_info(self) -> Info:
+        """That of the last turn, or of the start."""
+        return self.turns[-1].info if self.turns else self.info
+
+
+@dataclass(frozen=True, slots=True)
+class TurnSample:
+    """What the trainer sees of a turn: context, sampled tokens, and one advantage for all of them, reasoning included.
+
+    `old_logprobs` (n,) are log-probabilities at the sampling temperature, of the policy before the step's first update;
+    None means that the current ones stand in for them (ratio 1).
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    advantage: float
+    old_logprobs: tuple[float, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
