@@ -187,7 +187,7 @@ def test_a_damaged_file_is_named_and_never_a_traceback(
     its card would be wrong."""
     from ctcgrpo.report.reading import read_run
 
-    run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "base", "best"))
+    run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "best"))
     damage(run / name)
     stem = Path(name).stem.partition(".")[0].replace("-", ".")
     code, out, err = ctcgrpo("show", str(run))

@@ -46,7 +46,7 @@ class SlowUser(ScriptedBackend):
     """Answers turns of the first step; all others take forever."""
 
     async def react(self, request: TurnRequest) -> Reaction:
-        if request.request_id.split("/")[1] == "1":
+        if request.request_id.split("/")[0] == "1":
             return react(request)
         await asyncio.sleep(FOREVER)
         raise AssertionError
@@ -217,7 +217,7 @@ def test_a_slow_run_ends_within_a_bound_and_can_go_on(
     assert code == 130 and "Traceback" not in err, err
     assert time.monotonic() - ended[0] < 6
     waits = {"policy": "8 replies of the policy and 0 answers", "user": "0 replies of the policy and 8 answers"}[slow]
-    assert f"stopping: giving up {waits} of the user in progress (at most 15 s), then saving" in out
+    assert f"stopping: giving up {waits} of the environment in progress (at most 15 s), then saving" in out
     assert f"Saved {folder / 'checkpoint-1'}; the same command again resumes" in err
     assert is_complete(folder / "checkpoint-1") and not (folder / "checkpoint-2").exists()
 

@@ -257,6 +257,9 @@ def test_defaults_depend_on_who_is_evaluated(tmp_path: Path) -> None:
 
 def test_base_and_final_of_a_run_are_evaluated_by_a_preset(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", "rollout.top_k=5", "policy.reasoning_context=keep")
+    run.base.mkdir()
+    (run.base / "config.json").write_text("{}")
+    mark_complete(run.base)
     task, generation, roles, unset = with_preset("published", "scripted", {}, {"temperature": 0.1}, {}, [], {})
     found = evaluations_of(run, {**task, "unset": ",".join(unset)}, generation, {}, roles, 2, "published")
     assert set(found) == {"base", "final"}

@@ -12,11 +12,10 @@ import pytest
 
 from ctcgrpo import progress
 from ctcgrpo.progress import RunProgress
-from ctcgrpo.records import Episode, Failure
-from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.terminal import Terminal
+from ctcgrpo.types import Episode, Failure
 
-EPISODE = Episode(load_scenarios("english/train")[0], 1, 0, 0, (), 0.1)
+EPISODE = Episode("support-train-01", "support", 1, 0, 0, (), 0.1)
 
 
 class Screen(io.StringIO):
