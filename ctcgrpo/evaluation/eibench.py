@@ -17,7 +17,7 @@ from typing import Any, Literal
 from inspect_ai import Epochs, Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.log import transcript
-from inspect_ai.model import ChatMessage, ChatMessageAssistant, ChatMessageSystem, ChatMessageUser, get_model
+from inspect_ai.model import ChatMessage, ChatMessageSystem, ChatMessageUser, get_model
 from inspect_ai.scorer import Score, Scorer, Target, grouped, mean, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.util import span
@@ -26,7 +26,7 @@ from ctcgrpo.errors import PolicyEngineError, RecipeError
 from ctcgrpo.evaluation.generation import SAMPLING, Unset, config_of, names_of
 from ctcgrpo.evaluation.record import Record
 from ctcgrpo.evaluation.speaking import say
-from ctcgrpo.evaluation.users import User, chosen_user
+from ctcgrpo.evaluation.users import MESSAGES, User, chosen_user
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS, load_instructions
 from ctcgrpo.policy.persona import Briefing, together
 from ctcgrpo.records import Scenario, UserState
@@ -44,7 +44,6 @@ _NEED_A_USER = ("anthropic/", "google/")
 Reasoning = Literal["strip", "keep"]
 _HISTORY: Mapping[Reasoning, Literal["none", "all"]] = {"strip": "none", "keep": "all"}
 """As Inspect names it: which providers are sent, and policies in folders heed."""
-_MESSAGES = {"user": ChatMessageUser, "assistant": ChatMessageAssistant}
 _log = logging.getLogger(__name__)
 
 
@@ -136,13 +135,13 @@ def _officially(prompts: OfficialPolicyPrompts, scenario: Scenario, messages: Se
     said = messages[1:]
     system, *wanted = prompts.messages(scenario, [(m.role, m.text) for m in said])
     kept = [
-        old if (old.role, old.text) == (new["role"], new["content"]) else _MESSAGES[new["role"]](content=new["content"])
+        old if (old.role, old.text) == (new["role"], new["content"]) else MESSAGES[new["role"]](content=new["content"])
         for old, new in zip(said, wanted, strict=False)
     ]
     return [
         ChatMessageSystem(content=system["content"]),
         *kept,
-        *(_MESSAGES[m["role"]](content=m["content"]) for m in wanted[len(said) :]),
+        *(MESSAGES[m["role"]](content=m["content"]) for m in wanted[len(said) :]),
     ]
 
 

@@ -37,7 +37,7 @@ from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.simulator.service import answer
 
 TEMPERATURE = 0.7
-_MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
+MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
 
 
 class User(ABC):
@@ -96,7 +96,7 @@ class InspectModel:
     async def complete(
         self, messages: Sequence[Message], *, dialogue: str, seed: int, schema: dict[str, Any], deadline: Deadline
     ) -> ChatCompletion:
-        told: list[ChatMessage] = [_MESSAGES[m["role"]](content=m["content"]) for m in messages]
+        told: list[ChatMessage] = [MESSAGES[m["role"]](content=m["content"]) for m in messages]
         config = config_of(
             "simulator",
             self._left_out,

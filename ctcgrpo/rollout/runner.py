@@ -188,7 +188,6 @@ class _Player:
         self._outcome = math.nan
         self._failure: Failure | None = None
         self._seconds_policy = self._seconds_environment = 0.0
-        self._closed = False
         self.over = False
 
     async def to_the_end(self) -> None:
@@ -267,9 +266,7 @@ class _Player:
             self._fail(DeadlinePassed(f"rollout.deadline of {self._runner.play.deadline:g} s has passed"))
 
     async def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            await self._environment.close()
+        await self._environment.close()
 
     async def _asked(self, what: str, answer: Awaitable[_T]) -> _T:
         """What the environment answers. Whatever a stranger's code raises is the reason of this episode's failure; what stops a run
@@ -286,7 +283,6 @@ class _Player:
             self._seconds_environment += time.perf_counter() - started
 
     def _fail(self, error: CtcGrpoError) -> None:
-        self._outcome = math.nan
         self._failure = Failure(error.kind, f"turn {len(self._turns) + 1}: {error}")
         self._finish()
 
