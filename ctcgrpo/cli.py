@@ -177,9 +177,9 @@ def noise(
 
     folder = require_run(run)
     recipe = resolved_recipe(folder.recipe_file)
-    sets = [load_set(recipe.scenarios.train, "train", recipe.scenarios.invalid)]
+    sets = [load_set(recipe.eibench_scenarios().train, "train", recipe.eibench_scenarios().invalid)]
     if recipe.validation is not None:
-        sets.append(load_set(recipe.validation.scenarios, "test", recipe.scenarios.invalid))
+        sets.append(load_set(recipe.validation_source(), "test", recipe.eibench_scenarios().invalid))
     for line in [line for found in sets for line in found.report()]:
         say(line, sys.stderr)
     scenarios = [scenario for found in sets for scenario in found.scenarios]
@@ -246,7 +246,7 @@ def train_here(recipe: Recipe) -> None:
 
 def _before_loading(recipe: Recipe) -> None:
     """Report a broken scenario and a missing model before PyTorch is loaded, then that it is."""
-    load_scenes(recipe.scenarios.train, recipe.scenarios.scenes, recipe.scenarios.invalid)
+    load_scenes(recipe.eibench_scenarios().train, recipe.eibench_scenarios().scenes, recipe.eibench_scenarios().invalid)
     check_model(recipe.policy.model, "policy.model")
     announce_loading(f"training {recipe.run.name}")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ctcgrpo.files import file_digest
 from ctcgrpo.records import Scenario
+from ctcgrpo.types import Task
 
 _LOADED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 """Weights, configurations, tokenizers and templates."""
@@ -27,6 +28,11 @@ def scenarios_digest(scenarios: Sequence[Scenario]) -> dict[str, str]:
         return _short(json.dumps(record, sort_keys=True).encode())
 
     return {scenario.id: digest(scenario) for scenario in scenarios}
+
+
+def tasks_digest(tasks: Sequence[Task]) -> dict[str, str]:
+    """By id, in order: 12 hexadecimal digits of everything that a task says."""
+    return {task.id: _short(json.dumps(_plain(task.data), sort_keys=True, default=str).encode()) for task in tasks}
 
 
 def folder_digest(folder: Path) -> dict[str, str]:

@@ -218,7 +218,7 @@ def model_card(recipe: Recipe, summary: Summary | None, *, which: str) -> str:
     )
     model = recipe.policy.model
     fetched = wheel_of(model)
-    told: dict[str, Any] = {"trained_on": described(recipe.scenarios.train), "fetched": fetched}
+    told: dict[str, Any] = {"trained_on": described(recipe.eibench_scenarios().train), "fetched": fetched}
     told["base_model"] = fetched.hub_id if fetched else None if is_builtin(model) else model
     if summary is not None:
         settings = validation_settings(recipe)

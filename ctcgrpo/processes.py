@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
+
+from ctcgrpo.errors import CtcGrpoError
 
 
 def on_main(state: PartialState, do: Callable[[], Any]) -> Any:
@@ -81,3 +83,14 @@ def _leave(terminals: list[int]) -> None:
     for fd in terminals:
         os.dup2(nowhere, fd)
     os.close(nowhere)
+
+
+def together(do: Callable[[], None]) -> None:
+    """Do something on every process; where some of them cannot (CtcGrpoError), all raise: none must wait for one that is gone."""
+    problem: CtcGrpoError | None = None
+    try:
+        do()
+    except CtcGrpoError as error:
+        problem = error
+    if first := next((error for error in gather_object([problem]) if error is not None), None):
+        raise first

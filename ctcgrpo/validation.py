@@ -17,8 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from ctcgrpo.errors import OutputError, TooManyFailures, too_many_failed
 from ctcgrpo.files import by_step, collect_records, refuse_to_resume, write_whole
 from ctcgrpo.intervals import interval, means, paired
-from ctcgrpo.records import SCENES, Scenario, Scene
-from ctcgrpo.types import Episode
+from ctcgrpo.types import Episode, Task
 
 if TYPE_CHECKING:
     from ctcgrpo.rollout.runner import Slot
@@ -46,7 +45,10 @@ class Validation:
     def figures(self) -> dict[str, Any]:
         """overall (None where no episode was valid) and by scene, the number of scenarios, of episodes and of failed ones."""
         means = self.by_scenario
-        by_scene = {scene: [m for name, m in means.items() if self.scenes[name] == scene] for scene in SCENES}
+        by_scene = {
+            scene: [m for name, m in means.items() if self.scenes[name] == scene]
+            for scene in dict.fromkeys(self.scenes.values())
+        }
         return {
             "overall": self.overall if means else None,
             "scenes": {scene: _mean(values) for scene, values in by_scene.items() if values},
@@ -57,16 +59,16 @@ class Validation:
         }
 
 
-def validation_of(step: int, scenarios: Sequence[Scenario], episodes: Sequence[tuple[str, float]]) -> Validation:
-    """From (scenario id, outcome) pairs; a failed episode's outcome is NaN."""
-    outcomes: dict[str, list[float]] = {scenario.id: [] for scenario in scenarios}
+def validation_of(step: int, tasks: Sequence[Task], episodes: Sequence[tuple[str, float]]) -> Validation:
+    """From (task id, outcome) pairs; a failed episode's outcome is NaN."""
+    outcomes: dict[str, list[float]] = {task.id: [] for task in tasks}
     failed = 0
     for name, outcome in episodes:
         if math.isnan(outcome):
             failed += 1
         else:
             outcomes[name].append(outcome)
-    return Validation(step, outcomes, {s.id: s.scene for s in scenarios}, failed)
+    return Validation(step, outcomes, {task.id: task.tag for task in tasks}, failed)
 
 
 class _Line(BaseModel):
@@ -75,7 +77,7 @@ class _Line(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
     step: int
     outcomes: dict[str, list[float]]
-    scenes: dict[str, Scene]
+    scenes: dict[str, str]
     failed: int = 0
 
 
@@ -117,17 +119,12 @@ def improvement(before: Validation, after: Validation, *, seed: int = 0) -> dict
     return {"overall": mean, "ci95": list(interval(differences, seed=seed)), "n": len(differences)}
 
 
-def validation_slots(scenarios: Sequence[Scenario], samples: int, step: int) -> list[Slot]:
-    """What a validation plays: `samples` episodes a scenario, with the same seeds after whatever step."""
-    # These import transformers, which those who read a record do without.
-    from ctcgrpo.environments.eibench import task_of
+def validation_slots(tasks: Sequence[Task], samples: int, step: int) -> list[Slot]:
+    """What a validation plays: `samples` episodes a task, with the same seeds after whatever step."""
+    # It imports transformers, which those who read a record do without.
     from ctcgrpo.rollout.runner import Slot
 
-    return [
-        Slot(task_of(scenario), step, group, k, seed_step=0)
-        for group, scenario in enumerate(scenarios)
-        for k in range(samples)
-    ]
+    return [Slot(task, step, group, k, seed_step=0) for group, task in enumerate(tasks) for k in range(samples)]
 
 
 @dataclass
@@ -139,7 +136,7 @@ class Validator:
     validation: it stops the run, to be done again.
     """
 
-    scenarios: Sequence[Scenario]
+    tasks: Sequence[Task]
     samples: int
     every: int
     file: Path
@@ -171,10 +168,10 @@ class Validator:
         """Validate the policy as it stands after `step` batches of rollouts."""
         if step in self.done:
             return self.done[step]
-        slots = validation_slots(self.scenarios, self.samples, step)
+        slots = validation_slots(self.tasks, self.samples, step)
         self.say(f"validating after step {step}: {len(slots)} episodes")
         played = self.play(step, self.share(slots))
-        result = validation_of(step, self.scenarios, self.gather([(e.task, e.outcome) for e in played]))
+        result = validation_of(step, self.tasks, self.gather([(e.task, e.outcome) for e in played]))
         if too_many_failed(result.failed, len(slots), self.max_failed):
             raise TooManyFailures(
                 f"validation after step {step}: {result.failed} of {len(slots)} episodes failed, "

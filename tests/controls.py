@@ -21,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ctcgrpo.environments.eibench import task_of
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.records import SCENES, Scenario, Scene
 from ctcgrpo.scenarios import load_scenarios
@@ -140,7 +141,7 @@ def against_controls(folder: Path, console: Console) -> tuple[Validation, dict[s
         "nonsense around the user's words": nonsense,
     }
     controls = {
-        name: validation_of(0, scenarios, [(s.id, score(s, speaker)) for s in scenarios])
+        name: validation_of(0, [task_of(s) for s in scenarios], [(s.id, score(s, speaker)) for s in scenarios])
         for name, speaker in speakers.items()
     }
     policy = policy_outcomes(folder, scenarios)

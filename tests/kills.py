@@ -33,7 +33,7 @@ from ctcgrpo.files import is_complete
 from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.train import train
-from ctcgrpo.training.trainer import CtcGrpoTrainer
+from ctcgrpo.training.trainer import CTCGRPOTrainer
 from tests.conftest import ROOT
 
 STEPS = 4
@@ -73,7 +73,7 @@ def in_a_fork(do: Callable[[], object], log: Path) -> int:
 
 def hooked(phase: str, on_begin: Callable[[int], None], on_end: Callable[[], None] = lambda: None) -> None:
     """In this process, tell when a phase of training begins and ends."""
-    plain, count = getattr(CtcGrpoTrainer, PHASES[phase]), iter(range(1, 10**6))
+    plain, count = getattr(CTCGRPOTrainer, PHASES[phase]), iter(range(1, 10**6))
 
     def method(self: Any, *arguments: Any, **options: Any) -> Any:
         on_begin(next(count))
@@ -81,7 +81,7 @@ def hooked(phase: str, on_begin: Callable[[int], None], on_end: Callable[[], Non
         on_end()
         return result
 
-    setattr(CtcGrpoTrainer, PHASES[phase], method)
+    setattr(CTCGRPOTrainer, PHASES[phase], method)
 
 
 def killed(what: Recipe, kill: Kill) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ctcgrpo.environments.eibench import task_of
 from ctcgrpo.records import Scenario
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.scoring import turn_score
@@ -40,7 +41,7 @@ def write_run(folder: Path, validations: Mapping[int, Replies]) -> Path:
             for rollout, said in enumerate(dialogues)
         ]
         outcomes = [(episode["task"], episode["outcome"]) for episode in episodes]
-        lines.append(json.dumps(asdict(validation_of(step, [HELD_OUT[name] for name in replies], outcomes))) + "\n")
+        lines.append(json.dumps(asdict(validation_of(step, [task_of(HELD_OUT[name]) for name in replies], outcomes))) + "\n")
         traces = "".join(json.dumps(episode) + "\n" for episode in episodes)
         (folder / f"traces/validation-{step:06d}.rank-0.jsonl").write_text(traces)
     (folder / "validation.jsonl").write_text("".join(lines))

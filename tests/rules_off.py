@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ctcgrpo.environments.eibench import task_of
 from ctcgrpo.errors import OutputError
 from ctcgrpo.files import read_json
 from ctcgrpo.records import Scenario, UserState
@@ -100,7 +101,7 @@ def _judged(run: HeldOut, stage: Stage, reluctance: float) -> tuple[Validation, 
             (scenario.id, outcome_score(states[-1] if states else scenario.anchors.initial, scenario.anchors, variant))
         )
     scenarios = [run.scenarios[name] for name in stage.validation.outcomes]
-    return validation_of(stage.validation.step, scenarios, outcomes), reasons
+    return validation_of(stage.validation.step, [task_of(s) for s in scenarios], outcomes), reasons
 
 
 def refuse_others(run: HeldOut, all_on: Judged, reluctance: float) -> None:

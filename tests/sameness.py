@@ -20,16 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import GRPOConfig
 
+from ctcgrpo import CTCGRPOConfig, CTCGRPOTrainer, Environment
+from ctcgrpo.options import LossWeights, Packing
 from ctcgrpo.sharding import sharding_arguments
 from ctcgrpo.training.rows import Row
-from ctcgrpo.training.samples import CreditOptions
-from ctcgrpo.training.trainer import CtcGrpoTrainer, LossWeights, UpdateOptions
-from ctcgrpo.training.tree_attention import Packing
 from ctcgrpo.types import Completion, Episode, Failure, Turn
 
 GROUPS, GROUP_SIZE, STEPS = 2, 4, 2
@@ -130,14 +127,14 @@ class _Capture(TrainerCallback):
 class _BeforeTraining(TrainerCallback):
     """Log-probabilities under the first weights, once the model is wrapped as it will be trained."""
 
-    def __init__(self, trainer: CtcGrpoTrainer, capture: _Capture, logprobs: list[tuple[float, ...]]) -> None:
+    def __init__(self, trainer: CTCGRPOTrainer, capture: _Capture, logprobs: list[tuple[float, ...]]) -> None:
         self.trainer, self.capture, self.logprobs = trainer, capture, logprobs
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         if trainer.is_deepspeed_enabled:
             self.capture.keep_before(trainer.model_wrapped)
-        samples = trainer._new_batch([{}] * (GROUPS * GROUP_SIZE // trainer.accelerator.num_processes))[0]
+        samples = trainer._new_batch([{"task": 0}] * (GROUPS * GROUP_SIZE // trainer.accelerator.num_processes))[0]
         self.logprobs += trainer.logprobs(trainer.model_wrapped, samples)
 
 
@@ -182,6 +179,18 @@ def backend_arguments(backend: str | None) -> dict[str, Any]:
     return sharding_arguments({None: "none", "fsdp2": "fsdp2"}.get(backend, f"configs/deepspeed/{backend}.json"))
 
 
+class FixedEpisodes(CTCGRPOTrainer):
+    """The trainer on given episodes, each process with its contiguous share of them, in place of playing any."""
+
+    episodes: list[Episode]
+
+    def collect(self, step: int, positions: Any) -> list[Episode]:
+        share = len(self.episodes) // self.accelerator.num_processes
+        assert len(positions) == share
+        first = self.accelerator.process_index * share
+        return self.episodes[first : first + share]
+
+
 def build_trainer(
     base: str,
     folder: str,
@@ -189,41 +198,39 @@ def build_trainer(
     tokens_per_row: int = 400,
     updates: int = 1,
     max_failed: float = 0.5,
-    credit: CreditOptions = CreditOptions(),
+    centering: str = "rollout",
     packing: Packing = "auto",
     callbacks: Any = (),
     peft_config: Any = None,
     loss_weights: LossWeights = "token",
     **config: Any,
-) -> CtcGrpoTrainer:
-    """The trainer on the fixed episodes, each process with its contiguous share of them."""
-    episodes = fixed_episodes(base)
-
-    def collect(step: int, inputs: Any) -> list[Episode]:
-        share = len(episodes) // trainer.accelerator.num_processes
-        assert len(inputs) == share
-        first = trainer.accelerator.process_index * share
-        return episodes[first : first + share]
-
-    processes = int(GRPOConfig(folder, bf16=False, num_generations=2, per_device_train_batch_size=2).world_size)
-    trainer = CtcGrpoTrainer(
+) -> FixedEpisodes:
+    """The trainer on the fixed episodes."""
+    processes = int(CTCGRPOConfig(folder, bf16=False, num_generations=2, per_device_train_batch_size=2).world_size)
+    trainer = FixedEpisodes(
         model=base,
-        args=GRPOConfig(
+        args=CTCGRPOConfig(
             folder,
             bf16=False,
             max_steps=STEPS * updates,
             per_device_train_batch_size=GROUPS * GROUP_SIZE // processes,
             num_generations=GROUP_SIZE,
-            steps_per_generation=1,
             num_iterations=updates,
             temperature=TEMPERATURE,
+            centering=centering,
+            tokens_per_row=tokens_per_row,
+            packing=packing,
+            epsilon=CLIP,
+            loss_weights=loss_weights,
+            entropy_coef=ENTROPY_BONUS,
+            old_logprobs="recorded" if updates == 1 else "recomputed",
+            max_failed=max_failed,
             lr_scheduler_type="constant",
-            shuffle_dataset=False,
-            remove_unused_columns=False,
             logging_steps=1,
             report_to=[],
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            save_total_limit=3,
             **{
                 "learning_rate": 1e-3,
                 "model_init_kwargs": {"dtype": "float32"},
@@ -233,28 +240,18 @@ def build_trainer(
             }
             | config,
         ),
-        train_dataset=Dataset.from_dict({"scenario": [0] * (GROUPS * STEPS)}),
+        environment=Environment,
+        train_dataset=[{"id": f"s{k}"} for k in range(GROUPS)],
         processing_class=AutoTokenizer.from_pretrained(base),
-        collect=collect,
-        credit=credit,
-        options=UpdateOptions(
-            updates_per_step=updates,
-            tokens_per_row=tokens_per_row,
-            packing=packing,
-            clip=CLIP,
-            loss_weights=loss_weights,
-            entropy_bonus=ENTROPY_BONUS,
-            recorded_logprobs=updates == 1,
-            max_failed=max_failed,
-        ),
         callbacks=list(callbacks),
         peft_config=peft_config,
     )
+    trainer.episodes = fixed_episodes(base)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def shift_one_position(trainer: CtcGrpoTrainer) -> None:
+def shift_one_position(trainer: CTCGRPOTrainer) -> None:
     """A deliberate mistake, to see that the comparison notices: the sixth token of each row sits one position late."""
     plain = trainer._score
 

@@ -6,6 +6,7 @@ Source: EIBench (arXiv 2606.15532).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,6 +24,14 @@ class User(Protocol):
     """Whoever plays the user: the client of a simulator server, or a simulator in this process."""
 
     async def turn(self, request: TurnRequest) -> TurnReply: ...
+
+
+class SharedUser(User, Protocol):
+    """A user that many episodes ask, over a connection that is open within `async with`."""
+
+    async def __aenter__(self) -> Any: ...
+
+    async def __aexit__(self, *error: Any) -> Any: ...
 
 
 class EIBench(Environment):
@@ -79,6 +88,24 @@ class EIBench(Environment):
 
     def outcome(self) -> float:
         return outcome_score(self._state, self._scenario.anchors, self._variant)
+
+
+class EIBenchEpisodes(contextlib.AbstractAsyncContextManager["EIBenchEpisodes"]):
+    """Makes the environment of each episode; all of them ask one `user`, which is entered while a batch is played. `options` are
+    those of `EIBench`."""
+
+    def __init__(self, user: SharedUser, **options: Any) -> None:
+        self._user, self._options = user, options
+
+    def __call__(self) -> EIBench:
+        return EIBench(self._user, **self._options)
+
+    async def __aenter__(self) -> EIBenchEpisodes:
+        await self._user.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._user.__aexit__(*error)
 
 
 def opening_messages(scenario: Scenario, briefing: Briefing) -> list[Message]:

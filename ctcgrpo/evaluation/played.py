@@ -101,7 +101,7 @@ def validated_as(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
         task["simulator"] = "scripted" if simulator.config is None else str(simulator.config)
     if (validation := recipe.validation) is not None:
         task |= {"scenarios": validation.scenarios, "repeats": validation.samples, "seed": validation.seed}
-        task["invalid"] = recipe.scenarios.invalid
+        task["invalid"] = recipe.eibench_scenarios().invalid
     sampling = (rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
     return task, dict(zip(SAMPLING, sampling, strict=True))
 
@@ -144,9 +144,10 @@ class Trained:
         on = self.task.get("scenarios")
         validated = "without a validation" if on is None else f"validated on {described(on)}"
         settings = {"rounds": self.task["rounds"], "variant": self.task["variant"], **self.sampling}
+        source = described(self.recipe.eibench_scenarios().train)
         return (
-            f"{self.run / self.which} is of the run {self.recipe.run.name}: trained on {described(self.recipe.scenarios.train)}, "
-            f"{validated}, with {in_words(settings)}, simulator {self.task['simulator']}, {persona}, "
+            f"{self.run / self.which} is of the run {self.recipe.run.name}: trained on {source}, {validated}, with "
+            f"{in_words(settings)}, simulator {self.task['simulator']}, {persona}, "
             f"instructions {self.recipe.policy.instructions}"
         )
 

@@ -154,7 +154,9 @@ def findings(
 
 @check
 def scenarios(s: Subject) -> Iterator[Finding]:
-    found = load_scenes(s.recipe.scenarios.train, s.recipe.scenarios.scenes, s.recipe.scenarios.invalid)
+    found = load_scenes(
+        s.recipe.eibench_scenarios().train, s.recipe.eibench_scenarios().scenes, s.recipe.eibench_scenarios().invalid
+    )
     s.scenarios = found.scenarios
     yield from _left_out("scenarios", found)
     yield Finding("scenarios", "ok", f"{len(s.scenarios)} to train on")
@@ -165,7 +167,7 @@ def validation(s: Subject) -> Iterator[Finding]:
     if s.recipe.validation is None:
         yield Finding("validation", "warning", "none: the run will not say whether it got better (section validation)")
         return
-    found = load_set(s.recipe.validation.scenarios, "test", s.recipe.scenarios.invalid)
+    found = load_set(s.recipe.validation_source(), "test", s.recipe.eibench_scenarios().invalid)
     s.held_out = found.scenarios
     yield from _left_out("validation", found)
     if both := {x.id for x in s.held_out} & {x.id for x in s.scenarios}:
@@ -321,7 +323,7 @@ def _last_prompt(s: Subject, opening: Sequence[Message]) -> tuple[int, int]:
 def processes(s: Subject) -> Iterator[Finding]:
     wanted = s.recipe.hardware.processes
     s.recipe.check_processes(wanted)
-    episodes = s.recipe.scenarios.per_step * s.recipe.rollout.group_size // wanted
+    episodes = s.recipe.tasks_per_step * s.recipe.rollout.group_size // wanted
     text = f"{wanted} with {episodes} episodes a step each (hardware.processes)"
     if episodes % s.recipe.rollout.group_size:
         yield Finding("processes", "warning", f"{text}: groups are split over processes, and share no prefix cache")
@@ -412,7 +414,7 @@ def memory(s: Subject) -> Iterator[Finding]:
 def load_of(recipe: Recipe) -> Load:
     rollout, training, policy = recipe.rollout, recipe.training, recipe.policy
     stage = deepspeed_stage(training.sharding)
-    here = recipe.scenarios.per_step * rollout.group_size // recipe.hardware.processes
+    here = recipe.tasks_per_step * rollout.group_size // recipe.hardware.processes
     return Load(
         processes=recipe.hardware.processes,
         sharding="fsdp2" if training.sharding == FSDP2 else ("none", "zero1", "zero2", "zero3")[stage],
@@ -520,7 +522,7 @@ def cost(s: Subject) -> Iterator[Finding]:
     llm = config.llm if config else None
     asked = Asked(
         steps=steps,
-        episodes_per_step=recipe.scenarios.per_step * recipe.rollout.group_size,
+        episodes_per_step=recipe.tasks_per_step * recipe.rollout.group_size,
         turns=recipe.rollout.max_turns,
         validations=2 + (steps - 1) // every if held_out else 0,
         episodes_per_validation=len(s.held_out) * held_out.samples if held_out else 0,

@@ -74,7 +74,7 @@ class ContextBuilder:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._stop_ids = frozenset(stop_ids)
+        self.stop_ids = frozenset(stop_ids)
         self._max_prompt_tokens = max_prompt_tokens
         self._reasoning = reasoning
         self._template = ChatTemplate(tokenizer, template_kwargs)
@@ -135,7 +135,7 @@ class ContextBuilder:
     def extend(self, dialogue: Dialogue, completion: Completion, user_line: str) -> Dialogue:
         """The dialogue after the policy's completion and the user's answer."""
         ids = completion.token_ids
-        if ids and ids[-1] in self._stop_ids:
+        if ids and ids[-1] in self.stop_ids:
             ids = ids[:-1]
         if self._reasoning == "strip":
             ids = self._as_rendered(ids)

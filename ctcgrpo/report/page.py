@@ -83,8 +83,8 @@ def _facts(run: Run) -> dict[str, str]:
     return {
         "model": recipe.policy.model + (f", LoRA of rank {lora.rank}" if lora else ", all weights"),
         "simulated user": described(run.simulator),
-        "trained on": recipe.scenarios.train,
-        "validated on": "nothing" if recipe.validation is None else recipe.validation.scenarios,
+        "trained on": recipe.eibench_scenarios().train,
+        "validated on": "nothing" if recipe.validation is None else recipe.validation_source(),
         "recipe": f"{recipe.run.name}, seed {recipe.run.seed}",
         "date": f"{run.written:%Y-%m-%d %H:%M} UTC" if run.written else "unknown",
         "the same again": repeat,

@@ -23,12 +23,13 @@ from ctcgrpo.errors import OutputError
 from ctcgrpo.files import explained, is_complete, read_json
 from ctcgrpo.folders import require_run
 from ctcgrpo.intervals import means
+from ctcgrpo.options import CreditOptions
 from ctcgrpo.recipe import Recipe, resolved_recipe
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.run_records import Summary, disagreement, read_metrics, read_summary, read_traces, same
 from ctcgrpo.scoring import shaped_outcome, turn_form
-from ctcgrpo.training.samples import CreditOptions, credit_options, numbers, step_credit
 from ctcgrpo.training.samples import Summary as EpisodeSummary
+from ctcgrpo.training.samples import numbers, step_credit
 from ctcgrpo.validation import Validation, read_validations
 
 Trace = dict[str, Any]
@@ -87,7 +88,7 @@ def read_run(path: Path) -> Run:
     if not episodes:
         told = f" that can be read ({bad[0]})" if bad else ""
         raise OutputError(f"{path} holds no episode yet{told}; there is nothing to report")
-    options = credit_options(recipe)
+    options = recipe.credit_options()
     validations, bad_validations = read_validations(folder.validation_file)
     metrics, bad_metrics = read_metrics(folder.metrics_file)
     simulator, bad_simulator = _simulator(path)
@@ -242,13 +243,12 @@ def summary_of(episode: Trace, options: CreditOptions) -> EpisodeSummary:
     turns = episode["turns"]
     outcome = float("nan") if episode["outcome"] is None else float(episode["outcome"])
     reward = outcome
-    if options.shaping is not None:
-        no_reasoning, fault = options.shaping
+    if options.reasons:
         reward = shaped_outcome(
             outcome,
             [turn_form(turn["reasoning"], turn["faults"]) for turn in turns],
-            no_reasoning=no_reasoning,
-            fault=fault,
+            no_reasoning=options.no_reasoning_penalty,
+            fault=options.fault_penalty,
         )
     last = turns[-1]["info"] if turns else episode["info"]
     return EpisodeSummary(

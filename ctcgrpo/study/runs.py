@@ -108,9 +108,9 @@ def _texts(study: Study) -> dict[str, str]:
     for environment, changes in study.environments.items():
         recipe = load_recipe(study.program, changes=overrides(changes))
         read = [] if recipe.simulator.config is None else [recipe.simulator.config.read_text(encoding="utf-8")]
-        sources: list[tuple[str, Split]] = [(recipe.scenarios.train, "train")]
+        sources: list[tuple[str, Split]] = [(recipe.eibench_scenarios().train, "train")]
         if recipe.validation is not None:
-            sources.append((recipe.validation.scenarios, "test"))
+            sources.append((recipe.validation_source(), "test"))
         for source, split in sources:
             records = read_records(source, split, on_bad=lambda place, message: None)  # the runs report such lines
             read += [json.dumps(record) for _, record in records]

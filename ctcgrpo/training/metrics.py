@@ -10,16 +10,13 @@ from ctcgrpo.errors import EPISODE_ERRORS, DeadlinePassed
 from ctcgrpo.training.samples import StepCredit, Summary
 
 
-def rollout_metrics(summaries: Sequence[Summary], credit: StepCredit) -> dict[str, float]:
+def rollout_metrics(summaries: Sequence[Summary], credit: StepCredit | None) -> dict[str, float]:
     """outcome overall and by tag, the numbers of the last turn's info by tag (final_anger/support); credit; failures by kind;
-    lengths."""
+    lengths. `credit` is None where episodes are not trained on."""
     valid = [s for s in summaries if not s.failure]
     metrics = {
         "outcome/all": _mean(s.outcome for s in valid),
         "reward/all": _mean(s.reward for s in valid),
-        "credit/turn_term_std": credit.turn_term_std,
-        "credit/outcome_term_std": credit.outcome_term_std,
-        "credit/groups_without_signal": credit.groups_without_signal,
         "episodes/valid": float(len(valid)),
         "episodes/failed": float(len(summaries) - len(valid)),
         "episodes/turns": _mean(len(s.turn_scores) for s in valid),
@@ -28,6 +25,10 @@ def rollout_metrics(summaries: Sequence[Summary], credit: StepCredit) -> dict[st
         "replies/empty": _mean(s.empty_turns / len(s.turn_scores) for s in valid),
         "prompts/dropped_exchanges": float(sum(s.dropped_exchanges for s in summaries)),
     }
+    if credit is not None:
+        metrics["credit/turn_term_std"] = credit.turn_term_std
+        metrics["credit/outcome_term_std"] = credit.outcome_term_std
+        metrics["credit/groups_without_signal"] = credit.groups_without_signal
     for tag in dict.fromkeys(s.tag for s in sorted(valid, key=lambda s: s.tag)):
         here = [s for s in valid if s.tag == tag]
         metrics[f"outcome/{tag}"] = _mean(s.outcome for s in here)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from ctcgrpo import credit
-from ctcgrpo.recipe import Recipe
+from ctcgrpo.options import CreditOptions
 from ctcgrpo.scoring import shaped_outcome, turn_form
 from ctcgrpo.types import Episode, Info, TurnSample
 
@@ -37,50 +36,14 @@ class Summary:
     dropped_exchanges: int
 
 
-@dataclass(frozen=True, slots=True)
-class CreditOptions:
-    """The options of `credit.turn_advantages`, and the shaping of outcomes that comes before it."""
-
-    alpha: float = 15.0
-    centering: str = "rollout"
-    credit: str = "immediate"
-    gamma: float = 1.0
-    center_weights: Literal["turn", "token"] = "turn"
-    scale: str = "group"
-    std_min: float = 0.1
-    shuffle: Literal["nothing", "turn_scores", "advantages"] = "nothing"
-    """A control: what is dealt out at random over the turns of a step, by `shuffle_seed` and the step."""
-    shuffle_seed: int = 0
-    shaping: tuple[float, float] | None = None
-    """(penalty for no reasoning, penalty for a fault), or None for a policy that does not reason."""
-
-
-def credit_options(recipe: Recipe) -> CreditOptions:
-    """What a recipe says of credit and scoring."""
-    credit, scoring = recipe.credit, recipe.scoring
-    return CreditOptions(
-        alpha=credit.alpha,
-        centering=credit.centering,
-        credit=credit.credit,
-        gamma=credit.gamma,
-        center_weights=credit.center_weights,
-        scale=credit.scale,
-        std_min=credit.std_min,
-        shuffle=credit.shuffle,
-        shuffle_seed=recipe.run.seed,
-        shaping=(scoring.no_reasoning_penalty, scoring.fault_penalty) if recipe.policy.reasons else None,
-    )
-
-
 def summarise(episode: Episode, options: CreditOptions) -> Summary:
     reward = episode.outcome
-    if options.shaping is not None:
-        no_reasoning, fault = options.shaping
+    if options.reasons:
         reward = shaped_outcome(
             episode.outcome,
             [turn_form(turn.reasoning, turn.faults) for turn in episode.turns],
-            no_reasoning=no_reasoning,
-            fault=fault,
+            no_reasoning=options.no_reasoning_penalty,
+            fault=options.fault_penalty,
         )
     return Summary(
         tag=episode.tag,
@@ -120,19 +83,18 @@ class StepCredit:
 
 
 def step_credit(
-    summaries: Sequence[Summary], options: CreditOptions, baseline: credit.SceneBaseline, *, step: int = 0
+    summaries: Sequence[Summary], options: CreditOptions, baseline: credit.SceneBaseline, *, step: int = 0, seed: int = 0
 ) -> StepCredit:
-    """Credit over all episodes of a step, whichever process played them; `baseline` is what earlier steps left."""
+    """Credit over all episodes of a step, whichever process played them; `baseline` is what earlier steps left;
+    `seed` is that of `shuffle_credit`."""
     rewards, groups = [s.reward for s in summaries], [s.group for s in summaries]
     trained = credit.in_loss(rewards, groups)
     scores = [np.asarray(s.turn_scores) for s in summaries]
-    if options.shuffle == "turn_scores":
-        dealt = iter(
-            credit.shuffled([r for r, use in zip(scores, trained, strict=True) if use], [options.shuffle_seed, step])
-        )
+    if options.shuffle_credit == "turn_scores":
+        dealt = iter(credit.shuffled([r for r, use in zip(scores, trained, strict=True) if use], [seed, step]))
         scores = [next(dealt) if use else r for r, use in zip(scores, trained, strict=True)]
     weights = [s.turn_tokens for s in summaries] if options.center_weights == "token" else None
-    outcome = credit.outcome_advantages(rewards, groups, std_min=options.std_min, scale=options.scale)
+    outcome = credit.outcome_advantages(rewards, groups, std_min=options.std_min, scale=options.scale_rewards)
     turns = credit.turn_advantages(
         rewards,
         groups,
@@ -144,14 +106,14 @@ def step_credit(
         center_weights=weights,
         scene_baseline={s.group: baseline.of(s.tag) for s in summaries},
         std_min=options.std_min,
-        scale=options.scale,
+        scale=options.scale_rewards,
     )
     credits = credit.turn_credits(scores, credit=options.credit, gamma=options.gamma)
     valid = [k for k, s in enumerate(summaries) if not s.failure]
     turn_terms = [t - a for t, a, use in zip(turns, outcome, trained, strict=True) if use]
     advantages = [t for t, use in zip(turns, trained, strict=True) if use]
-    if options.shuffle == "advantages":
-        advantages = credit.shuffled(advantages, [options.shuffle_seed, step])
+    if options.shuffle_credit == "advantages":
+        advantages = credit.shuffled(advantages, [seed, step])
     return StepCredit(
         baseline=credit.updated_baseline(
             baseline,

@@ -1,319 +1,189 @@
-"""The trainer: TRL's GRPOTrainer with a variable number of turn samples per rollout and an advantage per turn.
+"""The trainer: TRL's GRPOTrainer, for episodes of several turns with an advantage for each turn.
+
+    trainer = CTCGRPOTrainer(model, args=CTCGRPOConfig(...), environment=MyEnvironment, train_dataset=tasks)
+    trainer.train()
 
 How it differs from GRPOTrainer:
-1. a batch of rollouts is collected by `collect` (episodes against a simulator), not generated from prompts;
-2. `training_step` is a whole optimizer step: it loops over rows of turn samples (which share what they have in common, and are
-   dealt out so that all processes have equally much to do) and synchronises gradients on the last;
-3. the loss is a sum over tokens divided by the trained tokens of the whole step, over all rows and processes;
-4. a step of rollouts can make several updates, each on an equal share of every group, with old log-probabilities
-   recomputed once before the first.
+1. a step plays episodes against an environment (`collect`) in place of one completion for each prompt;
+2. each turn of an episode is a sample of its own, with its own advantage (`ctcgrpo.credit`);
+3. `training_step` is a whole optimizer step over all of them (`PolicyUpdate.update`);
+4. a step of rollouts can make several updates (`num_iterations`), each on an equal share of every group, with old
+   log-probabilities recomputed once before the first.
 TRL and transformers keep everything else: loading, PEFT, optimizer, schedule, distribution, logging, checkpoints.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
-import shutil
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from itertools import accumulate
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import DistributedType, gather_object
-from torch.optim.lr_scheduler import LambdaLR
-from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import use_adapter
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerControl
 
-from ctcgrpo.checkpoint_pickles import weights_only
+from ctcgrpo.config import CTCGRPOConfig
 from ctcgrpo.credit import SceneBaseline
-from ctcgrpo.errors import OutputError, PolicyError, RunPaused, TooManyFailures, TrainingDiverged, too_many_failed
-from ctcgrpo.files import checkpoints, is_complete, mark_complete
-from ctcgrpo.policy.attention import use_layouts, with_layout
-from ctcgrpo.policy.finite import nonfinite_gradient, nonfinite_weight, refuse_nonfinite
-from ctcgrpo.processes import on_main
-from ctcgrpo.training.head import score_trained_positions_only
-from ctcgrpo.training.loss import TokenSums, token_sums
+from ctcgrpo.errors import OutputError, RunPaused, TooManyFailures, too_many_failed
+from ctcgrpo.policy.builtin import build_builtin, is_builtin
+from ctcgrpo.policy.chat_template import end_of_turn
+from ctcgrpo.policy.context import ContextBuilder
+from ctcgrpo.policy.loading import load_tokenizer
+from ctcgrpo.processes import on_main, together
+from ctcgrpo.rollout.engine import Sampling
+from ctcgrpo.rollout.engines import make_engine
+from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot
+from ctcgrpo.rollout.traces import TraceWriter
+from ctcgrpo.training.checkpointing import CheckpointedUpdate
+from ctcgrpo.training.hooks import NO_HOOKS, RolloutHooks
 from ctcgrpo.training.metrics import rollout_metrics
-from ctcgrpo.training.planning import Plan, forward_costs, plan
-from ctcgrpo.training.rows import Row
-from ctcgrpo.training.samples import CreditOptions, Summary, step_credit, summarise, turn_samples, update_of
-from ctcgrpo.training.tree_attention import Packing, how_to_attend, tree_layout
-from ctcgrpo.types import Episode, TurnSample
+from ctcgrpo.training.samples import Summary, step_credit, summarise, turn_samples, update_of
+from ctcgrpo.training.tasks import step_schedule, tags_of, tasks_of
+from ctcgrpo.types import Environment, Episode, Task, TurnSample
+from ctcgrpo.validation import validation_slots
 
 SCENE_BASELINE = "scene_baseline.json"
 """What earlier steps say of each scene's turns, in a checkpoint."""
+PLAYING = "episodes"
+_T = TypeVar("_T")
 
 
-LossWeights = Literal["token", "turn"]
-"""What weighs alike in the loss: every trained token of a step, or every trained turn."""
+class CTCGRPOTrainer(CheckpointedUpdate):
+    """See the module's docstring.
 
+    `environment`: an `Environment` class, or a callable that makes one for each episode. One that is an asynchronous context
+    manager too is entered while a batch of episodes is played.
+    `train_dataset`, `eval_dataset`: a `datasets.Dataset` or a list of mappings, a task a row (`tasks_of`).
+    `model`: as in `GRPOTrainer`, or a policy that this package brings (builtin/smollm2, builtin/tiny).
+    `contexts`, `hooks`: for callers that make prompts or follow rollouts themselves. Everything else is as in `GRPOTrainer`.
+    """
 
-@dataclass(frozen=True, slots=True)
-class UpdateOptions:
-    """What the update needs beyond TRL's GRPOConfig."""
-
-    updates_per_step: int = 1
-    tokens_per_row: int = 16384
-    packing: Packing = "auto"
-    clip: float = 0.2
-    dual_clip: float | None = None
-    entropy_bonus: float = 0.001
-    loss_weights: LossWeights = "token"
-    recorded_logprobs: bool = False
-    max_failed: float = 0.5
-    keep_checkpoints: int = 3
-
-
-PACKED_TOLERANCE = 0.02
-"""How far packed log-probabilities may be from plain ones on the mean, in nats. bfloat16 differs by some 0.01 between any two ways
-of computing attention; a wrong one differs by more than 0.1."""
-
-_COMPARED_TOKENS = 2048
-"""How many tokens (each sample with its context) of a process are scored in two ways before a run trains on them."""
-
-Collect = Callable[[int, Sequence[dict[str, Any]]], list[Episode]]
-"""Plays this process's share of a step's episodes: (step, its rows of the data set) -> episodes."""
-
-
-class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
-    """See the module's docstring. `args.num_iterations` must equal `options.updates_per_step`; the data set holds one row a
-    scenario and step, in order. `before_step` is called with the number of batches done before the next one is collected, `confirm`
-    after it, to refuse it.
-    `interrupted` is polled between rollouts and after the last update of a step."""
+    _tag_names = ("trl", "grpo", "ctcgrpo")
+    _name = "CTC-GRPO"
 
     def __init__(
         self,
-        *,
         model: Any,
-        args: GRPOConfig,
-        collect: Collect,
-        credit: CreditOptions,
-        options: UpdateOptions,
-        confirm: Callable[[], None] = lambda: None,
-        before_step: Callable[[int], None] = lambda step: None,
-        interrupted: Callable[[], bool] = lambda: False,
-        **kwargs: Any,
+        args: CTCGRPOConfig | None = None,
+        environment: Callable[[], Environment] | None = None,
+        train_dataset: Dataset | Sequence[Task | Mapping[str, Any]] | None = None,
+        eval_dataset: Dataset | Sequence[Task | Mapping[str, Any]] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        callbacks: Sequence[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        *,
+        contexts: ContextBuilder | None = None,
+        hooks: RolloutHooks = NO_HOOKS,
     ) -> None:
-        if args.num_iterations != options.updates_per_step or args.gradient_accumulation_steps != 1:
-            raise ValueError("num_iterations must equal updates_per_step, and gradient_accumulation_steps must be 1")
-        score_trained_positions_only()
-        super().__init__(model=model, args=args, reward_funcs=_no_reward, **kwargs)
-        policy = self.accelerator.unwrap_model(self.model)
-        refuse_nonfinite(policy, str(model if isinstance(model, str) else policy.name_or_path))
-        half = args.bf16 or policy.dtype == torch.bfloat16
-        self._how = how_to_attend(options.packing, self.accelerator.device, half=half)
-        if self._how is not None:
-            reference = [] if self.ref_model is None else [self.accelerator.unwrap_model(self.ref_model)]
-            for model in (policy, *reference):
-                use_layouts(model)
-        self._costs = forward_costs(policy, gathers=self._how in ("segments", "flash3"))
-        self._collect = collect
-        self._credit = credit
-        self._options = options
-        self._confirm = confirm
-        self._before_step = before_step
-        self._interrupted = interrupted
+        name = model if isinstance(model, str) else model.config._name_or_path
+        if args is None:
+            args = CTCGRPOConfig(f"{name.rpartition('/')[2]}-CTC-GRPO")
+        if not isinstance(args, CTCGRPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}; expected a CTCGRPOConfig, which holds alpha, max_turns, ...")
+        if not callable(environment):
+            raise TypeError(f"environment is {environment!r}; expected a class or a function that makes an Environment")
+        self._tasks = tasks_of([] if train_dataset is None else train_dataset, "train_dataset")
+        held_out = None if eval_dataset is None else tasks_of(eval_dataset, "eval_dataset")
+        if isinstance(model, str) and is_builtin(model):
+            model = name = on_main(
+                args.distributed_state, lambda: build_builtin(model, Path(args.output_dir, "base").resolve(), args.seed)
+            )
+        if processing_class is None:
+            processing_class = load_tokenizer(name, (args.model_init_kwargs or {}).get("revision"))
+        schedule = self._schedule(args)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_dict({"task": [position for step in schedule for position in step]}),
+            eval_dataset=None if held_out is None else Dataset.from_dict({"task": list(range(len(held_out)))}),
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=None if callbacks is None else list(callbacks),
+            optimizers=optimizers,
+        )
+        self._held_out = held_out
+        self._hooks = hooks
+        contexts = contexts or self._contexts(processing_class)
+        self.engine = make_engine(self, args, processing_class, stop_ids=contexts.stop_ids, interrupted=hooks.interrupted)
+        shared = environment if isinstance(environment, AbstractAsyncContextManager) else contextlib.nullcontext()
+        self.runner = RolloutRunner(
+            engine=self.engine,
+            environment=environment,
+            shared=shared,
+            contexts=contexts,
+            tokenizer=processing_class,
+            stop_ids=contexts.stop_ids,
+            play=Play(
+                sampling=Sampling(args.temperature, args.top_p, args.top_k, args.max_completion_length),
+                max_turns=args.max_turns,
+                seed=args.seed,
+                deterministic=args.deterministic,
+                deadline=args.deadline,
+            ),
+            interrupted=hooks.interrupted,
+        )
         self._updates: list[list[TurnSample]] = []
         self._baseline = SceneBaseline()
         self._checked = False
         self.stop_requested = False
         """Whether any process was interrupted; agreed on by all of them at the end of a step."""
+        self.phase = "the start of the run"
+        """What the trainer is at, for whoever waits for it."""
 
-    @property
-    def rollout_step(self) -> int:
-        """The batch of rollouts that the next optimizer step belongs to, from 0."""
-        return int(self.state.global_step) // self._options.updates_per_step
+    def _schedule(self, args: CTCGRPOConfig) -> list[list[int]]:
+        """The tasks of each step, by position. Sets `args.max_steps`, and leaves their order to the schedule."""
+        per_step, odd = divmod(args.generation_batch_size, args.num_generations)
+        assert not odd  # GRPOConfig refuses that
+        batches = math.ceil(args.max_steps / args.num_iterations)
+        if args.max_steps <= 0:
+            batches = math.ceil(args.num_train_epochs * len(self._tasks) / per_step)
+            args.max_steps = batches * args.num_iterations
+        seed = None if args.shuffle_dataset is False else args.seed
+        args.shuffle_dataset = False
+        return step_schedule(tags_of(self._tasks), steps=batches, per_step=per_step, seed=seed)
+
+    def _contexts(self, tokenizer: PreTrainedTokenizerBase) -> ContextBuilder:
+        kwargs = dict(self.args.chat_template_kwargs or {})
+        ends = {*self.eos_token_ids, *([end_of_turn(tokenizer, kwargs)] if tokenizer.chat_template else [])} - {None}
+        return ContextBuilder(
+            tokenizer,
+            stop_ids=ends,
+            max_prompt_tokens=self.args.max_prompt_length,
+            reasoning=self.args.reasoning_context,
+            template_kwargs=kwargs,
+        )
 
     # --- one optimizer step --------------------------------------------------------------------------------------------
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        update = self.state.global_step % self._options.updates_per_step
+        updates = self.args.num_iterations
+        update = self.state.global_step % updates
         self.refuse_nonfinite_weights()
         if update == 0 or not self._updates:
-            self._before_step(self.rollout_step)
+            self._hooks.before_rollouts(self.rollout_step)
             self._updates = self._new_batch(inputs)
+            self.phase = f"{'the update' if updates == 1 else f'the {updates} updates'} of step {self.rollout_step + 1}"
         started = time.perf_counter()
         loss = self.update(model, self._updates[update])
         self._log_number("seconds/update", time.perf_counter() - started)
         if self.accelerator.device.type == "cuda":  # to hold against what `ctcgrpo check` computed
             self._log_number("memory/peak_gib", torch.cuda.max_memory_allocated() / 2**30)
             torch.cuda.reset_peak_memory_stats()
-        if update == self._options.updates_per_step - 1:
+        if update == updates - 1:
             self._updates = []
-            asked = bool(self._sum_over_processes([float(self._interrupted())])[0])
+            asked = bool(self._sum_over_processes([float(self._hooks.interrupted())])[0])
             self.stop_requested = asked and self.state.global_step + 1 < self.state.max_steps
         return loss
-
-    def update(self, model: torch.nn.Module, samples: Sequence[TurnSample]) -> torch.Tensor:
-        """Forward and backward over this process's samples of one optimizer step; gradients end up synchronised.
-
-        Returns the step's loss, a scalar over all processes. Every process runs the same number of rows. A step
-        without any trained token leaves no gradient anywhere, so the optimizer changes nothing.
-        """
-        made = self._plan(gather_object(list(samples)))
-        self._log_number("packing/tokens", made.tokens)
-        self._log_number("packing/forwarded", made.forwarded)
-        self._log_number("packing/padding", made.padding)
-        self._log_number("packing/imbalance", made.imbalance)
-        return self.update_rows(model, made.rows)
-
-    def update_rows(self, model: torch.nn.Module, rows: Sequence[Row]) -> torch.Tensor:
-        """`update` for rows already made, equally many on every process."""
-        model.train()
-        counts = (float(sum(len(row.at) for row in rows)), float(sum(row.samples for row in rows)))
-        tokens, turns = self._sum_over_processes(counts)
-        total = tokens if self._options.loss_weights == "token" else turns
-        if not tokens:
-            return torch.zeros((), device=self.accelerator.device)
-        totals: list[TokenSums] = []
-        for k, row in enumerate(rows):
-            is_last = k == len(rows) - 1
-            self.accelerator.gradient_state._set_sync_gradients(is_last)
-            with self._without_sync(model, is_last):
-                sums = self._row_sums(model, row)
-                if is_last:  # before DeepSpeed's backward, which is followed by its optimizer step at once
-                    self._refuse_nonfinite_loss([*totals, sums])
-                # Data-parallel training averages gradients over processes: the factor makes it a sum.
-                loss = sums.loss * (self.accelerator.num_processes / total)
-                self.accelerator.backward(loss, **self._backward_kwargs())
-            totals.append(TokenSums(*(getattr(sums, field.name).detach() for field in fields(TokenSums))))
-        self._refuse_nonfinite_gradients(model)
-        return self._log_update(totals, tokens)
-
-    # --- what is not finite ----------------------------------------------------------------------------------------------
-
-    def _refuse_nonfinite_loss(self, totals: Sequence[TokenSums]) -> None:
-        self._refuse(
-            None
-            if all(bool(torch.isfinite(t.loss)) for t in totals)
-            else f"step {self.rollout_step + 1}: the loss is not finite",
-            "log-probabilities overflow: lower training.learning_rate, or compute in float32 (training.bf16=false)",
-        )
-
-    def _refuse_nonfinite_gradients(self, model: torch.nn.Module) -> None:
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            measured = getattr(model, "get_global_grad_norm", None)
-            norm = measured() if measured else None
-            name = None if norm is None or math.isfinite(norm) else "their norm"
-        else:
-            name = nonfinite_gradient(model)
-        self._refuse(
-            name and f"step {self.rollout_step + 1}: gradients are not finite ({name})",
-            "the backward pass overflows: lower training.learning_rate, or compute in float32 (training.bf16=false)",
-        )
-
-    def refuse_nonfinite_weights(self) -> None:
-        """Raises TrainingDiverged on all processes where the policy holds NaN or infinite weights on any: nothing may be sampled
-        from it, and no checkpoint made of it."""
-        name = nonfinite_weight(self.accelerator.unwrap_model(self.model))
-        clipping = f"set training.max_grad_norm (it is {self.args.max_grad_norm:g}; 1 is usual)"
-        self._refuse(
-            name and f"after the optimizer step of step {self._last_step} the policy's weights are not finite ({name})",
-            f"training.learning_rate = {self.args.learning_rate:g} is too high: lower it, or {clipping}",
-        )
-
-    @property
-    def _last_step(self) -> int:
-        """The batch of rollouts, from 1, that the last optimizer step belongs to."""
-        return (int(self.state.global_step) - 1) // self._options.updates_per_step + 1
-
-    def _refuse(self, problem: str | None, cause: str) -> None:
-        """Raises TrainingDiverged on all processes where one of them has a problem."""
-        if found := next((text for text in gather_object([problem]) if text is not None), None):
-            raise TrainingDiverged(f"{found}; likely cause: {cause}")
-
-    def _plan(self, samples: Sequence[TurnSample], *, packed: bool = True) -> Plan:
-        return plan(
-            samples,
-            packed=packed and self._how is not None,
-            tokens_per_row=self._options.tokens_per_row,
-            pad_id=self._tokenizer.pad_token_id,
-            costs=self._costs,
-            process=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
-        )
-
-    def _row_sums(self, model: torch.nn.Module, row: Row) -> TokenSums:
-        row = row.to(self.accelerator.device)
-        logprobs, entropy = self._score(model, row)
-        return token_sums(
-            logprobs,
-            entropy,
-            row.old_logprobs,
-            row.advantages,
-            clip=self._options.clip,
-            dual_clip=self._options.dual_clip,
-            weights=row.turn_weights if self._options.loss_weights == "turn" else None,
-            entropy_bonus=self._options.entropy_bonus,
-            reference=self._reference(model, row) if self.beta else None,
-            kl_weight=self.beta,
-        )
-
-    @torch.no_grad()
-    def _reference(self, model: torch.nn.Module, row: Row) -> torch.Tensor:
-        """Log-probabilities (E,) under the policy as it was before training: TRL's copy of it, or itself without its adapter."""
-        if self.ref_model is not None:
-            return _of_entries(self._forward(self.ref_model, row).log_probs, row)
-        policy = self.accelerator.unwrap_model(model)
-        with use_adapter(policy, None):
-            return _of_entries(self._forward(policy, row).log_probs, row)
-
-    def _score(self, model: torch.nn.Module, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability and entropy (E,) of a row's trained tokens at the sampling temperature."""
-        output = self._forward(model, row)
-        return _of_entries(output.log_probs, row), _of_entries(output.entropy, row)
-
-    def _forward(self, model: torch.nn.Module, row: Row) -> Any:
-        layout = None
-        if row.segments is not None and self._how is not None:
-            layout = tree_layout(row.segments, self._how, self.accelerator.device)
-        with self.accelerator.autocast():
-            return model(
-                input_ids=row.input_ids,
-                position_ids=row.positions,
-                shift_labels=row.labels,
-                fused_lm_head=True,
-                **with_layout(layout, row.attention_mask),
-            )
-
-    def logprobs(
-        self, model: torch.nn.Module, samples: Sequence[TurnSample], *, packed: bool = True
-    ) -> list[tuple[float, ...]]:
-        """Log-probabilities of the completions of this process's samples at the sampling temperature, under the current weights;
-        `packed` False computes them the plain way, whatever `options.packing` says."""
-        everybodys = gather_object([list(samples)])
-        before = sum(len(part) for part in everybodys[: self.accelerator.process_index])
-        rows = self._plan([s for part in everybodys for s in part], packed=packed).rows
-        scored = {k: v for part in gather_object([self._scored(model, rows)]) for k, v in part.items()}
-        return [scored[before + k] for k in range(len(samples))]
-
-    @torch.no_grad()
-    def _scored(self, model: torch.nn.Module, rows: Sequence[Row]) -> dict[int, tuple[float, ...]]:
-        """By a sample's place: what the rows say of it."""
-        result: dict[int, tuple[float, ...]] = {}
-        for row in rows:
-            scores, _ = self._score(model, row.to(self.accelerator.device))
-            which, counts = torch.unique_consecutive(row.sample, return_counts=True)
-            parts = scores.float().cpu().split_with_sizes(counts.tolist())
-            for k, numbers in zip(which.tolist(), parts, strict=True):
-                result[k] = tuple(numbers.tolist())
-        return result
-
-    def _without_sync(self, model: torch.nn.Module, is_last: bool) -> contextlib.AbstractContextManager[Any]:
-        # DeepSpeed reduces by itself and takes its boundary from gradient_state; FSDP2 would keep whole gradients between rows.
-        reduces = self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-        if is_last or reduces:
-            return contextlib.nullcontext()
-        context: contextlib.AbstractContextManager[Any] = self.accelerator.no_sync(model)
-        return context
-
-    def _backward_kwargs(self) -> dict[str, Any]:
-        return {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
 
     # --- one batch of rollouts -------------------------------------------------------------------------------------------
 
@@ -321,10 +191,10 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         """Play the step's episodes, share their credit out, and split their turns over the step's updates."""
         started = time.perf_counter()
         self._log_number("policy_version", self.state.global_step)
-        episodes = self.unless_paused(lambda: self._collect(self.rollout_step + 1, inputs))
-        summaries = gather_object([summarise(e, self._credit) for e in episodes])
+        episodes = self.collect(self.rollout_step + 1, [row["task"] for row in inputs])
+        summaries = gather_object([summarise(e, self.args) for e in episodes])
         self._refuse_failures(summaries, episodes)
-        credit = step_credit(summaries, self._credit, self._baseline, step=self.rollout_step)
+        credit = step_credit(summaries, self.args, self._baseline, step=self.rollout_step, seed=self.args.seed)
         self._baseline = credit.baseline
         for name, value in rollout_metrics(summaries, credit).items():
             self._log_number(name, value)
@@ -335,9 +205,9 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         )
         self._log_number("tokens_per_second", sum(sum(s.turn_tokens) for s in summaries) / seconds)
 
-        updates = self._options.updates_per_step
+        updates, recorded = self.args.num_iterations, self.args.old_logprobs == "recorded"
         parts = [[e for e in episodes if update_of(e, updates) == k] for k in range(updates)]
-        samples = [turn_samples(p, credit.advantages, recorded=self._options.recorded_logprobs) for p in parts]
+        samples = [turn_samples(p, credit.advantages, recorded=recorded) for p in parts]
         if updates > 1 or not self._checked:
             started = time.perf_counter()
             everything = [sample for part in samples for sample in part]
@@ -346,48 +216,55 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
                 self._refuse_other_logprobs(few)
             self._checked = True
             current = iter(self._check_recorded(episodes, everything if updates > 1 else few))
-            if updates > 1 and not self._options.recorded_logprobs:
+            if updates > 1 and not recorded:
                 samples = [[replace(sample, old_logprobs=next(current)) for sample in part] for part in samples]
             self._log_number("seconds/recompute", time.perf_counter() - started)
         return samples
 
-    def unless_paused(self, play: Callable[[], list[Episode]]) -> list[Episode]:
-        """Play episodes; when any process was told to pause meanwhile (Ctrl-C, a spent budget), all of them stop here together."""
+    def collect(self, step: int, positions: Sequence[int]) -> list[Episode]:
+        """Play this process's contiguous share of a step's episodes (from 1): `positions` are those of their tasks."""
+        size = self.args.num_generations
+        first = self.accelerator.process_index * len(positions)
+        slots = [
+            Slot(self._tasks[position], step, (first + k) // size, (first + k) % size)
+            for k, position in enumerate(positions)
+        ]
+        self._hooks.rollouts(step, len(slots))
+        episodes = self.play(slots, f"step-{step:06d}")
+        self._hooks.update(step)
+        return episodes
+
+    def play(self, slots: Sequence[Slot], name: str, play: Play | None = None) -> list[Episode]:
+        """Play episodes with the policy as it is, on every process alike (each with its own slots), and write their traces to
+        OUTPUT_DIR/traces/NAME.rank-R.jsonl. `play` says how, where otherwise than in training.
+
+        When any process was told to pause meanwhile (Ctrl-C, a spent budget), all of them raise RunPaused together.
+        """
+        traces = Path(self.args.output_dir, "traces")
+        traces.mkdir(parents=True, exist_ok=True)
+        write = TraceWriter(traces / f"{name}.rank-{self.accelerator.process_index}.jsonl")
+
+        def on_episode(episode: Episode) -> None:
+            write(episode)
+            self._hooks.episode(episode)
+
+        before, self.phase = self.phase, "handing the policy's weights to the engine"
+        together(lambda: self.engine.take_weights(self.state.global_step))
+        self.phase = PLAYING
         episodes: list[Episode] = []
         pause: RunPaused | None = None
         try:
-            episodes = play()
+            runner = self.runner if play is None else self.runner.with_play(play)
+            episodes = _run(runner.run(slots, on_episode))
         except RunPaused as error:
             pause = error
-        told = next((error for error in gather_object([pause]) if error is not None), None)
-        if told is not None:
-            raise type(told)(str(told))
-        self._confirm()
+        finally:
+            self.engine.rest()
+            self.phase = before
+        if first := next((error for error in gather_object([pause]) if error is not None), None):
+            raise type(first)(str(first))
+        together(self.engine.confirm)
         return episodes
-
-    def _few(self, samples: Sequence[TurnSample]) -> list[TurnSample]:
-        """As many of the samples as are compared once a run, at least one where there are any. A wrong kernel shows in the first
-        hundred tokens, and on a CPU a pass over a whole row takes a minute."""
-        most = min(_COMPARED_TOKENS, self._options.tokens_per_row)
-        ends = accumulate(map(len, samples))
-        return [s for s, end in zip(samples, ends, strict=True) if end <= most] or list(samples[:1])
-
-    def _refuse_other_logprobs(self, samples: Sequence[TurnSample]) -> None:
-        """Once a run, packed log-probabilities are compared with plain ones: a kernel or a model that sees positions in a way of
-        its own must not train on something else without a word."""
-        self.model_wrapped.train()
-        packed, plain = (self.logprobs(self.model_wrapped, samples, packed=packed) for packed in (True, False))
-        apart = [abs(a - b) for p, q in zip(packed, plain, strict=True) for a, b in zip(p, q, strict=True)]
-        total, tokens = self._sum_over_processes([math.fsum(apart), float(len(apart))])
-        mean = total / tokens if tokens else 0.0
-        bound = PACKED_TOLERANCE / min(1.0, self.temperature)  # noise in logits counts for more in a cold policy
-        self._log_number("packing/logprob_gap", mean)
-        if not mean <= bound:
-            name = type(self.accelerator.unwrap_model(self.model)).__name__
-            raise PolicyError(
-                f"{name}: log-probabilities in rows of shared prefixes (training.packing={self._options.packing}, {self._how}) are "
-                f"{mean:.3g} nats off the plain ones on the mean, beyond {bound:.2g}; set training.packing=none"
-            )
 
     def _check_recorded(self, episodes: Sequence[Episode], samples: Sequence[TurnSample]) -> list[tuple[float, ...]]:
         """The current log-probabilities of samples, and, as a metric, how far the engine's recorded ones are off:
@@ -408,104 +285,45 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _refuse_failures(self, summaries: Sequence[Summary], episodes: Sequence[Episode]) -> None:
         failed = [s for s in summaries if s.failure]
-        if too_many_failed(len(failed), len(summaries), self._options.max_failed):
+        if too_many_failed(len(failed), len(summaries), self.args.max_failed):
             kinds = {kind: sum(s.failure == kind for s in failed) for kind in sorted({str(s.failure) for s in failed})}
             example = next((f"; first here: {e.name}: {e.failure.message}" for e in episodes if e.failure), "")
             raise TooManyFailures(
                 f"step {self.rollout_step + 1}: {len(failed)} of {len(summaries)} episodes failed ({kinds}), "
-                f"and rollout.max_failed is {self._options.max_failed}{example}"
+                f"and rollout.max_failed is {self.args.max_failed}{example}"
             )
 
-    # --- metrics -----------------------------------------------------------------------------------------------------------
+    # --- evaluation --------------------------------------------------------------------------------------------------------
 
-    def _log_number(self, name: str, value: float) -> None:
-        self._metrics["train"][name].append(value)
-
-    def _log_update(self, totals: Sequence[TokenSums], tokens: float) -> torch.Tensor:
-        mine = [float(sum(getattr(t, field.name) for t in totals)) for field in fields(TokenSums)]
-        over_all = dict(zip([f.name for f in fields(TokenSums)], self._sum_over_processes(mine), strict=True))
-        loss = over_all["loss"] / over_all["weight"]
-        self._log_number("policy_loss", loss)
-        self._log_number("clip_share", over_all["clipped"] / tokens)
-        self._log_number("entropy", over_all["entropy"] / tokens)
-        self._log_number("ratio", over_all["ratio"] / tokens)
-        if self.beta:
-            self._log_number("kl", over_all["kl"] / tokens)
-        self._log_number("trained_tokens", tokens)
-        return torch.tensor(loss, device=self.accelerator.device)
-
-    def _sum_over_processes(self, values: Sequence[float]) -> list[float]:
-        numbers = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
-        gathered: torch.Tensor = self.accelerator.gather(numbers.unsqueeze(0))
-        return [float(v) for v in gathered.sum(dim=0)]
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Play `num_generations_eval` episodes of each task of `eval_dataset` (the trainer's where absent), with the same seeds
+        each time. Gives their metrics, as training's, with the prefix: eval_outcome/all, eval_outcome/TAG, eval_failed/..."""
+        tasks = self._held_out if eval_dataset is None else tasks_of(eval_dataset, "eval_dataset")
+        if tasks is None:
+            raise ValueError("there is no eval_dataset; give one to the trainer or to evaluate()")
+        self.refuse_nonfinite_weights()
+        step, samples = self.state.global_step // self.args.num_iterations, self.args.num_generations_eval
+        slots = validation_slots(tasks, samples, step)
+        mine = slots[self.accelerator.process_index :: self.accelerator.num_processes]
+        training = self.model.training
+        episodes = self.play(mine, f"{metric_key_prefix}-{step:06d}", replace(self.runner.play, deadline=None))
+        self.model.train(training)
+        summaries = gather_object([summarise(e, self.args) for e in episodes])
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in rollout_metrics(summaries, None).items()}
+        self.log(metrics)
+        control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = control
+        return metrics
 
     # --- checkpoints -----------------------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint counts once every process has written its files and the marker stands."""
-        self.refuse_nonfinite_weights()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            (folder / SCENE_BASELINE).write_text(json.dumps(asdict(self._baseline)))
-            mark_complete(folder)
-            self._rotate()
-        self.accelerator.wait_for_everyone()
+    def save_state_of_run(self, folder: Path) -> None:
+        (folder / SCENE_BASELINE).write_text(json.dumps(asdict(self._baseline)))
 
-    def _rotate(self) -> None:
-        """Remove all but the newest complete checkpoints, once the newest is complete (transformers would before)."""
-        folders = checkpoints(Path(self.args.output_dir))
-        complete = sorted(step for step, folder in folders.items() if is_complete(folder))
-        oldest_kept = complete[-self._options.keep_checkpoints :][0]
-        for step, folder in folders.items():
-            if step < oldest_kept:
-                shutil.rmtree(folder)
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """DeepSpeed loads its part of a checkpoint here."""
-        with self._weights_only(resume_from_checkpoint):
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        with self._weights_only(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with self._weights_only(checkpoint):
-            super()._load_rng_state(checkpoint)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """There is none: losses are scaled for float16 alone, and a file of that name is not this run's."""
-
-    def _weights_only(self, checkpoint: str | None) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if checkpoint is None else weights_only(Path(checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._take_up_schedule()
-            self._baseline = _scene_baseline(Path(checkpoint) / SCENE_BASELINE)
-
-    def _take_up_schedule(self) -> None:
-        """A run that is given more steps takes its learning rate from the longer schedule, not from the end of the shorter one."""
-        schedule = self.lr_scheduler
-        if isinstance(schedule, LambdaLR):  # not DeepSpeed's own
-            steps = schedule.last_epoch
-            rates = [base * rate(steps) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-            for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            schedule._last_lr = rates
-
-    def save_now(self) -> None:
-        """A checkpoint of the last finished optimizer step, unless it has one."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        # One process looks: on a shared disk others may see the marker later, and saving takes all of them.
-        if self.state.global_step and not on_main(self.accelerator.state, lambda: is_complete(folder)):
-            self._save_checkpoint(self.model, trial=None)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Left out: a card with the run's figures is written on export, not at every checkpoint."""
+    def load_state_of_run(self, folder: Path) -> None:
+        self._baseline = _scene_baseline(folder / SCENE_BASELINE)
 
 
 def _scene_baseline(file: Path) -> SceneBaseline:
@@ -517,9 +335,24 @@ def _scene_baseline(file: Path) -> SceneBaseline:
         ) from None
 
 
-def _of_entries(scores: torch.Tensor, row: Row) -> torch.Tensor:
-    return scores.flatten()[row.at]
+def _run(work: Coroutine[Any, Any, _T]) -> _T:
+    """What comes of a coroutine; in a thread of its own where this one has an event loop already, as a notebook's has."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    result: list[_T] = []
+    problem: list[BaseException] = []
 
+    def run() -> None:
+        try:
+            result.append(asyncio.run(work))
+        except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
+            problem.append(error)
 
-def _no_reward(**_: Any) -> list[float]:
-    raise RuntimeError("rewards come from episodes; TRL's reward path must not run")
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if problem:
+        raise problem[0]
+    return result[0]

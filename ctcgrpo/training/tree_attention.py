@@ -18,10 +18,10 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from ctcgrpo.errors import RecipeError
+from ctcgrpo.options import Packing
 from ctcgrpo.policy.attention import Layout, masked_attention
 
 TreeAttention = Literal["segments", "flex", "flash3"]
-Packing = Literal["auto", "segments", "flex", "flash3", "none"]
 
 
 def how_to_attend(packing: Packing, device: torch.device, *, half: bool) -> TreeAttention | None:

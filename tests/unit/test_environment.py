@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.environments.eibench import EIBench, task_of
 from ctcgrpo.errors import BudgetSpent
+from ctcgrpo.options import CreditOptions
 from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.records import Scenario
 from ctcgrpo.rollout.engine import Sampling
@@ -24,7 +25,7 @@ from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
 from ctcgrpo.simulator.scripted import ScriptedBackend
 from ctcgrpo.simulator.service import answer
 from ctcgrpo.training.metrics import rollout_metrics
-from ctcgrpo.training.samples import CreditOptions, step_credit, summarise
+from ctcgrpo.training.samples import step_credit, summarise
 from ctcgrpo.types import Environment, Episode, Message, Step, Task
 from tests.unit.test_rollout import Parts
 

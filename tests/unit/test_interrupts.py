@@ -27,7 +27,7 @@ from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.protocol import Reaction, TurnRequest
 from ctcgrpo.simulator.scripted.backend import ScriptedBackend, react
 from ctcgrpo.simulator.server import SimulatorServer, running
-from ctcgrpo.training.trainer import CtcGrpoTrainer
+from ctcgrpo.training.trainer import CTCGRPOTrainer
 from ctcgrpo.types import Completion
 from tests.conftest import Command
 from tests.unit.test_rollout import SLOTS, Parts
@@ -225,14 +225,14 @@ def test_a_slow_run_ends_within_a_bound_and_can_go_on(
 def test_an_update_in_progress_is_finished_and_saved(
     ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = CtcGrpoTrainer.update_rows
+    original = CTCGRPOTrainer.update_rows
 
-    def update_rows(self: CtcGrpoTrainer, *arguments: Any) -> Any:
+    def update_rows(self: CTCGRPOTrainer, *arguments: Any) -> Any:
         if self.state.global_step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *arguments)
 
-    monkeypatch.setattr(CtcGrpoTrainer, "update_rows", update_rows)
+    monkeypatch.setattr(CTCGRPOTrainer, "update_rows", update_rows)
     code, out, err = ctcgrpo("train", TINY, *FAST, "training.max_steps=3", f"run.output_dir={tmp_path}")
     assert code == 130, err
     assert "stopping: waiting for the update of step 2 (the last one took " in out

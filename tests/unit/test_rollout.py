@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.environments.eibench import EIBench, task_of
 from ctcgrpo.errors import PolicyEngineError, RunInterrupted
+from ctcgrpo.options import CreditOptions
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.records import UserState
@@ -34,7 +35,7 @@ from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.scoring import outcome_score, turn_score
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.training.metrics import rollout_metrics
-from ctcgrpo.training.samples import CreditOptions, step_credit, summarise
+from ctcgrpo.training.samples import step_credit, summarise
 from ctcgrpo.types import Completion, Episode, Failure
 from tests.unit.test_packing import model_of
 from tests.unit.test_server import GOOD, misbehaving, plays, says

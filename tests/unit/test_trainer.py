@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from ctcgrpo import credit
 from ctcgrpo.errors import PolicyError
-from ctcgrpo.training.samples import CreditOptions
-from ctcgrpo.training.trainer import LossWeights
-from ctcgrpo.training.tree_attention import Packing, SegmentLayout
+from ctcgrpo.options import LossWeights, Packing
+from ctcgrpo.training.tree_attention import SegmentLayout
 from ctcgrpo.types import Failure
 from tests import sameness
 
@@ -113,7 +112,7 @@ def test_a_step_without_comparable_episodes_changes_nothing(tiny: Path, tmp_path
         e if e.rollout == 0 else replace(e, outcome=float("nan"), failure=Failure("simulator_transport", "gone"))
         for e in sameness.fixed_episodes(str(tiny))
     ]
-    trainer._collect = lambda step, inputs: lone
+    trainer.episodes = lone
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
     assert trainer.state.global_step == sameness.STEPS
@@ -124,7 +123,7 @@ def test_several_updates_keep_the_old_logprobs_of_before_the_first(tiny: Path, t
     trainer = sameness.build_trainer(str(tiny), str(tmp_path), updates=2)
     episodes = sameness.fixed_episodes(str(tiny))
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
-    parts = trainer._new_batch([{}] * len(episodes))
+    parts = trainer._new_batch([{"task": 0}] * len(episodes))
     replies = [turn for e in episodes for turn in e.turns]
     assert sum(map(len, parts)) == sum(len(e.turns) for e in episodes if e.failure is None)
     for sample in (sample for part in parts for sample in part):
@@ -139,9 +138,7 @@ def test_several_updates_keep_the_old_logprobs_of_before_the_first(tiny: Path, t
 
 def test_the_scene_baseline_survives_a_resume(tiny: Path, tmp_path: Path) -> None:
     def run(folder: str, resume: bool = False, **config: Any) -> Any:
-        trainer = sameness.build_trainer(
-            str(tiny), folder, credit=CreditOptions(centering="scene"), save_strategy="steps", save_steps=1, **config
-        )
+        trainer = sameness.build_trainer(str(tiny), folder, centering="scene", save_strategy="steps", save_steps=1, **config)
         trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-1" if resume else None)
         return trainer._baseline, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
 

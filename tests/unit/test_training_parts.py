@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctcgrpo.credit import SceneBaseline, turn_advantages
+from ctcgrpo.options import CreditOptions
 from ctcgrpo.records import SCENES, Anchors, Scenario, UserState
 from ctcgrpo.scoring import turn_score
 from ctcgrpo.training.loss import TokenSums, token_sums
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.rows import dummy_row, plain_rows
-from ctcgrpo.training.samples import CreditOptions, step_credit, summarise, turn_samples, update_of
-from ctcgrpo.training.schedule import step_schedule
+from ctcgrpo.training.samples import step_credit, summarise, turn_samples, update_of
+from ctcgrpo.training.tasks import step_schedule
 from ctcgrpo.types import Completion, Episode, Failure, Turn, TurnSample
 
 ANCHORS = Anchors(UserState(60, 40), UserState(20, 80), UserState(95, 5))
@@ -51,17 +52,17 @@ def episode(
 
 
 def test_the_schedule_is_stratified_and_deals_every_scenario_before_any_comes_again() -> None:
-    scenarios = [scenario(scene, f"{scene}{k}") for scene in SCENES for k in range(8)]
-    schedule = step_schedule(scenarios, steps=20, per_step=8, seed=1)
+    tags = [scene for scene in SCENES for _ in range(8)]
+    schedule = step_schedule(tags, steps=20, per_step=8, seed=1)
     for step in schedule:
-        assert Counter(scenarios[k].scene for k in step) == dict.fromkeys(SCENES, 2)
+        assert Counter(tags[k] for k in step) == dict.fromkeys(SCENES, 2)
     for first in range(0, 20, 4):  # four steps of two deal a scene's eight
         assert len({k for step in schedule[first : first + 4] for k in step}) == 32
-    assert schedule == step_schedule(scenarios, steps=20, per_step=8, seed=1)
-    assert schedule != step_schedule(scenarios, steps=20, per_step=8, seed=2)
-    assert schedule[:5] == step_schedule(scenarios, steps=5, per_step=8, seed=1)
-    with pytest.raises(ValueError, match="no multiple"):
-        step_schedule(scenarios, steps=1, per_step=6, seed=0)
+    assert schedule == step_schedule(tags, steps=20, per_step=8, seed=1)
+    assert schedule != step_schedule(tags, steps=20, per_step=8, seed=2)
+    assert schedule[:5] == step_schedule(tags, steps=5, per_step=8, seed=1)
+    with pytest.raises(ValueError, match="must be a multiple"):
+        step_schedule(tags, steps=1, per_step=6, seed=0)
 
 
 def test_samples_leave_out_what_is_not_in_the_loss() -> None:
@@ -105,7 +106,7 @@ def test_shuffled_advantages_are_the_same_ones_elsewhere() -> None:
     options = CreditOptions()
     summaries = [summarise(e, options) for e in episodes]
     true = step_credit(summaries, options, SceneBaseline()).advantages
-    control = CreditOptions(shuffle="advantages", shuffle_seed=1)
+    control = CreditOptions(shuffle_credit="advantages")
     dealt = step_credit(summaries, control, SceneBaseline(), step=5).advantages
     assert {key: len(a) for key, a in dealt.items()} == {key: len(a) for key, a in true.items()} and dealt != true
     assert sorted(x for a in dealt.values() for x in a) == sorted(x for a in true.values() for x in a)
@@ -121,7 +122,7 @@ def test_shuffled_turn_scores_leave_the_outcome_terms() -> None:
     options = CreditOptions(centering="none")
     summaries = [summarise(e, options) for e in episodes]
     true = step_credit(summaries, options, SceneBaseline())
-    dealt = step_credit(summaries, CreditOptions(centering="none", shuffle="turn_scores", shuffle_seed=1), SceneBaseline())
+    dealt = step_credit(summaries, CreditOptions(centering="none", shuffle_credit="turn_scores"), SceneBaseline())
     assert dealt.advantages.keys() == true.advantages.keys() and (0, 4) not in dealt.advantages
     outcomes = step_credit(summaries, CreditOptions(alpha=0), SceneBaseline()).advantages
 
@@ -135,7 +136,7 @@ def test_shuffled_turn_scores_leave_the_outcome_terms() -> None:
 def test_shaping_only_where_the_policy_reasons() -> None:
     silent = episode(0, 0, [(0, 0), (0, 0)], 0.5)
     assert summarise(silent, CreditOptions()).reward == 0.5
-    shaped = CreditOptions(shaping=(0.2, 0.05))
+    shaped = CreditOptions(reasons=True)
     assert summarise(silent, shaped).reward == pytest.approx(0.5 - 0.2 - 0.05)
     broken = episode(0, 0, [(0, 0)], 0.5, reasoning="x", faults=("broken_tags",))
     assert summarise(broken, shaped).reward == pytest.approx(0.45)

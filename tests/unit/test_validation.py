@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ctcgrpo.environments.eibench import task_of
 from ctcgrpo.errors import TooManyFailures
 from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.types import Episode, Failure
@@ -18,12 +19,12 @@ from tests.conftest import Command
 from tests.unit.test_run import FAST, TINY
 from tests.unit.test_training_parts import scenario
 
-SCENARIOS = [scenario("support", "a"), scenario("support", "b"), scenario("charm", "c")]
+TASKS = [task_of(s) for s in (scenario("support", "a"), scenario("support", "b"), scenario("charm", "c"))]
 
 
 def test_figures_by_hand() -> None:
     pairs = [("a", 0.2), ("a", 0.6), ("b", -0.4), ("c", 0.5), ("c", math.nan), ("b", math.nan)]
-    figures = validation_of(3, SCENARIOS, pairs).figures()
+    figures = validation_of(3, TASKS, pairs).figures()
     # Means over scenarios: a 0.4, b -0.4, c 0.5.
     assert figures["overall"] == pytest.approx(0.5 / 3)
     assert figures["scenes"] == pytest.approx({"support": 0.0, "charm": 0.5})
@@ -31,27 +32,27 @@ def test_figures_by_hand() -> None:
 
 
 def test_what_failed_is_no_score() -> None:
-    nothing = validation_of(0, SCENARIOS, [("a", math.nan)])
+    nothing = validation_of(0, TASKS, [("a", math.nan)])
     assert nothing.figures() == {"overall": None, "scenes": {}, "n": 0, "episodes": 0, "failed": 1, "step": 0}
     assert improvement(nothing, nothing) == {"overall": None, "ci95": None, "n": 0}
     json.loads(json.dumps(nothing.figures(), allow_nan=False))
 
 
 def test_the_improvement_is_paired() -> None:
-    before = validation_of(0, SCENARIOS, [("a", 0.1), ("b", -0.9), ("c", 0.5)])
-    better = validation_of(9, SCENARIOS, [("a", 0.3), ("b", -0.7), ("c", 0.7)])
+    before = validation_of(0, TASKS, [("a", 0.1), ("b", -0.9), ("c", 0.5)])
+    better = validation_of(9, TASKS, [("a", 0.3), ("b", -0.7), ("c", 0.7)])
     # Every scenario gains 0.2, however different they are: the interval is a point.
     gain = improvement(before, better)
     assert gain["overall"] == pytest.approx(0.2) and gain["ci95"] == pytest.approx([0.2, 0.2])
-    mixed = improvement(before, validation_of(9, SCENARIOS, [("a", 0.3), ("b", -1.0), ("c", 0.5)]))
+    mixed = improvement(before, validation_of(9, TASKS, [("a", 0.3), ("b", -1.0), ("c", 0.5)]))
     assert mixed["ci95"][0] < 0 < mixed["ci95"][1]
-    alone = improvement(before, validation_of(9, SCENARIOS, [("b", -0.8)]))
+    alone = improvement(before, validation_of(9, TASKS, [("b", -0.8)]))
     assert alone["n"] == 1 and alone["overall"] == pytest.approx(0.1)
 
 
 def test_slots_are_the_same_every_time() -> None:
-    assert [s.seeds for s in validation_slots(SCENARIOS, 2, 0)] == [s.seeds for s in validation_slots(SCENARIOS, 2, 9)]
-    assert [(s.task.id, s.group, s.rollout) for s in validation_slots(SCENARIOS, 2, 0)][:3] == [
+    assert [s.seeds for s in validation_slots(TASKS, 2, 0)] == [s.seeds for s in validation_slots(TASKS, 2, 9)]
+    assert [(s.task.id, s.group, s.rollout) for s in validation_slots(TASKS, 2, 0)][:3] == [
         ("a", 0, 0),
         ("a", 0, 1),
         ("b", 1, 0),
@@ -75,7 +76,7 @@ class Scores:
 
 def validator(scores: Scores, file: Path, **options: Any) -> Validator:
     made = Validator(
-        scenarios=SCENARIOS,
+        tasks=TASKS,
         samples=2,
         every=5,
         file=file,

@@ -1,0 +1,92 @@
+"""What a trainer's data set says: a task a row, and which tasks each step plays."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from ctcgrpo.types import Task
+
+_NO_TAG = "all"
+
+
+def tasks_of(rows: Dataset | Sequence[Task | Mapping[str, Any]], what: str) -> Sequence[Task]:
+    """The tasks of a data set, or of a list of mappings: all of a row goes to `Environment.reset`; its id is the column `id`, else
+    its position, and its tag the column `tag`, else "all". Rows of a data set are read when they are played.
+
+    Raises TypeError for rows that are no mappings, ValueError where there are none or two have one id.
+    """
+    if isinstance(rows, Dataset):
+        found: Sequence[Task] = _Rows(rows)
+        ids = list(rows["id"]) if "id" in rows.column_names else []
+    elif isinstance(rows, Sequence):
+        found = [_task(row, k, what) for k, row in enumerate(rows)]
+        ids = [task.id for task in found]
+    else:
+        raise TypeError(f"{what} is a {type(rows).__name__}; expected a datasets.Dataset or a list of mappings, a task each")
+    if not len(found):
+        raise ValueError(f"{what} is empty; expected at least one task")
+    if len(set(map(str, ids))) < len(ids):
+        raise ValueError(f"{what}: two tasks have one id; the column id names a task")
+    return found
+
+
+def tags_of(tasks: Sequence[Task]) -> list[str]:
+    """The tag of each task."""
+    return tasks.tags if isinstance(tasks, _Rows) else [task.tag for task in tasks]
+
+
+class _Rows(Sequence[Task]):
+    """A data set read row by row."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self._rows = rows
+        self.tags = [str(tag) for tag in rows["tag"]] if "tag" in rows.column_names else [_NO_TAG] * len(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, k: Any) -> Any:
+        if isinstance(k, slice):
+            return [self[i] for i in range(*k.indices(len(self)))]
+        return _task(self._rows[k], k, "train_dataset")
+
+
+def _task(row: Task | Mapping[str, Any], position: int, what: str) -> Task:
+    if isinstance(row, Task):
+        return row
+    if not isinstance(row, Mapping):
+        raise TypeError(f"{what}[{position}] is a {type(row).__name__}; expected a mapping, what Environment.reset is given")
+    return Task(str(row.get("id", position)), row, str(row.get("tag", _NO_TAG)))
+
+
+def step_schedule(tags: Sequence[str], *, steps: int, per_step: int, seed: int | None) -> list[list[int]]:
+    """For every step, the positions of its `per_step` tasks, the same on every process and after a resume.
+
+    Equally many of each tag, each tag dealt in shuffled rounds (in order where `seed` is None), so that no task comes again before
+    all of its tag have.
+
+    Raises ValueError where `per_step` is no multiple of the number of tags.
+    """
+    by_tag: dict[str, list[int]] = {}
+    for position, tag in enumerate(tags):
+        by_tag.setdefault(tag, []).append(position)
+    if per_step % len(by_tag):
+        raise ValueError(
+            f"{per_step} tasks a step for {len(by_tag)} tags ({', '.join(sorted(by_tag)[:5])}); a step plays equally many of each "
+            "tag, so it must be a multiple"
+        )
+    share = per_step // len(by_tag)
+    decks = [_deal(positions, None if seed is None else random.Random(f"{seed}/{tag}")) for tag, positions in by_tag.items()]
+    return [[next(deck) for deck in decks for _ in range(share)] for _ in range(steps)]
+
+
+def _deal(positions: Sequence[int], rng: random.Random | None) -> Iterator[int]:
+    while True:
+        deck = list(positions)
+        if rng is not None:
+            rng.shuffle(deck)
+        yield from deck

@@ -1,0 +1,289 @@
+"""An optimizer step over turn samples, however many there are: rows, loss, gradients, and what is refused.
+
+1. rows of turn samples share what they have in common, and are dealt out so that all processes have equally much to do;
+2. gradients are synchronised on the last row;
+3. the loss is a sum over tokens divided by the trained tokens of the whole step, over all rows and processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import accumulate
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from trl import GRPOTrainer
+from trl.trainer.utils import use_adapter
+
+from ctcgrpo.config import CTCGRPOConfig
+from ctcgrpo.errors import PolicyError, TrainingDiverged
+from ctcgrpo.policy.attention import use_layouts, with_layout
+from ctcgrpo.policy.finite import nonfinite_gradient, nonfinite_weight, refuse_nonfinite
+from ctcgrpo.training.head import score_trained_positions_only
+from ctcgrpo.training.loss import TokenSums, token_sums
+from ctcgrpo.training.planning import Plan, forward_costs, plan
+from ctcgrpo.training.rows import Row
+from ctcgrpo.training.tree_attention import how_to_attend, tree_layout
+from ctcgrpo.types import TurnSample
+
+PACKED_TOLERANCE = 0.02
+"""How far packed log-probabilities may be from plain ones on the mean, in nats. bfloat16 differs by some 0.01 between any two ways
+of computing attention; a wrong one differs by more than 0.1."""
+
+_COMPARED_TOKENS = 2048
+"""How many tokens (each sample with its context) of a process are scored in two ways before a run trains on them."""
+
+
+class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
+    """TRL's GRPOTrainer with an `update` over turn samples in place of its loss."""
+
+    args: CTCGRPOConfig
+
+    def __init__(self, *, model: Any, args: CTCGRPOConfig, **kwargs: Any) -> None:
+        score_trained_positions_only()
+        use_vllm, args.use_vllm = args.use_vllm, False  # TRL would start an engine of its own
+        try:
+            super().__init__(model=model, args=args, reward_funcs=_no_reward, **kwargs)
+        finally:
+            args.use_vllm = use_vllm
+        policy = self.accelerator.unwrap_model(self.model)
+        refuse_nonfinite(policy, str(model if isinstance(model, str) else policy.name_or_path))
+        half = args.bf16 or policy.dtype == torch.bfloat16
+        self._how = how_to_attend(args.packing, self.accelerator.device, half=half)
+        if self._how is not None:
+            reference = [] if self.ref_model is None else [self.accelerator.unwrap_model(self.ref_model)]
+            for model in (policy, *reference):
+                use_layouts(model)
+        self._costs = forward_costs(policy, gathers=self._how in ("segments", "flash3"))
+
+    @property
+    def rollout_step(self) -> int:
+        """The batch of rollouts that the next optimizer step belongs to, from 0."""
+        return int(self.state.global_step // self.args.num_iterations)
+
+    def update(self, model: torch.nn.Module, samples: Sequence[TurnSample]) -> torch.Tensor:
+        """Forward and backward over this process's samples of one optimizer step; gradients end up synchronised.
+
+        Returns the step's loss, a scalar over all processes. Every process runs the same number of rows. A step
+        without any trained token leaves no gradient anywhere, so the optimizer changes nothing.
+        """
+        made = self._plan(gather_object(list(samples)))
+        self._log_number("packing/tokens", made.tokens)
+        self._log_number("packing/forwarded", made.forwarded)
+        self._log_number("packing/padding", made.padding)
+        self._log_number("packing/imbalance", made.imbalance)
+        return self.update_rows(model, made.rows)
+
+    def update_rows(self, model: torch.nn.Module, rows: Sequence[Row]) -> torch.Tensor:
+        """`update` for rows already made, equally many on every process."""
+        model.train()
+        counts = (float(sum(len(row.at) for row in rows)), float(sum(row.samples for row in rows)))
+        tokens, turns = self._sum_over_processes(counts)
+        total = tokens if self.args.loss_weights == "token" else turns
+        if not tokens:
+            return torch.zeros((), device=self.accelerator.device)
+        totals: list[TokenSums] = []
+        for k, row in enumerate(rows):
+            is_last = k == len(rows) - 1
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            with self._without_sync(model, is_last):
+                sums = self._row_sums(model, row)
+                if is_last:  # before DeepSpeed's backward, which is followed by its optimizer step at once
+                    self._refuse_nonfinite_loss([*totals, sums])
+                # Data-parallel training averages gradients over processes: the factor makes it a sum.
+                loss = sums.loss * (self.accelerator.num_processes / total)
+                self.accelerator.backward(loss, **self._backward_kwargs())
+            totals.append(TokenSums(*(getattr(sums, field.name).detach() for field in fields(TokenSums))))
+        self._refuse_nonfinite_gradients(model)
+        return self._log_update(totals, tokens)
+
+    # --- what is not finite ----------------------------------------------------------------------------------------------
+
+    def _refuse_nonfinite_loss(self, totals: Sequence[TokenSums]) -> None:
+        self._refuse(
+            None
+            if all(bool(torch.isfinite(t.loss)) for t in totals)
+            else f"step {self.rollout_step + 1}: the loss is not finite",
+            "log-probabilities overflow: lower training.learning_rate, or compute in float32 (training.bf16=false)",
+        )
+
+    def _refuse_nonfinite_gradients(self, model: torch.nn.Module) -> None:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            measured = getattr(model, "get_global_grad_norm", None)
+            norm = measured() if measured else None
+            name = None if norm is None or math.isfinite(norm) else "their norm"
+        else:
+            name = nonfinite_gradient(model)
+        self._refuse(
+            name and f"step {self.rollout_step + 1}: gradients are not finite ({name})",
+            "the backward pass overflows: lower training.learning_rate, or compute in float32 (training.bf16=false)",
+        )
+
+    def refuse_nonfinite_weights(self) -> None:
+        """Raises TrainingDiverged on all processes where the policy holds NaN or infinite weights on any: nothing may be sampled
+        from it, and no checkpoint made of it."""
+        name = nonfinite_weight(self.accelerator.unwrap_model(self.model))
+        clipping = f"set training.max_grad_norm (it is {self.args.max_grad_norm:g}; 1 is usual)"
+        self._refuse(
+            name and f"after the optimizer step of step {self._last_step} the policy's weights are not finite ({name})",
+            f"training.learning_rate = {self.args.learning_rate:g} is too high: lower it, or {clipping}",
+        )
+
+    @property
+    def _last_step(self) -> int:
+        """The batch of rollouts, from 1, that the last optimizer step belongs to."""
+        return int((self.state.global_step - 1) // self.args.num_iterations + 1)
+
+    def _refuse(self, problem: str | None, cause: str) -> None:
+        """Raises TrainingDiverged on all processes where one of them has a problem."""
+        if found := next((text for text in gather_object([problem]) if text is not None), None):
+            raise TrainingDiverged(f"{found}; likely cause: {cause}")
+
+    # --- rows ------------------------------------------------------------------------------------------------------------
+
+    def _plan(self, samples: Sequence[TurnSample], *, packed: bool = True) -> Plan:
+        return plan(
+            samples,
+            packed=packed and self._how is not None,
+            tokens_per_row=self.args.tokens_per_row,
+            pad_id=self._tokenizer.pad_token_id,
+            costs=self._costs,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+        )
+
+    def _row_sums(self, model: torch.nn.Module, row: Row) -> TokenSums:
+        row = row.to(self.accelerator.device)
+        logprobs, entropy = self._score(model, row)
+        return token_sums(
+            logprobs,
+            entropy,
+            row.old_logprobs,
+            row.advantages,
+            clip=self.args.epsilon,
+            dual_clip=self.args.dual_clip,
+            weights=row.turn_weights if self.args.loss_weights == "turn" else None,
+            entropy_bonus=self.args.entropy_coef,
+            reference=self._reference(model, row) if self.beta else None,
+            kl_weight=self.beta,
+        )
+
+    @torch.no_grad()
+    def _reference(self, model: torch.nn.Module, row: Row) -> torch.Tensor:
+        """Log-probabilities (E,) under the policy as it was before training: TRL's copy of it, or itself without its adapter."""
+        if self.ref_model is not None:
+            return _of_entries(self._forward(self.ref_model, row).log_probs, row)
+        policy = self.accelerator.unwrap_model(model)
+        with use_adapter(policy, None):
+            return _of_entries(self._forward(policy, row).log_probs, row)
+
+    def _score(self, model: torch.nn.Module, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability and entropy (E,) of a row's trained tokens at the sampling temperature."""
+        output = self._forward(model, row)
+        return _of_entries(output.log_probs, row), _of_entries(output.entropy, row)
+
+    def _forward(self, model: torch.nn.Module, row: Row) -> Any:
+        layout = None
+        if row.segments is not None and self._how is not None:
+            layout = tree_layout(row.segments, self._how, self.accelerator.device)
+        with self.accelerator.autocast():
+            return model(
+                input_ids=row.input_ids,
+                position_ids=row.positions,
+                shift_labels=row.labels,
+                fused_lm_head=True,
+                **with_layout(layout, row.attention_mask),
+            )
+
+    def logprobs(
+        self, model: torch.nn.Module, samples: Sequence[TurnSample], *, packed: bool = True
+    ) -> list[tuple[float, ...]]:
+        """Log-probabilities of the completions of this process's samples at the sampling temperature, under the current weights;
+        `packed` False computes them the plain way, whatever `args.packing` says."""
+        everybodys = gather_object([list(samples)])
+        before = sum(len(part) for part in everybodys[: self.accelerator.process_index])
+        rows = self._plan([s for part in everybodys for s in part], packed=packed).rows
+        scored = {k: v for part in gather_object([self._scored(model, rows)]) for k, v in part.items()}
+        return [scored[before + k] for k in range(len(samples))]
+
+    @torch.no_grad()
+    def _scored(self, model: torch.nn.Module, rows: Sequence[Row]) -> dict[int, tuple[float, ...]]:
+        """By a sample's place: what the rows say of it."""
+        result: dict[int, tuple[float, ...]] = {}
+        for row in rows:
+            scores, _ = self._score(model, row.to(self.accelerator.device))
+            which, counts = torch.unique_consecutive(row.sample, return_counts=True)
+            parts = scores.float().cpu().split_with_sizes(counts.tolist())
+            for k, numbers in zip(which.tolist(), parts, strict=True):
+                result[k] = tuple(numbers.tolist())
+        return result
+
+    def _without_sync(self, model: torch.nn.Module, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+        # DeepSpeed reduces by itself and takes its boundary from gradient_state; FSDP2 would keep whole gradients between rows.
+        reduces = self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        if is_last or reduces:
+            return contextlib.nullcontext()
+        context: contextlib.AbstractContextManager[Any] = self.accelerator.no_sync(model)
+        return context
+
+    def _backward_kwargs(self) -> dict[str, Any]:
+        return {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+
+    def _few(self, samples: Sequence[TurnSample]) -> list[TurnSample]:
+        """As many of the samples as are compared once a run, at least one where there are any. A wrong kernel shows in the first
+        hundred tokens, and on a CPU a pass over a whole row takes a minute."""
+        most = min(_COMPARED_TOKENS, self.args.tokens_per_row)
+        ends = accumulate(map(len, samples))
+        return [s for s, end in zip(samples, ends, strict=True) if end <= most] or list(samples[:1])
+
+    def _refuse_other_logprobs(self, samples: Sequence[TurnSample]) -> None:
+        """Once a run, packed log-probabilities are compared with plain ones: a kernel or a model that sees positions in a way of
+        its own must not train on something else without a word."""
+        self.model_wrapped.train()
+        packed, plain = (self.logprobs(self.model_wrapped, samples, packed=packed) for packed in (True, False))
+        apart = [abs(a - b) for p, q in zip(packed, plain, strict=True) for a, b in zip(p, q, strict=True)]
+        total, tokens = self._sum_over_processes([math.fsum(apart), float(len(apart))])
+        mean = total / tokens if tokens else 0.0
+        bound = PACKED_TOLERANCE / min(1.0, self.temperature)  # noise in logits counts for more in a cold policy
+        self._log_number("packing/logprob_gap", mean)
+        if not mean <= bound:
+            name = type(self.accelerator.unwrap_model(self.model)).__name__
+            raise PolicyError(
+                f"{name}: log-probabilities in rows of shared prefixes (training.packing={self.args.packing}, {self._how}) are "
+                f"{mean:.3g} nats off the plain ones on the mean, beyond {bound:.2g}; set training.packing=none"
+            )
+
+    # --- metrics ---------------------------------------------------------------------------------------------------------
+
+    def _log_number(self, name: str, value: float) -> None:
+        self._metrics["train"][name].append(value)
+
+    def _log_update(self, totals: Sequence[TokenSums], tokens: float) -> torch.Tensor:
+        mine = [float(sum(getattr(t, field.name) for t in totals)) for field in fields(TokenSums)]
+        over_all = dict(zip([f.name for f in fields(TokenSums)], self._sum_over_processes(mine), strict=True))
+        loss = over_all["loss"] / over_all["weight"]
+        self._log_number("policy_loss", loss)
+        self._log_number("clip_share", over_all["clipped"] / tokens)
+        self._log_number("entropy", over_all["entropy"] / tokens)
+        self._log_number("ratio", over_all["ratio"] / tokens)
+        if self.beta:
+            self._log_number("kl", over_all["kl"] / tokens)
+        self._log_number("trained_tokens", tokens)
+        return torch.tensor(loss, device=self.accelerator.device)
+
+    def _sum_over_processes(self, values: Sequence[float]) -> list[float]:
+        numbers = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
+        gathered: torch.Tensor = self.accelerator.gather(numbers.unsqueeze(0))
+        return [float(v) for v in gathered.sum(dim=0)]
+
+
+def _of_entries(scores: torch.Tensor, row: Row) -> torch.Tensor:
+    return scores.flatten()[row.at]
+
+
+def _no_reward(**_: Any) -> list[float]:
+    raise RuntimeError("rewards come from episodes; TRL's reward path must not run")
