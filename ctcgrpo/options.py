@@ -124,6 +124,10 @@ class RolloutOptions:
             gt=0,
         ),
     )
+    environment_timeout: float = field(
+        default=1800.0,
+        metadata=_says("seconds that an environment may take for one reset, step or outcome; then the episode fails", gt=0),
+    )
     max_failed: float = field(
         default=0.5, metadata=_says("the share of failed episodes in a step that stops the run", ge=0, le=1)
     )

@@ -121,6 +121,7 @@ class OwnEnvironment(Section):
     tasks: str = Field(
         description="what is trained on: a JSON lines file, an object a task, or module:function, which gives such objects"
     )
+    timeout: float = recipe_field("environment_timeout")
     per_step: int = Field(8, ge=1, description="tasks in each step, equally many of each tag")
     folder: Path | None = Field(
         None,

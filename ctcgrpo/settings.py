@@ -11,6 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from ctcgrpo.config import CTCGRPOConfig
+from ctcgrpo.options import RolloutOptions
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.instructions import load_instructions
 from ctcgrpo.policy.persona import Briefing
@@ -31,6 +32,13 @@ def briefing(recipe: Recipe) -> Briefing:
     """Raises PolicyError for instructions that cannot be had."""
     policy = recipe.policy
     return Briefing(policy.persona_sections, load_instructions(policy.instructions), policy.reasons)
+
+
+def environment_timeout(recipe: Recipe) -> float:
+    """Seconds for a call of the environment. A simulator's client has limits of its own, which this one must not cut short."""
+    if recipe.environment is not None:
+        return recipe.environment.timeout
+    return max(RolloutOptions.environment_timeout, 2 * (recipe.simulator.timeout + recipe.simulator.patience))
 
 
 def context_builder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> ContextBuilder:
@@ -100,6 +108,7 @@ def trainer_config(recipe: Recipe, processes: int) -> CTCGRPOConfig:
         deterministic=rollout.deterministic,
         deadline=rollout.deadline,
         max_failed=rollout.max_failed,
+        environment_timeout=environment_timeout(recipe),
         use_vllm=rollout.engine != "transformers",
         vllm_mode="server" if rollout.engine == "vllm_server" else "colocate",
         vllm_gpu_memory_utilization=vllm.gpu_memory,

@@ -129,6 +129,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
                 seed=args.seed,
                 deterministic=args.deterministic,
                 deadline=args.deadline,
+                seconds_per_call=args.environment_timeout,
             ),
             interrupted=hooks.interrupted,
         )
