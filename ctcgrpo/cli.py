@@ -18,6 +18,7 @@ from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
 from ctcgrpo.factory import commands as scenarios
 from ctcgrpo.folders import check_model, require_run
+from ctcgrpo.importing import load_object
 from ctcgrpo.naming import cut
 from ctcgrpo.proxies import settle_environment
 from ctcgrpo.recipe import Recipe, load_recipe
@@ -177,9 +178,10 @@ def noise(
 
     folder = require_run(run)
     recipe = resolved_recipe(folder.recipe_file)
-    sets = [load_set(recipe.eibench_scenarios().train, "train", recipe.eibench_scenarios().invalid)]
+    section = recipe.eibench_scenarios()
+    sets = [load_set(section.train, "train", section.invalid)]
     if recipe.validation is not None:
-        sets.append(load_set(recipe.validation_source(), "test", recipe.eibench_scenarios().invalid))
+        sets.append(load_set(recipe.validation_source(), "test", section.invalid))
     for line in [line for found in sets for line in found.report()]:
         say(line, sys.stderr)
     scenarios = [scenario for found in sets for scenario in found.scenarios]
@@ -245,8 +247,12 @@ def train_here(recipe: Recipe) -> None:
 
 
 def _before_loading(recipe: Recipe) -> None:
-    """Report a broken scenario and a missing model before PyTorch is loaded, then that it is."""
-    load_scenes(recipe.eibench_scenarios().train, recipe.eibench_scenarios().scenes, recipe.eibench_scenarios().invalid)
+    """Report a broken scenario, a missing environment and a missing model before PyTorch is loaded, then that it is."""
+    if recipe.environment is None:
+        section = recipe.eibench_scenarios()
+        load_scenes(section.train, section.scenes, section.invalid)
+    else:
+        load_object(recipe.environment.factory, "environment.factory", recipe.environment.folder)
     check_model(recipe.policy.model, "policy.model")
     announce_loading(f"training {recipe.run.name}")
 

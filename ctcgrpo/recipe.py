@@ -338,6 +338,8 @@ class Recipe(Section):
         own = self.environment is not None
         if own and (unused := {"simulator", "scoring"} & self.model_fields_set):
             raise ValueError(f"section {min(unused)} is for scenarios, and would do nothing beside the section environment")
+        if own and (unused := {"instructions", "persona_sections"} & self.policy.model_fields_set):
+            raise ValueError(f"policy.{min(unused)} is for scenarios; an environment gives the policy its messages itself")
         if self.validation is not None:
             used, other = ("tasks", "scenarios") if own else ("scenarios", "tasks")
             if getattr(self.validation, used) is None or getattr(self.validation, other) is not None:

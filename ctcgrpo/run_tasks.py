@@ -20,6 +20,7 @@ from accelerate import PartialState
 from ctcgrpo.data_digest import SKIPPED, scenarios_digest, tasks_digest
 from ctcgrpo.environments.eibench import EIBenchEpisodes, opening_messages, task_of
 from ctcgrpo.errors import RecipeError
+from ctcgrpo.evaluation.played import validation_settings
 from ctcgrpo.files import file_digest, read_json_lines
 from ctcgrpo.importing import is_reference, load_object, source_of
 from ctcgrpo.processes import on_main
@@ -134,6 +135,7 @@ class ScenarioTasks(RunTasks):
     def facts(self) -> dict[str, Any]:
         return {
             "scoring_variant": self._recipe.scoring.variant,
+            "settings": validation_settings(self._recipe),
             "skipped": {name: found.skipped for name, found in self._sets.items()},
             "simulator": {**self._about, "spent": asyncio.run(_account(self._client))},
         }

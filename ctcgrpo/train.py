@@ -30,7 +30,6 @@ from ctcgrpo.errors import (
     TooManyFailures,
     TrainingDiverged,
 )
-from ctcgrpo.evaluation.played import validation_settings
 from ctcgrpo.files import file_digest
 from ctcgrpo.folders import check_model
 from ctcgrpo.policy.adapter import refuse_tied_targets
@@ -214,7 +213,6 @@ class _Run(RolloutHooks):
             if self._validator:
                 facts = {
                     "run": self._recipe.run.name,
-                    "settings": validation_settings(self._recipe),
                     **self._tasks.facts(),
                     "version": __version__,
                 }
@@ -396,7 +394,7 @@ def _policy_data(recipe: Recipe) -> dict[str, dict[str, str]]:
     if policy.chat_template is not None and policy.chat_template.is_file():
         data["policy.chat_template"] = {policy.chat_template.name: file_digest(policy.chat_template)}
     instructions = load_instructions(policy.instructions)
-    if instructions.texts:
+    if recipe.environment is None and instructions.texts:
         data["policy.instructions"] = {policy.instructions: instructions.digest}
     return data
 

@@ -3,7 +3,7 @@
     python recipes/examples/guess.py                         # trains from this script
     accelerate launch recipes/examples/guess.yaml            # the same, as a recipe
 
-A turn earns by how much closer its guess is than the best one before, so the credit of a turn is its own.
+A turn earns by how much closer its guess is than the one before, so an episode earns the closeness of its last guess.
 """
 
 from ctcgrpo import CTCGRPOConfig, CTCGRPOTrainer, Environment, Step
@@ -22,10 +22,9 @@ class Guess(Environment):
         guess = LETTERS.find(reply[:1].lower())
         if guess < 0:
             return Step("a letter, please", reward=0.0)
-        before, closeness = self.closeness, 1 - abs(guess - self.letter) / len(LETTERS)
-        self.closeness = max(before, closeness)
+        before, self.closeness = self.closeness, 1 - abs(guess - self.letter) / len(LETTERS)
         hint = "earlier" if guess > self.letter else "later" if guess < self.letter else None
-        return Step(hint, reward=self.closeness - before, done=hint is None, info={"closeness": self.closeness})
+        return Step(hint, reward=self.closeness - before, done=hint is None)
 
 
 def tasks():
