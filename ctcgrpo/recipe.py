@@ -14,8 +14,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
-from ctcgrpo.credit import CENTERINGS, CREDITS, SCALES
+from ctcgrpo.centering import CENTERINGS
+from ctcgrpo.credit import CREDITS, SCALES
 from ctcgrpo.errors import RecipeError
+from ctcgrpo.importing import is_reference, load_object
 from ctcgrpo.naming import cut, did_you_mean, quoted
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS
 from ctcgrpo.records import SCENES, Scene
@@ -234,29 +236,34 @@ class Scoring(Section):
 _DEFAULT_STD_MIN = 0.1
 
 
+def _named(table: Iterable[str]) -> dict[str, Any]:
+    return {"enum": [*table, "my_module:my_function"]}
+
+
 class Credit(Section):
-    """How outcome and turn scores become the advantage of each turn: A = outcome term + alpha * turn term."""
+    """How outcome and turn scores become the advantage of each turn: A = outcome term + alpha * turn term. A function of one's own
+    (see ctcgrpo/credit.py) is named as my_module:my_function, in a file beside the recipe or in the current directory."""
 
     alpha: float = Field(15.0, ge=0, description="weight of the turn term; 0 is outcome-only GRPO")
     centering: str = Field(
         "rollout",
         description="the mean that is taken off a turn's credit: over the rollout, the group, the group's turns at that position, "
         "earlier steps of the scene at that position, or none",
-        json_schema_extra={"enum": list(CENTERINGS)},
+        json_schema_extra=_named(CENTERINGS),
     )
     credit: str = Field(
         "immediate",
         description="a turn's credit: its own score, or the discounted sum of its own and all later ones",
-        json_schema_extra={"enum": list(CREDITS)},
+        json_schema_extra=_named(CREDITS),
     )
-    gamma: float = Field(1.0, ge=0, le=1, description="credit reward_to_go only: the discount for each turn")
+    gamma: float = Field(1.0, ge=0, le=1, description="credit reward_to_go, or one of your own: the discount for each turn")
     center_weights: Literal["turn", "token"] = Field(
         "turn", description="whether turns weigh alike in the means that center, or by their tokens"
     )
     scale: str = Field(
         "group",
         description="the standard deviation that outcomes are divided by: of the group, of the batch, or none",
-        json_schema_extra={"enum": list(SCALES)},
+        json_schema_extra=_named(SCALES),
     )
     std_min: float = Field(
         _DEFAULT_STD_MIN, gt=0, description="the smallest standard deviation that outcomes are divided by"
@@ -270,13 +277,13 @@ class Credit(Section):
     def _known(cls, value: str, info: Any) -> str:
         tables: dict[str, Iterable[str]] = {"centering": CENTERINGS, "credit": CREDITS, "scale": SCALES}
         options = tables[info.field_name]
-        if value not in options:
-            raise ValueError(did_you_mean(value, options))
+        if value not in options and not is_reference(value):
+            raise ValueError(f"{did_you_mean(value, options)} (one of your own: my_module:my_function)")
         return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Credit:
-        if self.gamma != 1.0 and self.credit != "reward_to_go":
+        if self.gamma != 1.0 and self.credit != "reward_to_go" and not is_reference(self.credit):
             raise ValueError(f"gamma is {self.gamma} and credit {self.credit!r}; only credit=reward_to_go discounts")
         if self.center_weights == "token" and self.centering == "none":
             raise ValueError("center_weights is 'token' and centering 'none', which weighs nothing")
@@ -469,6 +476,9 @@ def load_recipe(file: str | Path, overrides: Sequence[str] = (), *, changes: Seq
     for override in overrides:
         _apply(typed, override)
     recipe = validated(data, Recipe, path)
+    for field in ("credit", "centering", "scale"):
+        if is_reference(named := getattr(recipe.credit, field)):
+            load_object(named, f"{path}: credit.{field}", path.parent)
     name = recipe.simulator.token_env
     if not name.startswith(_OWN_VARIABLES) and "token_env" not in typed.get("simulator", {}):
         raise RecipeError(

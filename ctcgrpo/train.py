@@ -38,6 +38,7 @@ from ctcgrpo.errors import (
 from ctcgrpo.evaluation.played import validation_settings
 from ctcgrpo.files import file_digest
 from ctcgrpo.folders import check_model
+from ctcgrpo.importing import is_reference, load_object, source_of
 from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.builtin import build_builtin, is_built, is_builtin, wheel_of
 from ctcgrpo.policy.instructions import load_instructions
@@ -57,7 +58,7 @@ from ctcgrpo.records import Scenario
 from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import PolicyEngine
 from ctcgrpo.rollout.runner import RolloutRunner, Slot
-from ctcgrpo.rollout.traces import TraceWriter
+from ctcgrpo.rollout.traces import TraceWriter, add_credit, step_name, trace_file
 from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
 from ctcgrpo.rollout.vllm_adapter import ColocatedVllm, ServerWeights
 from ctcgrpo.rollout.vllm_server import VllmServerEngine
@@ -82,7 +83,7 @@ from ctcgrpo.simulator.scripted.backend import ScriptedBackend
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.tracking import tracker_of
-from ctcgrpo.training.samples import credit_options
+from ctcgrpo.training.samples import StepCredit, credit_options
 from ctcgrpo.training.schedule import learning_rate_at, step_schedule
 from ctcgrpo.training.trainer import CtcGrpoTrainer
 from ctcgrpo.types import Episode
@@ -223,6 +224,7 @@ class _Run:
             collect=self._collect,
             confirm=lambda: self._together(self._engine.confirm),
             before_step=self._validate_when_due,
+            credited=self._record_credit,
             credit=credit_options(recipe),
             options=update_options(recipe),
             interrupted=interrupted,
@@ -260,6 +262,11 @@ class _Run:
         instructions = load_instructions(policy.instructions)
         if instructions.texts:
             data["policy.instructions"] = {policy.instructions: instructions.digest}
+        for field in ("credit", "centering", "scale"):
+            if is_reference(named := getattr(self._recipe.credit, field)):
+                load_object(named, f"credit.{field}")
+                if file := source_of(named):
+                    data[f"credit.{field}"] = {file.name: file_digest(file)}
         return data
 
     def _make_trainer(self, **parts: Any) -> CtcGrpoTrainer:
@@ -429,12 +436,18 @@ class _Run:
             for k, row in enumerate(rows)
         ]
         self._progress.rollouts(step, len(slots))
-        episodes = self._play(self._runner, slots, f"step-{step:06d}")
+        episodes = self._play(self._runner, slots, step_name(step))
         self._progress.update(step)
         return episodes
 
+    def _record_credit(self, episodes: Sequence[Episode], credit: StepCredit) -> None:
+        add_credit(self._traces(step_name(self._trainer.rollout_step + 1)), episodes, credit.turns)
+
+    def _traces(self, name: str) -> Path:
+        return trace_file(self._folder.traces, name, self._state.process_index)
+
     def _play(self, runner: RolloutRunner, slots: Sequence[Slot], name: str) -> list[Episode]:
-        write = TraceWriter(self._folder.traces / f"{name}.rank-{self._state.process_index}.jsonl")
+        write = TraceWriter(self._traces(name))
 
         def on_episode(episode: Episode) -> None:
             write(episode)

@@ -17,6 +17,7 @@ def rollout_metrics(summaries: Sequence[Summary], credit: StepCredit) -> dict[st
     metrics = {
         "outcome/all": _mean(s.outcome for s in valid),
         "reward/all": _mean(s.reward for s in valid),
+        "reward/turn": _mean(r for s in valid for r in s.turn_scores),
         "credit/turn_term_std": credit.turn_term_std,
         "credit/outcome_term_std": credit.outcome_term_std,
         "credit/groups_without_signal": credit.groups_without_signal,

@@ -13,12 +13,11 @@ TRL and transformers keep everything else: loading, PEFT, optimizer, schedule, d
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -29,25 +28,30 @@ from torch.optim.lr_scheduler import LambdaLR
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import use_adapter
 
+from ctcgrpo.centering import make_centering
 from ctcgrpo.checkpoint_pickles import weights_only
-from ctcgrpo.credit import SceneBaseline
-from ctcgrpo.errors import OutputError, PolicyError, RunPaused, TooManyFailures, TrainingDiverged, too_many_failed
+from ctcgrpo.errors import PolicyError, RunPaused, TooManyFailures, TrainingDiverged, too_many_failed
 from ctcgrpo.files import checkpoints, is_complete, mark_complete
 from ctcgrpo.policy.attention import use_layouts, with_layout
 from ctcgrpo.policy.finite import nonfinite_gradient, nonfinite_weight, refuse_nonfinite
 from ctcgrpo.processes import on_main
+from ctcgrpo.training.credit_state import CREDIT_STATE, load_state, state_text
 from ctcgrpo.training.head import score_trained_positions_only
 from ctcgrpo.training.loss import TokenSums, token_sums
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.planning import Plan, forward_costs, plan
 from ctcgrpo.training.rows import Row
-from ctcgrpo.training.samples import CreditOptions, Summary, step_credit, summarise, turn_samples, update_of
+from ctcgrpo.training.samples import (
+    CreditOptions,
+    StepCredit,
+    Summary,
+    step_credit,
+    summarise,
+    turn_samples,
+    update_of,
+)
 from ctcgrpo.training.tree_attention import Packing, how_to_attend, tree_layout
 from ctcgrpo.types import Episode, TurnSample
-
-SCENE_BASELINE = "scene_baseline.json"
-"""What earlier steps say of each scene's turns, in a checkpoint."""
-
 
 LossWeights = Literal["token", "turn"]
 """What weighs alike in the loss: every trained token of a step, or every trained turn."""
@@ -83,7 +87,7 @@ Collect = Callable[[int, Sequence[dict[str, Any]]], list[Episode]]
 class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
     """See the module's docstring. `args.num_iterations` must equal `options.updates_per_step`; the data set holds one row a
     scenario and step, in order. `before_step` is called with the number of batches done before the next one is collected, `confirm`
-    after it, to refuse it.
+    after it, to refuse it; `credited` is given this process's episodes once the step's credit is known.
     `interrupted` is polled between rollouts and after the last update of a step."""
 
     def __init__(
@@ -96,6 +100,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         options: UpdateOptions,
         confirm: Callable[[], None] = lambda: None,
         before_step: Callable[[int], None] = lambda step: None,
+        credited: Callable[[Sequence[Episode], StepCredit], None] = lambda episodes, credit: None,
         interrupted: Callable[[], bool] = lambda: False,
         **kwargs: Any,
     ) -> None:
@@ -117,9 +122,10 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         self._options = options
         self._confirm = confirm
         self._before_step = before_step
+        self._credited = credited
         self._interrupted = interrupted
         self._updates: list[list[TurnSample]] = []
-        self._baseline = SceneBaseline()
+        self._centering = make_centering(credit.centering)
         self._checked = False
         self.stop_requested = False
         """Whether any process was interrupted; agreed on by all of them at the end of a step."""
@@ -324,8 +330,8 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         episodes = self.unless_paused(lambda: self._collect(self.rollout_step + 1, inputs))
         summaries = gather_object([summarise(e, self._credit) for e in episodes])
         self._refuse_failures(summaries, episodes)
-        credit = step_credit(summaries, self._credit, self._baseline, step=self.rollout_step)
-        self._baseline = credit.baseline
+        credit = step_credit(summaries, self._credit, self._centering, step=self.rollout_step)
+        self._credited(episodes, credit)
         for name, value in rollout_metrics(summaries, credit).items():
             self._log_number(name, value)
         seconds = time.perf_counter() - started
@@ -444,11 +450,13 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint counts once every process has written its files and the marker stands."""
         self.refuse_nonfinite_weights()
+        credit_state = state_text(self._centering)  # on all processes: what fails here fails on all of them
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            (folder / SCENE_BASELINE).write_text(json.dumps(asdict(self._baseline)))
+            if credit_state is not None:
+                (folder / CREDIT_STATE).write_text(credit_state, encoding="utf-8")
             mark_complete(folder)
             self._rotate()
         self.accelerator.wait_for_everyone()
@@ -485,7 +493,7 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._take_up_schedule()
-            self._baseline = _scene_baseline(Path(checkpoint) / SCENE_BASELINE)
+            load_state(self._centering, Path(checkpoint))
 
     def _take_up_schedule(self) -> None:
         """A run that is given more steps takes its learning rate from the longer schedule, not from the end of the shorter one."""
@@ -506,15 +514,6 @@ class CtcGrpoTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Left out: a card with the run's figures is written on export, not at every checkpoint."""
-
-
-def _scene_baseline(file: Path) -> SceneBaseline:
-    try:
-        return SceneBaseline(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise OutputError(
-            f"{file}: cannot be read ({str(error)[:200]}); remove its folder to use an older checkpoint"
-        ) from None
 
 
 def _of_entries(scores: torch.Tensor, row: Row) -> torch.Tensor:

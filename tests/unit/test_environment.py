@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from ctcgrpo.credit import SceneBaseline
+from ctcgrpo.centering import make_centering
 from ctcgrpo.environments.eibench import EIBench, task_of
 from ctcgrpo.errors import BudgetSpent
 from ctcgrpo.policy.persona import Briefing
@@ -88,7 +88,7 @@ def test_an_episode_of_any_environment_is_recorded_and_becomes_metrics(parts: Pa
         assert "Count." in text and "Begin." in text and "Go on." in text
     assert [e.closed for e in Echo.made] == [1, 1] and Echo.made[0].name == "1/t0/0"
     summaries = [summarise(e, CreditOptions()) for e in episodes]
-    metrics = rollout_metrics(summaries, step_credit(summaries, CreditOptions(), SceneBaseline()))
+    metrics = rollout_metrics(summaries, step_credit(summaries, CreditOptions(), make_centering("rollout")))
     assert metrics["outcome/even"] == pytest.approx(0.2) and metrics["final_left/odd"] == 0
     assert not [name for name in metrics if "who" in name or "anger" in name]
 
