@@ -1,4 +1,4 @@
-"""CTC-GRPO on a page: from outcomes and turn scores to one advantage per turn. Pure functions of arrays.
+"""CTC-GRPO on a page: from outcomes and turn scores to one advantage per turn. Functions of arrays; a centering may have a state.
 
 A scenario s has a group of rollouts i = 1..G, each with turns tau = 1..T_i and an outcome R_i:
 
@@ -14,23 +14,41 @@ A turn that is not scored has for r its share of the next reward of its rollout 
 A failed rollout has outcome NaN: it enters no mean and no std, and its own advantages are NaN. A group with fewer than
 two valid rollouts compares nothing: its one member gets 0 everywhere and is left out of the loss (`in_loss`).
 
+A credit, a centering (`centering.py`) or a scale of one's own is a function like those here; a centering with a state is a subclass
+of `Centering`. Add it to CREDITS, CENTERINGS or SCALES, or name it where a name is expected, as `my_module:my_function`. It must
+give the same result for the same arguments: every process calls it.
+
 Source: the CTC-GRPO section of arXiv 2606.15532 for `rollout` and `immediate`; the others are the generalisation that this
 project sweeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Array = NDArray[np.float64]
-_F = TypeVar("_F")
+from ctcgrpo.centering import Centering, Group, SceneBaseline, make_centering
+from ctcgrpo.credit_calls import Array, called, choose, listed, numbers
 
 _EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class CreditTerms:
+    """What the advantages of a rollout of T turns are the sum of: the outcome term A_i, NaN for a failed rollout, and the turn
+    terms alpha * (c - b) (T,), 0 where nothing is compared."""
+
+    outcome: float
+    turn: Array
+
+    @property
+    def advantage(self) -> Array:
+        """A_{i,tau} (T,)."""
+        return self.outcome + self.turn
 
 
 def outcome_advantages(outcomes: ArrayLike, group_ids: ArrayLike, *, std_min: float = 0.1, scale: str = "group") -> Array:
@@ -40,13 +58,15 @@ def outcome_advantages(outcomes: ArrayLike, group_ids: ArrayLike, *, std_min: fl
     Returns (N,): finite for valid rollouts (0 in a group with fewer than two of them), NaN for failed ones. Stds are
     unbiased; `std_min` is their floor, so that near-agreement does not explode.
     """
-    scaled = _choose("scale", SCALES, scale)
+    scaled = choose("scale", SCALES, scale)
     R, groups = _checked(outcomes, group_ids)
     advantages = np.where(np.isnan(R), np.nan, 0.0)
     comparable = _comparable_groups(R, groups)
     deviations = [R[members] - R[members].mean() for members in comparable]
-    for members, a in zip(comparable, scaled(deviations, std_min), strict=True):
-        advantages[members] = a
+    where = f"credit.scale = {scale!r}"
+    of_groups = listed(where, called(where, scaled, deviations, std_min), len(comparable), "groups")
+    for members, a in zip(comparable, of_groups, strict=True):
+        advantages[members] = numbers(where, a, len(members))
     return advantages
 
 
@@ -69,32 +89,74 @@ def turn_advantages(
     outcomes (N,), group_ids (N,) as in `outcome_advantages`; turn_scores: N sequences, the i-th of length T_i >= 0.
     gamma in [0, 1] discounts `reward_to_go`. center_weights: as turn_scores, how much each turn weighs in the means that
     make a baseline, for example its trained tokens; None weighs all alike. scene_baseline: for centering `scene`, the
-    baseline of a group's turns by group id, 0 for groups and turns that it lacks (see `SceneBaseline`).
+    baseline of a group's turns by group id, 0 for groups and turns that it lacks (`SceneBaseline.of` gives it).
     Returns N arrays, the i-th (T_i,). Raises ValueError for an unknown option, for sequences that do not match, and for a
     valid rollout without turns.
     """
-    baseline = _choose("centering", CENTERINGS, centering)
+    known = SceneBaseline(scene_baseline or {}) if centering == "scene" else centering
+    terms = credit_terms(
+        outcomes,
+        group_ids,
+        turn_scores,
+        alpha=alpha,
+        centering=known,
+        credit=credit,
+        gamma=gamma,
+        std_min=std_min,
+        scale=scale,
+        center_weights=center_weights,
+    )
+    return [of_rollout.advantage for of_rollout in terms]
+
+
+def credit_terms(
+    outcomes: ArrayLike,
+    group_ids: ArrayLike,
+    turn_scores: Sequence[ArrayLike],
+    *,
+    alpha: float = 15.0,
+    centering: str | Centering = "rollout",
+    credit: str = "immediate",
+    gamma: float = 1.0,
+    std_min: float = 0.1,
+    scale: str = "group",
+    center_weights: Sequence[ArrayLike] | None = None,
+    tags: Sequence[Hashable] | None = None,
+) -> list[CreditTerms]:
+    """Both terms of `turn_advantages` for each of N rollouts; their sums are its result.
+
+    A centering that is given as an object (`make_centering`) is used as it is and then updated with all valid rollouts. tags (N,):
+    what a centering may remember groups by, equal within a group; the group ids where absent. Raises ValueError as
+    `turn_advantages` does, and CreditError where a function of one's own fails or gives another form.
+    """
+    center = centering if isinstance(centering, Centering) else make_centering(centering)
     R, groups = _checked(outcomes, group_ids)
     if len(turn_scores) != len(R):
         raise ValueError(f"{len(R)} outcomes but {len(turn_scores)} sequences of turn scores")
     A = outcome_advantages(R, groups, std_min=std_min, scale=scale)
-    c = turn_credits(turn_scores, credit=credit, gamma=gamma)
-    w = _weights(center_weights, c)
-    advantages = [np.full(len(turns), a) for a, turns in zip(A, c, strict=True)]
-    for members in _comparable_groups(R, groups):
-        if empty := [i for i in members if not len(c[i])]:
+    r = [np.asarray(scores, dtype=np.float64) for scores in turn_scores]
+    w = _weights(center_weights, r)
+    turn = [np.zeros(len(scores)) for scores in r]
+    valid = []
+    for members in _valid_groups(R, groups):
+        compared = len(members) >= 2
+        if compared and (empty := [i for i in members if not len(r[i])]):
             raise ValueError(f"rollout {empty[0]} has an outcome but no turns")
-        known = np.asarray((scene_baseline or {}).get(groups[members[0]].item(), ()), dtype=np.float64)
-        group = Group([c[i] for i in members], [w[i] for i in members], known)
-        for i, b in zip(members, baseline(group), strict=True):
-            advantages[i] = A[i] + alpha * (c[i] - b)
-    return advantages
+        tag = groups[members[0]].item() if tags is None else tags[members[0]]
+        c = turn_credits([r[i] for i in members], credit=credit, gamma=gamma)
+        valid.append(Group(c, [w[i] for i in members], tag))
+        if compared:
+            for i, c_i, b in zip(members, c, center.baselines(valid[-1]), strict=True):
+                turn[i] = alpha * (c_i - b)
+    called(center.where, center.update, valid)
+    return [CreditTerms(float(a), terms) for a, terms in zip(A, turn, strict=True)]
 
 
 def turn_credits(turn_scores: Sequence[ArrayLike], *, credit: str = "immediate", gamma: float = 1.0) -> list[Array]:
     """c_{i,tau}: N arrays, the i-th (T_i,)."""
-    credited = _choose("credit", CREDITS, credit)
-    return [credited(np.asarray(scores, dtype=np.float64), gamma) for scores in turn_scores]
+    credited, where = choose("credit", CREDITS, credit), f"credit.credit = {credit!r}"
+    r = [np.asarray(scores, dtype=np.float64) for scores in turn_scores]
+    return [numbers(where, called(where, credited, x, gamma), len(x)) if len(x) else x for x in r]
 
 
 def in_loss(outcomes: ArrayLike, group_ids: ArrayLike) -> NDArray[np.bool_]:
@@ -158,124 +220,15 @@ def _reward_to_go(r: Array, gamma: float) -> Array:
     return c
 
 
-# --- centering: from a group's valid rollouts to the baseline of each, a number or (T_i,) --------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """The valid rollouts of one scenario: credits c and center weights w, one (T_i,) each; `known` (T,) is what earlier
-    steps say of the scene's turns."""
-
-    c: list[Array]
-    w: list[Array]
-    known: Array
-
-
-def _center_rollout(group: Group) -> Sequence[float]:
-    """Mean over the rollout's own turns (the paper). Turn terms sum to zero over a rollout (weighted by w): they move
-    credit between its turns and leave the outcome term to compare rollouts. A rollout that is good throughout gains
-    nothing by it."""
-    return [float(np.average(c, weights=w)) for c, w in zip(group.c, group.w, strict=True)]
-
-
-def _center_group(group: Group) -> Sequence[float]:
-    """Mean over all turns of all valid rollouts of the group: a rollout whose turns are better than its siblings' gains on
-    every turn. The rollout's own turns are in the mean, which shrinks its terms by about 1 / G."""
-    return [float(np.average(np.concatenate(group.c), weights=np.concatenate(group.w)))] * len(group.c)
-
-
-def _center_group_turn(group: Group) -> Sequence[Array]:
-    """Mean over the group's valid rollouts that reached turn tau; alone there, the turn's credit is 0.
-
-    Takes out what a turn's position explains. Biased where the policy influences when the dialogue ends: with as many
-    baseline terms as the rollout has turns, each further turn earns minus the mean credit there (verl#7244)."""
-    longest = max(map(len, group.c))
-    c, w = np.zeros((2, len(group.c), longest))
-    for i, (credits, weights) in enumerate(zip(group.c, group.w, strict=True)):
-        c[i, : len(credits)], w[i, : len(credits)] = credits, weights
-    mean = (c * w).sum(axis=0) / w.sum(axis=0)
-    return [mean[: len(credits)] for credits in group.c]
-
-
-def _center_scene(group: Group) -> Sequence[Array]:
-    """Running mean per scene and turn over earlier steps: no rollout is in its own baseline, so none shrinks; it lags
-    behind a policy that improves, and shares the bias of `group_turn` in when a dialogue ends."""
-    baselines = []
-    for credits in group.c:
-        b = np.zeros(len(credits))
-        b[: len(group.known)] = group.known[: len(credits)]
-        baselines.append(b)
-    return baselines
-
-
-def _center_not(group: Group) -> Sequence[float]:
-    """No baseline (the paper's ablation): while most turns help, all are pushed up, long dialogues the most."""
-    return [0.0] * len(group.c)
-
-
 SCALES: dict[str, Callable[[list[Array], float], list[Array]]] = {
     "group": _scale_by_group,
     "batch": _scale_by_batch,
     "none": _scale_not,
 }
 CREDITS: dict[str, Callable[[Array, float], Array]] = {"immediate": _immediate, "reward_to_go": _reward_to_go}
-CENTERINGS: dict[str, Callable[[Group], Sequence[float] | Sequence[Array]]] = {
-    "rollout": _center_rollout,
-    "group": _center_group,
-    "group_turn": _center_group_turn,
-    "scene": _center_scene,
-    "none": _center_not,
-}
 
 
-# --- the scene baseline --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class SceneBaseline:
-    """Running means of credit per scene and turn: for each scene the weighted sums of credits and the weights, by turn."""
-
-    sums: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-
-    def of(self, scene: str) -> tuple[float, ...]:
-        """The means of a scene's turns, from the first on; nothing for a scene not seen yet."""
-        pairs = zip(self.sums.get(scene, ()), self.weights.get(scene, ()), strict=True)
-        return tuple(s / w for s, w in pairs)
-
-
-def updated_baseline(
-    baseline: SceneBaseline,
-    scenes: Sequence[str],
-    credits: Sequence[ArrayLike],
-    center_weights: Sequence[ArrayLike] | None = None,
-) -> SceneBaseline:
-    """The baseline after a step. scenes (N,) and credits (N sequences) of its valid rollouts, in any order."""
-    c = [np.asarray(turns, dtype=np.float64) for turns in credits]
-    w = _weights(center_weights, c)
-    sums = {scene: list(values) for scene, values in baseline.sums.items()}
-    weights = {scene: list(values) for scene, values in baseline.weights.items()}
-    for scene in sorted(set(scenes)):
-        here = [(a, b) for s, a, b in zip(scenes, c, w, strict=True) if s == scene]
-        for tau in range(max((len(a) for a, _ in here), default=0)):
-            reached = [(a[tau], b[tau]) for a, b in here if len(a) > tau]
-            s, n = (values.setdefault(scene, []) for values in (sums, weights))
-            if len(s) <= tau:
-                s.append(0.0)
-                n.append(0.0)
-            # Sorted sums do not depend on the order of the rollouts, so all processes agree to the last bit.
-            s[tau] += float(sum(sorted(x * y for x, y in reached)))
-            n[tau] += float(sum(sorted(y for _, y in reached)))
-    return SceneBaseline({k: tuple(v) for k, v in sums.items()}, {k: tuple(v) for k, v in weights.items()})
-
-
-# --- small change ----------------------------------------------------------------------------------------------------------
-
-
-def _choose(what: str, options: Mapping[str, _F], name: str) -> _F:
-    if name not in options:
-        raise ValueError(f"credit.{what}: {name!r} is unknown; available: {', '.join(options)}")
-    return options[name]
+# --- helpers -------------------------------------------------------------------------------------------------------------
 
 
 def _std(values: Array) -> float:
@@ -302,6 +255,11 @@ def _checked(outcomes: ArrayLike, group_ids: ArrayLike) -> tuple[Array, NDArray[
 
 def _comparable_groups(R: Array, groups: NDArray[Any]) -> list[NDArray[np.intp]]:
     """The indices of each group's valid rollouts, for the groups with at least two of them."""
+    return [members for members in _valid_groups(R, groups) if len(members) >= 2]
+
+
+def _valid_groups(R: Array, groups: NDArray[Any]) -> list[NDArray[np.intp]]:
+    """The same for the groups with at least one."""
     valid = ~np.isnan(R)
     members = [np.flatnonzero((groups == g) & valid) for g in np.unique(groups)]
-    return [m for m in members if len(m) >= 2]
+    return [m for m in members if len(m)]

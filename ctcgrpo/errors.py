@@ -2,6 +2,7 @@
 
     boundary              type                    exit   in an episode
     recipe, overrides     RecipeError             2      -
+    credit of one's own   CreditError             2      -
     scenario records      ScenarioError           3      -
     model, tokenizer      PolicyError             4      -
     policy engine         PolicyEngineError       4      a failed episode
@@ -34,6 +35,13 @@ class CtcGrpoError(Exception):
 class RecipeError(CtcGrpoError):
     exit_code = 2
     kind = "recipe"
+
+
+class CreditError(CtcGrpoError):
+    """A credit, centering or scale of one's own raised something, or gave what no advantage can be made of."""
+
+    exit_code = 2
+    kind = "credit"
 
 
 class ScenarioError(CtcGrpoError):

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import pydantic
 
-from ctcgrpo.credit import CENTERINGS, CREDITS, SCALES
+from ctcgrpo.centering import CENTERINGS
+from ctcgrpo.credit import CREDITS, SCALES
 
 Packing = Literal["auto", "segments", "flex", "flash3", "none"]
 """How rows of shared prefixes are attended to."""
@@ -50,7 +51,9 @@ class CreditOptions:
             known=tuple(CREDITS),
         ),
     )
-    gamma: float = field(default=1.0, metadata=_says("credit reward_to_go only: the discount for each turn", ge=0, le=1))
+    gamma: float = field(
+        default=1.0, metadata=_says("reward_to_go, or a credit of your own: the discount for each turn", ge=0, le=1)
+    )
     center_weights: Literal["turn", "token"] = field(
         default="turn",
         metadata=_says("whether turns weigh alike in the means that center, or by their tokens", choices=("turn", "token")),
@@ -194,7 +197,7 @@ def recipe_field(name: str) -> Any:
     return pydantic.Field(
         found.default,
         description=found.metadata["help"],
-        json_schema_extra={"enum": list(known)} if known else None,
+        json_schema_extra={"enum": [*known, "my_module:my_function"]} if known else None,
         **found.metadata["bounds"],
     )
 

@@ -14,8 +14,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
-from ctcgrpo.credit import CENTERINGS, CREDITS, SCALES
+from ctcgrpo.centering import CENTERINGS
+from ctcgrpo.credit import CREDITS, SCALES
 from ctcgrpo.errors import RecipeError
+from ctcgrpo.importing import is_reference, load_object
 from ctcgrpo.naming import cut, did_you_mean, quoted
 from ctcgrpo.options import CreditOptions, LossWeights, OldLogprobs, Packing, SamplingDtype, recipe_field
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS
@@ -230,7 +232,8 @@ class Scoring(Section):
 
 
 class Credit(Section):
-    """How outcome and turn scores become the advantage of each turn: A = outcome term + alpha * turn term."""
+    """How outcome and turn scores become the advantage of each turn: A = outcome term + alpha * turn term. A function of one's own
+    (see ctcgrpo/credit.py) is named as my_module:my_function, in a file beside the recipe or in the current directory."""
 
     alpha: float = recipe_field("alpha")
     centering: str = recipe_field("centering")
@@ -246,13 +249,13 @@ class Credit(Section):
     def _known(cls, value: str, info: Any) -> str:
         tables: dict[str, Iterable[str]] = {"centering": CENTERINGS, "credit": CREDITS, "scale": SCALES}
         options = tables[info.field_name]
-        if value not in options:
-            raise ValueError(did_you_mean(value, options))
+        if value not in options and not is_reference(value):
+            raise ValueError(f"{did_you_mean(value, options)} (one of your own: my_module:my_function)")
         return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Credit:
-        if self.gamma != 1.0 and self.credit != "reward_to_go":
+        if self.gamma != 1.0 and self.credit != "reward_to_go" and not is_reference(self.credit):
             raise ValueError(f"gamma is {self.gamma} and credit {self.credit!r}; only credit=reward_to_go discounts")
         if self.center_weights == "token" and self.centering == "none":
             raise ValueError("center_weights is 'token' and centering 'none', which weighs nothing")
@@ -493,6 +496,9 @@ def load_recipe(file: str | Path, overrides: Sequence[str] = (), *, changes: Seq
     if isinstance(own := data.get("environment"), dict):
         own.setdefault("folder", str(path.parent))
     recipe = validated(data, Recipe, path)
+    for field in ("credit", "centering", "scale"):
+        if is_reference(named := getattr(recipe.credit, field)):
+            load_object(named, f"{path}: credit.{field}", path.parent)
     name = recipe.simulator.token_env
     if not name.startswith(_OWN_VARIABLES) and "token_env" not in typed.get("simulator", {}):
         raise RecipeError(

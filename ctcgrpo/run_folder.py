@@ -5,12 +5,13 @@ checkpoints/RUN/
     base/             the starting policy, where the recipe has it built; with COMPLETE
     metrics.jsonl     one line a step
     simulator.json    who plays the user
-    data.json         digests of the scenarios, of a local model's files and of a chat template's; records that were left out
+    data.json         digests of the scenarios, of a local model's files, of a chat template's and of a credit's of one's own;
+                      records that were left out
     sharding.json     how DeepSpeed or FSDP2 is configured
     simulator.jsonl   the log of the embedded simulator server
     validation.jsonl  one line a validation
     summary.json      before, after, and the improvement between them
-    traces/*.jsonl    one line an episode
+    traces/*.jsonl    one line an episode, with the credit that each turn was trained with
     checkpoint-N/     after N optimizer steps; complete once COMPLETE stands in it, which lists every file with its size and digest
     best/             the policy that did best in a validation; best.newer/ until a checkpoint has that step
     final/            the trained policy and its tokenizer; the run is finished once COMPLETE stands in it

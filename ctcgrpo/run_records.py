@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NotRequired, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -149,9 +149,19 @@ class DialogueTurn(TypedDict):
     info: dict[str, float | int | str]
 
 
-class TraceTurn(DialogueTurn):
-    """And what credit is computed from."""
+class Credit(TypedDict):
+    """Of a turn, as `types.TurnCredit`."""
 
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    outcome: Score
+    turn: Score
+    advantage: Score
+
+
+class TraceTurn(DialogueTurn):
+    """And what the turn was trained with, where it was."""
+
+    credit: NotRequired[Credit | None]
     faults: list[str]
     completion_tokens: int
     dropped_exchanges: int

@@ -1,6 +1,6 @@
 """Weights & Biases, and all that this project knows of it: runs grouped by what they train, curves, tables of dialogues, sweeps.
 
-What is shown of a dialogue is what its trace says, with the credit of its turns computed as the report computes it.
+What is shown of a dialogue is what its trace says.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ctcgrpo.validation import Validation
 
 PROJECT = "ctcgrpo"
 COLUMNS = (
-    "step", "task", "tag", "rollout", "outcome", "turn", "heard", "reasoning", "reply", "reward", "advantage", "info",
+    "step", "task", "tag", "rollout", "outcome", "turn", "heard", "reasoning", "reply", "reward",
+    "outcome term", "turn term", "advantage", "info",
 )  # fmt: skip
 
 
@@ -140,7 +141,6 @@ def dialogue_rows(run: Path, step: int) -> list[list[Any]]:
 
 def _rows(episode: Mapping[str, Any]) -> Sequence[list[Any]]:
     heard = [episode["opening"], *(turn["message"] for turn in episode["turns"])]
-    advantages = episode["advantages"] or [None] * len(episode["turns"])
     place = [episode["step"], episode["task"], episode["tag"], episode["rollout"], episode["outcome"]]
     return [
         [
@@ -150,7 +150,7 @@ def _rows(episode: Mapping[str, Any]) -> Sequence[list[Any]]:
             turn["reasoning"],
             turn["reply"],
             turn["reward"],
-            advantages[k - 1],
+            *((turn.get("credit") or {}).get(name) for name in ("outcome", "turn", "advantage")),
             ", ".join(f"{name} {value}" for name, value in turn["info"].items()),
         ]
         for k, turn in enumerate(episode["turns"], 1)

@@ -137,6 +137,15 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class TurnCredit:
+    """What a turn was trained with. `advantage` is outcome term + turn term (unless a control dealt it from elsewhere)."""
+
+    outcome: float
+    turn: float
+    advantage: float
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """Why an episode is not a result. `kind` is one of `ctcgrpo.errors.EPISODE_ERRORS`' kinds."""
 

@@ -49,6 +49,12 @@ GROUPS: Mapping[str, Sequence[Metric]] = {
             "if far below, replies lack reasoning or break its tags; check the chat template and raise rollout.max_new_tokens",
         ),
         Metric(
+            "reward/turn",
+            "mean reward of a turn; for EIBench the change of anger and trust, in [-0.1, 0.1]",
+            "rises with outcome/all",
+            "if it stays at 0, no reply changes the user: read the dialogues (ctcgrpo report)",
+        ),
+        Metric(
             "final_{number}/{scene}",
             "mean at the end of a number that the environment tells; for EIBench the user's anger and trust, 0 to 100",
             "final_anger falls, or stays near the scenarios' target; final_trust rises",

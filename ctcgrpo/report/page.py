@@ -20,7 +20,7 @@ import numpy as np
 from ctcgrpo import __version__
 from ctcgrpo.intervals import interval
 from ctcgrpo.records import SCENES
-from ctcgrpo.report.reading import Run, Trace
+from ctcgrpo.report.reading import Run, Trace, credit_of
 from ctcgrpo.run_records import numbers_by_turn
 from ctcgrpo.simulator.about import described
 from ctcgrpo.validation import Validation, improvement
@@ -141,9 +141,9 @@ def _credit(trained: Sequence[Trace]) -> dict[str, Any]:
     by_turn: dict[int, list[float]] = {}
     by_scene: dict[str, list[float]] = {}
     for episode in trained:
-        for turn, advantage in enumerate(episode["advantages"] or (), 1):
-            by_turn.setdefault(turn, []).append(advantage)
-            by_scene.setdefault(episode["tag"], []).append(advantage)
+        for turn, credit in enumerate(credit_of(episode) or (), 1):
+            by_turn.setdefault(turn, []).append(credit["advantage"])
+            by_scene.setdefault(episode["tag"], []).append(credit["advantage"])
 
     def counts(values: Sequence[float]) -> dict[str, Any]:
         clipped = np.clip(values, _BINS[0] + 1e-9, _BINS[-1] - 1e-9)
@@ -175,7 +175,8 @@ def _lean(e: Trace) -> list[Any]:
         [t["reasoning"], t["reply"], t["message"], t["reward"], t["info"], t["faults"], t["completion_tokens"]]
         for t in e["turns"]
     ]
-    advantages = None if e["advantages"] is None else [round(a, 6) for a in e["advantages"]]
+    credit = credit_of(e)
+    terms = None if credit is None else [[round(c[name], 6) for name in ("advantage", "outcome", "turn")] for c in credit]
     failure = None if e["failure"] is None else f"{e['failure']['kind']}: {e['failure']['message']}"
     return [
         e["kind"],
@@ -188,7 +189,7 @@ def _lean(e: Trace) -> list[Any]:
         e["opening"],
         e["info"],
         turns,
-        advantages,
+        terms,
     ]
 
 

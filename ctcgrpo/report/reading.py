@@ -1,7 +1,6 @@
 """What a run left behind, read for its report: episodes with the credit that each turn was trained with, validations, metrics.
 
-Credit is not in the traces: it is computed here by the trainer's own functions from the states that are, step by step as in
-training. A run may still be going, and a killed one may end in half a line: what cannot be read, and what the files of a run say
+A run may still be going, and a killed one may end in half a line: what cannot be read, and what the files of a run say
 differently, is listed in `problems`.
 """
 
@@ -15,22 +14,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.errors import OutputError
 from ctcgrpo.files import explained, is_complete, read_json
 from ctcgrpo.folders import require_run
 from ctcgrpo.intervals import means
-from ctcgrpo.options import CreditOptions
 from ctcgrpo.recipe import Recipe, resolved_recipe
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.run_records import Summary, disagreement, read_metrics, read_summary, read_traces, same
-from ctcgrpo.scoring import shaped_outcome, turn_form
-from ctcgrpo.training.samples import Summary as EpisodeSummary
-from ctcgrpo.training.samples import numbers, step_credit
-from ctcgrpo.types import turn_rewards
 from ctcgrpo.validation import Validation, read_validations
 
 Trace = dict[str, Any]
@@ -39,9 +33,9 @@ Trace = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`episodes` are traces in the order of step, group and rollout, each with `kind` (step or validation) and, in those that
-    were trained on, `advantages`, a number a turn; `unreadable` counts lines of traces that are none. `simulator` is what the
-    simulator said of itself (None where that is not recorded), `problems` what is wrong with the files, a sentence each."""
+    """`episodes` are traces in the order of step, group and rollout, each with `kind` (step or validation); `unreadable` counts
+    lines of traces that are none. `simulator` is what the simulator said of itself (None where that is not recorded), `problems`
+    what is wrong with the files, a sentence each."""
 
     name: str
     recipe: Recipe
@@ -89,20 +83,18 @@ def read_run(path: Path) -> Run:
     if not episodes:
         told = f" that can be read ({bad[0]})" if bad else ""
         raise OutputError(f"{path} holds no episode yet{told}; there is nothing to report")
-    options = recipe.credit_options()
     validations, bad_validations = read_validations(folder.validation_file)
     metrics, bad_metrics = read_metrics(folder.metrics_file)
     simulator, bad_simulator = _simulator(path)
     finished = is_complete(folder.final)
     problems = [*bad, *bad_validations, *bad_metrics, *bad_simulator]
     problems += _disagreements(episodes, validations, metrics, finished=finished)
-    credited, terms = with_credit(episodes, options)
-    problems += _other_terms(metrics, terms)
+    problems += _other_credit(metrics, episodes, shuffled=recipe.credit.shuffle == "advantages")
     return Run(
         name=path.resolve().name,
         recipe=recipe,
         finished=finished,
-        episodes=credited,
+        episodes=episodes,
         validations=validations,
         metrics=metrics,
         unreadable=len(bad),
@@ -198,71 +190,46 @@ def _other_metrics(m: Mapping[str, Any], episodes: Sequence[Trace]) -> list[str]
         return [f"metrics.jsonl: episodes/valid of step {m['step']} is missing"]
     if said != len(episodes):
         return [f"step {m['step']}: traces hold {len(episodes)} valid episodes, metrics.jsonl says {said:g}"]
-    computed = means([*(("all", e["outcome"]) for e in episodes), *((e["tag"], e["outcome"]) for e in episodes)])
+    found = [(f"outcome/{name}", e["outcome"]) for e in episodes for name in ("all", e["tag"])]
+    if "reward/turn" in m:  # runs of earlier versions logged none
+        found += [("reward/turn", turn["reward"]) for e in episodes for turn in e["turns"]]
     return [
-        f"step {m['step']}: outcome/{name} is {mean:+.4f} by the traces, {m.get(f'outcome/{name}')} by metrics.jsonl"
-        for name, mean in computed.items()
-        if not same(m.get(f"outcome/{name}"), mean)
+        f"step {m['step']}: {name} is {mean:+.4f} by the traces, {m.get(name)} by metrics.jsonl"
+        for name, mean in means(found).items()
+        if not same(m.get(name), mean)
     ]
 
 
-def _other_terms(metrics: Sequence[Mapping[str, Any]], terms: Mapping[int, tuple[float, float]]) -> list[str]:
-    """Where the spread of the credit by the traces is not what the run logged: a reward or an outcome was altered."""
-    names = ("credit/outcome_term_std", "credit/turn_term_std")
-    return [
-        f"step {m['step']}: {name} is {value:.6f} by the traces, {m.get(name)} by metrics.jsonl"
-        for m in metrics
-        for name, value in zip(names, terms.get(m["step"], ()), strict=False)
-        if not same(m.get(name), value)
-    ]
+def _other_credit(metrics: Sequence[Mapping[str, Any]], episodes: Sequence[Trace], *, shuffled: bool) -> list[str]:
+    """Where the recorded credit is not what the run logged: its spread differs, or an advantage is not the sum of its terms (which
+    only `shuffled` advantages may be)."""
+    trained: dict[int, list[list[Mapping[str, float]]]] = {}
+    for e in episodes:
+        if (credit := credit_of(e)) is not None:
+            trained.setdefault(e["step"], []).append(credit)
+    problems = []
+    for m in metrics:
+        of_step = trained.get(m["step"], [])
+        turns = [c for credit in of_step for c in credit]
+        if not turns:
+            continue
+        stds = {
+            "credit/outcome_term_std": float(np.std([credit[0]["outcome"] for credit in of_step])),
+            "credit/turn_term_std": float(np.std([c["turn"] for c in turns])),
+        }
+        problems += [
+            f"step {m['step']}: {name} is {value:.6f} by the traces, {m.get(name)} by metrics.jsonl"
+            for name, value in stds.items()
+            if not same(m.get(name), value)
+        ]
+        wrong = [c["advantage"] for c in turns if not same(c["advantage"], c["outcome"] + c["turn"])]
+        if wrong and not shuffled:
+            problems.append(f"step {m['step']}: advantage = {wrong[0]} is not outcome + turn (so in {len(wrong)} turns)")
+    return problems
 
 
-def with_credit(episodes: Sequence[Trace], options: CreditOptions) -> tuple[list[Trace], dict[int, tuple[float, float]]]:
-    """Episodes with `advantages`, where they were trained on; None in the others (failed ones, groups of one, validations). And the
-    standard deviations of the outcome term and the turn term, by step."""
-    by_step: dict[int, list[Trace]] = {}
-    for episode in episodes:
-        if episode["kind"] == "step":
-            by_step.setdefault(episode["step"], []).append(episode)
-    baseline = SceneBaseline()
-    advantages: dict[tuple[int, int, int], tuple[float, ...]] = {}
-    terms: dict[int, tuple[float, float]] = {}
-    for step, of_step in sorted(by_step.items()):
-        found = step_credit([summary_of(e, options) for e in of_step], options, baseline, step=step)
-        baseline = found.baseline
-        advantages |= {(step, *key): values for key, values in found.advantages.items()}
-        terms[step] = found.outcome_term_std, found.turn_term_std
-    credited = [
-        {**e, "advantages": advantages.get((e["step"], e["group"], e["rollout"])) if e["kind"] == "step" else None}
-        for e in episodes
-    ]
-    return credited, terms
-
-
-def summary_of(episode: Trace, options: CreditOptions) -> EpisodeSummary:
-    """As `training.samples.summarise` makes it of an Episode, from its trace."""
-    turns = episode["turns"]
-    outcome = float("nan") if episode["outcome"] is None else float(episode["outcome"])
-    reward = outcome
-    if options.reasons:
-        reward = shaped_outcome(
-            outcome,
-            [turn_form(turn["reasoning"], turn["faults"]) for turn in turns],
-            no_reasoning=options.no_reasoning_penalty,
-            fault=options.fault_penalty,
-        )
-    last = turns[-1]["info"] if turns else episode["info"]
-    return EpisodeSummary(
-        tag=episode["tag"],
-        group=episode["group"],
-        rollout=episode["rollout"],
-        outcome=outcome,
-        reward=reward,
-        turn_scores=turn_rewards([turn["reward"] for turn in turns]),
-        final=numbers(last),
-        failure=episode["failure"]["kind"] if episode["failure"] else None,
-        turn_tokens=tuple(turn["completion_tokens"] for turn in turns),
-        cut_turns=sum("cut" in turn["faults"] for turn in turns),
-        empty_turns=sum("empty_reply" in turn["faults"] for turn in turns),
-        dropped_exchanges=max((turn["dropped_exchanges"] for turn in turns), default=0),
-    )
+def credit_of(episode: Trace) -> list[Mapping[str, float]] | None:
+    """The credit that each turn was trained with (outcome, turn, advantage); None for an episode that was not trained on, or that
+    has none recorded."""
+    found = [turn.get("credit") for turn in episode["turns"]]
+    return found if found and None not in found else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ class CheckpointedUpdate(PolicyUpdate):
     """A checkpoint is complete once every process has written its files and the marker COMPLETE is there. `save_total_limit` counts
     complete ones; `train(resume_from_checkpoint=True)` takes the newest complete one."""
 
-    def save_state_of_run(self, folder: Path) -> None:
-        """Write what a resumed run needs beyond the policy and its optimizer, on the main process."""
+    def state_of_run(self) -> Mapping[str, str]:
+        """What a resumed run needs beyond the policy and its optimizer: texts by the name of their file."""
+        return {}
 
     def load_state_of_run(self, folder: Path) -> None:
-        """Read what `save_state_of_run` wrote, on every process."""
+        """Read what `state_of_run` gave, on every process."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
@@ -47,6 +49,7 @@ class CheckpointedUpdate(PolicyUpdate):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.refuse_nonfinite_weights()
+        state = self.state_of_run()  # on all processes: what fails here fails on all of them
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # transformers would remove others before
         try:
             with self._without_card():
@@ -56,7 +59,8 @@ class CheckpointedUpdate(PolicyUpdate):
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            self.save_state_of_run(folder)
+            for name, text in state.items():
+                (folder / name).write_text(text, encoding="utf-8")
             mark_complete(folder)
             self._rotate()
         self.accelerator.wait_for_everyone()

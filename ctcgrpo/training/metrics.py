@@ -17,6 +17,7 @@ def rollout_metrics(summaries: Sequence[Summary], credit: StepCredit | None) -> 
     metrics = {
         "outcome/all": _mean(s.outcome for s in valid),
         "reward/all": _mean(s.reward for s in valid),
+        "reward/turn": _mean(r for s in valid for r in s.turn_scores),
         "episodes/valid": float(len(valid)),
         "episodes/failed": float(len(summaries) - len(valid)),
         "episodes/turns": _mean(len(s.turn_scores) for s in valid),

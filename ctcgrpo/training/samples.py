@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ctcgrpo import credit
+from ctcgrpo.centering import Centering
 from ctcgrpo.options import CreditOptions
 from ctcgrpo.scoring import shaped_outcome, turn_form
-from ctcgrpo.types import Episode, Info, TurnSample, turn_rewards
+from ctcgrpo.types import Episode, Info, TurnCredit, TurnSample, turn_rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,61 +73,56 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class StepCredit:
-    """The credit of one step. `advantages` holds only the episodes that are trained on; `baseline` is the scene baseline
-    for the next step."""
+    """The credit of one step: of each turn of the episodes that are trained on, which are all that `turns` holds."""
 
-    baseline: credit.SceneBaseline
-    advantages: Mapping[Key, tuple[float, ...]]
+    turns: Mapping[Key, tuple[TurnCredit, ...]]
     turn_term_std: float
     outcome_term_std: float
     groups_without_signal: float
 
+    @property
+    def advantages(self) -> dict[Key, tuple[float, ...]]:
+        return {key: tuple(turn.advantage for turn in turns) for key, turns in self.turns.items()}
+
 
 def step_credit(
-    summaries: Sequence[Summary], options: CreditOptions, baseline: credit.SceneBaseline, *, step: int = 0, seed: int = 0
+    summaries: Sequence[Summary], options: CreditOptions, centering: Centering, *, step: int = 0, seed: int = 0
 ) -> StepCredit:
-    """Credit over all episodes of a step, whichever process played them; `baseline` is what earlier steps left;
-    `seed` is that of `shuffle_credit`."""
+    """Credit over all episodes of a step, whichever process played them. `centering` (`make_centering(options.centering)`) is what
+    earlier steps left, and learns from this one; `seed` is that of `shuffle_credit`."""
     rewards, groups = [s.reward for s in summaries], [s.group for s in summaries]
-    trained = credit.in_loss(rewards, groups)
+    trained = np.flatnonzero(credit.in_loss(rewards, groups)).tolist()
     scores = [np.asarray(s.turn_scores) for s in summaries]
     if options.shuffle_credit == "turn_scores":
-        dealt = iter(credit.shuffled([r for r, use in zip(scores, trained, strict=True) if use], [seed, step]))
-        scores = [next(dealt) if use else r for r, use in zip(scores, trained, strict=True)]
-    weights = [s.turn_tokens for s in summaries] if options.center_weights == "token" else None
-    outcome = credit.outcome_advantages(rewards, groups, std_min=options.std_min, scale=options.scale_rewards)
-    turns = credit.turn_advantages(
+        dealt = credit.shuffled([scores[k] for k in trained], [seed, step])
+        for k, turns in zip(trained, dealt, strict=True):
+            scores[k] = turns
+    every = credit.credit_terms(
         rewards,
         groups,
         scores,
         alpha=options.alpha,
-        centering=options.centering,
+        centering=centering,
         credit=options.credit,
         gamma=options.gamma,
-        center_weights=weights,
-        scene_baseline={s.group: baseline.of(s.tag) for s in summaries},
+        center_weights=[s.turn_tokens for s in summaries] if options.center_weights == "token" else None,
         std_min=options.std_min,
         scale=options.scale_rewards,
+        tags=[s.tag for s in summaries],
     )
-    credits = credit.turn_credits(scores, credit=options.credit, gamma=options.gamma)
-    valid = [k for k, s in enumerate(summaries) if not s.failure]
-    turn_terms = [t - a for t, a, use in zip(turns, outcome, trained, strict=True) if use]
-    advantages = [t for t, use in zip(turns, trained, strict=True) if use]
+    terms = [every[k] for k in trained]
+    advantages = [t.advantage for t in terms]
     if options.shuffle_credit == "advantages":
         advantages = credit.shuffled(advantages, [seed, step])
     return StepCredit(
-        baseline=credit.updated_baseline(
-            baseline,
-            [summaries[k].tag for k in valid],
-            [credits[k] for k in valid],
-            None if weights is None else [weights[k] for k in valid],
-        ),
-        advantages={
-            (s.group, s.rollout): tuple(a.tolist())
-            for s, a in zip((s for s, use in zip(summaries, trained, strict=True) if use), advantages, strict=True)
+        turns={
+            (summaries[k].group, summaries[k].rollout): tuple(
+                TurnCredit(t.outcome, turn, advantage) for turn, advantage in zip(t.turn.tolist(), a.tolist(), strict=True)
+            )
+            for k, t, a in zip(trained, terms, advantages, strict=True)
         },
-        turn_term_std=float(np.concatenate(turn_terms).std()) if turn_terms else 0.0,
-        outcome_term_std=float(outcome[trained].std()) if trained.any() else 0.0,
+        turn_term_std=float(np.concatenate([t.turn for t in terms]).std()) if terms else 0.0,
+        outcome_term_std=float(np.std([t.outcome for t in terms])) if terms else 0.0,
         groups_without_signal=credit.groups_without_signal(rewards, groups),
     )
 

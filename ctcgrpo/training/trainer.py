@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,9 +30,9 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerControl
 
+from ctcgrpo.centering import make_centering
 from ctcgrpo.config import CTCGRPOConfig
-from ctcgrpo.credit import SceneBaseline
-from ctcgrpo.errors import OutputError, RunPaused, TooManyFailures, too_many_failed
+from ctcgrpo.errors import RunPaused, TooManyFailures, too_many_failed
 from ctcgrpo.policy.builtin import build_builtin, is_builtin
 from ctcgrpo.policy.chat_template import end_of_turn
 from ctcgrpo.policy.context import ContextBuilder
@@ -42,8 +41,9 @@ from ctcgrpo.processes import on_main, together
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.engines import make_engine
 from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot
-from ctcgrpo.rollout.traces import TraceWriter
+from ctcgrpo.rollout.traces import TraceWriter, add_credit, step_name, trace_file
 from ctcgrpo.training.checkpointing import CheckpointedUpdate
+from ctcgrpo.training.credit_state import CREDIT_STATE, load_state, state_text
 from ctcgrpo.training.hooks import NO_HOOKS, RolloutHooks
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.samples import Summary, step_credit, summarise, turn_samples, update_of
@@ -51,8 +51,6 @@ from ctcgrpo.training.tasks import step_schedule, tags_of, tasks_of
 from ctcgrpo.types import Environment, Episode, Task, TurnSample
 from ctcgrpo.validation import validation_slots
 
-SCENE_BASELINE = "scene_baseline.json"
-"""What earlier steps say of each scene's turns, in a checkpoint."""
 PLAYING = "episodes"
 _T = TypeVar("_T")
 
@@ -134,7 +132,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             interrupted=hooks.interrupted,
         )
         self._updates: list[list[TurnSample]] = []
-        self._baseline = SceneBaseline()
+        self._centering = make_centering(args.centering)
         self._checked = False
         self.stop_requested = False
         """Whether any process was interrupted; agreed on by all of them at the end of a step."""
@@ -195,8 +193,8 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         episodes = self.collect(self.rollout_step + 1, [row["task"] for row in inputs])
         summaries = gather_object([summarise(e, self.args) for e in episodes])
         self._refuse_failures(summaries, episodes)
-        credit = step_credit(summaries, self.args, self._baseline, step=self.rollout_step, seed=self.args.seed)
-        self._baseline = credit.baseline
+        credit = step_credit(summaries, self.args, self._centering, step=self.rollout_step, seed=self.args.seed)
+        add_credit(self._trace_file(step_name(self.rollout_step + 1)), episodes, credit.turns)
         for name, value in rollout_metrics(summaries, credit).items():
             self._log_number(name, value)
         seconds = time.perf_counter() - started
@@ -231,7 +229,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             for k, position in enumerate(positions)
         ]
         self._hooks.rollouts(step, len(slots))
-        episodes = self.play(slots, f"step-{step:06d}")
+        episodes = self.play(slots, step_name(step))
         self._hooks.update(step)
         return episodes
 
@@ -241,9 +239,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
 
         When any process was told to pause meanwhile (Ctrl-C, a spent budget), all of them raise RunPaused together.
         """
-        traces = Path(self.args.output_dir, "traces")
-        traces.mkdir(parents=True, exist_ok=True)
-        write = TraceWriter(traces / f"{name}.rank-{self.accelerator.process_index}.jsonl")
+        write = TraceWriter(self._trace_file(name))
 
         def on_episode(episode: Episode) -> None:
             write(episode)
@@ -266,6 +262,11 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             raise type(first)(str(first))
         together(self.engine.confirm)
         return episodes
+
+    def _trace_file(self, name: str) -> Path:
+        traces = Path(self.args.output_dir, "traces")
+        traces.mkdir(parents=True, exist_ok=True)
+        return trace_file(traces, name, self.accelerator.process_index)
 
     def _check_recorded(self, episodes: Sequence[Episode], samples: Sequence[TurnSample]) -> list[tuple[float, ...]]:
         """The current log-probabilities of samples, and, as a metric, how far the engine's recorded ones are off:
@@ -320,20 +321,12 @@ class CTCGRPOTrainer(CheckpointedUpdate):
 
     # --- checkpoints -----------------------------------------------------------------------------------------------------
 
-    def save_state_of_run(self, folder: Path) -> None:
-        (folder / SCENE_BASELINE).write_text(json.dumps(asdict(self._baseline)))
+    def state_of_run(self) -> Mapping[str, str]:
+        state = state_text(self._centering)
+        return {} if state is None else {CREDIT_STATE: state}
 
     def load_state_of_run(self, folder: Path) -> None:
-        self._baseline = _scene_baseline(folder / SCENE_BASELINE)
-
-
-def _scene_baseline(file: Path) -> SceneBaseline:
-    try:
-        return SceneBaseline(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise OutputError(
-            f"{file}: cannot be read ({str(error)[:200]}); remove its folder to use an older checkpoint"
-        ) from None
+        load_state(self._centering, folder)
 
 
 def _run(work: Coroutine[Any, Any, _T]) -> _T:

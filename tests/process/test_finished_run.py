@@ -172,6 +172,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
     ("traces/validation-000000.rank-0.jsonl", replaced(r'"outcome": -\d\.\d+', '"outcome": 0.5')),
     ("traces/step-000001.rank-0.jsonl", replaced(r'"outcome": -\d\.\d+', '"outcome": 0.5')),
     ("traces/step-000001.rank-0.jsonl", replaced(r'"reward": -?\d\.\d+', '"reward": 0.1')),
+    ("traces/step-000001.rank-0.jsonl", replaced(r'"advantage": -?\d\.\d+', '"advantage": 9.5')),
     ("metrics.jsonl", replaced(r'"outcome/charm": -\d\.\d+', '"outcome/charm": 0.5')),
     ("metrics.jsonl", text("")), ("validation.jsonl", replaced("support", "charm")), ("validation.jsonl", without_second_line),
     ("validation.jsonl", replaced('"failed": 0', '"failed": 3')),

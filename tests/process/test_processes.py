@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from ctcgrpo.report.reading import credit_of, read_run
 from tests import sameness
 from tests.conftest import ROOT
 
@@ -110,6 +111,9 @@ def test_a_recipe_trains_on_two_processes_through_accelerate(tmp_path: Path) -> 
     traces = sorted((folder / "traces").glob("step-*.jsonl"))
     assert [t.name for t in traces] == ["step-000001.rank-0.jsonl", "step-000001.rank-1.jsonl"]
     assert [len(t.read_text().splitlines()) for t in traces] == [8, 8]
+    run = read_run(folder)  # and wrote the credit of its own, which together is what the run logged
+    assert not run.problems
+    assert all((credit_of(e) is None) == (e["kind"] == "validation") for e in run.episodes)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["before"]["n"] == summary["after"]["n"] == 16 and (folder / "best" / "STEP").exists()
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["training"]["max_steps"] == 1

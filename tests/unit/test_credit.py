@@ -11,18 +11,22 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from ctcgrpo.centering import CENTERINGS, Group, SceneBaseline
 from ctcgrpo.credit import (
-    CENTERINGS,
-    SceneBaseline,
+    credit_terms,
     groups_without_signal,
     in_loss,
     outcome_advantages,
     turn_advantages,
     turn_credits,
-    updated_baseline,
 )
 
 nan = math.nan
+
+
+def group(tag: str, credits: list[list[float]], weights: list[list[int]] | None = None) -> Group:
+    w = weights or [[1] * len(c) for c in credits]
+    return Group([np.array(c) for c in credits], [np.array(x, dtype=float) for x in w], tag)
 
 
 def test_outcome_advantages_by_hand() -> None:
@@ -109,9 +113,10 @@ def test_scene_centering_and_its_running_mean_by_hand() -> None:
     # At the start the baseline is 0.
     first, second = turn_advantages(outcomes, groups, scores, centering="scene", scene_baseline={})
     assert first == pytest.approx([-a + 0.3, -a + 0.75, -a - 0.15]) and second == pytest.approx([a + 0.6])
-    baseline = updated_baseline(SceneBaseline(), ["support"] * 2, scores)
+    baseline = SceneBaseline()
+    baseline.update([group("support", scores)])
     assert baseline.of("support") == pytest.approx([0.03, 0.05, -0.01]) and baseline.of("charm") == ()
-    baseline = updated_baseline(baseline, ["charm", "support"], [[0.1], [0.06, -0.01]])
+    baseline.update([group("charm", [[0.1]]), group("support", [[0.06, -0.01]])])
     # Turn 0: (0.02 + 0.04 + 0.06) / 3; turn 1: (0.05 - 0.01) / 2; turn 2 as before.
     assert baseline.of("support") == pytest.approx([0.04, 0.02, -0.01]) and baseline.of("charm") == pytest.approx([0.1])
     known = {"s": baseline.of("support")[:2]}
@@ -147,7 +152,8 @@ def test_token_weights_by_hand() -> None:
     first, second = turn_advantages([0.0, 1.0], [0, 0], scores, centering="group_turn", center_weights=tokens)
     # Turn 0: (30 * 0.02 + 40 * 0.04) / 70
     assert first == pytest.approx([-a + 15 * (0.02 - 2.2 / 70), -a])
-    baseline = updated_baseline(SceneBaseline(), ["x", "x"], scores, tokens)
+    baseline = SceneBaseline()
+    baseline.update([group("x", scores, tokens)])
     assert baseline.of("x") == pytest.approx([2.2 / 70, 0.05])
 
 
@@ -168,8 +174,10 @@ def test_the_scene_baseline_does_not_depend_on_order() -> None:
     credits = [[rng.uniform(-0.1, 0.1) for _ in range(rng.randint(1, 8))] for _ in scenes]
     order = list(range(50))
     rng.shuffle(order)
-    straight = updated_baseline(SceneBaseline(), scenes, credits)
-    assert straight == updated_baseline(SceneBaseline(), [scenes[k] for k in order], [credits[k] for k in order])
+    straight, other = SceneBaseline(), SceneBaseline()
+    straight.update([group(scenes[k], [credits[k]]) for k in range(50)])
+    other.update([group(scenes[k], [credits[k]]) for k in order])
+    assert straight.state_dict() == other.state_dict()
 
 
 @pytest.mark.parametrize("option", ["centering", "credit", "scale"])
@@ -209,6 +217,23 @@ def test_turn_terms_sum_to_zero_over_a_rollouts_turns(data: list[Any]) -> None:
     for a, turns in zip(outcome, turn_advantages(outcomes, groups, turn_scores), strict=True):
         if not math.isnan(a):
             assert sum(turns - a) == pytest.approx(0, abs=1e-9)
+
+
+@given(rollouts, centerings)
+def test_the_two_terms_add_up(data: list[Any], centering: str) -> None:
+    outcomes, groups, turn_scores = unzip(data)
+    terms = credit_terms(outcomes, groups, turn_scores, centering=centering)
+    np.testing.assert_array_equal([t.outcome for t in terms], outcome_advantages(outcomes, groups))
+    for t, whole in zip(terms, turn_advantages(outcomes, groups, turn_scores, centering=centering), strict=True):
+        np.testing.assert_array_equal(t.outcome + t.turn, whole)
+        assert np.isfinite(t.turn).all() and t.turn.shape == whole.shape
+
+
+def test_terms_by_hand() -> None:
+    first, second, failed, alone = credit_terms([0.0, 1.0, nan, 0.3], [0, 0, 0, 1], [[0.02, 0.04], [0.1], [0.1], [0.1]])
+    a = 0.5 / (math.sqrt(0.5) + 1e-6)
+    assert (first.outcome, second.outcome) == pytest.approx((-a, a)) and first.turn == pytest.approx([-0.15, 0.15])
+    assert math.isnan(failed.outcome) and second.turn == failed.turn == alone.turn == [0.0] and alone.outcome == 0
 
 
 @given(rollouts)

@@ -22,17 +22,16 @@ import pytest
 from transformers import AutoTokenizer
 
 from ctcgrpo import types
-from ctcgrpo.credit import SceneBaseline
+from ctcgrpo.centering import make_centering
 from ctcgrpo.environments.eibench import EIBench, task_of
 from ctcgrpo.errors import BudgetSpent, PolicyEngineError
 from ctcgrpo.options import CreditOptions
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.records import Scenario
-from ctcgrpo.report.reading import with_credit
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.runner import Slot
-from ctcgrpo.rollout.traces import trace_record
+from ctcgrpo.rollout.traces import add_credit, trace_record
 from ctcgrpo.run_records import read_traces
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
@@ -142,7 +141,7 @@ def test_an_episode_of_any_environment_is_recorded_and_becomes_metrics(parts: Pa
         assert "Count." in text and "Begin." in text and "Go on." in text
     assert [e.closed for e in Echo.made] == [1, 1] and Echo.made[0].name == "1/t0/0"
     summaries = [summarise(e, CreditOptions()) for e in episodes]
-    metrics = rollout_metrics(summaries, step_credit(summaries, CreditOptions(), SceneBaseline()))
+    metrics = rollout_metrics(summaries, step_credit(summaries, CreditOptions(), make_centering("rollout")))
     assert metrics["outcome/even"] == pytest.approx(0.2) and metrics["final_left/odd"] == 0
     assert not [name for name in metrics if "who" in name or "anger" in name]
 
@@ -388,16 +387,16 @@ def test_an_environment_may_score_every_few_turns(parts: Parts, tmp_path: Path) 
     assert [t["reward"] for t in trace_record(first)["turns"]] == [None, 0.4, None]
     options = CreditOptions(alpha=10.0)
     episodes = [replace(first, group=0), replace(second, group=0, rollout=1, tag=first.tag)]
-    found = step_credit([summarise(e, options) for e in episodes], options, SceneBaseline())
+    found = step_credit([summarise(e, options) for e in episodes], options, make_centering("rollout"))
     a, b = (found.advantages[0, k] for k in (0, 1))
     assert np.subtract(a, np.mean(a)) == pytest.approx([2 / 3, 2 / 3, -4 / 3])  # 10 x (0.2, 0.2, 0) less their mean
     assert np.subtract(b, np.mean(b)) == pytest.approx([-1.0, -1.0, 2.0])
     # A reader of the traces finds the same credit.
     file = tmp_path / "step-000001.rank-0.jsonl"
-    file.write_text("".join(json.dumps(trace_record(e)) + "\n" for e in episodes))
+    add_credit(file, episodes, found.turns)
     traces, problems = read_traces([file])
-    credited, _ = with_credit([{**trace, "kind": "step", "step": 1} for trace in traces], options)
-    assert not problems and [e["advantages"] for e in credited] == [pytest.approx(a), pytest.approx(b)]
+    assert not problems
+    assert [[turn["credit"]["advantage"] for turn in e["turns"]] for e in traces] == [pytest.approx(a), pytest.approx(b)]
 
 
 class InProcess:

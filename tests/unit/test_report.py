@@ -22,8 +22,10 @@ from ctcgrpo.files import mark_complete
 from ctcgrpo.records import SCENES
 from ctcgrpo.report import page as pages
 from ctcgrpo.report.page import figures_of, write_report
-from ctcgrpo.report.reading import read_run
+from ctcgrpo.report.reading import credit_of, read_run
 from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.training.samples import turn_samples
+from ctcgrpo.types import TurnSample
 from tests.conftest import ROOT, Command
 from tests.unit.test_run import FAST, TINY
 
@@ -39,6 +41,7 @@ def turn(before: tuple[int, int], after: tuple[int, int], reply: str = "I hear y
         "faults": [],
         "message": "Go on.",
         "reward": ((was_angry - anger) + (trust - trusted)) / 200,
+        "credit": None,
         "done": False,
         "info": {"anger": anger, "trust": trust, "why": "takes it seriously (-1/+1)"},
         "prompt_tokens": 10,
@@ -48,8 +51,19 @@ def turn(before: tuple[int, int], after: tuple[int, int], reply: str = "I hear y
     }
 
 
-def episode(group: int, rollout: int, outcome: float | None, ends: list[tuple[int, int]], **changes: Any) -> dict[str, Any]:
+def episode(
+    group: int,
+    rollout: int,
+    outcome: float | None,
+    ends: list[tuple[int, int]],
+    credit: list[tuple[float, float]] | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """`credit`: (outcome term, turn term) of each turn, of an episode that was trained on."""
     states = [(50, 50), *ends]
+    turns = [turn(a, b) for a, b in pairwise(states)]
+    for k, (a, b) in enumerate(credit or ()):
+        turns[k]["credit"] = {"outcome": a, "turn": b, "advantage": a + b}
     return {
         "step": 1,
         "task": f"support-{group}",
@@ -60,7 +74,7 @@ def episode(group: int, rollout: int, outcome: float | None, ends: list[tuple[in
         "failure": None if outcome is not None else {"kind": "simulator_reply", "message": "turn 2: no answer"},
         "opening": "My tea is cold.",
         "info": {"anger": 50, "trust": 50},
-        "turns": [turn(a, b) for a, b in pairwise(states)],
+        "turns": turns,
         "seconds_policy": 0.1,
         "seconds_environment": 0.1,
     } | changes
@@ -86,21 +100,20 @@ def made(folder: Path, episodes: list[dict[str, Any]], *, finished: bool = True,
 
 
 EPISODES = [
-    episode(0, 0, 0.5, [(46, 52), (40, 60)]),
-    episode(0, 1, -0.5, [(54, 50), (58, 40)]),
+    episode(0, 0, 0.5, [(46, 52), (40, 60)], [(0.7, -0.3), (0.7, 0.3)]),
+    episode(0, 1, -0.5, [(54, 50), (58, 40)], [(-0.7, 0.375), (-0.7, -0.375)]),
     episode(0, 2, None, [(50, 50)]),
-    episode(1, 0, 0.2, [(48, 50)]),
-    episode(1, 1, 0.2, [(48, 50)]),
+    episode(1, 0, 0.2, [(48, 50)], [(0.0, 0.0)]),
+    episode(1, 1, 0.2, [(48, 50)], [(0.0, 0.0)]),
 ]
 
 
 def test_credit_in_a_report_by_hand(tmp_path: Path) -> None:
     run = read_run(made(tmp_path / "r", EPISODES))
-    first, second, failed, *alike = run.episodes
-    # Outcomes 0.5 and -0.5: A = +-0.5 / 0.7071. Turn scores 0.03 and 0.07, centered on their mean: -+0.02, times 15.
-    assert first["advantages"] == pytest.approx([0.70711 - 0.3, 0.70711 + 0.3], abs=1e-4)
-    assert second["advantages"] == pytest.approx([-0.70711 + 0.375, -0.70711 - 0.375], abs=1e-4)
-    assert failed["advantages"] is None and all(e["advantages"] == (0.0,) for e in alike)
+    first, second, failed, *alike = (advantages(e) for e in run.episodes)
+    assert first == pytest.approx([0.4, 1.0]) and second == pytest.approx([-0.325, -1.075])
+    assert failed is None and alike == [[0.0], [0.0]]
+    assert pages._lean(run.episodes[0])[-1] == [[0.4, 0.7, -0.3], [1.0, 0.7, 0.3]]
     found = figures_of(run)
     assert found["validations"][0]["scores"]["overall"]["mean"] == pytest.approx(-0.15)
     assert found["failures"] == {"simulator_reply": 1.0} and found["finished"] and found["steps"] == 1
@@ -109,7 +122,51 @@ def test_credit_in_a_report_by_hand(tmp_path: Path) -> None:
     assert sum(found["credit"]["turns"]["1"]["counts"]) == 4 and sum(found["credit"]["scenes"]["support"]["counts"]) == 6
 
 
-def test_a_real_run_has_the_credit_that_it_was_trained_with(tmp_path: Path, ctcgrpo: Command) -> None:
+def advantages(episode: dict[str, Any]) -> list[float] | None:
+    credit = credit_of(episode)
+    return None if credit is None else [c["advantage"] for c in credit]
+
+
+def test_recorded_credit_that_is_not_what_the_run_logged_is_named(tmp_path: Path) -> None:
+    def problems(name: str, **changes: float) -> list[str]:
+        episodes = json.loads(json.dumps(EPISODES))
+        episodes[1]["turns"][0]["credit"] |= changes
+        folder = made(tmp_path / name, episodes)
+        # Turn terms -+0.3, +-0.375 and twice 0: their squares sum to 0.46125.
+        stds = {"credit/outcome_term_std": (0.98 / 4) ** 0.5, "credit/turn_term_std": (0.46125 / 6) ** 0.5}
+        turns = [t["reward"] for e in EPISODES for t in e["turns"] if e["failure"] is None]
+        figures = {"step": 1, "episodes/valid": 4.0, "outcome/all": 0.1, "outcome/support": 0.1, **stds}
+        figures["reward/turn"] = sum(turns) / len(turns)
+        (folder / "metrics.jsonl").write_text(json.dumps(figures) + "\n")
+        return [text for text in read_run(folder).problems if text.startswith("step 1")]
+
+    assert problems("as-it-was") == []
+    (said,) = problems("advantage", advantage=2.0)
+    assert said == "step 1: advantage = 2.0 is not outcome + turn (so in 1 turns)"
+    said, _ = problems("turn", turn=0.5)
+    assert said.startswith("step 1: credit/turn_term_std is 0.3") and "by the traces, 0.2772634" in said
+
+
+def test_runs_without_recorded_credit_show_none(tmp_path: Path) -> None:
+    old = json.loads(json.dumps(EPISODES))
+    for e in old:
+        for t in e["turns"]:
+            del t["credit"]
+    run = read_run(made(tmp_path / "r", old))
+    assert [advantages(e) for e in run.episodes] == [None] * 5 and figures_of(run)["credit"]["turns"] == {}
+
+
+def test_a_real_run_has_the_credit_that_it_was_trained_with(
+    tmp_path: Path, ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[float] = []
+
+    def kept(*arguments: Any, **options: Any) -> list[TurnSample]:
+        samples = turn_samples(*arguments, **options)
+        trained.extend(sample.advantage for sample in samples)
+        return samples
+
+    monkeypatch.setattr("ctcgrpo.training.trainer.turn_samples", kept)
     code, _, err = ctcgrpo(
         "train", TINY, *FAST, f"run.output_dir={tmp_path}", "credit.centering=scene", "training.max_steps=2"
     )
@@ -122,12 +179,14 @@ def test_a_real_run_has_the_credit_that_it_was_trained_with(tmp_path: Path, ctcg
         assert len(of_step) == m["episodes/valid"]
         outcomes = [e["outcome"] for e in of_step]
         assert sum(outcomes) / len(outcomes) == pytest.approx(m["outcome/all"])
-        values = [a for e in of_step for a in e["advantages"]]
+        values = [a for e in of_step for a in advantages(e) or ()]
         # Without differences between outcomes, what is left is the turn term, whose spread the trainer logged.
         if m["credit/outcome_term_std"] == 0:
             mean = sum(values) / len(values)
             spread = (sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5
             assert spread == pytest.approx(m["credit/turn_term_std"], rel=1e-6)
+    recorded = [a for e in run.episodes for a in advantages(e) or ()]
+    assert recorded and sorted(recorded) == sorted(trained) and not run.problems
     code, out, err = ctcgrpo("report", str(tmp_path / "tiny"))
     assert code == 0 and "16 episodes" in out, err
     assert (tmp_path / "tiny" / "report.html").stat().st_size < 1e6
@@ -280,7 +339,7 @@ def test_a_browser_opens_the_page(browser: Any, tmp_path: Path) -> None:
         # Colours and figures are those of the credit.
         colored = page.locator(".turn[data-advantage]")
         told = [float(colored.nth(k).get_attribute("data-advantage")) for k in range(colored.count())]
-        assert told == pytest.approx([a for e in run.episodes[:3] for a in e["advantages"] or ()], abs=1e-5)
+        assert told == pytest.approx([a for e in run.episodes[:3] for a in advantages(e) or ()], abs=1e-5)
         for k, advantage in enumerate(told):
             red, green = map(
                 int, re.findall(r"\d+", colored.nth(k).evaluate("e => getComputedStyle(e).backgroundColor"))[:2]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 
-from ctcgrpo.credit import SceneBaseline
+from ctcgrpo.centering import make_centering
 from ctcgrpo.environments.eibench import EIBench, task_of
 from ctcgrpo.errors import PolicyEngineError, RunInterrupted
 from ctcgrpo.options import CreditOptions
@@ -329,7 +329,7 @@ async def test_a_deadline_cuts_stragglers_and_says_after_how_many_turns(parts: P
     assert [(e.group, e.rollout, len(e.turns)) for e in failed] == [(0, 1, 1)] and len(heard) == len(SLOTS)
     assert failed[0].failure == Failure("deadline", "turn 2: rollout.deadline of 6 s has passed")
     summaries = [summarise(e, CreditOptions()) for e in episodes]
-    metrics = rollout_metrics(summaries, step_credit(summaries, CreditOptions(), SceneBaseline()))
+    metrics = rollout_metrics(summaries, step_credit(summaries, CreditOptions(), make_centering("rollout")))
     assert metrics["failed/deadline"] == metrics["deadline/after_1_turns"] == 1
     assert "deadline/after_2_turns" not in metrics
 

@@ -567,6 +567,7 @@ def test_weights_and_biases_offline_learn_no_secret(
     traces = (tmp_path / "tiny" / "traces" / "step-000001.rank-0.jsonl").read_text()
     for row in rows["data"]:
         told_row = dict(zip(COLUMNS, row, strict=True))
-        assert isinstance(told_row["advantage"], float) and json.dumps(told_row["reply"], ensure_ascii=False) in traces
+        assert told_row["advantage"] == told_row["outcome term"] + told_row["turn term"]
+        assert json.dumps(told_row["reply"], ensure_ascii=False) in traces
     for file in (path for path in tmp_path.rglob("*") if path.is_file()):
         assert b"marked-secret" not in file.read_bytes(), file

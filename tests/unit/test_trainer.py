@@ -140,10 +140,10 @@ def test_the_scene_baseline_survives_a_resume(tiny: Path, tmp_path: Path) -> Non
     def run(folder: str, resume: bool = False, **config: Any) -> Any:
         trainer = sameness.build_trainer(str(tiny), folder, centering="scene", save_strategy="steps", save_steps=1, **config)
         trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-1" if resume else None)
-        return trainer._baseline, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        return trainer._centering.state_dict(), {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
 
     whole, weights = run(str(tmp_path / "whole"))
-    assert whole.weights["first"][0] == 2 * sameness.GROUP_SIZE  # group 0, two steps, nobody failed
+    assert whole["weights"]["first"][0] == 2 * sameness.GROUP_SIZE  # group 0, two steps, nobody failed
     resumed, again = run(str(tmp_path / "whole"), resume=True)
     assert resumed == whole
     assert all(torch.equal(weights[n], again[n]) for n in weights)

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctcgrpo.credit import SceneBaseline, turn_advantages
+from ctcgrpo.centering import SceneBaseline, make_centering
+from ctcgrpo.credit import turn_advantages
 from ctcgrpo.options import CreditOptions
 from ctcgrpo.records import SCENES, Anchors, Scenario, UserState
 from ctcgrpo.scoring import turn_score
@@ -74,7 +75,7 @@ def test_samples_leave_out_what_is_not_in_the_loss() -> None:
         episode(1, 1, [], math.nan),
     ]
     options = CreditOptions()
-    credit = step_credit([summarise(e, options) for e in episodes], options, SceneBaseline())
+    credit = step_credit([summarise(e, options) for e in episodes], options, make_centering(options.centering))
     assert set(credit.advantages) == {(0, 0), (0, 1)}
     samples = turn_samples(episodes, credit.advantages)
     assert [s.prompt_ids[2:] for s in samples] == [(0, 0, 0), (0, 0, 1), (0, 1, 0)]
@@ -88,14 +89,16 @@ def test_samples_leave_out_what_is_not_in_the_loss() -> None:
 def test_the_scene_baseline_is_used_after_it_was_learned_and_leaves_failures_out() -> None:
     episodes = [episode(0, 0, [(-5, 5)], 0.5), episode(0, 1, [(1, -1)], -0.5), episode(0, 2, [(9, 9)], math.nan)]
     options = CreditOptions(centering="scene", alpha=10)
-    first = step_credit([summarise(e, options) for e in episodes], options, SceneBaseline())
-    assert first.baseline.of("support") == pytest.approx([(0.05 - 0.01) / 2])
-    second = step_credit([summarise(e, options) for e in episodes], options, first.baseline)
+    baseline = make_centering("scene")
+    assert isinstance(baseline, SceneBaseline)
+    first = step_credit([summarise(e, options) for e in episodes], options, baseline)
+    assert baseline.of("support") == pytest.approx([(0.05 - 0.01) / 2])
+    second = step_credit([summarise(e, options) for e in episodes], options, baseline)
     a = 0.5 / (math.sqrt(0.5) + 1e-6)
     assert first.advantages[0, 0] == pytest.approx((a + 0.5,))
     assert second.advantages[0, 0] == pytest.approx((a + 10 * (0.05 - 0.02),))
     by_token = CreditOptions(center_weights="token", centering="group")
-    weighted = step_credit([summarise(e, by_token) for e in episodes], by_token, SceneBaseline())
+    weighted = step_credit([summarise(e, by_token) for e in episodes], by_token, make_centering(by_token.centering))
     assert weighted.advantages[0, 0] == pytest.approx((a + 15 * 0.03,))
 
 
@@ -105,13 +108,13 @@ def test_shuffled_advantages_are_the_same_ones_elsewhere() -> None:
     ]
     options = CreditOptions()
     summaries = [summarise(e, options) for e in episodes]
-    true = step_credit(summaries, options, SceneBaseline()).advantages
+    true = step_credit(summaries, options, make_centering(options.centering)).advantages
     control = CreditOptions(shuffle_credit="advantages")
-    dealt = step_credit(summaries, control, SceneBaseline(), step=5).advantages
+    dealt = step_credit(summaries, control, make_centering(control.centering), step=5).advantages
     assert {key: len(a) for key, a in dealt.items()} == {key: len(a) for key, a in true.items()} and dealt != true
     assert sorted(x for a in dealt.values() for x in a) == sorted(x for a in true.values() for x in a)
-    assert dealt == step_credit(summaries, control, SceneBaseline(), step=5).advantages
-    assert dealt != step_credit(summaries, control, SceneBaseline(), step=6).advantages
+    assert dealt == step_credit(summaries, control, make_centering(control.centering), step=5).advantages
+    assert dealt != step_credit(summaries, control, make_centering(control.centering), step=6).advantages
 
 
 def test_shuffled_turn_scores_leave_the_outcome_terms() -> None:
@@ -121,10 +124,10 @@ def test_shuffled_turn_scores_leave_the_outcome_terms() -> None:
     episodes.append(episode(0, 4, [(-9, 9)], math.nan))
     options = CreditOptions(centering="none")
     summaries = [summarise(e, options) for e in episodes]
-    true = step_credit(summaries, options, SceneBaseline())
-    dealt = step_credit(summaries, CreditOptions(centering="none", shuffle_credit="turn_scores"), SceneBaseline())
+    true = step_credit(summaries, options, make_centering(options.centering))
+    dealt = step_credit(summaries, CreditOptions(centering="none", shuffle_credit="turn_scores"), make_centering("none"))
     assert dealt.advantages.keys() == true.advantages.keys() and (0, 4) not in dealt.advantages
-    outcomes = step_credit(summaries, CreditOptions(alpha=0), SceneBaseline()).advantages
+    outcomes = step_credit(summaries, CreditOptions(alpha=0), make_centering("rollout")).advantages
 
     def turn_terms(advantages: Mapping[tuple[int, int], tuple[float, ...]]) -> list[float]:
         return sorted(round(x - y, 9) for key, a in advantages.items() for x, y in zip(a, outcomes[key], strict=True))
@@ -156,13 +159,13 @@ def test_metrics_count_failures_and_leave_them_out() -> None:
     episodes = [episode(0, 0, [(-5, 5)], 0.5), episode(0, 1, [(5, -5)] * 3, -0.5), episode(0, 2, [(9, 9)], math.nan)]
     options = CreditOptions()
     summaries = [summarise(e, options) for e in episodes]
-    metrics = rollout_metrics(summaries, step_credit(summaries, options, SceneBaseline()))
+    metrics = rollout_metrics(summaries, step_credit(summaries, options, make_centering(options.centering)))
     assert metrics["outcome/all"] == metrics["outcome/support"] == 0
     assert (metrics["episodes/valid"], metrics["episodes/failed"], metrics["failed/simulator_reply"]) == (2, 1, 1)
     assert metrics["final_anger/support"] == (55 + 75) / 2
     assert metrics["episodes/turns"] == 2 and metrics["replies/tokens"] == 3
     assert "outcome/charm" not in metrics
-    none = rollout_metrics(summaries[2:], step_credit(summaries[2:], options, SceneBaseline()))
+    none = rollout_metrics(summaries[2:], step_credit(summaries[2:], options, make_centering(options.centering)))
     assert math.isnan(none["outcome/all"]) and none["credit/groups_without_signal"] == 1
 
 

@@ -28,6 +28,9 @@ from ctcgrpo.train import train
 from tests.conftest import Command
 from tests.unit.test_run import FAST, TINY
 
+_SCENE = "credit.centering=scene"
+"""A centering with a state in the checkpoint."""
+
 
 class Runs:
     """Makes a folder when it is unpickled."""
@@ -155,7 +158,11 @@ def test_a_run_with_a_pickle_in_its_checkpoint_does_not_resume(ctcgrpo: Command,
         ("config.json", lambda data: b"[]", "config.json: expected a JSON object"),
         ("trainer_state.json", lambda data: b"[]", "trainer_state.json: cannot be read"),
         ("trainer_state.json", lambda data: b'{"global_step": "1"}', "global_step = '1'"),
-        ("scene_baseline.json", lambda data: b"[" * 9, "scene_baseline.json: cannot be read"),
+        ("credit_state.json", lambda data: b"[" * 9, "credit_state.json cannot be read"),
+        ("credit_state.json", lambda data: b"[]", "credit_state.json holds a list; expected an object"),
+        ("credit_state.json", lambda data: b'{"sums": {"a": [NaN]}, "weights": {"a": [1]}}', "credit_state.json cannot be"),
+        ("credit_state.json", lambda data: b'{"sums": {"a": [1]}, "weights": {"a": [0]}}', "weights must be positive"),
+        ("credit_state.json", lambda data: b'{"sums": {"a": [1]}, "weights": {"a": [1, 2]}}', "differ in length"),
     ],
 )
 def test_a_damaged_checkpoint_that_is_marked_complete_is_named(
@@ -165,7 +172,7 @@ def test_a_damaged_checkpoint_that_is_marked_complete_is_named(
     checkpoint = max(folder.glob("checkpoint-*"))
     (checkpoint / file).write_bytes(damage((checkpoint / file).read_bytes()))
     mark_complete(checkpoint)
-    code, _, err = ctcgrpo("train", TINY, *FAST, f"run.output_dir={tmp_path}", "training.max_steps=2")
+    code, _, err = ctcgrpo("train", TINY, *FAST, _SCENE, f"run.output_dir={tmp_path}", "training.max_steps=2")
     assert code == 6 and problem in err and str(checkpoint) in err, err
 
 
@@ -179,7 +186,7 @@ def saved(value: object) -> bytes:
 def one_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that ended after a step, without what it ended with."""
     folder = tmp_path_factory.mktemp("one-step")
-    train(load_recipe(TINY, [*FAST, f"run.output_dir={folder}", "training.max_steps=1"]))
+    train(load_recipe(TINY, [*FAST, _SCENE, f"run.output_dir={folder}", "training.max_steps=1"]))
     shutil.rmtree(folder / "tiny" / "final")
     return folder / "tiny"
 

@@ -1,0 +1,39 @@
+"""What a centering remembers, in a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ctcgrpo.centering import Centering
+from ctcgrpo.credit_calls import called
+from ctcgrpo.errors import CreditError, OutputError
+from ctcgrpo.files import read_json
+
+CREDIT_STATE = "credit_state.json"
+
+
+def state_text(centering: Centering) -> str | None:
+    """The state of a centering as JSON; None for one without a state. Raises CreditError for a state that JSON cannot hold."""
+    state = called(centering.where, centering.state_dict)
+    try:
+        return None if state is None else json.dumps(state, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CreditError(
+            f"{centering.where}: JSON cannot hold what state_dict gave ({error}); expected plain data"
+        ) from None
+
+
+def load_state(centering: Centering, checkpoint: Path) -> None:
+    """Give a centering that has a state the one of a checkpoint. Raises OutputError for a file that is missing or damaged."""
+    if called(centering.where, centering.state_dict) is None:
+        return
+    file = checkpoint / CREDIT_STATE
+    try:
+        state = read_json(file)
+        if not isinstance(state, dict):
+            raise OutputError(f"{file} holds a {type(state).__name__}; expected an object")
+        called(centering.where, centering.load_state_dict, state)
+    except (OutputError, CreditError) as error:
+        where = "" if isinstance(error, OutputError) else f"{file} cannot be used: "
+        raise OutputError(f"{where}{error}; remove {checkpoint} to resume from an older checkpoint") from None
