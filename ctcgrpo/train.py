@@ -32,6 +32,7 @@ from ctcgrpo.errors import (
 )
 from ctcgrpo.files import file_digest
 from ctcgrpo.folders import check_model
+from ctcgrpo.importing import is_reference, load_object, source_of
 from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.builtin import build_builtin, is_built, is_builtin, wheel_of
 from ctcgrpo.policy.context import ContextBuilder
@@ -384,7 +385,7 @@ def _arguments(recipe: Recipe) -> CTCGRPOConfig:
 
 
 def _policy_data(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """Digests of what the policy starts from, by the field that names it."""
+    """Digests of what the policy starts from, and of functions of one's own that train it, by the field that names them."""
     policy = recipe.policy
     data = dict[str, dict[str, str]]()
     if wheel := wheel_of(policy.model):
@@ -396,6 +397,11 @@ def _policy_data(recipe: Recipe) -> dict[str, dict[str, str]]:
     instructions = load_instructions(policy.instructions)
     if recipe.environment is None and instructions.texts:
         data["policy.instructions"] = {policy.instructions: instructions.digest}
+    for field in ("credit", "centering", "scale"):
+        if is_reference(named := getattr(recipe.credit, field)):
+            load_object(named, f"credit.{field}")
+            if file := source_of(named):
+                data[f"credit.{field}"] = {file.name: file_digest(file)}
     return data
 
 
