@@ -123,7 +123,8 @@ def rearranging(h: Heard) -> Iterator[Finding]:
     r = h.reading
     if r.borrowed < 2 or r.borrowed <= r.added or r.feels or r.echo > _ECHO:
         return
-    if r.borrowed >= _MANY_BORROWED and r.borrowed >= 2 * (r.added + r.responds):
+    # A question adds what it asks.
+    if r.borrowed >= _MANY_BORROWED and r.borrowed >= 2 * (r.added + (r.responds or r.questions > 0)):
         yield Finding(2, -2, "turns my own words around")
     elif not r.responds and not r.engaged:
         # To say two words back may be how somebody listens. It is not taken amiss, and does no good.
