@@ -75,7 +75,8 @@ class DeadlinePassed(CtcGrpoError):
 
 
 class EnvironmentFailed(CtcGrpoError):
-    """An environment raised something of its own, or gave a reward or an outcome that is not finite."""
+    """An environment raised something of its own, took too long, or gave a value that its contract does not know (a reward or an
+    outcome that is not finite)."""
 
     kind = "environment"
 

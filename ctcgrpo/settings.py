@@ -18,6 +18,7 @@ from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.runner import Play
+from ctcgrpo.rollout.session import SECONDS_PER_CALL
 from ctcgrpo.sharding import FSDP2, sharding_arguments
 from ctcgrpo.training.trainer import UpdateOptions
 
@@ -34,6 +35,8 @@ def play_settings(recipe: Recipe) -> Play:
         seed=recipe.run.seed,
         deterministic=rollout.deterministic,
         deadline=rollout.deadline,
+        # A simulator's client has limits of its own, which this one must not cut short.
+        seconds_per_call=max(SECONDS_PER_CALL, 2 * (recipe.simulator.timeout + recipe.simulator.patience)),
     )
 
 

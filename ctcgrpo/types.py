@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NotRequired, TypedDict
@@ -21,13 +21,18 @@ class Message(TypedDict):
     instructions: NotRequired[str]
 
 
+Heard = str | Sequence[Message]
+"""What an environment says to the policy: a line of the user, or chat messages."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What comes of a reply. `message`: what the policy hears next (kept in the record where the episode is over); `reward`: what
-    the turn earned."""
+    """What comes of a reply. `message`: what the policy hears next, as a user's line or as messages of users and systems; None only
+    where `done` (one that is given there is kept in the record). `reward`: what the turn earned, finite; None: the turn is not
+    scored, and shares the reward of the next turn that is (`turn_rewards`). `info`: finite numbers and texts."""
 
-    message: str
-    reward: float
+    message: Heard | None
+    reward: float | None = None
     done: bool = False
     info: Info = field(default_factory=lambda: _NOTHING)
 
@@ -35,8 +40,13 @@ class Step:
 class Environment:
     """Plays one episode against the policy. Subclass it.
 
-    Whoever plays it sets `name` (how logs call the episode) before `reset`, adds the rewards up in `episode_return`, and calls
-    `close` once, also after a failure. An exception is a failed episode with its reason, never a reward.
+    Each episode has an instance of its own. Whoever plays it sets `name` (how logs call the episode) before `reset`, adds the
+    rewards up in `episode_return`, and calls `close` once, also after a failure. An exception, a value that is not as described
+    here, or a call over the time limit makes a failed episode with its reason, never a reward.
+
+    `reset`, `step`, `outcome` and `close` may be plain or async methods. A plain one runs in a thread, so that other episodes
+    continue meanwhile; calls of one episode come one after the other, not always in the same thread, and a call that ran out of
+    time may still run while `close` is called. The constructor runs in the event loop: keep it short.
     """
 
     name: str = ""
@@ -44,20 +54,39 @@ class Environment:
     info: Info = _NOTHING
     """What is known of the start, as `Step.info` is of a turn; set by `reset`."""
 
-    async def reset(self, task: Mapping[str, Any], *, seed: int) -> Sequence[Message]:
-        """What the policy hears first: a system message, and a user's line unless the policy opens."""
+    def reset(self, task: Mapping[str, Any], *, seed: int) -> Heard | Awaitable[Heard]:
+        """What the policy hears first: the user's line, or messages, a system message at their head or none. Without a message of
+        the user the policy opens."""
         raise NotImplementedError
 
-    async def step(self, reply: str) -> Step:
+    def step(self, reply: str) -> Step | Awaitable[Step]:
         """`reply` is the visible text, without reasoning."""
         raise NotImplementedError
 
     def outcome(self) -> float:
-        """Of the episode once it is over; by default the sum of its rewards."""
+        """Of the episode once it is over, finite; by default the sum of its rewards."""
         return self.episode_return
 
-    async def close(self) -> None:
-        """Give back what the episode held."""
+    def close(self) -> Awaitable[None] | None:
+        """Give back what the episode held. What it raises is logged, and costs no episode that is over."""
+        return None
+
+
+def turn_rewards(rewards: Sequence[float | None]) -> tuple[float, ...]:
+    """What each turn of an episode is credited with, from the rewards of its turns, where None is a turn that is not scored.
+
+    A reward belongs in equal parts to its turn and the unscored turns directly before it, since all of them led to it; so the sum
+    stays the same. Unscored turns after the last reward have 0.
+
+    >>> turn_rewards([0.1, None, 0.5, None])
+    (0.1, 0.25, 0.25, 0.0)
+    """
+    credited: list[float] = []
+    for k, reward in enumerate(rewards, 1):
+        if reward is not None:
+            share = k - len(credited)
+            credited += [reward / share] * share
+    return (*credited, *[0.0] * (len(rewards) - len(credited)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +116,8 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One reply of the policy and what came of it (`message`, `reward`, `done`, `info` as in `Step`).
+    """One reply of the policy and what came of it (`reward`, `done`, `info` as in `Step`; `message` is the text of what the policy
+    heard, that of several messages with a blank line between them, empty where it heard nothing).
 
     `reply` is the visible text, without reasoning; `reasoning` is None for a completion without a reasoning part.
     `faults` names what is wrong with the form of the completion ("broken_tags", "unclosed_reasoning",
@@ -100,7 +130,7 @@ class Turn:
     reasoning: str | None
     faults: tuple[str, ...]
     message: str
-    reward: float
+    reward: float | None
     done: bool
     info: Info = field(default_factory=lambda: _NOTHING)
     dropped_exchanges: int = 0

@@ -27,7 +27,8 @@ class User(Protocol):
 
 class EIBench(Environment):
     """One dialogue with `user`. `max_turns`: replies of the policy at most, which the user is told;
-    `turn_weights`: weights of the change in anger and in trust in a turn's reward, by scene."""
+    `turn_weights`: weights of the change in anger and in trust in a turn's reward, by scene. Between turns `copy.copy` gives a
+    dialogue that continues on its own."""
 
     def __init__(
         self,
@@ -50,13 +51,13 @@ class EIBench(Environment):
         self._card = ScenarioCard.of(self._scenario)
         self._state = self._scenario.anchors.initial
         opening = self._scenario.opening_line
-        self._history = [Utterance(speaker="user", text=opening)] if opening else []
+        self._history = (Utterance(speaker="user", text=opening),) if opening else ()
         self.info = self._state._asdict()
         return opening_messages(self._scenario, self._briefing)
 
     async def step(self, reply: str) -> Step:
         """Raises the simulator's errors where it has no answer."""
-        self._history.append(Utterance(speaker="policy", text=reply))
+        self._history = (*self._history, Utterance(speaker="policy", text=reply))
         round = sum(utterance.speaker == "policy" for utterance in self._history)
         answer = await self._user.turn(
             turn_request(
@@ -69,7 +70,7 @@ class EIBench(Environment):
             )
         )
         before, self._state = self._state, UserState(answer.state.anger, answer.state.trust)
-        self._history.append(Utterance(speaker="user", text=answer.reply, reflection=answer.reflection))
+        self._history = (*self._history, Utterance(speaker="user", text=answer.reply, reflection=answer.reflection))
         return Step(
             message=answer.reply,
             reward=turn_score(before, self._state, self._turn_weights.get(self._scenario.scene, _EVEN)),

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.evaluation.eibench import INSTRUCTIONS
 from ctcgrpo.evaluation.generation import LOCAL_TOKENS
-from ctcgrpo.policy.context import ContextBuilder, Dialogue, ReasoningPolicy
+from ctcgrpo.policy.context import ContextBuilder, Dialogue, Line, ReasoningPolicy
 from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import load_tokenizer, loading_weights, stop_ids
 from ctcgrpo.policy.persona import BETWEEN
@@ -160,9 +160,8 @@ class LocalPolicy(ModelAPI):
         said = said[1 if opening else 0 :]
         if not (persona or opening) or [m.role for m in said] != ["assistant", "user"] * (len(said) // 2):
             raise PolicyEngineError(f"messages do not take turns: {', '.join(m.role for m in messages)}")
-        dialogue = Dialogue(
-            persona.removesuffix(instructions).removesuffix(BETWEEN if instructions else ""), opening, (), instructions
-        )
+        role = persona.removesuffix(instructions).removesuffix(BETWEEN if instructions else "")
+        dialogue = Dialogue(Line("system", role, instructions), (Line("user", opening),) if opening else ())
         for reply, line in zip(said[::2], said[1::2], strict=True):
             dialogue = contexts.extend(dialogue, self._completion(reply), line.text)
         return dialogue

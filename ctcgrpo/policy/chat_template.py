@@ -1,11 +1,13 @@
 """What a chat template puts around the messages of a dialogue, found by rendering probes.
 
-A prompt is a system message, lines of the user and replies of the policy, with the template's own text between them:
+A prompt is the messages that a dialogue begins with (its head: mostly a system message and a line of the user), and after each
+reply of the policy what it hears next (mostly a line of the user), with the template's own text between them:
 
-    lead SYSTEM joint USER before_reply REPLY between USER ... prompt
+    opens[0] SYSTEM opens[1] USER before_reply REPLY between[0] USER ... prompt
 
 A template that drops, repeats, moves or rewrites a message, or that renders a dialogue otherwise once it is longer, is refused: its
-contexts would not be what the model was taught. One that knows no system role gets the persona in the first user turn.
+contexts would not be what the model was taught. One that knows no system role gets the system message at the head in the first
+user turn.
 """
 
 from __future__ import annotations
@@ -23,9 +25,12 @@ from ctcgrpo.errors import PolicyError
 from ctcgrpo.time_limit import time_limit
 
 Message = dict[str, str]
+Roles = tuple[str, ...]
+USUAL: Roles = ("system", "user")
+"""How most dialogues begin."""
 
 FOLD = "\n\n"
-"""Between persona and first line where both stand in the first user turn."""
+"""Between system message and first line where both stand in the first user turn."""
 _RENDER_SECONDS = 30.0
 _MANY = 16
 """Exchanges of the longest dialogue that is probed: some templates keep the last messages only."""
@@ -38,18 +43,18 @@ _TEMPLATE_ERRORS = (
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The template's text around the messages of a dialogue that the user opens, or that the policy opens.
+    """The template's text around the messages of dialogues whose messages have certain roles.
 
-    `before_first_reply` and `before_reply` stand between a line of the user (the first one, a later one) and the policy's reply;
-    `first_prompt` and `prompt` stand there in place of them while the reply is still to be sampled. `folded`: the persona is part
-    of the first user turn. `joint` stands between persona and first line; it is empty where the policy opens.
+    `opens` (n,): before each message of the head. `between` (m,): before each message that the policy hears after a reply.
+    `before_first_reply` and `before_reply` stand between a message (the head's last, a later one) and the policy's reply;
+    `first_prompt` and `prompt` stand there in place of them while the reply is still to be sampled. `folded`: the system message at
+    the head is part of the first user turn.
     """
 
-    lead: str
-    joint: str
+    opens: tuple[str, ...]
     before_first_reply: str
     first_prompt: str
-    between: str
+    between: tuple[str, ...]
     before_reply: str
     prompt: str
     folded: bool
@@ -67,7 +72,7 @@ class ChatTemplate:
                 f"tokenizer {tokenizer.name_or_path!r} has no chat template; choose an instruct model, or name a template "
                 "file with policy.chat_template"
             )
-        self.layout = lru_cache(maxsize=2)(self._find_layout)
+        self.layout = lru_cache(maxsize=256)(self._find_layout)
 
     def render(self, messages: Sequence[Message], **kwargs: Any) -> str:
         """The prompt for the policy's next reply. Raises PolicyError where the template refuses these messages or does not end."""
@@ -87,44 +92,39 @@ class ChatTemplate:
             reason = str(error) or type(error).__name__
             raise PolicyError(f"{self.name} refuses messages ({roles}): {reason.splitlines()[0]}") from None
 
-    def messages(self, persona: str, opening: str, exchanges: Sequence[tuple[str, str]] = ()) -> list[Message]:
-        """A dialogue as the template is given it; `opening` is empty where the policy opens. Exchanges are (reply, user line)."""
-        if self.layout(not opening).folded:
-            first = [{"role": "user", "content": persona + FOLD + opening if opening else persona}]
-        else:
-            first = _unfolded(persona, opening)
-        return [*first, *_exchanged(exchanges)]
+    def messages(self, head: Sequence[Message], exchanges: Sequence[tuple[str, str]] = ()) -> list[Message]:
+        """A dialogue as the template is given it. Exchanges are (reply, user line)."""
+        folded = self.layout(tuple(m["role"] for m in head)).folded
+        heard = [(reply, ({"role": "user", "content": line},)) for reply, line in exchanges]
+        return [*(_folded(head) if folded else head), *_exchanged(heard)]
 
     def uses_today(self) -> bool:
         """Whether today's date enters prompts, so that the same dialogue has another context tomorrow."""
-        persona, opening = "PROBE-SYSTEM", "PROBE-OPENING"
+        head = [{"role": role, "content": f"PROBE-{role}"} for role in USUAL]
         shadowed = "{% macro strftime_now(format) %}" + _TODAY + "{% endmacro %}" + self._tokenizer.get_chat_template()
-        return _TODAY in self.render(self.messages(persona, opening), chat_template=shadowed)
+        return _TODAY in self.render(self.messages(head), chat_template=shadowed)
 
-    def _find_layout(self, policy_opens: bool) -> Layout:
-        """Raises PolicyError for a template that cannot serve dialogues of this kind."""
-        persona, opening = "PROBE-SYSTEM", "" if policy_opens else "PROBE-OPENING"
+    def _find_layout(self, head: Roles, heard: Roles = ("user",)) -> Layout:
+        """For dialogues with these roles at the head and after each reply. Raises PolicyError where the template cannot serve
+        them."""
+        first = [{"role": role, "content": f"PROBE-HEAD-{k:02}"} for k, role in enumerate(head)]
+        if head[0] != "system":
+            return self._layout(first, heard, folded=False)
         try:
-            return self._layout(_unfolded(persona, opening), folded=False)
+            return self._layout(first, heard, folded=False)
         except _NoSystemRole:
-            if policy_opens:
-                first, probes = [{"role": "user", "content": persona}], [persona]
-            else:
-                first, probes = [{"role": "user", "content": persona + FOLD + opening}], [persona, opening]
-            return self._layout(first, folded=True, probes=probes)
+            return self._layout(first, heard, folded=True)
 
-    def _layout(self, first: list[Message], *, folded: bool, probes: list[str] | None = None) -> Layout:
-        firsts = probes or [m["content"] for m in first]
+    def _layout(self, first: list[Message], heard: Roles, *, folded: bool) -> Layout:
         counts = (0, 1, 2, 3, _MANY)
-        parts = [self._parts(first, firsts, exchanges, folded) for exchanges in counts]
-        n = len(firsts)
-        opens, once, twice = parts[:3]
-        lead, joint = opens[0], opens[1] if n == 2 else ""
-        before_first, between, prompt = once[n], once[n + 1], once[n + 2]
-        before = twice[n + 2]
-        head = [lead, joint][:n]
+        parts = [self._parts(first, heard, exchanges, folded) for exchanges in counts]
+        n, m = len(first), len(heard)
+        opens, first_prompt = parts[0][:n], parts[0][n]
+        before_first, between = parts[1][n], parts[1][n + 1 : n + 1 + m]
+        before, prompt = parts[2][n + 1 + m], parts[1][-1]
         expected = [
-            [*head, before_first, between, *[before, between] * (k - 1), prompt] if k else [*head, opens[n]] for k in counts
+            [*opens, before_first, *between, *[before, *between] * (k - 1), prompt] if k else [*opens, first_prompt]
+            for k in counts
         ]
         if parts != expected:
             shorter, longer = next((a, b) for a, b in zip(expected, parts, strict=True) if a != b)
@@ -133,24 +133,28 @@ class ChatTemplate:
                 f"{self.name} does not render message by message: where it wrote {was[-60:]!r} it writes {now[-60:]!r} once the "
                 "dialogue is longer; set policy.chat_template to a file with another one"
             )
-        return Layout(lead, joint, before_first, opens[n], between, before, prompt, folded)
+        return Layout(tuple(opens), before_first, first_prompt, tuple(between), before, prompt, folded)
 
-    def _parts(self, first: list[Message], firsts: list[str], exchanges: int, folded: bool) -> list[str]:
+    def _parts(self, first: list[Message], heard: Roles, exchanges: int, folded: bool) -> list[str]:
         """What the template writes around the messages of a dialogue, each of which it must render once and in its place."""
-        said = [(f"PROBE-REPLY-{k:02}", f"PROBE-LINE-{k:02}") for k in range(exchanges)]
-        messages = [*first, *_exchanged(said)]
+        said = [
+            (f"PROBE-REPLY-{k:02}", [{"role": r, "content": f"PROBE-LINE-{k:02}-{j:02}"} for j, r in enumerate(heard)])
+            for k in range(exchanges)
+        ]
+        messages = [*(_folded(first) if folded else first), *_exchanged(said)]
+        may_fold = first[0]["role"] == "system" and not folded
         try:
             rest = text = self.render(messages)
         except PolicyError:
-            if folded or exchanges > 1:
+            if not may_fold or exchanges > 1:
                 raise
             raise _NoSystemRole from None
         parts = []
-        contents = [*firsts, *(text for exchange in said for text in exchange)]
+        contents = [message["content"] for message in (*first, *_exchanged(said))]
         for k, content in enumerate(contents):
             before, found, rest = rest.partition(content)
             if not found:
-                if k == 0 and not folded and content not in text:
+                if k == 0 and may_fold and content not in text:
                     raise _NoSystemRole
                 raise PolicyError(self._why_lost(contents, text, messages))
             parts.append(before)
@@ -172,17 +176,16 @@ class _NoSystemRole(Exception):
     """The template refuses or drops a system message."""
 
 
-def _unfolded(persona: str, opening: str) -> list[Message]:
-    first = [{"role": "system", "content": persona}]
-    return [*first, {"role": "user", "content": opening}] if opening else first
+def _folded(head: Sequence[Message]) -> list[Message]:
+    """Messages without the system message at their head: it goes into the first user turn, or is that turn."""
+    system, *others = head
+    if others and others[0]["role"] == "user":
+        return [{"role": "user", "content": system["content"] + FOLD + others[0]["content"]}, *others[1:]]
+    return [{"role": "user", "content": system["content"]}, *others]
 
 
-def _exchanged(exchanges: Sequence[tuple[str, str]]) -> list[Message]:
-    return [
-        message
-        for reply, line in exchanges
-        for message in ({"role": "assistant", "content": reply}, {"role": "user", "content": line})
-    ]
+def _exchanged(exchanges: Sequence[tuple[str, Sequence[Message]]]) -> list[Message]:
+    return [m for reply, heard in exchanges for m in ({"role": "assistant", "content": reply}, *heard)]
 
 
 def _role(content: str, messages: list[Message]) -> str:
@@ -219,4 +222,4 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | 
     """The control token that the template writes behind a reply, which is how the model was taught to end one; None where the
     template ends replies with plain text."""
     template = ChatTemplate(tokenizer, kwargs)
-    return ControlTokens(tokenizer).first(template.layout(False).between)
+    return ControlTokens(tokenizer).first(template.layout(USUAL).between[0])

@@ -4,12 +4,14 @@ A context is laid out segment by segment, each encoded once, in one piece, as th
 
     head (system, first user line) | reply | user line | reply | user line | ... | generation prompt
 
+A dialogue may lack the system message, and a "line" may be several messages, as far as the chat template renders such dialogues.
+
 so the unchanged part of a turn's prompt equals the earlier turn's, id by id. Replies are the sampled ids themselves, as long as
 they read in the dialogue as the template writes them. With `reasoning="strip"` (the paper) earlier turns keep their visible reply
 only, as the model is deployed; with "keep" they keep every sampled token. What persons and policies say never becomes a control
 token, whatever it spells.
 
-A prompt that is too long drops the oldest exchange, never the system prompt and never the latest line of the user.
+A prompt that is too long drops the oldest exchange, never the system prompt and never what the policy heard last.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyEngineError, PolicyError
-from ctcgrpo.policy.chat_template import ChatTemplate, ControlTokens
+from ctcgrpo.policy.chat_template import USUAL, ChatTemplate, ControlTokens, Layout, Roles
 from ctcgrpo.policy.persona import BETWEEN, together
 from ctcgrpo.policy.reasoning import CLOSE, OPEN, parse_completion
-from ctcgrpo.types import Completion, Message
+from ctcgrpo.types import Completion, Heard, Message
 
 ReasoningPolicy = Literal["strip", "keep"]
 Ids = tuple[int, ...]
@@ -42,23 +44,40 @@ _ODD_LINE = 'It is "so" & <i>so</i>, ' + "and so on, " * 60 + "as I said."
 """Words that a template which escapes, shortens or re-formats contents would change."""
 
 
+class Line(NamedTuple):
+    """A message that the policy did not sample. `content` is words; the `instructions` behind it are text of the developer's, so
+    that control tokens in them (<think>) are such."""
+
+    role: str
+    content: str
+    instructions: str = ""
+
+    @property
+    def text(self) -> str:
+        return together(self.content, self.instructions)
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A reply of the policy as context ids, and the user's answer to it."""
+    """A reply of the policy as context ids, and what the policy heard then."""
 
     reply_ids: Ids
-    user_line: str
+    lines: tuple[Line, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A conversation so far, from the policy's side. `opening_line` is empty where the policy opens. The `instructions` on how to
-    reply stand behind the persona; they are texts of ours, so that control tokens in them (<think>) are such."""
+    """A conversation so far, from the policy's side. `opening` is what it heard first beside the system message; it is empty where
+    the policy opens."""
 
-    policy_persona: str
-    opening_line: str
+    system: Line | None
+    opening: tuple[Line, ...]
     exchanges: tuple[Exchange, ...] = ()
-    instructions: str = ""
+
+    @property
+    def opening_text(self) -> str:
+        """As a person reads it."""
+        return "\n\n".join(line.text for line in self.opening)
 
 
 class ContextBuilder:
@@ -79,9 +98,9 @@ class ContextBuilder:
         self._reasoning = reasoning
         self._template = ChatTemplate(tokenizer, template_kwargs)
         self._control = ControlTokens(tokenizer)
-        self._prompt = self._template.layout(False).prompt
+        self._prompt = self._template.layout(USUAL).prompt
         # Where the template writes a space before a reply and leaves it out of the prompt, the policy samples it.
-        before = self._template.layout(False).before_reply
+        before = self._template.layout(USUAL).before_reply
         self._sampled_lead = before[len(self._prompt) :] if before.startswith(self._prompt) else ""
         if unsaid := self._sampled_lead.replace(OPEN, "").replace(CLOSE, "").strip():
             raise PolicyError(
@@ -92,7 +111,7 @@ class ContextBuilder:
 
     def _remember(self) -> None:
         self._head_ids = lru_cache(maxsize=4096)(self._encode_head)
-        self._line_ids = lru_cache(maxsize=65536)(self._encode_line)
+        self._line_ids = lru_cache(maxsize=65536)(self._encode_lines)
 
     @property
     def opens_reasoning(self) -> bool:
@@ -101,14 +120,15 @@ class ContextBuilder:
 
     def notes(self, openings: Iterable[Sequence[Message]]) -> list[str]:
         """What a user should know of how dialogues that begin so are put into prompts."""
-        folded = {opens for opens in {len(m) == 1 for m in openings} if self._template.layout(opens).folded}
+        roles = {tuple(message["role"] for message in messages) for messages in openings}
+        folded = [each for each in roles if self._template.layout(each).folded]
         notes = []
         if folded:
-            which = "dialogues that the policy opens" if folded == {True} else "every dialogue"
+            which = "every dialogue" if any("user" in each for each in folded) else "dialogues that the policy opens"
             notes.append(
                 f"{self._template.name} takes no system message: in {which} the persona is part of the first user turn"
             )
-        if self._control.first(self._template.layout(False).between) is None:
+        if self._control.first(self._template.layout(USUAL).between[0]) is None:
             notes.append(
                 f"{self._template.name} ends replies with plain text: only the model's end-of-sequence token ends one, which "
                 "earlier turns in prompts do not show"
@@ -121,44 +141,58 @@ class ContextBuilder:
         return notes
 
     def start(self, messages: Sequence[Message]) -> Dialogue:
-        """The dialogue that begins with a system message, and a user's line unless the policy opens. Raises PolicyEngineError for
-        other messages."""
-        if [m["role"] for m in messages] not in (["system"], ["system", "user"]):
+        """The dialogue that begins with these messages: a system message or none, then mostly a user's line, or nothing where the
+        policy opens. Raises PolicyEngineError where the policy has nothing to reply to, and for roles in an order that the chat
+        template cannot render."""
+        roles = [message["role"] for message in messages]
+        if not roles or roles[-1] == "assistant":
+            begins = f"messages of {', '.join(roles)}" if roles else "no message"
             raise PolicyEngineError(
-                f"an episode begins with messages of {', '.join(m['role'] for m in messages) or 'nobody'}; expected system, or "
-                "system and user"
+                f"an episode begins with {begins}; expected the last one to be of user or system, since the policy replies to it"
             )
-        system, instructions = messages[0]["content"].strip(), messages[0].get("instructions", "")
-        persona = system.removesuffix(instructions).removesuffix(BETWEEN if instructions else "")
-        return Dialogue(persona, messages[1]["content"].strip() if len(messages) > 1 else "", (), instructions)
+        self._layout(tuple(roles))
+        lines = tuple(map(_line, messages))
+        return Dialogue(lines[0], lines[1:]) if roles[0] == "system" else Dialogue(None, lines)
 
-    def extend(self, dialogue: Dialogue, completion: Completion, user_line: str) -> Dialogue:
-        """The dialogue after the policy's completion and the user's answer."""
+    def extend(self, dialogue: Dialogue, completion: Completion, heard: Heard) -> Dialogue:
+        """The dialogue after the policy's completion and what the policy heard then: a line of the user, or messages. Raises
+        PolicyEngineError for roles in an order that the chat template cannot render."""
         ids = completion.token_ids
         if ids and ids[-1] in self._stop_ids:
             ids = ids[:-1]
         if self._reasoning == "strip":
             ids = self._as_rendered(ids)
-        return replace(dialogue, exchanges=(*dialogue.exchanges, Exchange(ids, user_line.strip())))
+        messages: Sequence[Message] = [{"role": "user", "content": heard}] if isinstance(heard, str) else heard
+        lines = tuple(map(_line, messages))
+        self._layout(_roles(dialogue.system, dialogue.opening), _roles(None, lines))
+        return replace(dialogue, exchanges=(*dialogue.exchanges, Exchange(ids, lines)))
 
     def prompt(self, dialogue: Dialogue) -> tuple[Ids, int]:
         """The prompt ids of the policy's next turn, and how many exchanges were dropped to make them fit."""
-        first_line, exchanges = dialogue.opening_line, dialogue.exchanges
-        # Where the policy opens, the latest user line lives in the last exchange, which therefore has to stay.
-        last_droppable = len(exchanges) - (0 if first_line else 1)
+        exchanges = dialogue.exchanges
+        # Where the policy opens, what it heard last lives in the last exchange, which therefore has to stay.
+        last_droppable = len(exchanges) - (0 if dialogue.opening else 1)
         for dropped in range(max(0, last_droppable) + 1):
-            opening = first_line if not dropped or not first_line else exchanges[dropped - 1].user_line
+            opening = dialogue.opening if not dropped or not dialogue.opening else exchanges[dropped - 1].lines
+            head = opening if dialogue.system is None else (dialogue.system, *opening)
             kept = exchanges[dropped:]
-            ids = list(self._head_ids(dialogue.policy_persona, dialogue.instructions, opening, not kept))
+            ids = list(self._head_ids(head, not kept))
             for k, exchange in enumerate(kept, start=1):
                 ids += exchange.reply_ids
-                ids += self._line_ids(exchange.user_line, k == len(kept))
+                ids += self._line_ids(_roles(None, head), exchange.lines, k == len(kept))
             if len(ids) <= self._max_prompt_tokens:
                 return tuple(ids), dropped
         raise PolicyEngineError(
             f"system prompt and latest user line take {len(ids)} tokens; "
             f"rollout.max_prompt_tokens is {self._max_prompt_tokens}"
         )
+
+    def _layout(self, head: Roles, heard: Roles = ("user",)) -> Layout:
+        """Raises PolicyEngineError for roles that the template cannot render: an episode brought them."""
+        try:
+            return self._template.layout(head, heard)
+        except PolicyError as error:
+            raise PolicyEngineError(str(error)) from None
 
     # --- what is refused -----------------------------------------------------------------------------------------------
 
@@ -186,19 +220,22 @@ class ContextBuilder:
     def check_dialogue(self, name: str, messages: Sequence[Message]) -> None:
         """Hold the prompts of a dialogue's first turns against the template's text of the same messages. Raises PolicyError."""
         dialogue = self.start(messages)
-        opening, persona = dialogue.opening_line, together(dialogue.policy_persona, dialogue.instructions)
-        spelled = any(map(self._control.find, (dialogue.policy_persona, opening)))
+        lines = [line for line in (dialogue.system, *dialogue.opening) if line is not None]
+        head = [{"role": line.role, "content": line.text} for line in lines]
+        spelled = any(self._control.find(line.content) for line in lines)
+        last = lines[-1].text if lines[-1].role == "user" else (lines[-1].text.splitlines() or [""])[-1].strip()
         said: list[tuple[str, str]] = []
         for reply in (_ODD_REPLY, "Go on, then"):
-            text = self._template.render(self._template.messages(persona, opening, said))
+            text = self._template.render(self._template.messages(head, said))
             ids, _ = self.prompt(dialogue)
             own = tuple(self._tokenizer.encode(text, add_special_tokens=False))
             # Behind a reply a tokenizer may merge what was sampled with what follows; the text is the same all the same.
             if ids != own and (self._text(ids) != self._text(own) or not (said or spelled)):
                 raise PolicyError(self._difference(name, len(said) + 1, ids, own))
-            line = f"{opening or persona.splitlines()[-1].strip()}\n{_ODD_LINE}"
+            line = f"{last}\n{_ODD_LINE}"
             said.append((reply, line))
-            dialogue = replace(dialogue, exchanges=(*dialogue.exchanges, Exchange(self._encode_reply(reply), line)))
+            heard = (Line("user", line),)
+            dialogue = replace(dialogue, exchanges=(*dialogue.exchanges, Exchange(self._encode_reply(reply), heard)))
 
     def _difference(self, name: str, turn: int, ids: Ids, own: Ids) -> str:
         at = next((k for k, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
@@ -210,16 +247,17 @@ class ContextBuilder:
 
     # --- pieces --------------------------------------------------------------------------------------------------------
 
-    def _encode_head(self, persona: str, instructions: str, opening: str, last: bool) -> Ids:
-        layout = self._template.layout(not opening)
+    def _encode_head(self, head: tuple[Line, ...], last: bool) -> Ids:
+        layout = self._layout(_roles(None, head))
         ending = self._ending(layout.first_prompt, layout.before_first_reply, last)
-        behind = (BETWEEN if persona and instructions else "") + instructions
-        return self._encode([layout.lead, persona, behind + layout.joint, opening, ending])
+        return self._encode(_around(head, layout.opens, ending))
 
-    def _encode_line(self, line: str, last: bool) -> Ids:
-        """A line of the user with what the template writes around it: the end of the reply before, the start of the next one."""
-        layout = self._template.layout(False)
-        return self._encode([layout.between, line, self._ending(layout.prompt, layout.before_reply, last)], behind=_ANCHORS)
+    def _encode_lines(self, head: Roles, lines: tuple[Line, ...], last: bool) -> Ids:
+        """What the policy hears after a reply, with what the template writes around it: the end of the reply before, the start of
+        the next one."""
+        layout = self._layout(head, _roles(None, lines))
+        ending = self._ending(layout.prompt, layout.before_reply, last)
+        return self._encode(_around(lines, layout.between, ending), behind=_ANCHORS)
 
     def _ending(self, prompt: str, before_reply: str, last: bool) -> str:
         # What is kept was sampled behind the generation prompt, which may open the reasoning; history proper may not.
@@ -283,3 +321,28 @@ class ContextBuilder:
 
     def _plainly(self, text: str) -> Ids:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+
+def _line(message: Message) -> Line:
+    """Raises PolicyEngineError for instructions that are not the end of the content."""
+    content, instructions = message["content"].strip(), message.get("instructions", "")
+    if not content.endswith(instructions):
+        raise PolicyEngineError(
+            f"a message of {message['role']} has the instructions {instructions[:40]!r}, which are not the end of its content"
+        )
+    return Line(
+        message["role"], content.removesuffix(instructions).removesuffix(BETWEEN if instructions else ""), instructions
+    )
+
+
+def _roles(system: Line | None, lines: Sequence[Line]) -> Roles:
+    return tuple(line.role for line in (system, *lines) if line is not None)
+
+
+def _around(lines: Sequence[Line], before: Sequence[str], ending: str) -> list[str]:
+    """Texts of the template (even places) and words of persons (odd places) by turns."""
+    parts = [before[0]]
+    for line, literal in zip(lines, (*before[1:], ending), strict=True):
+        behind = line.text.removeprefix(line.content)
+        parts += [line.content, behind + literal]
+    return parts

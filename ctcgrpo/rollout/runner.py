@@ -1,8 +1,8 @@
 """Playing episodes: the policy and an environment take turns until the environment says that it is over, or the turns are.
 
-What fails is a record with its reason. With `deterministic`, all episodes of a step take each turn together, in a fixed
-order, so the composition of every batch is fixed and a run repeats bit by bit; otherwise each goes at its own pace, and with a
-`deadline` those that are not over by then are failed ones.
+What fails is a record with its reason; an environment is closed as soon as its episode is over. With `deterministic`, all episodes
+of a step take each turn together, in a fixed order, so the composition of every batch is fixed and a run repeats bit by bit;
+otherwise each goes at its own pace, and with a `deadline` those that are not over by then are failed ones.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ctcgrpo.errors import EPISODE_ERRORS, CtcGrpoError, DeadlinePassed, EnvironmentFailed, RunInterrupted
+from ctcgrpo.errors import EPISODE_ERRORS, CtcGrpoError, DeadlinePassed, RunInterrupted
 from ctcgrpo.policy.context import ContextBuilder, Dialogue
 from ctcgrpo.policy.reasoning import parse_completion
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling, request_seed
+from ctcgrpo.rollout.session import SECONDS_PER_CALL, Session
 from ctcgrpo.types import Completion, Environment, Episode, Failure, Task, Turn
 
-_T = TypeVar("_T")
 _LOOK_SECONDS = 0.1
 """How often a batch of episodes looks whether it is to stop."""
 
@@ -85,6 +85,8 @@ class Play:
     deterministic: bool = False
     deadline: float | None = None
     """Seconds after the start of a batch."""
+    seconds_per_call: float = SECONDS_PER_CALL
+    """That a call of an environment may take."""
 
 
 class RolloutRunner:
@@ -180,8 +182,9 @@ class _Player:
         self._runner = runner
         self._on_episode = on_episode
         self._slot = slot
-        self._environment = runner.environment()
-        self._environment.name = f"{slot.step}/{slot.task.id}/{slot.rollout}"
+        name = f"{slot.step}/{slot.task.id}/{slot.rollout}"
+        self._session = Session(runner.environment, name, runner.play.seconds_per_call)
+        self._closing: asyncio.Task[None] | None = None
         self._dialogue: Dialogue | None = None
         self._turns: list[Turn] = []
         self._pending: tuple[tuple[int, ...], int, Completion] | None = None
@@ -201,7 +204,8 @@ class _Player:
         slot, play = self._slot, self._runner.play
         seed = request_seed("user", play.seed, *slot.seeds)
         try:
-            messages = await self._asked("reset", self._environment.reset(slot.task.data, seed=seed))
+            with self._asking():
+                messages = await self._session.reset(slot.task.data, seed=seed)
             self._dialogue = self._runner.contexts.start(messages)
         except EPISODE_ERRORS as error:
             self._fail(error)
@@ -236,9 +240,9 @@ class _Player:
         ids = [token for token in completion.token_ids if token not in runner.stop_ids]
         parsed = parse_completion(runner.tokenizer.decode(ids), completion.finish_reason, runner.contexts.opens_reasoning)
         try:
-            step = await self._asked("step", self._environment.step(parsed.reply))
-            done = step.done or len(self._turns) + 1 >= play.max_turns
-            self._environment.episode_return += _finite(step.reward, "step gave a reward of")
+            with self._asking():
+                answer = await self._session.step(parsed.reply)
+            done = answer.done or len(self._turns) + 1 >= play.max_turns
             self._turns.append(
                 Turn(
                     prompt_ids=prompt_ids,
@@ -246,17 +250,19 @@ class _Player:
                     reply=parsed.reply,
                     reasoning=parsed.reasoning,
                     faults=parsed.faults,
-                    message=step.message,
-                    reward=step.reward,
+                    message="\n\n".join(message["content"] for message in answer.messages),
+                    reward=answer.reward,
                     done=done,
-                    info=step.info,
+                    info=answer.info,
                     dropped_exchanges=dropped,
                 )
             )
-            self._dialogue = runner.contexts.extend(self._dialogue, completion, step.message)
             if done:
-                self._outcome = _finite(await self._asked("outcome", _called(self._environment.outcome)), "outcome gave")
+                with self._asking():
+                    self._outcome = await self._session.outcome()
                 self._finish()
+            else:
+                self._dialogue = runner.contexts.extend(self._dialogue, completion, answer.messages)
         except EPISODE_ERRORS as error:
             self._fail(error)
 
@@ -266,19 +272,16 @@ class _Player:
             self._fail(DeadlinePassed(f"rollout.deadline of {self._runner.play.deadline:g} s has passed"))
 
     async def close(self) -> None:
-        await self._environment.close()
+        """Once the environment is closed: now, or since the episode is over."""
+        self._closing = self._closing or asyncio.create_task(self._session.close())
+        await self._closing
 
-    async def _asked(self, what: str, answer: Awaitable[_T]) -> _T:
-        """What the environment answers. Whatever a stranger's code raises is the reason of this episode's failure; what stops a run
-        stops it."""
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
         started = time.perf_counter()
         try:
             with self._runner.awaited.answer():
-                return await answer
-        except CtcGrpoError:
-            raise
-        except Exception as error:
-            raise EnvironmentFailed(f"{what} raised {type(error).__name__}: {error}") from error
+                yield
         finally:
             self._seconds_environment += time.perf_counter() - started
 
@@ -288,6 +291,7 @@ class _Player:
 
     def _finish(self) -> None:
         self.over = True
+        self._closing = asyncio.create_task(self._session.close())
         self._on_episode(self.episode())
 
     def episode(self) -> Episode:
@@ -301,19 +305,8 @@ class _Player:
             turns=tuple(self._turns),
             outcome=self._outcome,
             failure=self._failure,
-            opening="" if self._dialogue is None else self._dialogue.opening_line,
-            info=self._environment.info,
+            opening="" if self._dialogue is None else self._dialogue.opening_text,
+            info=self._session.info,
             seconds_policy=self._seconds_policy,
             seconds_environment=self._seconds_environment,
         )
-
-
-async def _called(function: Callable[[], _T]) -> _T:
-    return function()
-
-
-def _finite(value: float, what: str) -> float:
-    """Raises EnvironmentFailed for a number that is none."""
-    if not math.isfinite(value):
-        raise EnvironmentFailed(f"{what} {value}; expected a finite number")
-    return value

@@ -1,0 +1,203 @@
+"""The environment of one episode: whatever somebody else's code does, a call ends with values that can be used, or with an error
+that makes a failed episode."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import inspect
+import logging
+import math
+import numbers
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from ctcgrpo.errors import CtcGrpoError, EnvironmentFailed
+from ctcgrpo.types import Environment, Info, Message, Step
+
+SECONDS_PER_CALL = 3600.0
+"""By default; more than a simulator's client waits for an answer."""
+_CLOSE_SECONDS = 10.0
+"""A run that is asked to stop waits for all of them to close."""
+_KEYS = {"role", "content", "instructions"}
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A `Step` whose values are checked, and plain Python. `messages` is empty where the policy hears nothing more."""
+
+    messages: tuple[Message, ...]
+    reward: float | None
+    done: bool
+    info: Info
+
+
+class Session:
+    """Makes an environment when the episode begins and calls it, `limit` seconds a call at most.
+
+    All methods but `close` raise EnvironmentFailed for what the environment raises, for values that its contract does not know, and
+    where the time is over. Errors of this project (those of a simulator, a budget that is spent) stay as they are.
+    """
+
+    def __init__(self, factory: Callable[[], Environment], name: str, limit: float = SECONDS_PER_CALL) -> None:
+        self._factory = factory
+        self._name = name
+        self._limit = limit
+        self._environment: Environment | None = None
+        self.info: Info = {}
+
+    async def reset(self, task: Mapping[str, Any], *, seed: int) -> tuple[Message, ...]:
+        """At least one message."""
+        with _blamed("the environment's constructor"):
+            made = self._factory()
+        if not isinstance(made, Environment):
+            raise EnvironmentFailed(f"the environment's constructor gave {_shown(made)}; expected an Environment")
+        self._environment = made
+        with _blamed("setting the environment's name"):
+            made.name = self._name
+        heard = await self._call("reset", made.reset, task, seed=seed)
+        messages = _messages(heard, "reset", {"system", "user", "assistant"})
+        if not messages:
+            raise EnvironmentFailed("reset gave no message; expected a line of the user, or messages")
+        with _blamed("reading the environment's info"):
+            self.info = _info(made.info, "reset")
+        return messages
+
+    async def step(self, reply: str) -> Answer:
+        environment = self._made()
+        step = await self._call("step", environment.step, reply)
+        if not isinstance(step, Step):
+            raise EnvironmentFailed(f"step gave {_shown(step)}; expected a Step")
+        reward = None if step.reward is None else _finite(step.reward, "step gave a reward of", " or None")
+        if not isinstance(step.done, bool | np.bool_):
+            raise EnvironmentFailed(f"step gave done = {_shown(step.done)}; expected True or False")
+        done, messages = bool(step.done), _messages(step.message, "step", {"system", "user"})
+        if not messages and not done:
+            raise EnvironmentFailed("step gave no message, and done is False; expected a message, or done=True")
+        environment.episode_return += reward or 0.0
+        return Answer(messages, reward, done, _info(step.info, "step"))
+
+    async def outcome(self) -> float:
+        return _finite(await self._call("outcome", self._made().outcome), "outcome gave")
+
+    async def close(self) -> None:
+        """Close what was made. The first call does, and never raises: the episode is over, and what it came to counts."""
+        environment, self._environment = self._environment, None
+        if environment is None:
+            return
+        try:
+            await self._call("close", environment.close, limit=min(self._limit, _CLOSE_SECONDS))
+        except CtcGrpoError as error:
+            _log.warning("episode %s: %s", self._name, error)
+
+    def _made(self) -> Environment:
+        assert self._environment is not None, "reset comes first"
+        return self._environment
+
+    async def _call(
+        self, what: str, method: Callable[..., Any], *args: Any, limit: float | None = None, **kwargs: Any
+    ) -> Any:
+        limit = self._limit if limit is None else limit
+        with _blamed(what):
+            try:
+                async with asyncio.timeout(limit) as scope:
+                    if inspect.iscoroutinefunction(method):
+                        return await method(*args, **kwargs)
+                    answer = await _in_thread(lambda: method(*args, **kwargs))
+                    return await answer if inspect.isawaitable(answer) else answer
+            except TimeoutError:
+                if scope.expired():
+                    raise EnvironmentFailed(f"{what} took more than {limit:g} s") from None
+                raise
+
+
+@contextlib.contextmanager
+def _blamed(what: str) -> Iterator[None]:
+    """Whatever somebody else's code raises becomes EnvironmentFailed; what stops this task does not."""
+    try:
+        yield
+    except CtcGrpoError:
+        raise
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise EnvironmentFailed(f"{what} raised CancelledError, and nobody cancelled it") from error
+    except (Exception, SystemExit) as error:
+        raise EnvironmentFailed(f"{what} raised {type(error).__name__}: {error}") from error
+
+
+async def _in_thread(call: Callable[[], Any]) -> Any:
+    """As `asyncio.to_thread`, in a thread of its own: one that never ends keeps no other call waiting, and no process alive."""
+    loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+    answered: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+
+    def deliver(value: Any, error: BaseException | None) -> None:
+        if not answered.done():
+            answered.set_result((value, error))
+
+    def run() -> None:
+        value, error = None, None
+        try:
+            value = context.run(call)
+        except BaseException as raised:  # noqa: BLE001 - raised again where it is awaited
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(deliver, value, error)
+
+    threading.Thread(target=run, name="environment", daemon=True).start()
+    value, error = await answered
+    if error is not None:
+        raise error
+    return value
+
+
+def _messages(heard: Any, where: str, roles: set[str]) -> tuple[Message, ...]:
+    if heard is None or (heard == "" and where == "reset"):
+        return ()
+    if isinstance(heard, str):
+        return ({"role": "user", "content": heard},)
+    if not isinstance(heard, Sequence):
+        raise EnvironmentFailed(f"{where} gave {_shown(heard)} as message; expected a text, or a list of messages")
+    return tuple(_message(message, where, roles) for message in heard)
+
+
+def _message(message: Any, where: str, roles: set[str]) -> Message:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message) <= _KEYS:
+        raise EnvironmentFailed(f"{where} gave the message {_shown(message)}; expected {{'role': ..., 'content': ...}}")
+    if message["role"] not in roles:
+        raise EnvironmentFailed(f"{where} gave a message of role {message['role']!r}; expected {' or '.join(sorted(roles))}")
+    if wrong := next((name for name in message if not isinstance(message[name], str)), None):
+        raise EnvironmentFailed(f"{where} gave a message whose {wrong} is {_shown(message[wrong])}; expected a text")
+    return cast(Message, dict(message))
+
+
+def _finite(value: Any, what: str, otherwise: str = "") -> float:
+    number = isinstance(value, numbers.Real | np.bool_)
+    if not number or not math.isfinite(value):
+        raise EnvironmentFailed(f"{what} {value if number else _shown(value)}; expected a finite number{otherwise}")
+    return float(value)
+
+
+def _info(info: Any, where: str) -> Info:
+    """With numbers of NumPy as Python's own, which can be written down."""
+    if not isinstance(info, Mapping):
+        raise EnvironmentFailed(f"{where} gave info = {_shown(info)}; expected names with numbers or texts")
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in info.items()}
+    for name, value in plain.items():
+        if not isinstance(name, str):
+            raise EnvironmentFailed(f"{where} gave info with the name {_shown(name)}; expected a text")
+        if not isinstance(value, str | int | float) or (not isinstance(value, str) and not math.isfinite(value)):
+            raise EnvironmentFailed(f"{where} gave info {name} = {_shown(value)}; expected a finite number, or a text")
+    return plain
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{text[:80]}{'...' if len(text) > 80 else ''} ({type(value).__name__})"
