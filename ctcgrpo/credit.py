@@ -9,6 +9,8 @@ A scenario s has a group of rollouts i = 1..G, each with turns tau = 1..T_i and 
 r is within +-0.1, so alpha = 15 gives turn terms up to about +-1.5, beside outcome advantages of the order of 1 (alpha is not
 rescaled with `scale`; reward-to-go sums up to T turns, so its terms are larger).
 
+A turn that is not scored has for r its share of the next reward of its rollout (`types.turn_rewards`).
+
 A failed rollout has outcome NaN: it enters no mean and no std, and its own advantages are NaN. A group with fewer than
 two valid rollouts compares nothing: its one member gets 0 everywhere and is left out of the loss (`in_loss`).
 

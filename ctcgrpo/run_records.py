@@ -145,7 +145,7 @@ class DialogueTurn(TypedDict):
     reasoning: str | None
     reply: str
     message: str
-    reward: Score
+    reward: Score | None
     info: dict[str, float | int | str]
 
 

@@ -194,11 +194,14 @@ def _dialogue(episode: Trace, title: str) -> Panel:
         if turn["reasoning"]:
             lines.append(Text(f"({turn['reasoning']})", style="dim italic"))
         lines.append(Text(f"Policy: {turn['reply'] or '(nothing)'}", style="bold"))
-        mood = "green" if turn["reward"] > 0 else "red" if turn["reward"] < 0 else "dim"
-        moved = [f"{name} {path[k] - path[k - 1]:+g}" for name, path in numbers.items()] or [f"reward {turn['reward']:+.3f}"]
+        reward = turn["reward"]
+        mood = "dim" if not reward else "green" if reward > 0 else "red"
+        earned = "not scored" if reward is None else f"reward {reward:+.3f}"
+        moved = [f"{name} {path[k] - path[k - 1]:+g}" for name, path in numbers.items()] or [earned]
         said = [str(value) for value in turn["info"].values() if isinstance(value, str) and value]
         lines.append(Text(f"  {', '.join(moved)}{': ' if said else ''}{'; '.join(said)}", style=mood))
-        lines.append(Text(f"User: {turn['message']}"))
+        if turn["message"]:
+            lines.append(Text(f"User: {turn['message']}"))
     # In the body, where it wraps: a panel's title and subtitle are cut off in a narrow terminal.
     ends = [f"{name} {path[0]:g} to {path[-1]:g}" for name, path in numbers.items()]
     foot = ", ".join([f"score {episode['outcome']:+.2f}", *ends])

@@ -86,7 +86,7 @@ def fixed_episodes(base: str) -> list[Episode]:
                     group=group,
                     rollout=rollout,
                     turns=tuple(turns),
-                    outcome=float("nan") if failed else 3 * sum(turn.reward for turn in turns),
+                    outcome=float("nan") if failed else 3 * sum(turn.reward or 0.0 for turn in turns),
                     failure=Failure("simulator_transport", "gone") if failed else None,
                 )
             )

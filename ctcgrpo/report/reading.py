@@ -29,6 +29,7 @@ from ctcgrpo.run_records import Summary, disagreement, read_metrics, read_summar
 from ctcgrpo.scoring import shaped_outcome, turn_form
 from ctcgrpo.training.samples import CreditOptions, credit_options, numbers, step_credit
 from ctcgrpo.training.samples import Summary as EpisodeSummary
+from ctcgrpo.types import turn_rewards
 from ctcgrpo.validation import Validation, read_validations
 
 Trace = dict[str, Any]
@@ -257,7 +258,7 @@ def summary_of(episode: Trace, options: CreditOptions) -> EpisodeSummary:
         rollout=episode["rollout"],
         outcome=outcome,
         reward=reward,
-        turn_scores=tuple(float(turn["reward"]) for turn in turns),
+        turn_scores=turn_rewards([turn["reward"] for turn in turns]),
         final=numbers(last),
         failure=episode["failure"]["kind"] if episode["failure"] else None,
         turn_tokens=tuple(turn["completion_tokens"] for turn in turns),

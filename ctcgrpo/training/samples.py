@@ -15,7 +15,7 @@ import numpy as np
 from ctcgrpo import credit
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.scoring import shaped_outcome, turn_form
-from ctcgrpo.types import Episode, Info, TurnSample
+from ctcgrpo.types import Episode, Info, TurnSample, turn_rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def summarise(episode: Episode, options: CreditOptions) -> Summary:
         rollout=episode.rollout,
         outcome=episode.outcome,
         reward=reward,
-        turn_scores=tuple(turn.reward for turn in episode.turns),
+        turn_scores=turn_rewards([turn.reward for turn in episode.turns]),
         final=numbers(episode.final_info),
         failure=episode.failure.kind if episode.failure else None,
         turn_tokens=tuple(len(turn.completion.token_ids) for turn in episode.turns),

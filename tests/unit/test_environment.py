@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import doctest
 import json
 import math
+import random
 import re
 import sys
 import threading
@@ -19,22 +21,25 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from ctcgrpo import types
 from ctcgrpo.credit import SceneBaseline
 from ctcgrpo.environments.eibench import EIBench, task_of
 from ctcgrpo.errors import BudgetSpent, PolicyEngineError
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.records import Scenario
+from ctcgrpo.report.reading import with_credit
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.rollout.traces import trace_record
+from ctcgrpo.run_records import read_traces
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
 from ctcgrpo.simulator.scripted import ScriptedBackend
 from ctcgrpo.simulator.service import answer
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.samples import CreditOptions, step_credit, summarise
-from ctcgrpo.types import Completion, Environment, Episode, Message, Step, Task
+from ctcgrpo.types import Completion, Environment, Episode, Info, Message, Step, Task, turn_rewards
 from tests.unit.test_rollout import Parts
 
 
@@ -89,7 +94,7 @@ class Echo(Environment):
             "info": Step("Go on.", 0.1, info={"left": math.inf}),
             "kind of info": Step("Go on.", 0.1, info={"left": [1]}),  # type: ignore[dict-item]
         }
-        info = {"left": self.left, "who": "nobody"}
+        info: Info = {"left": self.left, "who": "nobody"}
         return odd.get(self.broken, Step("Go on.", 0.1, done=not self.left, info=info))
 
     def outcome(self) -> float:
@@ -347,6 +352,53 @@ def test_what_stops_a_run_stops_it_and_everything_is_closed(parts: Parts) -> Non
     assert [e.closed for e in Echo.made] == [1, 1]
 
 
+def test_unscored_turns_share_the_next_reward() -> None:
+    assert doctest.testmod(types).attempted >= 1 and not doctest.testmod(types).failed
+    assert turn_rewards([]) == () and turn_rewards([None, None]) == (0.0, 0.0)
+    assert turn_rewards([0.1, -0.3, 0.07]) == (0.1, -0.3, 0.07)  # scored turns keep what they have, bit by bit
+    for k in range(200):
+        rng = random.Random(k)
+        rewards = [rng.choice([None, rng.uniform(-1, 1)]) for _ in range(rng.randrange(9))]
+        shared = turn_rewards(rewards)
+        assert len(shared) == len(rewards) and sum(shared) == pytest.approx(sum(r or 0.0 for r in rewards))
+        scored = [k for k, reward in enumerate(rewards) if reward is not None]
+        for first, last in zip([-1, *scored], scored, strict=False):  # each reward stays with the turns that led to it
+            assert sum(shared[first + 1 : last + 1]) == pytest.approx(rewards[last])
+            assert len(set(shared[first + 1 : last + 1])) == 1
+
+
+class EveryOther(Environment):
+    """Scores every other turn, by what `marks` says."""
+
+    def __init__(self, marks: list[float | None]) -> None:
+        self.marks = list(marks)
+
+    def reset(self, task: Mapping[str, Any], *, seed: int) -> str:
+        return "Begin."
+
+    def step(self, reply: str) -> Step:
+        return Step("Go on.", self.marks.pop(0), done=not self.marks)
+
+
+def test_an_environment_may_score_every_few_turns(parts: Parts, tmp_path: Path) -> None:
+    marks = iter([[None, 0.4, None], [None, 0.0, 0.3]])
+    first, second = run(parts, lambda: EveryOther(next(marks)), 2)
+    assert [t.reward for t in first.turns] == [None, 0.4, None] and first.outcome == 0.4
+    assert [t["reward"] for t in trace_record(first)["turns"]] == [None, 0.4, None]
+    options = CreditOptions(alpha=10.0)
+    episodes = [replace(first, group=0), replace(second, group=0, rollout=1, tag=first.tag)]
+    found = step_credit([summarise(e, options) for e in episodes], options, SceneBaseline())
+    a, b = (found.advantages[0, k] for k in (0, 1))
+    assert np.subtract(a, np.mean(a)) == pytest.approx([2 / 3, 2 / 3, -4 / 3])  # 10 x (0.2, 0.2, 0) less their mean
+    assert np.subtract(b, np.mean(b)) == pytest.approx([-1.0, -1.0, 2.0])
+    # A reader of the traces finds the same credit.
+    file = tmp_path / "step-000001.rank-0.jsonl"
+    file.write_text("".join(json.dumps(trace_record(e)) + "\n" for e in episodes))
+    traces, problems = read_traces([file])
+    credited, _ = with_credit([{**trace, "kind": "step", "step": 1} for trace in traces], options)
+    assert not problems and [e["advantages"] for e in credited] == [pytest.approx(a), pytest.approx(b)]
+
+
 class InProcess:
     async def turn(self, request: TurnRequest) -> TurnReply:
         return await answer(ScriptedBackend(), request)
@@ -359,6 +411,7 @@ def test_eibench_weighs_its_axes_by_scene() -> None:
         environment = EIBench(InProcess(), briefing=Briefing(), max_turns=4, turn_weights=weights)
         await environment.reset(task_of(scenario).data, seed=1)
         step = await environment.step("You gave everything for that stall, and it is gone.")
+        assert step.reward is not None
         return step.reward, {k: step.info[k] - environment.info[k] for k in ("anger", "trust")}  # type: ignore[operator]
 
     even, moved = asyncio.run(first({}))

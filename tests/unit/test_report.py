@@ -260,7 +260,7 @@ def opened(browser: Any, file: Path, width: int = 1280, dark: bool = False) -> t
 @pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed")
 def test_a_browser_opens_the_page(browser: Any, tmp_path: Path) -> None:
     hostile = episode(2, 0, 0.3, [(40, 60)], task=HOSTILE, opening=HOSTILE, tag="charm")
-    hostile["turns"][0] |= {"reply": HOSTILE, "reasoning": HOSTILE, "message": HOSTILE}
+    hostile["turns"][0] |= {"reply": HOSTILE, "reasoning": HOSTILE, "message": HOSTILE, "reward": None}
     hostile["turns"][0]["info"] |= {"why": HOSTILE, HOSTILE: HOSTILE}
     run = read_run(made(tmp_path / "r", [*EPISODES, hostile, episode(2, 1, 0.1, [(48, 52)], task=HOSTILE, tag="charm")]))
     file = tmp_path / "report.html"
@@ -294,7 +294,8 @@ def test_a_browser_opens_the_page(browser: Any, tmp_path: Path) -> None:
         page.select_option("#scene", "charm")
         assert page.locator(".episode").count() == 2
         text = page.locator(".episode").first.inner_text()
-        assert "</script><script>document.title='owned'</script>" in text and page.locator(".episode img").count() == 0
+        assert "</script><script>document.title='owned'</script>" in text and "not scored" in text
+        assert page.locator(".episode img").count() == 0
         assert "owned" not in page.title()
         page.select_option("#scene", "")
         page.fill("#words", "no such words")

@@ -95,6 +95,25 @@ def test_the_score_and_the_interval_are_whole_at_every_width(
     assert "…" not in out
 
 
+def test_a_turn_without_a_score_is_shown(run: Path) -> None:
+    for file in (run / "traces").iterdir():
+        episodes = [json.loads(line) for line in file.read_text().splitlines()]
+        for episode in episodes:
+            episode["info"] = {}
+            episode["turns"] = [
+                {**turn, "info": {}, "reward": reward, "message": message}
+                for turn in episode["turns"]
+                for reward, message in ((None, "So?"), (0.25, ""))
+            ]
+        file.write_text("".join(json.dumps(episode) + "\n" for episode in episodes))
+    out = io.StringIO()
+    show_run(run, Console(file=out, width=120), scenario="a")
+    assert (
+        out.getvalue().count("not scored") == 2 == out.getvalue().count("reward +0.250") == out.getvalue().count("User: So?")
+    )
+    assert out.getvalue().count("User:") == 4  # the last turns heard nothing
+
+
 def test_speech_and_the_typical_scenario_by_hand() -> None:
     said = speech([trace("a", 0.1, ["One two three.", "One."]), trace("b", 0.1, ["One."]), trace("c", None, ["Lost."])])
     assert (said.words, said.distinct) == pytest.approx((5 / 3, 2 / 3))

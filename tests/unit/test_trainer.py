@@ -47,7 +47,7 @@ def test_gradients_are_those_of_the_formula_turn_by_turn(
     episodes = sameness.fixed_episodes(str(tiny))
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype="float32").train()
     outcomes, groups = [e.outcome for e in episodes], [e.group for e in episodes]
-    scores = [[t.reward for t in e.turns] for e in episodes]
+    scores = [[t.reward or 0.0 for t in e.turns] for e in episodes]
     advantages = credit.turn_advantages(outcomes, groups, scores)
     valid = [(e, a) for e, a in zip(episodes, advantages, strict=True) if e.failure is None]
     tokens = sum(len(t.completion.token_ids) for e, _ in valid for t in e.turns)
