@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import doctest
 import json
 import math
@@ -418,6 +419,29 @@ def test_eibench_weighs_its_axes_by_scene() -> None:
     assert even == pytest.approx((moved["trust"] - moved["anger"]) / 200) and even != 0
     assert asyncio.run(first({"support": (1.0, 0.0)}))[0] == pytest.approx(-moved["anger"] / 100)
     assert asyncio.run(first({"charm": (1.0, 0.0)}))[0] == even
+
+
+def test_a_copy_of_a_dialogue_continues_on_its_own() -> None:
+    scenario: Scenario = next(s for s in load_scenarios("english/test", "test") if s.scene == "support")
+    asked: list[TurnRequest] = []
+
+    class Asked(InProcess):
+        async def turn(self, request: TurnRequest) -> TurnReply:
+            asked.append(request)
+            return await super().turn(request)
+
+    async def branch() -> None:
+        dialogue = EIBench(Asked(), briefing=Briefing(), max_turns=4)
+        await dialogue.reset(task_of(scenario).data, seed=1)
+        await dialogue.step("What happened?")
+        before, other = dialogue.state, copy.copy(dialogue)
+        await other.step("Shut up.")
+        assert dialogue.state == before != other.state
+        await dialogue.step("I am here.")
+
+    asyncio.run(branch())
+    said = [[u.text for u in request.history if u.speaker == "policy"] for request in asked]
+    assert said == [["What happened?"], ["What happened?", "Shut up."], ["What happened?", "I am here."]]
 
 
 def test_the_tokenizer_sees_the_system_message_of_any_environment(tiny: Path, parts: Parts) -> None:
