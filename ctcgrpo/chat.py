@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from ctcgrpo.environments.eibench import EIBench, task_of
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.naming import did_you_mean
-from ctcgrpo.records import Scenario, UserState
-from ctcgrpo.scoring import outcome_score
+from ctcgrpo.policy.persona import Briefing
+from ctcgrpo.records import Scenario
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
 
 
 def find_scenario(scenarios: Sequence[Scenario], name: str | None) -> Scenario:
@@ -29,7 +29,7 @@ def find_scenario(scenarios: Sequence[Scenario], name: str | None) -> Scenario:
 
 async def chat(
     scenario: Scenario,
-    role: str,
+    briefing: Briefing,
     simulator: SimulatorClient,
     console: Console,
     ask: Callable[[], str],
@@ -37,52 +37,50 @@ async def chat(
     rounds: int = 8,
     seed: int | None = None,
 ) -> float:
-    """Play a dialogue; gives its outcome in [-1, 1]. `role` is what a policy is told; `ask` reads the person's next line and raises
-    EOFError where there is none any more. Raises the simulator's errors: what was said so far stands on the screen."""
-    seed = secrets.randbits(32) if seed is None else seed
-    anchors, card = scenario.anchors, ScenarioCard.of(scenario)
-    state, goal = anchors.initial, anchors.target
-    console.print(Panel(Text(role), title=Text(f"you, in {scenario.id} ({scenario.scene})")))
+    """Play a dialogue; gives its outcome in [-1, 1]. `briefing`: what of the scenario a policy is told; `ask` reads the person's
+    next line and raises EOFError where there is none any more. Raises the simulator's errors: what was said so far stands on the
+    screen."""
+    environment = EIBench(simulator, briefing=briefing, max_turns=rounds)
+    environment.name = "chat"
+    system, *opening = await environment.reset(task_of(scenario).data, seed=secrets.randbits(31) if seed is None else seed)
+    state, goal = environment.state, scenario.anchors.target
+    console.print(Panel(Text(system["content"]), title=Text(f"you, in {scenario.id} ({scenario.scene})")))
     console.print(
         f"anger {state.anger}, trust {state.trust}; aim for anger {goal.anger}, trust {goal.trust} in {rounds} replies. "
         "An empty line ends it.\n",
         style="dim",
         highlight=False,
     )
-    history: list[Utterance] = []
 
-    def hear(line: str, reflection: str = "") -> None:
-        history.append(Utterance(speaker="user", text=line, reflection=reflection))
+    def hear(line: str) -> None:
         console.print(f"User: {line}", style="bold cyan", markup=False, highlight=False)
 
-    if scenario.opening_line:
-        hear(scenario.opening_line)
+    for message in opening:
+        hear(message["content"])
     async with simulator:
         await simulator.health()
-        for round in range(1, rounds + 1):
+        for _ in range(rounds):
             try:
                 said = ask().strip()  # nothing else goes on meanwhile, and Ctrl-C ends it at once
             except EOFError:
                 said = ""
             if not said:
                 break
-            history.append(Utterance(speaker="policy", text=said))
-            request = turn_request(
-                card, history, state, request_id=f"chat/{seed}/{round}", max_rounds=rounds, seed=seed + round
-            )
+            before = environment.state
             with console.status("..."):
-                reply = await simulator.turn(request)
-            before, state = state, UserState(reply.state.anger, reply.state.trust)
+                await environment.step(said)
+            state, answer = environment.state, environment.answer
             better = (state.trust - before.trust) - (state.anger - before.anger)
             console.print(
-                f"  anger {before.anger} to {state.anger}, trust {before.trust} to {state.trust}: {reply.why}",
+                f"  anger {before.anger} to {state.anger}, trust {before.trust} to {state.trust}: {answer.why}",
                 style="green" if better > 0 else "red" if better < 0 else "dim",
                 markup=False,
                 highlight=False,
             )
-            hear(reply.reply, reply.reflection)
-            if not reply.goes_on:
+            hear(answer.reply)
+            if not answer.goes_on:
                 break
-    outcome = outcome_score(state, anchors)
+    outcome = environment.outcome()
+    state = environment.state
     console.print(f"\nanger {state.anger}, trust {state.trust}: outcome {outcome:+.2f}", style="bold", highlight=False)
     return outcome

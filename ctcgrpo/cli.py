@@ -156,9 +156,9 @@ def chat(
     for line in found.report():
         say(line, sys.stderr)
     chosen = find_scenario(found.scenarios, scenario)
-    role = Briefing(instructions=load_instructions(instructions)).told(chosen)
+    briefing = Briefing(instructions=load_instructions(instructions))
     with chosen_simulator(config, url or []) as simulator:
-        asyncio.run(chat(chosen, role, simulator, Terminal(80), lambda: input("You: "), rounds=rounds))
+        asyncio.run(chat(chosen, briefing, simulator, Terminal(80), lambda: input("You: "), rounds=rounds))
 
 
 def noise(

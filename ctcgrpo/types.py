@@ -46,7 +46,8 @@ class Environment:
 
     `reset`, `step`, `outcome` and `close` may be plain or async methods. A plain one runs in a thread, so that other episodes
     continue meanwhile; calls of one episode come one after the other, not always in the same thread, and a call that ran out of
-    time may still run while `close` is called. The constructor runs in the event loop: keep it short.
+    time may still run while `close` is called. The constructor and async methods run in the event loop: where they block,
+    everything waits.
     """
 
     name: str = ""

@@ -5,7 +5,7 @@
 FILE (by default tests/data/replies/sincere.json) holds lists of {"scenario", "turn", "reply"} by language. Turn 0 answers the
 opening line, or is the opener in charm; turn k answers what the user brings up k-th. Before it come the user's own lines and,
 between them, the good replies of tests/data/replies; the state is the initial one. Prints the share that is taken badly (anger
-up or trust down), by scene and by reason.
+up or trust down), by scene and by reason, and the mean progress. short.json holds short replies of the same form.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from statistics import mean
 from typing import TypedDict
 
 from ctcgrpo.records import SCENES, Scenario
@@ -58,6 +59,11 @@ def reaction(language: str, said: Said) -> Reaction:
     return react(turn_request(card, history, state, request_id="t", max_rounds=ROUNDS, seed=0))
 
 
+def progress(reaction: Reaction) -> float:
+    """The mean of anger lost and trust won."""
+    return (reaction.trust_delta - reaction.anger_delta) / 2
+
+
 def is_taken_badly(reaction: Reaction) -> bool:
     return reaction.anger_delta > 0 or reaction.trust_delta < 0
 
@@ -69,6 +75,7 @@ def main(file: Path) -> None:
         of_scene = Counter(scenarios(language)[said["scenario"]].scene for said, _ in badly)
         reasons = Counter(reason for _, how in badly for reason in how.why.split("; "))
         print(f"{language}: {len(badly)} of {len(taken)} taken badly ({len(badly) / len(taken):.1%})")
+        print(f"  mean progress: {mean(progress(how) for _, how in taken):+.2f}")
         print(f"  by scene: {', '.join(f'{scene} {of_scene[scene]}' for scene in SCENES)}")
         for reason, count in reasons.most_common():
             print(f"  {count:3d}  {reason}")

@@ -36,8 +36,8 @@ class SharedUser(User, Protocol):
 
 class EIBench(Environment):
     """One dialogue with `user`. `max_turns`: replies of the policy at most, which the user is told;
-    `turn_weights`: weights of the change in anger and in trust in a turn's reward, by scene. Between turns `copy.copy` gives a
-    dialogue that continues on its own."""
+    `turn_weights`: weights of the change in anger and in trust in a turn's reward, by scene. After `reset`, `state` is the user's
+    current one; after a step, `answer` is the user's last one, and `copy.copy` gives a dialogue that continues on its own."""
 
     def __init__(
         self,
@@ -58,37 +58,37 @@ class EIBench(Environment):
         self._scenario: Scenario = task["scenario"]
         self._seed = seed
         self._card = ScenarioCard.of(self._scenario)
-        self._state = self._scenario.anchors.initial
+        self.state = self._scenario.anchors.initial
         opening = self._scenario.opening_line
         self._history = (Utterance(speaker="user", text=opening),) if opening else ()
-        self.info = self._state._asdict()
+        self.info = self.state._asdict()
         return opening_messages(self._scenario, self._briefing)
 
     async def step(self, reply: str) -> Step:
         """Raises the simulator's errors where it has no answer."""
         self._history = (*self._history, Utterance(speaker="policy", text=reply))
         round = sum(utterance.speaker == "policy" for utterance in self._history)
-        answer = await self._user.turn(
+        self.answer = answer = await self._user.turn(
             turn_request(
                 self._card,
                 self._history,
-                self._state,
+                self.state,
                 request_id=f"{self.name}/{self._seed:x}/{round}",
                 max_rounds=self._max_turns,
                 seed=request_seed(self._seed, round),
             )
         )
-        before, self._state = self._state, UserState(answer.state.anger, answer.state.trust)
+        before, self.state = self.state, UserState(answer.state.anger, answer.state.trust)
         self._history = (*self._history, Utterance(speaker="user", text=answer.reply, reflection=answer.reflection))
         return Step(
             message=answer.reply,
-            reward=turn_score(before, self._state, self._turn_weights.get(self._scenario.scene, _EVEN)),
+            reward=turn_score(before, self.state, self._turn_weights.get(self._scenario.scene, _EVEN)),
             done=not answer.goes_on,
-            info={**self._state._asdict(), "why": answer.why},
+            info={**self.state._asdict(), "why": answer.why},
         )
 
     def outcome(self) -> float:
-        return outcome_score(self._state, self._scenario.anchors, self._variant)
+        return outcome_score(self.state, self._scenario.anchors, self._variant)
 
 
 class EIBenchEpisodes(contextlib.AbstractAsyncContextManager["EIBenchEpisodes"]):

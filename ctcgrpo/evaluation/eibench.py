@@ -22,19 +22,19 @@ from inspect_ai.scorer import Score, Scorer, Target, grouped, mean, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.util import span
 
+from ctcgrpo.environments.eibench import EIBench, opening_messages, task_of
 from ctcgrpo.errors import PolicyEngineError, RecipeError
 from ctcgrpo.evaluation.generation import SAMPLING, Unset, config_of, names_of
 from ctcgrpo.evaluation.record import Record
 from ctcgrpo.evaluation.speaking import say
 from ctcgrpo.evaluation.users import MESSAGES, User, chosen_user
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS, load_instructions
-from ctcgrpo.policy.persona import Briefing, together
+from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.records import Scenario, UserState
 from ctcgrpo.rollout.engine import request_seed
 from ctcgrpo.scenarios import Invalid, load_set
 from ctcgrpo.scoring import Variant, outcome_score
 from ctcgrpo.simulator.llm.official import OfficialPolicyPrompts
-from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
 
 INSTRUCTIONS = "instructions"
 """The key under which a system message's metadata holds the end of its text that is instructions of ours, in which control tokens
@@ -115,7 +115,7 @@ def eibench(
     return Task(
         name="eibench",
         dataset=MemoryDataset(samples, name=scenarios),
-        solver=_conversing({s.id: s for s in found}, user, prompts, rounds, seed, left_out, reasoning),
+        solver=_conversing({s.id: s for s in found}, user, briefing, prompts, rounds, seed, left_out, reasoning),
         scorer=_judging({s.id: s for s in found}, variant),
         config=config_of("model", left_out, **SAMPLING.model_dump(exclude_none=True)),
         epochs=Epochs(repeats, "mean"),
@@ -124,9 +124,9 @@ def eibench(
 
 
 def _opening(scenario: Scenario, briefing: Briefing, opener: str | None) -> list[ChatMessage]:
-    role, instructions = briefing.parts(scenario)
-    system = ChatMessageSystem(content=together(role, instructions), metadata={INSTRUCTIONS: instructions})
-    line = scenario.opening_line or opener
+    told, *said = opening_messages(scenario, briefing)
+    system = ChatMessageSystem(content=told["content"], metadata={INSTRUCTIONS: told["instructions"]})
+    line = said[0]["content"] if said else opener
     return [system, *([ChatMessageUser(content=line)] if line else [])]
 
 
@@ -148,25 +148,27 @@ def _officially(prompts: OfficialPolicyPrompts, scenario: Scenario, messages: Se
 def _conversing(
     scenarios: Mapping[str, Scenario],
     user: User,
+    briefing: Briefing,
     prompts: OfficialPolicyPrompts | None,
     rounds: int,
     seed: int,
     left_out: frozenset[str],
     reasoning: Reasoning | None,
 ) -> Solver:
-    """Model and user take turns until the user leaves or the rounds are over."""
+    """Model and environment take turns until the user leaves or the rounds are over."""
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
         scenario = scenarios[str(state.sample_id)]
         record = state.store_as(Record)
         record.about = await user.about()
-        card, now = ScenarioCard.of(scenario), scenario.anchors.initial
         place = (0, state.metadata["position"], scenario.id, state.epoch - 1)
-        history = [Utterance(speaker="user", text=scenario.opening_line)] if scenario.opening_line else []
+        environment = EIBench(user, briefing=briefing, max_turns=rounds)
+        environment.name = "/".join(map(str, (seed, *place)))
+        await environment.reset(task_of(scenario).data, seed=request_seed("user", seed, *place))
         if prompts is None and len(state.messages) == 1 and str(get_model()).startswith(_NEED_A_USER):
             raise PolicyEngineError(f"{get_model()} takes no dialogue that the model opens; give it a line with opener=TEXT")
         if scenario.opening_line:
-            record.user_said(scenario.opening_line, now._asdict())
+            record.user_said(scenario.opening_line, environment.state._asdict())
         for round in range(1, rounds + 1):
             async with span(f"turn {round}", type="turn"):
                 config = config_of(
@@ -179,28 +181,18 @@ def _conversing(
                 reply = await say(told, role="model", config=config, keep_reasoning=reasoning == "keep")
                 state.messages.append(reply.message)
                 record.model_said(reply)
-                history.append(Utterance(speaker="policy", text=reply.text))
-                answer = await user.turn(
-                    turn_request(
-                        card,
-                        history,
-                        now,
-                        request_id=f"{seed}/{'/'.join(map(str, place))}/{round}",
-                        max_rounds=rounds,
-                        seed=request_seed(request_seed("user", seed, *place), round),
-                    )
-                )
-                before, now = now, UserState(answer.state.anger, answer.state.trust)
-                history.append(Utterance(speaker="user", text=answer.reply, reflection=answer.reflection))
+                before = environment.state
+                await environment.step(reply.text)
+                answer = environment.answer
                 heard: dict[str, Any] = {
                     "before": before._asdict(),
-                    "after": now._asdict(),
+                    "after": environment.state._asdict(),
                     "why": answer.why,
                     "goes_on": answer.goes_on,
                 }
                 state.messages.append(ChatMessageUser(content=answer.reply, metadata=heard))
                 transcript().info(heard, source="simulator")
-                record.user_said(answer.reply, now._asdict(), answer.why)
+                record.user_said(answer.reply, environment.state._asdict(), answer.why)
                 record.spend("simulator", (answer.usage.prompt_tokens, answer.usage.completion_tokens))
             if not answer.goes_on:
                 break

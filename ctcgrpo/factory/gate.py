@@ -7,6 +7,8 @@ gate says that there is something to find in a scenario, not how hard it is to f
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +16,15 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from ctcgrpo.environments.eibench import EIBench, task_of
 from ctcgrpo.errors import SimulatorReplyError
+from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.records import Scenario
-from ctcgrpo.scoring import outcome_score
-from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
+from ctcgrpo.simulator.protocol import ScenarioCard, TurnReply, TurnRequest
 from ctcgrpo.simulator.scripted.backend import react
 from ctcgrpo.simulator.scripted.knowledge import read_knowledge
 from ctcgrpo.simulator.scripted.language import load_language
+from ctcgrpo.simulator.service import turn_reply
 from ctcgrpo.strict_yaml import load_yaml
 
 ROUNDS = 6
@@ -50,8 +54,8 @@ def gate(scenario: Scenario) -> Verdict:
     lines = canned()[scenario.language]
     try:
         read_knowledge(ScenarioCard.of(scenario), load_language(scenario.language))
-        good = played(scenario, _fillings(scenario, details, lines["good"]))
-        mediocre, bad = (played(scenario, _in_turn(lines[name])) for name in ("mediocre", "bad"))
+        good = asyncio.run(played(scenario, _fillings(scenario, details, lines["good"])))
+        mediocre, bad = (asyncio.run(played(scenario, _in_turn(lines[name]))) for name in ("mediocre", "bad"))
     except SimulatorReplyError as error:
         return Verdict(scenario.id, nothing, nothing, nothing, str(error))
     told = [name for name, other in (("mediocre", mediocre), ("bad", bad)) if good < other + MARGIN]
@@ -70,24 +74,27 @@ Candidates = Sequence[Sequence[str]]
 """For each turn the replies that a policy has for it; the one that does most good is said."""
 
 
-def played(scenario: Scenario, turns: Candidates) -> float:
+class _Scripted:
+    async def turn(self, request: TurnRequest) -> TurnReply:
+        return turn_reply(request, react(request))
+
+
+async def played(scenario: Scenario, turns: Candidates) -> float:
     """The outcome of a dialogue."""
-    card, state = ScenarioCard.of(scenario), scenario.anchors.initial
-    history = [Utterance(speaker="user", text=scenario.opening_line)] if scenario.opening_line else []
+    dialogue = EIBench(_Scripted(), briefing=Briefing(), max_turns=len(turns))
+    await dialogue.reset(task_of(scenario).data, seed=0)
     said: set[str] = set()
     for replies in turns:
-        reactions = {}
+        tried = {}
         for reply in [r for r in replies if r not in said] or replies:
-            talk = [*history, Utterance(speaker="policy", text=reply)]
-            request = turn_request(card, talk, state, request_id="gate", max_rounds=len(turns), seed=0)
-            reactions[reply] = react(request)
-        best = max(reactions, key=lambda reply: reactions[reply].trust_delta - reactions[reply].anger_delta)
+            tried[reply] = copy.copy(dialogue)
+            await tried[reply].step(reply)
+        best = max(tried, key=lambda reply: tried[reply].answer.trust_delta - tried[reply].answer.anger_delta)
         said.add(best)
-        state = state.plus(reactions[best].anger_delta, reactions[best].trust_delta)
-        history += [Utterance(speaker="policy", text=best), Utterance(speaker="user", text=reactions[best].reply)]
-        if not reactions[best].goes_on:
+        dialogue = tried[best]
+        if not dialogue.answer.goes_on:
             break
-    return outcome_score(state, scenario.anchors, "training")
+    return dialogue.outcome()
 
 
 def _in_turn(lines: Sequence[str]) -> Candidates:

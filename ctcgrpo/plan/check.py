@@ -26,7 +26,7 @@ import yaml
 from accelerate.commands.config.config_args import default_config_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ctcgrpo.environments.eibench import opening_messages
+from ctcgrpo.environments.eibench import EIBench, User, opening_messages, task_of
 from ctcgrpo.errors import (
     CtcGrpoError,
     PolicyError,
@@ -44,6 +44,7 @@ from ctcgrpo.policy.builtin import build_builtin, wheel_of
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import check_fits, load_tokenizer, stop_ids
 from ctcgrpo.policy.model_wheel import refuse_unfetchable
+from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.policy.reasoning import CLOSE, OPEN
 from ctcgrpo.proxies import open_url
 from ctcgrpo.recipe import Recipe
@@ -57,7 +58,7 @@ from ctcgrpo.simulator.choice import check_patience
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, SimulatorConfig, bearer_token, load_simulator_config
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
-from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
+from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
 from ctcgrpo.simulator.scripted.backend import ScriptedBackend
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from ctcgrpo.simulator.server import SimulatorServer, running
@@ -492,26 +493,10 @@ async def _canary(client: SimulatorClient, scenario: Scenario) -> tuple[dict[str
     try:
         async with asyncio.timeout(_PATIENCE), client:
             says = await client.health()
-            reply = await client.turn(_turn(scenario, [("policy", "Hello. I am here and I am listening.")], 1, 8))
+            dialogue = await _played(client, scenario, ["Hello. I am here and I am listening."], 8)
     except TimeoutError:
         raise SimulatorTransportError(f"no answer to a canary turn within {_PATIENCE:g} s") from None
-    return says, reply.reply[:60]
-
-
-def _turn(scenario: Scenario, said: Sequence[tuple[Any, str]], round: int, rounds: int, reflection: str = "") -> TurnRequest:
-    """`reflection`: what the user thought before each of its lines in `said`."""
-    opening = [Utterance(speaker="user", text=scenario.opening_line)] if scenario.opening_line else []
-    lines = [Utterance(speaker=who, text=text, reflection=reflection if who == "user" else "") for who, text in said]
-    state = scenario.anchors.initial
-    return TurnRequest(
-        request_id=f"check/{scenario.id}/{round}",
-        scenario=ScenarioCard.of(scenario),
-        history=(*opening, *lines),
-        state=State(anger=state.anger, trust=state.trust),
-        round=round,
-        max_rounds=rounds,
-        seed=0,
-    )
+    return says, dialogue.answer.reply[:60]
 
 
 @check
@@ -570,17 +555,41 @@ def _simulator_tokens(s: Subject) -> Tokens:
     counts = []
     for scenario in _sample(s.examples, _PLAYED):
         rate = _CHARACTERS_PER_TOKEN.get(scenario.language, _OTHER_LANGUAGES)
-        said: list[tuple[Any, str]] = []
-        reflection = "x" * _rounded_up((VERDICT_TOKENS - LINE_TOKENS) * rate)
-        for round in range(1, rounds + 1):
-            said.append(("policy", "x" * _rounded_up(REPLY_TOKENS * rate)))
-            text = "".join(m["content"] for m in prompts.messages(_turn(scenario, said, round, rounds, reflection)))
+        thought = "x" * _rounded_up((VERDICT_TOKENS - LINE_TOKENS) * rate) if thinks else ""
+        user = _Verbose("x" * _rounded_up(LINE_TOKENS * rate), thought)
+        asyncio.run(_played(user, scenario, ["x" * _rounded_up(REPLY_TOKENS * rate)] * rounds, rounds))
+        for request in user.asked:
+            text = "".join(m["content"] for m in prompts.messages(request))
             exact = s.tokenizer is not None and scenario.language == "en"
-            words = sum(len(t) + (len(reflection) if thinks and who == "user" else 0) for who, t in said)
+            said = request.history[1:] if scenario.opening_line else request.history
+            words = sum(len(line.text) + len(line.reflection) for line in said)
             standing = len(s.tokenizer.encode(text.replace("x" * 40, ""))) if exact and s.tokenizer is not None else 0
             counts.append(standing + words / rate if exact else len(text) / rate)
-            said.append(("user", "x" * _rounded_up(LINE_TOKENS * rate)))
     return Tokens(statistics.mean(counts), VERDICT_TOKENS)
+
+
+class _Verbose:
+    """A user who says and thinks the same every time, and keeps what it was asked."""
+
+    def __init__(self, line: str, thought: str) -> None:
+        self._line, self._thought = line, thought
+        self.asked: list[TurnRequest] = []
+
+    async def turn(self, request: TurnRequest) -> TurnReply:
+        self.asked.append(request)
+        return TurnReply(
+            reply=self._line, anger_delta=0, trust_delta=0, state=request.state, goes_on=True, reflection=self._thought
+        )
+
+
+async def _played(user: User, scenario: Scenario, replies: Sequence[str], rounds: int) -> EIBench:
+    """The dialogue after these replies."""
+    dialogue = EIBench(user, briefing=Briefing(), max_turns=rounds)
+    dialogue.name = f"check/{scenario.id}"
+    await dialogue.reset(task_of(scenario).data, seed=0)
+    for reply in replies:
+        await dialogue.step(reply)
+    return dialogue
 
 
 def _rounded_up(number: float) -> int:

@@ -22,12 +22,14 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import TypedDict
 
+from ctcgrpo.environments.eibench import EIBench, task_of
 from ctcgrpo.errors import EPISODE_ERRORS, OutputError
 from ctcgrpo.files import collect_records
-from ctcgrpo.records import SCENES, Scenario, UserState
+from ctcgrpo.policy.persona import Briefing
+from ctcgrpo.records import MAX_DELTA, SCENES, Scenario, UserState
 from ctcgrpo.scoring import turn_score
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
+from ctcgrpo.simulator.protocol import State, TurnReply, TurnRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,26 +107,46 @@ def recorded_turns(
         raise OutputError(f"there are no recorded dialogues of these scenarios to replay{why}")
     rng = random.Random(seed)
     chosen = [t for scene in SCENES for t in rng.sample(traces[scene], min(dialogues, len(traces[scene])))]
-    return [turn for trace in chosen for turn in _turns(trace, known[trace["task"]], max_rounds)]
+    return [turn for trace in chosen for turn in asyncio.run(_turns(trace, known[trace["task"]], max_rounds))]
 
 
-def _turns(trace: Mapping[str, Any], scenario: Scenario, max_rounds: int) -> Iterable[TurnRequest]:
-    card = ScenarioCard.of(scenario)
-    history = [Utterance(speaker="user", text=scenario.opening_line)] if scenario.opening_line else []
-    state = trace["info"]
-    for round, turn in enumerate(trace["turns"], 1):
-        history.append(Utterance(speaker="policy", text=turn["reply"]))
-        yield TurnRequest(
-            request_id=f"noise/{trace['task']}/{trace['rollout']}/{round}",
-            scenario=card,
-            history=tuple(history),
-            state=State(anger=state["anger"], trust=state["trust"]),
-            round=round,
-            max_rounds=max(max_rounds, len(trace["turns"])),
-            seed=0,
+class _Recording:
+    """A user who answers as recorded, and keeps what it was asked."""
+
+    def __init__(self, turns: Sequence[Mapping[str, Any]]) -> None:
+        self._turns = turns
+        self.asked: list[TurnRequest] = []
+
+    async def turn(self, request: TurnRequest) -> TurnReply:
+        turn = self._turns[len(self.asked)]
+        self.asked.append(request)
+        info, before = turn["info"], request.state
+        why = info.get("why", "")
+        state = State(anger=info["anger"], trust=info["trust"])
+        return TurnReply(
+            reply=turn["message"],
+            anger_delta=_clipped(state.anger - before.anger),
+            trust_delta=_clipped(state.trust - before.trust),
+            state=state,
+            goes_on=True,
+            why=why,
+            reflection=why,
         )
-        history.append(Utterance(speaker="user", text=turn["message"], reflection=turn["info"].get("why", "")))
-        state = turn["info"]
+
+
+def _clipped(change: int) -> int:
+    return max(-MAX_DELTA, min(MAX_DELTA, change))
+
+
+async def _turns(trace: Mapping[str, Any], scenario: Scenario, max_rounds: int) -> Sequence[TurnRequest]:
+    """What the user was asked in a recorded dialogue."""
+    user, turns = _Recording(trace["turns"]), trace["turns"]
+    dialogue = EIBench(user, briefing=Briefing(), max_turns=max(max_rounds, len(turns)))
+    dialogue.name = f"noise/{trace['task']}/{trace['rollout']}"
+    await dialogue.reset(task_of(scenario).data, seed=0)
+    for turn in turns:
+        await dialogue.step(turn["reply"])
+    return user.asked
 
 
 async def measure(turns: Sequence[TurnRequest], simulator: SimulatorClient, *, replays: int) -> dict[str, Noise]:

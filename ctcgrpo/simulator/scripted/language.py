@@ -3,15 +3,16 @@
 A file holds: `script` (latin or han), `lexicon` (tag -> words, latin only), `things` (concrete everyday words), `takes_clause`
 and `takes_two` (latin only: see `grammar.is_spliced`), `binding` (han only: characters that bind words into a clause),
 `misplaced` (han only, may be absent: what no clause holds), `mine` (a pattern: what a speaker calls its own), `pronouns`
-(those of one third person each), `faults` and `moves` (name -> patterns and effect; moves per scene), `lines` (what the
-user says where the scenario has no words of its own).
+(those of one third person each), `speakers` (words for whoever speaks or is spoken to), `empathy` and `responses`
+(patterns: what somebody who listens does with what was said), `faults` and `moves` (name -> patterns and effect; moves
+per scene), `lines` (what the user says where the scenario has no words of its own).
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from importlib.resources import files
@@ -67,6 +68,9 @@ class Language:
     misplaced: re.Pattern[str] | None
     mine: re.Pattern[str]
     pronouns: Mapping[str, str]
+    speakers: frozenset[str]
+    empathy: re.Pattern[str]
+    responses: re.Pattern[str]
     faults: tuple[Pattern, ...]
     scene_faults: Mapping[str, tuple[Pattern, ...]]
     moves: Mapping[str, tuple[Pattern, ...]]
@@ -102,6 +106,13 @@ class Language:
     def _content(self, text: str) -> frozenset[str]:
         return frozenset(stem(t) if not self.han else t for t in self.tokens(text) if self._is_content(t))
 
+    def substance(self, text: str) -> frozenset[str]:
+        """The content without words that say little by themselves; in Han script, its characters, so that other words made of
+        them do not count as new."""
+        if not self.han:
+            return self.content(text) - self._light
+        return frozenset(char for run in _HAN_RUN.findall(text) for char in run if char not in self.lexicon)
+
     def uncommon(self, text: str) -> frozenset[str]:
         """The content that is not everyday talk."""
         return self.content(text) - self.everyday
@@ -134,12 +145,21 @@ class Language:
         return frozenset(stem(word) for word in self.lexicon)
 
     @cached_property
+    def _light(self) -> frozenset[str]:
+        """The stems of verbs that can be auxiliaries, of numbers and the like."""
+        return frozenset(stem(word) for word, tags in self.lexicon.items() if set("XMD") & set(tags))
+
+    @cached_property
     def thing_stems(self) -> frozenset[str]:
         return frozenset(stem(word) for word in self.things)
 
     def is_common(self, word: str) -> bool:
         """Whether it is a word of everyday talk, whatever the subject."""
         return word in self.lexicon
+
+    def is_speaker(self, token: str) -> bool:
+        """Whether it is a word for whoever speaks or is spoken to; a pair of characters is one by its first."""
+        return (token[0] if self.han else token) in self.speakers
 
     def is_sound(self, sentence: str) -> bool:
         """Whether it is a sentence of this language that hangs together."""
@@ -203,7 +223,10 @@ def load_language(code: str) -> Language:
         binding=frozenset(str(data.get("binding", "")).split()),
         mine=re.compile(data["mine"]),
         pronouns={word: words.split()[0] for words in data["pronouns"] for word in words.split()},
-        misplaced=re.compile("|".join(data["misplaced"])) if "misplaced" in data else None,
+        speakers=frozenset(str(data["speakers"]).split()),
+        empathy=_any_of(data["empathy"]),
+        responses=_any_of(data["responses"]),
+        misplaced=_any_of(data["misplaced"]) if "misplaced" in data else None,
         faults=_patterns(data["faults"]),
         scene_faults={scene: _patterns(data["scene_faults"].get(scene, {})) for scene in scenes},
         moves={scene: _patterns(data["moves"][scene]) for scene in scenes},
@@ -211,11 +234,15 @@ def load_language(code: str) -> Language:
     )
 
 
+def _any_of(patterns: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(f"(?:{p})" for p in patterns))
+
+
 def _patterns(table: Mapping[str, Mapping[str, Any]]) -> tuple[Pattern, ...]:
     return tuple(
         Pattern(
             name,
-            re.compile("|".join(f"(?:{p})" for p in entry["patterns"])),
+            _any_of(entry["patterns"]),
             entry["anger"],
             entry["trust"],
             entry["why"],

@@ -16,8 +16,14 @@ _RUN = 4
 _SHORTEST_FRAME = 5
 _MOST_SENTENCES = 200
 """What comes after so many sentences is not read: long before, a reply tires."""
+_CHARACTERS_A_WORD = 2
+"""Most words of Chinese have two."""
+_SHORTEST_MIX_UP = 3
+"""In words (pairs of characters in Han script)."""
 _NAME = re.compile(r"\b[A-Z][a-z]+\b(?=[,.!?])")
 """Somebody is called by a name; people shorten names."""
+_VOCATIVE = re.compile(r"^(?:[A-Z][\w.]* ?){1,3}(?=,)|(?<=, )(?:[A-Z][\w.]* ?){1,3}(?=[,.!?])")
+"""Somebody is addressed, at the beginning of a sentence or after a comma."""
 _DERIVES = frozenset(["er", "ers", "or", "ors", "y", "ly", "ment", "ness", "ful", "less", "en"])
 """Endings that make a word out of a whole one."""
 TELLING = 2
@@ -60,7 +66,10 @@ class Reading:
     facts of the policy's persona or, in a question, of the goal. `follows` says that it speaks of "her" to a user who has just
     done so, or of "my mother" to one who has spoken of a mother. `moves` and `musts` are what counting sentences do. `echo` and
     `repetition` are the shares taken from what was heard and from earlier replies; `twice` says that two of its sentences are
-    nearly one.
+    nearly one. `borrowed` and `added` count its content words: those of the user's last line, and all others, without whom it
+    addresses and what says little by itself (have, do, nine). `feels`: a counting sentence names what it is like, or
+    apologises; `responds`: it does, or offers, or asks openly. `mixes_up`: it says of itself what the user said of
+    themselves ("I forgot the debit" to one who says so), or "you" where the user meant the policy.
     """
 
     length: int
@@ -80,6 +89,11 @@ class Reading:
     repetition: float
     twice: bool
     breaks_off: bool
+    borrowed: int
+    added: int
+    feels: bool
+    responds: bool
+    mixes_up: bool
 
     def share(self, predicate: str) -> float:
         """The share of sentences for which the named property does not hold."""
@@ -114,7 +128,11 @@ def read(
         return len(own) >= (1 if listens else 2)
 
     touched = tuple(d for d in knowledge.details if _touches(said, d, just_raised=d == raised))
-    content, said_words = language.content(text), _words(text, language)
+    content, said_words, of_latest = language.content(text), _words(text, language), language.content(latest)
+    called = frozenset().union(*(language.content(name) for s in spoken for name in _VOCATIVE.findall(s)))
+    feels = any(language.empathy.search(s.text.lower()) for s in counting)
+    says, hears = language.substance(text) - called, language.substance(latest)
+    word = _CHARACTERS_A_WORD if language.han else 1
     return Reading(
         length=language.length(text),
         sentences=sentences,
@@ -125,7 +143,7 @@ def read(
         tells=frozenset().union(*(_told(s, knowledge, language) for s in sentences if s.sound and s.own)),
         follows=any(_follows(s.text, latest, language) for s in counting),
         moves=tuple(m for m in moves if any(m.matches(s.text.lower()) for s in counting)),
-        answers=bool(said & language.content(latest) & (knowledge.matter | language.thing_stems)),
+        answers=bool((said - called) & of_latest & (knowledge.matter | language.thing_stems)),
         musts=frozenset(name for name, words in knowledge.musts.items() if any(s.content & words for s in counting)),
         frames=frozenset(f for s in sentences if len(f := _frame(s.text, language)) >= _SHORTEST_FRAME),
         questions=sum(s.asks for s in sentences),
@@ -133,7 +151,25 @@ def read(
         repetition=max((_similarity(content, said_words, other, language) for other in earlier), default=0.0),
         twice=any(_alike(a, b, language) for a, b in combinations(sentences, 2)),
         breaks_off=not language.ends(text),
+        borrowed=len(says & hears) // word,
+        added=len(says - hears) // word,
+        feels=feels,
+        responds=feels or any(language.responses.search(s.text.lower()) for s in counting),
+        mixes_up=any(_mixes_up(s.text, latest, knowledge, language) for s in sentences),
     )
+
+
+def _mixes_up(text: str, latest: str, knowledge: Knowledge, language: Language) -> bool:
+    """Whether a sentence takes over, from the user's last line, words that begin with "I" or "you" and name a matter."""
+    words, heard = _words(text, language), _words(latest, language)
+    starts = [(k, j) for k, word in enumerate(words) if language.is_speaker(word) for j, h in enumerate(heard) if h == word]
+    for k, j in starts:
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(words[k:], heard[j:], strict=False))
+        run = [word for word, _ in shared]
+        content = frozenset().union(*(language.content(word) for word in run))
+        if len(run) >= _SHORTEST_MIX_UP and len(content) >= 2 and content & knowledge.matter:
+            return True
+    return False
 
 
 def _told(sentence: Sentence, knowledge: Knowledge, language: Language) -> frozenset[str]:

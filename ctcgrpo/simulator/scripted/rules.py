@@ -23,6 +23,10 @@ _AGAIN = 0.75
 """What the same good thing is worth each time again."""
 LONG, CURT = 90, 4
 """In words: replies above LONG tire, replies below CURT put off."""
+_MANY_BORROWED = 3
+"""Content words of the user's last line in one reply."""
+_ECHO = 0.5
+"""A larger share of a reply in word-for-word runs from what was said is an echo."""
 _MOST_OFTEN = 3
 """So many empty replies before this one, and it cannot get worse."""
 MANY = 5
@@ -105,8 +109,33 @@ def senseless(h: Heard) -> Iterator[Finding]:
 
 @spoiler
 def echoing(h: Heard) -> Iterator[Finding]:
-    if h.reading.echo > 0.5 or h.reading.share("own") >= 0.5:
+    # To name what was said and then say what it is like is reflective listening, if the echo is the smaller part.
+    in_part = h.reading.share("own") >= 0.5 and not h.reading.feels
+    if h.reading.echo > _ECHO or in_part:
         yield Finding(4, -4, "gives me my own words back")
+
+
+@spoiler
+def rearranging(h: Heard) -> Iterator[Finding]:
+    """A sentence built of the user's last words says nothing, in whatever order: policies trained here lived on "The coat is
+    buttoned to the chin, not to the door". Whoever listens names a thing or two and has something of their own to say about
+    it, or says what it is like: of 840 written replies none borrows three words and twice what it adds."""
+    r = h.reading
+    if r.borrowed < 2 or r.borrowed <= r.added or r.feels or r.echo > _ECHO:
+        return
+    # A question adds what it asks.
+    if r.borrowed >= _MANY_BORROWED and r.borrowed >= 2 * (r.added + (r.responds or r.questions > 0)):
+        yield Finding(2, -2, "turns my own words around")
+    elif not r.responds and not r.engaged:
+        # To say two words back may be how somebody listens. It is not taken amiss, and does no good.
+        yield Finding(0, 0, "says back to me what I said")
+
+
+@spoiler
+def mixing_up(h: Heard) -> Iterator[Finding]:
+    """Who keeps the user's "I" speaks as if they were the user: "I forgot to cancel the debit" to the one who forgot."""
+    if h.reading.mixes_up:
+        yield Finding(3, -3, "mixes up who did what")
 
 
 @spoiler
@@ -202,11 +231,13 @@ def about_me(h: Heard) -> Iterator[Finding]:
 
 @rule
 def about_anybody(h: Heard) -> Iterator[Finding]:
-    """Once is polite; who hears nothing else feels talked past, more each time. What comes from the speaker's own life could
-    not be said by anybody: it does neither good nor harm."""
+    """To say once what it is like is kind. Who hears nothing about themselves feels talked past, more each time. What comes from
+    the speaker's own life could not be said by anybody: it does neither good nor harm."""
     if not _is_empty(h.reading):
         return
-    if _is_sincere(h, _is_empty):
+    if h.reading.feels and not any(map(_is_empty, h.earlier)):
+        yield Finding(0, 1, "says what it is like, as anybody might")
+    elif _is_sincere(h, _is_empty):
         yield Finding(0, 0, "tells me something of its own" if h.tells else "goes along with what I speak of")
     else:
         weight = 1 + min(_MOST_OFTEN, sum(map(_is_empty, h.earlier)))
@@ -226,11 +257,15 @@ def _is_empty(reading: Reading) -> bool:
 
 @rule
 def listening(h: Heard) -> Iterator[Finding]:
-    """Taking up what was said last does good by itself, little as it may add: a reply made beforehand does it by luck alone. Done
-    again, with nothing of one's own, it is worth less each time."""
+    """Taking up what was said last does good by itself, little as it may add: a reply made beforehand does it by luck alone. It
+    does more where it responds: to name a word is no proof of listening, to say what it is like or to ask on is. Done again,
+    with nothing of one's own, it is worth less each time."""
     if h.reading.answers:
         worth = 1.0 if h.reading.engaged else _AGAIN ** sum(r.answers and not r.engaged for r in h.earlier)
-        yield Finding(-worth, worth, "heard what I just said")
+        if h.reading.responds:
+            yield Finding(-1.5 * worth, 1.5 * worth, "heard what I just said, and responds to it")
+        else:
+            yield Finding(-worth if h.reading.engaged else -worth / 2, worth, "heard what I just said")
 
 
 @rule
