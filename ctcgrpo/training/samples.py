@@ -134,10 +134,10 @@ def turn_samples(
     the old ones."""
     return [
         TurnSample(
-            prompt_ids=turn.prompt_ids,
-            completion_ids=turn.completion.token_ids,
+            prompt_ids=np.array(turn.prompt_ids, dtype=np.int32),
+            completion_ids=np.array(turn.completion.token_ids, dtype=np.int32),
             advantage=advantage,
-            old_logprobs=turn.completion.logprobs if recorded else None,
+            old_logprobs=np.array(turn.completion.logprobs, dtype=np.float32) if recorded else None,
         )
         for episode in episodes
         if (key := (episode.group, episode.rollout)) in advantages
