@@ -56,6 +56,7 @@ from ctcgrpo.settings import context_builder, lora_config, template_kwargs, trai
 from ctcgrpo.sharding import check_launcher, deepspeed_stage, sharding_arguments
 from ctcgrpo.tracking import tracker_of
 from ctcgrpo.training.hooks import RolloutHooks
+from ctcgrpo.training.samples import try_credit
 from ctcgrpo.training.schedule import learning_rate_at
 from ctcgrpo.training.trainer import PLAYING, CTCGRPOTrainer
 from ctcgrpo.types import Episode
@@ -83,6 +84,7 @@ class _Run(RolloutHooks):
 
     def __init__(self, recipe: Recipe, stack: contextlib.ExitStack) -> None:
         self._recipe = recipe
+        try_credit(recipe.credit_options())
         self._tasks = run_tasks(recipe)
         # The arguments come before everything else that asks which process this is: they set up the process group, and
         # DeepSpeed, if it is to shard a model while loading, has to be configured by then.

@@ -48,7 +48,7 @@ from ctcgrpo.training.checkpointing import CheckpointedUpdate
 from ctcgrpo.training.credit_state import CREDIT_STATE, load_state, state_text
 from ctcgrpo.training.hooks import NO_HOOKS, RolloutHooks
 from ctcgrpo.training.metrics import rollout_metrics
-from ctcgrpo.training.samples import Summary, step_credit, summarise, turn_samples, update_of
+from ctcgrpo.training.samples import Summary, step_credit, summarise, try_credit, turn_samples, update_of
 from ctcgrpo.training.tasks import step_schedule, tags_of, tasks_of
 from ctcgrpo.training.update import Floats
 from ctcgrpo.types import Environment, Episode, Task, TurnSample
@@ -93,6 +93,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             raise TypeError(f"args is a {type(args).__name__}; expected a CTCGRPOConfig, which holds alpha, max_turns, ...")
         if not callable(environment):
             raise TypeError(f"environment is {environment!r}; expected a class or a function that makes an Environment")
+        try_credit(args)
         self._tasks = tasks_of([] if train_dataset is None else train_dataset, "train_dataset")
         held_out = None if eval_dataset is None else tasks_of(eval_dataset, "eval_dataset")
         if isinstance(model, str) and is_builtin(model):
