@@ -184,7 +184,7 @@ def validation(s: Subject) -> Iterator[Finding]:
 def credit(s: Subject) -> Iterator[Finding]:
     options = s.recipe.credit_options()
     try_credit(options)
-    yield Finding("credit", "ok", f"{options.credit}, centered on {options.centering}, scale {options.scale}")
+    yield Finding("credit", "ok", f"{options.credit}, centered on {options.centering}, scale {options.scale_rewards}")
 
 
 def _left_out(about: str, found: ScenarioSet) -> Iterator[Finding]:
