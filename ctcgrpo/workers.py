@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import multiprocessing
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,17 +57,3 @@ def end_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
-
-
-def end_with_pool() -> None:
-    """For a worker of a process pool: heed SIGINT, and be gone as soon as the parent is, whatever is under way. A signal at the
-    parent's death would not do: the pool takes what it raises for the task's result, and waits for a task that nobody can send."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker has a parent"
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end-with-pool", daemon=True).start()
