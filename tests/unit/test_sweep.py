@@ -27,6 +27,7 @@ from ctcgrpo.files import mark_complete
 from ctcgrpo.intervals import crossed
 from ctcgrpo.recipe import load_recipe, overrides
 from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.workers import alone
 from tests.conftest import ROOT, Command
 from tests.unit.test_report import episode, made
 
@@ -367,14 +368,22 @@ def test_a_search_stops_what_falls_behind_and_ends_at_its_cap(tmp_path: Path, mo
 
 
 def test_one_coordinator_at_a_time(tmp_path: Path) -> None:
-    import fcntl
-
     folder = tmp_path / "out"
-    folder.mkdir()
-    with (folder / "LOCK").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match="another process is at work there"):
-            run(written(tmp_path / "s.yaml"), folder)
+    code = "import sys, time; from pathlib import Path; from ctcgrpo.workers import alone\n"
+    code += f"with alone(Path({str(folder)!r})): print('locked', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "locked\n"
+            with pytest.raises(OutputError, match=rf"another process \(process {other.pid} on .+\) is at work there"):
+                run(written(tmp_path / "s.yaml"), folder)
+            said: list[str] = []
+            with pytest.raises(OutputError), alone(folder, patience=1, say=said.append):
+                raise AssertionError("two processes have the folder")
+            assert len(said) == 1 and "waiting up to 1 s" in said[0]
+        finally:
+            other.kill()
+    with alone(folder, patience=30):  # a killed process leaves its file, and no lock
+        pass
 
 
 def test_the_interval_over_seeds_and_scenarios_is_wider_than_over_either() -> None:
