@@ -30,7 +30,7 @@ from ctcgrpo.errors import (
     TooManyFailures,
     TrainingDiverged,
 )
-from ctcgrpo.files import file_digest
+from ctcgrpo.files import disk_problem, file_digest
 from ctcgrpo.folders import check_model
 from ctcgrpo.importing import is_reference, load_object, source_of
 from ctcgrpo.policy.adapter import refuse_tied_targets
@@ -50,7 +50,7 @@ from ctcgrpo.processes import STOP_SECONDS, interrupts, on_main, together
 from ctcgrpo.progress import RunProgress
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.rollout.runner import Slot
-from ctcgrpo.run_folder import RunFolder, disk_problem
+from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.run_tasks import run_tasks
 from ctcgrpo.settings import context_builder, lora_config, template_kwargs, trainer_config
 from ctcgrpo.sharding import check_launcher, deepspeed_stage, sharding_arguments
