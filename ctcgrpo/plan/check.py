@@ -62,6 +62,7 @@ from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
 from ctcgrpo.simulator.scripted.backend import ScriptedBackend
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from ctcgrpo.simulator.server import SimulatorServer, running
+from ctcgrpo.training.samples import try_credit
 from ctcgrpo.training.tree_attention import how_to_attend
 from ctcgrpo.types import Completion, Message
 
@@ -177,6 +178,13 @@ def validation(s: Subject) -> Iterator[Finding]:
         )
     else:
         yield Finding("validation", "ok", f"{len(s.held_out)} held out")
+
+
+@check
+def credit(s: Subject) -> Iterator[Finding]:
+    options = s.recipe.credit_options()
+    try_credit(options)
+    yield Finding("credit", "ok", f"{options.credit}, centered on {options.centering}, scale {options.scale_rewards}")
 
 
 def _left_out(about: str, found: ScenarioSet) -> Iterator[Finding]:

@@ -24,9 +24,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase, TrainerControl
 
 from ctcgrpo.centering import make_centering
@@ -45,8 +47,9 @@ from ctcgrpo.training.checkpointing import CheckpointedUpdate
 from ctcgrpo.training.credit_state import CREDIT_STATE, load_state, state_text
 from ctcgrpo.training.hooks import NO_HOOKS, RolloutHooks
 from ctcgrpo.training.metrics import rollout_metrics
-from ctcgrpo.training.samples import Summary, step_credit, summarise, turn_samples, update_of
+from ctcgrpo.training.samples import Summary, step_credit, summarise, try_credit, turn_samples, update_of
 from ctcgrpo.training.tasks import step_schedule, tags_of, tasks_of
+from ctcgrpo.training.update import Floats
 from ctcgrpo.types import Environment, Episode, Task, TurnSample
 from ctcgrpo.validation import validation_slots
 
@@ -87,6 +90,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         args = copy.copy(args)  # what is decided below is of this trainer
         if not callable(environment):
             raise TypeError(f"environment is {environment!r}; expected a class or a function that makes an Environment")
+        try_credit(args)
         self._tasks = tasks_of([] if train_dataset is None else train_dataset, "train_dataset")
         held_out = None if eval_dataset is None else tasks_of(eval_dataset, "eval_dataset")
         if isinstance(model, str) and is_builtin(model):
@@ -302,15 +306,15 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         traces.mkdir(parents=True, exist_ok=True)
         return trace_file(traces, name, self.accelerator.process_index)
 
-    def _check_recorded(self, episodes: Sequence[Episode], samples: Sequence[TurnSample]) -> list[tuple[float, ...]]:
+    def _check_recorded(self, episodes: Sequence[Episode], samples: Sequence[TurnSample]) -> list[Floats]:
         """The current log-probabilities of samples, and, as a metric, how far the engine's recorded ones are off:
         the largest difference over tokens, top-p and top-k accounted for where the engine says what it kept."""
         self.model_wrapped.train()
         current = self.logprobs(self.model_wrapped, samples)
-        recorded = {(turn.prompt_ids, turn.completion.token_ids): turn.completion for e in episodes for turn in e.turns}
+        recorded = {_key(turn.prompt_ids, turn.completion.token_ids): turn.completion for e in episodes for turn in e.turns}
         gaps = [-math.inf]
         for sample, now in zip(samples, current, strict=True):
-            completion = recorded[sample.prompt_ids, sample.completion_ids]
+            completion = recorded[_key(sample.prompt_ids, sample.completion_ids)]
             # Where an engine cannot tell what top-p and top-k kept, its log-probabilities are of another distribution.
             gaps += [abs(r + k - c) for r, k, c in zip(completion.logprobs, completion.log_kept, now, strict=False)]
         # The maxima below let a NaN through: it has to be seen. -inf says that nothing was compared.
@@ -362,3 +366,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
 
     def load_state_of_run(self, folder: Path) -> None:
         load_state(self._centering, folder)
+
+
+def _key(prompt_ids: ArrayLike, completion_ids: ArrayLike) -> tuple[bytes, bytes]:
+    return np.asarray(prompt_ids, np.int32).tobytes(), np.asarray(completion_ids, np.int32).tobytes()
