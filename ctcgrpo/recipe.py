@@ -118,7 +118,10 @@ class Scenarios(Section):
 class OwnEnvironment(Section):
     """An environment of one's own, in place of the sections scenarios, simulator and scoring (ctcgrpo/types.py: Environment)."""
 
-    factory: str = Field(description="module:attribute, a class or function that makes the Environment of an episode")
+    factory: str = Field(
+        description="module:attribute, a class or function that makes the Environment of an episode; or a class of asynchronous "
+        "context managers, of which one makes them all and is open while a batch is played"
+    )
     options: dict[str, Any] = Field({}, description="keyword arguments for the factory")
     tasks: str = Field(
         description="what is trained on: a JSON lines file, an object a task, or module:function, which gives such objects"

@@ -12,6 +12,7 @@ import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +190,9 @@ class OwnTasks(RunTasks):
     def start(
         self, stack: contextlib.ExitStack, state: PartialState, folder: RunFolder, say: Say
     ) -> Callable[[], Environment]:
-        if not self._settings.options:
-            factory: Callable[[], Environment] = self._factory
-            return factory
+        if isinstance(self._factory, type) and issubclass(self._factory, AbstractAsyncContextManager):
+            shared: Callable[[], Environment] = self._factory(**self._settings.options)
+            return shared
         return functools.partial(self._factory, **self._settings.options)
 
     def identity(self) -> dict[str, Any]:
