@@ -307,7 +307,7 @@ class Validation(Section):
 class Hardware(Section):
     """What a run is meant for; read by `ctcgrpo check` alone."""
 
-    gpu: str | None = Field(None, description="the card that the memory plan is for; one of ctcgrpo/plan/cards.yaml")
+    gpu: str | None = Field(None, description="the card that the memory plan is for; one of ctcgrpo/preflight/cards.yaml")
     processes: int = Field(1, ge=1, description="GPUs that train, one process each, over all nodes")
     nodes: int = Field(1, ge=1, description="machines that train")
     tokens_per_second: float | None = Field(
