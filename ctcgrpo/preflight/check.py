@@ -14,16 +14,25 @@ from pathlib import Path
 from accelerate.commands.config.config_args import default_config_file
 
 from ctcgrpo.errors import CtcGrpoError
-from ctcgrpo.preflight import cost, gpu, launch, machine, policy, prompts, scenarios, simulator
+from ctcgrpo.preflight import cost, environment, gpu, launch, machine, policy, prompts, scenarios, simulator
 from ctcgrpo.preflight.subject import Check, Finding, Subject
 from ctcgrpo.recipe import Recipe
 
 
 def checks_of(recipe: Recipe) -> Sequence[Check]:
     """The checks of a recipe, in order."""
+    own = recipe.environment is not None
+    played: Sequence[Check] = (scenarios.scenarios, scenarios.validation)
+    if own:
+        played = (
+            environment.environment,
+            environment.tasks,
+            environment.validation,
+            environment.episode,
+            environment.replies,
+        )
     return (
-        scenarios.scenarios,
-        scenarios.validation,
+        *played,
         launch.sharding,
         launch.libraries,
         policy.model,
@@ -36,7 +45,7 @@ def checks_of(recipe: Recipe) -> Sequence[Check]:
         launch.launcher,
         gpu.memory,
         launch.policy_servers,
-        simulator.simulator,
+        *(() if own else (simulator.simulator,)),
         cost.cost,
         machine.disk,
         machine.output,
@@ -45,12 +54,12 @@ def checks_of(recipe: Recipe) -> Sequence[Check]:
 
 
 def findings(
-    recipe: Recipe, environment: Mapping[str, str] = os.environ, accelerate_config: Path = Path(default_config_file)
+    recipe: Recipe, variables: Mapping[str, str] = os.environ, accelerate_config: Path = Path(default_config_file)
 ) -> tuple[list[Finding], Subject]:
     """All findings, and what was loaded on the way. A check that raises one of this project's errors has found what is wrong."""
     found: list[Finding] = []
     with tempfile.TemporaryDirectory() as folder:
-        subject = Subject(recipe, Path(folder), environment, accelerate_config)
+        subject = Subject(recipe, Path(folder), variables, accelerate_config)
         for check in checks_of(recipe):
             try:
                 found += check(subject)

@@ -1,4 +1,4 @@
-"""What a run asks of the simulator, and what that costs: arithmetic on counts and prices."""
+"""What a run asks of the simulator or the environment, and what that costs: arithmetic on counts and prices."""
 
 from __future__ import annotations
 
@@ -61,43 +61,26 @@ def hours(asked: Asked, tokens_per_turn: float, tokens_per_second: float) -> flo
 
 
 def cost(s: Subject) -> Iterator[Finding]:
-    recipe, config = s.recipe, s.simulator
-    steps = recipe.training.max_steps
-    held_out, every = recipe.validation, recipe.validation.every if recipe.validation else 0
-    llm = config.llm if config else None
+    recipe, validation = s.recipe, s.recipe.validation
+    llm = s.simulator.llm if s.simulator else None
+    steps, own = recipe.training.max_steps, recipe.environment
+    held_out = len(s.held_out if own is None else s.held_out_tasks)
     asked = Asked(
         steps=steps,
         episodes_per_step=recipe.tasks_per_step * recipe.rollout.group_size,
         turns=recipe.rollout.max_turns,
-        validations=2 + (steps - 1) // every if held_out else 0,
-        episodes_per_validation=len(s.held_out) * held_out.samples if held_out else 0,
+        validations=2 + (steps - 1) // validation.every if validation else 0,
+        episodes_per_validation=held_out * validation.samples if validation else 0,
         calls_per_turn=llm.samples if llm else 1,
     )
-    yield Finding(
-        "simulator calls", "ok", f"up to {asked.calls_per_step:,} a step, {asked.calls:,} in all, validation included"
-    )
-    if llm is None and recipe.simulator.url == "embedded":
+    what = "simulator calls" if own is None else "environment steps"
+    yield Finding(what, "ok", f"up to {asked.calls_per_step:,} a step, {asked.calls:,} in all, validation included")
+    if own is not None:
+        yield Finding("cost", "ok", f"what {own.factory} itself asks for (LLM calls, services) is not known here")
+    elif llm is None and recipe.simulator.url == "embedded":
         yield Finding("cost", "ok", "the scripted user costs nothing")
     else:
-        tokens = _simulator_tokens(s)
-        total = asked.calls * (tokens.prompt + tokens.completion)
-        step = asked.calls_per_step * (tokens.prompt + tokens.completion)
-        text = (
-            f"some {step / 1e6:.1f} million tokens a step, {total / 1e6:,.0f} million in all ({tokens.prompt:.0f} to read and "
-            f"{VERDICT_TOKENS} to write a call, replies of {REPLY_TOKENS} tokens, lines of {LINE_TOKENS}"
-            f"{'' if s.scenarios else ', by the bundled English scenarios'})"
-        )
-        prices = [e.price for e in llm.endpoints if e.price.prompt or e.price.completion] if llm else []
-        if prices and config is not None:
-            worst = max(money(asked.calls, tokens, p.prompt, p.completion) for p in prices)
-            text += f"; up to {worst:,.0f} {config.budget.currency} at the dearest endpoint's prices"
-            limit = config.budget.money
-            if limit is not None and worst > limit:
-                yield Finding("cost", "warning", f"{text}, and budget.money is {limit:g}: the run will pause there")
-                return
-        elif llm is not None:
-            text += "; no prices are configured (llm.endpoints: price)"
-        yield Finding("cost", "ok", text)
+        yield _simulator_cost(s, asked)
     if recipe.hardware.tokens_per_second:
         reply = min(REPLY_TOKENS, recipe.rollout.max_new_tokens)
         took = hours(asked, reply, recipe.hardware.tokens_per_second)
@@ -106,6 +89,29 @@ def cost(s: Subject) -> Iterator[Finding]:
             "ok",
             f"{took:.1f} of sampling at {recipe.hardware.tokens_per_second:,.0f} tokens/s; updates come on top",
         )
+
+
+def _simulator_cost(s: Subject, asked: Asked) -> Finding:
+    config = s.simulator
+    llm = config.llm if config else None
+    tokens = _simulator_tokens(s)
+    total = asked.calls * (tokens.prompt + tokens.completion)
+    step = asked.calls_per_step * (tokens.prompt + tokens.completion)
+    text = (
+        f"some {step / 1e6:.1f} million tokens a step, {total / 1e6:,.0f} million in all ({tokens.prompt:.0f} to read and "
+        f"{VERDICT_TOKENS} to write a call, replies of {REPLY_TOKENS} tokens, lines of {LINE_TOKENS}"
+        f"{'' if s.scenarios else ', by the bundled English scenarios'})"
+    )
+    prices = [e.price for e in llm.endpoints if e.price.prompt or e.price.completion] if llm else []
+    if prices and config is not None:
+        worst = max(money(asked.calls, tokens, p.prompt, p.completion) for p in prices)
+        text += f"; up to {worst:,.0f} {config.budget.currency} at the dearest endpoint's prices"
+        limit = config.budget.money
+        if limit is not None and worst > limit:
+            return Finding("cost", "warning", f"{text}, and budget.money is {limit:g}: the run will pause there")
+    elif llm is not None:
+        text += "; no prices are configured (llm.endpoints: price)"
+    return Finding("cost", "ok", text)
 
 
 def _simulator_tokens(s: Subject) -> Tokens:

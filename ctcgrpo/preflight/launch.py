@@ -49,7 +49,7 @@ def processes(s: Subject) -> Iterator[Finding]:
 
 def launcher(s: Subject) -> Iterator[Finding]:
     sharding = s.recipe.training.sharding
-    check_launcher(sharding, s.environment)
+    check_launcher(sharding, s.variables)
     file = s.accelerate_config
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -45,7 +45,7 @@ def output(s: Subject) -> Iterator[Finding]:
 def weights_and_biases(s: Subject) -> Iterator[Finding]:
     if s.recipe.run.wandb != "online":
         return
-    known = "WANDB_API_KEY" in s.environment
+    known = "WANDB_API_KEY" in s.variables
     if not known:
         try:
             known = netrc.netrc().authenticators("api.wandb.ai") is not None

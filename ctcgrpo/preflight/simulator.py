@@ -41,7 +41,7 @@ def simulator(s: Subject) -> Iterator[Finding]:
         else:
             urls = [settings.url] if isinstance(settings.url, str) else list(settings.url)
             client = SimulatorClient(
-                urls, token=bearer_token(settings.token_env, s.environment), timeout=_PATIENCE, patience=2
+                urls, token=bearer_token(settings.token_env, s.variables), timeout=_PATIENCE, patience=2
             )
         says, reply = asyncio.run(_canary(client, s.examples[0]))
     check_patience(says, settings.timeout)

@@ -20,6 +20,7 @@ from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Scenario
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.config import SimulatorConfig
+from ctcgrpo.types import Environment, Message, Task
 
 Level = Literal["ok", "warning", "failed"]
 
@@ -43,10 +44,19 @@ class Subject:
     recipe: Recipe
     folder: Path
     """For what is built in passing; gone after the check."""
-    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    variables: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    """Those of the environment that the command runs in."""
     accelerate_config: Path = Path(default_config_file)
     scenarios: list[Scenario] = field(default_factory=list)
     held_out: list[Scenario] = field(default_factory=list)
+    factory: Callable[[], Environment] | None = None
+    """Of an environment of one's own, as are tasks, held_out_tasks, openings and heard."""
+    tasks: Sequence[Task] = ()
+    held_out_tasks: Sequence[Task] = ()
+    openings: dict[str, Sequence[Message]] = field(default_factory=dict)
+    """The first messages of some tasks, by id."""
+    heard: list[Sequence[Message]] = field(default_factory=list)
+    """What the policy heard after each of its replies, in the episode that was played."""
     shape: Shape | None = None
     config: Any = None
     """The model's own configuration, where it is at hand."""
