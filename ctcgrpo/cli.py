@@ -178,7 +178,7 @@ def noise(
 
     folder = require_run(run)
     recipe = resolved_recipe(folder.recipe_file)
-    section = recipe.eibench_scenarios()
+    section = recipe.eibench_scenarios("noise, which replays a simulated user's turns,")
     sets = [load_set(section.train, "train", section.invalid)]
     if recipe.validation is not None:
         sets.append(load_set(recipe.validation_source(), "test", section.invalid))

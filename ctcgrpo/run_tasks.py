@@ -63,8 +63,8 @@ class RunTasks(ABC):
     ) -> Callable[[], Environment]:
         """What makes the environment of an episode; on every process alike. What it starts ends with `stack`."""
 
-    def identity(self) -> dict[str, Any]:
-        """What the environment says of itself, once started: a run that resumes must find the same."""
+    def user(self) -> dict[str, Any]:
+        """What a simulated user says of itself, once started: a run that resumes must find the same. Empty where there is none."""
         return {}
 
     def facts(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class ScenarioTasks(RunTasks):
             turn_weights=scoring.turn_weights,
         )
 
-    def identity(self) -> dict[str, Any]:
+    def user(self) -> dict[str, Any]:
         return {k: v for k, v in self._about.items() if k not in ("status", "version", "deadline")}
 
     def facts(self) -> dict[str, Any]:
@@ -186,8 +186,8 @@ class OwnTasks(RunTasks):
     ) -> Callable[[], Environment]:
         return self._factory
 
-    def identity(self) -> dict[str, Any]:
-        return {"environment": self._settings.factory, "options": dict(self._settings.options)}
+    def facts(self) -> dict[str, Any]:
+        return {"environment": self._settings.factory}
 
 
 def environment_factory(settings: OwnEnvironment) -> Callable[[], Environment]:
