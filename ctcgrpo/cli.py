@@ -16,6 +16,7 @@ import typer
 from ctcgrpo import __version__
 from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
+from ctcgrpo.experiments import commands as experiments
 from ctcgrpo.factory import commands as scenarios
 from ctcgrpo.folders import check_model, require_run
 from ctcgrpo.importing import load_object
@@ -26,8 +27,6 @@ from ctcgrpo.reference import commands as reference
 from ctcgrpo.report import commands as reporting
 from ctcgrpo.scenarios import load_scenes
 from ctcgrpo.startup import LAUNCHED, announce_loading
-from ctcgrpo.study import commands as studying
-from ctcgrpo.sweep import commands as sweeping
 from ctcgrpo.terminal import Terminal, say
 
 _LONGEST_MESSAGE = 4000
@@ -266,7 +265,7 @@ def _gpus() -> int:
 _PANELS: Mapping[str, Sequence[Callable[..., None]]] = {
     "Train and look at a run": (train, show, chat, reporting.report),
     "Check, evaluate, export": (check, evaluation.evaluate, evaluation.compare, evaluation.leaderboard, export),
-    "Many runs": (sweeping.sweep, studying.study),
+    "Many runs": (experiments.sweep,),
     "Scenarios and the simulated user": (serve, noise),
     "Reference": (reference.fields, reference.metrics, version),
 }

@@ -24,7 +24,7 @@ from ctcgrpo import __version__
 from ctcgrpo.checkpoint_pickles import weights_only
 from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError
 from ctcgrpo.evaluation.played import eibench_on, in_words, validation_settings
-from ctcgrpo.files import checkpoints, is_complete, missing_in
+from ctcgrpo.files import checkpoints, disk_problem, is_complete, missing_in
 from ctcgrpo.folders import require_run
 from ctcgrpo.hub import hub_reason
 from ctcgrpo.policy.builtin import is_builtin, wheel_of
@@ -32,7 +32,7 @@ from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import stop_ids
 from ctcgrpo.policy.model_wheel import Say
 from ctcgrpo.recipe import Recipe, resolved_recipe
-from ctcgrpo.run_folder import RunFolder, disk_problem
+from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.run_records import Summary, disagreement, read_summary
 from ctcgrpo.scenarios import described, load_scenarios
 from ctcgrpo.settings import template_kwargs

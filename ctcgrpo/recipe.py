@@ -488,7 +488,7 @@ class Recipe(Section):
 def load_recipe(file: str | Path, overrides: Sequence[str] = (), *, changes: Sequence[str] = ()) -> Recipe:
     """Read, override, validate. Raises RecipeError naming file, field, value and what would be right.
 
-    `overrides` come from the command line; `changes` have the same form and come from a file (a sweep, a study). What
+    `overrides` come from the command line; `changes` have the same form and come from a file (a sweep). What
     simulator.token_env names is sent to simulator.url, so a file may only name variables that begin with CTCGRPO_; a user may
     name another one on the command line.
     """

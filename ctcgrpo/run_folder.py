@@ -21,10 +21,8 @@ checkpoints/RUN/
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -302,21 +300,3 @@ def _best_step(folder: Path) -> int | None:
         return int(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OutputError(f"{file}: expected the number of a step ({error}); remove {folder} to do without it") from None
-
-
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-
-
-def disk_problem(error: BaseException) -> str | None:
-    """What is wrong with the disk, where that is why a write failed; libraries that write weights hide the system's error."""
-    if isinstance(error, OSError) and error.errno in _DISK:
-        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
-    text = str(error)
-    for number in _DISK:
-        if os.strerror(number) in text:
-            return os.strerror(number)
-    if any(
-        mark in text for mark in ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
-    ):  # torch.save's words
-        return "a file could not be written whole"
-    return disk_problem(error.__context__) if error.__context__ is not None else None

@@ -30,7 +30,7 @@ from ctcgrpo.errors import (
     TooManyFailures,
     TrainingDiverged,
 )
-from ctcgrpo.files import file_digest
+from ctcgrpo.files import disk_problem, file_digest
 from ctcgrpo.folders import check_model
 from ctcgrpo.importing import is_reference, load_object, source_of
 from ctcgrpo.policy.adapter import refuse_tied_targets
@@ -50,12 +50,13 @@ from ctcgrpo.processes import STOP_SECONDS, interrupts, on_main, together
 from ctcgrpo.progress import RunProgress
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.rollout.runner import Slot
-from ctcgrpo.run_folder import RunFolder, disk_problem
+from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.run_tasks import run_tasks
 from ctcgrpo.settings import context_builder, lora_config, template_kwargs, trainer_config
 from ctcgrpo.sharding import check_launcher, deepspeed_stage, sharding_arguments
 from ctcgrpo.tracking import tracker_of
 from ctcgrpo.training.hooks import RolloutHooks
+from ctcgrpo.training.samples import try_credit
 from ctcgrpo.training.schedule import learning_rate_at
 from ctcgrpo.training.trainer import PLAYING, CTCGRPOTrainer
 from ctcgrpo.types import Episode
@@ -83,6 +84,7 @@ class _Run(RolloutHooks):
 
     def __init__(self, recipe: Recipe, stack: contextlib.ExitStack) -> None:
         self._recipe = recipe
+        try_credit(recipe.credit_options())
         self._tasks = run_tasks(recipe)
         # The arguments come before everything else that asks which process this is: they set up the process group, and
         # DeepSpeed, if it is to shard a model while loading, has to be configured by then.

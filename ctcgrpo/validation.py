@@ -177,7 +177,7 @@ class Validator:
         if too_many_failed(result.failed, len(slots), self.max_failed):
             raise TooManyFailures(
                 f"validation after step {step}: {result.failed} of {len(slots)} episodes failed, "
-                f"and rollout.max_failed is {self.max_failed}"
+                f"and max_failed is {self.max_failed}"
             )
         self.done[step] = result
         best = self.best()

@@ -105,7 +105,7 @@ class ContextBuilder:
         if unsaid := self._sampled_lead.replace(OPEN, "").replace(CLOSE, "").strip():
             raise PolicyError(
                 f"{self._template.name} writes {unsaid!r} before a reply in history, but not in the prompt for one; set "
-                "policy.chat_template to a file with another one"
+                "another chat_template (in a recipe policy.chat_template)"
             )
         self._remember()
 
@@ -184,7 +184,7 @@ class ContextBuilder:
                 return tuple(ids), dropped
         raise PolicyEngineError(
             f"system prompt and latest user line take {len(ids)} tokens; "
-            f"rollout.max_prompt_tokens is {self._max_prompt_tokens}"
+            f"max_prompt_length (in a recipe rollout.max_prompt_tokens) is {self._max_prompt_tokens}"
         )
 
     def _layout(self, head: Roles, heard: Roles = ("user",)) -> Layout:

@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate.commands.config.config_args import default_config_file
 
 from ctcgrpo.errors import CtcGrpoError
-from ctcgrpo.preflight import cost, environment, gpu, launch, machine, policy, prompts, scenarios, simulator
+from ctcgrpo.preflight import cost, credit, environment, gpu, launch, machine, policy, prompts, scenarios, simulator
 from ctcgrpo.preflight.subject import Check, Finding, Subject
 from ctcgrpo.recipe import Recipe
 
@@ -33,6 +33,7 @@ def checks_of(recipe: Recipe) -> Sequence[Check]:
         )
     return (
         *played,
+        credit.credit,
         launch.sharding,
         launch.libraries,
         policy.model,

@@ -98,7 +98,7 @@ def test_a_shipped_recipe_prints_its_plan(
             "attention", "flash_attn is not installed here; use sdpa",
         ),
         (["training.packing=flash3"], "attention", "needs a Hopper GPU, 16-bit compute"),
-        (["rollout.max_prompt_tokens=40"], "context", "rollout.max_prompt_tokens is 40; raise it or drop the scenario"),
+        (["rollout.max_prompt_tokens=40"], "context", "rollout.max_prompt_tokens) is 40; raise it or drop the scenario"),
         (["hardware.processes=3"], "processes", "4 x 4 = 16 episodes a step, which 3 processes cannot share equally"),
         (["policy.dtype=bfloat16", "training.learning_rate=1e-6"], "precision", "rounds updates of training.learning_rate 1e-06"),
         (["training.sharding=zero3.json"], "sharding", "there is no such file"),
