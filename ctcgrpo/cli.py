@@ -100,8 +100,8 @@ def check(
     announce_loading(f"checking {settings.run.name}")
     from transformers.utils import logging as transformers_logging
 
-    from ctcgrpo.plan.check import findings
-    from ctcgrpo.plan.report import print_findings
+    from ctcgrpo.preflight.check import findings
+    from ctcgrpo.preflight.report import print_findings
 
     transformers_logging.disable_progress_bar()
     found, subject = findings(settings)
@@ -177,7 +177,7 @@ def noise(
 
     folder = require_run(run)
     recipe = resolved_recipe(folder.recipe_file)
-    section = recipe.eibench_scenarios()
+    section = recipe.eibench_scenarios("noise, which replays a simulated user's turns,")
     sets = [load_set(section.train, "train", section.invalid)]
     if recipe.validation is not None:
         sets.append(load_set(recipe.validation_source(), "test", section.invalid))

@@ -100,7 +100,8 @@ class _Run(RolloutHooks):
         self._resume: Path | None = self._open_folder(stack)
         model, tokenizer, contexts = self._policy()
         environment = self._tasks.start(stack, self._state, self._folder, self._progress.say)
-        self._keep_to("simulator.json", self._tasks.identity())
+        if user := self._tasks.user():
+            self._keep_to("simulator.json", user)
         self._seconds_update = math.nan
         self._tracker = tracker_of(recipe, is_main=self._state.is_main_process)
         stack.callback(self._tracker.close)
@@ -318,6 +319,7 @@ class _Run(RolloutHooks):
             share=lambda slots: slots[self._state.process_index :: self._state.num_processes],
             is_main=self._state.is_main_process,
             say=self._progress.say,
+            noun=self._tasks.noun,
         )
 
     def _how_to_go_on(self) -> str:

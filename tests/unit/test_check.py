@@ -12,11 +12,12 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from ctcgrpo.files import mark_complete
-from ctcgrpo.plan.check import Finding, findings
-from ctcgrpo.plan.cost import Asked, Tokens, hours, money
-from ctcgrpo.plan.known import published_shapes, shape_of
-from ctcgrpo.plan.memory import GIB, Load, memory_plan
 from ctcgrpo.policy.smollm2 import SMOLLM2
+from ctcgrpo.preflight.check import findings
+from ctcgrpo.preflight.cost import Asked, Tokens, hours, money
+from ctcgrpo.preflight.memory import GIB, Load, memory_plan
+from ctcgrpo.preflight.shapes import published_shapes, shape_of
+from ctcgrpo.preflight.subject import Finding
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.scenarios import PACKS, read_records
 from tests.conftest import ROOT, Command
@@ -244,3 +245,10 @@ def test_memory_by_hand() -> None:
     assert shape.kv_bytes == 147_456 and plan.kv_wanted == 16 * 9216
     assert plan.kv_tokens == pytest.approx((0.5 * 79.1 * GIB - 2 * P - 2 * GIB) / 147_456, abs=1)
     assert plan.fits and not memory_plan(shape, Load(**load | {"sharding": "none"}), 79.1 * GIB).fits
+
+
+def test_only_the_command_line_knows_of_the_check() -> None:
+    package = ROOT / "ctcgrpo"
+    files = [file for file in package.rglob("*.py") if "ctcgrpo.preflight" in file.read_text(encoding="utf-8")]
+    others = {file.relative_to(package) for file in files if file.parent.name != "preflight"}
+    assert files and others == {Path("cli.py")}
