@@ -23,6 +23,7 @@ from ctcgrpo.config import CTCGRPOConfig
 from ctcgrpo.data_digest import data_changes, folder_digest
 from ctcgrpo.errors import (
     OutputError,
+    PolicyEngineError,
     PolicyError,
     RecipeError,
     RunInterrupted,
@@ -200,7 +201,7 @@ class _Run(RolloutHooks):
             trainer.refuse_nonfinite_weights()
             if self._validator:
                 self._validator.validate(self._recipe.training.max_steps)
-        except (RunPaused, TooManyFailures) as error:
+        except (RunPaused, TooManyFailures, PolicyEngineError) as error:
             progress.stop()
             progress.say("saving a checkpoint")
             trainer.save_now()
