@@ -34,6 +34,8 @@ from ctcgrpo.errors import (
 from ctcgrpo.files import file_digest
 from ctcgrpo.folders import check_model
 from ctcgrpo.importing import is_reference, load_object, source_of
+from ctcgrpo.plan.known import shape_of
+from ctcgrpo.plan.saving import checkpoint_bytes, too_little_time
 from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.builtin import build_builtin, is_built, is_builtin, wheel_of
 from ctcgrpo.policy.context import ContextBuilder
@@ -159,6 +161,9 @@ class _Run(RolloutHooks):
         check_fits(config, tokenizer, longest, policy.model)
         if adapter is not None:
             refuse_tied_targets(config, adapter)
+        with contextlib.suppress(PolicyError):  # no plan is made for such a model: how long it takes to save is not known
+            if warning := too_little_time(checkpoint_bytes(shape_of(config), recipe)):
+                self._progress.say(f"warning: {warning}")
         ends = stop_ids(model, tokenizer, policy.revision, template_kwargs(recipe))
         contexts = context_builder(recipe, tokenizer, ends)
         openings = self._tasks.openings()

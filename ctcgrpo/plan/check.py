@@ -38,6 +38,7 @@ from ctcgrpo.naming import did_you_mean
 from ctcgrpo.plan.cost import Asked, Tokens, hours, money
 from ctcgrpo.plan.known import cards, published_shapes, shape_of
 from ctcgrpo.plan.memory import GIB, PHASES, Load, MemoryPlan, Shape, memory_plan
+from ctcgrpo.plan.saving import checkpoint_bytes, notice_seconds, save_seconds, too_little_time
 from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.attention import refuse_layouts
 from ctcgrpo.policy.builtin import build_builtin, wheel_of
@@ -62,6 +63,7 @@ from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
 from ctcgrpo.simulator.scripted.backend import ScriptedBackend
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from ctcgrpo.simulator.server import SimulatorServer, running
+from ctcgrpo.startup import SHUTDOWN_TIMEOUT
 from ctcgrpo.training.tree_attention import how_to_attend
 from ctcgrpo.types import Completion, Message
 
@@ -603,20 +605,30 @@ def _rounded_up(number: float) -> int:
 def disk(s: Subject) -> Iterator[Finding]:
     if s.shape is None:
         return
-    recipe = s.recipe
-    lora = recipe.policy.lora
-    rounded = recipe.policy.dtype == "bfloat16" or (deepspeed_stage(recipe.training.sharding) and recipe.training.bf16)
-    size = 2 if rounded else 4
-    weights = s.shape.parameters * size if lora is None else s.shape.lora_parameters(lora.rank) * 4
-    optimizer = (s.shape.parameters * 12) if lora is None else s.shape.lora_parameters(lora.rank) * 8
-    # One more than are kept stands beside them while it is written.
-    needed = (recipe.training.keep_checkpoints + 1) * (weights + optimizer) + 2 * weights
+    recipe, size = s.recipe, checkpoint_bytes(s.shape, s.recipe)
+    # One more than are kept stands beside them while it is written; of best and final there are weights alone, at most a third.
+    needed = (recipe.training.keep_checkpoints + 1) * size + 2 * size / 3
     where = next(p for p in [recipe.folder, *recipe.folder.absolute().parents] if p.exists())
     free = shutil.disk_usage(where).free
     text = f"{needed / GIB:.1f} GiB for {recipe.training.keep_checkpoints} checkpoints, best and final; {free / GIB:.0f} are free"
     level: Level = "ok" if needed < free else "failed"
     more = "" if needed < free else f" at {where}; lower training.keep_checkpoints, or set run.output_dir"
     yield Finding("disk", level, text + more)
+
+
+@check
+def stopping(s: Subject) -> Iterator[Finding]:
+    """How long Ctrl-C and a scheduler's end have to wait."""
+    if s.shape is None:
+        return
+    size = checkpoint_bytes(s.shape, s.recipe)
+    if warning := too_little_time(size, s.environment):
+        yield Finding("stopping", "warning", warning)
+    elif s.recipe.hardware.processes > 1:
+        told = f"{SHUTDOWN_TIMEOUT}=3600 for accelerate and torchrun, sbatch --signal=B:TERM@{notice_seconds(size)}"
+        yield Finding(
+            "stopping", "ok", f"a checkpoint of {size / GIB:.1f} GiB is saved in about {save_seconds(size):.0f} s; {told}"
+        )
 
 
 @check

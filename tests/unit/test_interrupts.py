@@ -233,7 +233,8 @@ def test_weights_that_an_engine_does_not_take_end_the_run_after_saving(
         original(self, version)
 
     monkeypatch.setattr(ContinuousEngine, "take_weights", take_weights)
-    code, _, err = ctcgrpo("train", TINY, *FAST, f"run.output_dir={tmp_path}", "training.save_every=50")
+    longer = ["training.max_steps=3", "training.save_every=50"]
+    code, _, err = ctcgrpo("train", TINY, *FAST, *longer, f"run.output_dir={tmp_path}")
     (saved,) = (tmp_path / "tiny").glob("checkpoint-*")
     assert code == 4 and is_complete(saved), err
     assert f"http://server:8000 did not take lm_head: gone. Saved {saved}; the same command again resumes" in err
