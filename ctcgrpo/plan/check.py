@@ -76,6 +76,8 @@ _CHARACTERS_PER_TOKEN = {"zh": 1.6}
 _OTHER_LANGUAGES = 4.0
 _ROUNDED_AWAY = 1e-4
 """AdamW moves a weight by about the learning rate; bfloat16 keeps 8 bits, so weights of the usual 0.02 need steps of 1e-4."""
+_FULL_AT_WAKE = 0.9
+"""The share of a card beyond which a colocated vLLM may find no room to wake, for fragmentation."""
 _PATIENCE = 20.0
 """Seconds for a canary turn."""
 _MEASURED, _PLAYED = 48, 4
@@ -401,9 +403,16 @@ def memory(s: Subject) -> Iterator[Finding]:
         more = "shard more (training.sharding), use more GPUs, or policy.lora"
         yield Finding("memory", "failed", f"{text}; lower {what}, {more}")
         return
-    yield Finding("memory", "ok", text)
     if plan.kv_tokens is None:
+        yield Finding("memory", "ok", text)
         return
+    if plan.total("rollout") > _FULL_AT_WAKE * plan.card:
+        share = f"{plan.total('rollout') / plan.card:.0%} in rollouts; vLLM wakes into what the update has left in pieces"
+        yield Finding(
+            "memory", "warning", f"{text}, {share}; lower rollout.vllm.gpu_memory to stay below {_FULL_AT_WAKE:.0%}"
+        )
+    else:
+        yield Finding("memory", "ok", text)
     rollouts = load_of(s.recipe).rollouts
     room = f"vLLM has room for keys and values of {plan.kv_tokens:,} tokens, and {rollouts} rollouts of full length want"
     if plan.kv_tokens < s.longest:
@@ -628,6 +637,17 @@ def stopping(s: Subject) -> Iterator[Finding]:
         told = f"{SHUTDOWN_TIMEOUT}=3600 for accelerate and torchrun, sbatch --signal=B:TERM@{notice_seconds(size)}"
         yield Finding(
             "stopping", "ok", f"a checkpoint of {size / GIB:.1f} GiB is saved in about {save_seconds(size):.0f} s; {told}"
+        )
+
+
+@check
+def threads(s: Subject) -> Iterator[Finding]:
+    if offloads(s.recipe.training.sharding) and s.environment.get("OMP_NUM_THREADS", "1") == "1":
+        yield Finding(
+            "threads",
+            "warning",
+            f"{s.recipe.training.sharding} updates on the CPU, and launchers give each process one thread; set OMP_NUM_THREADS to "
+            "the cores of a machine / its processes",
         )
 
 

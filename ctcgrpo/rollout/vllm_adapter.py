@@ -49,6 +49,7 @@ class ColocatedVllm(Batcher):
         self._sleeps = self._device.type == "cuda"
         if self._device.type == "cpu":
             _keep_weights_on_cpu()
+        threads = torch.get_num_threads()
         self._generation = vllm_generation(
             policy(),
             accelerator,
@@ -60,6 +61,9 @@ class ColocatedVllm(Batcher):
             enable_sleep_mode=self._sleeps,
         )
         set_seed(seed)  # vLLM has set it otherwise
+        self._threads = threads, torch.get_num_threads()
+        """Of the update (an optimizer on the CPU uses all), and those that vLLM has compiled for."""
+        self._use_threads(0)
         self._engine = self._generation.llm.llm_engine
         require(self._generation.llm, "wake_up", "sleep", "reset_prefix_cache")
         require(
@@ -122,6 +126,7 @@ class ColocatedVllm(Batcher):
         vLLM would take the weights and go on with keys and values of the old ones, and say nothing."""
         if self._engine.has_unfinished_requests():
             raise PolicyEngineError(f"{self.under_way} requests are under way; weights cannot change beneath them")
+        self._use_threads(1)
         self._generation.model = self._policy()  # FSDP puts another in its place once training begins
         self._generation.sync_weights()
         if self._sleeps:
@@ -133,7 +138,22 @@ class ColocatedVllm(Batcher):
         """Ends vLLM, and with it the processes' groups: after it they have nothing more to say to each other."""
         self._engine.engine_core.shutdown()
 
+    @property
+    def sleeping_bytes(self) -> int:
+        """vLLM unmaps its weights, keys and values, and PyTorch goes on counting them."""
+        if not self._sleeps or not self._generation._llm_weights_sleeping:
+            return 0
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        require(CuMemAllocator, "get_instance", "get_current_usage")
+        return int(CuMemAllocator.get_instance().get_current_usage())
+
+    def _use_threads(self, which: int) -> None:
+        if self._device.type == "cuda" and torch.get_num_threads() != self._threads[which]:
+            torch.set_num_threads(self._threads[which])
+
     def rest(self) -> None:
+        self._use_threads(0)
         if self._sleeps and not self._generation._llm_weights_sleeping:
             self._generation.llm.sleep(level=2)
             self._generation._llm_weights_sleeping = True

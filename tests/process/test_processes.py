@@ -217,6 +217,30 @@ def test_python_runs_a_recipe_ctrl_c_saves_and_the_same_command_goes_on(tmp_path
     assert finished.returncode == 6 and "finished run" in finished.stderr and "Traceback" not in finished.stderr
 
 
+def test_sigterm_at_the_launcher_saves_on_all_processes(tmp_path: Path) -> None:
+    """As a scheduler does it: the launcher tells the processes, and waits for them."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "configs/accelerate/cpu_two_processes.yaml",
+    ]
+    command += ["recipes/tiny.yaml", "training.max_steps=50", "training.save_every=50", f"run.output_dir={tmp_path}"]
+    folder = tmp_path / "tiny"
+    started = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not ((folder / "metrics.jsonl").exists() and metrics(folder)):
+        assert started.poll() is None and time.monotonic() < deadline, started.communicate()
+        time.sleep(0.05)
+    started.terminate()
+    out, err = started.communicate(timeout=120)
+    assert started.returncode and "stopping: " in out, (out, err)
+    (saved,) = folder.glob("checkpoint-*")
+    assert (saved / "COMPLETE").exists() and f"Saved {saved}; the same command again resumes" in err
+    assert len(list(saved.glob("rng_state_*.pth"))) == 2
+
+
 def test_quickstart_stops_at_ctrl_c_goes_on_and_shows_what_it_learned(tmp_path: Path) -> None:
     """The script with a policy that is built in a moment and a few steps; the whole of it is what the README shows."""
     command = [
