@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
 
@@ -194,10 +194,10 @@ class OwnTasks(RunTasks):
 def environment_factory(settings: OwnEnvironment) -> Callable[[], Environment]:
     """What makes the environment of an episode: the factory with its options, or an instance of a class that all episodes share
     (an asynchronous context manager). Raises RecipeError where it cannot be imported."""
-    factory: Callable[..., Any] = load_object(settings.factory, "environment.factory", settings.folder)
+    factory = load_object(settings.factory, "environment.factory", settings.folder)
     if isinstance(factory, type) and issubclass(factory, AbstractAsyncContextManager):
-        shared: Callable[[], Environment] = factory(**settings.options)
-        return shared
+        shared: Any = factory(**settings.options)
+        return cast("Callable[[], Environment]", shared)
     return functools.partial(factory, **settings.options) if settings.options else factory
 
 
