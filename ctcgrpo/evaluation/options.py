@@ -232,7 +232,7 @@ def wanted_evaluation(bench: str, model: str, given: Given, trained: Trained | N
     if "as_trained" in given:
         if trained is None:
             raise RecipeError(
-                f"--as-trained needs a policy in a run's folder, and {model} is none; name the folder of a run: --model "
+                f"--as-trained needs a policy in the folder of a run on scenarios, and {model} is none; name the folder of a run: --model "
                 "checkpoints/RUN/best"
             )
         left_out = {"simulator" if roles else "", *(trained.briefed if "official" in task else ())}
