@@ -23,7 +23,7 @@ from rich.table import Table
 
 from ctcgrpo.environments.eibench import task_of
 from ctcgrpo.recipe import Recipe, load_recipe
-from ctcgrpo.records import SCENES, Scenario, Scene
+from ctcgrpo.records import SCENES, Scenario
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.scoring import Variant
 from ctcgrpo.simulator.protocol import Utterance
@@ -103,7 +103,7 @@ def best_script(
     for scene in SCENES:
         here = [s for s in scenarios if s.scene == scene]
 
-        def total(lines: list[str], scene: Scene = scene, here: Sequence[Scenario] = here) -> float:
+        def total(lines: list[str], scene: str = scene, here: Sequence[Scenario] = here) -> float:
             return sum(score(s, script({scene: lines})) for s in here)
 
         lines: list[str] = []

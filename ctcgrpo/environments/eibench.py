@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from ctcgrpo.options import RolloutOptions
 from ctcgrpo.policy.persona import Briefing, together
-from ctcgrpo.records import Scenario, Scene, UserState
+from ctcgrpo.records import Scenario, UserState
 from ctcgrpo.rollout.engine import request_seed
 from ctcgrpo.scenario_format import Split
 from ctcgrpo.scenarios import load_scenarios
@@ -72,7 +72,7 @@ class EIBench(Environment):
         briefing: Briefing = _PERSONA,
         max_turns: int = RolloutOptions.max_turns,
         variant: Variant = "training",
-        turn_weights: Mapping[Scene, tuple[float, float]] | None = None,
+        turn_weights: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         self._user: User = LocalUser(ScriptedBackend()) if user is None else user
         self._briefing = briefing

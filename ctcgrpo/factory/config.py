@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ctcgrpo.factory.layout import layouts
 from ctcgrpo.naming import did_you_mean
-from ctcgrpo.records import SCENES, Scene
+from ctcgrpo.records import SCENES
 from ctcgrpo.sections import Section, parse_mapping, read_text, validated
 from ctcgrpo.simulator.config import Budget, Calls
 
@@ -31,7 +31,7 @@ class FactoryConfig(Section):
     seeds: Path | None = Field(
         None, description="pools of seeds; those that come with the package, of the language, where absent"
     )
-    scenes: tuple[Scene, ...] = Field(SCENES, min_length=1, description="the scenes that are written")
+    scenes: tuple[str, ...] = Field(SCENES, min_length=1, description="the scenes that are written")
     examples: str | None = Field(
         None, description="a set whose scenarios show how one looks: english/train, chinese/train, a path"
     )
