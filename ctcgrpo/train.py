@@ -31,11 +31,9 @@ from ctcgrpo.errors import (
     TooManyFailures,
     TrainingDiverged,
 )
-from ctcgrpo.files import file_digest
+from ctcgrpo.files import disk_problem, file_digest
 from ctcgrpo.folders import check_model
 from ctcgrpo.importing import is_reference, load_object, source_of
-from ctcgrpo.plan.known import shape_of
-from ctcgrpo.plan.saving import checkpoint_bytes, too_little_time
 from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.builtin import build_builtin, is_built, is_builtin, wheel_of
 from ctcgrpo.policy.context import ContextBuilder
@@ -53,12 +51,14 @@ from ctcgrpo.processes import STOP_SECONDS, interrupts, on_main, together
 from ctcgrpo.progress import RunProgress
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.rollout.runner import Slot
-from ctcgrpo.run_folder import RunFolder, disk_problem
+from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.run_tasks import run_tasks
+from ctcgrpo.saving import checkpoint_bytes, too_little_time
 from ctcgrpo.settings import context_builder, lora_config, template_kwargs, trainer_config
 from ctcgrpo.sharding import check_launcher, deepspeed_stage, sharding_arguments
 from ctcgrpo.tracking import tracker_of
 from ctcgrpo.training.hooks import RolloutHooks
+from ctcgrpo.training.samples import try_credit
 from ctcgrpo.training.schedule import learning_rate_at
 from ctcgrpo.training.trainer import PLAYING, CTCGRPOTrainer
 from ctcgrpo.types import Episode
@@ -86,6 +86,7 @@ class _Run(RolloutHooks):
 
     def __init__(self, recipe: Recipe, stack: contextlib.ExitStack) -> None:
         self._recipe = recipe
+        try_credit(recipe.credit_options())
         self._tasks = run_tasks(recipe)
         # The arguments come before everything else that asks which process this is: they set up the process group, and
         # DeepSpeed, if it is to shard a model while loading, has to be configured by then.
@@ -101,7 +102,8 @@ class _Run(RolloutHooks):
         self._resume: Path | None = self._open_folder(stack)
         model, tokenizer, contexts = self._policy()
         environment = self._tasks.start(stack, self._state, self._folder, self._progress.say)
-        self._keep_to("simulator.json", self._tasks.identity())
+        if user := self._tasks.user():
+            self._keep_to("simulator.json", user)
         self._seconds_update = math.nan
         self._tracker = tracker_of(recipe, is_main=self._state.is_main_process)
         stack.callback(self._tracker.close)
@@ -121,6 +123,9 @@ class _Run(RolloutHooks):
             hooks=self,
         )
         self._trainer.remove_callback(PrinterCallback)
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self._trainer.model.parameters() if p.requires_grad)
+        if warning := too_little_time(checkpoint_bytes(recipe, trained)):
+            self._progress.say(f"warning: {warning}")
         stack.callback(self._trainer.engine.close)
         if steps := on_main(self._state, lambda: self._folder.extended_from(recipe)):
             self._progress.say(_extension(arguments, steps * self._updates_per_step, recipe))
@@ -161,9 +166,6 @@ class _Run(RolloutHooks):
         check_fits(config, tokenizer, longest, policy.model)
         if adapter is not None:
             refuse_tied_targets(config, adapter)
-        with contextlib.suppress(PolicyError):  # no plan is made for such a model: how long it takes to save is not known
-            if warning := too_little_time(checkpoint_bytes(shape_of(config), recipe)):
-                self._progress.say(f"warning: {warning}")
         ends = stop_ids(model, tokenizer, policy.revision, template_kwargs(recipe))
         contexts = context_builder(recipe, tokenizer, ends)
         openings = self._tasks.openings()
@@ -322,6 +324,7 @@ class _Run(RolloutHooks):
             share=lambda slots: slots[self._state.process_index :: self._state.num_processes],
             is_main=self._state.is_main_process,
             say=self._progress.say,
+            noun=self._tasks.noun,
         )
 
     def _how_to_go_on(self) -> str:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NotRequired, TypedDict
 
+import numpy as np
+import numpy.typing as npt
+
 Info = Mapping[str, float | int | str]
 """What an environment says of a turn beside its reward: numbers become metrics by name, all of it goes into the trace."""
 _NOTHING: Info = MappingProxyType({})
@@ -88,6 +91,10 @@ def turn_rewards(rewards: Sequence[float | None]) -> tuple[float, ...]:
             share = k - len(credited)
             credited += [reward / share] * share
     return (*credited, *[0.0] * (len(rewards) - len(credited)))
+
+
+NO_TAG = "all"
+"""The tag of tasks that bring none along."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,18 +194,25 @@ class Episode:
         return self.turns[-1].info if self.turns else self.info
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TurnSample:
     """What the trainer sees of a turn: context, sampled tokens, and one advantage for all of them, reasoning included.
 
-    `old_logprobs` (n,) are log-probabilities at the sampling temperature, of the policy before the step's first update;
-    None means that the current ones stand in for them (ratio 1).
+    `prompt_ids` (p,) and `completion_ids` (n,) become int32 arrays. `old_logprobs` (n,), a float32 array, are log-probabilities at
+    the sampling temperature, of the policy before the step's first update; None means that the current ones stand in for them
+    (ratio 1).
     """
 
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
+    prompt_ids: npt.NDArray[np.int32]
+    completion_ids: npt.NDArray[np.int32]
     advantage: float
-    old_logprobs: tuple[float, ...] | None = None
+    old_logprobs: npt.NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_ids", "completion_ids"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.int32))
+        if self.old_logprobs is not None:
+            object.__setattr__(self, "old_logprobs", np.asarray(self.old_logprobs, dtype=np.float32))
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)

@@ -219,7 +219,7 @@ def build_trainer(
     **config: Any,
 ) -> FixedEpisodes:
     """The trainer on the fixed episodes."""
-    episodes = fixed_episodes(base)  # before ZeRO-3 is configured, which shards every model that is loaded from then on
+    episodes = fixed_episodes(base)  # before there are arguments: under ZeRO-3 a model is sharded when it is loaded
     processes = int(CTCGRPOConfig(folder, bf16=False, num_generations=2, per_device_train_batch_size=2).world_size)
     trainer = FixedEpisodes(
         model=base,

@@ -301,6 +301,7 @@ def _evaluate_run(run: Path, given: Given, console: Terminal) -> None:
     if is_model(run):
         raise RecipeError(f"{run} is a policy's folder; `ctcgrpo evaluate eibench --model {run}` evaluates it")
     folder = require_run(run)
+    resolved_recipe(folder.recipe_file).eibench_scenarios("evaluating a run as it validated")
     play = _play(given)
     from ctcgrpo.evaluation.of_run import evaluations_of
 

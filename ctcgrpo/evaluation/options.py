@@ -89,7 +89,11 @@ def wanted_evaluation(bench: str, model: str, given: Given, trained: Trained | N
     briefed = trained.briefed if bench == "eibench" and trained is not None and not own_words else {}
     if given.get("as_trained"):
         if bench != "eibench" or trained is None:
-            why = f"is not for {bench}" if bench != "eibench" else f"needs a policy in a run's folder, and {model} is none"
+            why = (
+                f"is not for {bench}"
+                if bench != "eibench"
+                else f"needs a policy in the folder of a run on scenarios, and {model} is none"
+            )
             raise RecipeError(f"--as-trained {why}; name the folder of a run: --model checkpoints/RUN/best")
         left_out = {"simulator" if roles else "", *(trained.briefed if "official" in task else ())}
         of_run = {name: value for name, value in trained.task.items() if name not in left_out}

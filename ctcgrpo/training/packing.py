@@ -65,7 +65,7 @@ class Tree:
 
 def prefix_tree(samples: Sequence[TurnSample]) -> Tree:
     """The tree of some samples, at least one."""
-    ids = [np.array(s.prompt_ids + s.completion_ids, dtype=">i4") for s in samples]
+    ids = [np.concatenate([s.prompt_ids, s.completion_ids]).astype(">i4") for s in samples]
     keys = [x.tobytes() for x in ids]  # big-endian numbers compare as their bytes do
     order = sorted(range(len(samples)), key=keys.__getitem__)
     lengths = np.array([len(ids[k]) for k in order])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from ctcgrpo.training.tree_attention import Segments
@@ -82,9 +83,9 @@ def _padded(samples: Sequence[TurnSample], chosen: Sequence[int], pad_id: int) -
     for b, k in enumerate(chosen):
         sample = samples[k]
         predicting = slice(len(sample.prompt_ids) - 1, len(sample) - 1)
-        input_ids[b, : len(sample)] = torch.tensor([*sample.prompt_ids, *sample.completion_ids])
+        input_ids[b, : len(sample)] = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.completion_ids]))
         mask[b, : len(sample)] = 1
-        labels[b, predicting] = torch.tensor(sample.completion_ids)
+        labels[b, predicting] = torch.from_numpy(sample.completion_ids).long()
         at.append(torch.arange(predicting.start, predicting.stop) + b * shape[1])
     positions = torch.arange(shape[1]).expand(shape)
     return Row(input_ids, positions, labels, torch.cat(at), *entries(samples, chosen), attention_mask=mask)
@@ -99,7 +100,7 @@ def entries(samples: Sequence[TurnSample], chosen: Sequence[int]) -> tuple[torch
         raise ValueError("either all samples of a row have old log-probabilities or none has")
     return (
         torch.tensor([samples[k].advantage for k in chosen], dtype=torch.float32).repeat_interleave(counts),
-        torch.tensor([x for numbers in old for x in numbers], dtype=torch.float32) if old else None,
+        torch.from_numpy(np.concatenate(old)) if old else None,
         torch.tensor(chosen, dtype=torch.long).repeat_interleave(counts),
     )
 

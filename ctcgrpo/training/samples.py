@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ctcgrpo import credit
-from ctcgrpo.centering import Centering
+from ctcgrpo.centering import Centering, make_centering
 from ctcgrpo.options import CreditOptions
 from ctcgrpo.scoring import shaped_outcome, turn_form
+from ctcgrpo.training.credit_state import state_text
 from ctcgrpo.types import Episode, Info, TurnCredit, TurnSample, turn_rewards
 
 
@@ -127,6 +128,24 @@ def step_credit(
     )
 
 
+def try_credit(options: CreditOptions) -> None:
+    """Compute the credit of a small step that nobody played, so that what a function of one's own gets wrong shows before a run
+    begins. Raises RecipeError, CreditError."""
+    scores = ((0.1, -0.05), (0.02,), (-0.1, 0.0, 0.04), (0.03, 0.01))
+    outcomes = (0.5, -0.5, 0.1, 0.1)
+    summaries = [
+        Summary(
+            tag=f"group {k // 2}", group=k // 2, rollout=k % 2, outcome=outcome, reward=outcome, turn_scores=of_rollout,
+            final={}, failure=None, turn_tokens=(10,) * len(of_rollout), cut_turns=0, empty_turns=0, dropped_exchanges=0,
+        )
+        for k, (outcome, of_rollout) in enumerate(zip(outcomes, scores, strict=True))
+    ]  # fmt: skip
+    centering = make_centering(options.centering)
+    for step in range(2):  # in the second a centering may remember the first
+        step_credit(summaries, options, centering, step=step)
+    state_text(centering)
+
+
 def turn_samples(
     episodes: Sequence[Episode], advantages: Mapping[Key, tuple[float, ...]], *, recorded: bool = False
 ) -> list[TurnSample]:
@@ -134,10 +153,10 @@ def turn_samples(
     the old ones."""
     return [
         TurnSample(
-            prompt_ids=turn.prompt_ids,
-            completion_ids=turn.completion.token_ids,
+            prompt_ids=np.array(turn.prompt_ids, dtype=np.int32),
+            completion_ids=np.array(turn.completion.token_ids, dtype=np.int32),
             advantage=advantage,
-            old_logprobs=turn.completion.logprobs if recorded else None,
+            old_logprobs=np.array(turn.completion.logprobs, dtype=np.float32) if recorded else None,
         )
         for episode in episodes
         if (key := (episode.group, episode.rollout)) in advantages

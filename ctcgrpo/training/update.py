@@ -14,6 +14,8 @@ from dataclasses import fields
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate.utils import DistributedType, gather_object
 from trl import GRPOTrainer
@@ -23,6 +25,7 @@ from ctcgrpo.config import CTCGRPOConfig
 from ctcgrpo.errors import PolicyError, TrainingDiverged
 from ctcgrpo.policy.attention import use_layouts, with_layout
 from ctcgrpo.policy.finite import nonfinite_gradient, nonfinite_weight, refuse_nonfinite
+from ctcgrpo.training.exchange import gather_arrays, gather_samples
 from ctcgrpo.training.head import score_trained_positions_only
 from ctcgrpo.training.loss import TokenSums, token_sums
 from ctcgrpo.training.planning import Plan, forward_costs, plan
@@ -36,6 +39,10 @@ of computing attention; a wrong one differs by more than 0.1."""
 
 _COMPARED_TOKENS = 2048
 """How many tokens (each sample with its context) of a process are scored in two ways before a run trains on them."""
+
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
 
 
 class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
@@ -71,7 +78,7 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
         Returns the step's loss, a scalar over all processes. Every process runs the same number of rows. A step
         without any trained token leaves no gradient anywhere, so the optimizer changes nothing.
         """
-        made = self._plan(gather_object(list(samples)))
+        made = self._plan(gather_samples(self.accelerator, samples))
         self._log_number("packing/tokens", made.tokens)
         self._log_number("packing/forwarded", made.forwarded)
         self._log_number("packing/padding", made.padding)
@@ -108,7 +115,7 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
             None
             if all(bool(torch.isfinite(t.loss)) for t in totals)
             else f"step {self.rollout_step + 1}: the loss is not finite",
-            "log-probabilities overflow: lower training.learning_rate, or compute in float32 (training.bf16=false)",
+            "log-probabilities overflow: lower learning_rate, or compute in float32 (bf16=False)",
         )
 
     def _refuse_nonfinite_gradients(self, model: torch.nn.Module) -> None:
@@ -120,17 +127,17 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
             name = nonfinite_gradient(model)
         self._refuse(
             name and f"step {self.rollout_step + 1}: gradients are not finite ({name})",
-            "the backward pass overflows: lower training.learning_rate, or compute in float32 (training.bf16=false)",
+            "the backward pass overflows: lower learning_rate, or compute in float32 (bf16=False)",
         )
 
     def refuse_nonfinite_weights(self) -> None:
         """Raises TrainingDiverged on all processes where the policy holds NaN or infinite weights on any: nothing may be sampled
         from it, and no checkpoint made of it."""
         name = nonfinite_weight(self.accelerator.unwrap_model(self.model))
-        clipping = f"set training.max_grad_norm (it is {self.args.max_grad_norm:g}; 1 is usual)"
+        clipping = f"set max_grad_norm (it is {self.args.max_grad_norm:g}; 1 is usual)"
         self._refuse(
             name and f"after the optimizer step of step {self._last_step} the policy's weights are not finite ({name})",
-            f"training.learning_rate = {self.args.learning_rate:g} is too high: lower it, or {clipping}",
+            f"learning_rate = {self.args.learning_rate:g} is too high: lower it, or {clipping}",
         )
 
     @property
@@ -199,28 +206,30 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
                 **with_layout(layout, row.attention_mask),
             )
 
-    def logprobs(
-        self, model: torch.nn.Module, samples: Sequence[TurnSample], *, packed: bool = True
-    ) -> list[tuple[float, ...]]:
-        """Log-probabilities of the completions of this process's samples at the sampling temperature, under the current weights;
-        `packed` False computes them the plain way, whatever `args.packing` says."""
-        everybodys = gather_object([list(samples)])
-        before = sum(len(part) for part in everybodys[: self.accelerator.process_index])
-        rows = self._plan([s for part in everybodys for s in part], packed=packed).rows
-        scored = {k: v for part in gather_object([self._scored(model, rows)]) for k, v in part.items()}
+    def logprobs(self, model: torch.nn.Module, samples: Sequence[TurnSample], *, packed: bool = True) -> list[Floats]:
+        """Log-probabilities (n,) of the completions of this process's samples at the sampling temperature, under the current
+        weights; `packed` False computes them the plain way, whatever `args.packing` says."""
+        everybodys = gather_samples(self.accelerator, samples)
+        counts = [
+            int(n) for of_process in gather_arrays(self.accelerator, [np.array([len(samples)])]) for n in of_process[0]
+        ]
+        before = sum(counts[: self.accelerator.process_index])
+        scored: dict[int, Floats] = {}
+        for places, flat in gather_arrays(self.accelerator, self._scored(model, self._plan(everybodys, packed=packed).rows)):
+            ends = np.cumsum([len(everybodys[k].completion_ids) for k in places])
+            scored |= dict(zip(places.tolist(), np.split(flat, ends[:-1]), strict=True)) if len(places) else {}
         return [scored[before + k] for k in range(len(samples))]
 
     @torch.no_grad()
-    def _scored(self, model: torch.nn.Module, rows: Sequence[Row]) -> dict[int, tuple[float, ...]]:
-        """By a sample's place: what the rows say of it."""
-        result: dict[int, tuple[float, ...]] = {}
+    def _scored(self, model: torch.nn.Module, rows: Sequence[Row]) -> tuple[Ints, Floats]:
+        """The places of the samples in the rows, and their log-probabilities, end to end."""
+        places: list[int] = []
+        parts: list[Floats] = [np.zeros(0, np.float32)]
         for row in rows:
             scores, _ = self._score(model, row.to(self.accelerator.device))
-            which, counts = torch.unique_consecutive(row.sample, return_counts=True)
-            parts = scores.float().cpu().split_with_sizes(counts.tolist())
-            for k, numbers in zip(which.tolist(), parts, strict=True):
-                result[k] = tuple(numbers.tolist())
-        return result
+            places += torch.unique_consecutive(row.sample).tolist()
+            parts.append(scores.float().cpu().numpy())
+        return np.array(places, dtype=np.int64), np.concatenate(parts)
 
     def _without_sync(self, model: torch.nn.Module, is_last: bool) -> contextlib.AbstractContextManager[Any]:
         # DeepSpeed reduces by itself and takes its boundary from gradient_state; FSDP2 would keep whole gradients between rows.
@@ -253,8 +262,8 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
         if not mean <= bound:
             name = type(self.accelerator.unwrap_model(self.model)).__name__
             raise PolicyError(
-                f"{name}: log-probabilities in rows of shared prefixes (training.packing={self.args.packing}, {self._how}) are "
-                f"{mean:.3g} nats off the plain ones on the mean, beyond {bound:.2g}; set training.packing=none"
+                f"{name}: log-probabilities in rows of shared prefixes (packing = {self.args.packing!r}, {self._how}) are "
+                f"{mean:.3g} nats off the plain ones on the mean, beyond {bound:.2g}; set packing to 'none'"
             )
 
     # --- metrics ---------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def main() -> None:
     samples = dialogues(groups=16, reasoning=150)
     for_trl = [
         {
-            "input_ids": torch.tensor(s.prompt_ids + s.completion_ids),
+            "input_ids": torch.tensor([*s.prompt_ids, *s.completion_ids]),
             "completion_mask": torch.tensor([0] * len(s.prompt_ids) + [1] * len(s.completion_ids)),
             "old_log_probs": torch.zeros(len(s)),
             "advantage": s.advantage,

@@ -12,11 +12,12 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from ctcgrpo.files import mark_complete
-from ctcgrpo.plan.check import Finding, findings
-from ctcgrpo.plan.cost import Asked, Tokens, hours, money
-from ctcgrpo.plan.known import published_shapes, shape_of
-from ctcgrpo.plan.memory import GIB, Load, memory_plan
 from ctcgrpo.policy.smollm2 import SMOLLM2
+from ctcgrpo.preflight.check import findings
+from ctcgrpo.preflight.cost import Asked, Tokens, hours, money
+from ctcgrpo.preflight.memory import GIB, Load, memory_plan
+from ctcgrpo.preflight.shapes import published_shapes, shape_of
+from ctcgrpo.preflight.subject import Finding
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.scenarios import PACKS, read_records
 from tests.conftest import ROOT, Command
@@ -97,7 +98,7 @@ def test_a_shipped_recipe_prints_its_plan(
             "attention", "flash_attn is not installed here; use sdpa",
         ),
         (["training.packing=flash3"], "attention", "needs a Hopper GPU, 16-bit compute"),
-        (["rollout.max_prompt_tokens=40"], "context", "rollout.max_prompt_tokens is 40; raise it or drop the scenario"),
+        (["rollout.max_prompt_tokens=40"], "context", "rollout.max_prompt_tokens) is 40; raise it or drop the scenario"),
         (["hardware.processes=3"], "processes", "4 x 4 = 16 episodes a step, which 3 processes cannot share equally"),
         (["policy.dtype=bfloat16", "training.learning_rate=1e-6"], "precision", "rounds updates of training.learning_rate 1e-06"),
         (["training.sharding=zero3.json"], "sharding", "there is no such file"),
@@ -181,7 +182,9 @@ def test_scenarios_that_the_scripted_user_knows_nothing_of_are_warned_of(tmp_pat
 
 
 def test_room_to_wake_and_threads_for_an_optimizer_on_the_cpu(tmp_path: Path) -> None:
-    from ctcgrpo.plan.check import Subject, memory, threads
+    from ctcgrpo.preflight.gpu import memory
+    from ctcgrpo.preflight.machine import threads
+    from ctcgrpo.preflight.subject import Subject
 
     recipes = {file: load_recipe(file) for file in (ROOT / "recipes").glob("qwen3_8b*.yaml")}
     assert len(recipes) == 4
@@ -272,3 +275,10 @@ def test_memory_by_hand() -> None:
     assert shape.kv_bytes == 147_456 and plan.kv_wanted == 16 * 9216
     assert plan.kv_tokens == pytest.approx((0.5 * 79.1 * GIB - 2 * P - 2 * GIB) / 147_456, abs=1)
     assert plan.fits and not memory_plan(shape, Load(**load | {"sharding": "none"}), 79.1 * GIB).fits
+
+
+def test_only_the_command_line_knows_of_the_check() -> None:
+    package = ROOT / "ctcgrpo"
+    files = [file for file in package.rglob("*.py") if "ctcgrpo.preflight" in file.read_text(encoding="utf-8")]
+    others = {file.relative_to(package) for file in files if file.parent.name != "preflight"}
+    assert files and others == {Path("cli.py")}

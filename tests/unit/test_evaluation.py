@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inspect_ai.model import ModelOutput
 
+from ctcgrpo.environments import sage_protocol as sage
 from ctcgrpo.errors import OutputError, ScenarioError
 from ctcgrpo.evaluation import eqbench3_protocol as eq
-from ctcgrpo.evaluation import sage_protocol as sage
+from ctcgrpo.evaluation import sage_results
 from ctcgrpo.evaluation.benches import EIBENCH
 from ctcgrpo.evaluation.compare import compared, most_changed
 from ctcgrpo.evaluation.forest import write_comparison
@@ -159,7 +160,7 @@ def test_profiles_that_are_wrong_are_named(tmp_path: Path) -> None:
     ]:
         file.write_text(json.dumps(record))
         with pytest.raises(ScenarioError, match=problem):
-            sage.read_results(file)
+            sage_results.read_results(file)
 
 
 # --- EQ-Bench 3 ----------------------------------------------------------------------------------------------------------------

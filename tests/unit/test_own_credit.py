@@ -13,6 +13,8 @@ import pytest
 from ctcgrpo.centering import make_centering
 from ctcgrpo.credit import credit_terms
 from ctcgrpo.errors import CreditError, RecipeError
+from ctcgrpo.preflight.check import findings
+from ctcgrpo.recipe import load_recipe
 from tests.conftest import Command
 from tests.unit.test_run import FAST, TINY
 
@@ -108,13 +110,24 @@ def test_a_name_that_cannot_be_loaded_is_one_line(
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and text in " ".join(err.split()), err
 
 
-def test_a_function_that_fails_in_training_is_one_line(ctcgrpo: Command, tmp_path: Path) -> None:
-    (tmp_path / "own_m.py").write_text("def f(r, gamma):\n    return r / 0 if len(r) > 99 else [1][len(r)]\n")
+def test_a_function_that_fails_in_training_is_one_line_and_loses_no_episode(ctcgrpo: Command, tmp_path: Path) -> None:
+    (tmp_path / "own_m.py").write_text("def f(r, gamma):\n    return r if r.sum() > -0.15 else [1][len(r)]\n")
     code, _, err = ctcgrpo("train", TINY, *FAST, "credit.credit=own_m:f", f"run.output_dir={tmp_path}")
     assert code == 2 and err.count("\n") == 1, err
     assert (
         "error: credit.credit = 'own_m:f' raised IndexError: list index out of range" in err and "own_m.py, line 2)" in err
     )
+    lines = (tmp_path / "tiny" / "traces" / "step-000001.rank-0.jsonl").read_text().splitlines()
+    assert len(lines) == 8 and all(turn["credit"] is None for line in lines for turn in json.loads(line)["turns"])
+
+
+def test_a_wrong_result_is_found_before_the_run_and_by_check(ctcgrpo: Command, tmp_path: Path) -> None:
+    (tmp_path / "own_m.py").write_text("def f(group):\n    return [c[:1] for c in group.c]\n")
+    text = "credit.centering = 'own_m:f' gave an array of shape (1,); expected 2 finite numbers"
+    code, _, err = ctcgrpo("train", TINY, "credit.centering=own_m:f", f"run.output_dir={tmp_path}")
+    assert code == 2 and err.startswith(f"error: {text}") and not (tmp_path / "tiny").exists()
+    (found,) = (f for f in findings(load_recipe(TINY, ["credit.centering=own_m:f"]))[0] if f.about == "credit")
+    assert found.level == "failed" and found.text.startswith(text)
 
 
 WRONG = """\

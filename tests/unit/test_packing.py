@@ -71,7 +71,7 @@ def sample_lists(draw: st.DrawFn) -> list[TurnSample]:
     for _ in range(draw(st.integers(1, 14))):
         samples.append(TurnSample(rng.choice(beginnings) + some(0, 3), some(1, 6), rng.gauss(0, 1)))
         if rng.random() < 0.5:
-            beginnings.append(samples[-1].prompt_ids + samples[-1].completion_ids)
+            beginnings.append((*samples[-1].prompt_ids.tolist(), *samples[-1].completion_ids.tolist()))
     return samples + samples[: draw(st.integers(0, 1))]
 
 
@@ -147,7 +147,8 @@ def test_what_is_forwarded_is_what_is_distinct(reasoning: int) -> None:
     rng = random.Random(1)
     opening = tuple(range(480))
     samples = [s for _ in range(4) for s in dialogue(opening, 8, rng, reasoning)]
-    distinct = len({(s.prompt_ids + s.completion_ids)[: n + 1] for s in samples for n in range(len(s))})
+    texts = [(*s.prompt_ids.tolist(), *s.completion_ids.tolist()) for s in samples]
+    distinct = len({text[: n + 1] for text in texts for n in range(len(text))})
     made = planned(samples, budget=10**6)[0]
     # A copy of a position for each place where samples part.
     assert distinct <= made.forwarded <= distinct + len(samples)
@@ -241,7 +242,7 @@ def test_what_cannot_share_prefixes_is_refused_by_name() -> None:
         use_layouts(dropout)
     capped = GemmaForCausalLM(GemmaConfig(**small, head_dim=8))
     capped.config.attn_logit_softcapping = 50.0
-    with pytest.raises(PolicyError, match="soft-capped.*training.packing=none"):
+    with pytest.raises(PolicyError, match="soft-capped.*set packing to 'none'"):
         use_layouts(capped)
     recurrent = GemmaForCausalLM(GemmaConfig(**small, head_dim=8))
     recurrent.config.layer_types = ["linear_attention"]

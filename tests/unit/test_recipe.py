@@ -11,9 +11,8 @@ import pytest
 import yaml
 
 from ctcgrpo.errors import RecipeError
+from ctcgrpo.experiments.spec import load_sweep
 from ctcgrpo.recipe import Recipe, differences, load_recipe, resolved_recipe
-from ctcgrpo.study.spec import load_study
-from ctcgrpo.sweep.spec import load_sweep
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -136,16 +135,16 @@ def test_a_file_sends_no_variable_of_others_to_a_simulator(tmp_path: Path) -> No
     for overrides in (["simulator.token_env=AWS_SECRET_ACCESS_KEY"], [f"simulator={theirs}"]):
         recipe = load_recipe(file, overrides)
         assert recipe.simulator.token_env == "AWS_SECRET_ACCESS_KEY"
-        with pytest.raises(RecipeError, match="begins with CTCGRPO_"):  # a sweep's or study's file is a file, too
+        with pytest.raises(RecipeError, match="begins with CTCGRPO_"):  # a sweep's file is a file, too
             load_recipe(TINY, changes=overrides)
     sweep = yaml.safe_load((ROOT / "configs/sweeps/tiny.yaml").read_text())
     sweep["parameters"]["simulator.token_env"] = {"value": "AWS_SECRET_ACCESS_KEY"}
-    study = yaml.safe_load(next((ROOT / "configs/studies").glob("*.yaml")).read_text())
+    study = yaml.safe_load((ROOT / "configs/sweeps/credit_study.yaml").read_text())
     next(iter(study["variants"].values()))["simulator.token_env"] = "AWS_SECRET_ACCESS_KEY"
-    for load, content in ((load_sweep, sweep), (load_study, study)):
+    for content in (sweep, study):
         (tmp_path / "many.yaml").write_text(yaml.safe_dump(content))
         with pytest.raises(RecipeError, match="many.yaml: .*begins with CTCGRPO_"):
-            load(tmp_path / "many.yaml")
+            load_sweep(tmp_path / "many.yaml")
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())  # what the run writes can be read, and not run
     assert resolved_recipe(tmp_path / "recipe.yaml") == recipe
     with pytest.raises(RecipeError, match="begins with CTCGRPO_"):

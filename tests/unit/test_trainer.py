@@ -95,7 +95,7 @@ def test_a_layout_that_sees_otherwise_is_refused(tiny: Path, tmp_path: Path, mon
     trainer = sameness.build_trainer(str(tiny), str(tmp_path))
     plain = SegmentLayout._masks_of
     monkeypatch.setattr(SegmentLayout, "_masks_of", lambda self, window, dtype: plain(self, 1, dtype))
-    with pytest.raises(PolicyError, match=r"training.packing=auto, segments.*beyond 0.025; set training.packing=none"):
+    with pytest.raises(PolicyError, match=r"packing = 'auto', segments.*beyond 0.025; set packing to 'none'"):
         trainer.train()
 
 
@@ -127,9 +127,10 @@ def test_several_updates_keep_the_old_logprobs_of_before_the_first(tiny: Path, t
     replies = [turn for e in episodes for turn in e.turns]
     assert sum(map(len, parts)) == sum(len(e.turns) for e in episodes if e.failure is None)
     for sample in (sample for part in parts for sample in part):
-        assert any(sample.completion_ids == turn.completion.token_ids for turn in replies)
-        now, _ = sameness.naive_logprobs(model, sample.prompt_ids, sample.completion_ids)
-        assert sample.old_logprobs == pytest.approx(now.tolist(), abs=1e-5)
+        prompt, reply = tuple(sample.prompt_ids.tolist()), tuple(sample.completion_ids.tolist())
+        assert any(reply == turn.completion.token_ids for turn in replies)
+        now, _ = sameness.naive_logprobs(model, prompt, reply)
+        assert sample.old_logprobs is not None and sample.old_logprobs.tolist() == pytest.approx(now.tolist(), abs=1e-5)
     trainer.train()
     ratios = [entry["ratio"] for entry in trainer.state.log_history if "ratio" in entry]
     # The first update of a batch is on policy; the second meets a policy that has moved.

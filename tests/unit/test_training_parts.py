@@ -78,12 +78,12 @@ def test_samples_leave_out_what_is_not_in_the_loss() -> None:
     credit = step_credit([summarise(e, options) for e in episodes], options, make_centering(options.centering))
     assert set(credit.advantages) == {(0, 0), (0, 1)}
     samples = turn_samples(episodes, credit.advantages)
-    assert [s.prompt_ids[2:] for s in samples] == [(0, 0, 0), (0, 0, 1), (0, 1, 0)]
+    assert [tuple(s.prompt_ids[2:].tolist()) for s in samples] == [(0, 0, 0), (0, 0, 1), (0, 1, 0)]
     assert all(s.old_logprobs is None for s in samples)
     # By hand: A = +-0.5 / (0.7071 + 1e-6); turn scores 0.05 and 0.01, mean 0.03, so +-15 * 0.02.
     a = 0.5 / (math.sqrt(0.5) + 1e-6)
     assert [s.advantage for s in samples] == pytest.approx([a + 0.3, a - 0.3, -a])
-    assert turn_samples(episodes, credit.advantages, recorded=True)[0].old_logprobs == (-1.0, -2.0, -3.0)
+    assert turn_samples(episodes, credit.advantages, recorded=True)[0].old_logprobs.tolist() == [-1.0, -2.0, -3.0]
 
 
 def test_the_scene_baseline_is_used_after_it_was_learned_and_leaves_failures_out() -> None:

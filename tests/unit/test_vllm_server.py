@@ -1,4 +1,4 @@
-"""The client of vLLM servers, against one that misbehaves; a real one is in tests/vllm."""
+"""The client of vLLM servers, against one that misbehaves; a real one is in tests/real_vllm."""
 
 from __future__ import annotations
 

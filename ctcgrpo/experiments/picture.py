@@ -1,4 +1,4 @@
-"""A study's curves as a picture: an environment a panel, the mean over seeds of each variant, and what lies between the seeds."""
+"""The curves of variants as a picture: an environment a panel, of each variant the mean over seeds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import matplotlib
 from matplotlib.figure import Figure
 
-from ctcgrpo.study.figures import Curves
+from ctcgrpo.experiments.curves import Curves
 
 _COLORS = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#bc4c00", "#1b7c83", "#953800", "#bf3989")
 _PLAIN = "#24292f"

@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ctcgrpo.preflight.shapes import Shape
+from ctcgrpo.training.planning import kept_per_token
+
 Phase = Literal["rollout", "update"]
 PHASES: tuple[Phase, ...] = ("rollout", "update")
 GIB = 2**30
@@ -25,40 +28,6 @@ _BUCKETS = 2 * GIB
 """DeepSpeed's communication buffers under ZeRO-1 and -2, and the parameters that ZeRO-3 holds gathered."""
 _FLOAT32_BUCKET = 4 * 500_000_000
 """The copy of a bucket in which ZeRO-1 and -2 sum gradients over the processes (communication_data_type)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A dense decoder: what memory depends on."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocabulary: int
-    tied: bool
-
-    @property
-    def per_layer(self) -> int:
-        """Parameters of a layer's linear maps; norms (a thousandth of them) are left out."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return attention + 3 * self.hidden * self.intermediate
-
-    @property
-    def parameters(self) -> int:
-        return self.layers * self.per_layer + self.vocabulary * self.hidden * (1 if self.tied else 2)
-
-    def lora_parameters(self, rank: int) -> int:
-        """Of adapters on all linear maps of all layers."""
-        h, q, kv, mlp = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate
-        return rank * self.layers * ((h + q) + 2 * (h + kv) + (q + h) + 3 * (h + mlp))
-
-    @property
-    def kv_bytes(self) -> int:
-        """Of keys and values a token, in bfloat16."""
-        return 2 * 2 * self.layers * self.kv_heads * self.head_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +134,6 @@ def _head_gradient(shape: Shape, load: Load) -> float:
         return 10.0 * numbers if load.bf16 else 12.0 * numbers
     rounded = load.weight_bytes == 2 or (load.bf16 and load.sharding != "none")
     return 6.0 * numbers if rounded else 4.0 * numbers
-
-
-def kept_per_token(*, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int) -> int:
-    """Numbers that a layer keeps of a token for its backward pass: its input twice (residual, normed), queries, keys, values, the
-    attention's output, and the gated MLP's three wide vectors with their product."""
-    return 4 * hidden + (2 * heads + 2 * kv_heads) * head_dim + 4 * intermediate
 
 
 def _activations(shape: Shape, load: Load, compute: int) -> float:
