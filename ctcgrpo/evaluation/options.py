@@ -16,6 +16,7 @@ from ctcgrpo.errors import RecipeError
 from ctcgrpo.evaluation.benches import named
 from ctcgrpo.evaluation.played import Trained
 from ctcgrpo.evaluation.presets import with_preset
+from ctcgrpo.simulator.choice import names_a_simulator
 
 if TYPE_CHECKING:
     from ctcgrpo.evaluation.run import Evaluation
@@ -203,7 +204,7 @@ def roles_of(bench: str, given: Given) -> tuple[dict[str, str], Given]:
     name = given.get(other)
     if name is None:
         return {}, {}
-    if bench == "eibench" and (name == "scripted" or name.startswith("http") or name.endswith((".yaml", ".yml"))):
+    if bench == "eibench" and names_a_simulator(name):
         return {}, {"simulator": name}
     return {other: model_name(name, option_name(other))}, {}
 

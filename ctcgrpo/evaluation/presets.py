@@ -11,9 +11,8 @@ from ctcgrpo.evaluation.played import shown_name, shown_value
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS
 from ctcgrpo.scoring import Variant
-from ctcgrpo.simulator.config import Llm, load_simulator_config
+from ctcgrpo.simulator.choice import named_simulator
 
-SCRIPTED = "scripted"
 TRIES = 3
 """Tries of the user's LLM a turn, until its answer can be read, where nobody says otherwise."""
 
@@ -112,10 +111,10 @@ def with_preset(
     simulator: str | None,
     task: Mapping[str, Any],
     generation: Mapping[str, Any],
-    roles: Mapping[str, Mapping[str, Any]],
+    roles: Mapping[str, dict[str, Any]],
     unset: Sequence[str],
     models: Mapping[str, str],
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Mapping[str, Any]], list[str]]:
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]], list[str]]:
     """Task, generation, generation of roles and what is not sent, with a preset's where no option says otherwise. `simulator` is
     the task's argument; `models` play the roles."""
     preset, user = preset_of(name), roles.get("simulator", {})
@@ -133,13 +132,4 @@ def with_preset(
 def asks_an_llm(simulator: str | None) -> bool:
     """Whether calls to an LLM are made here, with settings of ours: for a model of Inspect's (None) and a configuration; the
     scripted user asks none, and a server has settings of its own. Raises RecipeError for a configuration that cannot be read."""
-    if simulator is None:
-        return True
-    return (
-        simulator != SCRIPTED and not simulator.startswith(("http://", "https://")) and configured_llm(simulator) is not None
-    )
-
-
-def configured_llm(simulator: str) -> Llm | None:
-    """The section `llm` of a configuration; None where it describes the scripted user."""
-    return load_simulator_config(simulator).llm
+    return simulator is None or named_simulator(simulator).llm is not None
