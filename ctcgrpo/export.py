@@ -37,6 +37,7 @@ from ctcgrpo.run_records import Summary, disagreement, read_summary
 from ctcgrpo.scenarios import described, load_scenarios
 from ctcgrpo.settings import template_kwargs
 from ctcgrpo.simulator import about
+from ctcgrpo.types import NO_TAG
 from ctcgrpo.validation import read_validations
 
 Dtype = Literal["bfloat16", "float32"]
@@ -218,10 +219,12 @@ def model_card(recipe: Recipe, summary: Summary | None, *, which: str) -> str:
     )
     model = recipe.policy.model
     fetched = wheel_of(model)
-    told: dict[str, Any] = {"trained_on": described(recipe.eibench_scenarios().train), "fetched": fetched}
+    own = recipe.environment
+    told: dict[str, Any] = {"fetched": fetched, "noun": "scenarios" if own is None else "tasks"}
+    told["trained_on"] = described(recipe.eibench_scenarios().train) if own is None else own.tasks
     told["base_model"] = fetched.hub_id if fetched else None if is_builtin(model) else model
-    if summary is not None:
+    if summary is not None and own is None:
         settings = validation_settings(recipe)
         told |= {"measured": eibench_on(settings.pop("data_set")), "settings": in_words(settings)}
         told["user"] = about.described(summary.simulator)
-    return str(template.render(recipe=recipe, summary=summary, which=which, version=__version__, **told))
+    return str(template.render(recipe=recipe, summary=summary, which=which, version=__version__, no_tag=NO_TAG, **told))

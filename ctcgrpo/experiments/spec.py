@@ -53,6 +53,7 @@ _SHARED = (
     "policy.model",
     "training.max_steps",
     "validation.scenarios",
+    "validation.tasks",
     "validation.every",
     "validation.samples",
     "validation.seed",

@@ -106,7 +106,8 @@ def curves_by_environment(sweep: Sweep, rows: Sequence[Mapping[str, Any]], folde
         environment, variant = row["params"]["environment"], row["params"]["variant"]
         runs = {seed: _run(folder, row["trial"], seed) for seed in row["by_seed"]}
         for run in runs.values():
-            shared = {"simulator.json": read_json(run.path / "simulator.json")}
+            user = run.path / "simulator.json"  # an environment of one's own has none
+            shared = {user.name: read_json(user)} if user.exists() else {}
             data = read_json(run.path / "data.json")
             shared |= {f"{name} in data.json": data[name] for name in data if name not in (SKIPPED, *varied)}
             first, theirs = met.setdefault(environment, (run.path, shared))

@@ -8,9 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ctcgrpo.types import Task
-
-_NO_TAG = "all"
+from ctcgrpo.types import NO_TAG, Task
 
 
 def tasks_of(rows: Dataset | Sequence[Task | Mapping[str, Any]], what: str) -> Sequence[Task]:
@@ -44,7 +42,7 @@ class _Rows(Sequence[Task]):
 
     def __init__(self, rows: Dataset, what: str) -> None:
         self._rows, self._what = rows, what
-        self.tags = [str(tag) for tag in rows["tag"]] if "tag" in rows.column_names else [_NO_TAG] * len(rows)
+        self.tags = [str(tag) for tag in rows["tag"]] if "tag" in rows.column_names else [NO_TAG] * len(rows)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -60,7 +58,7 @@ def _task(row: Task | Mapping[str, Any], position: int, what: str) -> Task:
         return row
     if not isinstance(row, Mapping):
         raise TypeError(f"{what}[{position}] is a {type(row).__name__}; expected a mapping, what Environment.reset is given")
-    return Task(str(row.get("id", position)), row, str(row.get("tag", _NO_TAG)))
+    return Task(str(row.get("id", position)), row, str(row.get("tag", NO_TAG)))
 
 
 def step_schedule(tags: Sequence[str], *, steps: int, per_step: int, seed: int | None) -> list[list[int]]:

@@ -23,13 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from ctcgrpo.environments.eibench import opening_messages
 from ctcgrpo.errors import OutputError, PolicyError
 from ctcgrpo.evaluation.of_run import evaluations_of
-from ctcgrpo.plan.check import findings
 from ctcgrpo.policy import builtin, model_wheel
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import stop_ids
 from ctcgrpo.policy.model_wheel import ModelWheel, fetch_model
 from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.policy.smollm2 import SMOLLM2
+from ctcgrpo.preflight.check import findings
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import load_scenarios

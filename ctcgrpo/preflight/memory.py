@@ -3,7 +3,8 @@
 Per parameter, with bfloat16 compute: DeepSpeed keeps 2 bytes of weights, 4 of summed gradients and 12 of optimizer (float32 master,
 two moments), of which ZeRO-1 spreads the optimizer over the processes, ZeRO-2 the gradients too, ZeRO-3 all of it; FSDP2
 spreads 4 of weights, 4 of gradients, 8 of moments. Activations are those of a dense decoder with gated MLP and an attention that
-keeps no scores. Arithmetic, not a measurement: compare `memory/peak_gib` in a run's metrics with it.
+keeps no scores. Arithmetic, not a measurement: compare `memory/peak_gib` in a run's metrics with the
+update's total.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ctcgrpo.policy.shapes import GIB, Shape
+from ctcgrpo.training.planning import kept_per_token
+
 Phase = Literal["rollout", "update"]
 PHASES: tuple[Phase, ...] = ("rollout", "update")
-GIB = 2**30
 _NF4_BYTES = 0.52
 _RUNTIME = 2 * GIB
 """CUDA's context, NCCL's buffers, and what fragmentation loses."""
@@ -22,40 +25,8 @@ _VLLM_RUNTIME = 2 * GIB
 """vLLM's activations and CUDA graphs, inside its share."""
 _BUCKETS = 2 * GIB
 """DeepSpeed's communication buffers under ZeRO-1 and -2, and the parameters that ZeRO-3 holds gathered."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A dense decoder: what memory depends on."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocabulary: int
-    tied: bool
-
-    @property
-    def per_layer(self) -> int:
-        """Parameters of a layer's linear maps; norms (a thousandth of them) are left out."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return attention + 3 * self.hidden * self.intermediate
-
-    @property
-    def parameters(self) -> int:
-        return self.layers * self.per_layer + self.vocabulary * self.hidden * (1 if self.tied else 2)
-
-    def lora_parameters(self, rank: int) -> int:
-        """Of adapters on all linear maps of all layers."""
-        h, q, kv, mlp = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate
-        return rank * self.layers * ((h + q) + 2 * (h + kv) + (q + h) + 3 * (h + mlp))
-
-    @property
-    def kv_bytes(self) -> int:
-        """Of keys and values a token, in bfloat16."""
-        return 2 * 2 * self.layers * self.kv_heads * self.head_dim
+_FLOAT32_BUCKET = 4 * 500_000_000
+"""The copy of a bucket in which ZeRO-1 and -2 sum gradients over the processes (communication_data_type)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +82,7 @@ def memory_plan(shape: Shape, load: Load, card: float) -> MemoryPlan:
         weights = (frozen + trained) * compute / (n if split_weights else 1)
         gradients = trained * 4 / (n if split_gradients else 1)
         optimizer = trained * (12 if load.bf16 else 8) / n
-        gathered = float(_BUCKETS)
+        gathered = float(_BUCKETS if split_weights else _BUCKETS + _FLOAT32_BUCKET)
     else:
         split = n if load.sharding == "fsdp2" else 1
         each = load.weight_bytes if load.lora_rank is None else 4  # adapters are trained in float32
@@ -126,6 +97,8 @@ def memory_plan(shape: Shape, load: Load, card: float) -> MemoryPlan:
         "optimizer": {"rollout": 0.0, "update": 0.0} if load.offload else {"rollout": optimizer, "update": optimizer},
         "activations": {"rollout": 0.0, "update": _activations(shape, load, compute)},
     }
+    if load.lora_rank is None:
+        parts["gradient of the output layer"] = {"rollout": 0.0, "update": _head_gradient(shape, load)}
     if copies:
         parts["bfloat16 copies (autocast)"] = {"rollout": float(copies), "update": float(copies)}
     if gathered:
@@ -152,10 +125,14 @@ def memory_plan(shape: Shape, load: Load, card: float) -> MemoryPlan:
     return MemoryPlan(parts, card, room, wanted)
 
 
-def kept_per_token(*, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int) -> int:
-    """Numbers that a layer keeps of a token for its backward pass: its input twice (residual, normed), queries, keys, values, the
-    attention's output, and the gated MLP's three wide vectors with their product."""
-    return 4 * hidden + (2 * heads + 2 * kv_heads) * head_dim + 4 * intermediate
+def _head_gradient(shape: Shape, load: Load) -> float:
+    """The largest gradient there is, while it is made and summed: in float32 by TRL's fused head, beside the copy in the weights'
+    type; ZeRO-3 then holds that copy, one in float32, and one to scatter."""
+    numbers = shape.vocabulary * shape.hidden
+    if load.sharding == "zero3":
+        return 10.0 * numbers if load.bf16 else 12.0 * numbers
+    rounded = load.weight_bytes == 2 or (load.bf16 and load.sharding != "none")
+    return 6.0 * numbers if rounded else 4.0 * numbers
 
 
 def _activations(shape: Shape, load: Load, compute: int) -> float:
