@@ -214,7 +214,8 @@ def wanted_evaluation(bench: str, model: str, given: Given, trained: Trained | N
     from ctcgrpo.evaluation.run import Evaluation, model_name, settled
 
     roles, played = roles_of(bench, given)
-    settings, role_settings, unset = split_settings(settled(given.get("generate", [])))
+    settings, of_roles, unset = split_settings(settled(given.get("generate", [])))
+    role_settings: dict[str, Mapping[str, Any]] = {**of_roles}
     if other := sorted(set(role_settings) - set(roles)):
         raise RecipeError(f"-G {other[0]}...: no model plays the {other[0]} here (--{other[0]} PROVIDER/NAME)")
     task, generation = {**task_of(bench, given), **played}, {**settings, **generation_of(given)}
@@ -231,8 +232,8 @@ def wanted_evaluation(bench: str, model: str, given: Given, trained: Trained | N
     if "as_trained" in given:
         if trained is None:
             raise RecipeError(
-                f"--as-trained needs a policy in the folder of a run on scenarios, and {model} is none; name the folder of a run: --model "
-                "checkpoints/RUN/best"
+                f"--as-trained needs a policy in the folder of a run on scenarios, and {model} is none; name the folder of a run: "
+                "--model checkpoints/RUN/best"
             )
         left_out = {"simulator" if roles else "", *(trained.briefed if "official" in task else ())}
         of_run = {name: value for name, value in trained.task.items() if name not in left_out}
