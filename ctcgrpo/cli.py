@@ -264,7 +264,7 @@ def _gpus() -> int:
 
 _PANELS: Mapping[str, Sequence[Callable[..., None]]] = {
     "Train and look at a run": (train, show, chat, reporting.report),
-    "Check, evaluate, export": (check, evaluation.evaluate, evaluation.compare, evaluation.leaderboard, export),
+    "Check, evaluate, export": (check, evaluation.compare, evaluation.leaderboard, export),
     "Many runs": (experiments.sweep,),
     "Scenarios and the simulated user": (serve, noise),
     "Reference": (reference.fields, reference.metrics, version),
@@ -273,6 +273,7 @@ _PANELS: Mapping[str, Sequence[Callable[..., None]]] = {
 for _panel, _commands in _PANELS.items():
     for _command in _commands:
         app.command(rich_help_panel=_panel)(_command)
+app.add_typer(evaluation.app, name="evaluate", rich_help_panel="Check, evaluate, export")
 app.add_typer(scenarios.app, name="scenarios", rich_help_panel="Scenarios and the simulated user")
 
 

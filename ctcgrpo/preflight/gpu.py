@@ -8,7 +8,8 @@ from importlib.resources import files
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.naming import did_you_mean
-from ctcgrpo.preflight.memory import GIB, PHASES, Load, memory_plan
+from ctcgrpo.policy.shapes import GIB
+from ctcgrpo.preflight.memory import PHASES, Load, memory_plan
 from ctcgrpo.preflight.subject import Finding, Subject
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.sharding import FSDP2, deepspeed_stage, offloads

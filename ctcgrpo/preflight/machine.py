@@ -6,8 +6,7 @@ import netrc
 import shutil
 from collections.abc import Iterator
 
-from ctcgrpo.preflight.memory import GIB
-from ctcgrpo.preflight.shapes import Shape
+from ctcgrpo.policy.shapes import GIB, Shape
 from ctcgrpo.preflight.subject import Finding, Level, Subject
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.run_folder import RunFolder
@@ -45,6 +44,7 @@ def stopping(s: Subject) -> Iterator[Finding]:
 
 
 def threads(s: Subject) -> Iterator[Finding]:
+    """Whether an optimizer on the CPU has more than one thread."""
     if offloads(s.recipe.training.sharding) and s.variables.get("OMP_NUM_THREADS", "1") == "1":
         yield Finding(
             "threads",

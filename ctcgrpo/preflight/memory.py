@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ctcgrpo.preflight.shapes import Shape
+from ctcgrpo.policy.shapes import GIB, Shape
 from ctcgrpo.training.planning import kept_per_token
 
 Phase = Literal["rollout", "update"]
 PHASES: tuple[Phase, ...] = ("rollout", "update")
-GIB = 2**30
 _NF4_BYTES = 0.52
 _RUNTIME = 2 * GIB
 """CUDA's context, NCCL's buffers, and what fragmentation loses."""

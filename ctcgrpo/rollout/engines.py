@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -68,10 +67,10 @@ def make_engine(
         patience=args.vllm_server_patience,
     )
 
-    def score(samples: Sequence[TurnSample]) -> Sequence[npt.ArrayLike] | None:
+    def score(samples: Sequence[TurnSample]) -> list[list[float]] | None:
         if not trainer.is_in_train:  # sharded weights run forward only as training has wrapped them
             return None
-        return trainer.logprobs(trainer.model_wrapped, samples, packed=False)
+        return [scores.tolist() for scores in trainer.logprobs(trainer.model_wrapped, samples, packed=False)]
 
     return VllmServerEngine(
         urls,

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ctcgrpo.errors import PolicyEngineError
 from ctcgrpo.rollout.engine import Sampling
@@ -22,7 +21,7 @@ TOLERANCE = 0.1
 """How far log-probabilities may be apart on the mean over all tokens, in nats at temperature 1. Two ways of computing in bfloat16
 differ by 0.01 to 0.03; other weights by 1 and more."""
 
-Score = Callable[[Sequence[TurnSample]], Sequence[npt.ArrayLike] | None]
+Score = Callable[[Sequence[TurnSample]], Sequence[Sequence[float]] | None]
 """The trainer's log-probabilities of completions at the sampling temperature. Collective; None where it cannot tell now."""
 
 
@@ -54,7 +53,7 @@ def check_weights(
         for url in urls:
             for prompt in prompts:
                 done = ask(url, prompt, sampling)
-                samples.append(TurnSample(np.array(prompt, np.int32), np.array(done.token_ids, np.int32), 0.0))
+                samples.append(TurnSample(np.array(prompt), np.array(done.token_ids), 0.0))
                 recorded.append(done.logprobs)
     except PolicyEngineError as error:
         problem, samples, recorded = error, [], []
@@ -67,12 +66,12 @@ def check_weights(
 
 
 def _difference(
-    urls: Sequence[str], prompts: int, recorded: Sequence[Sequence[float]], scored: Sequence[npt.ArrayLike], bound: float
+    urls: Sequence[str], prompts: int, recorded: Sequence[Sequence[float]], scored: Sequence[Sequence[float]], bound: float
 ) -> PolicyEngineError | None:
     for k, url in enumerate(urls):
         here = slice(k * prompts, (k + 1) * prompts)
-        apart = np.concatenate([np.abs(np.subtract(r, s)) for r, s in zip(recorded[here], scored[here], strict=True)])
-        mean = float(apart.mean())
+        apart = [abs(a - b) for r, s in zip(recorded[here], scored[here], strict=True) for a, b in zip(r, s, strict=True)]
+        mean = sum(apart) / len(apart)
         if not mean <= bound:
             return PolicyEngineError(
                 f"{url} samples from other weights than it was sent: its log-probabilities are {mean:.3g} nats off the trainer's "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ctcgrpo.preflight.shapes import published_shapes
+from ctcgrpo.policy.shapes import published_shapes
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.saving import checkpoint_bytes, notice_seconds, save_seconds, too_little_time
 from ctcgrpo.startup import SHUTDOWN_TIMEOUT
