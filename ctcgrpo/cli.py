@@ -26,7 +26,7 @@ from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.reference import commands as reference
 from ctcgrpo.report import commands as reporting
 from ctcgrpo.scenarios import load_scenes
-from ctcgrpo.startup import LAUNCHED, announce_loading
+from ctcgrpo.startup import LAUNCHED, SHUTDOWN_TIMEOUT, announce_loading
 from ctcgrpo.terminal import Terminal, say
 
 _LONGEST_MESSAGE = 4000
@@ -86,7 +86,7 @@ def train(
         command += ["--main_process_port", "0"]
     os.environ[LAUNCHED] = "1"
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # passed on to the processes
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # else what saves after Ctrl-C is killed after 30 s
+    os.environ.setdefault(SHUTDOWN_TIMEOUT, "3600")  # else what saves after Ctrl-C is killed after 30 s
     os.execv(sys.executable, [*command, "--module", "ctcgrpo", "train", str(recipe), *(overrides or [])])
 
 
@@ -264,7 +264,7 @@ def _gpus() -> int:
 
 _PANELS: Mapping[str, Sequence[Callable[..., None]]] = {
     "Train and look at a run": (train, show, chat, reporting.report),
-    "Check, evaluate, export": (check, evaluation.evaluate, evaluation.compare, evaluation.leaderboard, export),
+    "Check, evaluate, export": (check, evaluation.compare, evaluation.leaderboard, export),
     "Many runs": (experiments.sweep,),
     "Scenarios and the simulated user": (serve, noise),
     "Reference": (reference.fields, reference.metrics, version),
@@ -273,6 +273,7 @@ _PANELS: Mapping[str, Sequence[Callable[..., None]]] = {
 for _panel, _commands in _PANELS.items():
     for _command in _commands:
         app.command(rich_help_panel=_panel)(_command)
+app.add_typer(evaluation.app, name="evaluate", rich_help_panel="Check, evaluate, export")
 app.add_typer(scenarios.app, name="scenarios", rich_help_panel="Scenarios and the simulated user")
 
 

@@ -111,7 +111,7 @@ class CTCGRPOConfig(CreditOptions, RolloutOptions, UpdateOptions, GRPOConfig):  
 
     `num_iterations` updates are made of a step's episodes, so it has to divide `num_generations`. `num_generations_eval` episodes
     (1 where absent) of each task of `eval_dataset` are played in an evaluation. Where the machine has no accelerator, `use_cpu`
-    is set, which TRL's default of bfloat16 needs there. Dropout is off (`disable_dropout`): it would add noise to
+    is set for bfloat16, TRL's default, which needs it there. Dropout is off (`disable_dropout`): it would add noise to
     log-probabilities.
     """
 
@@ -160,7 +160,7 @@ class CTCGRPOConfig(CreditOptions, RolloutOptions, UpdateOptions, GRPOConfig):  
         if self.num_generations_eval is None:  # type: ignore[has-type]
             self.num_generations_eval = 1
         self.per_device_eval_batch_size = self.num_generations_eval  # TRL wants a multiple
-        if not torch.accelerator.is_available():
+        if self.bf16 is not False and not self.fp16 and not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()
 

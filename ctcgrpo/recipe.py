@@ -129,7 +129,10 @@ class Scenarios(Section):
 class OwnEnvironment(Section):
     """An environment of one's own, in place of the sections scenarios, simulator and scoring (ctcgrpo/types.py: Environment)."""
 
-    factory: str = Field(description="module:attribute, a class or function that makes the Environment of an episode")
+    factory: str = Field(
+        description="module:attribute, a class or function that makes the Environment of an episode; or a class of asynchronous "
+        "context managers, of which one makes them all and is open while a batch is played"
+    )
     options: dict[str, Any] = Field({}, description="keyword arguments for the factory")
     tasks: str = Field(
         description="what is trained on: a JSON lines file, an object a task, or module:function, which gives such objects"
@@ -150,6 +153,7 @@ class Vllm(Section):
     group_port: int = Field(51216, ge=1024, le=65000, description="vllm_server: the first port for weights, one a server")
     timeout: float = Field(600.0, gt=0, description="vllm_server: seconds a request")
     patience: float = recipe_field("vllm_server_patience")
+    check_every: int = recipe_field("vllm_server_check_every")
 
     @field_validator("urls")
     @classmethod
@@ -301,6 +305,12 @@ class Training(Section):
         "none", description="none (every process holds the policy), fsdp2, or a DeepSpeed configuration (configs/deepspeed)"
     )
     bf16: bool = Field(False, description="mixed precision: bfloat16 compute on float32 weights")
+    process_timeout: int = Field(
+        3600,
+        ge=1,
+        description="seconds that a process waits for the others before the run ends: longer than the slowest episode of a "
+        "step, or of a validation, takes after all others are over",
+    )
     save_every: int = Field(10, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(3, ge=1, description="how many of the newest checkpoints stay")
 

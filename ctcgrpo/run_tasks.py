@@ -12,8 +12,9 @@ import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
 
@@ -28,13 +29,11 @@ from ctcgrpo.recipe import OwnEnvironment, Recipe
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import load_scenes, load_set
 from ctcgrpo.settings import briefing
-from ctcgrpo.simulator.choice import check_patience, introduced
+from ctcgrpo.simulator.choice import SCRIPTED, check_patience, introduced, simulator_of
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import SCRIPTED_USER, bearer_token, load_simulator_config
+from ctcgrpo.simulator.config import bearer_token
 from ctcgrpo.simulator.logs import json_log
-from ctcgrpo.simulator.scripted.backend import ScriptedBackend
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
-from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.training.tasks import tasks_of
 from ctcgrpo.types import Environment, Message, Task
 
@@ -117,7 +116,7 @@ class ScenarioTasks(RunTasks):
         )
         self._about = asyncio.run(introduced(self._client))
         check_patience(self._about, settings.timeout)
-        if self._about.get("backend") == ScriptedBackend.name:
+        if self._about.get("backend") == SCRIPTED:
             for what, scenarios in self._found.items():
                 if warning := unscripted_warning(scenarios, what):
                     say(f"warning: {warning}")
@@ -140,25 +139,23 @@ class ScenarioTasks(RunTasks):
             "simulator": {**self._about, "spent": asyncio.run(_account(self._client))},
         }
 
-    def _urls(self, stack: contextlib.ExitStack, state: PartialState, folder: RunFolder) -> str | tuple[str, ...]:
+    def _urls(self, stack: contextlib.ExitStack, state: PartialState, folder: RunFolder) -> tuple[str, ...]:
         """The URLs that all processes ask; the main one keeps the embedded server."""
         settings = self._recipe.simulator
-        if settings.url != "embedded":
-            return settings.url
+        choice = simulator_of(settings)
+        if choice.urls:
+            return choice.urls
         if state.num_processes > int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)):
             raise RecipeError(
                 "simulator.url is 'embedded', which other nodes cannot reach; start `ctcgrpo serve CONFIG --host 0.0.0.0` with a "
                 "token and name it (simulator.url=http://HOST:8765), as launch/slurm.sbatch does"
             )
-        config = SCRIPTED_USER if settings.config is None else load_simulator_config(settings.config)
 
-        def start() -> str:
+        def start() -> tuple[str, ...]:
             log = json_log(stack.enter_context(folder.simulator_log.open("a", encoding="utf-8")))
-            server = SimulatorServer(config, log=log)
-            server.check(self._scenarios)
-            return stack.enter_context(running(server, settings.port))
+            return stack.enter_context(choice.served(self._scenarios, log=log, port=settings.port))
 
-        return str(on_main(state, start))
+        return tuple(on_main(state, start))
 
 
 class OwnTasks(RunTasks):
@@ -191,8 +188,12 @@ class OwnTasks(RunTasks):
 
 
 def environment_factory(settings: OwnEnvironment) -> Callable[[], Environment]:
-    """What makes the environment of an episode. Raises RecipeError where it cannot be imported."""
-    factory: Callable[..., Environment] = load_object(settings.factory, "environment.factory", settings.folder)
+    """What makes the environment of an episode: the factory with its options, or an instance of a class that all episodes share
+    (an asynchronous context manager). Raises RecipeError where it cannot be imported."""
+    factory = load_object(settings.factory, "environment.factory", settings.folder)
+    if isinstance(factory, type) and issubclass(factory, AbstractAsyncContextManager):
+        shared: Any = factory(**settings.options)
+        return cast("Callable[[], Environment]", shared)
     return functools.partial(factory, **settings.options) if settings.options else factory
 
 

@@ -23,6 +23,7 @@ from ctcgrpo.config import CTCGRPOConfig
 from ctcgrpo.data_digest import data_changes, folder_digest
 from ctcgrpo.errors import (
     OutputError,
+    PolicyEngineError,
     PolicyError,
     RecipeError,
     RunInterrupted,
@@ -52,6 +53,7 @@ from ctcgrpo.recipe import Recipe
 from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.run_tasks import run_tasks
+from ctcgrpo.saving import checkpoint_bytes, too_little_time
 from ctcgrpo.settings import context_builder, lora_config, template_kwargs, trainer_config
 from ctcgrpo.sharding import check_launcher, deepspeed_stage, sharding_arguments
 from ctcgrpo.tracking import tracker_of
@@ -121,6 +123,9 @@ class _Run(RolloutHooks):
             hooks=self,
         )
         self._trainer.remove_callback(PrinterCallback)
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self._trainer.model.parameters() if p.requires_grad)
+        if warning := too_little_time(checkpoint_bytes(recipe, trained)):
+            self._progress.say(f"warning: {warning}")
         stack.callback(self._trainer.engine.close)
         if steps := on_main(self._state, lambda: self._folder.extended_from(recipe)):
             self._progress.say(_extension(arguments, steps * self._updates_per_step, recipe))
@@ -203,7 +208,7 @@ class _Run(RolloutHooks):
             trainer.refuse_nonfinite_weights()
             if self._validator:
                 self._validator.validate(self._recipe.training.max_steps)
-        except (RunPaused, TooManyFailures) as error:
+        except (RunPaused, TooManyFailures, PolicyEngineError) as error:
             progress.stop()
             progress.say("saving a checkpoint")
             trainer.save_now()

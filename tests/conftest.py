@@ -14,6 +14,8 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 import pytest
 from hypothesis import settings
 
+from ctcgrpo.simulator.protocol import SimulatorBackend
+
 # The same examples every time: a gate that fails by chance says nothing about the change before it.
 settings.register_profile("gate", derandomize=True, deadline=None)
 settings.load_profile("gate")
@@ -23,17 +25,10 @@ Command = Callable[..., tuple[int, str, str]]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
-class Backend:
+class Backend(SimulatorBackend):
     """A simulator backend for tests to fill in."""
 
     name = "test"
-
-    def about(self) -> dict[str, Any]:
-        return {"backend": self.name}
-
-    def check(self, card: Any) -> None: ...
-
-    async def close(self) -> None: ...
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ctcgrpo.environments.sage_protocol import load_profiles
 from ctcgrpo.evaluation.eqbench3_protocol import load_eqbench
-from ctcgrpo.evaluation.presets import SCRIPTED
-from ctcgrpo.evaluation.sage_protocol import load_profiles
 from ctcgrpo.evaluation.users import chosen_user
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS, load_instructions
 from ctcgrpo.scenarios import data_home, load_set
-from ctcgrpo.simulator.config import load_simulator_config
+from ctcgrpo.simulator.choice import SCRIPTED, named_simulator
 from ctcgrpo.simulator.llm.backend import chosen_prompts
 
 _POLICY_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja")
@@ -51,10 +50,10 @@ def _simulator(task: Mapping[str, Any]) -> Any:
         return chosen_prompts(Path(official).expanduser()).name
     if simulator is None or simulator == SCRIPTED:
         return chosen_prompts(None).name if simulator is None else SCRIPTED
-    if simulator.startswith(("http://", "https://")):
+    choice = named_simulator(simulator)
+    if choice.urls:
         return asyncio.run(chosen_user(simulator, None).about())
-    config = load_simulator_config(simulator)
-    return [config.digest, chosen_prompts(config.llm.official).name if config.llm is not None else SCRIPTED]
+    return [choice.config.digest, choice.config.backend if choice.llm is None else chosen_prompts(choice.llm.official).name]
 
 
 def _instructions(task: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from ctcgrpo.policy.instructions import load_instructions
 from ctcgrpo.recipe import Recipe, resolved_recipe
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import EIBENCH_DATA, described
+from ctcgrpo.simulator.choice import name_of
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")
 _BRIEFING = ("instructions", "reasons", "persona_sections")
@@ -92,13 +93,9 @@ def shown_value(name: str, value: Any) -> str:
 def validated_as(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """How a run validates its policy: the arguments of the task eibench (scenarios, repeats and seed only with a validation
     section), and of sampling."""
-    rollout, simulator = recipe.rollout, recipe.simulator
+    rollout = recipe.rollout
     task: dict[str, Any] = {"rounds": rollout.max_turns, "variant": recipe.scoring.variant, **briefed_as(recipe)}
-    task["reasoning"] = recipe.policy.reasoning_context
-    if simulator.url != "embedded":
-        task["simulator"] = simulator.url if isinstance(simulator.url, str) else simulator.url[0]
-    else:
-        task["simulator"] = "scripted" if simulator.config is None else str(simulator.config)
+    task |= {"reasoning": recipe.policy.reasoning_context, "simulator": name_of(recipe.simulator)}
     if (validation := recipe.validation) is not None:
         task |= {"scenarios": validation.scenarios, "repeats": validation.samples, "seed": validation.seed}
         task["invalid"] = recipe.eibench_scenarios().invalid

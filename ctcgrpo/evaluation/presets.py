@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,9 +11,8 @@ from ctcgrpo.evaluation.played import shown_name, shown_value
 from ctcgrpo.naming import did_you_mean
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS
 from ctcgrpo.scoring import Variant
-from ctcgrpo.simulator.config import Llm, load_simulator_config
+from ctcgrpo.simulator.choice import named_simulator
 
-SCRIPTED = "scripted"
 TRIES = 3
 """Tries of the user's LLM a turn, until its answer can be read, where nobody says otherwise."""
 
@@ -107,16 +106,30 @@ def preset_of(name: str) -> Preset:
     return PRESETS[name]
 
 
-def asks_an_llm(simulator: str | None) -> bool:
-    """Whether calls to an LLM are made here, with settings of ours: for a model of Inspect's (None) and a configuration; the
-    scripted user asks none, and a server has settings of its own. Raises RecipeError for a configuration that cannot be read."""
-    if simulator is None:
-        return True
+def with_preset(
+    name: str,
+    simulator: str | None,
+    task: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    roles: Mapping[str, dict[str, Any]],
+    unset: Sequence[str],
+    models: Mapping[str, str],
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]], list[str]]:
+    """Task, generation, generation of roles and what is not sent, with a preset's where no option says otherwise. `simulator` is
+    the task's argument; `models` play the roles."""
+    preset, user = preset_of(name), roles.get("simulator", {})
+    words = {} if "official" in task else preset.briefing  # the official mode has its own
+    chosen = {*generation, *(f"simulator.{setting}" for setting in user)}
+    sampling = {"simulator": {**preset.simulator_generation(unset), **user}} if "simulator" in models else {}
     return (
-        simulator != SCRIPTED and not simulator.startswith(("http://", "https://")) and configured_llm(simulator) is not None
+        {**preset.task(simulator), **words, **task},
+        {**preset.generation(unset), **generation},
+        {**roles, **sampling},
+        [*unset, *(setting for setting in preset.unset if setting not in chosen and setting not in unset)],
     )
 
 
-def configured_llm(simulator: str) -> Llm | None:
-    """The section `llm` of a configuration; None where it describes the scripted user."""
-    return load_simulator_config(simulator).llm
+def asks_an_llm(simulator: str | None) -> bool:
+    """Whether calls to an LLM are made here, with settings of ours: for a model of Inspect's (None) and a configuration; the
+    scripted user asks none, and a server has settings of its own. Raises RecipeError for a configuration that cannot be read."""
+    return simulator is None or named_simulator(simulator).llm is not None

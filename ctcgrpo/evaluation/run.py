@@ -31,7 +31,7 @@ from ctcgrpo.evaluation.fingerprints import fingerprint
 from ctcgrpo.evaluation.generation import LOCAL_TOKENS, SAMPLING, names_of
 from ctcgrpo.evaluation.logs import newest_log, results_of
 from ctcgrpo.evaluation.played import data_set, settings_of, trained_as
-from ctcgrpo.evaluation.presets import TRIES, asks_an_llm, configured_llm, preset_of
+from ctcgrpo.evaluation.presets import TRIES, asks_an_llm, preset_of
 from ctcgrpo.evaluation.reasons import PATIENCE
 from ctcgrpo.evaluation.results import summarise, write_results
 from ctcgrpo.evaluation.users import TEMPERATURE
@@ -41,6 +41,7 @@ from ctcgrpo.proxies import settle_environment
 from ctcgrpo.recipe import differences
 from ctcgrpo.scenarios import load_set
 from ctcgrpo.sections import named_value
+from ctcgrpo.simulator.choice import named_simulator
 
 LOCAL = "ctcgrpo/"
 """The provider of policies in folders."""
@@ -236,7 +237,7 @@ def with_defaults(wanted: Evaluation) -> Evaluation:
         task.setdefault("reasoning", "strip" if trained is None else trained.task["reasoning"])
         simulator = task.get("simulator")
         if asks_an_llm(simulator):
-            llm = None if simulator is None else configured_llm(simulator)
+            llm = None if simulator is None else named_simulator(simulator).llm
             task.setdefault("tries", TRIES if llm is None else llm.tries)
     reasons = trained is not None and trained.recipe.policy.reasons
     limited = wanted.bench == EQBENCH3.name or "model.max_tokens" in names_of(task.get("unset", ""))
@@ -256,7 +257,7 @@ def settings_before(wanted: Evaluation) -> dict[str, Any]:
     if "tries" not in wanted.task:
         del played["tries"]
     elif (simulator := wanted.task.get("simulator")) is not None:
-        llm = configured_llm(simulator)
+        llm = named_simulator(simulator).llm
         played |= {"simulator_temperature": llm and llm.temperature, "simulator_top_p": llm and llm.top_p}
     else:
         sampled = {"temperature": TEMPERATURE, **wanted.role_generation.get("simulator", {})}

@@ -23,17 +23,17 @@ from inspect_ai.util import JSONSchema
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.evaluation.generation import config_of
-from ctcgrpo.evaluation.presets import SCRIPTED, TRIES, asks_an_llm
+from ctcgrpo.evaluation.presets import TRIES
 from ctcgrpo.evaluation.speaking import generated, played_by, temperature_of, tokens_of, why_empty
+from ctcgrpo.simulator.backends import make_backend
+from ctcgrpo.simulator.choice import SimulatorChoice, named_simulator
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import TOKEN_ENV, SimulatorConfig, bearer_token, load_simulator_config
+from ctcgrpo.simulator.config import SCRIPTED_USER, SimulatorConfig
 from ctcgrpo.simulator.llm.backend import LlmBackend, chosen_prompts
 from ctcgrpo.simulator.llm.calls import ChatCompletion
 from ctcgrpo.simulator.llm.endpoints import Deadline, Outage
 from ctcgrpo.simulator.llm.prompts import Message
 from ctcgrpo.simulator.protocol import SimulatorBackend, TurnReply, TurnRequest
-from ctcgrpo.simulator.scripted import ScriptedBackend
-from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.simulator.service import answer
 
 TEMPERATURE = 0.7
@@ -67,12 +67,11 @@ class InProcess(User):
 class Served(User):
     """A simulator server. Each turn has a client of its own: nothing of it outlives the event loop that it was made in."""
 
-    def __init__(self, url: str, config: SimulatorConfig | None = None) -> None:
-        self._url, self._config = url, config
-        self._timeout = 240.0 if config is None or config.llm is None else config.llm.deadline + 30
+    def __init__(self, choice: SimulatorChoice) -> None:
+        self._choice, self._urls = choice, _servers.enter_context(choice.served())
 
     def _client(self) -> SimulatorClient:
-        return SimulatorClient(self._url, token=bearer_token(TOKEN_ENV), timeout=self._timeout)
+        return self._choice.client(self._urls)
 
     async def turn(self, request: TurnRequest) -> TurnReply:
         async with self._client() as client:
@@ -82,7 +81,7 @@ class Served(User):
         async with self._client() as client:
             says = await client.health()
         about = {name: value for name, value in says.items() if name not in ("status", "deadline", "version")}
-        return about | ({} if self._config is None else priced(self._config))
+        return about | priced(self._choice.config)
 
 
 class InspectModel:
@@ -135,25 +134,24 @@ def chosen_user(
     `official`: a folder with the authors' code, whose prompts the role's model is given. `left_out`: settings that are not
     sent to it. `tries`: calls to the LLM a turn, until its answer can be read; by default 3, or as the configuration says.
     Raises RecipeError for what cannot be had."""
-    if tries is not None and not asks_an_llm(simulator):
+    choice = None if simulator is None else named_simulator(simulator)
+    if tries is not None and choice is not None and choice.llm is None:
         raise RecipeError(f"tries is {tries}, but {simulator!r} calls no LLM with settings from here; leave it out")
     if official is not None and simulator is not None:
         raise RecipeError(
             "official prompts are for a model with the role simulator; a configuration names its own (llm.official)"
         )
-    if simulator is None:
+    if choice is None:
         model = played_by("simulator")
         llm = InspectModel(model, left_out)
         about = {"models": [str(model)], "temperature": llm.temperature}
         return InProcess(LlmBackend(llm, chosen_prompts(official), about=about, tries=tries or TRIES))
-    if simulator == SCRIPTED:
-        return InProcess(ScriptedBackend())
-    if simulator.startswith(("http://", "https://")):
-        return Served(simulator)
-    config = load_simulator_config(simulator)
-    if tries is not None and config.llm is not None:
-        config = config.model_copy(update={"llm": config.llm.model_copy(update={"tries": tries})})
-    return Served(_started(config), config)
+    if choice == SimulatorChoice():
+        return InProcess(make_backend(SCRIPTED_USER, None, lambda call: None, lambda text: None))
+    if tries is not None and choice.llm is not None:
+        llm_section = choice.llm.model_copy(update={"tries": tries})
+        choice = SimulatorChoice(config=choice.config.model_copy(update={"llm": llm_section}))
+    return Served(choice)
 
 
 def priced(config: SimulatorConfig) -> dict[str, Any]:
@@ -168,9 +166,5 @@ def priced(config: SimulatorConfig) -> dict[str, Any]:
 
 
 _servers = ExitStack()
+"""Of this process, until it ends."""
 atexit.register(_servers.close)
-
-
-def _started(config: SimulatorConfig) -> str:
-    """A server of this process, until it ends."""
-    return _servers.enter_context(running(SimulatorServer(config)))

@@ -49,6 +49,8 @@ def checks_of(recipe: Recipe) -> Sequence[Check]:
         *(() if own else (simulator.simulator,)),
         cost.cost,
         machine.disk,
+        machine.stopping,
+        machine.threads,
         machine.output,
         machine.weights_and_biases,
     )

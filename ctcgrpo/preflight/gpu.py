@@ -8,11 +8,15 @@ from importlib.resources import files
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.naming import did_you_mean
-from ctcgrpo.preflight.memory import GIB, PHASES, Load, memory_plan
+from ctcgrpo.policy.shapes import GIB
+from ctcgrpo.preflight.memory import PHASES, Load, memory_plan
 from ctcgrpo.preflight.subject import Finding, Subject
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.sharding import FSDP2, deepspeed_stage, offloads
 from ctcgrpo.strict_yaml import load_yaml
+
+_FULL_AT_WAKE = 0.9
+"""The share of a card beyond which a colocated vLLM may find no room to wake, for fragmentation."""
 
 
 @cache
@@ -37,9 +41,16 @@ def memory(s: Subject) -> Iterator[Finding]:
         more = "shard more (training.sharding), use more GPUs, or policy.lora"
         yield Finding("memory", "failed", f"{text}; lower {what}, {more}")
         return
-    yield Finding("memory", "ok", text)
     if plan.kv_tokens is None:
+        yield Finding("memory", "ok", text)
         return
+    if plan.total("rollout") > _FULL_AT_WAKE * plan.card:
+        share = f"{plan.total('rollout') / plan.card:.0%} in rollouts; vLLM wakes into what the update has left in pieces"
+        yield Finding(
+            "memory", "warning", f"{text}, {share}; lower rollout.vllm.gpu_memory to stay below {_FULL_AT_WAKE:.0%}"
+        )
+    else:
+        yield Finding("memory", "ok", text)
     rollouts = load_of(s.recipe).rollouts
     room = f"vLLM has room for keys and values of {plan.kv_tokens:,} tokens, and {rollouts} rollouts of full length want"
     if plan.kv_tokens < s.longest:

@@ -3,7 +3,8 @@
 Per parameter, with bfloat16 compute: DeepSpeed keeps 2 bytes of weights, 4 of summed gradients and 12 of optimizer (float32 master,
 two moments), of which ZeRO-1 spreads the optimizer over the processes, ZeRO-2 the gradients too, ZeRO-3 all of it; FSDP2
 spreads 4 of weights, 4 of gradients, 8 of moments. Activations are those of a dense decoder with gated MLP and an attention that
-keeps no scores. Arithmetic, not a measurement: compare `memory/peak_gib` in a run's metrics with it.
+keeps no scores. Arithmetic, not a measurement: compare `memory/peak_gib` in a run's metrics with the
+update's total.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ctcgrpo.preflight.shapes import Shape
+from ctcgrpo.policy.shapes import GIB, Shape
 from ctcgrpo.training.planning import kept_per_token
 
 Phase = Literal["rollout", "update"]
 PHASES: tuple[Phase, ...] = ("rollout", "update")
-GIB = 2**30
 _NF4_BYTES = 0.52
 _RUNTIME = 2 * GIB
 """CUDA's context, NCCL's buffers, and what fragmentation loses."""
@@ -25,6 +25,8 @@ _VLLM_RUNTIME = 2 * GIB
 """vLLM's activations and CUDA graphs, inside its share."""
 _BUCKETS = 2 * GIB
 """DeepSpeed's communication buffers under ZeRO-1 and -2, and the parameters that ZeRO-3 holds gathered."""
+_FLOAT32_BUCKET = 4 * 500_000_000
+"""The copy of a bucket in which ZeRO-1 and -2 sum gradients over the processes (communication_data_type)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def memory_plan(shape: Shape, load: Load, card: float) -> MemoryPlan:
         weights = (frozen + trained) * compute / (n if split_weights else 1)
         gradients = trained * 4 / (n if split_gradients else 1)
         optimizer = trained * (12 if load.bf16 else 8) / n
-        gathered = float(_BUCKETS)
+        gathered = float(_BUCKETS if split_weights else _BUCKETS + _FLOAT32_BUCKET)
     else:
         split = n if load.sharding == "fsdp2" else 1
         each = load.weight_bytes if load.lora_rank is None else 4  # adapters are trained in float32
@@ -95,6 +97,8 @@ def memory_plan(shape: Shape, load: Load, card: float) -> MemoryPlan:
         "optimizer": {"rollout": 0.0, "update": 0.0} if load.offload else {"rollout": optimizer, "update": optimizer},
         "activations": {"rollout": 0.0, "update": _activations(shape, load, compute)},
     }
+    if load.lora_rank is None:
+        parts["gradient of the output layer"] = {"rollout": 0.0, "update": _head_gradient(shape, load)}
     if copies:
         parts["bfloat16 copies (autocast)"] = {"rollout": float(copies), "update": float(copies)}
     if gathered:
@@ -119,6 +123,16 @@ def memory_plan(shape: Shape, load: Load, card: float) -> MemoryPlan:
         parts["keys and values"] = {"rollout": wanted * shape.kv_bytes * compute / 2, "update": 0.0}
     parts["CUDA and NCCL"] = {"rollout": float(_RUNTIME), "update": float(_RUNTIME)}
     return MemoryPlan(parts, card, room, wanted)
+
+
+def _head_gradient(shape: Shape, load: Load) -> float:
+    """The largest gradient there is, while it is made and summed: in float32 by TRL's fused head, beside the copy in the weights'
+    type; ZeRO-3 then holds that copy, one in float32, and one to scatter."""
+    numbers = shape.vocabulary * shape.hidden
+    if load.sharding == "zero3":
+        return 10.0 * numbers if load.bf16 else 12.0 * numbers
+    rounded = load.weight_bytes == 2 or (load.bf16 and load.sharding != "none")
+    return 6.0 * numbers if rounded else 4.0 * numbers
 
 
 def _activations(shape: Shape, load: Load, compute: int) -> float:

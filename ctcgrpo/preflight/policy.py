@@ -16,7 +16,7 @@ from ctcgrpo.policy.builtin import build_builtin, wheel_of
 from ctcgrpo.policy.loading import check_fits, load_tokenizer, stop_ids
 from ctcgrpo.policy.model_wheel import refuse_unfetchable
 from ctcgrpo.policy.reasoning import CLOSE, OPEN
-from ctcgrpo.preflight.shapes import published_shapes, shape_of
+from ctcgrpo.policy.shapes import published_shapes, shape_of
 from ctcgrpo.preflight.subject import Finding, Subject
 from ctcgrpo.settings import context_builder, lora_config, template_kwargs
 from ctcgrpo.sharding import deepspeed_stage

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ctcgrpo.preflight.memory import GIB, MemoryPlan
+from ctcgrpo.policy.shapes import GIB
+from ctcgrpo.preflight.memory import MemoryPlan
 from ctcgrpo.preflight.subject import Finding
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}

@@ -14,8 +14,8 @@ from accelerate.commands.config.config_args import default_config_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ctcgrpo.policy.context import ContextBuilder
+from ctcgrpo.policy.shapes import Shape
 from ctcgrpo.preflight.memory import MemoryPlan
-from ctcgrpo.preflight.shapes import Shape
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.records import Scenario
 from ctcgrpo.scenarios import load_scenarios

@@ -1,19 +1,97 @@
-"""Which simulator a command talks to: servers by URL, or one of its own from a configuration."""
+"""Who plays the user: servers that run already, or a server of this process for a configuration. The one place that chooses.
+
+By a name (`named_simulator`: scripted, a configuration's file, a URL), by a recipe's section `simulator` (`simulator_of`), or by
+the options --config and --url (`chosen_simulator`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import SCRIPTED_USER, TOKEN_ENV, bearer_token, load_simulator_config
-from ctcgrpo.simulator.server import SimulatorServer, running
+from ctcgrpo.simulator.config import SCRIPTED_USER, TOKEN_ENV, Llm, SimulatorConfig, bearer_token, load_simulator_config
 
+if TYPE_CHECKING:  # both take a while to import, and names are read before anything is asked
+    from ctcgrpo.recipe import Simulator
+    from ctcgrpo.records import Scenario
+    from ctcgrpo.simulator.client import SimulatorClient
+    from ctcgrpo.simulator.logs import Log
+
+SCRIPTED = "scripted"
+EMBEDDED = "embedded"
+_TIMEOUT = 240.0
 _PATIENCE = 20.0
 """Seconds: a person waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatorChoice:
+    """`urls` of servers that run already; without any, `config` is served by this process."""
+
+    urls: tuple[str, ...] = ()
+    config: SimulatorConfig = SCRIPTED_USER
+
+    @property
+    def llm(self) -> Llm | None:
+        """The LLM that is called with settings from here; a server that runs already has its own."""
+        return None if self.urls else self.config.llm
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that a request for a turn may take."""
+        return _TIMEOUT if self.llm is None else self.llm.deadline + 30
+
+    @contextmanager
+    def served(
+        self, scenarios: Iterable[Scenario] = (), *, log: Log | None = None, port: int = 0
+    ) -> Iterator[tuple[str, ...]]:
+        """The URLs to ask, for as long as the context lasts. Raises RecipeError for a backend that cannot be made, ScenarioError
+        for one of `scenarios` that an own server cannot play."""
+        if self.urls:
+            yield self.urls
+            return
+        from ctcgrpo.simulator.server import SimulatorServer, running
+
+        server = SimulatorServer(self.config, log=log)
+        server.check(scenarios)
+        with running(server, port) as url:
+            yield (url,)
+
+    def client(self, urls: Sequence[str], *, patience: float = 600.0) -> SimulatorClient:
+        """A client of what `served` gave, not entered yet."""
+        from ctcgrpo.simulator.client import SimulatorClient
+
+        return SimulatorClient(list(urls), token=bearer_token(TOKEN_ENV), timeout=self.timeout, patience=patience)
+
+
+def names_a_simulator(name: str) -> bool:
+    """Whether a name is one for `named_simulator`, and not a model's."""
+    return name == SCRIPTED or _is_url(name) or name.endswith((".yaml", ".yml"))
+
+
+def named_simulator(name: str) -> SimulatorChoice:
+    """scripted, the URL of a server, or the file of a configuration. Raises RecipeError for a configuration that cannot be read."""
+    if name == SCRIPTED:
+        return SimulatorChoice()
+    return SimulatorChoice(urls=(name,)) if _is_url(name) else SimulatorChoice(config=load_simulator_config(name))
+
+
+def simulator_of(section: Simulator) -> SimulatorChoice:
+    """The simulator of a recipe. Raises RecipeError for a configuration that cannot be read."""
+    if section.url != EMBEDDED:
+        return SimulatorChoice(urls=(section.url,) if isinstance(section.url, str) else section.url)
+    return SimulatorChoice() if section.config is None else SimulatorChoice(config=load_simulator_config(section.config))
+
+
+def name_of(section: Simulator) -> str:
+    """The name of a recipe's simulator, as `named_simulator` reads it: the first of several servers."""
+    if section.url != EMBEDDED:
+        return section.url if isinstance(section.url, str) else section.url[0]
+    return SCRIPTED if section.config is None else str(section.config)
 
 
 @contextmanager
@@ -22,13 +100,9 @@ def chosen_simulator(config: Path | None, urls: Sequence[str]) -> Iterator[Simul
     the one in CTCGRPO_SIMULATOR_TOKEN. Raises RecipeError where both are given."""
     if urls and config is not None:
         raise RecipeError("--config and --url exclude each other: a server has a configuration of its own")
-    if urls:
-        yield SimulatorClient(list(urls), token=bearer_token(TOKEN_ENV), patience=_PATIENCE)
-        return
-    server = SimulatorServer(SCRIPTED_USER if config is None else load_simulator_config(config))
-    deadline = server.config.llm.deadline if server.config.llm is not None else 0
-    with running(server) as url:
-        yield SimulatorClient(url, timeout=deadline + 30, patience=_PATIENCE)
+    choice = SimulatorChoice(tuple(urls), SCRIPTED_USER if config is None else load_simulator_config(config))
+    with choice.served() as found:
+        yield choice.client(found, patience=_PATIENCE)
 
 
 def check_patience(says: Mapping[str, Any], timeout: float) -> None:
@@ -44,3 +118,7 @@ async def introduced(simulator: SimulatorClient) -> dict[str, Any]:
     """What the simulator says of itself. Raises SimulatorTransportError at once where none answers."""
     async with simulator:
         return await simulator.health()
+
+
+def _is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))

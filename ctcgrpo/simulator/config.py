@@ -15,9 +15,16 @@ from urllib.parse import parse_qsl, urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from ctcgrpo.errors import RecipeError
+from ctcgrpo.importing import is_reference
+from ctcgrpo.naming import did_you_mean
 from ctcgrpo.sections import Section, environment_name, parse_mapping, read_text, validated
 
 TOKEN_ENV = "CTCGRPO_SIMULATOR_TOKEN"
+BACKENDS: dict[str, str] = {
+    "scripted": "ctcgrpo.simulator.scripted:ScriptedBackend",
+    "llm": "ctcgrpo.simulator.llm:LlmBackend",
+}
+"""Where the class of each backend is, by the name that configurations use."""
 _CHAT = "/chat/completions"
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _SECRET_NAME = re.compile(r"auth|key|token|secret|password|cookie|sig$|^code$", re.IGNORECASE)
@@ -213,7 +220,15 @@ class ServerSection(Section):
 class SimulatorConfig(Section):
     """Who plays the user. The default is the scripted user."""
 
-    backend: Literal["scripted", "llm"] = Field("scripted", description="the scripted user (rules, no LLM), or an LLM")
+    backend: str = Field(
+        "scripted",
+        description="scripted (rules, no LLM), llm, or one of your own: my_module:MyUser, in a file beside the configuration",
+        json_schema_extra={"enum": [*BACKENDS, "my_module:MyUser"]},
+    )
+    options: dict[str, Any] = Field({}, description="keyword arguments of a backend of your own")
+    folder: Path | None = Field(
+        None, description="where a backend of your own is looked for first; the configuration's folder where absent"
+    )
     scripted: Scripted = Scripted()  # type: ignore[call-arg]
     llm: Llm | None = None
     store: Path | None = Field(
@@ -223,17 +238,26 @@ class SimulatorConfig(Section):
     budget: Budget = Budget()  # type: ignore[call-arg]
     server: ServerSection = ServerSection()  # type: ignore[call-arg]
 
+    @field_validator("backend")
+    @classmethod
+    def _is_a_backend(cls, value: str) -> str:
+        if value not in BACKENDS and not is_reference(value):
+            raise ValueError(f"{did_you_mean(value, BACKENDS)} (one of your own: my_module:MyUser)")
+        return value
+
     @model_validator(mode="after")
     def _fits_together(self) -> SimulatorConfig:
         if (self.backend == "llm") != (self.llm is not None):
             raise ValueError(f"backend is {self.backend!r}: section llm belongs to backend 'llm', and it needs one")
-        if self.llm is not None and self.scripted.reluctance:
-            raise ValueError("section scripted belongs to backend 'scripted', and backend is 'llm'")
+        if self.backend != "scripted" and self.scripted.reluctance:
+            raise ValueError(f"section scripted belongs to backend 'scripted', and backend is {self.backend!r}")
+        if self.backend in BACKENDS and self.options:
+            raise ValueError(f"options are for a backend of your own (my_module:MyUser), and backend is {self.backend!r}")
         limited = self.budget.money is not None or self.budget.tokens is not None
         if limited and self.store is None:
             raise ValueError("a budget needs a store, to know after a restart what was spent")
         if limited and self.llm is None:
-            raise ValueError("a budget is for backend 'llm'; the scripted user costs nothing")
+            raise ValueError("a budget is for backend 'llm', whose calls are counted")
         if (
             self.budget.money is not None
             and self.llm
@@ -246,12 +270,17 @@ class SimulatorConfig(Section):
     def digest(self) -> str:
         """Of all that decides the user's answers. How fast they come and what they cost does not."""
         if self.llm is None:
-            return ""
+            own = {"backend": self.backend, "options": self.options, "scripted": self.scripted.model_dump()}
+            return "" if self.backend == "scripted" and not self.scripted.reluctance else _digest(own)
         told = self.llm.model_dump(mode="json", include={"temperature", "top_p", "samples"})
         told["max_tokens"] = self.llm.most_tokens
         deciding = ("url", "model", "output", "bounded_strings", "seed", "extra_body")
         told["endpoints"] = [{name: getattr(endpoint, name) for name in deciding} for endpoint in self.llm.endpoints]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+        return _digest(told)
+
+
+def _digest(told: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 SCRIPTED_USER = SimulatorConfig()  # type: ignore[call-arg]
@@ -263,6 +292,8 @@ def load_simulator_config(file: str | Path) -> SimulatorConfig:
     path = Path(file)
     text = read_text(path, "simulator configuration")
     config = validated(parse_mapping(text, path, SimulatorConfig, "simulator configuration"), SimulatorConfig, path)
+    if is_reference(config.backend) and config.folder is None:
+        config = config.model_copy(update={"folder": path.parent})
     if config.store is not None:
         config = config.model_copy(update={"store": config.store.expanduser()})
     if config.llm is not None and config.llm.official is not None:

@@ -6,14 +6,20 @@ any replica can answer it and a retry is safe.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.records import Anchors, Scenario, Scene, UserState
+
+if TYPE_CHECKING:
+    from ctcgrpo.simulator.config import SimulatorConfig
+    from ctcgrpo.simulator.llm.endpoints import CallRecord, Outage
+    from ctcgrpo.simulator.store import Store
 
 MOST_LINES, MOST_CHARACTERS = 2_000, 1_200_000
 """What a TurnRequest may hold: lines of the history, and characters of the history and the scenario's texts together."""
@@ -175,22 +181,50 @@ class Reaction:
     usage: Usage = field(default_factory=Usage)
 
 
-class SimulatorBackend(Protocol):
-    """One class plays the user."""
+class SimulatorBackend(ABC):
+    """One class plays the user. Subclass it with a `name` and `react`, and name it in a configuration (configs/simulator):
+    `backend: my_module:MyUser`, with its keyword arguments as `options`."""
 
-    name: str
+    name: ClassVar[str]
+    options: Mapping[str, Any] = {}
+
+    @classmethod
+    def configured(
+        cls,
+        config: SimulatorConfig,
+        store: Store | None,
+        on_call: Callable[[CallRecord], None],
+        say: Callable[[str], None],
+    ) -> Self:
+        """The one that a configuration describes: `on_call` sees every call to an LLM, `say` hears when none can be asked. Raises
+        RecipeError for what cannot work here."""
+        backend = cls(**config.options)
+        backend.options = config.options
+        return backend
 
     def about(self) -> dict[str, Any]:
         """What decides its reactions, and is said in the health answer and every summary: prompts, models, sampling."""
-        ...
+        return {"backend": self.name, **self.options}
 
-    def check(self, card: ScenarioCard) -> None:
+    def check(self, card: ScenarioCard) -> None:  # noqa: B027 - may be left out
         """Raises SimulatorReplyError for a scenario that it cannot play."""
-        ...
 
+    @abstractmethod
     async def react(self, request: TurnRequest) -> Reaction:
         """Raises SimulatorReplyError for a reaction that it cannot produce, SimulatorTransportError where what it asks
         does not answer, BudgetSpent where it may not ask any more."""
-        ...
 
-    async def close(self) -> None: ...
+    def spent(self) -> Mapping[str, Any]:
+        """Over all runs that share its store; empty for one that costs nothing."""
+        return {}
+
+    def outage(self) -> Outage | None:
+        """While nothing that it needs can be asked: for how long, and why."""
+        return None
+
+    def is_ready(self) -> bool:
+        """Whether turns can be answered now."""
+        return True
+
+    async def close(self) -> None:  # noqa: B027 - may be left out
+        """Release what is open."""

@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
@@ -41,10 +41,10 @@ from ctcgrpo import __version__
 from ctcgrpo.errors import BudgetSpent, OutputError, ScenarioError, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.naming import cut
 from ctcgrpo.records import Scenario
+from ctcgrpo.simulator.backends import make_backend
 from ctcgrpo.simulator.config import SimulatorConfig, check_listening
 from ctcgrpo.simulator.connections import allow_open_files, bounded_http, within_open_files
-from ctcgrpo.simulator.llm.backend import LlmBackend
-from ctcgrpo.simulator.llm.endpoints import CallRecord, Outage
+from ctcgrpo.simulator.llm.endpoints import Outage
 from ctcgrpo.simulator.logs import Log, json_log
 from ctcgrpo.simulator.metrics import ServerMetrics
 from ctcgrpo.simulator.protocol import (
@@ -60,7 +60,6 @@ from ctcgrpo.simulator.protocol import (
     TurnReply,
     TurnRequest,
 )
-from ctcgrpo.simulator.scripted import ScriptedBackend
 from ctcgrpo.simulator.service import TurnService
 from ctcgrpo.simulator.store import Store
 
@@ -112,7 +111,7 @@ class SimulatorServer:
         self.service = TurnService(
             self.backend,
             store=self._store,
-            cache=config.cache and config.llm is not None,
+            cache=config.cache and config.backend != "scripted",
             on_source=lambda source: self.metrics.source.labels(source).inc(),
             on_error=lambda message: self.log.error("store", error=message),
         )
@@ -150,7 +149,7 @@ class SimulatorServer:
         finally:
             await self.backend.close()
             try:
-                self.log.info("stopped", **self.service.account())
+                self.log.info("stopped", **self.backend.spent())
             except OutputError as error:
                 self.log.error("stopped", error=str(error))
             if self._store is not None:
@@ -228,7 +227,7 @@ class SimulatorServer:
                 done, _ = await asyncio.wait({task}, timeout=_LOOK_SECONDS)
                 if done:
                     return task.result()
-                outage = self.service.outage()
+                outage = self.backend.outage()
                 if outage is not None and outage.seconds > _SHORT_OUTAGE:
                     raise _Unavailable(outage)
         finally:
@@ -238,7 +237,7 @@ class SimulatorServer:
         if refusal := self._refusal(request):
             return refusal
         try:
-            return JSONResponse(self.service.account())
+            return JSONResponse(dict(self.backend.spent()))
         except OutputError as error:
             self.log.error("store", error=str(error))
             return _problem(500, error.kind, str(error))
@@ -248,7 +247,7 @@ class SimulatorServer:
         return JSONResponse({"status": "ok", "version": __version__, "deadline": deadline, **self.backend.about()})
 
     async def _ready(self, request: Request) -> Response:
-        ready = self.service.is_ready()
+        ready = self.backend.is_ready()
         return JSONResponse({"ready": ready}, status_code=200 if ready else 503)
 
     async def _metrics(self, request: Request) -> Response:
@@ -295,14 +294,6 @@ class SimulatorServer:
                 timeout_graceful_shutdown=limits.drain_seconds,
             )
         )
-
-
-def make_backend(
-    config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None], say: Callable[[str], None]
-) -> SimulatorBackend:
-    if config.llm is None:
-        return ScriptedBackend(config.scripted.reluctance)
-    return LlmBackend.configured(config, store, on_call, say)
 
 
 def _few(error: ValidationError) -> str:

@@ -15,8 +15,6 @@ from typing import Any
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.records import MAX_DELTA, UserState
-from ctcgrpo.simulator.llm.backend import LlmBackend
-from ctcgrpo.simulator.llm.endpoints import Outage
 from ctcgrpo.simulator.protocol import Reaction, SimulatorBackend, State, TurnReply, TurnRequest, Usage
 from ctcgrpo.simulator.store import Store, content_key
 
@@ -112,20 +110,6 @@ class TurnService:
             self._recent[key] = task.result()
             while len(self._recent) > _REMEMBERED:
                 self._recent.popitem(last=False)
-
-    def account(self) -> dict[str, Any]:
-        """What the backend spent, over all runs that share its store; empty for one that costs nothing."""
-        return dict(self.backend.llm.spent()) if isinstance(self.backend, LlmBackend) else {}
-
-    def outage(self) -> Outage | None:
-        """While no LLM can be asked: for how long, and why."""
-        return self.backend.llm.outage() if isinstance(self.backend, LlmBackend) else None
-
-    def is_ready(self) -> bool:
-        """Whether turns can be answered now."""
-        if not isinstance(self.backend, LlmBackend):
-            return True
-        return self.backend.llm.is_ready()
 
 
 def _kept(reaction: Reaction) -> dict[str, Any]:

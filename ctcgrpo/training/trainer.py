@@ -201,12 +201,15 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             self._hooks.before_rollouts(self.rollout_step)
             self._updates = self._new_batch(inputs)
             self.phase = f"{'the update' if updates == 1 else f'the {updates} updates'} of step {self.rollout_step + 1}"
+        on_gpu = self.accelerator.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         loss = self.update(model, self._updates[update])
         self._log_number("seconds/update", time.perf_counter() - started)
-        if self.accelerator.device.type == "cuda":  # to hold against what `ctcgrpo check` computed
-            self._log_number("memory/peak_gib", torch.cuda.max_memory_allocated() / 2**30)
-            torch.cuda.reset_peak_memory_stats()
+        if on_gpu:  # to hold against what `ctcgrpo check` computed
+            peak = torch.cuda.max_memory_allocated() - self.engine.sleeping_bytes
+            self._log_number("memory/peak_gib", peak / 2**30)
         if update == updates - 1:
             self._updates = []
             asked = bool(self._sum_over_processes([float(self._hooks.interrupted())])[0])

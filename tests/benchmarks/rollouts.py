@@ -19,7 +19,6 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ctcgrpo.environments.eibench import EIBench, task_of
 from ctcgrpo.policy.builtin import build_builtin
@@ -31,7 +30,7 @@ from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER
-from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, TurnRequest
+from ctcgrpo.simulator.protocol import Reaction, SimulatorBackend, TurnRequest
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.types import Completion
 
@@ -58,7 +57,7 @@ class Clock:
         return tokens, SCALE * tokens / TOKENS_PER_SECOND
 
 
-class SlowUser:
+class SlowUser(SimulatorBackend):
     """A user as slow as a hosted LLM, who leaves after one turn in thirty."""
 
     name = "slow"
@@ -66,20 +65,11 @@ class SlowUser:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
 
-    def about(self) -> dict[str, Any]:
-        return {"backend": self.name}
-
-    def check(self, card: ScenarioCard) -> None:
-        """Plays any scenario."""
-
     async def react(self, request: TurnRequest) -> Reaction:
         _, _, group, _, rollout, turn = request.request_id.split("/")
         await asyncio.sleep(self._clock.latency(f"{group}/{rollout}", int(turn)))
         stays = random.Random(f"{self._clock.seed}/{group}/{rollout}/{turn}/stays").random() > 1 / 30
         return Reaction(reply="And then?", anger_delta=-1, trust_delta=1, goes_on=stays, why="drawn")
-
-    async def close(self) -> None:
-        """Nothing is open."""
 
 
 class PacedEngine(PolicyEngine):

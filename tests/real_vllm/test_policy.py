@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,10 @@ from transformers import AutoModelForCausalLM
 from ctcgrpo.environments.eibench import task_of
 from ctcgrpo.errors import PolicyEngineError, RunInterrupted
 from ctcgrpo.policy.tiny import build_tiny
-from ctcgrpo.rollout import vllm_adapter
 from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
 from ctcgrpo.rollout.runner import Slot
-from ctcgrpo.rollout.vllm_adapter import ColocatedVllm, ServerWeights
+from ctcgrpo.rollout.vllm_adapter import ColocatedVllm
 from ctcgrpo.rollout.vllm_server import VllmServerEngine
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.config import SCRIPTED_USER
@@ -311,59 +310,3 @@ def test_recipes_train_with_it(
     for trace in sorted((tmp_path / "tiny" / "traces").glob("step-*.jsonl")):
         turns.append(sum(len(json.loads(line)["turns"]) for line in trace.read_text().splitlines()))
     assert len(turns) == 3 * processes and any(a != b for a, b in zip(turns[::2], turns[1::2], strict=True)), turns
-
-
-class FakeClient:
-    """TRL's client where NCCL and the server's side would be."""
-
-    made: list[FakeClient] = []
-
-    def __init__(self, base_url: str, group_port: int, connection_timeout: float) -> None:
-        self.base_url, self.group_port = base_url, group_port
-        self.got: dict[str, torch.Tensor] = {}
-        self.events: list[str] = []
-        FakeClient.made.append(self)
-
-    def init_communicator(self, device: Any) -> None:
-        if "nobody" in self.base_url:
-            raise ConnectionError(f"The vLLM server can't be reached at {self.base_url}")
-        self.events.append("joined")
-
-    @contextmanager
-    def weight_update(self) -> Iterator[None]:
-        self.events.append("begin")
-        yield
-        self.events.append("end")
-
-    def update_named_params(self, metadata: Any, named: Iterator[tuple[str, torch.Tensor]]) -> None:
-        for (name, kind, shape), (same, tensor) in zip(metadata, named, strict=True):
-            assert name == same and kind == "float32" and shape == list(tensor.shape)
-            self.got[name] = tensor
-        self.events.append("update")
-
-    def reset_prefix_cache(self) -> None:
-        self.events.append("reset")
-
-
-def test_one_walk_serves_several_servers(colocated: Colocated, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trl.generation import vllm_client, vllm_generation
-
-    FakeClient.made = []
-    for module in (vllm_client, vllm_generation):
-        monkeypatch.setattr(module, "VLLMClient", FakeClient)
-    monkeypatch.setattr(vllm_adapter, "_CHUNK_BYTES", 100_000)
-    model, options = colocated.parts.model, {"group_port": 6000, "timeout": 1.0}
-
-    def weights(*urls: str) -> ServerWeights:
-        return ServerWeights(lambda: model, Accelerator(cpu=True), colocated.parts.tokenizer, urls=urls, **options)
-
-    both = weights("http://a:1", "http://b:1")
-    both.send()
-    assert [(c.base_url, c.group_port) for c in FakeClient.made] == [("http://a:1", 6000), ("http://b:1", 6001)]
-    for client in FakeClient.made:
-        assert client.got.keys() == dict(model.named_parameters()).keys()
-        assert all(torch.equal(client.got[n], p) for n, p in model.named_parameters())
-        assert client.events[:2] == ["joined", "begin"] and client.events[-2:] == ["end", "reset"]
-        assert client.events.count("update") > 2
-    with pytest.raises(PolicyEngineError, match="server http://nobody:1: The vLLM server can't be reached"):
-        weights("http://a:1", "http://nobody:1")

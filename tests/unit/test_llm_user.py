@@ -277,7 +277,7 @@ async def test_one_call_at_a_time_finds_out_whether_a_breaker_may_close() -> Non
             llm.down = False
 
         results, _ = await asyncio.gather(many(url, 60), back_soon())
-        assert server.service.is_ready()
+        assert server.backend.is_ready()
     assert all(hasattr(r, "reply") for r in results), results[0]
 
 
@@ -322,7 +322,7 @@ async def test_what_was_answered_is_not_paid_for_again(llm: FakeLlm, tmp_path: P
     with simulator(configuration(llm, store=tmp_path / "store")) as (url, server):  # after a restart
         again = await ask(url, turn.model_copy(update={"request_id": "another run"}))
         assert again == first.model_copy(update={"usage": Usage()})
-        assert server.service.account()["calls"] == 1 and len(llm.requests) == 1
+        assert server.backend.spent()["calls"] == 1 and len(llm.requests) == 1
         assert (await ask(url, turn.model_copy(update={"seed": 4}))) != again  # another sample
         assert len(llm.requests) == 2
     # Other settings are another user.
@@ -341,7 +341,7 @@ async def test_a_damaged_answer_in_the_store_is_asked_for_again(
     data.write_bytes(data.read_bytes().replace(first.reply.encode(), b"Lime 1."))
     with simulator(configuration(llm, store=tmp_path)) as (url, server):
         assert (await ask(url, request("Hello."))).reply == "Line 2."
-        assert server.service.account()["calls"] == 2
+        assert server.backend.spent()["calls"] == 2
     assert "an answer in" in caplog.text and "is damaged" in caplog.text
 
 
@@ -384,7 +384,7 @@ async def test_a_budget_is_never_exceeded_and_pauses(tmp_path: Path) -> None:
                 results = await asyncio.gather(
                     *(client.turn(request("Hello.", seed=k)) for k in range(60)), return_exceptions=True
                 )
-            spent = server.service.account()
+            spent = server.backend.spent()
         paused = [r for r in results if isinstance(r, BudgetSpent)]
         assert paused and len(paused) + sum(hasattr(r, "reply") for r in results) == 60
         assert "the budget of 50000 tokens is spent" in str(paused[0]) and "raise it" in str(paused[0])
@@ -410,7 +410,7 @@ async def test_calls_given_up_because_another_failed_are_booked(tmp_path: Path) 
             with pytest.raises(SimulatorReplyError, match="refused the request: HTTP 400: context too long"):
                 await ask(url, request("Hello."))
             await asyncio.sleep(0.1)
-            assert server.service.account()["calls"] == llm.faults["hang"] >= 1
+            assert server.backend.spent()["calls"] == llm.faults["hang"] >= 1
 
 
 async def test_a_call_that_may_have_worked_is_booked(tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ async def test_a_call_that_may_have_worked_is_booked(tmp_path: Path) -> None:
         with simulator(configuration(llm, store=tmp_path, deadline=0.6, endpoint__timeout=0.3)) as (url, server):
             with pytest.raises(SimulatorTransportError, match="no answer within"):
                 await ask(url, request("Hello."))
-            assert server.service.account()["prompt_tokens"] > 1000
+            assert server.backend.spent()["prompt_tokens"] > 1000
 
 
 # --- averaging ------------------------------------------------------------------------------------------------------

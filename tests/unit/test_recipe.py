@@ -213,7 +213,8 @@ def test_a_shipped_deepspeed_configuration_sums_gradients_in_float32(file: Path)
     stage = int(file.stem[4])
     assert deepspeed_stage(str(file)) == stage and splits_weights(str(file)) == (stage == 3)
     assert offloads(str(file)) == ("offload" in file.stem)
-    assert sharding_arguments(str(file))["deepspeed"]["data_types"]["grad_accum_dtype"] == "fp32"
+    config = sharding_arguments(str(file))["deepspeed"]
+    assert config["data_types"]["grad_accum_dtype"] == config["communication_data_type"] == "fp32"
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,11 @@ def test_a_shipped_deepspeed_configuration_sums_gradients_in_float32(file: Path)
         ("{", "is no DeepSpeed configuration"),
         ("{}", "is no DeepSpeed configuration with a ZeRO stage"),
         ('{"zero_optimization": {"stage": 7}}', "stage 7; it is 1, 2 or 3"),
-        ('{"zero_optimization": {"stage": 2}}', "grad_accum_dtype None; it must be 'fp32'"),
+        ('{"zero_optimization": {"stage": 2}}', "data_types.grad_accum_dtype = None; expected 'fp32'"),
+        (
+            '{"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "bf16"}',
+            "communication_data_type = 'bf16'; expected 'fp32': gradients are summed over the processes",
+        ),
     ],
 )
 def test_a_deepspeed_configuration_that_cannot_serve_is_refused(text: str, reason: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.records import MAX_DELTA, UserState
@@ -30,7 +30,7 @@ from ctcgrpo.simulator.llm.calls import ChatCompletion
 from ctcgrpo.simulator.llm.endpoints import CallRecord, Deadline, EndpointPool, Outage
 from ctcgrpo.simulator.llm.official import OfficialPrompts
 from ctcgrpo.simulator.llm.prompts import Message, Prompts, TemplatePrompts, gives_away
-from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, TurnRequest, Usage
+from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, SimulatorBackend, TurnRequest, Usage
 from ctcgrpo.simulator.store import Store
 
 _T = TypeVar("_T")
@@ -65,7 +65,7 @@ class ChatModel(Protocol):
     async def close(self) -> None: ...
 
 
-class LlmBackend:
+class LlmBackend(SimulatorBackend):
     """`about` says what decides the answers beside the prompts; `samples` answers are averaged, each asked for up to `tries` times
     until it can be read, within `deadline` seconds a turn."""
 
@@ -94,9 +94,8 @@ class LlmBackend:
         store: Store | None,
         on_call: Callable[[CallRecord], None] = lambda record: None,
         say: Callable[[str], None] = _log.warning,
-    ) -> LlmBackend:
-        """The one that a configuration describes; `on_call` sees every call to an endpoint, `say` hears when none can be asked.
-        Raises RecipeError for what cannot work here: a key that is not set, a folder without the official code."""
+    ) -> Self:
+        """Raises RecipeError for what cannot work here: a key that is not set, a folder without the official code."""
         llm = config.llm
         if llm is None:
             raise ValueError("the configuration has no llm section")
@@ -119,6 +118,15 @@ class LlmBackend:
 
     def check(self, card: ScenarioCard) -> None:
         self.prompts.check(card)
+
+    def spent(self) -> Mapping[str, Any]:
+        return self.llm.spent()
+
+    def outage(self) -> Outage | None:
+        return self.llm.outage()
+
+    def is_ready(self) -> bool:
+        return self.llm.is_ready()
 
     async def close(self) -> None:
         await self.llm.close()

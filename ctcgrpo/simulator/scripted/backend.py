@@ -6,10 +6,11 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 from ctcgrpo.records import UserState
-from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, TurnRequest, Utterance
+from ctcgrpo.simulator.config import SimulatorConfig
+from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, SimulatorBackend, TurnRequest, Utterance
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge, read_knowledge
 from ctcgrpo.simulator.scripted.language import Language, load_language
 from ctcgrpo.simulator.scripted.reading import Reading, read
@@ -23,7 +24,7 @@ _LONGEST_LINE = 20_000
 """In characters; the rest of a longer line is not heard."""
 
 
-class ScriptedBackend:
+class ScriptedBackend(SimulatorBackend):
     """Plays any scenario in a language that `languages/` has; the same request always gets the same reaction. `reluctance`: see
     `_deferred`; 0 is a user who shows at once what a reply did."""
 
@@ -31,6 +32,10 @@ class ScriptedBackend:
 
     def __init__(self, reluctance: float = 0.0) -> None:
         self._reluctance = reluctance
+
+    @classmethod
+    def configured(cls, config: SimulatorConfig, *_: Any, **__: Any) -> Self:
+        return cls(config.scripted.reluctance)
 
     def check(self, card: ScenarioCard) -> None:
         """Raises SimulatorReplyError for a scenario that it cannot play: its language, or the form of its `script`."""
@@ -41,9 +46,6 @@ class ScriptedBackend:
 
     async def react(self, request: TurnRequest) -> Reaction:
         return await asyncio.to_thread(react, request, self._reluctance)
-
-    async def close(self) -> None:
-        """Nothing is open."""
 
 
 def react(request: TurnRequest, reluctance: float = 0.0) -> Reaction:

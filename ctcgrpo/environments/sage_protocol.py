@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo.errors import ScenarioError
-from ctcgrpo.evaluation.results import Line, Result
 from ctcgrpo.files import read_json_lines
 
 START, SUCCESS, FAILURE, USER_TURNS = 40, 100, 10, 10
@@ -44,6 +43,30 @@ class Profile:
     first_talk: str
 
 
+_FIELDS = {
+    "id": "id",
+    "player": "player",
+    "scene": "scene",
+    "character": "main_cha",
+    "task": "task",
+    "first_talk": "first_talk",
+}
+"""The names that SAGE's records have for a profile's fields."""
+
+
+def profile_of(record: Mapping[str, Any], place: str) -> Profile:
+    """Raises ScenarioError, naming `place` and the field."""
+    theirs = _FIELDS.values()
+    if missing := [name for name in theirs if not isinstance(record.get(name), str) or not record[name].strip()]:
+        raise ScenarioError(f"{place}: {missing[0]} is missing or no text; a profile has {', '.join(theirs)}")
+    return Profile(**{ours: record[name] for ours, name in _FIELDS.items()})
+
+
+def record_of(profile: Profile) -> dict[str, str]:
+    """What `profile_of` reads."""
+    return {theirs: getattr(profile, ours) for ours, theirs in _FIELDS.items()}
+
+
 def load_profiles(path: Path) -> list[Profile]:
     """The profiles of a file, or of the folder that holds it. Raises ScenarioError naming file, line and field."""
     file = path / PROFILES if path.is_dir() else path
@@ -52,20 +75,9 @@ def load_profiles(path: Path) -> list[Profile]:
             f"{file} not found: SAGE's profiles are in the folder SAGE of Tencent/digitalhuman (MIT); name your copy of it, or of "
             f"{PROFILES}, with --data"
         )
-    fields = {
-        "id": "id",
-        "player": "player",
-        "scene": "scene",
-        "character": "main_cha",
-        "task": "task",
-        "first_talk": "first_talk",
-    }
     found: dict[str, Profile] = {}
     for place, record in read_json_lines(file, ScenarioError):
-        missing = [name for name in fields.values() if not isinstance(record.get(name), str) or not record[name].strip()]
-        if missing:
-            raise ScenarioError(f"{place}: {missing[0]} is missing or no text; a profile has {', '.join(fields.values())}")
-        profile = Profile(**{ours: record[theirs] for ours, theirs in fields.items()})
+        profile = profile_of(record, place)
         if profile.id in found:
             raise ScenarioError(f"{place}: duplicate id {profile.id!r}")
         found[profile.id] = profile
@@ -119,45 +131,3 @@ def is_over(emotion: int, said: str) -> bool:
 
 def measures(emotion: int, user_turns: int) -> dict[str, float]:
     return {"success": float(emotion >= SUCCESS), "failure": float(emotion < FAILURE), "turns": float(user_turns)}
-
-
-def read_results(file: Path) -> list[Result]:
-    """A file of results as SAGE publishes them, a dialogue a line. Raises ScenarioError naming line and field."""
-    if not file.is_file():
-        raise ScenarioError(f"{file} not found")
-    results: list[Result] = []
-    for place, record in read_json_lines(file, ScenarioError):
-        emotion, history = record.get("emo_point"), record.get("history")
-        for name in ("id", "character"):
-            if not isinstance(record.get(name), str) or not record[name]:
-                raise ScenarioError(f"{place}: {name} is {record.get(name)!r}; a result names it")
-        if type(emotion) is not int or not 0 <= emotion <= 100:
-            raise ScenarioError(f"{place}: emo_point is {emotion!r}; it is a whole number from 0 to 100")
-        if not isinstance(history, list) or not all(isinstance(said, dict) and "role" in said for said in history):
-            raise ScenarioError(f"{place}: history is no list of messages")
-        lines = tuple(map(_line, history))
-        points = [line.state["emotion"] for line in lines if line.state]
-        if points and points[-1] != emotion:
-            raise ScenarioError(f"{place}: emo_point is {emotion}, but its history ends at {points[-1]:g}")
-        results.append(
-            Result(
-                scenario=record["id"],
-                repeat=1 + sum(r.scenario == record["id"] for r in results),
-                group=record["character"],
-                score=float(emotion),
-                measures=measures(emotion, len(points)),
-                lines=lines,
-            )
-        )
-    if not results:
-        raise ScenarioError(f"{file} holds no results")
-    return results
-
-
-def _line(said: Mapping[str, Any]) -> Line:
-    text = str(said.get("content", ""))
-    if said["role"] == "assistant":
-        return Line("model", text)
-    point, planning = said.get("emotion-point"), said.get("planning")
-    why = str(planning.get("analyse", "")) if isinstance(planning, dict) else ""
-    return Line("user", text, {"emotion": point} if isinstance(point, int) else {}, why)

@@ -10,6 +10,8 @@ from typing import Any
 from ctcgrpo.errors import PolicyError
 from ctcgrpo.strict_yaml import load_yaml
 
+GIB = 2**30
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -47,7 +49,7 @@ class Shape:
 
 @cache
 def published_shapes() -> dict[str, Shape]:
-    loaded = load_yaml((files("ctcgrpo.preflight") / "models.yaml").read_text(encoding="utf-8"))
+    loaded = load_yaml((files("ctcgrpo.policy") / "models.yaml").read_text(encoding="utf-8"))
     return {name: Shape(**fields) for name, fields in loaded.items()}
 
 
