@@ -215,8 +215,7 @@ def wanted_evaluation(bench: str, model: str, given: Given, trained: Trained | N
     from ctcgrpo.evaluation.run import Evaluation, model_name, settled
 
     roles, played = roles_of(bench, given)
-    settings, of_roles, unset = split_settings(settled(given.get("generate", [])))
-    role_settings: dict[str, Mapping[str, Any]] = {**of_roles}
+    settings, role_settings, unset = split_settings(settled(given.get("generate", [])))
     if other := sorted(set(role_settings) - set(roles)):
         raise RecipeError(f"-G {other[0]}...: no model plays the {other[0]} here (--{other[0]} PROVIDER/NAME)")
     task, generation = {**task_of(bench, given), **played}, {**settings, **generation_of(given)}

@@ -50,9 +50,10 @@ def test_a_set_with_a_scene_of_ones_own_is_validated_counted_and_split(tmp_path:
 
 def test_it_is_checked_trained_on_and_reported(tmp_path: Path, ctcgrpo: Command) -> None:
     file = written(tmp_path, records())
-    held = written(tmp_path / "x" if (tmp_path / "x").mkdir() is None else tmp_path, [
-        {**record, "id": f"h{record['id']}"} for record in records(2)
-    ])
+    held = written(
+        tmp_path / "x" if (tmp_path / "x").mkdir() is None else tmp_path,
+        [{**record, "id": f"h{record['id']}"} for record in records(2)],
+    )
     mine = [f"scenarios.train={file}", f"scenarios.scenes=[{NAME}]", "scenarios.per_step=2", f"run.output_dir={tmp_path}"]
     mine += [f"scoring.turn_weights={{{NAME}: [0.2, 0.8]}}", f"validation.scenarios={held}", "validation.every=1"]
     code, out, err = ctcgrpo("check", TINY, *FAST, *mine)
@@ -77,7 +78,10 @@ def test_a_default_recipe_names_what_it_leaves_out(tmp_path: Path, ctcgrpo: Comm
     ("override", "problem"),
     [
         ("scenarios.scenes=[suport]", "asks for suport, which english/train has none of; it has 16 charm"),
-        ("scoring.turn_weights={suport: [0.5, 0.5]}", "turn_weights: 'suport' is not in scenarios.scenes; did you mean 'support'"),
+        (
+            "scoring.turn_weights={suport: [0.5, 0.5]}",
+            "turn_weights: 'suport' is not in scenarios.scenes; did you mean 'support'",
+        ),
     ],
 )
 def test_scenes_that_a_recipe_misspells_are_named(override: str, problem: str, ctcgrpo: Command, tmp_path: Path) -> None:
@@ -87,7 +91,12 @@ def test_scenes_that_a_recipe_misspells_are_named(override: str, problem: str, c
 
 @pytest.mark.parametrize(
     ("tag", "problem"),
-    [("suport", "did you mean 'support'"), ("", "a name of your own"), ("../x", "a name of your own"), ("a b", "a name of your own")],
+    [
+        ("suport", "did you mean 'support'"),
+        ("", "a name of your own"),
+        ("../x", "a name of your own"),
+        ("a b", "a name of your own"),
+    ],
 )
 def test_names_that_no_scene_can_have_are_faults(tag: str, problem: str) -> None:
     scenario, faults = check_record({**records(1)[0], "scene_tag": tag}, "f, line 1")
@@ -101,7 +110,10 @@ def test_who_opens_and_whether_anger_may_rise_are_data() -> None:
     assert scenario is not None and scenario.policy_opens and not faults
     scenario, faults = check_record({**silent, "scene_tag": "support"}, "f, line 1")
     assert scenario is None and "in support the user speaks first" in str(faults[0])
-    risen = {**record, "rub_goals": {**record["rub_goals"], "target_anger": record["initial_calibration"]["initial_anger"] + 5}}
+    risen = {
+        **record,
+        "rub_goals": {**record["rub_goals"], "target_anger": record["initial_calibration"]["initial_anger"] + 5},
+    }
     assert list(anchor_problems(risen, NAME)) == list(anchor_problems(risen, "defense")) == []
     assert list(anchor_problems(risen, "support"))
     assert in_order([NAME, "charm", "support"]) == ["support", "charm", NAME]
