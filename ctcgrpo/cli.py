@@ -16,6 +16,7 @@ import typer
 from ctcgrpo import __version__
 from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
+from ctcgrpo.experiments import commands as experiments
 from ctcgrpo.factory import commands as scenarios
 from ctcgrpo.folders import check_model, require_run
 from ctcgrpo.importing import load_object
@@ -25,9 +26,7 @@ from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.reference import commands as reference
 from ctcgrpo.report import commands as reporting
 from ctcgrpo.scenarios import load_scenes
-from ctcgrpo.startup import LAUNCHED, announce_loading
-from ctcgrpo.study import commands as studying
-from ctcgrpo.sweep import commands as sweeping
+from ctcgrpo.startup import LAUNCHED, SHUTDOWN_TIMEOUT, announce_loading
 from ctcgrpo.terminal import Terminal, say
 
 _LONGEST_MESSAGE = 4000
@@ -87,7 +86,7 @@ def train(
         command += ["--main_process_port", "0"]
     os.environ[LAUNCHED] = "1"
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # passed on to the processes
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # else what saves after Ctrl-C is killed after 30 s
+    os.environ.setdefault(SHUTDOWN_TIMEOUT, "3600")  # else what saves after Ctrl-C is killed after 30 s
     os.execv(sys.executable, [*command, "--module", "ctcgrpo", "train", str(recipe), *(overrides or [])])
 
 
@@ -101,8 +100,8 @@ def check(
     announce_loading(f"checking {settings.run.name}")
     from transformers.utils import logging as transformers_logging
 
-    from ctcgrpo.plan.check import findings
-    from ctcgrpo.plan.report import print_findings
+    from ctcgrpo.preflight.check import findings
+    from ctcgrpo.preflight.report import print_findings
 
     transformers_logging.disable_progress_bar()
     found, subject = findings(settings)
@@ -178,7 +177,7 @@ def noise(
 
     folder = require_run(run)
     recipe = resolved_recipe(folder.recipe_file)
-    section = recipe.eibench_scenarios()
+    section = recipe.eibench_scenarios("noise, which replays a simulated user's turns,")
     sets = [load_set(section.train, "train", section.invalid)]
     if recipe.validation is not None:
         sets.append(load_set(recipe.validation_source(), "test", section.invalid))
@@ -265,8 +264,8 @@ def _gpus() -> int:
 
 _PANELS: Mapping[str, Sequence[Callable[..., None]]] = {
     "Train and look at a run": (train, show, chat, reporting.report),
-    "Check, evaluate, export": (check, evaluation.evaluate, evaluation.compare, evaluation.leaderboard, export),
-    "Many runs": (sweeping.sweep, studying.study),
+    "Check, evaluate, export": (check, evaluation.compare, evaluation.leaderboard, export),
+    "Many runs": (experiments.sweep,),
     "Scenarios and the simulated user": (serve, noise),
     "Reference": (reference.fields, reference.metrics, version),
 }
@@ -274,6 +273,7 @@ _PANELS: Mapping[str, Sequence[Callable[..., None]]] = {
 for _panel, _commands in _PANELS.items():
     for _command in _commands:
         app.command(rich_help_panel=_panel)(_command)
+app.add_typer(evaluation.app, name="evaluate", rich_help_panel="Check, evaluate, export")
 app.add_typer(scenarios.app, name="scenarios", rich_help_panel="Scenarios and the simulated user")
 
 

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 import torch
 from trl import GRPOConfig
@@ -61,10 +62,46 @@ WITHOUT_EFFECT: dict[str, str] = {
     "transformers_continuous_batching_config": "the engine batches continuously anyway",
     "use_transformers_paged": "the engine batches continuously anyway",
     "router_aux_loss_coef": "the loss has no such term",
-    "group_by_length": "rows are packed",
     "label_smoothing_factor": "the loss has no labels",
+    "label_names": "the loss has no labels",
+    "neftune_noise_alpha": "noise in embeddings would falsify log-probabilities",
+    "use_liger_kernel": "its layers have not been tried with rows of shared prefixes; packing chooses the kernel of attention",
+    "liger_kernel_config": "its layers have not been tried with rows of shared prefixes",
+    "torch_compile": "rows differ in shape, so nearly every one would be compiled again",
+    "torch_compile_backend": "rows differ in shape, so nearly every one would be compiled again",
+    "torch_compile_mode": "rows differ in shape, so nearly every one would be compiled again",
+    "auto_find_batch_size": "tokens_per_row bounds memory",
+    "torch_empty_cache_steps": "tokens_per_row bounds memory",
+    "use_cache": "the engine has a cache of its own, and the update needs none",
+    "fp16": "losses are not scaled; use bf16, or float32 with bf16=False",
+    "fp16_full_eval": "an evaluation samples as training does",
+    "bf16_full_eval": "an evaluation samples as training does",
+    "average_tokens_across_devices": "the loss is always divided by the trained tokens of all processes",
+    "include_num_input_tokens_seen": "trained_tokens and replies/tokens are logged",
+    "per_device_eval_batch_size": "an evaluation plays num_generations_eval episodes of each task; max_batch bounds a batch",
+    "prediction_loss_only": "an evaluation plays episodes",
+    "eval_do_concat_batches": "an evaluation plays episodes",
+    "eval_use_gather_object": "an evaluation plays episodes",
+    "eval_accumulation_steps": "an evaluation plays episodes",
+    "include_for_metrics": "an evaluation's metrics are those of its episodes; Step.info adds numbers to them",
+    "batch_eval_metrics": "an evaluation plays episodes",
+    "remove_unused_columns": "all of a row goes to Environment.reset",
+    "train_sampling_strategy": "shuffle_dataset decides the order of tasks",
+    "length_column_name": "rows are packed",
+    "dataloader_drop_last": "every step has as many tasks",
+    "dataloader_num_workers": "a row is read when its task is played; there is nothing to load ahead",
+    "dataloader_persistent_workers": "a row is read when its task is played; there is nothing to load ahead",
+    "dataloader_prefetch_factor": "a row is read when its task is played; there is nothing to load ahead",
+    "dataloader_multiprocessing_context": "a row is read when its task is played; there is nothing to load ahead",
+    "dataloader_in_order": "a row is read when its task is played; there is nothing to load ahead",
+    "accelerator_config": "batches are groups of episodes, dealt out by the trainer",
+    "ds3_gather_for_generation": "with ZeRO-3 a vLLM engine samples",
+    "enable_jit_checkpoint": "save_steps sets when checkpoints are made, at the end of a batch of episodes",
 }
-"""Fields of GRPOConfig that the trainer would not read, and what to use instead."""
+"""Fields of GRPOConfig that the trainer would not read, or that would not work with it, and what to use instead."""
+
+_OPTIMIZERS = ("lomo", "layerwise", "schedule_free")
+"""Parts of the names of optimizers that update in the middle of a backward pass, or have to be told that training begins."""
 
 
 @dataclass
@@ -74,16 +111,35 @@ class CTCGRPOConfig(CreditOptions, RolloutOptions, UpdateOptions, GRPOConfig):  
 
     `num_iterations` updates are made of a step's episodes, so it has to divide `num_generations`. `num_generations_eval` episodes
     (1 where absent) of each task of `eval_dataset` are played in an evaluation. Where the machine has no accelerator, `use_cpu`
-    is set, which TRL's default of bfloat16 needs there.
+    is set for bfloat16, TRL's default, which needs it there. Dropout is off (`disable_dropout`): it would add noise to
+    log-probabilities.
     """
+
+    disable_dropout: bool = field(default=True, metadata={"help": "whether the policy has no dropout"})
 
     def __post_init__(self) -> None:
         if wrong := next(out_of_bounds(vars(self)), None):
             raise ValueError(f"CTCGRPOConfig.{wrong}")
-        defaults = {f.name: f.default for f in fields(GRPOConfig)}
-        for name, instead in WITHOUT_EFFECT.items():
-            if name in defaults and getattr(self, name) != defaults[name]:
-                raise ValueError(f"CTCGRPOConfig.{name} = {getattr(self, name)!r} would do nothing: {instead}; leave it out")
+        for name, default in without_effect().items():
+            if getattr(self, name) != default:
+                instead = WITHOUT_EFFECT[name]
+                raise ValueError(f"CTCGRPOConfig.{name} = {getattr(self, name)!r} has no use here: {instead}; leave it out")
+        if found := next((part for part in _OPTIMIZERS if part in str(self.optim)), None):
+            raise ValueError(
+                f"CTCGRPOConfig.optim = {str(self.optim)!r}; expected an optimizer that updates once a step: the gradients of a "
+                f"step come from several rows ({found} does not)"
+            )
+        for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+            if str(getattr(getattr(self, name), "value", getattr(self, name))) == "epoch":
+                raise ValueError(
+                    f"CTCGRPOConfig.{name} = 'epoch'; expected 'steps' (and {name.removesuffix('_strategy')}_steps): the tasks of "
+                    "a run are one schedule, in which tags come equally often"
+                )
+        if self.save_strategy == "steps" and self.save_steps >= 1 and self.save_steps % self.num_iterations:
+            raise ValueError(
+                f"CTCGRPOConfig.save_steps = {self.save_steps}; expected a multiple of num_iterations ({self.num_iterations}): a "
+                "checkpoint is resumed from at the end of a batch of episodes"
+            )
         if self.gradient_accumulation_steps != 1 or self.steps_per_generation not in (None, 1):
             raise ValueError(
                 "CTCGRPOConfig.gradient_accumulation_steps and steps_per_generation must be 1: a step is one optimizer step over "
@@ -103,6 +159,13 @@ class CTCGRPOConfig(CreditOptions, RolloutOptions, UpdateOptions, GRPOConfig):  
             raise ValueError("CTCGRPOConfig.deadline depends on the clock, which deterministic excludes; leave one out")
         if self.num_generations_eval is None:  # type: ignore[has-type]
             self.num_generations_eval = 1
-        if not torch.accelerator.is_available():
+        self.per_device_eval_batch_size = self.num_generations_eval  # TRL wants a multiple
+        if self.bf16 is not False and not self.fp16 and not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()
+
+
+def without_effect() -> dict[str, Any]:
+    """The default of each field of `WITHOUT_EFFECT` that the installed versions of TRL and transformers have."""
+    found = [f for f in fields(GRPOConfig) if f.name in WITHOUT_EFFECT]
+    return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in found}

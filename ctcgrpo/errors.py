@@ -107,7 +107,7 @@ class TrainingDiverged(CtcGrpoError):
 
 
 class RunFailed(CtcGrpoError):
-    """Runs of a sweep or a study ended with errors of their own, or requests for scenarios got no answer."""
+    """Runs of a sweep ended with errors of their own, or requests for scenarios got no answer."""
 
     exit_code = 10
     kind = "runs"

@@ -24,7 +24,7 @@ from ctcgrpo import __version__
 from ctcgrpo.checkpoint_pickles import weights_only
 from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError
 from ctcgrpo.evaluation.played import eibench_on, in_words, validation_settings
-from ctcgrpo.files import checkpoints, is_complete, missing_in
+from ctcgrpo.files import checkpoints, disk_problem, is_complete, missing_in
 from ctcgrpo.folders import require_run
 from ctcgrpo.hub import hub_reason
 from ctcgrpo.policy.builtin import is_builtin, wheel_of
@@ -32,11 +32,12 @@ from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import stop_ids
 from ctcgrpo.policy.model_wheel import Say
 from ctcgrpo.recipe import Recipe, resolved_recipe
-from ctcgrpo.run_folder import RunFolder, disk_problem
+from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.run_records import Summary, disagreement, read_summary
 from ctcgrpo.scenarios import described, load_scenarios
 from ctcgrpo.settings import template_kwargs
 from ctcgrpo.simulator import about
+from ctcgrpo.types import NO_TAG
 from ctcgrpo.validation import read_validations
 
 Dtype = Literal["bfloat16", "float32"]
@@ -218,10 +219,12 @@ def model_card(recipe: Recipe, summary: Summary | None, *, which: str) -> str:
     )
     model = recipe.policy.model
     fetched = wheel_of(model)
-    told: dict[str, Any] = {"trained_on": described(recipe.eibench_scenarios().train), "fetched": fetched}
+    own = recipe.environment
+    told: dict[str, Any] = {"fetched": fetched, "noun": "scenarios" if own is None else "tasks"}
+    told["trained_on"] = described(recipe.eibench_scenarios().train) if own is None else own.tasks
     told["base_model"] = fetched.hub_id if fetched else None if is_builtin(model) else model
-    if summary is not None:
+    if summary is not None and own is None:
         settings = validation_settings(recipe)
         told |= {"measured": eibench_on(settings.pop("data_set")), "settings": in_words(settings)}
         told["user"] = about.described(summary.simulator)
-    return str(template.render(recipe=recipe, summary=summary, which=which, version=__version__, **told))
+    return str(template.render(recipe=recipe, summary=summary, which=which, version=__version__, no_tag=NO_TAG, **told))

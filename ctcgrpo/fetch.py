@@ -12,7 +12,6 @@ from ctcgrpo.download import copy, download
 from ctcgrpo.errors import OutputError, ScenarioError
 from ctcgrpo.git_blobs import blob_id, listed_by_clone, listed_by_github
 from ctcgrpo.naming import did_you_mean
-from ctcgrpo.records import SCENES
 from ctcgrpo.scenario_format import Split
 from ctcgrpo.scenarios import by_scene, data_home, load_set
 
@@ -47,7 +46,11 @@ DATASETS = {
         commit=_COMMIT,
         folder="EIBench/data",
         listing=f"https://api.github.com/repos/Tongyi-ConvAI/Qwen-Character/git/trees/{_COMMIT}?recursive=1",
-        names=tuple(f"{split}/{scene}_final.jsonl" for split in ("train", "test") for scene in SCENES),
+        names=tuple(
+            f"{split}/{scene}_final.jsonl"
+            for split in ("train", "test")
+            for scene in ("support", "defense", "repair", "charm")
+        ),
         counts={"train": 2009, "test": 213},
         hosts=("github.com", "raw.githubusercontent.com", "media.githubusercontent.com"),
     )

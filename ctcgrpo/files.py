@@ -3,8 +3,10 @@ lines."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -215,3 +217,21 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     """The checkpoints in a run's folder by their number of optimizer steps, complete or not."""
     found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
     return {int(match[1]): path for match, path in found if match}
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """What is wrong with the disk, where that is why a write failed; libraries that write weights hide the system's error."""
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
+    text = str(error)
+    for number in _DISK:
+        if os.strerror(number) in text:
+            return os.strerror(number)
+    if any(
+        mark in text for mark in ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
+    ):  # torch.save's words
+        return "a file could not be written whole"
+    return disk_problem(error.__context__) if error.__context__ is not None else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import sysconfig
 import traceback
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.naming import did_you_mean, quoted
 
+_PACKAGE, _PYTHON = Path(__file__).parent, Path(sysconfig.get_path("stdlib"))
+_INSTALLED = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
 FORM = "module:attribute, for example my_module:my_function"
 
 
@@ -73,13 +76,19 @@ def _import(module: str, where: str, folders: list[Path]) -> Any:
 
 
 def blame(error: BaseException) -> str:
-    """An error of a user's code: its type, its text, and the line that raised it."""
+    """An error of a user's code: its type, its text, and the last line of that code that led to it: not one of a library, where
+    there is another."""
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if isinstance(error, SyntaxError):  # its text names file and line
         return text
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
-    return f"{text} ({own[-1].filename}, line {own[-1].lineno})" if own else text
+    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    outside = [(file, line) for file, line in frames if file.is_absolute() and not _is_below(file, _PACKAGE, _PYTHON)]
+    own = [(file, line) for file, line in outside if not _is_below(file, *_INSTALLED)] or outside
+    return f"{text} ({own[-1][0]}, line {own[-1][1]})" if own else text
+
+
+def _is_below(file: Path, *folders: Path) -> bool:
+    return any(file.is_relative_to(folder) for folder in folders)
 
 
 def _named(module: str) -> str:

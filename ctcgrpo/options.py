@@ -143,6 +143,14 @@ class RolloutOptions:
     vllm_server_patience: float = field(
         default=120.0, metadata=_says("vllm_mode server: seconds that a request is repeated for", gt=0)
     )
+    vllm_server_check_every: int = field(
+        default=0,
+        metadata=_says(
+            "vllm_mode server: compare the servers' log-probabilities with the trainer's after every so many transfers of "
+            "weights, besides the first one; 0: after the first one only",
+            ge=0,
+        ),
+    )
 
 
 @dataclass

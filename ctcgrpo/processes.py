@@ -1,18 +1,23 @@
-"""Several processes acting as one, and signals that ask them to stop."""
+"""Several processes acting as one, coroutines where a loop runs already, and signals that ask to stop."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ctcgrpo.errors import CtcGrpoError
+
+_T = TypeVar("_T")
 
 
 def on_main(state: PartialState, do: Callable[[], Any]) -> Any:
@@ -94,3 +99,34 @@ def together(do: Callable[[], None]) -> None:
         problem = error
     if first := next((error for error in gather_object([problem]) if error is not None), None):
         raise first
+
+
+def run_coroutine(work: Coroutine[Any, Any, _T]) -> _T:
+    """What comes of a coroutine; in a thread of its own where this one has an event loop already, as a notebook's has."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    result: Future[_T] = Future()
+    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[_T]]] = Future()
+
+    async def main() -> _T:
+        task = asyncio.current_task()
+        assert task is not None
+        started.set_result((asyncio.get_running_loop(), task))
+        return await work
+
+    def run() -> None:
+        try:
+            result.set_result(asyncio.run(main()))
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="episodes").start()
+    try:
+        return result.result()
+    except KeyboardInterrupt:
+        loop, task = started.result()
+        loop.call_soon_threadsafe(task.cancel)
+        result.exception()  # once its episodes are closed
+        raise

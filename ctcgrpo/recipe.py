@@ -30,6 +30,8 @@ _PYTHON_KEY = "'"
 _EXTENDS = "extends"
 """The key of a recipe that names another one, whose fields it takes where it has none of its own."""
 _OWN_VARIABLES = "CTCGRPO_"
+_UNUSED: dict[str, Any] = {"simulator": True, "scoring": True, "policy": {"instructions", "persona_sections"}}
+"""What a recipe with an environment of its own does not have."""
 _OPENING, _CLOSING = "'''':", "# '''; from ctcgrpo.cli import run_recipe"
 
 
@@ -118,7 +120,10 @@ class Scenarios(Section):
 class OwnEnvironment(Section):
     """An environment of one's own, in place of the sections scenarios, simulator and scoring (ctcgrpo/types.py: Environment)."""
 
-    factory: str = Field(description="module:attribute, a class or function that makes the Environment of an episode")
+    factory: str = Field(
+        description="module:attribute, a class or function that makes the Environment of an episode; or a class of asynchronous "
+        "context managers, of which one makes them all and is open while a batch is played"
+    )
     options: dict[str, Any] = Field({}, description="keyword arguments for the factory")
     tasks: str = Field(
         description="what is trained on: a JSON lines file, an object a task, or module:function, which gives such objects"
@@ -139,6 +144,7 @@ class Vllm(Section):
     group_port: int = Field(51216, ge=1024, le=65000, description="vllm_server: the first port for weights, one a server")
     timeout: float = Field(600.0, gt=0, description="vllm_server: seconds a request")
     patience: float = recipe_field("vllm_server_patience")
+    check_every: int = recipe_field("vllm_server_check_every")
 
     @field_validator("urls")
     @classmethod
@@ -290,6 +296,12 @@ class Training(Section):
         "none", description="none (every process holds the policy), fsdp2, or a DeepSpeed configuration (configs/deepspeed)"
     )
     bf16: bool = Field(False, description="mixed precision: bfloat16 compute on float32 weights")
+    process_timeout: int = Field(
+        3600,
+        ge=1,
+        description="seconds that a process waits for the others before the run ends: longer than the slowest episode of a "
+        "step, or of a validation, takes after all others are over",
+    )
     save_every: int = Field(10, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(3, ge=1, description="how many of the newest checkpoints stay")
 
@@ -307,7 +319,7 @@ class Validation(Section):
 class Hardware(Section):
     """What a run is meant for; read by `ctcgrpo check` alone."""
 
-    gpu: str | None = Field(None, description="the card that the memory plan is for; one of ctcgrpo/plan/cards.yaml")
+    gpu: str | None = Field(None, description="the card that the memory plan is for; one of ctcgrpo/preflight/cards.yaml")
     processes: int = Field(1, ge=1, description="GPUs that train, one process each, over all nodes")
     nodes: int = Field(1, ge=1, description="machines that train")
     tokens_per_second: float | None = Field(
@@ -341,7 +353,7 @@ class Recipe(Section):
         own = self.environment is not None
         if own and (unused := {"simulator", "scoring"} & self.model_fields_set):
             raise ValueError(f"section {min(unused)} is for scenarios, and would do nothing beside the section environment")
-        if own and (unused := {"instructions", "persona_sections"} & self.policy.model_fields_set):
+        if own and (unused := _UNUSED["policy"] & self.policy.model_fields_set):
             raise ValueError(f"policy.{min(unused)} is for scenarios; an environment gives the policy its messages itself")
         if self.validation is not None:
             used, other = ("tasks", "scenarios") if own else ("scenarios", "tasks")
@@ -441,11 +453,13 @@ class Recipe(Section):
             fault_penalty=scoring.fault_penalty,
         )
 
-    def eibench_scenarios(self) -> Scenarios:
-        """The section scenarios. Raises RecipeError for a recipe with an environment of its own."""
+    def eibench_scenarios(self, what: str = "this") -> Scenarios:
+        """The section scenarios. Raises RecipeError for a recipe with an environment of its own, which `what` is not for."""
         if self.scenarios is None:
+            assert self.environment is not None  # _one_environment
             raise RecipeError(
-                f"{self.run.name}: its recipe has the section environment; expected scenarios (EIBench's task)"
+                f"{what} is for runs on scenarios (EIBench's task); the recipe of {self.run.name} has "
+                f"environment.factory = {quoted(self.environment.factory)}"
             )
         return self.scenarios
 
@@ -476,14 +490,15 @@ class Recipe(Section):
             )
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every field written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The resolved recipe, every field written out; of one with an environment of its own, those that it may have."""
+        told = self.model_dump(mode="json", exclude=None if self.environment is None else _UNUSED)
+        return yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
 
 
 def load_recipe(file: str | Path, overrides: Sequence[str] = (), *, changes: Sequence[str] = ()) -> Recipe:
     """Read, override, validate. Raises RecipeError naming file, field, value and what would be right.
 
-    `overrides` come from the command line; `changes` have the same form and come from a file (a sweep, a study). What
+    `overrides` come from the command line; `changes` have the same form and come from a file (a sweep). What
     simulator.token_env names is sent to simulator.url, so a file may only name variables that begin with CTCGRPO_; a user may
     name another one on the command line.
     """

@@ -4,9 +4,9 @@ checkpoints/RUN/
     recipe.yaml       the resolved recipe
     base/             the starting policy, where the recipe has it built; with COMPLETE
     metrics.jsonl     one line a step
-    simulator.json    who plays the user
-    data.json         digests of the scenarios, of a local model's files, of a chat template's and of a credit's of one's own;
-                      records that were left out
+    simulator.json    who plays the user, where there is one
+    data.json         digests of the scenarios or tasks, of the module of an environment of one's own, of a local model's files, of
+                      a chat template's and of a credit's of one's own; records that were left out
     sharding.json     how DeepSpeed or FSDP2 is configured
     simulator.jsonl   the log of the embedded simulator server
     validation.jsonl  one line a validation
@@ -21,10 +21,8 @@ checkpoints/RUN/
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -261,11 +259,13 @@ class RunFolder:
             )
 
     def changes(self, recipe: Recipe) -> list[str]:
-        """What the recorded recipe and this one differ in, beyond what a run may change: where its folder lies; `hardware`, which
-        says what it was meant for; and it may be given more steps."""
+        """What the recorded recipe and this one differ in, beyond what a run may change: where its folder lies, and where modules
+        are looked for (data.json knows what they hold); `hardware`, which says what it was meant for; and it may be given more
+        steps."""
         old, now = self._recorded(), recipe.model_dump(mode="json")
         for resolved in (old, now):
             del resolved["hardware"], resolved["run"]["output_dir"], resolved["run"]["name"]
+            (resolved["environment"] or {}).pop("folder", None)
         if self.extended_from(recipe):
             old["training"]["max_steps"] = now["training"]["max_steps"]
         return differences(old, now)
@@ -300,21 +300,3 @@ def _best_step(folder: Path) -> int | None:
         return int(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OutputError(f"{file}: expected the number of a step ({error}); remove {folder} to do without it") from None
-
-
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-
-
-def disk_problem(error: BaseException) -> str | None:
-    """What is wrong with the disk, where that is why a write failed; libraries that write weights hide the system's error."""
-    if isinstance(error, OSError) and error.errno in _DISK:
-        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
-    text = str(error)
-    for number in _DISK:
-        if os.strerror(number) in text:
-            return os.strerror(number)
-    if any(
-        mark in text for mark in ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
-    ):  # torch.save's words
-        return "a file could not be written whole"
-    return disk_problem(error.__context__) if error.__context__ is not None else None

@@ -58,7 +58,8 @@ class Settings(TypedDict):
 
 class Summary(BaseModel):
     """As `Validator.summary` writes it for a run with a validation section; `simulator` is what the server said of itself,
-    `skipped` the number of invalid records that were left out, by the field that names their set."""
+    `environment` the factory of an environment of one's own, in place of `simulator`, `scoring_variant` and `settings`; `skipped`
+    is the number of invalid records that were left out, by the field that names their set."""
 
     model_config = STRICT
     before: Figures
@@ -67,6 +68,7 @@ class Summary(BaseModel):
     scoring_variant: str = "training"
     simulator: dict[str, Any] = {}
     settings: Settings | None = None
+    environment: str | None = None
     skipped: dict[str, int] = {}
 
 

@@ -12,8 +12,9 @@ import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
 
@@ -22,7 +23,7 @@ from ctcgrpo.environments.eibench import EIBenchEpisodes, opening_messages, task
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.evaluation.played import validation_settings
 from ctcgrpo.files import file_digest, read_json_lines
-from ctcgrpo.importing import is_reference, load_object, source_of
+from ctcgrpo.importing import blame, is_reference, load_object, source_of
 from ctcgrpo.processes import on_main
 from ctcgrpo.recipe import OwnEnvironment, Recipe
 from ctcgrpo.run_folder import RunFolder
@@ -63,8 +64,8 @@ class RunTasks(ABC):
     ) -> Callable[[], Environment]:
         """What makes the environment of an episode; on every process alike. What it starts ends with `stack`."""
 
-    def identity(self) -> dict[str, Any]:
-        """What the environment says of itself, once started: a run that resumes must find the same."""
+    def user(self) -> dict[str, Any]:
+        """What a simulated user says of itself, once started: a run that resumes must find the same. Empty where there is none."""
         return {}
 
     def facts(self) -> dict[str, Any]:
@@ -129,7 +130,7 @@ class ScenarioTasks(RunTasks):
             turn_weights=scoring.turn_weights,
         )
 
-    def identity(self) -> dict[str, Any]:
+    def user(self) -> dict[str, Any]:
         return {k: v for k, v in self._about.items() if k not in ("status", "version", "deadline")}
 
     def facts(self) -> dict[str, Any]:
@@ -166,17 +167,12 @@ class OwnTasks(RunTasks):
 
     def __init__(self, recipe: Recipe, settings: OwnEnvironment) -> None:
         self._settings = settings
-        self._factory = load_object(settings.factory, "environment.factory", settings.folder)
+        self._factory = environment_factory(settings)
         self.train = read_tasks(settings.tasks, "environment.tasks", settings.folder)
         self.held_out = []
         if recipe.validation:
             self.held_out = read_tasks(recipe.validation_source(), "validation.tasks", settings.folder)
-        tags = len({task.tag for task in self.train})
-        if settings.per_step % tags:
-            raise RecipeError(
-                f"environment.per_step = {settings.per_step}; expected a multiple of {tags}, the number of tags in "
-                f"{settings.tasks}: a step plays equally many tasks of each"
-            )
+        refuse_uneven_tags(settings, self.train)
 
     def data(self) -> dict[str, dict[str, str]]:
         data = {"environment.tasks": tasks_digest(self.train)}
@@ -189,13 +185,30 @@ class OwnTasks(RunTasks):
     def start(
         self, stack: contextlib.ExitStack, state: PartialState, folder: RunFolder, say: Say
     ) -> Callable[[], Environment]:
-        if not self._settings.options:
-            factory: Callable[[], Environment] = self._factory
-            return factory
-        return functools.partial(self._factory, **self._settings.options)
+        return self._factory
 
-    def identity(self) -> dict[str, Any]:
-        return {"environment": self._settings.factory, "options": dict(self._settings.options)}
+    def facts(self) -> dict[str, Any]:
+        return {"environment": self._settings.factory}
+
+
+def environment_factory(settings: OwnEnvironment) -> Callable[[], Environment]:
+    """What makes the environment of an episode: the factory with its options, or an instance of a class that all episodes share
+    (an asynchronous context manager). Raises RecipeError where it cannot be imported."""
+    factory = load_object(settings.factory, "environment.factory", settings.folder)
+    if isinstance(factory, type) and issubclass(factory, AbstractAsyncContextManager):
+        shared: Any = factory(**settings.options)
+        return cast("Callable[[], Environment]", shared)
+    return functools.partial(factory, **settings.options) if settings.options else factory
+
+
+def refuse_uneven_tags(settings: OwnEnvironment, tasks: Sequence[Task]) -> None:
+    """Raises RecipeError where a step cannot play equally many tasks of each tag."""
+    tags = sorted({task.tag for task in tasks})
+    if settings.per_step % len(tags):
+        raise RecipeError(
+            f"environment.per_step = {settings.per_step}; expected a multiple of {len(tags)}, the number of tags in "
+            f"environment.tasks = {settings.tasks!r} ({', '.join(tags[:5])}): a step plays equally many tasks of each"
+        )
 
 
 def read_tasks(source: str, what: str, folder: Path | None = None) -> list[Task]:
@@ -203,7 +216,13 @@ def read_tasks(source: str, what: str, folder: Path | None = None) -> list[Task]
     names it (else its position, from 0), `tag` stratifies. Raises RecipeError, naming the field `what`, for a source that cannot be
     read or holds none, and where two tasks have one id."""
     if is_reference(source):
-        rows = load_object(source, what, folder)()
+        give = load_object(source, what, folder)
+        try:
+            rows = give()
+        except Exception as error:  # whatever a user's function does
+            raise RecipeError(f"{what} = {source!r} raised {blame(error)}") from error
+    elif not Path(source).is_file():
+        raise RecipeError(f"{what} = {source!r}: no such file; expected a JSON lines file, or module:function")
     else:
         rows = [row for _, row in read_json_lines(Path(source), RecipeError)]
     try:

@@ -18,10 +18,6 @@ from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.sharding import FSDP2, sharding_arguments
 
-_PATIENCE = 4 * 3600
-"""Seconds that a process waits for the others: the slowest dialogue of a step, or of a validation, decides, and PyTorch's own
-limit of half an hour would end the run in the middle of it."""
-
 
 def template_kwargs(recipe: Recipe) -> dict[str, Any]:
     """What the chat template is rendered with."""
@@ -116,6 +112,7 @@ def trainer_config(recipe: Recipe, processes: int) -> CTCGRPOConfig:
         vllm_group_port=vllm.group_port,
         vllm_server_timeout=vllm.timeout,
         vllm_server_patience=vllm.patience,
+        vllm_server_check_every=vllm.check_every,
         # the update
         num_iterations=updates,
         tokens_per_row=training.tokens_per_row,
@@ -149,7 +146,7 @@ def trainer_config(recipe: Recipe, processes: int) -> CTCGRPOConfig:
         save_total_limit=training.keep_checkpoints,
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
-        ddp_timeout=_PATIENCE,
+        ddp_timeout=training.process_timeout,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     if training.sharding == FSDP2 and training.bf16:

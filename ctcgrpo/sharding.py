@@ -16,6 +16,13 @@ from ctcgrpo.errors import RecipeError
 
 NONE, FSDP2 = "none", "fsdp2"
 
+_FLOAT32 = {
+    "data_types.grad_accum_dtype": "over the rows of a step",
+    "communication_data_type": "over the processes, where they take twice the bytes",
+}
+"""What a DeepSpeed configuration sets to "fp32", and what is summed by it; DeepSpeed's default is the policy's own precision. The
+second doubles the traffic of gradients, and costs a float32 copy of a bucket (2 GB for ZeRO-1 and -2)."""
+
 _FSDP2_CONFIG: Mapping[str, Any] = {
     "version": 2,
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -85,9 +92,12 @@ def _deepspeed_config(path: str) -> dict[str, Any]:
         raise RecipeError(f"training.sharding: {path} is no DeepSpeed configuration with a ZeRO stage ({error})") from None
     if stage not in (1, 2, 3):
         raise RecipeError(f"training.sharding: {path} has zero_optimization.stage {stage!r}; it is 1, 2 or 3")
-    if (accumulated := config.get("data_types", {}).get("grad_accum_dtype")) != "fp32":
-        raise RecipeError(
-            f"training.sharding: {path} has data_types.grad_accum_dtype {accumulated!r}; it must be 'fp32', else gradients are "
-            "summed in the policy's own precision, and small ones are lost"
-        )
+    for field, where in _FLOAT32.items():
+        section, _, name = field.rpartition(".")
+        value = (config.get(section) or {} if section else config).get(name)
+        if value != "fp32":
+            raise RecipeError(
+                f"training.sharding: {path} has {field} = {value!r}; expected 'fp32': gradients are summed {where}, and in the "
+                "policy's own precision small ones are lost"
+            )
     return config

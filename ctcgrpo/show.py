@@ -28,6 +28,7 @@ from ctcgrpo.run_records import (
     read_summary,
     same,
 )
+from ctcgrpo.types import NO_TAG
 from ctcgrpo.validation import read_validations
 
 Trace = Mapping[str, Any]
@@ -76,8 +77,9 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
     if chosen not in _scored(before) & _scored(after):
         known = ", ".join(sorted(_scored(before) & _scored(after)))
         raise OutputError(f"scenario {chosen!r} was not played before and after; played were {known}")
-    console.print(_table(summary, speech(before), speech(after)))
-    console.print(f"{_improvement(summary.improvement)}\n", highlight=False)
+    noun = "scenario" if summary.environment is None else "task"
+    console.print(_table(summary, speech(before), speech(after), noun))
+    console.print(f"{_improvement(summary.improvement, noun, summary.environment)}\n", markup=False, highlight=False)
     if summary.settings is not None:  # runs of earlier versions recorded none
         settings: dict[str, Any] = {**summary.settings}
         measured = eibench_on(settings.pop("data_set"))
@@ -99,14 +101,15 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
         console.print(Text(f"warning: {problem}", style="yellow"), soft_wrap=True)
 
 
-def _improvement(gain: Improvement) -> str:
+def _improvement(gain: Improvement, noun: str, environment: str | None) -> str:
     if gain.overall is None or gain.ci95 is None:
-        return "improvement unknown: no scenario has a valid episode both before and after training"
+        return f"improvement unknown: no {noun} has a valid episode both before and after training"
     low, high = gain.ci95
-    scenarios = "scenarios" if gain.n is None else f"{gain.n} scenarios"
+    tasks = f"{noun}s" if gain.n is None else f"{gain.n} {noun}s"
+    score = "score in [-1, 1]" if environment is None else f"outcome of {environment}"
     return (
         f"improvement {gain.overall:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}\n"
-        f"(score in [-1, 1], mean over {scenarios}; paired bootstrap over scenarios)"
+        f"({score}, mean over {tasks}; paired bootstrap over {noun}s)"
     )
 
 
@@ -147,14 +150,14 @@ def _typical(episodes: Sequence[Trace], scenario: str) -> Trace:
     return sorted(played, key=lambda e: e["outcome"])[len(played) // 2]
 
 
-def _table(summary: Summary, before: Speech, after: Speech) -> Table:
-    table = Table(title=f"held-out scenarios, before and after {summary.after.step} steps")
+def _table(summary: Summary, before: Speech, after: Speech, noun: str) -> Table:
+    table = Table(title=f"held-out {noun}s, before and after {summary.after.step} steps")
     table.add_column("")
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right")
     a, b = summary.before, summary.after
     table.add_row("overall", *_change(a.overall, b.overall), style="bold")
-    for scene in dict.fromkeys([*a.scenes, *b.scenes]):
+    for scene in dict.fromkeys(name for name in (*a.scenes, *b.scenes) if name != NO_TAG):
         table.add_row(Text(scene), *_change(a.scenes.get(scene), b.scenes.get(scene)))
     table.add_section()
     table.add_row("words a reply", f"{before.words:.1f}", f"{after.words:.1f}", f"{after.words - before.words:+.1f}")

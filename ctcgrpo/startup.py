@@ -19,6 +19,9 @@ _NOT_FOR_USERS: Final = {
 tied to the embeddings and so stands in no checkpoint."""
 
 
+SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""The variable by which torchrun and accelerate's launcher are told how many seconds they wait before they kill what they have told
+to stop; 30 without it."""
 LAUNCHED = "CTCGRPO_LAUNCHED"
 """Set for the processes that `ctcgrpo train` starts through accelerate: they run, and launch nothing further."""
 

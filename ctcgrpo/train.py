@@ -23,6 +23,7 @@ from ctcgrpo.config import CTCGRPOConfig
 from ctcgrpo.data_digest import data_changes, folder_digest
 from ctcgrpo.errors import (
     OutputError,
+    PolicyEngineError,
     PolicyError,
     RecipeError,
     RunInterrupted,
@@ -30,7 +31,7 @@ from ctcgrpo.errors import (
     TooManyFailures,
     TrainingDiverged,
 )
-from ctcgrpo.files import file_digest
+from ctcgrpo.files import disk_problem, file_digest
 from ctcgrpo.folders import check_model
 from ctcgrpo.importing import is_reference, load_object, source_of
 from ctcgrpo.policy.adapter import refuse_tied_targets
@@ -46,12 +47,14 @@ from ctcgrpo.policy.loading import (
     stop_ids,
 )
 from ctcgrpo.policy.model_wheel import ModelWheel, fetch_model
+from ctcgrpo.policy.shapes import shape_of
 from ctcgrpo.processes import STOP_SECONDS, interrupts, on_main, together
 from ctcgrpo.progress import RunProgress
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.rollout.runner import Slot
-from ctcgrpo.run_folder import RunFolder, disk_problem
+from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.run_tasks import run_tasks
+from ctcgrpo.saving import checkpoint_bytes, too_little_time
 from ctcgrpo.settings import context_builder, lora_config, template_kwargs, trainer_config
 from ctcgrpo.sharding import check_launcher, deepspeed_stage, sharding_arguments
 from ctcgrpo.tracking import tracker_of
@@ -100,7 +103,8 @@ class _Run(RolloutHooks):
         self._resume: Path | None = self._open_folder(stack)
         model, tokenizer, contexts = self._policy()
         environment = self._tasks.start(stack, self._state, self._folder, self._progress.say)
-        self._keep_to("simulator.json", self._tasks.identity())
+        if user := self._tasks.user():
+            self._keep_to("simulator.json", user)
         self._seconds_update = math.nan
         self._tracker = tracker_of(recipe, is_main=self._state.is_main_process)
         stack.callback(self._tracker.close)
@@ -160,6 +164,9 @@ class _Run(RolloutHooks):
         check_fits(config, tokenizer, longest, policy.model)
         if adapter is not None:
             refuse_tied_targets(config, adapter)
+        with contextlib.suppress(PolicyError):  # no plan is made for such a model: how long it takes to save is not known
+            if warning := too_little_time(checkpoint_bytes(shape_of(config), recipe)):
+                self._progress.say(f"warning: {warning}")
         ends = stop_ids(model, tokenizer, policy.revision, template_kwargs(recipe))
         contexts = context_builder(recipe, tokenizer, ends)
         openings = self._tasks.openings()
@@ -202,7 +209,7 @@ class _Run(RolloutHooks):
             trainer.refuse_nonfinite_weights()
             if self._validator:
                 self._validator.validate(self._recipe.training.max_steps)
-        except (RunPaused, TooManyFailures) as error:
+        except (RunPaused, TooManyFailures, PolicyEngineError) as error:
             progress.stop()
             progress.say("saving a checkpoint")
             trainer.save_now()
@@ -318,6 +325,7 @@ class _Run(RolloutHooks):
             share=lambda slots: slots[self._state.process_index :: self._state.num_processes],
             is_main=self._state.is_main_process,
             say=self._progress.say,
+            noun=self._tasks.noun,
         )
 
     def _how_to_go_on(self) -> str:

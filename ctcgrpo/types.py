@@ -93,6 +93,10 @@ def turn_rewards(rewards: Sequence[float | None]) -> tuple[float, ...]:
     return (*credited, *[0.0] * (len(rewards) - len(credited)))
 
 
+NO_TAG = "all"
+"""The tag of tasks that bring none along."""
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """What an episode is about: its id, what `Environment.reset` is given, and a `tag` to stratify and report by."""

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from ctcgrpo.errors import OutputError, TooManyFailures, too_many_failed
 from ctcgrpo.files import by_step, collect_records, refuse_to_resume, write_whole
 from ctcgrpo.intervals import interval, means, paired
-from ctcgrpo.types import Episode, Task
+from ctcgrpo.types import NO_TAG, Episode, Task
 
 if TYPE_CHECKING:
     from ctcgrpo.rollout.runner import Slot
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """The outcomes (as fractions in [-1, 1]) of every valid episode after `step` batches of rollouts, by scenario."""
+    """The outcomes (EIBench's as fractions in [-1, 1]) of every valid episode after `step` batches of rollouts, by scenario."""
 
     step: int
     outcomes: Mapping[str, Sequence[float]]
@@ -147,6 +147,8 @@ class Validator:
     is_main: bool
     say: Callable[[str], None]
     max_failed: float = 0.5
+    noun: str = "tasks"
+    """What the tasks are called in logs."""
     record: Callable[[Validation], None] = lambda validation: None
     """Hears of each validation, on the main process."""
     done: dict[int, Validation] = field(default_factory=dict)
@@ -175,7 +177,7 @@ class Validator:
         if too_many_failed(result.failed, len(slots), self.max_failed):
             raise TooManyFailures(
                 f"validation after step {step}: {result.failed} of {len(slots)} episodes failed, "
-                f"and rollout.max_failed is {self.max_failed}"
+                f"and max_failed is {self.max_failed}"
             )
         self.done[step] = result
         best = self.best()
@@ -185,7 +187,7 @@ class Validator:
         if self.is_main:
             write_whole(self.file, "".join(json.dumps(asdict(self.done[k])) + "\n" for k in sorted(self.done)))
             self.record(result)
-        self.say(f"validation after step {step}: {_described(result.figures())}")
+        self.say(f"validation after step {step}: {_described(result.figures(), self.noun)}")
         return result
 
     def best(self) -> Validation | None:
@@ -205,12 +207,12 @@ class Validator:
         }
 
 
-def _described(figures: Mapping[str, Any]) -> str:
+def _described(figures: Mapping[str, Any], noun: str) -> str:
     if figures["overall"] is None:
         return f"no valid episode, {figures['failed']} failed"
-    scenes = ", ".join(f"{scene} {value:+.3f}" for scene, value in figures["scenes"].items())
+    scenes = "".join(f"{scene} {value:+.3f}, " for scene, value in figures["scenes"].items() if scene != NO_TAG)
     lost = f", {figures['failed']} episodes failed" if figures["failed"] else ""
-    return f"{figures['overall']:+.3f} ({scenes}; {figures['n']} scenarios{lost})"
+    return f"{figures['overall']:+.3f} ({scenes.removesuffix(', ')}{'; ' if scenes else ''}{figures['n']} {noun}{lost})"
 
 
 def _mean(values: Sequence[float]) -> float:

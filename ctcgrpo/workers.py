@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
-import multiprocessing
 import os
+import platform
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from ctcgrpo.errors import OutputError
 
@@ -26,32 +24,37 @@ def alone(
     say: Callable[[str], None] = lambda text: None,
     advice: str = "choose another folder (of a run: run.output_dir=FOLDER)",
 ) -> Iterator[None]:
-    """Hold a folder, which is made, against every other process on this machine. Raises OutputError where one still has it after
-    `patience` seconds (one whose parent was killed may be saving), and where it cannot be written, with `advice`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "LOCK").open("w")
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder} ({error.strerror}); {advice}") from None
-    with lock:
-        deadline = time.monotonic() + patience
-        told = False
-        while not _locked(lock):
-            if time.monotonic() >= deadline:
-                raise OutputError(f"{folder}: another process is at work there")
-            if not told:
-                say(f"another process is at work in {folder}; waiting for it to end")
-                told = True
-            time.sleep(0.2)
+    """Lock a folder, which is made, against every other process; its file LOCK names the process that has it. Raises OutputError
+    where one still has it after `patience` seconds (one whose parent was killed may be saving), and where it cannot be written,
+    with `advice`."""
+    file = folder / "LOCK"
+    lock = FileLock(file)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(lock.acquire(timeout=0))
+            except Timeout:
+                if not patience:
+                    raise
+                say(f"another process ({_owner(file)}) is at work in {folder}; waiting up to {patience:.0f} s for it to end")
+                stack.enter_context(lock.acquire(timeout=patience, poll_interval=0.2))
+            file.write_text(f"process {os.getpid()} on {platform.node()}")
+        except Timeout:
+            raise OutputError(
+                f"{folder}: another process ({_owner(file)}) is at work there; wait for it, or end it"
+            ) from None
+        except OSError as error:
+            raise OutputError(f"cannot write to {folder} ({error.strerror}); {advice}") from None
         yield
 
 
-def _locked(lock: IO[str]) -> bool:
+def _owner(file: Path) -> str:
+    """Who wrote a lock; it may not have come to it yet."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        return file.read_text(encoding="utf-8", errors="replace")[:80] or "unknown"
+    except OSError:
+        return "unknown"
 
 
 def end_with_parent() -> None:
@@ -60,17 +63,3 @@ def end_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
-
-
-def end_with_pool() -> None:
-    """For a worker of a process pool: heed SIGINT, and be gone as soon as the parent is, whatever is under way. A signal at the
-    parent's death would not do: the pool takes what it raises for the task's result, and waits for a task that nobody can send."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker has a parent"
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end-with-pool", daemon=True).start()

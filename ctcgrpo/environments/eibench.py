@@ -10,14 +10,28 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from ctcgrpo.options import RolloutOptions
 from ctcgrpo.policy.persona import Briefing, together
 from ctcgrpo.records import Scenario, Scene, UserState
 from ctcgrpo.rollout.engine import request_seed
+from ctcgrpo.scenario_format import Split
+from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.scoring import Variant, outcome_score, turn_score
-from ctcgrpo.simulator.protocol import ScenarioCard, TurnReply, TurnRequest, Utterance, turn_request
+from ctcgrpo.simulator.protocol import (
+    ScenarioCard,
+    SimulatorBackend,
+    TurnReply,
+    TurnRequest,
+    Utterance,
+    turn_request,
+)
+from ctcgrpo.simulator.scripted import ScriptedBackend
+from ctcgrpo.simulator.service import answer
 from ctcgrpo.types import Environment, Message, Step, Task
 
 _EVEN = (0.5, 0.5)
+_PERSONA = Briefing()
+"""The whole role, and no instructions."""
 
 
 class User(Protocol):
@@ -34,21 +48,33 @@ class SharedUser(User, Protocol):
     async def __aexit__(self, *error: Any) -> Any: ...
 
 
+class LocalUser:
+    """A simulator backend in this process, without a server."""
+
+    def __init__(self, backend: SimulatorBackend) -> None:
+        self._backend = backend
+
+    async def turn(self, request: TurnRequest) -> TurnReply:
+        return await answer(self._backend, request)
+
+
 class EIBench(Environment):
-    """One dialogue with `user`. `max_turns`: replies of the policy at most, which the user is told;
+    """One dialogue with `user`, the scripted one where absent. A task's `scenario` is a Scenario (`scenario_tasks`).
+
+    `briefing`: what the policy is told of its role; `max_turns`: replies of the policy at most, which the user is told;
     `turn_weights`: weights of the change in anger and in trust in a turn's reward, by scene. After `reset`, `state` is the user's
     current one; after a step, `answer` is the user's last one, and `copy.copy` gives a dialogue that continues on its own."""
 
     def __init__(
         self,
-        user: User,
+        user: User | None = None,
         *,
-        briefing: Briefing,
-        max_turns: int,
+        briefing: Briefing = _PERSONA,
+        max_turns: int = RolloutOptions.max_turns,
         variant: Variant = "training",
         turn_weights: Mapping[Scene, tuple[float, float]] | None = None,
     ) -> None:
-        self._user = user
+        self._user: User = LocalUser(ScriptedBackend()) if user is None else user
         self._briefing = briefing
         self._max_turns = max_turns
         self._variant: Variant = variant
@@ -120,3 +146,9 @@ def opening_messages(scenario: Scenario, briefing: Briefing) -> list[Message]:
 
 def task_of(scenario: Scenario) -> Task:
     return Task(scenario.id, {"scenario": scenario}, scenario.scene)
+
+
+def scenario_tasks(source: str, split: Split = "train") -> list[Task]:
+    """The scenarios of a file, a folder or a pack (english/train) as tasks, with the scene as tag. Raises ScenarioError for those
+    that cannot be read."""
+    return [task_of(scenario) for scenario in load_scenarios(source, split)]

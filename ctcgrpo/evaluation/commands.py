@@ -6,25 +6,30 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ctcgrpo.errors import GateFailed, OutputError, RecipeError, TooManyFailures, too_many_failed
-from ctcgrpo.evaluation.benches import BENCHES, named
+from ctcgrpo.evaluation.benches import named
 from ctcgrpo.evaluation.compare import compared, most_changed
 from ctcgrpo.evaluation.leaderboard import ranked
 from ctcgrpo.evaluation.options import (
+    EIBenchOptions,
+    EQBench3Options,
     Given,
+    ModelOptions,
+    RunOptions,
+    SageOptions,
     generation_of,
     option_name,
-    refuse_unused,
     roles_of,
     task_of,
     wanted_evaluation,
-    with_preset,
 )
 from ctcgrpo.evaluation.played import Trained, title_of, trained_as, validated_as
+from ctcgrpo.evaluation.presets import with_preset
 from ctcgrpo.evaluation.report import print_comparison, print_leaderboard, print_summary
 from ctcgrpo.evaluation.rescoring import rescored
 from ctcgrpo.evaluation.results import summarise, write_results
@@ -42,172 +47,59 @@ _MAX_FAILED = 0.5
 _AS_TRAINED = "-as-trained"
 """What an evaluation's folder ends with that takes a run's settings: the same policy with others has a folder too."""
 
-_ALWAYS = {"out", "fail_under"}
-_PLAYED = _ALWAYS | {
-    "simulator",
-    "repeats",
-    "seed",
-    "limit",
-    "temperature",
-    "top_p",
-    "max_tokens",
-    "connections",
-    "price",
-    "display",
-}
 _OF_THIS = ("as_trained", "official", "preset", "tries")
 """What a command with a run's own settings leaves out."""
-_OF_RESCORING = {"sage": _ALWAYS | {"rescore", "simulator"}, "eqbench3": _ALWAYS | {"rescore", "run"}}
-_OF_RUN = _PLAYED | {"preset", "reasoning", "tries", "scenarios", "rounds", "variant", "official", "opener", "invalid"}
-_OF_RUN |= {"instructions", "reasons"}
 
 
-def evaluate(
-    bench: Annotated[str, typer.Argument(help="eibench, sage, eqbench3; or a run's folder: its base and final policy.")],
-    model: Annotated[
-        str | None, typer.Option(help="A policy's folder, or PROVIDER/NAME of any provider that Inspect knows.")
-    ] = None,
-    simulator: Annotated[
-        str | None,
-        typer.Option(
-            help="Who plays the user: scripted, a configuration (configs/simulator), a server's URL, or PROVIDER/NAME."
-        ),
-    ] = None,
-    judge: Annotated[str | None, typer.Option(help="eqbench3: PROVIDER/NAME of the judge.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder for results; by benchmark and model by default.")] = None,
-    scenarios: Annotated[str | None, typer.Option(help="eibench: a path, a pack, or eibench/test.")] = None,
-    data: Annotated[Path | None, typer.Option(help="sage, eqbench3: the folder of your copy of its data.")] = None,
-    invalid: Annotated[
-        Literal["skip", "refuse"] | None,
-        typer.Option(
-            help="eibench: leave invalid records out, with a warning and a count (skip, the default), or stop (refuse)."
-        ),
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="eibench: replies at most.")] = None,
-    variant: Annotated[
-        Literal["training", "evaluation"] | None, typer.Option(help="eibench: how states are scored.")
-    ] = None,
-    official: Annotated[
-        Path | None, typer.Option(help="eibench: a copy of the authors' code, for their prompts (runs it).")
-    ] = None,
-    opener: Annotated[
-        str | None, typer.Option(help="eibench: what a user says first where the model would, for providers that need it.")
-    ] = None,
-    instructions: Annotated[
-        str | None,
-        typer.Option(
-            help="eibench: how to reply, told to the model: eibench, short, none, or a file; a run's policy has its own."
-        ),
-    ] = None,
-    reasons: Annotated[
-        bool | None,
-        typer.Option(help="eibench: word them for a model that reasons between <think> and </think> before it replies."),
-    ] = None,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Dialogues a scenario.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of what is sampled.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many scenarios.")] = None,
-    preset: Annotated[
-        Literal["published"] | None,
-        typer.Option(
-            help="eibench: settings of published figures: 8 rounds, scoring variant evaluation, temperature 0.7 without top-p, "
-            "8,192 tokens, earlier reasoning stripped, 3 tries a turn of an LLM user at temperature 0.7 without top-p and seed. "
-            "Options win over it, and the summary names what differs."
-        ),
-    ] = None,
-    reasoning: Annotated[
-        Literal["strip", "keep"] | None,
-        typer.Option(
-            help="eibench: whether the model's own reasoning of earlier turns is left out of its messages (strip, as published and "
-            "by default) or stays (keep); a run's policy by default as its recipe says."
-        ),
-    ] = None,
-    tries: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="eibench: calls to the user's LLM a turn, until its answer can be read. Default: 3, or llm.tries."
-        ),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Of the model. Default: 0.6 and top-p 0.95, as in training, so that validations agree with it (eqbench3: 0.7); "
-            "published for eibench: 0.7 without top-p.",
-        ),
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Of the model; see --temperature.")] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Of a reply, reasoning included. Default: 8,192, as published, since fewer cut models that reason to empty "
-            "replies; 1,024 for a policy in a folder that does not reason, as in training (eqbench3: 12,000).",
-        ),
-    ] = None,
-    connections: Annotated[int | None, typer.Option(min=1, help="Dialogues at a time, and calls to a provider.")] = None,
-    model_arg: Annotated[
-        list[str] | None, typer.Option("-M", help="NAME=VALUE for the model's provider (hf: model_path=FOLDER).")
-    ] = None,
-    generate: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-G",
-            help="NAME=VALUE of sampling, as Inspect names it (reasoning_effort=low, max_completion_tokens=2000); null sends none "
-            "(temperature=null); of another role: judge.temperature=null.",
-        ),
-    ] = None,
-    price: Annotated[
-        tuple[float, float] | None, typer.Option(help="US dollars for a million tokens that the model reads, and writes.")
-    ] = None,
-    fail_under: Annotated[float | None, typer.Option(help="Exit with 9 where the overall score is below this.")] = None,
-    rescore: Annotated[
-        Path | None, typer.Option(help="sage, eqbench3: a file of results or judgements; nothing is played.")
-    ] = None,
-    run: Annotated[str | None, typer.Option(help="eqbench3: which run of a file to rescore, by its key or model.")] = None,
-    display: Annotated[
-        Literal["full", "rich", "plain", "none"] | None, typer.Option(help="Inspect's display while it plays.")
-    ] = None,
-    as_trained: Annotated[
-        bool | None,
-        typer.Option(
-            "--as-trained", help="eibench: a run's policy with the settings of its own validations, unless options differ."
-        ),
-    ] = None,
-) -> None:
+class _Evaluate(TyperGroup):
+    """Sub-commands by benchmark; `ctcgrpo evaluate RUN_FOLDER` is its sub-command `run`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        if args[0] not in self.commands:
+            if is_path(args[0]):
+                require_folder(Path(args[0]))
+            elif not Path(args[0]).is_dir():
+                named(args[0])
+            args = ["run", *args]
+        name, command, words = super().resolve_command(ctx, args)
+        for option in (word.partition("=")[0] for word in words if word.startswith("--")):
+            having = [other for other, known in self.commands.items() if any(option in p.opts for p in known.params)]
+            if having and name not in having:
+                raise RecipeError(f"{option} is not for {name}, but for {', '.join(having)}")
+        return name, command, words
+
+
+def _evaluate(options: RunOptions | ModelOptions) -> None:
+    """What a sub-command does with its options, which is all that it returns."""
+    given, console = options.given(), Terminal(120)
+    if isinstance(options, RunOptions):
+        _evaluate_run(options.run, given, console)
+    elif "rescore" in given:
+        if unused := set(given) - {"out", "fail_under", *options.rescored_with}:
+            raise RecipeError(f"{option_name(min(unused))} is not for --rescore of {options.bench}")
+        _rescore(options.bench, given, console)
+    else:
+        _evaluate_model(options, given, console)
+
+
+app = typer.Typer(
+    cls=_Evaluate, result_callback=_evaluate, no_args_is_help=True, subcommand_metavar="RUN_FOLDER | COMMAND [ARGS]..."
+)
+for _command, _options in {
+    "run": RunOptions,
+    "eibench": EIBenchOptions,
+    "sage": SageOptions,
+    "eqbench3": EQBench3Options,
+}.items():
+    app.command(_command)(_options)
+
+
+@app.callback()
+def evaluate() -> None:
     """Evaluate a model, or a run's base and final policy, on a benchmark.
 
     The same command resumes an evaluation that was interrupted, and repeats the dialogues that failed.
     """
-    console = _console()
-    given: Given = {
-        name: value for name, value in locals().items() if name not in ("bench", "console") and value is not None
-    }
-    if bench not in BENCHES and Path(bench).is_dir():
-        refuse_unused(given, _OF_RUN, "a run's folder")
-        _evaluate_run(Path(bench), given, console)
-        return
-    if is_path(bench):
-        require_folder(Path(bench))
-    known = named(bench)
-    if rescore is not None:
-        if bench not in _OF_RESCORING:
-            raise RecipeError(f"--rescore is for {' and '.join(_OF_RESCORING)}; {bench}'s dialogues are played here")
-        refuse_unused(given, _OF_RESCORING[bench], f"--rescore of {bench}")
-        _rescore(bench, given, console)
-        return
-    if model is None:
-        raise RecipeError("--model is missing: a policy's folder, or PROVIDER/NAME")
-    if run is not None:
-        raise RecipeError("--run is for --rescore of eqbench3")
-    play = _play(given)
-    trained = trained_as(Path(model))
-    wanted = wanted_evaluation(known.name, model, given, trained)
-    if trained is not None:
-        _announce(trained, wanted, given, console)
-    play_as = f"{_slug(wanted.model)}{_AS_TRAINED if as_trained else ''}{f'-{preset}' if preset else ''}"
-    summary = play(wanted, out or _OUT / known.name / play_as)
-    print_summary(summary, console)
-    _judge(summary, fail_under)
 
 
 def compare(
@@ -219,18 +111,14 @@ def compare(
     mixed: Annotated[bool, typer.Option("--mixed", help="Although simulator, judge, variant or rounds differ.")] = False,
 ) -> None:
     """Compare evaluations by paired differences, with a plot and the dialogues that changed most."""
-    _compare(compared(folders, mixed=mixed), out or folders[-1], dialogues, _console())
+    _compare(compared(folders, mixed=mixed), out or folders[-1], dialogues, Terminal(120))
 
 
 def leaderboard(
     folder: Annotated[Path, typer.Argument(help="Where evaluations are, at any depth, inside runs too.")] = _OUT.parent,
 ) -> None:
     """Rank the models of all evaluations in a folder, inside runs too."""
-    print_leaderboard(ranked(folder), _console())
-
-
-def _console() -> Terminal:
-    return Terminal(120)
+    print_leaderboard(ranked(folder), Terminal(120))
 
 
 def _slug(text: str) -> str:
@@ -296,17 +184,34 @@ def _judge(summary: Mapping[str, Any], fail_under: float | None, *, again: bool 
         )
 
 
+def _evaluate_model(options: ModelOptions, given: Given, console: Terminal) -> None:
+    if options.model is None:
+        raise RecipeError("--model is missing: a policy's folder, or PROVIDER/NAME")
+    if "run" in given:
+        raise RecipeError("--run is for --rescore")
+    play = _play(given)
+    trained = trained_as(Path(options.model))
+    wanted = wanted_evaluation(options.bench, options.model, given, trained)
+    if trained is not None:
+        _announce(trained, wanted, given, console)
+    kind = f"{_AS_TRAINED if 'as_trained' in given else ''}{f'-{wanted.preset}' if wanted.preset else ''}"
+    summary = play(wanted, options.out or _OUT / options.bench / f"{_slug(wanted.model)}{kind}")
+    print_summary(summary, console)
+    _judge(summary, options.fail_under)
+
+
 def _evaluate_run(run: Path, given: Given, console: Terminal) -> None:
     """Base and final policy of a run, as its validation plays them unless options say otherwise, and their comparison."""
     if is_model(run):
         raise RecipeError(f"{run} is a policy's folder; `ctcgrpo evaluate eibench --model {run}` evaluates it")
     folder = require_run(run)
+    resolved_recipe(folder.recipe_file).eibench_scenarios("evaluating a run as it validated")
     play = _play(given)
     from ctcgrpo.evaluation.of_run import evaluations_of
 
     roles, played = roles_of("eibench", given)
-    task = {**task_of(given), **played}
-    generation, role_generation = generation_of(given), dict[str, Given]()
+    task = {**task_of("eibench", given), **played}
+    generation, role_generation = generation_of(given), dict[str, Mapping[str, Any]]()
     if (preset := given.get("preset")) is not None:
         simulator = (
             None if roles else task.get("simulator", validated_as(resolved_recipe(folder.recipe_file))[0]["simulator"])

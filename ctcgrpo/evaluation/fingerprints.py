@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ctcgrpo.environments.sage_protocol import load_profiles
 from ctcgrpo.evaluation.eqbench3_protocol import load_eqbench
 from ctcgrpo.evaluation.presets import SCRIPTED
-from ctcgrpo.evaluation.sage_protocol import load_profiles
 from ctcgrpo.evaluation.users import chosen_user
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS, load_instructions
 from ctcgrpo.scenarios import data_home, load_set

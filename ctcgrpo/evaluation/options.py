@@ -1,49 +1,194 @@
-"""What stands on the command line of `ctcgrpo evaluate`, as an Evaluation."""
+"""The options of `ctcgrpo evaluate` by sub-command, and what was typed as an Evaluation.
+
+Each sub-command is a class: Typer reads its fields as options, and makes an instance of what was typed; None is not given.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import typer
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.evaluation.benches import named
 from ctcgrpo.evaluation.played import Trained
+from ctcgrpo.evaluation.presets import with_preset
 
 if TYPE_CHECKING:
     from ctcgrpo.evaluation.run import Evaluation
 
 Given = dict[str, Any]
-"""What stands on the command line, by name; what does not stand there is left out."""
+"""What was typed, by name; what was not is left out."""
+Data = Annotated[str | None, typer.Option(metavar="PATH", help="The folder of your copy of its data.")]
+Rescore = Annotated[Path | None, typer.Option(help="A file of results or judgements; nothing is played.")]
 
 
-def refuse_unused(given: Given, allowed: set[str], what: str) -> None:
-    """Raises RecipeError for an option that would do nothing."""
-    if unused := sorted(set(given) - allowed):
-        raise RecipeError(f"{option_name(unused[0])} is not for {what}")
+@dataclass(frozen=True, kw_only=True)
+class _OfAModel:
+    model: Annotated[
+        str | None, typer.Option(help="A policy's folder, or PROVIDER/NAME of any provider that Inspect knows.")
+    ] = None
+    model_arg: Annotated[
+        list[str] | None, typer.Option("-M", help="NAME=VALUE for the model's provider (hf: model_path=FOLDER).")
+    ] = None
+    generate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-G",
+            help="NAME=VALUE of sampling, as Inspect names it (reasoning_effort=low, max_completion_tokens=2000); null sends none "
+            "(temperature=null); of another role: judge.temperature=null.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scenarios:
+    simulator: Annotated[
+        str | None,
+        typer.Option(
+            help="Who plays the user: scripted, a configuration (configs/simulator), a server's URL, or PROVIDER/NAME."
+        ),
+    ] = None
+    scenarios: Annotated[str | None, typer.Option(help="A path, a pack, or eibench/test.")] = None
+    invalid: Annotated[
+        Literal["skip", "refuse"] | None,
+        typer.Option(help="Leave invalid records out, with a warning and a count (skip, the default), or stop (refuse)."),
+    ] = None
+    rounds: Annotated[int | None, typer.Option(min=1, help="Replies at most.")] = None
+    variant: Annotated[Literal["training", "evaluation"] | None, typer.Option(help="How states are scored.")] = None
+    official: Annotated[
+        str | None, typer.Option(metavar="PATH", help="A copy of the authors' code, for their prompts (runs it).")
+    ] = None
+    opener: Annotated[
+        str | None, typer.Option(help="What a user says first where the model would, for providers that need it.")
+    ] = None
+    instructions: Annotated[
+        str | None,
+        typer.Option(help="How to reply, told to the model: eibench, short, none, or a file; a run's policy has its own."),
+    ] = None
+    reasons: Annotated[
+        bool | None,
+        typer.Option(help="Word them for a model that reasons between <think> and </think> before it replies."),
+    ] = None
+    reasoning: Annotated[
+        Literal["strip", "keep"] | None,
+        typer.Option(
+            help="Whether the model's own reasoning of earlier turns is left out of its messages (strip, as published and by "
+            "default) or stays (keep); a run's policy by default as its recipe says."
+        ),
+    ] = None
+    tries: Annotated[
+        int | None,
+        typer.Option(min=1, help="Calls to the user's LLM a turn, until its answer can be read. Default: 3, or llm.tries."),
+    ] = None
+    preset: Annotated[
+        Literal["published"] | None,
+        typer.Option(
+            help="Settings of published figures: 8 rounds, scoring variant evaluation, temperature 0.7 without top-p, 8,192 "
+            "tokens, earlier reasoning stripped, 3 tries a turn of an LLM user at temperature 0.7 without top-p and seed. "
+            "Options win over it, and the summary names what differs."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Played:
+    repeats: Annotated[int | None, typer.Option(min=1, help="Dialogues a scenario.")] = None
+    seed: Annotated[int | None, typer.Option(help="Of what is sampled.")] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many scenarios.")] = None
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Of the model. Default: 0.6 and top-p 0.95, as in training, so that validations agree with it (eqbench3: 0.7); "
+            "published for eibench: 0.7 without top-p.",
+        ),
+    ] = None
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Of the model; see --temperature.")] = None
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of a reply, reasoning included. Default: 8,192, as published, since fewer cut models that reason to empty "
+            "replies; 1,024 for a policy in a folder that does not reason, as in training (eqbench3: 12,000).",
+        ),
+    ] = None
+    connections: Annotated[int | None, typer.Option(min=1, help="Dialogues at a time, and calls to a provider.")] = None
+    price: Annotated[
+        tuple[float, float] | None, typer.Option(help="US dollars for a million tokens that the model reads, and writes.")
+    ] = None
+    display: Annotated[
+        Literal["full", "rich", "plain", "none"] | None, typer.Option(help="Inspect's display while it plays.")
+    ] = None
+    out: Annotated[Path | None, typer.Option(help="The folder for results; by benchmark and model by default.")] = None
+    fail_under: Annotated[float | None, typer.Option(help="Exit with 9 where the overall score is below this.")] = None
+
+    def given(self) -> Given:
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(_Played, _Scenarios):
+    """Evaluate a run's base and final policy as its validation does, and compare them; `run` may be left out."""
+
+    run: Annotated[Path, typer.Argument(help="A run's folder.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(_Played, _OfAModel):
+    bench: ClassVar[str]
+    rescored_with: ClassVar[tuple[str, ...]] = ()
+    """Options that go with --rescore, beside --out and --fail-under."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EIBenchOptions(ModelOptions, _Scenarios):
+    """Evaluate a model on EIBench's task: the state that it leaves the user in."""
+
+    bench = "eibench"
+    as_trained: Annotated[
+        bool | None,
+        typer.Option("--as-trained", help="A run's policy with the settings of its own validations, unless options differ."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SageOptions(ModelOptions):
+    """Evaluate a model on SAGE: the user's final emotion."""
+
+    bench = "sage"
+    rescored_with = ("rescore", "simulator")
+    simulator: Annotated[str | None, typer.Option(help="PROVIDER/NAME of who plays the user; any name with --rescore.")] = (
+        None
+    )
+    data: Data = None
+    rescore: Rescore = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EQBench3Options(ModelOptions):
+    """Evaluate a model on EQ-Bench 3: a judge's rubric."""
+
+    bench = "eqbench3"
+    rescored_with = ("rescore", "run")
+    judge: Annotated[str | None, typer.Option(help="PROVIDER/NAME of the judge.")] = None
+    data: Data = None
+    rescore: Rescore = None
+    run: Annotated[str | None, typer.Option(help="Which run of a file to rescore, by its key or model.")] = None
 
 
 def option_name(name: str) -> str:
     return {"model_arg": "-M", "generate": "-G"}.get(name) or f"--{name.replace('_', '-')}"
 
 
-def task_of(given: Given) -> Given:
-    names = (
-        "scenarios",
-        "data",
-        "rounds",
-        "variant",
-        "official",
-        "opener",
-        "instructions",
-        "reasons",
-        "repeats",
-        "seed",
-        "invalid",
-        "tries",
-        "reasoning",
-    )
-    return {name: str(given[name]) if isinstance(given[name], Path) else given[name] for name in names if name in given}
+def task_of(bench: str, given: Given) -> Given:
+    """The arguments of the benchmark's task, without who plays the user."""
+    from ctcgrpo.evaluation.run import task_options
+
+    return {name: given[name] for name in task_options(bench) if name in given and name != "simulator"}
 
 
 def generation_of(given: Given) -> Given:
@@ -55,8 +200,6 @@ def roles_of(bench: str, given: Given) -> tuple[dict[str, str], Given]:
     from ctcgrpo.evaluation.run import model_name
 
     other = named(bench).other
-    if wrong := {"simulator", "judge"} & set(given) - {other}:
-        raise RecipeError(f"{option_name(wrong.pop())} is not for {bench}, which has a {other}")
     name = given.get(other)
     if name is None:
         return {}, {}
@@ -66,37 +209,36 @@ def roles_of(bench: str, given: Given) -> tuple[dict[str, str], Given]:
 
 
 def wanted_evaluation(bench: str, model: str, given: Given, trained: Trained | None) -> Evaluation:
-    """Raises RecipeError for an option that the benchmark does not have."""
+    """Raises RecipeError for options that do not go together, and for a simulator or judge that is missing."""
     from ctcgrpo.evaluation.generation import split_settings
-    from ctcgrpo.evaluation.run import Evaluation, model_name, settled, task_options
+    from ctcgrpo.evaluation.run import Evaluation, model_name, settled
 
     roles, played = roles_of(bench, given)
-    settings, role_settings, unset = split_settings(settled(given.get("generate", [])))
+    settings, of_roles, unset = split_settings(settled(given.get("generate", [])))
+    role_settings: dict[str, Mapping[str, Any]] = {**of_roles}
     if other := sorted(set(role_settings) - set(roles)):
         raise RecipeError(f"-G {other[0]}...: no model plays the {other[0]} here (--{other[0]} PROVIDER/NAME)")
-    task, generation = {**task_of(given), **played}, {**settings, **generation_of(given)}
+    task, generation = {**task_of(bench, given), **played}, {**settings, **generation_of(given)}
     if (name := given.get("preset")) is not None:
-        if bench != "eibench" or given.get("as_trained"):
-            raise RecipeError(
-                f"--preset is not for {bench if bench != 'eibench' else '--as-trained: each names all settings'}"
-            )
+        if "as_trained" in given:
+            raise RecipeError("--preset is not for --as-trained: each names all settings")
         task, generation, role_settings, unset = with_preset(
             name, played.get("simulator"), task, generation, role_settings, unset, roles
         )
     task |= {"unset": ",".join(sorted(unset))} if unset else {}
     # How a policy was taught to be told what it plays is no matter of taste: as its run has it, unless something says otherwise.
-    own_words = "official" in task or given.get("preset") is not None
-    briefed = trained.briefed if bench == "eibench" and trained is not None and not own_words else {}
-    if given.get("as_trained"):
-        if bench != "eibench" or trained is None:
-            why = f"is not for {bench}" if bench != "eibench" else f"needs a policy in a run's folder, and {model} is none"
-            raise RecipeError(f"--as-trained {why}; name the folder of a run: --model checkpoints/RUN/best")
+    own_words = "official" in task or "preset" in given
+    briefed: Mapping[str, Any] = trained.briefed if bench == "eibench" and trained is not None and not own_words else {}
+    if "as_trained" in given:
+        if trained is None:
+            raise RecipeError(
+                f"--as-trained needs a policy in the folder of a run on scenarios, and {model} is none; name the folder of a run: "
+                "--model checkpoints/RUN/best"
+            )
         left_out = {"simulator" if roles else "", *(trained.briefed if "official" in task else ())}
         of_run = {name: value for name, value in trained.task.items() if name not in left_out}
         task, generation = {**of_run, **task}, {**trained.sampling, **generation}
     task = {**briefed, **task}
-    if unknown := sorted(set(task) - set(task_options(bench))):
-        raise RecipeError(f"{option_name(unknown[0])} is not for {bench}, which has {', '.join(task_options(bench))}")
     if not roles and "simulator" not in task:
         raise RecipeError(f"--{named(bench).other} is missing: {bench} needs one beside the model")
     return Evaluation(
@@ -109,29 +251,4 @@ def wanted_evaluation(bench: str, model: str, given: Given, trained: Trained | N
         model_args=settled(given.get("model_arg", [])),
         limit=given.get("limit"),
         preset=given.get("preset"),
-    )
-
-
-def with_preset(
-    name: str,
-    simulator: str | None,
-    task: Given,
-    generation: Given,
-    roles: Mapping[str, Given],
-    unset: Sequence[str],
-    models: Mapping[str, str],
-) -> tuple[Given, Given, dict[str, Given], list[str]]:
-    """Task, generation, generation of roles and what is not sent, with a preset's where no option says otherwise. `simulator` is
-    the task's argument; `models` play the roles."""
-    from ctcgrpo.evaluation.presets import preset_of
-
-    preset, user = preset_of(name), roles.get("simulator", {})
-    words = {} if "official" in task else preset.briefing  # the official mode has its own
-    chosen = {*generation, *(f"simulator.{setting}" for setting in user)}
-    sampling = {"simulator": {**preset.simulator_generation(unset), **user}} if "simulator" in models else {}
-    return (
-        {**preset.task(simulator), **words, **task},
-        {**preset.generation(unset), **generation},
-        {**roles, **sampling},
-        [*unset, *(setting for setting in preset.unset if setting not in chosen and setting not in unset)],
     )

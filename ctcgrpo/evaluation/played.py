@@ -163,8 +163,9 @@ class Trained:
 
 
 def trained_as(folder: Path) -> Trained | None:
-    """The run that a policy's folder belongs to (RUN/final, best, base, checkpoint-N, an export in it); None where it is of none.
-    Raises RecipeError for a recipe that cannot be read."""
+    """The run that a policy's folder belongs to (RUN/final, best, base, checkpoint-N, an export in it); None where it is of none,
+    or of one with an environment of its own, whose settings say nothing of a benchmark. Raises RecipeError for a recipe that cannot
+    be read."""
     folder = folder.expanduser()
     if not folder.is_dir():
         return None
@@ -172,6 +173,8 @@ def trained_as(folder: Path) -> Trained | None:
         run = RunFolder(place.parent)
         if run.recipe_file.exists():
             recipe = resolved_recipe(run.recipe_file)
+            if recipe.environment is not None:
+                return None
             return Trained(run.path, place.name, recipe, *validated_as(recipe))
     return None
 

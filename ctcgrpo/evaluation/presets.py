@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -105,6 +105,29 @@ def preset_of(name: str) -> Preset:
     if name not in PRESETS:
         raise RecipeError(f"--preset {name!r}: {did_you_mean(name, PRESETS)}")
     return PRESETS[name]
+
+
+def with_preset(
+    name: str,
+    simulator: str | None,
+    task: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    roles: Mapping[str, Mapping[str, Any]],
+    unset: Sequence[str],
+    models: Mapping[str, str],
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Mapping[str, Any]], list[str]]:
+    """Task, generation, generation of roles and what is not sent, with a preset's where no option says otherwise. `simulator` is
+    the task's argument; `models` play the roles."""
+    preset, user = preset_of(name), roles.get("simulator", {})
+    words = {} if "official" in task else preset.briefing  # the official mode has its own
+    chosen = {*generation, *(f"simulator.{setting}" for setting in user)}
+    sampling = {"simulator": {**preset.simulator_generation(unset), **user}} if "simulator" in models else {}
+    return (
+        {**preset.task(simulator), **words, **task},
+        {**preset.generation(unset), **generation},
+        {**roles, **sampling},
+        [*unset, *(setting for setting in preset.unset if setting not in chosen and setting not in unset)],
+    )
 
 
 def asks_an_llm(simulator: str | None) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from ctcgrpo import __version__
 from ctcgrpo.evaluation.eqbench3_protocol import read_judgements
 from ctcgrpo.evaluation.results import Result
-from ctcgrpo.evaluation.sage_protocol import read_results
+from ctcgrpo.evaluation.sage_results import read_results
 
 
 def rescored(bench: str, file: Path, *, other: str | None, run: str | None) -> tuple[list[Result], dict[str, Any]]:

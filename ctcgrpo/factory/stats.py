@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ DISTANCES: Mapping[str, Callable[[Scenario], int]] = {
     "trust to target": lambda s: s.anchors.target.trust - s.anchors.initial.trust,
     "trust to worst": lambda s: s.anchors.initial.trust - s.anchors.worst.trust,
 }
-_COLORS = dict(zip(SCENES, ("#0969da", "#cf222e", "#8250df", "#1a7f37"), strict=True))
+_COLORS = dict(zip(SCENES, itertools.cycle(("#0969da", "#cf222e", "#8250df", "#1a7f37")), strict=False))
 
 
 @dataclass(frozen=True, slots=True)

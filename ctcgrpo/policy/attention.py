@@ -64,7 +64,7 @@ def refuse_layouts(model: PreTrainedModel) -> None:
     if problem := _problem(model):
         raise PolicyError(
             f"{type(model).__name__} cannot share prefixes or reuse its cache: {problem}; "
-            "set training.packing=none and let vLLM sample (rollout.engine)"
+            "set packing to 'none' and let vLLM sample (use_vllm; in a recipe rollout.engine)"
         )
 
 

@@ -43,7 +43,7 @@ def build_builtin(model: str, folder: Path, seed: int, *, say: Say = lambda _: N
     name = model.removeprefix(_BUILTIN)
     if name not in BUILDERS:
         known = [_BUILTIN + known for known in (*BUILDERS, *FETCHED)]
-        raise PolicyError(f"policy.model is {model!r}; {did_you_mean(model, known)}")
+        raise PolicyError(f"model is {model!r}; {did_you_mean(model, known)}")
     BUILDERS[name](folder, seed)
     mark_complete(folder)
     return str(folder)

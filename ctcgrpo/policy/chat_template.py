@@ -69,8 +69,8 @@ class ChatTemplate:
         self.name = f"the chat template of {tokenizer.name_or_path!r}"
         if not getattr(tokenizer, "chat_template", None):
             raise PolicyError(
-                f"tokenizer {tokenizer.name_or_path!r} has no chat template; choose an instruct model, or name a template "
-                "file with policy.chat_template"
+                f"tokenizer {tokenizer.name_or_path!r} has no chat template; choose an instruct model, or set its "
+                "chat_template (in a recipe policy.chat_template, a file)"
             )
         self.layout = lru_cache(maxsize=256)(self._find_layout)
 

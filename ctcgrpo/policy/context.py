@@ -105,7 +105,7 @@ class ContextBuilder:
         if unsaid := self._sampled_lead.replace(OPEN, "").replace(CLOSE, "").strip():
             raise PolicyError(
                 f"{self._template.name} writes {unsaid!r} before a reply in history, but not in the prompt for one; set "
-                "policy.chat_template to a file with another one"
+                "another chat_template (in a recipe policy.chat_template)"
             )
         self._remember()
 
@@ -184,7 +184,7 @@ class ContextBuilder:
                 return tuple(ids), dropped
         raise PolicyEngineError(
             f"system prompt and latest user line take {len(ids)} tokens; "
-            f"rollout.max_prompt_tokens is {self._max_prompt_tokens}"
+            f"max_prompt_length (in a recipe rollout.max_prompt_tokens) is {self._max_prompt_tokens}"
         )
 
     def _layout(self, head: Roles, heard: Roles = ("user",)) -> Layout:
@@ -196,18 +196,18 @@ class ContextBuilder:
 
     # --- what is refused -----------------------------------------------------------------------------------------------
 
-    def check(self, openings: Mapping[str, Sequence[Message]]) -> None:
-        """Refuse, before any rollout, tasks (their first messages, by id) whose first prompt does not fit, and a template or
-        tokenizer under which the ids of a dialogue are not those of the template's own text."""
+    def check(self, openings: Mapping[str, Sequence[Message]], noun: str = "scenario") -> None:
+        """Refuse, before any rollout, tasks (their first messages, by id; errors call one a `noun`) whose first prompt does not
+        fit, and a template or tokenizer under which the ids of a dialogue are not those of the template's own text."""
         for name, messages in openings.items():
             try:
                 self.prompt(self.start(messages))
             except PolicyEngineError as error:
-                advice = "; raise it or drop the scenario" if "max_prompt_tokens" in str(error) else ""
-                raise PolicyError(f"scenario {name!r}: {error}{advice}") from None
+                advice = f"; raise it or drop the {noun}" if "max_prompt_tokens" in str(error) else ""
+                raise PolicyError(f"{noun} {name!r}: {error}{advice}") from None
             except PolicyError as error:
-                raise PolicyError(f"scenario {name!r}: {error}") from None
-            self._rendered.check_dialogue(name, messages)
+                raise PolicyError(f"{noun} {name!r}: {error}") from None
+            self._rendered.check_dialogue(f"{noun} {name!r}", messages)
 
     @cached_property
     def _rendered(self) -> ContextBuilder:
@@ -241,7 +241,7 @@ class ContextBuilder:
         at = next((k for k, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
         here, there = (self._tokenizer.convert_ids_to_tokens(list(part[max(0, at - 2) : at + 4])) for part in (ids, own))
         return (
-            f"scenario {name!r}: the prompt of turn {turn} is not what {self._template.name} renders: at token {at} it has "
+            f"{name}: the prompt of turn {turn} is not what {self._template.name} renders: at token {at} it has "
             f"{here}, the template's own text {there}; set policy.chat_template to a file whose template keeps messages as they are"
         )
 

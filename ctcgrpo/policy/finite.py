@@ -20,9 +20,7 @@ def nonfinite_weight(model: torch.nn.Module) -> str | None:
 def refuse_nonfinite(model: torch.nn.Module, name: str) -> None:
     """Raises PolicyError, on all processes together, for a policy that was loaded with NaN or infinite weights on any of them."""
     if found := next((weight for weight in gather_object([nonfinite_weight(model)]) if weight is not None), None):
-        raise PolicyError(
-            f"policy.model {name!r}: its weights are not finite ({found}): the files are damaged; load another model"
-        )
+        raise PolicyError(f"model {name!r}: its weights are not finite ({found}): the files are damaged; load another model")
 
 
 def nonfinite_gradient(model: torch.nn.Module) -> str | None:

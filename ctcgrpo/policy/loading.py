@@ -52,13 +52,17 @@ def pinned(model: str, revision: str | None) -> str:
         raise PolicyError(f"policy.model {model!r} at {revision!r} cannot be had: {hub_reason(error)}") from None
 
 
-def load_tokenizer(model: str, revision: str | None = None, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model: str, revision: str | None = None, chat_template: Path | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The policy's tokenizer, padding on the left, with a pad token, and with the template of a file in place of its own. Raises
     PolicyError for a tokenizer or a file that cannot be read."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision, padding_side="left")
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model, revision=revision, padding_side="left", trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # noqa: BLE001 - what tokenizers raises for a file that it cannot parse
-        raise PolicyError(f"policy.model {model!r}: its tokenizer cannot be loaded: {hub_reason(error)}") from None
+        raise PolicyError(f"model {model!r}: its tokenizer cannot be loaded: {hub_reason(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:

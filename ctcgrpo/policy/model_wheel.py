@@ -134,7 +134,7 @@ def refuse_unfetchable(model: ModelWheel) -> None:
 def _disk(folder: Path, advice: str) -> Iterator[None]:
     from safetensors import SafetensorError
 
-    from ctcgrpo.run_folder import disk_problem
+    from ctcgrpo.files import disk_problem
 
     try:
         yield

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any, get_origin
 
 from ctcgrpo.errors import RecipeError
+from ctcgrpo.experiments.spec import Sweep
 from ctcgrpo.factory.config import FactoryConfig
 from ctcgrpo.naming import did_you_mean, nearest
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.sections import Section, section_type
 from ctcgrpo.simulator.config import SimulatorConfig
-from ctcgrpo.study.spec import Study
-from ctcgrpo.sweep.spec import Sweep
 
 RECIPE = "recipe"
 FILES: Mapping[str, tuple[type[Section], str]] = {
@@ -25,7 +24,6 @@ FILES: Mapping[str, tuple[type[Section], str]] = {
     "simulator-config": (SimulatorConfig, "configs/simulator/*.yaml"),
     "factory-config": (FactoryConfig, "configs/factory/*.yaml"),
     "sweep": (Sweep, "configs/sweeps/*.yaml"),
-    "study": (Study, "configs/studies/*.yaml"),
 }
 """By the name that `ctcgrpo fields` takes: the section that a whole file is, and where such files are."""
 

@@ -243,7 +243,7 @@ GROUPS: Mapping[str, Sequence[Metric]] = {
         ),
         Metric(
             "memory/peak_gib",
-            "largest GPU memory of the main process since the last update, in GiB; CUDA only",
+            "largest GPU memory of the main process in the update, in GiB, without that of a vLLM asleep beside it; CUDA only",
             "some GiB below the card's memory",
             "if near it, lower training.tokens_per_row, or set training.gradient_checkpointing=true",
         ),

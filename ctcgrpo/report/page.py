@@ -9,7 +9,7 @@ import base64
 import gzip
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ import numpy as np
 
 from ctcgrpo import __version__
 from ctcgrpo.intervals import interval
+from ctcgrpo.recipe import OwnEnvironment
 from ctcgrpo.records import SCENES
 from ctcgrpo.report.reading import Run, Trace, credit_of
 from ctcgrpo.run_records import numbers_by_turn
 from ctcgrpo.simulator.about import described
+from ctcgrpo.types import NO_TAG
 from ctcgrpo.validation import Validation, improvement
 
 MOST_BYTES = 20_000_000
@@ -31,6 +33,9 @@ _BINS = np.linspace(-3, 3, 25)
 _PHASES = 3
 """Training in so many parts, to see states and credit change."""
 _TIMES = ("seconds/rollout", "seconds/update")
+_WORDS = {"task": "scenario", "tag": "scene", "range": ", in −1 to +1"}
+"""What the page calls tasks and tags, and where scores lie."""
+_WORDS_OF_TASKS = {"task": "task", "tag": "tag", "range": ""}
 
 
 def write_report(run: Run, file: Path, trials: Sequence[Mapping[str, Any]] = ()) -> dict[str, int]:
@@ -43,7 +48,11 @@ def write_report(run: Run, file: Path, trials: Sequence[Mapping[str, Any]] = ())
         (files("ctcgrpo.report") / "page.html.j2").read_text(encoding="utf-8")
     )
     page = template.render(
-        name=run.name, figures=_packed({**figures, "trials": list(trials)}), episodes=packed, version=__version__
+        name=run.name,
+        figures=_packed({**figures, "trials": list(trials)}),
+        episodes=packed,
+        version=__version__,
+        words=figures["words"],
     )
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(page, encoding="utf-8")
@@ -55,6 +64,7 @@ def figures_of(run: Run) -> dict[str, Any]:
     """What the charts show."""
     trained = [e for e in run.episodes if e["kind"] == "step"]
     phases = _phases(trained)
+    tags = _ordered({e["tag"] for e in run.episodes} - {NO_TAG})
     return {
         "name": run.name,
         "finished": run.finished,
@@ -62,11 +72,13 @@ def figures_of(run: Run) -> dict[str, Any]:
         "max_steps": run.recipe.training.max_steps,
         "problems": list(run.problems),
         "facts": _facts(run),
+        "words": _WORDS if run.recipe.environment is None else _WORDS_OF_TASKS,
+        "tags": tags,
         "headline": _headline(run.validations),
         "credit_options": run.recipe.credit.model_dump(mode="json"),
         "validations": [_validation(validation) for validation in run.validations],
         "training": [
-            {"step": m["step"], "overall": m.get("outcome/all"), **{s: m.get(f"outcome/{s}") for s in SCENES}}
+            {"step": m["step"], "overall": m.get(f"outcome/{NO_TAG}"), **{tag: m.get(f"outcome/{tag}") for tag in tags}}
             for m in run.metrics
         ],
         "times": [{"step": m["step"], **{name: m.get(name) for name in _TIMES}} for m in run.metrics],
@@ -78,17 +90,27 @@ def figures_of(run: Run) -> dict[str, Any]:
 
 def _facts(run: Run) -> dict[str, str]:
     """What a reader asks first of a run whose name they do not know: in words, by what they are of."""
-    recipe, lora = run.recipe, run.recipe.policy.lora
+    recipe, lora, own = run.recipe, run.recipe.policy.lora, run.recipe.environment
     repeat = shlex.join(["ctcgrpo", "train", str(run.path / "recipe.yaml"), f"run.name={recipe.run.name}-again"])
     return {
         "model": recipe.policy.model + (f", LoRA of rank {lora.rank}" if lora else ", all weights"),
-        "simulated user": described(run.simulator),
-        "trained on": recipe.eibench_scenarios().train,
+        **({"simulated user": described(run.simulator)} if own is None else {"environment": _named(own)}),
+        "trained on": recipe.eibench_scenarios().train if own is None else own.tasks,
         "validated on": "nothing" if recipe.validation is None else recipe.validation_source(),
         "recipe": f"{recipe.run.name}, seed {recipe.run.seed}",
         "date": f"{run.written:%Y-%m-%d %H:%M} UTC" if run.written else "unknown",
         "the same again": repeat,
     }
+
+
+def _named(own: OwnEnvironment) -> str:
+    options = ", ".join(f"{name}={value!r}" for name, value in own.options.items())
+    return f"{own.factory}({options})" if options else own.factory
+
+
+def _ordered(tags: Collection[str]) -> list[str]:
+    """EIBench's scenes in their usual order, others by name."""
+    return [*(scene for scene in SCENES if scene in tags), *sorted(set(tags) - set(SCENES))]
 
 
 def _headline(validations: Sequence[Validation]) -> dict[str, Any] | None:
@@ -104,7 +126,8 @@ def _validation(validation: Validation) -> dict[str, Any]:
     of_scene: dict[str, list[float]] = {}
     for name, mean in validation.by_scenario.items():
         of_scene.setdefault("overall", []).append(mean)
-        of_scene.setdefault(validation.scenes.get(name, "?"), []).append(mean)
+        if (tag := validation.scenes.get(name, "?")) != NO_TAG:
+            of_scene.setdefault(tag, []).append(mean)
     found = {
         name: {"mean": sum(values) / len(values), "ci95": list(interval(values)), "n": len(values)}
         for name, values in of_scene.items()

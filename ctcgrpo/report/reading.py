@@ -52,7 +52,7 @@ class Run:
 
 
 class Trial(TypedDict):
-    """A row of a sweep's table, as `sweep/table.py` makes it."""
+    """A row of a sweep's table, as `experiments/table.py` makes it."""
 
     trial: str
     params: dict[str, Any]

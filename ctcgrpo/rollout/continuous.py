@@ -58,6 +58,11 @@ class Batcher(ABC):
     @abstractmethod
     def rest(self) -> None: ...
 
+    @property
+    def sleeping_bytes(self) -> int:
+        """As `PolicyEngine.sleeping_bytes`."""
+        return 0
+
     @abstractmethod
     def close(self) -> None: ...
 
@@ -99,6 +104,10 @@ class ContinuousEngine(PolicyEngine):
         self._until_idle()
         self._batcher.rest()
         self._awake = False
+
+    @property
+    def sleeping_bytes(self) -> int:
+        return self._batcher.sleeping_bytes
 
     def close(self) -> None:
         if not self._closed:

@@ -51,6 +51,11 @@ class PolicyEngine(ABC):
     def rest(self) -> None:  # noqa: B027 - an engine without memory of its own has nothing to give back
         """Nothing is asked for until `take_weights` comes again: leave the memory to the update."""
 
+    @property
+    def sleeping_bytes(self) -> int:
+        """GPU memory that PyTorch counts as allocated, and that nothing stands behind while the engine rests."""
+        return 0
+
     def close(self) -> None:  # noqa: B027
         """The run is over; called once more does no harm."""
 

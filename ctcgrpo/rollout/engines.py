@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,15 +12,17 @@ from ctcgrpo.config import CTCGRPOConfig
 from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import PolicyEngine
 from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
-from ctcgrpo.rollout.vllm_adapter import ColocatedVllm, ServerWeights
+from ctcgrpo.rollout.vllm_adapter import ColocatedVllm
 from ctcgrpo.rollout.vllm_server import VllmServerEngine
+from ctcgrpo.rollout.vllm_weights import ServerWeights
+from ctcgrpo.types import TurnSample
 
 if TYPE_CHECKING:
-    from trl import GRPOTrainer
+    from ctcgrpo.training.update import PolicyUpdate
 
 
 def make_engine(
-    trainer: GRPOTrainer,
+    trainer: PolicyUpdate,
     args: CTCGRPOConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -62,7 +64,14 @@ def make_engine(
         urls=urls,
         group_port=args.vllm_group_port,
         timeout=args.vllm_server_timeout,
+        patience=args.vllm_server_patience,
     )
+
+    def score(samples: Sequence[TurnSample]) -> list[list[float]] | None:
+        if not trainer.is_in_train:  # sharded weights run forward only as training has wrapped them
+            return None
+        return [scores.tolist() for scores in trainer.logprobs(trainer.model_wrapped, samples, packed=False)]
+
     return VllmServerEngine(
         urls,
         weights=weights,
@@ -70,10 +79,13 @@ def make_engine(
         max_length=length,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
-        barrier=accelerator.wait_for_everyone,
         run=f"{args.run_name or args.output_dir}/{args.seed}",
         timeout=args.vllm_server_timeout,
         patience=args.vllm_server_patience,
+        score=score,
+        vocabulary=len(tokenizer),
+        temperature=args.temperature,
+        check_every=args.vllm_server_check_every,
     )
 
 

@@ -269,7 +269,7 @@ class _Player:
     def cut(self) -> None:
         """The deadline has passed."""
         if not self.over:
-            self._fail(DeadlinePassed(f"rollout.deadline of {self._runner.play.deadline:g} s has passed"))
+            self._fail(DeadlinePassed(f"the deadline of {self._runner.play.deadline:g} s has passed"))
 
     async def close(self) -> None:
         """Once the environment is closed: now, or since the episode is over."""

@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 
 from ctcgrpo.errors import CtcGrpoError, EnvironmentFailed
+from ctcgrpo.importing import blame
 from ctcgrpo.options import RolloutOptions
 from ctcgrpo.types import Environment, Info, Message, Step
 
@@ -88,13 +89,16 @@ class Session:
 
     async def close(self) -> None:
         """Close what was made. The first call does, and never raises: the episode is over, and what it came to counts."""
-        environment, self._environment = self._environment, None
-        if environment is None:
-            return
         try:
-            await self._call("close", environment.close, limit=min(self._limit, _CLOSE_SECONDS))
+            await self.close_or_fail()
         except CtcGrpoError as error:
             _log.warning("episode %s: %s", self._name, error)
+
+    async def close_or_fail(self) -> None:
+        """The same, with what `close` raised as EnvironmentFailed."""
+        environment, self._environment = self._environment, None
+        if environment is not None:
+            await self._call("close", environment.close, limit=min(self._limit, _CLOSE_SECONDS))
 
     def _made(self) -> Environment:
         assert self._environment is not None, "reset comes first"
@@ -130,7 +134,7 @@ def _blamed(what: str) -> Iterator[None]:
             raise
         raise EnvironmentFailed(f"{what} raised CancelledError, and nobody cancelled it") from error
     except (Exception, SystemExit) as error:
-        raise EnvironmentFailed(f"{what} raised {type(error).__name__}: {error}") from error
+        raise EnvironmentFailed(f"{what} raised {blame(error)}") from error
 
 
 async def _in_thread(call: Callable[[], Any]) -> Any:

@@ -1,4 +1,5 @@
-"""Everything that this project takes from inside vLLM, and from TRL's bridge to it; nothing else imports their private parts.
+"""Everything that this project takes from inside vLLM, and from TRL's bridge to it, but for what `vllm_weights.py` takes; nothing
+else imports their private parts.
 
 TRL builds the colocated engine and walks over the policy's parameters (DeepSpeed's and FSDP's shards gathered, LoRA merged). Its
 own `generate` is not used: it puts the engine to sleep and pushes the weights at every call, and hangs when processes have
@@ -18,13 +19,9 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ctcgrpo.errors import PolicyEngineError, PolicyError
-from ctcgrpo.proxies import settle_environment
 from ctcgrpo.rollout.continuous import Batcher, Finished
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.types import Completion
-
-_CHUNK_BYTES = 512 * 2**20
-"""How much of the policy is gathered before it is sent on to the servers."""
 
 
 class ColocatedVllm(Batcher):
@@ -52,7 +49,8 @@ class ColocatedVllm(Batcher):
         self._sleeps = self._device.type == "cuda"
         if self._device.type == "cpu":
             _keep_weights_on_cpu()
-        self._generation = _generation(
+        threads = torch.get_num_threads()
+        self._generation = vllm_generation(
             policy(),
             accelerator,
             tokenizer,
@@ -63,6 +61,9 @@ class ColocatedVllm(Batcher):
             enable_sleep_mode=self._sleeps,
         )
         set_seed(seed)  # vLLM has set it otherwise
+        self._threads = threads, torch.get_num_threads()
+        """Of the update (an optimizer on the CPU uses all), and those that vLLM has compiled for."""
+        self._use_threads(0)
         self._engine = self._generation.llm.llm_engine
         require(self._generation.llm, "wake_up", "sleep", "reset_prefix_cache")
         require(
@@ -125,6 +126,7 @@ class ColocatedVllm(Batcher):
         vLLM would take the weights and go on with keys and values of the old ones, and say nothing."""
         if self._engine.has_unfinished_requests():
             raise PolicyEngineError(f"{self.under_way} requests are under way; weights cannot change beneath them")
+        self._use_threads(1)
         self._generation.model = self._policy()  # FSDP puts another in its place once training begins
         self._generation.sync_weights()
         if self._sleeps:
@@ -136,94 +138,30 @@ class ColocatedVllm(Batcher):
         """Ends vLLM, and with it the processes' groups: after it they have nothing more to say to each other."""
         self._engine.engine_core.shutdown()
 
+    @property
+    def sleeping_bytes(self) -> int:
+        """vLLM unmaps its weights, keys and values, and PyTorch goes on counting them."""
+        if not self._sleeps or not self._generation._llm_weights_sleeping:
+            return 0
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        require(CuMemAllocator, "get_instance", "get_current_usage")
+        return int(CuMemAllocator.get_instance().get_current_usage())
+
+    def _use_threads(self, which: int) -> None:
+        if self._device.type == "cuda" and torch.get_num_threads() != self._threads[which]:
+            torch.set_num_threads(self._threads[which])
+
     def rest(self) -> None:
+        self._use_threads(0)
         if self._sleeps and not self._generation._llm_weights_sleeping:
             self._generation.llm.sleep(level=2)
             self._generation._llm_weights_sleeping = True
 
 
-class ServerWeights:
-    """Hands the policy's weights to plain vLLM servers over NCCL: one walk over the parameters for all of them.
-
-    The servers run with --weight-transfer-config '{"backend":"nccl"}' and VLLM_SERVER_DEV_MODE=1. Only the main process talks
-    to them; all take part in the walk.
-    """
-
-    def __init__(
-        self,
-        policy: Callable[[], Any],
-        accelerator: Accelerator,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        urls: Sequence[str],
-        group_port: int,
-        timeout: float,
-    ) -> None:
-        """Connects to every server; the k-th takes `group_port` + k. Raises PolicyEngineError for one that cannot be reached, or
-        was started otherwise."""
-        self._policy = policy
-        self._accelerator = accelerator
-        self._urls = tuple(map(base_url, urls))
-        settle_environment(*self._urls)  # for TRL's client
-        self._generation = _generation(
-            policy(),
-            accelerator,
-            tokenizer,
-            mode="server",
-            server_base_url=self._urls[0],
-            group_port=group_port,
-            server_timeout=timeout,
-        )
-        self._clients: list[Any] = []
-        if accelerator.is_main_process:
-            from trl.generation.vllm_client import VLLMClient
-
-            self._clients = [self._generation.vllm_client]
-            for k, url in enumerate(self._urls[1:], 1):
-                with _as_engine_error(f"server {url}"):
-                    client = VLLMClient(base_url=url, group_port=group_port + k, connection_timeout=timeout)
-                    client.init_communicator(device=accelerator.device)
-                self._clients.append(client)
-            for client in self._clients:
-                require(client, "weight_update", "update_named_params", "reset_prefix_cache")
-
-    def send(self) -> None:
-        """All parameters to all servers; their prefix caches forget what the old ones made. Collective."""
-        self._generation.model = self._policy()
-        with contextlib.ExitStack() as stack, _as_engine_error("handing weights to the vLLM servers"):
-            for client in self._clients:
-                stack.enter_context(client.weight_update())
-            for chunk in chunks(
-                self._generation._iter_named_params(), keep=self._accelerator.is_main_process, size=_CHUNK_BYTES
-            ):
-                named = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in chunk]
-                for client in self._clients:
-                    client.update_named_params(named, iter(chunk))
-        with _as_engine_error("handing weights to the vLLM servers"):
-            for client in self._clients:
-                client.reset_prefix_cache()
-
-
 def base_url(url: str) -> str:
     """A server's address without the /v1 that other clients want."""
     return url.rstrip("/").removesuffix("/v1")
-
-
-def chunks(named: Iterator[tuple[str, torch.Tensor]], *, keep: bool, size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Parameters in lists of some `size` bytes, copied, since a gathered one is gone with the next. Without `keep` it only
-    walks along, and gives nothing: gathering takes all processes."""
-    chunk: list[tuple[str, torch.Tensor]] = []
-    held = 0
-    for name, tensor in named:
-        if not keep:
-            continue
-        chunk.append((name, tensor.detach().clone()))
-        held += tensor.numel() * tensor.element_size()
-        if held >= size:
-            yield chunk
-            chunk, held = [], 0
-    if chunk:
-        yield chunk
 
 
 def room(prompt_ids: Sequence[int], sampling: Sampling, max_length: int) -> int:
@@ -254,12 +192,12 @@ def require(part: Any, *attributes: str) -> None:
         )
 
 
-def _generation(model: Any, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+def vllm_generation(model: Any, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
     if importlib.util.find_spec("vllm") is None:
         raise PolicyError("rollout.engine asks for vLLM, which is not installed here: pip install 'ctcgrpo[vllm]'")
     from trl.generation.vllm_generation import VLLMGeneration
 
-    with _as_engine_error(
+    with as_engine_error(
         "vLLM could not be started" if options["mode"] == "colocate" else f"server {options['server_base_url']}"
     ):
         generation = VLLMGeneration(model, accelerator, tokenizer, **options)
@@ -280,7 +218,7 @@ def _keep_weights_on_cpu() -> None:
 
 
 @contextlib.contextmanager
-def _as_engine_error(doing: str) -> Iterator[None]:
+def as_engine_error(doing: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:

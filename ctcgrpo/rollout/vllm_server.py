@@ -12,24 +12,28 @@ import random
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Protocol, Self
 
 import aiohttp
+from accelerate.utils import gather_object
 
 from ctcgrpo.errors import PolicyEngineError
+from ctcgrpo.processes import together
 from ctcgrpo.proxies import open_url, proxy_of, through_proxy
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
 from ctcgrpo.rollout.vllm_adapter import base_url, completion, room
+from ctcgrpo.rollout.weight_check import Score, check_weights
 from ctcgrpo.types import Completion
 
 _ADMIN_SECONDS = 60.0
+_FORGETTING_SECONDS = 30.0
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class Weights(Protocol):
-    """Hands the trained policy's weights to the servers."""
+    """Hands the trained policy's weights to the servers. Raises PolicyEngineError on all processes together."""
 
     def send(self) -> None: ...
 
@@ -44,14 +48,19 @@ class VllmServerEngine(PolicyEngine):
         max_length: int,
         process: int = 0,
         processes: int = 1,
-        barrier: Callable[[], None] = lambda: None,
         run: str = "",
         timeout: float = 600.0,
         patience: float = 120.0,
         backoff: float = 1.0,
+        score: Score | None = None,
+        vocabulary: int = 0,
+        temperature: float = 1.0,
+        check_every: int = 0,
     ) -> None:
-        """`max_length`: tokens of a prompt and its completion; `barrier` waits for all processes; `run` names the weights'
-        versions; `timeout` seconds a request; `patience` seconds that a request is repeated for where a server does not answer."""
+        """`max_length`: tokens of a prompt and its completion; `run` names the weights' versions; `timeout` seconds a request;
+        `patience` seconds that a request is repeated for where a server does not answer. With `score`, which knows `vocabulary`
+        tokens and scores at `temperature`, the servers' log-probabilities are compared with the trainer's after the first
+        transfer, and after every `check_every`-th (0: none)."""
         self._urls = tuple(map(base_url, urls))
         self._proxies = {url: proxy_of(url) for url in self._urls}
         self._is_main, self._run = process == 0, run
@@ -59,7 +68,8 @@ class VllmServerEngine(PolicyEngine):
         self._weights = weights
         self._stop_ids = sorted(stop_ids)
         self._max_length = max_length
-        self._barrier = barrier
+        self._score, self._vocabulary, self._temperature = score, vocabulary, temperature
+        self._check_every, self._transfers, self._checked = check_every, 0, False
         self._timeout, self._patience, self._backoff = timeout, patience, backoff
         self._random = random.Random()  # of its own: training's random state must not depend on retries
         self._session: aiohttp.ClientSession | None = None
@@ -69,15 +79,45 @@ class VllmServerEngine(PolicyEngine):
     def take_weights(self, version: int) -> None:
         if version == self.version:
             return
+        together(self._refuse_under_way)  # until no process asks for anything
+        self.version = None  # what a transfer leaves that fails is no version
+        self._weights.send()
+        together(lambda: self._publish(version))
+        self._transfers += 1
+        if self._score and (not self._checked or (self._check_every and self._transfers % self._check_every == 0)):
+            self._checked |= check_weights(
+                self._ask_once,
+                self._score,
+                self._urls if self._is_main else (),
+                vocabulary=self._vocabulary,
+                max_length=self._max_length,
+                temperature=self._temperature,
+                gather=gather_object,
+            )
+        self.version = version
+
+    def _refuse_under_way(self) -> None:
         if self._under_way:
             raise PolicyEngineError(f"{self._under_way} requests are under way; weights cannot change beneath them")
-        self._barrier()  # until no process asks for anything
-        self._weights.send()
-        if self._is_main:
-            for url in self._urls:
-                _admin(f"{url}/update_weight_version", {"new_version": self._name(version)})
-        self._barrier()  # until all servers have all of it
-        self.version = version
+
+    def _publish(self, version: int) -> None:
+        """The servers forget the keys and values of the old weights, and learn the new ones' name."""
+        for url in self._urls if self._is_main else ():
+            self._forget(url)
+            _admin(f"{url}/update_weight_version", {"new_version": self._name(version)})
+
+    def _forget(self, url: str) -> None:
+        """vLLM keeps its prefix cache while blocks of it are in use, as those of cancelled requests are for a moment. Since 0.26 it
+        says whether it did; before, it answered with nothing."""
+        seconds = min(self._patience, _FORGETTING_SECONDS)
+        end = time.monotonic() + seconds
+        while _admin(f"{url}/reset_prefix_cache", {}).get("success", True) is False:
+            if time.monotonic() >= end:
+                raise PolicyEngineError(
+                    f"{url}/reset_prefix_cache answered success = false for {seconds:g} s: it keeps keys and values of the old "
+                    "weights, since somebody's requests still use them; let no other client use the server"
+                )
+            time.sleep(min(self._backoff, seconds / 10))
 
     def confirm(self) -> None:
         """A server that was restarted meanwhile would have gone on with the weights of its disk."""
@@ -107,7 +147,21 @@ class VllmServerEngine(PolicyEngine):
         if self.version is None:
             raise PolicyEngineError("the engine was asked before it had the policy's weights")
         url = self._mine[seed % len(self._mine)]
-        body = {
+        self._under_way += 1
+        try:
+            answer = await self._ask(url, self._body(prompt_ids, seed, sampling))
+        finally:
+            self._under_way -= 1
+        return _completion(url, answer, sampling)
+
+    def _ask_once(self, url: str, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        """As `generate`, outside an event loop, and past ends of turns."""
+        model = _admin(f"{url}/v1/models")["data"][0]["id"]
+        body = {"model": model, **self._body(prompt_ids, 0, sampling), "stop_token_ids": [], "ignore_eos": True}
+        return _completion(url, _admin(f"{url}/v1/completions", body), sampling)
+
+    def _body(self, prompt_ids: Sequence[int], seed: int, sampling: Sampling) -> dict[str, Any]:
+        return {
             "prompt": list(prompt_ids),
             "seed": seed % 2**63,
             "max_tokens": room(prompt_ids, sampling, self._max_length),
@@ -122,17 +176,6 @@ class VllmServerEngine(PolicyEngine):
             "return_token_ids": True,
             "skip_special_tokens": False,
         }
-        self._under_way += 1
-        try:
-            answer = await self._ask(url, body)
-        finally:
-            self._under_way -= 1
-        try:
-            choice = answer["choices"][0]
-            ids, logprobs, reason = choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"]
-        except (KeyError, IndexError, TypeError) as error:
-            raise PolicyEngineError(f"{url}: no completion with token ids and log-probabilities in its answer") from error
-        return completion(ids, logprobs, reason, sampling)
 
     async def _ask(self, url: str, body: dict[str, Any]) -> Any:
         """Repeats what a restart or a busy server can explain; the same seed gives the same answer."""
@@ -171,13 +214,23 @@ class VllmServerEngine(PolicyEngine):
         return self._models[url]
 
 
-def _admin(url: str, body: dict[str, str] | None = None) -> dict[str, Any]:
-    """Asks one of vLLM's development endpoints, which are there with VLLM_SERVER_DEV_MODE=1."""
+def _completion(url: str, answer: Any, sampling: Sampling) -> Completion:
+    try:
+        choice = answer["choices"][0]
+        ids, logprobs, reason = choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise PolicyEngineError(f"{url}: no completion with token ids and log-probabilities in its answer") from error
+    return completion(ids, logprobs, reason, sampling)
+
+
+def _admin(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A request by the main process, between batches of rollouts; most are for vLLM's development endpoints, which are there with
+    VLLM_SERVER_DEV_MODE=1. An empty answer is {}."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
         with open_url(request, timeout=_ADMIN_SECONDS) as response:
-            answer: dict[str, Any] = json.load(response)
+            answer: dict[str, Any] = json.loads(response.read() or b"{}")
             return answer
     except (OSError, ValueError) as error:
         said = ""

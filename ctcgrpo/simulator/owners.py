@@ -1,6 +1,7 @@
 """Which of the processes that share a folder are alive, also across containers of one machine.
 
-Each process locks a file of its own. The kernel releases the lock when the process ends, however it ends.
+Each process locks a file of its own. The kernel releases the lock when the process ends, however it ends. The library filelock
+has exclusive locks of this kind only: two processes that look at the same moment would each take the other for the owner.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Checkpoints that count once they are complete, and resuming from the newest of them."""
+"""Checkpoints that count once they are complete, resuming from the newest of them, and what is pushed to the Hub."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ctcgrpo.checkpoint_pickles import weights_only
 from ctcgrpo.errors import OutputError
 from ctcgrpo.files import checkpoints, is_complete, mark_complete
+from ctcgrpo.policy.builtin import is_builtin, wheel_of
 from ctcgrpo.processes import on_main
 from ctcgrpo.training.update import PolicyUpdate
 
@@ -21,6 +22,12 @@ from ctcgrpo.training.update import PolicyUpdate
 class CheckpointedUpdate(PolicyUpdate):
     """A checkpoint is complete once every process has written its files and the marker COMPLETE is there. `save_total_limit` counts
     complete ones; `train(resume_from_checkpoint=True)` takes the newest complete one."""
+
+    _tag_names = ("trl", "grpo", "ctcgrpo")
+    _name = "CTC-GRPO"
+    _paper: Mapping[str, str] = {"title": "the EIBench paper", "id": "2606.15532"}
+    base_model: str
+    """The name of the model that training starts from, as it was given."""
 
     def state_of_run(self) -> Mapping[str, str]:
         """What a resumed run needs beyond the policy and its optimizer: texts by the name of their file."""
@@ -50,20 +57,24 @@ class CheckpointedUpdate(PolicyUpdate):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.refuse_nonfinite_weights()
         state = self.state_of_run()  # on all processes: what fails here fails on all of them
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # transformers would remove others before
+        # transformers would remove other checkpoints, and push this one, before it is complete
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        push, self.args.push_to_hub = self.args.push_to_hub, False
         try:
             with self._without_card():
                 super()._save_checkpoint(model, trial)
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit, self.args.push_to_hub = limit, push
         self.accelerator.wait_for_everyone()
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.accelerator.is_main_process:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             for name, text in state.items():
                 (folder / name).write_text(text, encoding="utf-8")
             mark_complete(folder)
             self._rotate()
         self.accelerator.wait_for_everyone()
+        if push:
+            self._push_from_checkpoint(str(folder))
 
     def _rotate(self) -> None:
         """Remove all but the newest complete checkpoints, once the newest is complete."""
@@ -79,8 +90,8 @@ class CheckpointedUpdate(PolicyUpdate):
 
     @contextlib.contextmanager
     def _without_card(self) -> Any:
-        """A model card is written on `push_to_hub`, not at every checkpoint."""
-        self.create_model_card = lambda *args, **kwargs: None
+        """A model card is written where something is pushed, not at every checkpoint."""
+        self.create_model_card = lambda *args, **kwargs: None  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -120,3 +131,50 @@ class CheckpointedUpdate(PolicyUpdate):
             for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             schedule._last_lr = rates
+
+    # --- the Hub ---------------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in GRPOTrainer; a base model that is not from the Hub is named as it was given."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            card = Path(self.args.output_dir, "README.md")
+            wheel = wheel_of(self.base_model)
+            local = (
+                self.base_model if is_builtin(self.base_model) else Path(self.base_model).name or "a model without a name"
+            )
+            name = f"[{wheel.hub_id}](https://huggingface.co/{wheel.hub_id})" if wheel else f"`{local}`"
+            text = card.read_text(encoding="utf-8").replace("[None](https://huggingface.co/None)", name)
+            card.write_text(text, encoding="utf-8")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in GRPOTrainer. What is pushed is in OUTPUT_DIR/hub: policy, tokenizer, card, TensorBoard's files; no dialogues."""
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=kwargs.get("token"), private=kwargs.get("private"))
+        kwargs = {"model_name": self._public_name} | kwargs
+        with self._published():
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        name = self._public_name
+        with self._published():
+            self.create_model_card(model_name=name)
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    @property
+    def _public_name(self) -> str:
+        return str(self.args.hub_model_id or Path(self.args.output_dir).absolute().name).rpartition("/")[2]
+
+    @contextlib.contextmanager
+    def _published(self) -> Iterator[None]:
+        """transformers pushes all of `args.output_dir`, where every dialogue of the run is."""
+        folder = Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            (folder / "hub").mkdir(parents=True, exist_ok=True)
+            if (folder / "runs").is_dir():
+                shutil.copytree(folder / "runs", folder / "hub" / "runs", dirs_exist_ok=True)
+        self.args.output_dir = str(folder / "hub")
+        try:
+            yield
+        finally:
+            self.args.output_dir = str(folder)

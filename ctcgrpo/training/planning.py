@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedModel
 
-from ctcgrpo.plan.memory import kept_per_token
 from ctcgrpo.training.packing import Costs, Floats, cut, dealt, distinct_tokens, packed_row, prefix_tree, row_costs
 from ctcgrpo.training.rows import Row, dummy_row, plain_rows
 from ctcgrpo.types import TurnSample
@@ -45,6 +44,12 @@ def forward_costs(model: PreTrainedModel, *, gathers: bool = False) -> Costs:
         trained=2.0 * embedding,
         path=2 * kv_heads * head_dim / kept if gathers else 0.0,
     )
+
+
+def kept_per_token(*, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int) -> int:
+    """Numbers that a layer keeps of a token for its backward pass: its input twice (residual, normed), queries, keys, values, the
+    attention's output, and the gated MLP's three wide vectors with their product."""
+    return 4 * hidden + (2 * heads + 2 * kv_heads) * head_dim + 4 * intermediate
 
 
 def plan(

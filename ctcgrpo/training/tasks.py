@@ -8,9 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ctcgrpo.types import Task
-
-_NO_TAG = "all"
+from ctcgrpo.types import NO_TAG, Task
 
 
 def tasks_of(rows: Dataset | Sequence[Task | Mapping[str, Any]], what: str) -> Sequence[Task]:
@@ -20,7 +18,7 @@ def tasks_of(rows: Dataset | Sequence[Task | Mapping[str, Any]], what: str) -> S
     Raises TypeError for rows that are no mappings, ValueError where there are none or two have one id.
     """
     if isinstance(rows, Dataset):
-        found: Sequence[Task] = _Rows(rows)
+        found: Sequence[Task] = _Rows(rows, what)
         ids = list(rows["id"]) if "id" in rows.column_names else []
     elif isinstance(rows, Sequence):
         found = [_task(row, k, what) for k, row in enumerate(rows)]
@@ -42,9 +40,9 @@ def tags_of(tasks: Sequence[Task]) -> list[str]:
 class _Rows(Sequence[Task]):
     """A data set read row by row."""
 
-    def __init__(self, rows: Dataset) -> None:
-        self._rows = rows
-        self.tags = [str(tag) for tag in rows["tag"]] if "tag" in rows.column_names else [_NO_TAG] * len(rows)
+    def __init__(self, rows: Dataset, what: str) -> None:
+        self._rows, self._what = rows, what
+        self.tags = [str(tag) for tag in rows["tag"]] if "tag" in rows.column_names else [NO_TAG] * len(rows)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -52,7 +50,7 @@ class _Rows(Sequence[Task]):
     def __getitem__(self, k: Any) -> Any:
         if isinstance(k, slice):
             return [self[i] for i in range(*k.indices(len(self)))]
-        return _task(self._rows[k], k, "train_dataset")
+        return _task(self._rows[k], k, self._what)
 
 
 def _task(row: Task | Mapping[str, Any], position: int, what: str) -> Task:
@@ -60,7 +58,7 @@ def _task(row: Task | Mapping[str, Any], position: int, what: str) -> Task:
         return row
     if not isinstance(row, Mapping):
         raise TypeError(f"{what}[{position}] is a {type(row).__name__}; expected a mapping, what Environment.reset is given")
-    return Task(str(row.get("id", position)), row, str(row.get("tag", _NO_TAG)))
+    return Task(str(row.get("id", position)), row, str(row.get("tag", NO_TAG)))
 
 
 def step_schedule(tags: Sequence[str], *, steps: int, per_step: int, seed: int | None) -> list[list[int]]:
@@ -76,8 +74,8 @@ def step_schedule(tags: Sequence[str], *, steps: int, per_step: int, seed: int |
         by_tag.setdefault(tag, []).append(position)
     if per_step % len(by_tag):
         raise ValueError(
-            f"{per_step} tasks a step for {len(by_tag)} tags ({', '.join(sorted(by_tag)[:5])}); a step plays equally many of each "
-            "tag, so it must be a multiple"
+            f"{per_step} tasks a step (per_device_train_batch_size x processes / num_generations) for {len(by_tag)} tags "
+            f"({', '.join(sorted(by_tag)[:5])}); expected a multiple of {len(by_tag)}: a step plays equally many tasks of each tag"
         )
     share = per_step // len(by_tag)
     decks = [_deal(positions, None if seed is None else random.Random(f"{seed}/{tag}")) for tag, positions in by_tag.items()]

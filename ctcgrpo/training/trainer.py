@@ -14,16 +14,15 @@ TRL and transformers keep everything else: loading, PEFT, optimizer, schedule, d
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import copy
 import math
-import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,12 +33,12 @@ from transformers import PreTrainedTokenizerBase, TrainerControl
 
 from ctcgrpo.centering import make_centering
 from ctcgrpo.config import CTCGRPOConfig
-from ctcgrpo.errors import RunPaused, TooManyFailures, too_many_failed
+from ctcgrpo.errors import PolicyEngineError, RunPaused, TooManyFailures, too_many_failed
 from ctcgrpo.policy.builtin import build_builtin, is_builtin
 from ctcgrpo.policy.chat_template import end_of_turn
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import load_tokenizer
-from ctcgrpo.processes import on_main, together
+from ctcgrpo.processes import on_main, run_coroutine, together
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.engines import make_engine
 from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot
@@ -55,7 +54,6 @@ from ctcgrpo.types import Environment, Episode, Task, TurnSample
 from ctcgrpo.validation import validation_slots
 
 PLAYING = "episodes"
-_T = TypeVar("_T")
 
 
 class CTCGRPOTrainer(CheckpointedUpdate):
@@ -67,9 +65,6 @@ class CTCGRPOTrainer(CheckpointedUpdate):
     `model`: as in `GRPOTrainer`, or a policy that this package brings (builtin/smollm2, builtin/tiny).
     `contexts`, `hooks`: for callers that make prompts or follow rollouts themselves. Everything else is as in `GRPOTrainer`.
     """
-
-    _tag_names = ("trl", "grpo", "ctcgrpo")
-    _name = "CTC-GRPO"
 
     def __init__(
         self,
@@ -87,10 +82,12 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         hooks: RolloutHooks = NO_HOOKS,
     ) -> None:
         name = model if isinstance(model, str) else model.config._name_or_path
+        self.base_model = name
         if args is None:
             args = CTCGRPOConfig(f"{name.rpartition('/')[2]}-CTC-GRPO")
         if not isinstance(args, CTCGRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; expected a CTCGRPOConfig, which holds alpha, max_turns, ...")
+        args = copy.copy(args)  # what is decided below is of this trainer
         if not callable(environment):
             raise TypeError(f"environment is {environment!r}; expected a class or a function that makes an Environment")
         try_credit(args)
@@ -100,8 +97,11 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             model = name = on_main(
                 args.distributed_state, lambda: build_builtin(model, Path(args.output_dir, "base").resolve(), args.seed)
             )
+        if processing_class is None and not name:
+            raise ValueError("the model has no name to load its tokenizer by; give it as processing_class")
         if processing_class is None:
-            processing_class = load_tokenizer(name, (args.model_init_kwargs or {}).get("revision"))
+            revision = (args.model_init_kwargs or {}).get("revision")
+            processing_class = load_tokenizer(name, revision, trust_remote_code=args.trust_remote_code)
         schedule = self._schedule(args)
         super().__init__(
             model=model,
@@ -144,14 +144,15 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         """What the trainer is at, for whoever waits for it."""
 
     def _schedule(self, args: CTCGRPOConfig) -> list[list[int]]:
-        """The tasks of each step, by position. Sets `args.max_steps`, and leaves their order to the schedule."""
+        """The tasks of each step, by position. Sets `args.max_steps`, and leaves the order to the schedule."""
         per_step, odd = divmod(args.generation_batch_size, args.num_generations)
         assert not odd  # GRPOConfig refuses that
         batches = math.ceil(args.max_steps / args.num_iterations)
         if args.max_steps <= 0:
             batches = math.ceil(args.num_train_epochs * len(self._tasks) / per_step)
             args.max_steps = batches * args.num_iterations
-        seed = None if args.shuffle_dataset is False else args.seed
+        seed = args.seed if args.data_seed is None else args.data_seed
+        seed = None if args.shuffle_dataset is False else seed
         args.shuffle_dataset = False
         return step_schedule(tags_of(self._tasks), steps=batches, per_step=per_step, seed=seed)
 
@@ -161,9 +162,33 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         return ContextBuilder(
             tokenizer,
             stop_ids=ends,
-            max_prompt_tokens=self.args.max_prompt_length,
+            max_prompt_tokens=self._max_prompt_tokens(),
             reasoning=self.args.reasoning_context,
             template_kwargs=kwargs,
+        )
+
+    def _max_prompt_tokens(self) -> int:
+        """`max_prompt_length`, or less where the model has no positions for that and a completion."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        if self.args.max_completion_length >= positions:
+            length = self.args.max_completion_length
+            raise ValueError(f"max_completion_length = {length}; expected less than the {positions} positions of the model")
+        return int(min(self.args.max_prompt_length, positions - self.args.max_completion_length))
+
+    # --- the whole run ---------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in GRPOTrainer. Raises TooManyFailures and TrainingDiverged, and KeyboardInterrupt on Ctrl-C; the last
+        checkpoint stays."""
+        try:
+            self.engine.version = None  # somebody may have changed the weights
+            return super().train(*args, **kwargs)
+        finally:
+            self.engine.version = None  # the best ones may have been loaded, under the number of the last
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            "CTCGRPOTrainer.predict: episodes have no labels; evaluate(eval_dataset) plays them and gives their metrics"
         )
 
     # --- one optimizer step --------------------------------------------------------------------------------------------
@@ -176,12 +201,15 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             self._hooks.before_rollouts(self.rollout_step)
             self._updates = self._new_batch(inputs)
             self.phase = f"{'the update' if updates == 1 else f'the {updates} updates'} of step {self.rollout_step + 1}"
+        on_gpu = self.accelerator.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         loss = self.update(model, self._updates[update])
         self._log_number("seconds/update", time.perf_counter() - started)
-        if self.accelerator.device.type == "cuda":  # to hold against what `ctcgrpo check` computed
-            self._log_number("memory/peak_gib", torch.cuda.max_memory_allocated() / 2**30)
-            torch.cuda.reset_peak_memory_stats()
+        if on_gpu:  # to hold against what `ctcgrpo check` computed
+            peak = torch.cuda.max_memory_allocated() - self.engine.sleeping_bytes
+            self._log_number("memory/peak_gib", peak / 2**30)
         if update == updates - 1:
             self._updates = []
             asked = bool(self._sum_over_processes([float(self._hooks.interrupted())])[0])
@@ -249,6 +277,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             write(episode)
             self._hooks.episode(episode)
 
+        self._refuse_sharded_sampling()
         before, self.phase = self.phase, "handing the policy's weights to the engine"
         together(lambda: self.engine.take_weights(self.state.global_step))
         self.phase = PLAYING
@@ -256,7 +285,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         pause: RunPaused | None = None
         try:
             runner = self.runner if play is None else self.runner.with_play(play)
-            episodes = _run(runner.run(slots, on_episode))
+            episodes = run_coroutine(runner.run(slots, on_episode))
         except RunPaused as error:
             pause = error
         finally:
@@ -266,6 +295,14 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             raise type(first)(str(first))
         together(self.engine.confirm)
         return episodes
+
+    def _refuse_sharded_sampling(self) -> None:
+        plugin = self.accelerator.state.deepspeed_plugin
+        sharded = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+        if sharded and not self.args.use_vllm:
+            raise PolicyEngineError(
+                "ZeRO-3 and FSDP shard the weights that transformers would sample from; set use_vllm=True"
+            )
 
     def _trace_file(self, name: str) -> Path:
         traces = Path(self.args.output_dir, "traces")
@@ -296,7 +333,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             example = next((f"; first here: {e.name}: {e.failure.message}" for e in episodes if e.failure), "")
             raise TooManyFailures(
                 f"step {self.rollout_step + 1}: {len(failed)} of {len(summaries)} episodes failed ({kinds}), "
-                f"and rollout.max_failed is {self.args.max_failed}{example}"
+                f"and max_failed is {self.args.max_failed}{example}"
             )
 
     # --- evaluation --------------------------------------------------------------------------------------------------------
@@ -315,10 +352,11 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         mine = slots[self.accelerator.process_index :: self.accelerator.num_processes]
         training = self.model.training
         episodes = self.play(mine, f"{metric_key_prefix}-{step:06d}", replace(self.runner.play, deadline=None))
-        self.model.train(training)
         summaries = gather_object([summarise(e, self.args) for e in episodes])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in rollout_metrics(summaries, None).items()}
+        self.model.eval()  # TRL logs what training has gathered since its last log otherwise
         self.log(metrics)
+        self.model.train(training)
         control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.control: TrainerControl = control
         return metrics
@@ -335,26 +373,3 @@ class CTCGRPOTrainer(CheckpointedUpdate):
 
 def _key(prompt_ids: ArrayLike, completion_ids: ArrayLike) -> tuple[bytes, bytes]:
     return np.asarray(prompt_ids, np.int32).tobytes(), np.asarray(completion_ids, np.int32).tobytes()
-
-
-def _run(work: Coroutine[Any, Any, _T]) -> _T:
-    """What comes of a coroutine; in a thread of its own where this one has an event loop already, as a notebook's has."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    result: list[_T] = []
-    problem: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(asyncio.run(work))
-        except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
-            problem.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if problem:
-        raise problem[0]
-    return result[0]

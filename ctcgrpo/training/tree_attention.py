@@ -47,11 +47,11 @@ def how_to_attend(packing: Packing, device: torch.device, *, half: bool) -> Tree
     suits = hopper and half and importlib.util.find_spec("kernels") is not None
     if packing == "flash3" and not suits:
         raise RecipeError(
-            "training.packing is 'flash3', which needs a Hopper GPU, 16-bit compute and the package kernels; "
+            "packing is 'flash3', which needs a Hopper GPU, 16-bit compute and the package kernels; "
             "use auto, flex or segments"
         )
     if packing == "flex" and device.type != "cuda":
-        raise RecipeError(f"training.packing is 'flex', which cannot be trained on {device.type}; use auto or segments")
+        raise RecipeError(f"packing is 'flex', which cannot be trained on {device.type}; use auto or segments")
     if packing == "flash3" or (packing == "auto" and suits):
         _fetch_kernel()
         return "flash3"
@@ -67,7 +67,7 @@ def _fetch_kernel() -> None:
         packing._flash_attn()
     except Exception as error:  # the hub's own kinds are many
         raise RecipeError(
-            f"TRL's tree attention cannot load its kernel ({type(error).__name__}: {error}); set training.packing=flex"
+            f"TRL's tree attention cannot load its kernel ({type(error).__name__}: {error}); set packing to 'flex'"
         ) from error
 
 

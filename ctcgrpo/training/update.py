@@ -115,7 +115,7 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
             None
             if all(bool(torch.isfinite(t.loss)) for t in totals)
             else f"step {self.rollout_step + 1}: the loss is not finite",
-            "log-probabilities overflow: lower training.learning_rate, or compute in float32 (training.bf16=false)",
+            "log-probabilities overflow: lower learning_rate, or compute in float32 (bf16=False)",
         )
 
     def _refuse_nonfinite_gradients(self, model: torch.nn.Module) -> None:
@@ -127,17 +127,17 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
             name = nonfinite_gradient(model)
         self._refuse(
             name and f"step {self.rollout_step + 1}: gradients are not finite ({name})",
-            "the backward pass overflows: lower training.learning_rate, or compute in float32 (training.bf16=false)",
+            "the backward pass overflows: lower learning_rate, or compute in float32 (bf16=False)",
         )
 
     def refuse_nonfinite_weights(self) -> None:
         """Raises TrainingDiverged on all processes where the policy holds NaN or infinite weights on any: nothing may be sampled
         from it, and no checkpoint made of it."""
         name = nonfinite_weight(self.accelerator.unwrap_model(self.model))
-        clipping = f"set training.max_grad_norm (it is {self.args.max_grad_norm:g}; 1 is usual)"
+        clipping = f"set max_grad_norm (it is {self.args.max_grad_norm:g}; 1 is usual)"
         self._refuse(
             name and f"after the optimizer step of step {self._last_step} the policy's weights are not finite ({name})",
-            f"training.learning_rate = {self.args.learning_rate:g} is too high: lower it, or {clipping}",
+            f"learning_rate = {self.args.learning_rate:g} is too high: lower it, or {clipping}",
         )
 
     @property
@@ -263,8 +263,8 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
         if not mean <= bound:
             name = type(self.accelerator.unwrap_model(self.model)).__name__
             raise PolicyError(
-                f"{name}: log-probabilities in rows of shared prefixes (training.packing={self.args.packing}, {self._how}) are "
-                f"{mean:.3g} nats off the plain ones on the mean, beyond {bound:.2g}; set training.packing=none"
+                f"{name}: log-probabilities in rows of shared prefixes (packing = {self.args.packing!r}, {self._how}) are "
+                f"{mean:.3g} nats off the plain ones on the mean, beyond {bound:.2g}; set packing to 'none'"
             )
 
     # --- metrics ---------------------------------------------------------------------------------------------------------

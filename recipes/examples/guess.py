@@ -1,56 +1,65 @@
-"""An environment of one's own, without a user or a server: guess a letter, told each time whether it comes earlier or later.
+"""An environment of one's own, without a user or a server: guess what two words of an unknown language mean.
 
-    python recipes/examples/guess.py                         # trains from this script
+    python recipes/examples/guess.py                         # trains from this script, in about a minute on a CPU
     accelerate launch recipes/examples/guess.yaml            # the same, as a recipe
 
-A turn earns by how much closer its guess is than the one before, so an episode earns the closeness of its last guess.
+The environment says "dax" and "wug", four words an episode. "dax" asks for a long reply, "wug" for a short one; nobody tells the
+policy, which begins with random weights. A turn earns 0.25 where its reply fits, so an episode earns up to 1. What a turn earns is
+its own doing, which the turn term of the credit knows (alpha 10); with alpha 0 every turn is credited with the whole episode.
 """
+
+from itertools import product
 
 from ctcgrpo import CTCGRPOConfig, CTCGRPOTrainer, Environment, Step
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TASKS = [{"words": list(words)} for words in product(("dax", "wug"), repeat=4)]
+HELD_OUT = (1, 6, 11, 12)  # each word twice at each position
 
 
 class Guess(Environment):
-    """The first letter of a reply is the guess."""
-
     async def reset(self, task, *, seed):
-        self.letter, self.closeness = LETTERS.index(task["letter"]), 0.0
-        return "Which letter?"
+        self.words = list(task["words"])
+        return self.words[0]
 
     async def step(self, reply):
-        guess = LETTERS.find(reply[:1].lower())
-        if guess < 0:
-            return Step("a letter, please", reward=0.0)
-        before, self.closeness = self.closeness, 1 - abs(guess - self.letter) / len(LETTERS)
-        hint = "earlier" if guess > self.letter else "later" if guess < self.letter else None
-        return Step(hint, reward=self.closeness - before, done=hint is None)
+        word, is_long = self.words.pop(0), len(reply.strip()) > 3
+        fits = is_long == (word == "dax")
+        return Step(
+            self.words[0] if self.words else None, reward=0.25 * fits, done=not self.words, info={"fits": float(fits)}
+        )
 
 
-def tasks():
-    return [{"letter": letter} for letter in LETTERS]
+def train_tasks():
+    return [task for k, task in enumerate(TASKS) if k not in HELD_OUT]
+
+
+def held_out_tasks():
+    return [TASKS[k] for k in HELD_OUT]
+
+
+def make_trainer(folder="checkpoints/guess", seed=0, **options):
+    args = CTCGRPOConfig(
+        folder,
+        seed=seed,
+        num_generations=8,
+        num_generations_eval=32,
+        per_device_train_batch_size=64,  # episodes: 8 tasks, each played 8 times
+        max_turns=4,
+        max_completion_length=1,
+        max_steps=40,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        bf16=False,
+        logging_steps=1,
+        save_strategy="no",
+        **{"alpha": 10.0, "entropy_coef": 0.0} | options,
+    )
+    return CTCGRPOTrainer("builtin/tiny", args, Guess, train_dataset=train_tasks(), eval_dataset=held_out_tasks())
 
 
 if __name__ == "__main__":
-    trainer = CTCGRPOTrainer(
-        model="builtin/tiny",
-        args=CTCGRPOConfig(
-            "checkpoints/guess",
-            alpha=3.0,
-            num_generations=8,
-            per_device_train_batch_size=64,
-            max_turns=4,
-            max_completion_length=1,
-            max_steps=60,
-            learning_rate=3e-3,
-            bf16=False,
-            save_strategy="no",
-        ),
-        environment=Guess,
-        train_dataset=tasks(),
-        eval_dataset=tasks(),
-    )
-    before = trainer.evaluate()
+    trainer = make_trainer()
+    before = trainer.evaluate()["eval_outcome/all"]
     trainer.train()
-    after = trainer.evaluate()
-    print("closeness of the best guess before and after:", before["eval_outcome/all"], after["eval_outcome/all"])
+    after = trainer.evaluate()["eval_outcome/all"]
+    print(f"share of replies that fit, in episodes that were not trained on: {before:.2f} before, {after:.2f} after")

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from ctcgrpo.environments.eibench import opening_messages
 from ctcgrpo.errors import CtcGrpoError
+from ctcgrpo.experiments.spec import load_sweep
 from ctcgrpo.export import model_card
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.persona import Briefing
@@ -17,7 +18,6 @@ from ctcgrpo.recipe import load_recipe
 from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.config import load_simulator_config
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts, quoted
-from ctcgrpo.sweep.spec import load_sweep
 from tests.attacks.suite import Tries, attack
 from tests.conftest import ROOT
 from tests.unit.test_simulator_prompts import request

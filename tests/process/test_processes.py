@@ -93,6 +93,32 @@ def test_two_processes_are_the_same_as_one(
         assert a == pytest.approx(b, abs=1e-5)
 
 
+@pytest.fixture(scope="module")
+def one_in_bfloat16(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> sameness.Outcome:
+    return launched_in_bfloat16(tiny, tmp_path_factory.mktemp("one"), "zero2", 1)[0]
+
+
+def launched_in_bfloat16(tiny: Path, folder: Path, backend: str, processes: int) -> list[sameness.Outcome]:
+    command = [*TORCHRUN, "-m", "tests.sameness", str(folder / "out"), str(tiny), "--backend", backend, "--bf16"]
+    command[command.index("--nproc_per_node") + 1] = str(processes)
+    done = subprocess.run(command, cwd=ROOT, env=SHARDED, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    files = [folder / f"out.rank{rank}.pt" for rank in range(processes)]
+    return [sameness.Outcome(**torch.load(file, weights_only=False)) for file in files]
+
+
+@pytest.mark.parametrize("backend", ["zero2", "zero3"])
+def test_gradients_are_summed_over_processes_in_float32(
+    one_in_bfloat16: sameness.Outcome, backend: str, tiny: Path, tmp_path: Path
+) -> None:
+    """With bfloat16 compute the rows are the same to the last bit, on one process or two, and so the sums must be. Summed in
+    bfloat16 they are 3e-3 apart."""
+    for part in launched_in_bfloat16(tiny, tmp_path, backend, 2):
+        assert part.processes == 2 and one_in_bfloat16.rows == 2 * part.rows
+        apart = sameness.difference(one_in_bfloat16, part)
+        assert apart["gradients"] < 1e-6 and apart["norm"] < 1e-6, apart
+
+
 def test_a_recipe_trains_on_two_processes_through_accelerate(tmp_path: Path) -> None:
     plain = tmp_path / "plain.yaml"  # a recipe without its Python lines is one for the command
     text = (ROOT / "recipes" / "tiny.yaml").read_text()
@@ -189,6 +215,30 @@ def test_python_runs_a_recipe_ctrl_c_saves_and_the_same_command_goes_on(tmp_path
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True))
     finished = run(*command)
     assert finished.returncode == 6 and "finished run" in finished.stderr and "Traceback" not in finished.stderr
+
+
+def test_sigterm_at_the_launcher_saves_on_all_processes(tmp_path: Path) -> None:
+    """As a scheduler does it: the launcher tells the processes, and waits for them."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "configs/accelerate/cpu_two_processes.yaml",
+    ]
+    command += ["recipes/tiny.yaml", "training.max_steps=50", "training.save_every=50", f"run.output_dir={tmp_path}"]
+    folder = tmp_path / "tiny"
+    started = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not ((folder / "metrics.jsonl").exists() and metrics(folder)):
+        assert started.poll() is None and time.monotonic() < deadline, started.communicate()
+        time.sleep(0.05)
+    started.terminate()
+    out, err = started.communicate(timeout=120)
+    assert started.returncode and "stopping: " in out, (out, err)
+    (saved,) = folder.glob("checkpoint-*")
+    assert (saved / "COMPLETE").exists() and f"Saved {saved}; the same command again resumes" in err
+    assert len(list(saved.glob("rng_state_*.pth"))) == 2
 
 
 def test_quickstart_stops_at_ctrl_c_goes_on_and_shows_what_it_learned(tmp_path: Path) -> None:

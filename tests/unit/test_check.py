@@ -12,11 +12,12 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from ctcgrpo.files import mark_complete
-from ctcgrpo.plan.check import Finding, findings
-from ctcgrpo.plan.cost import Asked, Tokens, hours, money
-from ctcgrpo.plan.known import published_shapes, shape_of
-from ctcgrpo.plan.memory import GIB, Load, memory_plan
+from ctcgrpo.policy.shapes import GIB, published_shapes, shape_of
 from ctcgrpo.policy.smollm2 import SMOLLM2
+from ctcgrpo.preflight.check import findings
+from ctcgrpo.preflight.cost import Asked, Tokens, hours, money
+from ctcgrpo.preflight.memory import Load, memory_plan
+from ctcgrpo.preflight.subject import Finding
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.scenarios import PACKS, read_records
 from tests.conftest import ROOT, Command
@@ -97,7 +98,7 @@ def test_a_shipped_recipe_prints_its_plan(
             "attention", "flash_attn is not installed here; use sdpa",
         ),
         (["training.packing=flash3"], "attention", "needs a Hopper GPU, 16-bit compute"),
-        (["rollout.max_prompt_tokens=40"], "context", "rollout.max_prompt_tokens is 40; raise it or drop the scenario"),
+        (["rollout.max_prompt_tokens=40"], "context", "rollout.max_prompt_tokens) is 40; raise it or drop the scenario"),
         (["hardware.processes=3"], "processes", "4 x 4 = 16 episodes a step, which 3 processes cannot share equally"),
         (["policy.dtype=bfloat16", "training.learning_rate=1e-6"], "precision", "rounds updates of training.learning_rate 1e-06"),
         (["training.sharding=zero3.json"], "sharding", "there is no such file"),
@@ -180,6 +181,29 @@ def test_scenarios_that_the_scripted_user_knows_nothing_of_are_warned_of(tmp_pat
     assert "scripts" not in look(tmp_path)
 
 
+def test_room_to_wake_and_threads_for_an_optimizer_on_the_cpu(tmp_path: Path) -> None:
+    from ctcgrpo.preflight.gpu import memory
+    from ctcgrpo.preflight.machine import threads
+    from ctcgrpo.preflight.subject import Subject
+
+    recipes = {file: load_recipe(file) for file in (ROOT / "recipes").glob("qwen3_8b*.yaml")}
+    assert len(recipes) == 4
+    for file, recipe in recipes.items():
+        subject = Subject(recipe, tmp_path, shape=published_shapes()[recipe.policy.model])
+        assert "warning" not in [f.level for f in memory(subject) if "in rollouts" in f.text], file
+    file = ROOT / "recipes" / "qwen3_8b_local.yaml"
+    fuller = Subject(
+        load_recipe(file, ["rollout.vllm.gpu_memory=0.45"]), tmp_path, shape=published_shapes()["Qwen/Qwen3-8B"]
+    )
+    (found,) = [f for f in memory(fuller) if f.level == "warning" and "in rollouts" in f.text]
+    assert "93% in rollouts" in found.text and "lower rollout.vllm.gpu_memory to stay below 90%" in found.text
+
+    offload = load_recipe(file, ["training.sharding=configs/deepspeed/zero3_offload.json"])
+    for environment, levels in (({}, ["warning"]), ({"OMP_NUM_THREADS": "1"}, ["warning"]), ({"OMP_NUM_THREADS": "8"}, [])):
+        assert [f.level for f in threads(Subject(offload, tmp_path, environment))] == levels
+    assert not list(threads(Subject(load_recipe(file), tmp_path, {})))
+
+
 def test_what_a_run_costs(tmp_path: Path) -> None:
     asked = Asked(250, 128, 8, 10, 213, calls_per_turn=2)
     assert asked.calls_per_step == 2048 and asked.calls == 250 * 2048 + 10 * 213 * 16
@@ -225,6 +249,13 @@ def test_memory_by_hand() -> None:
     zero3 = parts()
     assert zero3["weights"]["update"] == 2 * P / 8 and zero3["gradients"]["update"] == 4 * P / 8
     assert zero3["optimizer"]["update"] == 12 * P / 8
+    # TRL's fused head makes its gradient in float32 beside the bfloat16 one: 2.3 and 1.2 GiB; ZeRO-3 sums it in two float32 copies
+    head, part = 151_936 * 4096, "gradient of the output layer"
+    assert 4 * head / GIB == pytest.approx(2.32, abs=0.01) and zero3[part] == {"rollout": 0, "update": 10 * head}
+    assert parts(sharding="zero2")[part]["update"] == parts(sharding="fsdp2")[part]["update"] == 6 * head
+    assert parts(sharding="none", processes=1)[part]["update"] == 4 * head and part not in parts(lora_rank=32)
+    buffers = [parts(sharding=s)["gathered and buffers"]["update"] for s in ("zero1", "zero2", "zero3")]
+    assert buffers == [2 * GIB + 4 * 5e8, 2 * GIB + 4 * 5e8, 2 * GIB]
     assert parts(offload=True)["optimizer"]["update"] == 0
     zero2 = parts(sharding="zero2")
     assert zero2["weights"]["update"] == 2 * P and zero2["gradients"]["update"] == 4 * P / 8
@@ -244,3 +275,10 @@ def test_memory_by_hand() -> None:
     assert shape.kv_bytes == 147_456 and plan.kv_wanted == 16 * 9216
     assert plan.kv_tokens == pytest.approx((0.5 * 79.1 * GIB - 2 * P - 2 * GIB) / 147_456, abs=1)
     assert plan.fits and not memory_plan(shape, Load(**load | {"sharding": "none"}), 79.1 * GIB).fits
+
+
+def test_only_the_command_line_knows_of_the_check() -> None:
+    package = ROOT / "ctcgrpo"
+    files = [file for file in package.rglob("*.py") if "ctcgrpo.preflight" in file.read_text(encoding="utf-8")]
+    others = {file.relative_to(package) for file in files if file.parent.name != "preflight"}
+    assert files and others == {Path("cli.py")}

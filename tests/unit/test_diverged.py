@@ -33,7 +33,7 @@ def test_weights_that_an_update_makes_infinite_are_neither_saved_nor_sampled_fro
     code, _, err = ctcgrpo(*command, "training.learning_rate=1e38", "training.max_grad_norm=0", "training.weight_decay=1")
     assert code == 11, err
     assert "after the optimizer step of step 1 the policy's weights are not finite (" in err
-    assert "training.learning_rate = 1e+38 is too high" in err and "set training.max_grad_norm (it is 0; 1 is usual)" in err
+    assert "learning_rate = 1e+38 is too high" in err and "set max_grad_norm (it is 0; 1 is usual)" in err
     folder = tmp_path / "tiny"
     assert not list(folder.glob("checkpoint-*/COMPLETE")) and not (folder / "final").exists()
     assert [line["step"] for line in metrics(folder)] == [1]
@@ -96,7 +96,7 @@ def test_what_is_finite() -> None:
         with torch.no_grad():
             model.bias[1] = number
         assert nonfinite_weight(model) == "bias"
-        with pytest.raises(PolicyError, match=r"policy.model 'odd': its weights are not finite \(bias\)"):
+        with pytest.raises(PolicyError, match=r"model 'odd': its weights are not finite \(bias\)"):
             refuse_nonfinite(model, "odd")
 
 

@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inspect_ai.model import ModelOutput
 
+from ctcgrpo.environments import sage_protocol as sage
 from ctcgrpo.errors import OutputError, ScenarioError
 from ctcgrpo.evaluation import eqbench3_protocol as eq
-from ctcgrpo.evaluation import sage_protocol as sage
+from ctcgrpo.evaluation import sage_results
 from ctcgrpo.evaluation.benches import EIBENCH
 from ctcgrpo.evaluation.compare import compared, most_changed
 from ctcgrpo.evaluation.forest import write_comparison
@@ -159,7 +160,7 @@ def test_profiles_that_are_wrong_are_named(tmp_path: Path) -> None:
     ]:
         file.write_text(json.dumps(record))
         with pytest.raises(ScenarioError, match=problem):
-            sage.read_results(file)
+            sage_results.read_results(file)
 
 
 # --- EQ-Bench 3 ----------------------------------------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ def test_existing_judgements_are_rescored(tmp_path: Path, ctcgrpo: Command) -> N
     code, _, err = ctcgrpo("evaluate", "eqbench3", "--rescore", str(file))
     assert code == 3 and "2 runs; name one with --run: k1, k2" in err
     code, _, err = ctcgrpo("evaluate", "eibench", "--rescore", str(file))
-    assert code == 2 and "--rescore is for sage and eqbench3" in err
+    assert code == 2 and "--rescore is not for eibench, but for sage, eqbench3" in err
     for unused in (("--limit", "2"), ("--model", "x/y"), ("--judge", "x/y")):
         code, _, err = ctcgrpo("evaluate", "eqbench3", "--rescore", str(file), *unused)
         assert code == 2 and f"{unused[0]} is not for --rescore of eqbench3" in err
@@ -515,7 +516,13 @@ def test_mistakes_are_named_and_no_traceback(tmp_path: Path, ctcgrpo: Command, m
         ),
         (("eibench", "--model", "a/b", "--simulator", "qwen"), 4, "--simulator 'qwen' is neither"),
         (("eibench", "--model", "scripted/talker", "--simulator", "scripted", "-M", "foo=1"), 2, "-M: .*foo"),
-        (("eibench", "--model", "a/b", "--simulator", "scripted", "--run", "x"), 2, "--run is for --rescore"),
+        (
+            ("eibench", "--model", "a/b", "--simulator", "scripted", "--run", "x"),
+            2,
+            "--run is not for eibench, but for eqbench3",
+        ),
+        (("eqbench3", "--model", "a/b", "--judge", "a/b", "--run", "x"), 2, "--run is for --rescore"),
+        (("eibench", "--model", "a/b", "--simulater", "scripted"), 2, "No such option: --simulater"),
         (("eibench", "--model", "openai/x", "--simulator", "scripted"), 2, "OPENAI_API_KEY"),
         (("eibench", "--model", "scripted/talker", "--simulator", "no.yaml"), 2, "'no.yaml' not found"),
         (("eibench", "--model", "scripted/talker", "--simulator", "scripted", "--scenarios", "no"), 3, "'no' not found"),
@@ -533,6 +540,8 @@ def test_mistakes_are_named_and_no_traceback(tmp_path: Path, ctcgrpo: Command, m
         ),
         (("eibench", "--model", "scripted/talker", "--simulator", "scripted", "-M", "x"), 2, "'x': write NAME=VALUE"),
         ((str(tmp_path),), 6, "is not the folder of a run"),
+        (("run", str(tmp_path)), 6, "is not the folder of a run"),
+        ((str(tmp_path), "--model", "a/b"), 2, "--model is not for run, but for eibench, sage, eqbench3"),
         (("foo",), 2, r"neither a benchmark .eibench, sage, eqbench3. nor the folder of a run"),
         (("checkpoints/foo",), 6, "checkpoints/foo: no such folder"),
     ]:

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from ctcgrpo import processes
-from ctcgrpo.errors import RunInterrupted
+from ctcgrpo.errors import PolicyEngineError, RunInterrupted
 from ctcgrpo.files import is_complete
 from ctcgrpo.processes import interrupts
-from ctcgrpo.rollout.continuous import Finished
+from ctcgrpo.rollout.continuous import ContinuousEngine, Finished
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
 from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
 from ctcgrpo.simulator import server as servers
@@ -220,6 +220,24 @@ def test_a_slow_run_ends_within_a_bound_and_can_go_on(
     assert f"stopping: giving up {waits} of the environment in progress (at most 15 s), then saving" in out
     assert f"Saved {folder / 'checkpoint-1'}; the same command again resumes" in err
     assert is_complete(folder / "checkpoint-1") and not (folder / "checkpoint-2").exists()
+
+
+def test_weights_that_an_engine_does_not_take_end_the_run_after_saving(
+    ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = ContinuousEngine.take_weights
+
+    def take_weights(self: ContinuousEngine, version: int) -> None:
+        if version:
+            raise PolicyEngineError("http://server:8000 did not take lm_head: gone")
+        original(self, version)
+
+    monkeypatch.setattr(ContinuousEngine, "take_weights", take_weights)
+    longer = ["training.max_steps=3", "training.save_every=50"]
+    code, _, err = ctcgrpo("train", TINY, *FAST, *longer, f"run.output_dir={tmp_path}")
+    (saved,) = (tmp_path / "tiny").glob("checkpoint-*")
+    assert code == 4 and is_complete(saved), err
+    assert f"http://server:8000 did not take lm_head: gone. Saved {saved}; the same command again resumes" in err
 
 
 def test_an_update_in_progress_is_finished_and_saved(

@@ -333,7 +333,7 @@ def test_what_cannot_share_prefixes_is_refused_by_name() -> None:
         use_layouts(dropout)
     capped = GemmaForCausalLM(GemmaConfig(**small, head_dim=8))
     capped.config.attn_logit_softcapping = 50.0
-    with pytest.raises(PolicyError, match="soft-capped.*training.packing=none"):
+    with pytest.raises(PolicyError, match="soft-capped.*set packing to 'none'"):
         use_layouts(capped)
     recurrent = GemmaForCausalLM(GemmaConfig(**small, head_dim=8))
     recurrent.config.layer_types = ["linear_attention"]

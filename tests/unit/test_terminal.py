@@ -18,11 +18,11 @@ from rich.text import Text
 
 from ctcgrpo.evaluation.benches import EIBENCH
 from ctcgrpo.evaluation.results import Line, Result, summarise, write_results
+from ctcgrpo.experiments.table import printed
 from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.logs import json_log
 from ctcgrpo.simulator.protocol import Reaction
 from ctcgrpo.simulator.server import SimulatorServer, running
-from ctcgrpo.sweep.table import printed
 from ctcgrpo.terminal import Terminal, printable
 from tests.conftest import Backend, Command
 from tests.unit.test_show import trace

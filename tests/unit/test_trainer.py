@@ -95,7 +95,7 @@ def test_a_layout_that_sees_otherwise_is_refused(tiny: Path, tmp_path: Path, mon
     trainer = sameness.build_trainer(str(tiny), str(tmp_path))
     plain = SegmentLayout._masks_of
     monkeypatch.setattr(SegmentLayout, "_masks_of", lambda self, window, dtype: plain(self, 1, dtype))
-    with pytest.raises(PolicyError, match=r"training.packing=auto, segments.*beyond 0.025; set training.packing=none"):
+    with pytest.raises(PolicyError, match=r"packing = 'auto', segments.*beyond 0.025; set packing to 'none'"):
         trainer.train()
 
 

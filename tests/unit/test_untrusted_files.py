@@ -66,7 +66,7 @@ def ends(model: str) -> frozenset[int]:
 )
 def test_files_of_another_shape_are_named(model: Path, file: str, text: str, load: Callable[[str], Any]) -> None:
     (model / file).write_text(text)
-    with pytest.raises(PolicyError, match=f"policy.model '{model}'.*{file.split('.')[0]}"):
+    with pytest.raises(PolicyError, match=f"model '{model}'.*{file.split('.')[0]}"):
         load(str(model))
 
 
@@ -75,7 +75,7 @@ def test_a_number_out_of_range_in_a_tokenizer_is_named(model: Path) -> None:
     text = file.read_text().replace('": 300,', '": 1e999,')
     assert "1e999" in text
     file.write_text(text)
-    with pytest.raises(PolicyError, match=f"policy.model '{model}': its tokenizer cannot be loaded: number out of range"):
+    with pytest.raises(PolicyError, match=f"model '{model}': its tokenizer cannot be loaded: number out of range"):
         load_tokenizer(str(model))
 
 

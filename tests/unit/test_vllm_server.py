@@ -1,4 +1,4 @@
-"""The client of vLLM servers, against one that misbehaves; a real one is in tests/vllm."""
+"""The client of vLLM servers, against one that misbehaves; a real one is in tests/real_vllm."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-import torch
 from aiohttp import web
 
 from ctcgrpo.errors import PolicyEngineError
+from ctcgrpo.rollout import vllm_server
 from ctcgrpo.rollout.engine import Sampling
-from ctcgrpo.rollout.vllm_adapter import chunks
 from ctcgrpo.rollout.vllm_server import VllmServerEngine
 from ctcgrpo.types import Completion
 
@@ -58,13 +57,22 @@ async def serving(
         held["weight_version"] = (await request.json())["new_version"]
         return web.json_response({"success": True})
 
+    async def reset(request: web.Request) -> web.Response:
+        return web.json_response({"success": True})
+
     async def info(request: web.Request) -> web.Response:
         return web.json_response(held)
 
     app = web.Application()
     app.add_routes([web.post("/v1/completions", complete), web.get("/v1/models", models)])
     if developing:
-        app.add_routes([web.post("/update_weight_version", update), web.get("/weight_info", info)])
+        app.add_routes(
+            [
+                web.post("/update_weight_version", update),
+                web.post("/reset_prefix_cache", reset),
+                web.get("/weight_info", info),
+            ]
+        )
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -137,7 +145,7 @@ async def test_servers_that_are_not_there_or_too_short_say_so() -> None:
             await ask(engine(url), [1] * 64)
 
 
-async def test_weights_wait_for_requests_and_go_once_a_version() -> None:
+async def test_weights_wait_for_requests_and_go_once_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
     class Noted(Weights):
@@ -145,10 +153,11 @@ async def test_weights_wait_for_requests_and_go_once_a_version() -> None:
             order.append("send")
 
     async with serving(tokens(4)) as (url, _):
-        made = engine(url, weights=Noted(), barrier=lambda: order.append("barrier"), run="run/0")
+        monkeypatch.setattr(vllm_server, "together", lambda do: (order.append("together"), do())[0])
+        made = engine(url, weights=Noted(), run="run/0")
         for _ in range(2):
             await asyncio.to_thread(made.take_weights, 6)
-        assert order == ["barrier", "send", "barrier"] and made.version == 6
+        assert order == ["together", "send", "together"] and made.version == 6
         await asyncio.to_thread(made.confirm)
         async with made:
             task = asyncio.create_task(made.generate([1], seed=0, sampling=SAMPLING))
@@ -179,18 +188,3 @@ def test_processes_share_the_servers_out() -> None:
 
     assert [mine(k, 2) for k in range(2)] == [("http://a", "http://c"), ("http://b",)]
     assert [mine(k, 5) for k in range(5)] == [(u,) for u in ("http://a", "http://b", "http://c", "http://a", "http://b")]
-
-
-def test_chunks_hold_copies_of_everything_once() -> None:
-    one = torch.zeros(10)
-
-    def walk() -> Any:  # a gathered parameter is gone once the next one comes
-        for k in range(7):
-            one.fill_(k)
-            yield f"p{k}", one
-
-    cut = list(chunks(walk(), keep=True, size=80))
-    assert [len(c) for c in cut] == [2, 2, 2, 1]
-    assert [(n, float(t[0])) for c in cut for n, t in c] == [(f"p{k}", k) for k in range(7)]
-    seen = []
-    assert list(chunks((seen.append(n) or (n, t) for n, t in walk()), keep=False, size=80)) == [] and len(seen) == 7

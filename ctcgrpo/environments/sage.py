@@ -1,0 +1,167 @@
+"""SAGE as an environment: a user whose emotion, from 0 to 100, each reply moves. The rules are in sage_protocol, the user's prompts
+(our own words) in prompts/sage.
+
+A turn earns the change of the emotion / 100; the outcome is the emotion that is left / 100 (RLVER trains on it). The reply to the
+user's tenth line ends the episode and is not scored: nobody hears it. A task is a record of SAGE's profiles:
+
+    environment: {factory: ctcgrpo.environments.sage:SageEpisodes, options: {simulator: configs/simulator/qwen3_max.yaml},
+                  tasks: ../digitalhuman/SAGE/simulator_profile_withfirsttalk.jsonl}
+    rollout: {max_turns: 10}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import jinja2
+
+from ctcgrpo.environments.sage_protocol import (
+    START,
+    USER_TURNS,
+    Unreadable,
+    analysis,
+    is_over,
+    letter,
+    planned_change,
+    profile_of,
+    spoken,
+)
+from ctcgrpo.errors import RecipeError, SimulatorReplyError
+from ctcgrpo.rollout.engine import request_seed
+from ctcgrpo.simulator.config import load_simulator_config
+from ctcgrpo.simulator.llm.account import Account
+from ctcgrpo.simulator.llm.endpoints import Deadline, EndpointPool
+from ctcgrpo.simulator.store import Store
+from ctcgrpo.types import Environment, Message, Step
+
+ATTEMPTS = 3
+"""How often the simulator is asked for an answer that can be read."""
+_FOLDER = files("ctcgrpo.environments") / "prompts" / "sage"
+_T = TypeVar("_T")
+
+
+class Answers(Protocol):
+    """Whoever plays the user."""
+
+    async def ask(self, prompt: str, *, dialogue: str, seed: int) -> str:
+        """Raises Unreadable for an answer that was cut off, and the simulator's errors where there is none."""
+        ...
+
+
+@lru_cache
+def prompt(name: str) -> str:
+    """model (what the policy is told), plan or reply."""
+    return (_FOLDER / f"{name}.j2").read_text(encoding="utf-8")
+
+
+def prompts_name() -> str:
+    """Changes with their words."""
+    text = "".join(prompt(name) for name in ("model", "plan", "reply"))
+    return f"ctcgrpo-sage/{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+class Sage(Environment):
+    """One dialogue with the user that `answers` plays. `name_of_user`: who that is, for errors."""
+
+    def __init__(self, answers: Answers, name_of_user: str = "the simulator") -> None:
+        self._answers, self._user = answers, name_of_user
+
+    async def reset(self, task: Mapping[str, Any], *, seed: int) -> Sequence[Message]:
+        self._profile, self._seed = profile_of(task, f"task {task.get('id')!r}"), seed
+        self._lines = [("人物", self._profile.first_talk)]
+        self.emotion = START
+        self.info = {"emotion": START}
+        return [
+            {"role": "system", "content": prompt("model").strip()},
+            {"role": "user", "content": self._profile.first_talk},
+        ]
+
+    async def step(self, reply: str) -> Step:
+        """Raises SimulatorReplyError where none of three answers could be read."""
+        self._lines.append(("对方", reply))
+        turn = len(self._lines) // 2
+        if turn == USER_TURNS:
+            return Step(None, done=True, info={"emotion": self.emotion})
+        before = self.emotion
+        plan, change = await self._ask(turn, "plan", planned_change, emotion=before)
+        self.emotion = max(0, min(100, before + change))
+        why = analysis(plan)
+        _, line = await self._ask(turn, "reply", spoken, feeling=why, letter=letter(self.emotion))
+        self._lines.append(("人物", line))
+        return Step(
+            line,
+            reward=(self.emotion - before) / 100,
+            done=is_over(self.emotion, line),
+            info={"emotion": self.emotion, "change": change, "why": why},
+        )
+
+    def outcome(self) -> float:
+        return self.emotion / 100
+
+    async def _ask(self, turn: int, name: str, read: Callable[[str], _T], **told: Any) -> tuple[str, _T]:
+        """An answer, and what was read in it."""
+        dialogue = "\n".join(f"{who}：{text}" for who, text in self._lines)
+        asked = _template(name).render(profile=self._profile, dialogue=dialogue, **told)
+        problem = ""
+        for attempt in range(ATTEMPTS):
+            seed = request_seed(self._seed, turn, name, attempt)
+            try:
+                text = await self._answers.ask(asked, dialogue=self._profile.id, seed=seed)
+                return text, read(text)
+            except Unreadable as error:
+                problem = str(error)
+        raise SimulatorReplyError(f"{self._user} gave no usable answer, asked {ATTEMPTS} times (last problem: {problem})")
+
+
+@lru_cache
+def _template(name: str) -> jinja2.Template:
+    return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(prompt(name))
+
+
+class SageEpisodes(contextlib.AbstractAsyncContextManager["SageEpisodes"]):
+    """Makes the environment of each episode; all of them ask the endpoints of a simulator's configuration
+    (configs/simulator/*.yaml, backend llm), which are open while a batch is played. Answers are plain text, whatever form the
+    endpoints have for EIBench's. Raises RecipeError for a configuration that cannot serve."""
+
+    def __init__(self, simulator: str) -> None:
+        config = load_simulator_config(Path(simulator).expanduser())
+        if config.llm is None:
+            raise RecipeError(f"{simulator}: backend = {config.backend!r}; expected 'llm', whose endpoints play SAGE's user")
+        endpoints = tuple(endpoint.model_copy(update={"output": "text"}) for endpoint in config.llm.endpoints)
+        self._llm = config.llm.model_copy(update={"endpoints": endpoints})
+        self._account = Account(config.budget, None if config.store is None else Store(config.store))
+        self._models = ", ".join(sorted({endpoint.model for endpoint in endpoints}))
+        self._pool: EndpointPool | None = None
+
+    def __call__(self) -> Sage:
+        return Sage(self, self._models)
+
+    async def ask(self, prompt: str, *, dialogue: str, seed: int) -> str:
+        assert self._pool is not None, "within `async with`"
+        answer = await self._pool.complete(
+            [{"role": "user", "content": prompt}],
+            dialogue=dialogue,
+            seed=seed,
+            schema={},
+            deadline=Deadline(self._llm.deadline),
+        )
+        if answer.ended == "length":
+            raise Unreadable("cut off by llm.max_tokens")
+        if not answer.text:
+            raise Unreadable(answer.note or "empty")
+        return answer.text
+
+    async def __aenter__(self) -> SageEpisodes:
+        self._pool = EndpointPool(self._llm, self._account)
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            await pool.close()

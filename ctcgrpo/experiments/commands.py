@@ -1,0 +1,82 @@
+"""`ctcgrpo sweep`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctcgrpo.errors import RecipeError, RunFailed
+from ctcgrpo.experiments.spec import NAME, load_sweep
+from ctcgrpo.naming import did_you_mean
+from ctcgrpo.terminal import Terminal
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A search in W&B's format, or variants with seeds (configs/sweeps).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value for every run ...")] = None,
+    name: Annotated[str | None, typer.Option(help="The folder under --out; the file's name by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Where sweeps are.")] = Path("checkpoints") / "sweeps",
+    workers: Annotated[int, typer.Option(min=1, help="Trials at a time.")] = 1,
+    devices: Annotated[list[str] | None, typer.Option(help="GPUs of a worker, as 0,1; once for each.")] = None,
+    against: Annotated[str | None, typer.Option(help="Print differences to this variant, not to the baseline.")] = None,
+    wandb: Annotated[
+        bool, typer.Option("--wandb", help="Hand the file to W&B instead, and say how agents are started.")
+    ] = False,
+) -> None:
+    """Run a recipe many times, with a search over its fields or several variants; the same command resumes it."""
+    spec, recipe = load_sweep(file, overrides or [])
+    if against is not None and against not in spec.variants:
+        raise RecipeError(f"--against {against!r}: {did_you_mean(against, spec.variants)}")
+    if wandb:
+        if name or overrides or devices or spec.variants or spec.seeds:
+            raise RecipeError(
+                "--wandb hands the file over as it is, without variants and seeds; put names and values into it"
+            )
+        from ctcgrpo.tracking import hand_over
+
+        print(hand_over(file))
+        return
+    try:
+        from ctcgrpo.experiments.coordinator import check_devices, open_study, run_sweep
+        from ctcgrpo.experiments.picture import drawn
+        from ctcgrpo.experiments.table import all_equal, curves_by_environment, printed, table_of
+    except ImportError as error:
+        raise RecipeError(f"sweeping needs the extra sweep: pip install 'ctcgrpo[sweep]' ({error})") from None
+    check_devices(workers, devices or [])
+    console = Terminal(168 if spec.variants else 140)
+    label = name or spec.name or file.stem
+    if not NAME.fullmatch(label):
+        raise RecipeError(f"--name {label!r}: letters, digits, dots and dashes make the name of a folder")
+    folder = out / label
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    rows = run_sweep(spec, recipe, folder, workers=workers, devices=devices or [], extra=overrides or [], say=say)
+    shutil.copyfile(file, folder / "sweep.yaml")
+    if spec.variants:
+        reference = against or spec.baseline
+        shown = rows if reference == spec.baseline else table_of(spec, open_study(spec, folder), folder, reference)
+        for environment in spec.environments:
+            of_it = [row for row in shown if row["params"]["environment"] == environment]
+            title = f"{environment}: gains in held-out score, 95 % intervals over seeds; primary: {spec.primary}"
+            console.print(printed(of_it, title, spec.primary, reference))
+        if curves := curves_by_environment(spec, rows, folder):
+            (folder / "curves.svg").write_bytes(drawn(curves, str(spec.baseline)))
+            say(f"table and curves: {folder / 'table.json'}, {folder / 'curves.svg'}")
+    else:
+        console.print(printed(rows, f"sweep {folder.name}: held-out score after training"))
+    if all_equal(rows):
+        say("all trials have the same score: there is no best one. Try more steps, or values further apart.")
+    elif (folder / "best").exists() and not spec.variants:
+        say(f"best checkpoint: {folder / 'best'}")
+    if failed := [row["trial"] for row in rows if row["state"] in ("failed", "damaged")]:
+        raise RunFailed(
+            f"{len(failed)} of {len(rows)} trials failed ({', '.join(failed[:3])}{', ...' * (len(failed) > 3)}), each for the "
+            f"reason in its log in {folder}; the same command runs them again"
+        )

@@ -1,0 +1,377 @@
+"""A sweep on this machine: one coordinator, several workers, and a folder that says at any time what has been done.
+
+    checkpoints/sweeps/NAME/
+        sweep.yaml, sweep.json      what is run
+        study.db                    Optuna's record of the trials
+        trial-0003/seed-1/          a run's folder; a run that was killed resumes in it
+        runs/ENVIRONMENT/VARIANT/   with variants, in place of trial-0003/; runs keep no weights but their last ones
+        best                        a link to the best checkpoint of the best trial, unless all trials are equal
+        table.json                  the table, by trial
+        curves.svg                  of variants
+
+A trial is a point of the sweep, run with every seed; its score is the mean of theirs. The coordinator alone owns the study. Trials
+that it left under way when it was killed, and those that failed, are asked for again, and their runs resume from their checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from ctcgrpo.errors import OutputError, RecipeError, RunInterrupted
+from ctcgrpo.experiments.spec import Parameter, Sweep
+from ctcgrpo.experiments.table import all_equal, point_of, table_of
+from ctcgrpo.files import checkpoints, is_complete, read_json, write_whole
+from ctcgrpo.recipe import Recipe, overrides
+from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.run_records import Outcome, read_summary
+from ctcgrpo.validation import read_validations, valid_validations
+from ctcgrpo.workers import alone, end_with_parent
+
+TRAIN = (sys.executable, "-m", "ctcgrpo", "train")
+_POLL = 0.2
+_FOLDER = "folder"
+_PORTS = 100
+"""How far apart the ports of two workers are."""
+_UNTOLD = ("seconds", "description")
+"""Fields of a sweep that may change while it is under way."""
+
+
+@dataclass
+class _Running:
+    """A trial under way: the runs that it still has to make, and the process of the one being made."""
+
+    trial: optuna.Trial
+    changes: dict[str, Any]
+    seeds: list[int]
+    folder: Path
+    worker: int
+    process: subprocess.Popen[bytes] | None = None
+    reported: set[int] = field(default_factory=set)
+    pruned: bool = False
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.folder / f"seed-{self.seeds[0]}")
+
+
+def run_sweep(
+    sweep: Sweep,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    workers: int = 1,
+    devices: Sequence[str] = (),
+    extra: Sequence[str] = (),
+    say: Callable[[str], None] = lambda text: None,
+    train: Sequence[str] = TRAIN,
+) -> list[dict[str, Any]]:
+    """Run what is left of a sweep; gives its table. `devices`: for each worker what CUDA_VISIBLE_DEVICES is to be; `extra`:
+    overrides for every run; `train`: the command that a run's recipe and overrides are given to.
+
+    Raises OutputError where another coordinator has the folder, it holds another sweep, or variants cannot be compared;
+    RunInterrupted on Ctrl-C, after the runs under way have saved.
+    """
+    with alone(folder):
+        _keep_to(folder, sweep, recipe, extra)
+        coordinator = _Coordinator(sweep, recipe, folder, devices, extra, say, train)
+        rows = coordinator.work(workers)
+        _link_best(folder, rows)
+        return rows
+
+
+class _Coordinator:
+    def __init__(
+        self,
+        sweep: Sweep,
+        recipe: Recipe,
+        folder: Path,
+        devices: Sequence[str],
+        extra: Sequence[str],
+        say: Callable[[str], None],
+        train: Sequence[str],
+    ) -> None:
+        self._sweep, self._folder, self._devices, self._extra = sweep, folder, devices, extra
+        self._say, self._train = say, train
+        self._seeds = sweep.seeds_of(recipe)
+        self._study = open_study(sweep, folder)
+
+    def work(self, workers: int) -> list[dict[str, Any]]:
+        """Run every trial that is left; gives the table."""
+        if again := self._take_up():
+            self._say(f"{again} trials did not come to their end; they run again, from their checkpoints")
+        self._say_how_long(workers)
+        running: list[_Running] = []
+        try:
+            while True:
+                for worker in [k for k in range(workers) if k not in {r.worker for r in running}]:
+                    if (begun := self._begin(worker)) is None:
+                        break
+                    running.append(begun)
+                    name = begun.folder.relative_to(self._folder)
+                    self._say(f"{name}: {', '.join(overrides(begun.changes)) or 'the recipe as it is'}")
+                if not running:
+                    break
+                for one in list(running):
+                    if self._advance(one):
+                        running.remove(one)
+                        self._write_table()
+                time.sleep(_POLL)
+        except KeyboardInterrupt:
+            raise RunInterrupted(f"interrupted; the same command resumes {self._folder}") from None
+        finally:
+            _stop(running)
+        return self._write_table()
+
+    def _write_table(self) -> list[dict[str, Any]]:
+        rows = table_of(self._sweep, self._study, self._folder)
+        write_whole(self._folder / "table.json", json.dumps(rows, indent=2) + "\n")
+        return rows
+
+    # --- the study ---------------------------------------------------------------------------------------------------------------
+
+    def _take_up(self) -> int:
+        """Ask again for trials that failed, and for those that a coordinator left when it was killed, be it in the middle of asking
+        again. One with its point that came later asks for it again."""
+        study = self._study
+        for trial in study.trials:
+            if trial.state == TrialState.RUNNING:
+                study.tell(trial.number, state=TrialState.FAIL)
+        asked = 0
+        for trial in [trial for trial in study.trials if trial.state == TrialState.FAIL]:
+            point = point_of(trial)
+            if point and not any(point_of(later) == point for later in study.trials[trial.number + 1 :]):
+                attributes = {_FOLDER: trial.user_attrs[_FOLDER]} if _FOLDER in trial.user_attrs else {}
+                study.enqueue_trial(point, user_attrs=attributes)
+                asked += 1
+        return asked
+
+    def _begin(self, worker: int) -> _Running | None:
+        """The next trial; None where there is none."""
+        if not self._waiting() and self._asked() >= self._cap():
+            return None
+        trial = self._study.ask()
+        point = {name: _suggested(trial, name, parameter) for name, parameter in self._sweep.axes.items()}
+        name = trial.user_attrs.get(_FOLDER) or (
+            f"runs/{point['environment']}/{point['variant']}" if self._sweep.variants else f"trial-{trial.number:04d}"
+        )
+        trial.set_user_attr(_FOLDER, name)
+        trial.set_user_attr("seeds", self._seeds)
+        return _Running(trial, self._sweep.changes(point), list(self._seeds), self._folder / name, worker)
+
+    def _waiting(self) -> int:
+        return sum(trial.state == TrialState.WAITING for trial in self._study.trials)
+
+    def _asked(self) -> int:
+        """The points that were taken up, each once however often it was asked for."""
+        return len({trial.user_attrs[_FOLDER] for trial in self._study.trials if _FOLDER in trial.user_attrs})
+
+    def _cap(self) -> int:
+        return 0 if self._sweep.method == "grid" else self._sweep.run_cap or 0
+
+    def _say_how_long(self, workers: int) -> None:
+        left = max(self._waiting(), self._cap() - self._asked())
+        ended = [trial.duration for trial in self._study.trials if trial.state == TrialState.COMPLETE]
+        took = [duration.total_seconds() / len(self._seeds) for duration in ended if duration is not None]
+        seconds, known = (statistics.median(took), "measured") if took else (self._sweep.seconds, "by the file")
+        text = f"{left} trials x {len(self._seeds)} seeds to run, {workers} at a time"
+        if left and seconds is not None:
+            minutes = left * len(self._seeds) * seconds / min(workers, left) / 60
+            text += f": {minutes:.0f} minutes at {seconds:.0f} s a run ({known})"
+        self._say(text)
+
+    # --- a trial -----------------------------------------------------------------------------------------------------------------
+
+    def _advance(self, one: _Running) -> bool:
+        """Take a trial further; True once it is over."""
+        if one.process is None:
+            if is_complete(one.run.final):
+                return self._next_seed(one)
+            one.process = self._start(one)
+            return False
+        code = one.process.poll()
+        if code is None:
+            if self._sweep.early_terminate is not None and not one.pruned and _is_worse(one):
+                one.pruned = True
+                one.process.send_signal(signal.SIGINT)
+            return False
+        one.process = None
+        if one.pruned:
+            self._study.tell(one.trial, state=TrialState.PRUNED)
+            self._say(f"{one.folder.name}: stopped after step {max(one.reported)}, behind the others")
+            return True
+        if code:
+            return self._failed(one, _last_words(one.run))
+        return self._next_seed(one)
+
+    def _next_seed(self, one: _Running) -> bool:
+        try:
+            score_of(one.run)
+            if self._sweep.variants:  # gigabytes a run, and nothing here reads them
+                for weights in (*checkpoints(one.run.path).values(), one.run.best):
+                    shutil.rmtree(weights, ignore_errors=True)
+            one.seeds.pop(0)
+            if one.seeds:
+                return False
+            scores = [score_of(RunFolder(one.folder / f"seed-{seed}")) for seed in self._seeds]
+        except OutputError as error:
+            return self._failed(one, str(error))
+        mean = sum(scores) / len(scores)
+        self._study.tell(one.trial, mean)
+        self._say(f"{one.folder.relative_to(self._folder)}: {mean:+.3f}")
+        return True
+
+    def _failed(self, one: _Running, reason: str) -> bool:
+        one.trial.set_user_attr("reason", reason)
+        self._study.tell(one.trial, state=TrialState.FAIL)
+        self._say(f"{one.folder.relative_to(self._folder)}: failed: {reason}")
+        return True
+
+    def _start(self, one: _Running) -> subprocess.Popen[bytes]:
+        one.folder.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "MASTER_PORT": str(29500 + _PORTS * one.worker)}
+        if self._devices:
+            environment["CUDA_VISIBLE_DEVICES"] = self._devices[one.worker % len(self._devices)]
+        seed = one.seeds[0]
+        place = [f"run.seed={seed}", f"run.name=seed-{seed}", f"run.output_dir={one.folder}"]
+        command = [*self._train, str(self._sweep.program), *overrides(one.changes), *self._extra, *place]
+        with (one.folder / f"seed-{seed}.log").open("ab") as log:
+            return subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
+            )
+
+
+def open_study(sweep: Sweep, folder: Path) -> optuna.Study:
+    """Optuna's record of the trials, which is made where there is none. Raises OutputError for a damaged one."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    file = folder / "study.db"
+    storage = f"sqlite:///{file}"
+    try:
+        known = optuna.load_study(study_name="sweep", storage=storage) if file.exists() else None
+    except (KeyError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        raise OutputError(
+            f"{file} is no record of a sweep ({str(error).splitlines()[0]}); remove it: finished runs are kept, and read again"
+        ) from None
+    # A sampler that begins with the same seed after a restart would ask for the same points again.
+    seed = len(known.trials) if known is not None else 0
+    sampler = optuna.samplers.TPESampler(seed=seed) if sweep.method == "bayes" else optuna.samplers.RandomSampler(seed=seed)
+    early = sweep.early_terminate
+    pruner: optuna.pruners.BasePruner = (
+        optuna.pruners.NopPruner()
+        if early is None
+        else optuna.pruners.SuccessiveHalvingPruner(min_resource=early.min_iter, reduction_factor=max(2, round(early.eta)))
+    )
+    study = optuna.create_study(
+        study_name="sweep",
+        storage=storage,
+        sampler=sampler,
+        pruner=pruner,
+        direction="maximize",
+        load_if_exists=True,
+    )
+    if sweep.method == "grid":
+        for point in sweep.grid():
+            study.enqueue_trial(point, skip_if_exists=True)
+    return study
+
+
+def _suggested(trial: optuna.Trial, name: str, parameter: Parameter) -> Any:
+    if parameter.choices is not None:
+        return trial.suggest_categorical(name, parameter.choices)
+    assert parameter.min is not None and parameter.max is not None
+    if parameter.is_whole:
+        return trial.suggest_int(name, int(parameter.min), int(parameter.max))
+    log = parameter.distribution == "log_uniform_values"
+    return trial.suggest_float(name, parameter.min, parameter.max, step=parameter.q, log=log)
+
+
+def score_of(run: RunFolder) -> float:
+    """The score after training of a finished run. Raises OutputError where its figures are missing or damaged."""
+    summary = read_summary(run.path, Outcome)
+    if summary is None:
+        raise OutputError(f"{run.path} holds no summary.json; without it a trial has no score")
+    valid_validations(run.validation_file)  # what the table is made of
+    return summary.after.overall
+
+
+def _stop(running: Sequence[_Running]) -> None:
+    """Let the runs save, all at once, and wait for them."""
+    under_way = [one.process for one in running if one.process is not None and one.process.poll() is None]
+    for process in under_way:
+        process.send_signal(signal.SIGINT)
+    for process in under_way:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=600)
+
+
+def _is_worse(one: _Running) -> bool:
+    """Report the validations of a trial's first run, and say whether the pruner gives it up."""
+    if one.seeds[0] != one.trial.user_attrs["seeds"][0]:
+        return False
+    for validation in read_validations(one.run.validation_file)[0]:
+        step = validation.step
+        if step and step not in one.reported and validation.by_scenario:
+            one.trial.report(validation.overall, step)
+            one.reported.add(step)
+            if one.trial.should_prune():
+                return True
+    return False
+
+
+def _last_words(run: RunFolder) -> str:
+    log = run.path.parent / f"{run.path.name}.log"
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if line.startswith(("error:", "stopped:"))), (lines or ["nothing"])[-1])
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------------------
+
+
+def _keep_to(folder: Path, sweep: Sweep, recipe: Recipe, extra: Sequence[str]) -> None:
+    file = folder / "sweep.json"
+    asked = json.loads(sweep.model_dump_json(exclude_unset=True, exclude=set(_UNTOLD)))
+    asked |= {
+        "overrides": list(extra),
+        "program": recipe.model_dump(mode="json", exclude={"hardware": True, "run": {"name", "output_dir"}}),
+    }
+    if file.exists() and (before := read_json(file)) != asked:
+        before = before if isinstance(before, dict) else {}
+        changed = [name for name in {*before, *asked} if before.get(name) != asked.get(name)]
+        raise OutputError(
+            f"{folder} holds another sweep ({', '.join(sorted(changed))} differ); give this one another --name"
+        )
+    write_whole(file, json.dumps(asked, indent=2) + "\n")
+
+
+def _link_best(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """`best`: the best checkpoint of the best run of the best trial; none where all trials are equal."""
+    link = folder / "best"
+    link.unlink(missing_ok=True)
+    best = max((row for row in rows if row["score"] is not None), key=lambda row: row["score"], default=None)
+    if best is None or all_equal(rows):
+        return
+    seed = max(best["by_seed"], key=lambda s: best["by_seed"][s])
+    run = folder / best["trial"] / f"seed-{seed}"
+    target = run / "best" if (run / "best").exists() else run / "final"
+    link.symlink_to(target.relative_to(folder))
+
+
+def check_devices(workers: int, devices: Sequence[str]) -> None:
+    """Raises RecipeError for fewer sets of devices than workers."""
+    if devices and len(devices) < workers:
+        raise RecipeError(f"--devices names {len(devices)} sets for {workers} workers; name one each, as 0,1 2,3")

@@ -1,0 +1,95 @@
+"""What variants are compared by: pure functions of held-out curves, seeds x validations.
+
+All variants of an environment start from the same policy and are validated with the same samples, so they begin at the same
+score, and run k of two variants shares its seed, with it scenarios and sampling: differences are paired by seed. Intervals are over
+seeds: Student's t, and for steps to a score, which need no mean, a bootstrap that draws seeds. They say nothing of other policies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ctcgrpo.intervals import BOOTSTRAP_SAMPLES, student
+
+Array = NDArray[np.float64]
+MEASURES = ("area", "final")
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """The held-out scores (S, K) of a trial's S seeds after `steps` (K,), the first of them 0."""
+
+    steps: Array
+    scores: Array
+
+    @property
+    def area(self) -> Array:
+        """(S,): how far the curve lies above its start, on average over the steps of training."""
+        heights = np.trapezoid(self.scores, self.steps, axis=1)
+        return np.asarray(heights / (self.steps[-1] - self.steps[0]) - self.scores[:, 0])
+
+    @property
+    def final(self) -> Array:
+        """(S,): how far the last score lies above the first."""
+        return np.asarray(self.scores[:, -1] - self.scores[:, 0])
+
+
+def curves_of(validations: Mapping[int, Sequence[tuple[int, float]]]) -> Curves:
+    """From the (step, score) pairs of each seed's finished run. Raises ValueError where they were validated after other steps."""
+    steps = {seed: [step for step, _ in pairs] for seed, pairs in validations.items()}
+    first = next(iter(steps))
+    if (other := next((seed for seed in steps if steps[seed] != steps[first]), None)) is not None:
+        raise ValueError(f"seed {first} was validated after steps {steps[first]}, seed {other} after {steps[other]}")
+    return Curves(np.array(steps[first], dtype=float), np.array([[score for _, score in p] for p in validations.values()]))
+
+
+def compared(found: Curves, base: Curves | None) -> dict[str, Any]:
+    """Each measure with `mean` and `ci95` over seeds, and `against`: the same of the difference to another variant with the same
+    seeds (None for that one itself, and where there is none). `reach`: see `reached`."""
+    figures: dict[str, Any] = {}
+    for measure in MEASURES:
+        values = getattr(found, measure)
+        difference = None if base is None or base is found else _interval(values - getattr(base, measure))
+        figures[measure] = {**_interval(values), "against": difference}
+    return {**figures, "reach": None if base is None else reached(found, base)}
+
+
+def _interval(values: Array) -> dict[str, Any]:
+    return {"mean": float(values.mean()), "ci95": list(student(values))}
+
+
+def reached(found: Curves, base: Curves, *, seed: int = 0) -> dict[str, Any] | None:
+    """After how many steps the variant's mean curve first stands as high as the baseline's mean curve does at its end: `steps`,
+    and `ci95` by drawing seeds, the same for both (with few of them too sure of itself). None stands for never, in an end of the
+    interval too. Altogether None where there is no score to reach: the baseline gained nothing, on all seeds or in one of twenty
+    draws of them."""
+    ours, theirs = found.scores, base.scores
+    drawn = np.random.default_rng(seed).integers(len(ours), size=(BOOTSTRAP_SAMPLES, len(ours)))
+    gains = base.final[drawn].mean(axis=1)
+    if base.final.mean() <= 0 or (gains <= 0).mean() > 0.05:
+        return None
+    when = sorted(_first(found.steps, ours[d].mean(axis=0), float(theirs[d].mean(axis=0)[-1])) for d in drawn[gains > 0])
+    low, high = when[round(0.025 * (len(when) - 1))], when[round(0.975 * (len(when) - 1))]
+    steps = _first(found.steps, ours.mean(axis=0), float(theirs.mean(axis=0)[-1]))
+    return {"steps": _or_never(steps), "ci95": [_or_never(low), _or_never(high)]}
+
+
+def _or_never(steps: float) -> float | None:
+    return None if math.isinf(steps) else steps
+
+
+def _first(steps: Array, curve: Array, target: float) -> float:
+    """Where a curve first reaches a height, in a straight line between validations; infinite where it never does."""
+    for k in range(len(curve)):
+        if curve[k] >= target:
+            if k == 0:
+                return float(steps[0])
+            share = (target - curve[k - 1]) / (curve[k] - curve[k - 1])
+            return float(steps[k - 1] + share * (steps[k] - steps[k - 1]))
+    return math.inf

@@ -1,0 +1,152 @@
+"""What a run asks of the simulator or the environment, and what that costs: arithmetic on counts and prices."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ctcgrpo.preflight.simulator import played
+from ctcgrpo.preflight.subject import LINE_TOKENS, REPLY_TOKENS, Finding, Subject, sample
+from ctcgrpo.simulator.llm.prompts import TemplatePrompts
+from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
+
+VERDICT_TOKENS = 250
+"""What an answer of the simulating LLM is assumed to have on average."""
+_CHARACTERS_PER_TOKEN = {"zh": 1.6}
+_OTHER_LANGUAGES = 4.0
+_PLAYED = 4
+"""Scenarios of each scene whose dialogues are laid out for the simulator, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How much is asked for, at most: dialogues that end early cost less. `validations` counts those before and after training."""
+
+    steps: int
+    episodes_per_step: int
+    turns: int
+    validations: int
+    episodes_per_validation: int
+    calls_per_turn: int = 1
+
+    @property
+    def calls_per_step(self) -> int:
+        return self.episodes_per_step * self.turns * self.calls_per_turn
+
+    @property
+    def calls(self) -> int:
+        validation = self.validations * self.episodes_per_validation * self.turns * self.calls_per_turn
+        return self.steps * self.calls_per_step + validation
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Mean tokens of a simulator call over a dialogue of full length."""
+
+    prompt: float
+    completion: float
+
+
+def money(calls: float, tokens: Tokens, prompt_price: float, completion_price: float) -> float:
+    """By prices per million tokens."""
+    return calls * (tokens.prompt * prompt_price + tokens.completion * completion_price) / 1e6
+
+
+def hours(asked: Asked, tokens_per_turn: float, tokens_per_second: float) -> float:
+    """Of sampling alone, at the policy's measured throughput."""
+    turns = asked.calls / asked.calls_per_turn
+    return turns * tokens_per_turn / tokens_per_second / 3600
+
+
+def cost(s: Subject) -> Iterator[Finding]:
+    recipe, validation = s.recipe, s.recipe.validation
+    llm = s.simulator.llm if s.simulator else None
+    steps, own = recipe.training.max_steps, recipe.environment
+    held_out = len(s.held_out if own is None else s.held_out_tasks)
+    asked = Asked(
+        steps=steps,
+        episodes_per_step=recipe.tasks_per_step * recipe.rollout.group_size,
+        turns=recipe.rollout.max_turns,
+        validations=2 + (steps - 1) // validation.every if validation else 0,
+        episodes_per_validation=held_out * validation.samples if validation else 0,
+        calls_per_turn=llm.samples if llm else 1,
+    )
+    what = "simulator calls" if own is None else "environment steps"
+    yield Finding(what, "ok", f"up to {asked.calls_per_step:,} a step, {asked.calls:,} in all, validation included")
+    if own is not None:
+        yield Finding("cost", "ok", f"what {own.factory} itself asks for (LLM calls, services) is not known here")
+    elif llm is None and recipe.simulator.url == "embedded":
+        yield Finding("cost", "ok", "the scripted user costs nothing")
+    else:
+        yield _simulator_cost(s, asked)
+    if recipe.hardware.tokens_per_second:
+        reply = min(REPLY_TOKENS, recipe.rollout.max_new_tokens)
+        took = hours(asked, reply, recipe.hardware.tokens_per_second)
+        yield Finding(
+            "hours",
+            "ok",
+            f"{took:.1f} of sampling at {recipe.hardware.tokens_per_second:,.0f} tokens/s; updates come on top",
+        )
+
+
+def _simulator_cost(s: Subject, asked: Asked) -> Finding:
+    config = s.simulator
+    llm = config.llm if config else None
+    tokens = _simulator_tokens(s)
+    total = asked.calls * (tokens.prompt + tokens.completion)
+    step = asked.calls_per_step * (tokens.prompt + tokens.completion)
+    text = (
+        f"some {step / 1e6:.1f} million tokens a step, {total / 1e6:,.0f} million in all ({tokens.prompt:.0f} to read and "
+        f"{VERDICT_TOKENS} to write a call, replies of {REPLY_TOKENS} tokens, lines of {LINE_TOKENS}"
+        f"{'' if s.scenarios else ', by the bundled English scenarios'})"
+    )
+    prices = [e.price for e in llm.endpoints if e.price.prompt or e.price.completion] if llm else []
+    if prices and config is not None:
+        worst = max(money(asked.calls, tokens, p.prompt, p.completion) for p in prices)
+        text += f"; up to {worst:,.0f} {config.budget.currency} at the dearest endpoint's prices"
+        limit = config.budget.money
+        if limit is not None and worst > limit:
+            return Finding("cost", "warning", f"{text}, and budget.money is {limit:g}: the run will pause there")
+    elif llm is not None:
+        text += "; no prices are configured (llm.endpoints: price)"
+    return Finding("cost", "ok", text)
+
+
+def _simulator_tokens(s: Subject) -> Tokens:
+    """Of a call, over a dialogue of full length, by our prompts; the official ones differ."""
+    thinks = s.simulator is None or s.simulator.llm is None or s.simulator.llm.reflections
+    prompts, rounds = TemplatePrompts(reflections=thinks), s.recipe.rollout.max_turns
+    counts = []
+    for scenario in sample(s.examples, _PLAYED):
+        rate = _CHARACTERS_PER_TOKEN.get(scenario.language, _OTHER_LANGUAGES)
+        thought = "x" * _rounded_up((VERDICT_TOKENS - LINE_TOKENS) * rate) if thinks else ""
+        user = _Verbose("x" * _rounded_up(LINE_TOKENS * rate), thought)
+        asyncio.run(played(user, scenario, ["x" * _rounded_up(REPLY_TOKENS * rate)] * rounds, rounds))
+        for request in user.asked:
+            text = "".join(m["content"] for m in prompts.messages(request))
+            exact = s.tokenizer is not None and scenario.language == "en"
+            said = request.history[1:] if scenario.opening_line else request.history
+            words = sum(len(line.text) + len(line.reflection) for line in said)
+            standing = len(s.tokenizer.encode(text.replace("x" * 40, ""))) if exact and s.tokenizer is not None else 0
+            counts.append(standing + words / rate if exact else len(text) / rate)
+    return Tokens(statistics.mean(counts), VERDICT_TOKENS)
+
+
+class _Verbose:
+    """A user who says and thinks the same every time, and keeps what it was asked."""
+
+    def __init__(self, line: str, thought: str) -> None:
+        self._line, self._thought = line, thought
+        self.asked: list[TurnRequest] = []
+
+    async def turn(self, request: TurnRequest) -> TurnReply:
+        self.asked.append(request)
+        return TurnReply(
+            reply=self._line, anger_delta=0, trust_delta=0, state=request.state, goes_on=True, reflection=self._thought
+        )
+
+
+def _rounded_up(number: float) -> int:
+    return -int(-number // 1)

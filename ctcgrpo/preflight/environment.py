@@ -1,0 +1,143 @@
+"""An environment of one's own: whether it loads, has tasks, and plays an episode to its end; what odd replies do to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ctcgrpo.data_digest import tasks_digest
+from ctcgrpo.errors import CtcGrpoError, RecipeError
+from ctcgrpo.preflight.subject import Finding, Subject
+from ctcgrpo.recipe import OwnEnvironment
+from ctcgrpo.rollout.session import Answer, Session
+from ctcgrpo.run_tasks import environment_factory, read_tasks, refuse_uneven_tags
+from ctcgrpo.types import Message, Task
+
+_REPLY, _EMOJI = "I see.", "\U0001f642\U0001f44d\U0001f3fd"
+_RESETS = 8
+"""Tasks of each set whose first messages are looked at, at most."""
+
+
+def environment(s: Subject) -> Iterator[Finding]:
+    settings = _settings(s)
+    s.factory = environment_factory(settings)
+    yield Finding("environment", "ok", settings.factory)
+
+
+def tasks(s: Subject) -> Iterator[Finding]:
+    settings = _settings(s)
+    s.tasks = read_tasks(settings.tasks, "environment.tasks", settings.folder)
+    refuse_uneven_tags(settings, s.tasks)
+    tags = len({task.tag for task in s.tasks})
+    yield Finding("tasks", "ok", f"{len(s.tasks)} to train on" + (f", of {tags} tags" if tags > 1 else ""))
+
+
+def validation(s: Subject) -> Iterator[Finding]:
+    if s.recipe.validation is None:
+        yield Finding("validation", "warning", "none: the run will not say whether it got better (section validation)")
+        return
+    s.held_out_tasks = read_tasks(s.recipe.validation_source(), "validation.tasks", _settings(s).folder)
+    trained = {*_contents(s.tasks).values(), *_named(s.tasks)}
+    both = [name for name, said in _contents(s.held_out_tasks).items() if said in trained]
+    both = list(dict.fromkeys([*both, *(name for name in _named(s.held_out_tasks) if name in trained)]))
+    if both:
+        yield Finding(
+            "validation",
+            "warning",
+            f"{len(both)} of {len(s.held_out_tasks)} held-out tasks (validation.tasks) are among those that are trained on, "
+            f"{both[0]!r} for one: scores do not show what the policy does on other tasks",
+        )
+    else:
+        yield Finding("validation", "ok", f"{len(s.held_out_tasks)} held out")
+
+
+def episode(s: Subject) -> Iterator[Finding]:
+    """One with the same reply in every turn, and the first messages of some tasks: they cost what the environment costs."""
+    if s.factory is None or not s.tasks:
+        return
+    openings = {task.id: _played(s, task, ()).opening for task in _evenly(s.tasks)}
+    openings |= {f"{task.id} (held out)": _played(s, task, ()).opening for task in _evenly(s.held_out_tasks)}
+    played = _played(s, s.tasks[0], [_REPLY] * s.recipe.rollout.max_turns)
+    s.openings = openings
+    s.heard = [answer.messages for answer in played.answers if answer.messages]
+    rewards = [answer.reward for answer in played.answers]
+    turns = len(rewards)
+    over = "the environment was done" if played.answers[-1].done else f"not done after rollout.max_turns = {turns}"
+    earned = ", ".join("not scored" if reward is None else f"{reward:+.3f}" for reward in rewards[:5])
+    text = (
+        f"task {s.tasks[0].id!r} with the reply {_REPLY!r}: {turns} {'turn' if turns == 1 else 'turns'} ({over}), rewards "
+        f"{earned}{', ...' if turns > 5 else ''}, outcome {played.outcome:+.3f}"
+    )
+    yield Finding("episode", "ok", text)
+
+
+def replies(s: Subject) -> Iterator[Finding]:
+    """A policy says anything: what an environment raises at it is a failed episode, and nothing is learnt from that."""
+    if not s.openings:
+        return
+    long = 4 * s.recipe.rollout.max_new_tokens
+    odd = {"an empty reply": "", f"a reply of {long:,} characters": ("word " * long)[:long], "a reply of emoji": _EMOJI}
+    failed = False
+    for what, reply in odd.items():
+        try:
+            _played(s, s.tasks[0], [reply])
+        except CtcGrpoError as error:
+            failed = True
+            yield Finding("replies", "warning", f"{what} makes a failed episode: {error}")
+    if not failed:
+        yield Finding("replies", "ok", f"{', '.join(odd)} are answered")
+
+
+@dataclass(frozen=True, slots=True)
+class _Played:
+    opening: Sequence[Message]
+    answers: Sequence[Answer]
+    outcome: float
+
+
+def _played(s: Subject, task: Task, said: Sequence[str]) -> _Played:
+    """An episode, over after these replies at the latest. Raises RecipeError with the task and what went wrong."""
+    try:
+        return asyncio.run(_play(s, task, said))
+    except CtcGrpoError as error:
+        raise RecipeError(f"{_settings(s).factory}, task {task.id!r}: {error}") from error
+
+
+async def _play(s: Subject, task: Task, said: Sequence[str]) -> _Played:
+    assert s.factory is not None
+    session = Session(s.factory, f"check/{task.id}", _settings(s).timeout)
+    answers: list[Answer] = []
+    outcome = 0.0
+    try:
+        opening = await session.reset(task.data, seed=s.recipe.run.seed)
+        for reply in said:
+            answers.append(await session.step(reply))
+            if answers[-1].done:
+                break
+        if answers:
+            outcome = await session.outcome()
+        await session.close_or_fail()
+    finally:
+        await session.close()
+    return _Played(opening, answers, outcome)
+
+
+def _settings(s: Subject) -> OwnEnvironment:
+    assert s.recipe.environment is not None  # checks_of
+    return s.recipe.environment
+
+
+def _contents(tasks: Sequence[Task]) -> Mapping[str, str]:
+    """Digests of what tasks say beside their id, by id."""
+    return tasks_digest([replace(task, data={k: v for k, v in task.data.items() if k != "id"}) for task in tasks])
+
+
+def _named(tasks: Sequence[Task]) -> list[str]:
+    """The ids that tasks bring along; others are positions, which say nothing."""
+    return [task.id for task in tasks if "id" in task.data]
+
+
+def _evenly(tasks: Sequence[Task]) -> list[Task]:
+    most = min(_RESETS, len(tasks))
+    return [tasks[k * len(tasks) // most] for k in range(most)]

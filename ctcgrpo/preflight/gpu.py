@@ -1,0 +1,83 @@
+"""Whether the run fits the GPU that its recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files
+
+from ctcgrpo.errors import RecipeError
+from ctcgrpo.naming import did_you_mean
+from ctcgrpo.policy.shapes import GIB
+from ctcgrpo.preflight.memory import PHASES, Load, memory_plan
+from ctcgrpo.preflight.subject import Finding, Subject
+from ctcgrpo.recipe import Recipe
+from ctcgrpo.sharding import FSDP2, deepspeed_stage, offloads
+from ctcgrpo.strict_yaml import load_yaml
+
+_FULL_AT_WAKE = 0.9
+"""The share of a card beyond which a colocated vLLM may find no room to wake, for fragmentation."""
+
+
+@cache
+def cards() -> dict[str, float]:
+    """GiB by card."""
+    loaded: dict[str, float] = load_yaml((files("ctcgrpo.preflight") / "cards.yaml").read_text(encoding="utf-8"))
+    return loaded
+
+
+def memory(s: Subject) -> Iterator[Finding]:
+    gpu = s.recipe.hardware.gpu
+    if s.shape is None or gpu is None:
+        return
+    known = cards()
+    if gpu not in known:
+        raise RecipeError(f"hardware.gpu is {gpu!r}; {did_you_mean(gpu, known)}")
+    s.memory = plan = memory_plan(s.shape, load_of(s.recipe), known[gpu] * GIB)
+    worst = max(PHASES, key=plan.total)
+    text = f"{plan.total(worst) / GIB:.1f} of {gpu}'s {plan.card / GIB:.1f} GiB, most in the {worst}"
+    if not plan.fits:
+        what = "rollout.vllm.gpu_memory" if worst == "rollout" else "training.tokens_per_row"
+        more = "shard more (training.sharding), use more GPUs, or policy.lora"
+        yield Finding("memory", "failed", f"{text}; lower {what}, {more}")
+        return
+    if plan.kv_tokens is None:
+        yield Finding("memory", "ok", text)
+        return
+    if plan.total("rollout") > _FULL_AT_WAKE * plan.card:
+        share = f"{plan.total('rollout') / plan.card:.0%} in rollouts; vLLM wakes into what the update has left in pieces"
+        yield Finding(
+            "memory", "warning", f"{text}, {share}; lower rollout.vllm.gpu_memory to stay below {_FULL_AT_WAKE:.0%}"
+        )
+    else:
+        yield Finding("memory", "ok", text)
+    rollouts = load_of(s.recipe).rollouts
+    room = f"vLLM has room for keys and values of {plan.kv_tokens:,} tokens, and {rollouts} rollouts of full length want"
+    if plan.kv_tokens < s.longest:
+        yield Finding("memory", "failed", f"{room} {plan.kv_wanted:,}: not even one fits; raise rollout.vllm.gpu_memory")
+    elif plan.kv_tokens < plan.kv_wanted:
+        yield Finding("memory", "warning", f"{room} {plan.kv_wanted:,}: some will wait for others")
+    else:
+        yield Finding("memory", "ok", f"{room} {plan.kv_wanted:,}")
+
+
+def load_of(recipe: Recipe) -> Load:
+    rollout, training, policy = recipe.rollout, recipe.training, recipe.policy
+    stage = deepspeed_stage(training.sharding)
+    here = recipe.tasks_per_step * rollout.group_size // recipe.hardware.processes
+    return Load(
+        processes=recipe.hardware.processes,
+        sharding="fsdp2" if training.sharding == FSDP2 else ("none", "zero1", "zero2", "zero3")[stage],
+        offload=offloads(training.sharding),
+        weight_bytes=4 if policy.dtype == "float32" else 2,
+        quantized=policy.quantization != "none",
+        bf16=training.bf16,
+        lora_rank=policy.lora.rank if policy.lora else None,
+        reference=training.kl > 0,
+        checkpointing=training.gradient_checkpointing,
+        tokens_per_row=training.tokens_per_row,
+        longest=rollout.max_prompt_tokens + rollout.max_new_tokens,
+        rollouts=min(rollout.max_batch, max(1, here)),
+        gpu_memory=rollout.vllm.gpu_memory if rollout.engine == "vllm_colocated" else 0.0,
+        samples_here=rollout.engine == "transformers",
+    )

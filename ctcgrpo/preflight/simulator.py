@@ -1,0 +1,73 @@
+"""The simulated user: whether a canary turn is answered, and what the scripted user knows of the scenarios."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from ctcgrpo.environments.eibench import EIBench, User, task_of
+from ctcgrpo.errors import RecipeError, SimulatorTransportError
+from ctcgrpo.policy.persona import Briefing
+from ctcgrpo.preflight.subject import Finding, Subject
+from ctcgrpo.records import Scenario
+from ctcgrpo.simulator.choice import check_patience
+from ctcgrpo.simulator.client import SimulatorClient
+from ctcgrpo.simulator.config import SCRIPTED_USER, bearer_token, load_simulator_config
+from ctcgrpo.simulator.scripted.backend import ScriptedBackend
+from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
+from ctcgrpo.simulator.server import SimulatorServer, running
+
+_PATIENCE = 20.0
+"""Seconds for a canary turn."""
+
+
+def simulator(s: Subject) -> Iterator[Finding]:
+    """One canary turn, on the real simulator: it costs a call."""
+    settings = s.recipe.simulator
+    if settings.url == "embedded" and s.recipe.hardware.nodes > 1:
+        raise RecipeError(
+            f"simulator.url is 'embedded', which the others of {s.recipe.hardware.nodes} nodes cannot reach; start "
+            "`ctcgrpo serve CONFIG --host 0.0.0.0` and name it, or leave it to launch/slurm.sbatch"
+        )
+    with ExitStack() as stack:
+        if settings.url == "embedded":
+            s.simulator = SCRIPTED_USER if settings.config is None else load_simulator_config(settings.config)
+            server = SimulatorServer(s.simulator)
+            server.check([*s.scenarios, *s.held_out])
+            deadline = s.simulator.llm.deadline if s.simulator.llm else 0
+            client = SimulatorClient(stack.enter_context(running(server)), timeout=deadline + 30, patience=2)
+        else:
+            urls = [settings.url] if isinstance(settings.url, str) else list(settings.url)
+            client = SimulatorClient(
+                urls, token=bearer_token(settings.token_env, s.variables), timeout=_PATIENCE, patience=2
+            )
+        says, reply = asyncio.run(_canary(client, s.examples[0]))
+    check_patience(says, settings.timeout)
+    who = ", ".join(map(str, says.get("models") or [says.get("backend")]))
+    yield Finding("simulator", "ok", f"{who} answered a canary turn: {reply!r}")
+    if says.get("backend") == ScriptedBackend.name:
+        for played, what in ((s.scenarios, "training scenarios"), (s.held_out, "held-out scenarios")):
+            if warning := unscripted_warning(played, what):
+                yield Finding("scripts", "warning", warning)
+
+
+async def _canary(client: SimulatorClient, scenario: Scenario) -> tuple[dict[str, Any], str]:
+    try:
+        async with asyncio.timeout(_PATIENCE), client:
+            says = await client.health()
+            dialogue = await played(client, scenario, ["Hello. I am here and I am listening."], 8)
+    except TimeoutError:
+        raise SimulatorTransportError(f"no answer to a canary turn within {_PATIENCE:g} s") from None
+    return says, dialogue.answer.reply[:60]
+
+
+async def played(user: User, scenario: Scenario, replies: Sequence[str], rounds: int) -> EIBench:
+    """The dialogue after these replies."""
+    dialogue = EIBench(user, briefing=Briefing(), max_turns=rounds)
+    dialogue.name = f"check/{scenario.id}"
+    await dialogue.reset(task_of(scenario).data, seed=0)
+    for reply in replies:
+        await dialogue.step(reply)
+    return dialogue

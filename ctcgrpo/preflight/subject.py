@@ -1,0 +1,94 @@
+"""What the checks pass on to each other: the recipe, what was loaded of it so far, and what they find."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate.commands.config.config_args import default_config_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ctcgrpo.policy.context import ContextBuilder
+from ctcgrpo.policy.shapes import Shape
+from ctcgrpo.preflight.memory import MemoryPlan
+from ctcgrpo.recipe import Recipe
+from ctcgrpo.records import Scenario
+from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.simulator.config import SimulatorConfig
+from ctcgrpo.types import Environment, Message, Task
+
+Level = Literal["ok", "warning", "failed"]
+
+REPLY_TOKENS, LINE_TOKENS = 150, 60
+"""What a reply of the policy and a line of the user are assumed to have on average; named beside every figure that rests on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check says: of what, how bad, and what is so or would have to change."""
+
+    about: str
+    level: Level
+    text: str
+
+
+@dataclass
+class Subject:
+    """The recipe, and what checks have loaded of it so far."""
+
+    recipe: Recipe
+    folder: Path
+    """For what is built in passing; gone after the check."""
+    variables: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    """Those of the environment that the command runs in."""
+    accelerate_config: Path = Path(default_config_file)
+    scenarios: list[Scenario] = field(default_factory=list)
+    held_out: list[Scenario] = field(default_factory=list)
+    factory: Callable[[], Environment] | None = None
+    """Of an environment of one's own, as are tasks, held_out_tasks, openings and heard."""
+    tasks: Sequence[Task] = ()
+    held_out_tasks: Sequence[Task] = ()
+    openings: dict[str, Sequence[Message]] = field(default_factory=dict)
+    """The first messages of some tasks, by id."""
+    heard: list[Sequence[Message]] = field(default_factory=list)
+    """What the policy heard after each of its replies, in the episode that was played."""
+    shape: Shape | None = None
+    config: Any = None
+    """The model's own configuration, where it is at hand."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    contexts: ContextBuilder | None = None
+    simulator: SimulatorConfig | None = None
+    memory: MemoryPlan | None = None
+
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The model without its weights; there must be a configuration."""
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+        return model
+
+    @property
+    def examples(self) -> list[Scenario]:
+        """Of what is played: the run's own scenarios, or the bundled ones while those are not here."""
+        return self.scenarios or load_scenarios("english/train")
+
+    @property
+    def longest(self) -> int:
+        return self.recipe.rollout.max_prompt_tokens + self.recipe.rollout.max_new_tokens
+
+
+Check = Callable[[Subject], Iterator[Finding]]
+
+
+def sample(scenarios: Sequence[Scenario], of_each: int) -> list[Scenario]:
+    """At most so many of each scene, evenly over the list."""
+    chosen = []
+    for scene in sorted({x.scene for x in scenarios}):
+        of_scene = [x for x in scenarios if x.scene == scene]
+        chosen += of_scene[:: max(1, len(of_scene) // of_each)][:of_each]
+    return chosen
