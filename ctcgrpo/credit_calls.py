@@ -1,4 +1,4 @@
-"""Credits, centerings and scales by name, and calling them: any of them may be a stranger's, so that its result is checked."""
+"""Credits, centerings and scales by name, and calling them: any of them may be a user's own, so its result is checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def choose(what: str, options: Mapping[str, _F], name: str) -> _F:
 
 
 def called(where: str, function: Callable[..., _F], *arguments: Any) -> _F:
-    """What a function gives that may be a stranger's. Raises CreditError for whatever it raises."""
+    """What a function gives that may be a user's own. Raises CreditError for whatever it raises."""
     try:
         return function(*arguments)
     except CreditError:

@@ -1,7 +1,8 @@
 """The recipe: everything that decides a run, as typed sections. One way in, one place that validates.
 
 A recipe file is YAML and Python at once (see recipes/tiny.yaml): for Python all of it is one string, followed by the call
-that runs it; for YAML that string's opening is a key named `'`, which the loader drops.
+that runs it; for YAML that string's opening is a key named `'`, which the loader drops. With `extends: other.yaml` (relative to
+the file) it is that recipe, section by section and field by field, with other values where it has its own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from ctcgrpo.naming import cut, did_you_mean, quoted
 from ctcgrpo.options import CreditOptions, LossWeights, OldLogprobs, Packing, SamplingDtype, recipe_field
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS
 from ctcgrpo.records import SCENES
-from ctcgrpo.sections import Section, environment_name, named_value, parse_mapping, read_text, validated
+from ctcgrpo.sections import (
+    Section,
+    environment_name,
+    named_value,
+    parse_mapping,
+    read_text,
+    refuse_unknown,
+    validated,
+)
 from ctcgrpo.sharding import splits_weights
 from ctcgrpo.simulator.config import TOKEN_ENV
 
@@ -508,21 +517,33 @@ def load_recipe(file: str | Path, overrides: Sequence[str] = (), *, changes: Seq
     name another one on the command line.
     """
     path = Path(file)
-    data, typed = _inherited(path), dict[str, Any]()
+    layers = _layers(path)
+    data, changed, typed = dict[str, Any](), dict[str, Any](), dict[str, Any]()
+    for _, fields in reversed(layers):
+        data = _merged(data, fields)
     for change in [*changes, *overrides]:
         _apply(data, change)
+        _apply(changed, change)
     for override in overrides:
         _apply(typed, override)
+
+    def origin(field: Sequence[str | int]) -> Path:
+        """The file that says what a field is; this one for a field that none of them has, or that was changed."""
+        if _has(changed, field):
+            return path
+        return next((file for file, fields in layers if _has(fields, field)), path)
+
     if isinstance(own := data.get("environment"), dict):
-        own.setdefault("folder", str(path.parent))
-    recipe = validated(data, Recipe, path)
+        own.setdefault("folder", str(origin(("environment", "factory")).parent))
+    recipe = validated(data, Recipe, path, origin)
     for field in ("credit", "centering", "scale"):
         if is_reference(named := getattr(recipe.credit, field)):
-            load_object(named, f"{path}: credit.{field}", path.parent)
-    name = recipe.simulator.token_env
+            file = origin(("credit", field))
+            load_object(named, f"{file}: credit.{field}", file.parent)
+    name, file = recipe.simulator.token_env, origin(("simulator", "token_env"))
     if not name.startswith(_OWN_VARIABLES) and "token_env" not in typed.get("simulator", {}):
         raise RecipeError(
-            f"{path}: simulator.token_env = {name!r}; expected a name that begins with {_OWN_VARIABLES}, since the value of the "
+            f"{file}: simulator.token_env = {name!r}; expected a name that begins with {_OWN_VARIABLES}, since the value of the "
             f"variable is sent to simulator.url; to allow {name} for a run, write simulator.token_env={name} on its command line"
         )
     return recipe
@@ -554,17 +575,37 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
     return found
 
 
-def _inherited(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe's fields, over those of the recipe that it extends. Raises RecipeError for recipes that extend each other."""
-    if path.resolve() in chain:
-        raise RecipeError(f"{path}: extends itself, by way of {', '.join(str(p.name) for p in chain)}")
-    data = _parse(path)
-    base = data.pop(_EXTENDS, None)
+def _layers(path: Path, extending: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """A recipe's own fields, then those of the recipe that it extends, and so on, each with its file. Raises RecipeError for fields
+    that no recipe has, a file that is not there, and recipes that extend each other."""
+    chain = (*extending, path)
+    if path.resolve() in [file.resolve() for file in extending]:
+        shown = " -> ".join(str(file) for file in chain)
+        raise RecipeError(f"{chain[-2]}: {_EXTENDS}: {shown}; expected a recipe that does not extend this one")
+    fields = _parse(path)
+    base = fields.pop(_EXTENDS, None)
+    refuse_unknown(fields, Recipe, str(path))
     if base is None:
-        return data
+        return [(path, fields)]
+    where = f"{path}: {_EXTENDS} = {quoted(base)}"
     if not isinstance(base, str):
-        raise RecipeError(f"{path}: {_EXTENDS} = {quoted(base)}; expected the file of a recipe, relative to this one")
-    return _merged(_inherited(path.parent / base, (*chain, path.resolve())), data)
+        raise RecipeError(f"{where}; expected the file of a recipe, relative to this one")
+    file = path.parent / base
+    if not file.is_file():
+        near = [f.name for f in file.parent.glob("*.yaml")]
+        raise RecipeError(f"{where}: there is no file {file}; {did_you_mean(file.name, near)}")
+    return [(path, fields), *_layers(file, chain)]
+
+
+def _has(fields: Any, field: Sequence[str | int]) -> bool:
+    """Whether a mapping of sections says what a field is, or has a value in its place that is no section."""
+    for name in field:
+        if not isinstance(fields, dict):
+            break
+        if name not in fields:
+            return False
+        fields = fields[name]
+    return True
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

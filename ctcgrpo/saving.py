@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from ctcgrpo.policy.shapes import GIB, Shape
 from ctcgrpo.processes import STOP_SECONDS
 from ctcgrpo.recipe import Recipe
 from ctcgrpo.sharding import deepspeed_stage
@@ -18,13 +17,12 @@ _LAST_UPDATE = 300
 """Seconds allowed for the update in progress, which is finished first."""
 
 
-def checkpoint_bytes(shape: Shape, recipe: Recipe) -> float:
-    """Of one checkpoint: weights, and the optimizer's state with float32 masters."""
-    lora = recipe.policy.lora
-    if lora is not None:
-        return shape.lora_parameters(lora.rank) * 12.0
+def checkpoint_bytes(recipe: Recipe, trained: int) -> float:
+    """Of one checkpoint of `trained` parameters: weights, and the optimizer's state, float32 masters included."""
+    if recipe.policy.lora is not None:
+        return trained * 12.0
     rounded = recipe.policy.dtype == "bfloat16" or (deepspeed_stage(recipe.training.sharding) and recipe.training.bf16)
-    return shape.parameters * (14.0 if rounded else 16.0)
+    return trained * (14.0 if rounded else 16.0)
 
 
 def save_seconds(size: float) -> float:
@@ -45,6 +43,6 @@ def too_little_time(size: float, environment: Mapping[str, str] = os.environ) ->
         return None
     return (
         f"the launcher kills processes {given:g} s after it was told to stop (Ctrl-C, SIGTERM), and saving takes about "
-        f"{needed:.0f} s: {size / GIB:.0f} GiB at {_BYTES_PER_SECOND / 1e9:g} GB/s; launch with {SHUTDOWN_TIMEOUT}=3600 in the "
+        f"{needed:.0f} s: {size / 2**30:.0f} GiB at {_BYTES_PER_SECOND / 1e9:g} GB/s; launch with {SHUTDOWN_TIMEOUT}=3600 in the "
         "environment, or with `ctcgrpo train`, which sets it"
     )

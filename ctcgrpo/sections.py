@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
@@ -90,16 +90,21 @@ def named_value(text: str, what: str, form: str) -> tuple[str, Any]:
         raise RecipeError(f"{what} {text[:80]!r}: the value is not valid YAML: {reason}") from None
 
 
-def validated(data: Mapping[str, Any], model: type[_S], path: Path) -> _S:
-    """Raises RecipeError naming file, field, value and what would be right."""
-    _refuse_unknown(data, model, "", str(path))
+def validated(
+    data: Mapping[str, Any], model: type[_S], path: Path, origin: Callable[[Sequence[str | int]], Path] | None = None
+) -> _S:
+    """Raises RecipeError naming file, field, value and what would be right. `origin`: the file that a field comes from, where not
+    all of them come from `path`."""
+    refuse_unknown(data, model, str(path))
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_explain(error)}") from None
+        file = path if origin is None else origin(error.errors()[0]["loc"])
+        raise RecipeError(f"{file}: {_explain(error)}") from None
 
 
-def _refuse_unknown(data: Mapping[str, Any], model: type[BaseModel], path: str, file: str) -> None:
+def refuse_unknown(data: Mapping[str, Any], model: type[BaseModel], file: str, path: str = "") -> None:
+    """Raises RecipeError for a field that the model does not have; `path` is that of the section, with a dot at its end."""
     for key, value in data.items():
         field = model.model_fields.get(key)
         if field is None:
@@ -116,7 +121,7 @@ def _refuse_unknown(data: Mapping[str, Any], model: type[BaseModel], path: str, 
         for k, part in parts:
             if isinstance(part, Mapping):
                 below = f"{path}{key}.{k}." if named or isinstance(value, list) else f"{path}{key}."
-                _refuse_unknown(part, section, below, file)
+                refuse_unknown(part, section, file, below)
 
 
 def section_type(annotation: Any) -> type[BaseModel] | None:

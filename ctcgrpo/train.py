@@ -47,7 +47,6 @@ from ctcgrpo.policy.loading import (
     stop_ids,
 )
 from ctcgrpo.policy.model_wheel import ModelWheel, fetch_model
-from ctcgrpo.policy.shapes import shape_of
 from ctcgrpo.processes import STOP_SECONDS, interrupts, on_main, together
 from ctcgrpo.progress import RunProgress
 from ctcgrpo.recipe import Recipe
@@ -124,6 +123,9 @@ class _Run(RolloutHooks):
             hooks=self,
         )
         self._trainer.remove_callback(PrinterCallback)
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self._trainer.model.parameters() if p.requires_grad)
+        if warning := too_little_time(checkpoint_bytes(recipe, trained)):
+            self._progress.say(f"warning: {warning}")
         stack.callback(self._trainer.engine.close)
         if steps := on_main(self._state, lambda: self._folder.extended_from(recipe)):
             self._progress.say(_extension(arguments, steps * self._updates_per_step, recipe))
@@ -164,9 +166,6 @@ class _Run(RolloutHooks):
         check_fits(config, tokenizer, longest, policy.model)
         if adapter is not None:
             refuse_tied_targets(config, adapter)
-        with contextlib.suppress(PolicyError):  # no plan is made for such a model: how long it takes to save is not known
-            if warning := too_little_time(checkpoint_bytes(shape_of(config), recipe)):
-                self._progress.say(f"warning: {warning}")
         ends = stop_ids(model, tokenizer, policy.revision, template_kwargs(recipe))
         contexts = context_builder(recipe, tokenizer, ends)
         openings = self._tasks.openings()

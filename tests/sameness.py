@@ -144,22 +144,22 @@ def _gradient(parameter: Any) -> torch.Tensor | None:
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
         from deepspeed.utils import safe_get_full_grad
 
-        return safe_get_full_grad(parameter).float().clone()
+        return safe_get_full_grad(parameter).float().cpu().clone()
     if parameter.grad is None:
         return None
     grad = parameter.grad
-    return (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone()
+    return (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).cpu().clone()
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
-    """Every parameter whole, on every process."""
+    """Every parameter whole, on every process, in the host's memory."""
     named = [(n.removeprefix("module."), p) for n, p in model.named_parameters()]
     if any(hasattr(p, "ds_id") for _, p in named):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([p for _, p in named]):
-            return {n: p.detach().clone() for n, p in named}
-    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in named}
+            return {n: p.detach().cpu().clone() for n, p in named}
+    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().cpu().clone() for n, p in named}
 
 
 def on_cpu_with_gloo(backend: str) -> None:

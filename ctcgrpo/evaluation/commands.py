@@ -211,7 +211,7 @@ def _evaluate_run(run: Path, given: Given, console: Terminal) -> None:
 
     roles, played = roles_of("eibench", given)
     task = {**task_of("eibench", given), **played}
-    generation, role_generation = generation_of(given), dict[str, Given]()
+    generation, role_generation = generation_of(given), dict[str, dict[str, Any]]()
     if (preset := given.get("preset")) is not None:
         simulator = (
             None if roles else task.get("simulator", validated_as(resolved_recipe(folder.recipe_file))[0]["simulator"])

@@ -232,8 +232,8 @@ def wanted_evaluation(bench: str, model: str, given: Given, trained: Trained | N
     if "as_trained" in given:
         if trained is None:
             raise RecipeError(
-                f"--as-trained needs a policy in the folder of a run on scenarios, and {model} is none; name the folder of a "
-                "run: --model checkpoints/RUN/best"
+                f"--as-trained needs a policy in the folder of a run on scenarios, and {model} is none; name the folder of a run: "
+                "--model checkpoints/RUN/best"
             )
         left_out = {"simulator" if roles else "", *(trained.briefed if "official" in task else ())}
         of_run = {name: value for name, value in trained.task.items() if name not in left_out}

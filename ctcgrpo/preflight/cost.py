@@ -7,10 +7,9 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ctcgrpo.preflight.simulator import played
+from ctcgrpo.preflight.simulator import Verbose, played
 from ctcgrpo.preflight.subject import LINE_TOKENS, REPLY_TOKENS, Finding, Subject, sample
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
-from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
 
 VERDICT_TOKENS = 250
 """What an answer of the simulating LLM is assumed to have on average."""
@@ -122,7 +121,7 @@ def _simulator_tokens(s: Subject) -> Tokens:
     for scenario in sample(s.examples, _PLAYED):
         rate = _CHARACTERS_PER_TOKEN.get(scenario.language, _OTHER_LANGUAGES)
         thought = "x" * _rounded_up((VERDICT_TOKENS - LINE_TOKENS) * rate) if thinks else ""
-        user = _Verbose("x" * _rounded_up(LINE_TOKENS * rate), thought)
+        user = Verbose("x" * _rounded_up(LINE_TOKENS * rate), thought)
         asyncio.run(played(user, scenario, ["x" * _rounded_up(REPLY_TOKENS * rate)] * rounds, rounds))
         for request in user.asked:
             text = "".join(m["content"] for m in prompts.messages(request))
@@ -132,20 +131,6 @@ def _simulator_tokens(s: Subject) -> Tokens:
             standing = len(s.tokenizer.encode(text.replace("x" * 40, ""))) if exact and s.tokenizer is not None else 0
             counts.append(standing + words / rate if exact else len(text) / rate)
     return Tokens(statistics.mean(counts), VERDICT_TOKENS)
-
-
-class _Verbose:
-    """A user who says and thinks the same every time, and keeps what it was asked."""
-
-    def __init__(self, line: str, thought: str) -> None:
-        self._line, self._thought = line, thought
-        self.asked: list[TurnRequest] = []
-
-    async def turn(self, request: TurnRequest) -> TurnReply:
-        self.asked.append(request)
-        return TurnReply(
-            reply=self._line, anger_delta=0, trust_delta=0, state=request.state, goes_on=True, reflection=self._thought
-        )
 
 
 def _rounded_up(number: float) -> int:

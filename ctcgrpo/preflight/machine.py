@@ -6,8 +6,9 @@ import netrc
 import shutil
 from collections.abc import Iterator
 
-from ctcgrpo.policy.shapes import GIB
+from ctcgrpo.policy.shapes import GIB, Shape
 from ctcgrpo.preflight.subject import Finding, Level, Subject
+from ctcgrpo.recipe import Recipe
 from ctcgrpo.run_folder import RunFolder
 from ctcgrpo.saving import checkpoint_bytes, notice_seconds, save_seconds, too_little_time
 from ctcgrpo.sharding import offloads
@@ -17,7 +18,7 @@ from ctcgrpo.startup import SHUTDOWN_TIMEOUT
 def disk(s: Subject) -> Iterator[Finding]:
     if s.shape is None:
         return
-    recipe, size = s.recipe, checkpoint_bytes(s.shape, s.recipe)
+    recipe, size = s.recipe, _checkpoint_bytes(s.recipe, s.shape)
     # One more than are kept stands beside them while it is written; of best and final there are weights alone, at most a third.
     needed = (recipe.training.keep_checkpoints + 1) * size + 2 * size / 3
     where = next(p for p in [recipe.folder, *recipe.folder.absolute().parents] if p.exists())
@@ -32,7 +33,7 @@ def stopping(s: Subject) -> Iterator[Finding]:
     """How long Ctrl-C and a scheduler's end have to wait."""
     if s.shape is None:
         return
-    size = checkpoint_bytes(s.shape, s.recipe)
+    size = _checkpoint_bytes(s.recipe, s.shape)
     if warning := too_little_time(size, s.variables):
         yield Finding("stopping", "warning", warning)
     elif s.recipe.hardware.processes > 1:
@@ -51,6 +52,11 @@ def threads(s: Subject) -> Iterator[Finding]:
             f"{s.recipe.training.sharding} updates on the CPU, and launchers give each process one thread; set OMP_NUM_THREADS to "
             "the cores of a machine / its processes",
         )
+
+
+def _checkpoint_bytes(recipe: Recipe, shape: Shape) -> float:
+    lora = recipe.policy.lora
+    return checkpoint_bytes(recipe, shape.parameters if lora is None else shape.lora_parameters(lora.rank))
 
 
 def output(s: Subject) -> Iterator[Finding]:

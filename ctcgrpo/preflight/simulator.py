@@ -14,6 +14,7 @@ from ctcgrpo.records import Scenario
 from ctcgrpo.simulator.choice import SCRIPTED, check_patience, simulator_of
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import bearer_token
+from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 
 _PATIENCE = 20.0
@@ -38,8 +39,8 @@ def simulator(s: Subject) -> Iterator[Finding]:
     who = ", ".join(map(str, says.get("models") or [says.get("backend")]))
     yield Finding("simulator", "ok", f"{who} answered a canary turn: {reply!r}")
     if says.get("backend") == SCRIPTED:
-        for played, what in ((s.scenarios, "training scenarios"), (s.held_out, "held-out scenarios")):
-            if warning := unscripted_warning(played, what):
+        for known, what in ((s.scenarios, "training scenarios"), (s.held_out, "held-out scenarios")):
+            if warning := unscripted_warning(known, what):
                 yield Finding("scripts", "warning", warning)
 
 
@@ -61,3 +62,17 @@ async def played(user: User, scenario: Scenario, replies: Sequence[str], rounds:
     for reply in replies:
         await dialogue.step(reply)
     return dialogue
+
+
+class Verbose:
+    """A user who says and thinks the same every time, and keeps what it was asked."""
+
+    def __init__(self, line: str, thought: str) -> None:
+        self._line, self._thought = line, thought
+        self.asked: list[TurnRequest] = []
+
+    async def turn(self, request: TurnRequest) -> TurnReply:
+        self.asked.append(request)
+        return TurnReply(
+            reply=self._line, anger_delta=0, trust_delta=0, state=request.state, goes_on=True, reflection=self._thought
+        )

@@ -50,7 +50,7 @@ GROUPS: Mapping[str, Sequence[Metric]] = {
         ),
         Metric(
             "reward/turn",
-            "mean reward of a turn; for EIBench the change of anger and trust, in [-0.1, 0.1]",
+            "mean reward of a turn; for EIBench the weighted change of the user's state, in [-0.1, 0.1]",
             "rises with outcome/all",
             "if it stays at 0, no reply changes the user: read the dialogues (ctcgrpo report)",
         ),

@@ -11,7 +11,7 @@ from ctcgrpo.training.samples import StepCredit, Summary
 
 
 def rollout_metrics(summaries: Sequence[Summary], credit: StepCredit | None) -> dict[str, float]:
-    """outcome overall and by tag, the numbers of the last turn's info by tag (final_anger/support); credit; failures by kind;
+    """outcome overall and by tag, the numbers of the last turn's info by tag (final_NAME/TAG); credit; failures by kind;
     lengths. `credit` is None where episodes are not trained on."""
     valid = [s for s in summaries if not s.failure]
     metrics = {

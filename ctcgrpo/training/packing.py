@@ -173,20 +173,27 @@ def _forks_in(tree: Tree, rows: Sequence[range]) -> Ints:
     return forks
 
 
-def packed_row(tree: Tree, row: range, samples: Sequence[TurnSample]) -> Row:
-    """A stretch of the tree as a row of one sequence; `samples` are those that the tree was made from."""
+def packed_row(tree: Tree, row: range, samples: Sequence[TurnSample], *, pad_id: int = 0, multiple: int = 1) -> Row:
+    """A stretch of the tree as a row of one sequence, padded to a multiple of `multiple` tokens; `samples` are those that the
+    tree was made from."""
     lengths = tree.lengths[row.start : row.stop]
     forks = tree.forks[row.start : row.stop].copy()
     forks[0] = 0
     own = lengths - forks
     starts = np.concatenate([[0], np.cumsum(own)])
     total = int(starts[-1])
-    ids, labels, positions = np.empty(total, np.int64), np.full(total, IGNORE), np.empty(total, np.int64)
+    length_of_row = -(-total // multiple) * multiple
+    ids, labels, positions = (
+        np.full(length_of_row, pad_id),
+        np.full(length_of_row, IGNORE),
+        np.zeros(length_of_row, np.int64),
+    )
+    positions[total:] = np.arange(length_of_row - total)
     path = np.empty(int(lengths.max()), np.int64)  # the row's positions of the sequence at hand
     at: list[Ints] = []
     sizes: list[int] = []
     paths: list[Ints] = []
-    ends = np.full(total, total)
+    ends = np.where(np.arange(length_of_row) < total, total, length_of_row)
     for k, (fork, length, start) in enumerate(zip(forks, lengths, starts[:-1], strict=True)):
         n = length - fork
         if k:

@@ -61,8 +61,10 @@ def plan(
     costs: Costs,
     process: int = 0,
     processes: int = 1,
+    multiple: int = 1,
 ) -> Plan:
-    """`samples`: those of all processes, in the same order on each."""
+    """`samples`: those of all processes, in the same order on each; `multiple`: what the lengths of packed rows are multiples
+    of, a row of `tokens_per_row` included."""
     if not samples:
         return Plan([], 0, 0, 0.0, 1.0)
     if packed:
@@ -70,8 +72,9 @@ def plan(
         stretches = cut(tree, tokens_per_row=tokens_per_row, processes=processes, costs=costs)
         work, forwarded = row_costs(tree, stretches, costs), distinct_tokens(tree, stretches)
         taken = dealt(work, processes)
-        mine = [packed_row(tree, stretches[k], samples) for k in taken[process]]
-        padding = 0.0
+        mine = [packed_row(tree, stretches[k], samples, pad_id=pad_id, multiple=multiple) for k in taken[process]]
+        lengths = [distinct_tokens(tree, [stretch]) for stretch in stretches]
+        padding = 1 - forwarded / sum(-(-length // multiple) * multiple for length in lengths)
     else:
         rows = plain_rows(samples, tokens_per_row=tokens_per_row, pad_id=pad_id)
         work = np.array([_padded_cost(row, costs) for row in rows])

@@ -23,7 +23,7 @@ class Row:
     """B sequences of T tokens, and E trained tokens.
 
     `input_ids`, `positions` (B, T); `labels` (B, T): the token that each position is to predict, -100 for none. `attention_mask`
-    (B, T) says what is no padding; a row with `segments` has none, and B = 1. A trained token is an entry: `at` (E,) is the
+    (B, T) says what is no padding; a row with `segments` has no mask, and B = 1. A trained token is an entry: `at` (E,) is the
     flat position in (B, T) that predicts it, `advantages` (E,), `old_logprobs` (E,) or None, `sample` (E,) its sample's
     place among those that the rows were made from. Entries of a sample are in order and together. Samples that
     share a position have entries of their own there. A dummy row, which keeps processes in step, has no entries.
@@ -57,6 +57,8 @@ class Row:
     @property
     def tokens(self) -> int:
         """Positions that are no padding."""
+        if self.segments is not None:
+            return sum(self.segments.lengths)
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
 

@@ -8,20 +8,35 @@ order, up to themselves.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from transformers.integrations.flex_attention import flex_attention_forward
+from torch._dynamo import config as dynamo
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.options import Packing
 from ctcgrpo.policy.attention import Layout, masked_attention
 
 TreeAttention = Literal["segments", "flex", "flash3"]
+Sees = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of batch, head, query and key positions: whether the query sees the key."""
+
+_BLOCK = 128
+"""flex_attention skips what nobody sees in squares of so many tokens."""
+_MOST_GRAPHS = 64
+_STRIP = 8
+"""So many rows of squares are looked at together: 16,384 tokens take 16 MiB."""
+
+
+def row_multiple(how: TreeAttention | None) -> int:
+    """What a row's length has to be a multiple of. flex_attention has a graph for rows of several squares, one for a single square
+    and others for parts of one: with two squares at least, the first does for all."""
+    return 2 * _BLOCK if how == "flex" else 1
 
 
 def how_to_attend(packing: Packing, device: torch.device, *, half: bool) -> TreeAttention | None:
@@ -60,7 +75,8 @@ def _fetch_kernel() -> None:
 class Segments:
     """A row of T tokens as segments laid end to end. `lengths` (S,): their tokens; `paths` (sum of path lengths,): for each
     segment in turn the row's positions of its sequence from the first token to the segment's last; `path_lengths` (S,).
-    `ends` (T,): the end of what descends from each token, which in the row lies right behind it."""
+    `ends` (T,): the end of what descends from each token, which in the row lies right behind it. Padding, behind the last
+    segment, sees padding alone."""
 
     lengths: tuple[int, ...]
     path_lengths: tuple[int, ...]
@@ -73,7 +89,8 @@ def tree_layout(segments: Segments, how: TreeAttention, device: torch.device) ->
     if how == "segments":
         return SegmentLayout(segments, segments.paths.to(device))
     if how == "flex":
-        return FlexLayout(segments.ends.to(device), segments.positions.to(device))
+        # On a CPU it cannot be trained once compiled.
+        return FlexLayout(segments.ends.to(device), segments.positions.to(device), compiled=device.type != "cpu")
     starts = [torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in (segments.lengths, segments.path_lengths)]
     longest = max(segments.lengths), max(segments.path_lengths)
     return Flash3Layout(segments.paths.to(device), starts[0].to(device), starts[1].to(device), longest)
@@ -130,16 +147,12 @@ class SegmentLayout(Layout):
 class FlexLayout(Layout):
     """The row lies in the order of a walk through the tree, so what descends from a token is the stretch behind it."""
 
-    def __init__(self, ends: torch.Tensor, positions: torch.Tensor) -> None:
-        self._ends, self._positions = ends, positions
+    def __init__(self, ends: torch.Tensor, positions: torch.Tensor, *, compiled: bool) -> None:
+        """`ends`, `positions` (T,): as in Segments. Raises ValueError where T is no multiple of `row_multiple`."""
+        if len(ends) % row_multiple("flex"):
+            raise ValueError(f"a row of {len(ends)} tokens; flex_attention wants a multiple of {row_multiple('flex')}")
+        self._ends, self._positions, self._compiled = ends, positions, compiled
         self._masks: dict[int | None, BlockMask] = {}
-
-    def sees(
-        self, window: int | None, batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, kv: torch.Tensor
-    ) -> torch.Tensor:
-        """Whether the token at q sees the one at kv: flex_attention's mask_mod."""
-        seen = (kv <= q) & (q < self._ends[kv])
-        return seen if window is None else seen & (self._positions[q] - self._positions[kv] < window)
 
     def attend(
         self,
@@ -152,19 +165,62 @@ class FlexLayout(Layout):
         window: int | None,
     ) -> torch.Tensor:
         if window not in self._masks:
-            tokens = query.shape[2]
+            self._masks[window] = _block_mask(self._sees(window), len(self._ends), self._ends.device)
+        attention: Any = _flex_compiled if self._compiled else flex_attention
+        output: torch.Tensor = attention(query, key, value, block_mask=self._masks[window], scale=scale, enable_gqa=True)
+        return output.transpose(1, 2)
 
-            def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-                return self.sees(window, b, h, q, kv)
+    def _sees(self, window: int | None) -> Sees:
+        ends, positions = self._ends, self._positions
 
-            compiled = query.device.type != "cpu"  # else it would hold T x T booleans
-            self._masks[window] = create_block_mask(sees, None, None, tokens, tokens, device=query.device, _compile=compiled)
-        mask = self._masks[window]
-        if query.device.type == "cpu":  # compiled, it cannot be trained there
-            eager: torch.Tensor = flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
-            return eager.transpose(1, 2)
-        output: torch.Tensor = flex_attention_forward(module, query, key, value, mask, scaling=scale)[0]
-        return output
+        def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+            return (kv <= q) & (q < ends[kv])
+
+        if window is None:
+            return sees
+        width = torch.tensor(window, device=ends.device)  # a number would be part of the graph
+
+        def sees_near(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+            return (kv <= q) & (q < ends[kv]) & (positions[q] - positions[kv] < width)
+
+        return sees_near
+
+
+def _block_mask(sees: Sees, tokens: int, device: torch.device) -> BlockMask:
+    """What torch's create_block_mask makes, without T x T booleans and without a graph of its own."""
+    at = torch.arange(tokens, device=device)
+    nothing = torch.zeros((), dtype=torch.long, device=device)
+    squares = []
+    for queries in torch.split(at, _STRIP * _BLOCK):
+        seen = sees(nothing, nothing, queries[:, None], at[None, :])
+        squares.append(seen.view(-1, _BLOCK, tokens // _BLOCK, _BLOCK).sum((1, 3)))
+    pairs = torch.cat(squares)
+    whole = pairs == _BLOCK * _BLOCK
+    return BlockMask.from_kv_blocks(
+        *_ordered((pairs > 0) & ~whole), *_ordered(whole), _BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
+    )
+
+
+def _ordered(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of squares (rows, columns): how many of each row are chosen (1, 1, rows), and their columns, those in front
+    (1, 1, rows, columns)."""
+    columns = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32)[None, None], columns.to(torch.int32)[None, None]
+
+
+def _flex_compiled(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: object) -> object:
+    """flex_attention as one graph for rows of all lengths (and one each without gradients, with a window, of another type). Raises
+    torch's FailOnRecompileLimitHit beyond _MOST_GRAPHS, where Dynamo would fall back to scores of all pairs."""
+    # Beside the call: the limit is one of the thread's, and with checkpointing layers run again in autograd's.
+    if dynamo.recompile_limit < _MOST_GRAPHS:
+        dynamo.recompile_limit = _MOST_GRAPHS
+    return _graph()(query, key, value, **options)
+
+
+@cache
+def _graph() -> Callable[..., object]:
+    compiled: Callable[..., object] = torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    return compiled
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from ctcgrpo.training.head import score_trained_positions_only
 from ctcgrpo.training.loss import TokenSums, token_sums
 from ctcgrpo.training.planning import Plan, forward_costs, plan
 from ctcgrpo.training.rows import Row
-from ctcgrpo.training.tree_attention import how_to_attend, tree_layout
+from ctcgrpo.training.tree_attention import how_to_attend, row_multiple, tree_layout
 from ctcgrpo.types import TurnSample
 
 PACKED_TOLERANCE = 0.02
@@ -161,6 +161,7 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
             costs=self._costs,
             process=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
+            multiple=row_multiple(self._how),
         )
 
     def _row_sums(self, model: torch.nn.Module, row: Row) -> TokenSums:

@@ -32,7 +32,7 @@ from ctcgrpo.policy.attention import Layout, use_layouts, with_layout
 from ctcgrpo.training.head import score_trained_positions_only
 from ctcgrpo.training.planning import forward_costs, plan
 from ctcgrpo.training.rows import Row, plain_rows
-from ctcgrpo.training.tree_attention import Packing, how_to_attend, tree_layout
+from ctcgrpo.training.tree_attention import Packing, how_to_attend, row_multiple, tree_layout
 from ctcgrpo.types import TurnSample
 from tests.benchmarks.timing import alternate, ratio
 
@@ -118,8 +118,9 @@ def work(
     how = how_to_attend(packing, device, half=model.dtype == torch.bfloat16)
     assert how is not None
     if packed:
+        costs = forward_costs(model, gathers=how != "flex")
         made = plan(
-            samples, packed=True, tokens_per_row=tokens_per_row, pad_id=0, costs=forward_costs(model, gathers=how != "flex")
+            samples, packed=True, tokens_per_row=tokens_per_row, pad_id=0, costs=costs, multiple=row_multiple(how)
         ).rows
         rows = [(r.to(device), tree_layout(r.segments, how, device)) for r in made if r.segments]
     else:

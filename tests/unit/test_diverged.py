@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from ctcgrpo.errors import PolicyError, TrainingDiverged
 from ctcgrpo.files import is_complete
 from ctcgrpo.policy.finite import nonfinite_gradient, nonfinite_weight, refuse_nonfinite
-from ctcgrpo.training import trainer as trainer_module
+from ctcgrpo.training import update as update_module
 from ctcgrpo.training.loss import token_sums
 from tests.conftest import Command
 from tests.unit.test_run import FAST, TINY
@@ -55,7 +55,7 @@ def test_a_step_that_is_not_finite_leaves_the_checkpoint_before_it(
             logprobs.register_hook(lambda gradient: gradient * math.nan)
         return token_sums(logprobs, *args, **options)
 
-    monkeypatch.setattr(trainer_module, "token_sums", sums)
+    monkeypatch.setattr(update_module, "token_sums", sums)
     command = ["train", TINY, *FAST, f"run.output_dir={tmp_path}", "training.max_steps=9", "training.save_every=1"]
     code, _, err = ctcgrpo(*command, "training.updates_per_step=1")
     assert code == 11, err

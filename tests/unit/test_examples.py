@@ -31,7 +31,7 @@ def test_guess_from_python_learns(tmp_path: Path) -> None:
     before = trainer.evaluate()["eval_outcome/all"]
     trainer.train()
     after = trainer.evaluate()["eval_outcome/all"]
-    assert 0.4 < before < 0.6 and after > 0.85
+    assert 0.4 < before < 0.6 and after > 0.75
     for episode in traced(tmp_path):
         assert episode["outcome"] == pytest.approx(sum(turn["reward"] for turn in episode["turns"]))
 
@@ -90,7 +90,7 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -
     shown = [output for cell in cells for output in cell.outputs]
     said = "".join(output.text for output in shown if output.output_type == "stream" and output.name == "stdout")
     before, after = (float(part.split()[0]) for part in said.split("held-out episodes: ")[1].split(","))
-    assert before < 0.6 and after > 0.85
+    assert before < 0.6 and after > 0.75
     assert any("image/png" in output.data for output in shown if "data" in output)
     tables = [output.data["text/html"] for output in shown if "text/html" in output.get("data", {})]
     assert len(tables) == 2 and all("advantage" in table for table in tables)

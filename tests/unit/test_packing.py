@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo import config as dynamo
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     GemmaConfig,
@@ -26,9 +28,10 @@ from transformers import (
 
 from ctcgrpo.errors import PolicyError, RecipeError
 from ctcgrpo.policy.attention import use_layouts, with_layout
+from ctcgrpo.training import tree_attention
 from ctcgrpo.training.packing import Costs, dealt, prefix_tree
 from ctcgrpo.training.planning import Plan, forward_costs, plan
-from ctcgrpo.training.tree_attention import TreeAttention, how_to_attend, tree_layout
+from ctcgrpo.training.tree_attention import FlexLayout, TreeAttention, how_to_attend, row_multiple, tree_layout
 from ctcgrpo.types import TurnSample
 
 CPU = torch.device("cpu")
@@ -75,10 +78,17 @@ def sample_lists(draw: st.DrawFn) -> list[TurnSample]:
     return samples + samples[: draw(st.integers(0, 1))]
 
 
-def planned(samples: list[TurnSample], *, packed: bool = True, budget: int = 50, processes: int = 1) -> list[Plan]:
-    costs = forward_costs(MODELS["full"], gathers=True)
+def planned(
+    samples: list[TurnSample],
+    *,
+    packed: bool = True,
+    budget: int = 50,
+    processes: int = 1,
+    how: TreeAttention = "segments",
+) -> list[Plan]:
+    options = {"costs": forward_costs(MODELS["full"], gathers=True), "multiple": row_multiple(how)}
     return [
-        plan(samples, packed=packed, tokens_per_row=budget, pad_id=0, costs=costs, process=p, processes=processes)
+        plan(samples, packed=packed, tokens_per_row=budget, pad_id=0, process=p, processes=processes, **options)  # type: ignore[arg-type]
         for p in range(processes)
     ]
 
@@ -106,7 +116,8 @@ def test_every_sample_is_scored_as_it_is_alone(samples: list[TurnSample], budget
     with torch.no_grad():
         alone = scored(model, planned(samples, packed=False, budget=1))
         for how in ("segments", "flex"):
-            shared = scored(model, planned(samples, budget=budget, processes=processes), how)  # type: ignore[arg-type]
+            plans = planned(samples, budget=budget, processes=processes, how=how)  # type: ignore[arg-type]
+            shared = scored(model, plans, how)  # type: ignore[arg-type]
             assert shared.keys() == alone.keys() == set(range(len(samples)))
             assert max(float((shared[k] - alone[k]).abs().max()) for k in alone) < 2e-5
 
@@ -128,6 +139,86 @@ def test_rows_keep_to_the_budget_and_processes_take_equally_many(
             own = row.sample == k
             assert row.labels.flatten()[row.at[own]].tolist() == list(samples[k].completion_ids)
             assert row.advantages[own].unique().tolist() == pytest.approx([samples[k].advantage])
+
+
+@settings(deadline=None, max_examples=20)
+@given(sample_lists(), st.integers(8, 80))
+def test_rows_for_flex_attention_are_padded_and_padding_is_in_nobodys_way(samples: list[TurnSample], budget: int) -> None:
+    made = planned(samples, budget=budget, how="flex")[0]
+    lengths = [row.input_ids.numel() for row in made.rows]
+    assert all(n % 256 == 0 for n in lengths)
+    assert sum(row.tokens for row in made.rows) == made.forwarded
+    assert made.padding == pytest.approx(1 - made.forwarded / sum(lengths))
+    for row in made.rows:
+        assert row.segments is not None and len(row.segments.ends) == row.positions.numel()
+        assert bool((row.segments.ends[: row.tokens] <= row.tokens).all())
+        assert bool((row.labels[:, row.tokens :] == -100).all()) and int(row.at.max()) < row.tokens
+
+
+def test_squares_of_the_mask_are_those_that_torch_finds() -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    samples = [s for _ in range(3) for s in dialogue(tuple(range(300)), 6, random.Random(5), 40)]
+    row = planned(samples, budget=10**6, how="flex")[0].rows[0]
+    assert row.segments is not None and row.tokens > 8 * 128  # more than a strip
+    for window in (None, 400):
+        layout = FlexLayout(row.segments.ends, row.segments.positions, compiled=False)
+        q, k = torch.randn(1, 2, row.input_ids.numel(), 8), torch.randn(1, 1, row.input_ids.numel(), 8)
+        layout.attend(torch.nn.Identity(), q, k, k, scale=1.0, window=window)
+        ours = layout._masks[window]
+        theirs = create_block_mask(ours.mask_mod, None, None, *ours.seq_lengths, device="cpu")
+        assert torch.equal(ours.to_dense(), theirs.to_dense())
+        assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks) and bool(ours.full_kv_num_blocks.any())
+
+
+def test_rows_of_fifty_lengths_are_attended_to_by_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo traces on a CPU as it does on a GPU. What it traced runs as it is: no compiler is needed here."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    eager = torch.compile(tree_attention.flex_attention, dynamic=True, fullgraph=True, backend="eager")
+    monkeypatch.setattr(tree_attention, "_graph", lambda: eager)
+    rng = random.Random(1)
+    for length in [1500, 1, 2, 100, 128, 129, 256, 257, *(rng.randint(2, 1500) for _ in range(42))]:
+        row = planned([TurnSample((1,) * length, (2,), 1.0)], budget=10**6, how="flex")[0].rows[0]
+        assert row.segments is not None
+        layout = FlexLayout(row.segments.ends, row.segments.positions, compiled=True)
+        q, k = (torch.randn(1, row.input_ids.numel(), heads, 8).transpose(1, 2) for heads in (2, 1))
+        with torch.no_grad():
+            seen = layout.attend(torch.nn.Identity(), q, k, k, scale=0.5, window=None)[0, : length + 1]
+            wanted = scaled_dot_product_attention(q, k, k, is_causal=True, scale=0.5, enable_gqa=True)
+        torch.testing.assert_close(seen, wanted[0, :, : length + 1].transpose(0, 1), atol=1e-5, rtol=0)
+    assert counters["stats"]["unique_graphs"] == 1
+    with torch.no_grad():
+        layout.attend(torch.nn.Identity(), q, k, k, scale=0.5, window=5)
+    assert counters["stats"]["unique_graphs"] == 2
+    # In a thread of its own, as autograd's are, it has the same room.
+    found: list[int] = []
+    thread = Thread(target=lambda: (tree_attention._flex_compiled(q, q, q), found.append(dynamo.recompile_limit)))
+    thread.start()
+    thread.join()
+    assert found == [64]
+
+
+def test_too_many_graphs_raise_and_never_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(tree_attention, "_MOST_GRAPHS", 2)
+    eager = torch.compile(tree_attention.flex_attention, dynamic=False, fullgraph=True, backend="eager")
+    monkeypatch.setattr(tree_attention, "_graph", lambda: eager)
+
+    def attend(tokens: int) -> None:
+        ends = torch.full((tokens,), tokens)
+        x = torch.randn(1, 1, tokens, 8)
+        FlexLayout(ends, torch.arange(tokens), compiled=True).attend(torch.nn.Identity(), x, x, x, scale=1.0, window=None)
+
+    with torch.no_grad(), dynamo.patch(recompile_limit=2):
+        attend(256)
+        attend(512)
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            attend(768)
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match="a row of 200 tokens; flex_attention wants a multiple of 256"):
+        FlexLayout(torch.full((200,), 200), torch.arange(200), compiled=True)
 
 
 def dialogue(opening: tuple[int, ...], turns: int, rng: random.Random, reasoning: int) -> list[TurnSample]:

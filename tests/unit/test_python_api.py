@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -29,6 +30,7 @@ from ctcgrpo.config import WITHOUT_EFFECT, without_effect
 from ctcgrpo.errors import OutputError, PolicyError, TooManyFailures
 from ctcgrpo.files import is_complete
 from ctcgrpo.types import Task
+from tests.conftest import ROOT
 
 
 class Count(Environment):
@@ -592,3 +594,14 @@ def test_several_updates_of_a_batch(tmp_path: Path) -> None:
     made.train()
     assert made.state.global_step == 4 and len(list((tmp_path / "traces").glob("step-*"))) == 2
     assert logged(made, "policy_version") == [0, 2]
+
+
+def test_what_the_readme_shows_runs(tmp_path: Path) -> None:
+    code = re.search(r"```python\n(from ctcgrpo import CTCGRPOConfig.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    text = (
+        code[1].replace("Qwen/Qwen3-0.6B", "builtin/tiny").replace("checkpoints/polite", str(tmp_path)).replace("128", "8")
+    )
+    exec(compile(text, "README.md", "exec"), found := {"__name__": "readme"})
+    assert found["trainer"].state.global_step == 6  # three epochs of two tasks
+    assert all(len(episode["turns"]) == 3 for episode in traced(tmp_path))

@@ -20,7 +20,8 @@ SIZES = {"qwen3_8b": 115e9, "qwen3_32b": 459e9, "qwen3_8b_lora": 1.05e9}
 
 def size_of(name: str) -> float:
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
-    return checkpoint_bytes(published_shapes()[recipe.policy.model], recipe)
+    shape, lora = published_shapes()[recipe.policy.model], recipe.policy.lora
+    return checkpoint_bytes(recipe, shape.parameters if lora is None else shape.lora_parameters(lora.rank))
 
 
 @pytest.mark.parametrize("name", SIZES)

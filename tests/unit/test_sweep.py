@@ -259,13 +259,13 @@ def test_the_command_fails_where_a_trial_did(tmp_path: Path, ctcgrpo: Command, m
 
 def test_a_changed_recipe_is_another_sweep(tmp_path: Path) -> None:
     program = tmp_path / "r.yaml"
-    program.write_text((ROOT / "recipes" / "quickstart.yaml").read_text())
+    program.write_text((ROOT / "recipes" / "smollm2.yaml").read_text())
     file = written(tmp_path / "s.yaml", program=str(program), parameters={"credit.alpha": {"values": [0, 10]}})
     rows = run(file, tmp_path / "out")
     program.write_text(load_recipe(program, ["rollout.temperature=0.5"]).to_yaml())
     with pytest.raises(OutputError, match="another sweep .program differ"):
         run(file, tmp_path / "out")
-    program.write_text((ROOT / "recipes" / "quickstart.yaml").read_text())
+    program.write_text((ROOT / "recipes" / "smollm2.yaml").read_text())
     assert run(file, tmp_path / "out") == rows
 
 

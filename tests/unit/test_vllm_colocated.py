@@ -1,5 +1,5 @@
 """What a colocated vLLM leaves behind in the process that trains, with a stand-in that changes it as vLLM 0.31 does on CUDA; vLLM
-itself is in tests/vllm."""
+itself is in tests/real_vllm."""
 
 from __future__ import annotations
 
