@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 
-from ctcgrpo.records import SCENES, Scenario
+from ctcgrpo.environments.eibench.records import SCENES, Scenario
 
 SEEDS = ("relationship", "place", "theme", "intensity", "personality")
 LENGTHS: Mapping[str, Callable[[Scenario], str]] = {

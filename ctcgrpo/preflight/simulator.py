@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from typing import Any
 
 from ctcgrpo.environments.eibench import EIBench, User, task_of
+from ctcgrpo.environments.eibench.persona import Briefing
+from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.errors import RecipeError, SimulatorTransportError
-from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.preflight.subject import Finding, Subject
-from ctcgrpo.records import Scenario
 from ctcgrpo.simulator.choice import check_patience
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, bearer_token, load_simulator_config

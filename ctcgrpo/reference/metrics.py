@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ctcgrpo.environments.eibench.records import SCENES
 from ctcgrpo.errors import EPISODE_ERRORS, RecipeError
-from ctcgrpo.naming import did_you_mean
-from ctcgrpo.records import SCENES
+from ctcgrpo.util.naming import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ def test_nothing_in_tests_shadows_a_package() -> None:
 def test_a_fifth_scene_breaks_neither_statistics_nor_the_pinned_data_set() -> None:
     code = (
         "from ctcgrpo import records; records.SCENES = (*records.SCENES, 'negotiation')\n"
-        "from ctcgrpo.factory import stats; from ctcgrpo.fetch import DATASETS\n"
+        "from ctcgrpo.factory import stats; from ctcgrpo.environments.eibench.fetch import DATASETS\n"
         "assert stats._COLORS['negotiation'] and len(DATASETS['eibench'].names) == 8, DATASETS['eibench'].names"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

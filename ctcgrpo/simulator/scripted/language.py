@@ -20,10 +20,10 @@ from typing import Any
 
 import snowballstemmer
 
+from ctcgrpo.environments.eibench.records import Scene
 from ctcgrpo.errors import SimulatorReplyError
-from ctcgrpo.records import Scene
 from ctcgrpo.simulator.scripted.grammar import is_sound, is_spliced
-from ctcgrpo.strict_yaml import load_yaml
+from ctcgrpo.util.strict_yaml import load_yaml
 
 _LANGUAGES = files("ctcgrpo.simulator.scripted") / "languages"
 _LATIN_TOKEN = re.compile(r"n't\b|'(?:s|m|re|ve|d|ll)\b|[a-z]+(?=n't\b)|[a-z]+'(?:am|clock)\b|[a-z]+|\d+(?:[.,:]\d+)*|,")

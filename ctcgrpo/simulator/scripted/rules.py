@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 
-from ctcgrpo.records import Scene
+from ctcgrpo.environments.eibench.records import Scene
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
 from ctcgrpo.simulator.scripted.language import Language
 from ctcgrpo.simulator.scripted.reading import TELLING, Reading
