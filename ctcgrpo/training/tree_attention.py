@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch._dynamo import config as dynamo
@@ -166,9 +166,8 @@ class FlexLayout(Layout):
     ) -> torch.Tensor:
         if window not in self._masks:
             self._masks[window] = _block_mask(self._sees(window), len(self._ends), self._ends.device)
-        attention = _flex_compiled if self._compiled else flex_attention
-        output = attention(query, key, value, block_mask=self._masks[window], scale=scale, enable_gqa=True)
-        assert isinstance(output, torch.Tensor)
+        attention: Any = _flex_compiled if self._compiled else flex_attention
+        output: torch.Tensor = attention(query, key, value, block_mask=self._masks[window], scale=scale, enable_gqa=True)
         return output.transpose(1, 2)
 
     def _sees(self, window: int | None) -> Sees:
@@ -192,7 +191,7 @@ def _block_mask(sees: Sees, tokens: int, device: torch.device) -> BlockMask:
     at = torch.arange(tokens, device=device)
     nothing = torch.zeros((), dtype=torch.long, device=device)
     squares = []
-    for queries in at.split(_STRIP * _BLOCK):
+    for queries in torch.split(at, _STRIP * _BLOCK):
         seen = sees(nothing, nothing, queries[:, None], at[None, :])
         squares.append(seen.view(-1, _BLOCK, tokens // _BLOCK, _BLOCK).sum((1, 3)))
     pairs = torch.cat(squares)

@@ -62,7 +62,7 @@ def test_the_schedule_is_stratified_and_deals_every_scenario_before_any_comes_ag
     assert schedule == step_schedule(tags, steps=20, per_step=8, seed=1)
     assert schedule != step_schedule(tags, steps=20, per_step=8, seed=2)
     assert schedule[:5] == step_schedule(tags, steps=5, per_step=8, seed=1)
-    with pytest.raises(ValueError, match="must be a multiple"):
+    with pytest.raises(ValueError, match="expected a multiple of 4"):
         step_schedule(tags, steps=1, per_step=6, seed=0)
 
 
