@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from ctcgrpo.cli import train_here
-from ctcgrpo.recipe import load_recipe, resolved_recipe
 from ctcgrpo.report.page import figures_of
 from ctcgrpo.report.reading import read_run
+from ctcgrpo.run.recipe import load_recipe, resolved_recipe
 from tests.conftest import ROOT, Command
 
 EXAMPLES = ROOT / "recipes" / "examples"

@@ -12,7 +12,7 @@ import yaml
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.experiments.spec import load_sweep
-from ctcgrpo.recipe import Recipe, differences, load_recipe, resolved_recipe
+from ctcgrpo.run.recipe import Recipe, differences, load_recipe, resolved_recipe
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -208,7 +208,7 @@ def test_a_shipped_launcher_configuration_leaves_the_rest_to_the_recipe(file: Pa
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "deepspeed").glob("*.json")), ids=lambda f: f.stem)
 def test_a_shipped_deepspeed_configuration_sums_gradients_in_float32(file: Path) -> None:
-    from ctcgrpo.sharding import deepspeed_stage, offloads, sharding_arguments, splits_weights
+    from ctcgrpo.model.sharding import deepspeed_stage, offloads, sharding_arguments, splits_weights
 
     stage = int(file.stem[4])
     assert deepspeed_stage(str(file)) == stage and splits_weights(str(file)) == (stage == 3)

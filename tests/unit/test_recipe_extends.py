@@ -13,9 +13,9 @@ import yaml
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.experiments.spec import load_sweep
-from ctcgrpo.files import mark_complete
-from ctcgrpo.recipe import differences, load_recipe, resolved_recipe
-from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.run.recipe import differences, load_recipe, resolved_recipe
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.util.files import mark_complete
 from tests.conftest import ROOT, Command
 
 OPENING, CLOSING = "'''': CTC-GRPO recipe\n", "# '''; from ctcgrpo.cli import run_recipe; run_recipe(__file__)\n"
