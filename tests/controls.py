@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ctcgrpo.environments.eibench import task_of
-from ctcgrpo.environments.eibench.records import SCENES, Scenario, Scene
+from ctcgrpo.environments.eibench.records import SCENES, Scenario
 from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.environments.eibench.scoring import Variant
 from ctcgrpo.run.recipe import Recipe, load_recipe
@@ -103,7 +103,7 @@ def best_script(
     for scene in SCENES:
         here = [s for s in scenarios if s.scene == scene]
 
-        def total(lines: list[str], scene: Scene = scene, here: Sequence[Scenario] = here) -> float:
+        def total(lines: list[str], scene: str = scene, here: Sequence[Scenario] = here) -> float:
             return sum(score(s, script({scene: lines})) for s in here)
 
         lines: list[str] = []

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ctcgrpo.environments.eibench.records import Scenario
+from ctcgrpo.environments.eibench.records import SCENES, Scenario, in_order
 from ctcgrpo.environments.eibench.scenario_format import Split
 from ctcgrpo.environments.eibench.scenarios import (
     by_scene,
@@ -63,6 +63,11 @@ def validate(
         )
     found = load_scenarios(source, split)
     say(f"{source}: {len(found)} scenarios ({by_scene(found)})" + ("" if loose else "; every rule holds"))
+    if own := [scene for scene in in_order(s.scene for s in found) if scene not in SCENES]:
+        say(
+            f"note: {', '.join(own)}: not in the published set ({', '.join(SCENES)}). The scripted user hears replies there as in "
+            f"support, an LLM user is told no more than the persona; a recipe names such scenes in scenarios.scenes"
+        )
     if warning := unscripted_warning(found, "scenarios"):
         say(f"note: {warning}")
 
@@ -80,7 +85,7 @@ def _consequence(source: str, split: Split) -> str:
 def new(
     file: Annotated[Path, typer.Argument(help="The file to write, NAME.jsonl; notes on its fields go to NAME.md.")],
     scene: Annotated[
-        Literal["support", "defense", "repair", "charm"], typer.Option(help="The kind of situation.")
+        str, typer.Option(help="The kind of situation: support, defense, repair, charm, or a name of your own.")
     ] = "support",
     language: Annotated[Literal["en", "zh"], typer.Option(help="Of the example.")] = "en",
 ) -> None:

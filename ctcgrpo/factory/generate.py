@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import jinja2
 
-from ctcgrpo.environments.eibench.records import Scene
 from ctcgrpo.environments.eibench.scenario_format import read_record
 from ctcgrpo.environments.eibench.scenarios import read_records
 from ctcgrpo.errors import OutputError, ScenarioError, SimulatorReplyError, SimulatorTransportError
@@ -73,7 +72,7 @@ def generate(
     budget is spent: what was answered by then is kept.
     """
     examples = _examples(config)
-    by_scene: dict[Scene, list[str]] = {}
+    by_scene: dict[str, list[str]] = {}
     for name, (scene, _) in examples.items():
         by_scene.setdefault(scene, []).append(name)
     asked = wanted(
@@ -92,11 +91,11 @@ def generate(
         store.close()
 
 
-def _examples(config: FactoryConfig) -> dict[str, tuple[Scene, str]]:
+def _examples(config: FactoryConfig) -> dict[str, tuple[str, str]]:
     """By id: scene, and how the example is shown. Raises ScenarioError for a scene that the set shows nothing of."""
     if config.examples is None or not config.shots:
         return {}
-    found: dict[str, tuple[Scene, str]] = {}
+    found: dict[str, tuple[str, str]] = {}
     for place, record in read_records(config.examples):
         scenario = read_record(record, place)
         if scenario.scene in config.scenes and scenario.language == config.language and (text := shown(record, scenario)):
@@ -113,7 +112,7 @@ def _examples(config: FactoryConfig) -> dict[str, tuple[Scene, str]]:
 async def _all(
     config: FactoryConfig,
     asked: Sequence[Wanted],
-    examples: Mapping[str, tuple[Scene, str]],
+    examples: Mapping[str, tuple[str, str]],
     store: Store,
     held_out: Sequence[Mapping[str, Any]],
     say: Callable[[str], None],

@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 
 from ctcgrpo.environments.eibench import EIBench, task_of
 from ctcgrpo.environments.eibench.persona import Briefing
-from ctcgrpo.environments.eibench.records import MAX_DELTA, SCENES, Scenario, UserState
+from ctcgrpo.environments.eibench.records import MAX_DELTA, Scenario, UserState, in_order
 from ctcgrpo.environments.eibench.scoring import turn_score
 from ctcgrpo.errors import EPISODE_ERRORS, OutputError
 from ctcgrpo.simulator.client import SimulatorClient
@@ -92,7 +92,7 @@ def recorded_turns(
     """The turns of some recorded dialogues, equally many dialogues of each scene, as they would be asked for again. `warn` hears of
     lines that are no dialogue and are left out. Raises OutputError where there are none."""
     known = {s.id: s for s in scenarios}
-    traces: dict[str, list[Mapping[str, Any]]] = {scene: [] for scene in SCENES}
+    traces: dict[str, list[Mapping[str, Any]]] = {scene: [] for scene in in_order(s.scene for s in scenarios)}
     unreadable: list[str] = []
     for file in files:
         found, problems = collect_records(file, _RECORDED.validate_python)
@@ -106,7 +106,7 @@ def recorded_turns(
         why = f" ({unreadable[0]})" if unreadable else ""
         raise OutputError(f"there are no recorded dialogues of these scenarios to replay{why}")
     rng = random.Random(seed)
-    chosen = [t for scene in SCENES for t in rng.sample(traces[scene], min(dialogues, len(traces[scene])))]
+    chosen = [t for of_scene in traces.values() for t in rng.sample(of_scene, min(dialogues, len(of_scene)))]
     return [turn for trace in chosen for turn in asyncio.run(_turns(trace, known[trace["task"]], max_rounds))]
 
 
@@ -165,8 +165,7 @@ async def measure(turns: Sequence[TurnRequest], simulator: SimulatorClient, *, r
     by_turn = [answers[k * replays : (k + 1) * replays] for k in range(len(turns))]
     return {
         scene: _noise([(t, a) for t, a in zip(turns, by_turn, strict=True) if t.scenario.scene == scene], replays)
-        for scene in SCENES
-        if any(t.scenario.scene == scene for t in turns)
+        for scene in in_order(t.scenario.scene for t in turns)
     }
 
 

@@ -17,7 +17,7 @@ from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from ctcgrpo.centering import CENTERINGS
 from ctcgrpo.credit import CREDITS, SCALES
-from ctcgrpo.environments.eibench.records import SCENES, Scene
+from ctcgrpo.environments.eibench.records import SCENES
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.model.sharding import splits_weights
 from ctcgrpo.options import CreditOptions, LossWeights, OldLogprobs, Packing, SamplingDtype, recipe_field
@@ -108,11 +108,13 @@ class Scenarios(Section):
     train: str = Field(
         description="a path, a bundled pack (english/train), or a dataset under $CTCGRPO_DATA (eibench/train)"
     )
-    scenes: tuple[Scene, ...] = Field(SCENES, min_length=1, description="the scenes that are trained on, each once")
+    scenes: tuple[str, ...] = Field(
+        SCENES, min_length=1, description="the scenes that are trained on, each once: of the published set, or of your own"
+    )
 
     @field_validator("scenes")
     @classmethod
-    def _once(cls, value: tuple[Scene, ...]) -> tuple[Scene, ...]:
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(value)) < len(value):
             raise ValueError("duplicate scene")
         return value
@@ -231,7 +233,7 @@ class Scoring(Section):
         description="the outcome where a target anger is not below the initial one: training punishes anger beyond the target, "
         "evaluation (as in published figures) does not",
     )
-    turn_weights: dict[Scene, tuple[NonNegativeFloat, NonNegativeFloat]] = Field(
+    turn_weights: dict[str, tuple[NonNegativeFloat, NonNegativeFloat]] = Field(
         {}, description="weights of the change in anger and in trust, by scene; [0.5, 0.5] where absent"
     )
     no_reasoning_penalty: float = recipe_field("no_reasoning_penalty")
@@ -239,7 +241,7 @@ class Scoring(Section):
 
     @field_validator("turn_weights")
     @classmethod
-    def _at_most_one(cls, value: dict[Scene, tuple[float, float]]) -> dict[Scene, tuple[float, float]]:
+    def _at_most_one(cls, value: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
         for scene, weights in value.items():
             if sum(weights) > 1 + 1e-9:
                 raise ValueError(f"the weights of {scene} sum to {sum(weights):g}; they must sum to at most 1")
@@ -378,6 +380,9 @@ class Recipe(Section):
                 f"training.updates_per_step is {self.training.updates_per_step} and rollout.group_size "
                 f"{self.rollout.group_size}; each update takes an equal share of every group"
             )
+        if self.scenarios is not None and (known := {*SCENES, *self.scenarios.scenes}):
+            for scene in self.scoring.turn_weights.keys() - known:
+                raise ValueError(f"scoring.turn_weights: {scene!r} is not in scenarios.scenes; {did_you_mean(scene, known)}")
         if self.scenarios is not None and self.scenarios.per_step % len(self.scenarios.scenes):
             raise ValueError(
                 f"scenarios.per_step is {self.scenarios.per_step} for {len(self.scenarios.scenes)} scenes; "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ctcgrpo.environments.eibench.records import Anchors, Scenario, Scene, UserState
+from ctcgrpo.environments.eibench.records import SCENE_NAME, Anchors, Scenario, UserState
 from ctcgrpo.errors import SimulatorReplyError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class ScenarioCard(_Message):
     """What a backend may know of a scenario."""
 
     id: str
-    scene: Scene
+    scene: str = Field(pattern=SCENE_NAME)
     language: str
     user_persona: str
     opening_line: str

@@ -87,7 +87,7 @@ def test_overrides() -> None:
         ("credit.scale=batches", r"credit.scale is 'batches'; did you mean 'batch'\?"),
         ("credit.center_weights=tokens", "credit.center_weights is 'tokens'; input should be 'turn' or 'token'"),
         ("rollout.engine=vllm", "rollout.engine is 'vllm'; input should be 'transformers'"),
-        ("scenarios.scenes=[support,war]", "scenarios.scenes.1 is 'war'"),
+        ("scenarios.scenes=[support,5]", "scenarios.scenes.1 is 5"),
         ("scenarios.per_step=6", "scenarios.per_step is 6 for 4 scenes"),
         (
             "training.updates_per_step=3",

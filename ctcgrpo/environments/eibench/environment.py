@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ctcgrpo.environments.eibench.persona import Briefing, together
-from ctcgrpo.environments.eibench.records import Scenario, Scene, UserState
+from ctcgrpo.environments.eibench.records import Scenario, UserState
 from ctcgrpo.environments.eibench.scenario_format import Split
 from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.environments.eibench.scoring import Variant, outcome_score, turn_score
@@ -72,7 +72,7 @@ class EIBench(Environment):
         briefing: Briefing = _PERSONA,
         max_turns: int = RolloutOptions.max_turns,
         variant: Variant = "training",
-        turn_weights: Mapping[Scene, tuple[float, float]] | None = None,
+        turn_weights: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         self._user: User = LocalUser(ScriptedBackend()) if user is None else user
         self._briefing = briefing

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ctcgrpo.environments.eibench.records import SCENES, Anchors, Scenario, UserState
+from ctcgrpo.environments.eibench.records import SCENE_NAME, SCENES, Anchors, Scenario, UserState, scene_rules
 from ctcgrpo.errors import ScenarioError
-from ctcgrpo.util.naming import cut, did_you_mean, nearest, quoted
+from ctcgrpo.util.naming import cut, nearest, quoted
 
 Split = Literal["train", "test"]
 _LONGEST_MESSAGE = 600
@@ -46,7 +46,11 @@ def _told(description: str, default: Any = ...) -> Any:
 
 class _User(_Part):
     system_prompt: str = _told("Persona of the user. The simulator plays it; the policy never sees it.")
-    opening_line: str = _told("First line of the user. Required, except in charm, where the policy speaks first.", "")
+    opening_line: str = _told(
+        "First line of the user. Required in support, defense and repair; in charm the policy speaks first, and in a scene of your "
+        "own where this is left out.",
+        "",
+    )
 
 
 class _Policy(_Part):
@@ -74,7 +78,9 @@ class _Worst(_Part):
 
 class _Record(_Part):
     id: str = _told("Name of the scenario, unique in the set. Traces and reports use it.")
-    scene_tag: str = _told("support, defense, repair or charm: what kind of situation it is. In charm the policy opens.")
+    scene_tag: str = _told(
+        "What kind of situation it is: support, defense, repair or charm, as in the published set, or a name of your own."
+    )
     title: str = _told("A few words for tables and reports.", "")
     language: str = _told("Code of the language, for example en or zh. Left out: told by the characters of the persona.", "")
     aggressor_profile: _User
@@ -144,17 +150,18 @@ def check_record(record: Mapping[str, Any], place: str, split: Split = "train") 
         parsed = _without(record, [one["loc"] for one in error.errors()])
     if not parsed.id.strip():
         fault("id", f"is {quoted(parsed.id)}; an id cannot be empty")
-    scene = next((s for s in SCENES if s == parsed.scene_tag.strip().lower()), None)
-    if scene is None:
-        fault("scene_tag", f"is {parsed.scene_tag!r}; {did_you_mean(parsed.scene_tag.lower(), SCENES)}")
+    scene = parsed.scene_tag.strip().lower()
+    if problem := scene_problem(scene):
+        fault("scene_tag", f"is {quoted(parsed.scene_tag)}; {problem}")
     user, policy = parsed.aggressor_profile, parsed.defender_profile
     for field, text in (("aggressor_profile", user.system_prompt), ("defender_profile", policy.system_prompt)):
         if not text.strip():
             fault(f"{field}.system_prompt", f"is {text!r}; a persona cannot be empty")
-    if scene not in ("charm", None) and not user.opening_line.strip():
+    rules = scene_rules(scene)
+    if rules.policy_opens is False and not user.opening_line.strip():
         fault("aggressor_profile.opening_line", f"is {user.opening_line!r}; in {scene} the user speaks first")
     anchors = _anchors(parsed, split, fault, ordered)
-    if faults or scene is None or anchors is None:
+    if faults or anchors is None:
         return None, faults
     known = set(_Record.model_fields)
     scenario = Scenario(
@@ -163,7 +170,7 @@ def check_record(record: Mapping[str, Any], place: str, split: Split = "train") 
         scene=scene,
         language=parsed.language or _language(user.system_prompt),
         user_persona=user.system_prompt.strip(),
-        opening_line="" if scene == "charm" else user.opening_line.strip(),
+        opening_line="" if rules.policy_opens else user.opening_line.strip(),
         policy_persona=policy.system_prompt.strip(),
         goal=parsed.goal_one_liner,
         success_criteria=tuple(parsed.success_criteria),
@@ -176,6 +183,19 @@ def check_record(record: Mapping[str, Any], place: str, split: Split = "train") 
     return scenario, []
 
 
+def scene_problem(scene: str) -> str | None:
+    """What is wrong with the name of a scene: its form, or that it is almost one of the published set; None where nothing is."""
+    if not re.match(SCENE_NAME, scene):
+        return f"expected {', '.join(SCENES)}, or a name of your own (letters, digits, - and _, 40 at most)"
+    if scene in _TAKEN:
+        return f"{scene!r} is what metrics call all scenes, or failures; choose another name"
+    if scene not in SCENES and (meant := nearest(scene, SCENES, cutoff=_MISSPELT_SCENE)):
+        return f"did you mean {meant!r}? A scene of your own needs a name less like it"
+    return None
+
+
+_MISSPELT_SCENE = 0.75
+_TAKEN = ("all", "failed", "overall")
 _INITIAL = "initial_calibration"
 _ANCHORS = (_INITIAL, "rub_goals", "worst_case")
 _STAND_INS: Mapping[str, Any] = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ctcgrpo.environments.eibench.records import Scenario, Scene
+from ctcgrpo.environments.eibench.records import SCENES, Scenario
 from ctcgrpo.environments.eibench.scenario_format import Fault, Split, check_record
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.util.files import read_json_lines
@@ -42,7 +42,7 @@ class ScenarioSet:
     """The scenarios of a source in file order (files by name), and what is wrong with its other records.
 
     `records` counts all records of the source, `faults` lists what keeps some of them from being scenarios, and `refusals` says why
-    the set cannot be played without them.
+    the set cannot be played without them. `unasked` counts by scene those that a recipe leaves out, of scenes of one's own.
     """
 
     source: str
@@ -50,6 +50,7 @@ class ScenarioSet:
     faults: list[Fault]
     records: int
     refusals: list[str]
+    unasked: str = ""
 
     @property
     def skipped(self) -> int:
@@ -57,16 +58,18 @@ class ScenarioSet:
         return len({fault.place for fault in self.faults})
 
     def report(self) -> list[str]:
-        """Lines that name the records that are left out; none where all are scenarios."""
+        """Lines that name what is left out: invalid records, and scenes of one's own that a recipe does not ask for."""
+        told = f"{self.source}: {self.unasked} left out; scenarios.scenes names the scenes that are trained on"
+        unasked = [told] if self.unasked else []
         if not self.faults:
-            return []
+            return unasked
         told = (
             f"{self.source}: {self.skipped} of {self.records} records are invalid and left out (skip; refuse stops instead)"
         )
         lines = [told, *(f"  {fault}" for fault in self.faults[:_SHOWN])]
         if (more := len(self.faults) - _SHOWN) > 0:
             lines.append(f"  and {more} more; `ctcgrpo scenarios validate {self.source}` lists all")
-        return lines
+        return [*unasked, *lines]
 
 
 def load_set(source: str | Path, split: Split = "train", invalid: Invalid = "skip") -> ScenarioSet:
@@ -158,14 +161,18 @@ def _records_of(file: Path, on_bad: Callable[[str, str], None] | None) -> Iterat
         yield place, record["row"] if isinstance(record.get("row"), dict) else record
 
 
-def load_scenes(source: str | Path, scenes: Sequence[Scene], invalid: Invalid = "skip") -> ScenarioSet:
+def load_scenes(source: str | Path, scenes: Sequence[str], invalid: Invalid = "skip") -> ScenarioSet:
     """`load_set` of training scenarios, those of these scenes. Raises ScenarioError for a scene that has none."""
     every = load_set(source, "train", invalid)
     found = [s for s in every.scenarios if s.scene in scenes]
     if missing := set(scenes) - {s.scene for s in found}:
         left_out = f"; {every.skipped} invalid records are left out" if every.skipped else ""
-        raise ScenarioError(f"scenarios.scenes asks for {', '.join(sorted(missing))}, which {source} has none of{left_out}")
-    return replace(every, scenarios=found)
+        raise ScenarioError(
+            f"scenarios.scenes asks for {', '.join(sorted(missing))}, which {source} has none of{left_out}; it has "
+            f"{by_scene(every.scenarios)}"
+        )
+    unasked = [s for s in every.scenarios if s.scene not in (*scenes, *SCENES)]
+    return replace(every, scenarios=found, unasked=by_scene(unasked))
 
 
 def by_scene(scenarios: Iterable[Scenario]) -> str:

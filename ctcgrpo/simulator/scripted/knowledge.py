@@ -63,10 +63,11 @@ class _Script(BaseModel):
         [], max_length=100, description="Some six things of this user's life, in the order in which they come up."
     )
     boundary: dict[str, list[str]] = Field(
-        {}, description="defense alone: `words` that state the boundary, `offer`: words of what is offered instead."
+        {},
+        description="What a defense asks for: `words` that state the boundary, `offer`: words of what is offered instead.",
     )
     repair: dict[str, list[str]] = Field(
-        {}, description="repair alone: words that own the `fault`, words of the `remedy` that is offered."
+        {}, description="What a repair asks for: words that own the `fault`, words of the `remedy` that is offered."
     )
     lines: dict[str, list[str]] = Field(
         {},
