@@ -12,7 +12,7 @@ from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
-from ctcgrpo.records import scene_rules
+from ctcgrpo.environments.eibench.records import scene_rules
 
 STEP = 5
 _FAR_OFF = 1000

@@ -13,12 +13,19 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ctcgrpo.environments.eibench.records import SCENES, Scenario, in_order
+from ctcgrpo.environments.eibench.scenario_format import Split
+from ctcgrpo.environments.eibench.scenarios import (
+    by_scene,
+    has_splits,
+    load_scenarios,
+    load_set,
+    read_records,
+    read_scenarios,
+)
 from ctcgrpo.errors import RecipeError, RunFailed, ScenarioError
-from ctcgrpo.records import SCENES, Scenario, in_order
-from ctcgrpo.scenario_format import Split
-from ctcgrpo.scenarios import by_scene, has_splits, load_scenarios, load_set, read_records, read_scenarios
-from ctcgrpo.startup import announce_loading
-from ctcgrpo.terminal import Terminal, say
+from ctcgrpo.run.startup import announce_loading
+from ctcgrpo.util.terminal import Terminal, say
 
 app = typer.Typer(help="Fetch, generate, check and convert sets of scenarios.", no_args_is_help=True)
 _SOURCE = typer.Argument(help="A path, a bundled pack (english/train) or a dataset (eibench/train).")
@@ -103,8 +110,8 @@ def fetch(
 
     Each file is compared with the published commit, whose list of files GitHub's API gives.
     """
-    from ctcgrpo.fetch import DataSet
-    from ctcgrpo.fetch import fetch as fetched
+    from ctcgrpo.environments.eibench.fetch import DataSet
+    from ctcgrpo.environments.eibench.fetch import fetch as fetched
 
     def agree(found: DataSet) -> bool:
         say(f"{found.title}\nlicence: {found.licence}")

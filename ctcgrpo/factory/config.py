@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from ctcgrpo.environments.eibench.records import SCENES
 from ctcgrpo.factory.layout import layouts
-from ctcgrpo.naming import did_you_mean
-from ctcgrpo.records import SCENES
-from ctcgrpo.sections import Section, parse_mapping, read_text, validated
 from ctcgrpo.simulator.config import Budget, Calls
+from ctcgrpo.util.naming import did_you_mean
+from ctcgrpo.util.sections import Section, parse_mapping, read_text, validated
 
 
 class Writer(Calls):

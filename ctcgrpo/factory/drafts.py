@@ -11,11 +11,11 @@ from typing import Any
 import json_repair
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ctcgrpo.environments.eibench.records import Scenario, scene_rules
 from ctcgrpo.factory.anchors import Move, repaired
 from ctcgrpo.factory.layout import Role, layouts, sections, without_mark
 from ctcgrpo.factory.rules import problems
 from ctcgrpo.factory.sampling import Wanted
-from ctcgrpo.records import Scenario, scene_rules
 
 _THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
 _MOST, _MOST_BRACES = 40_000, 200

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ctcgrpo.environments.eibench.records import SCENES
+from ctcgrpo.environments.eibench.scenario_format import record_fields, scene_problem
+from ctcgrpo.environments.eibench.scenarios import read_records
 from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.factory.layout import layouts
-from ctcgrpo.files import write_whole
-from ctcgrpo.records import SCENES
-from ctcgrpo.scenario_format import record_fields, scene_problem
-from ctcgrpo.scenarios import read_records
 from ctcgrpo.simulator.scripted.knowledge import script_fields
+from ctcgrpo.util.files import write_whole
 
 PACK_OF = {"en": "english", "zh": "chinese"}
 """By language the bundled pack that examples are taken from."""

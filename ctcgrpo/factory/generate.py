@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import jinja2
 
+from ctcgrpo.environments.eibench.scenario_format import read_record
+from ctcgrpo.environments.eibench.scenarios import read_records
 from ctcgrpo.errors import OutputError, ScenarioError, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.factory.asking import answer_once
 from ctcgrpo.factory.config import FactoryConfig
@@ -24,14 +26,12 @@ from ctcgrpo.factory.drafts import Written, read_draft, schema, shown
 from ctcgrpo.factory.duplicates import duplicates, to_drop
 from ctcgrpo.factory.sampling import Wanted, pools, wanted
 from ctcgrpo.factory.storage import check_new, write_layout, writing
-from ctcgrpo.files import write_whole
-from ctcgrpo.scenario_format import read_record
-from ctcgrpo.scenarios import read_records
-from ctcgrpo.simulator.llm.account import Account
+from ctcgrpo.llm_client.account import Account
+from ctcgrpo.llm_client.endpoints import EndpointPool
+from ctcgrpo.llm_client.store import Store, content_key
 from ctcgrpo.simulator.llm.backend import ChatModel
-from ctcgrpo.simulator.llm.endpoints import EndpointPool
-from ctcgrpo.simulator.llm.prompts import Message
-from ctcgrpo.simulator.store import Store, content_key
+from ctcgrpo.types import Message
+from ctcgrpo.util.files import write_whole
 
 Status = Literal["valid", "repaired", "rejected", "unanswered"]
 REPORT = "report.json"

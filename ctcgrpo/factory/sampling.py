@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from ctcgrpo.environments.eibench.records import SCENES
 from ctcgrpo.errors import ScenarioError
-from ctcgrpo.records import SCENES
-from ctcgrpo.sections import Section, parse_mapping, read_text, validated
+from ctcgrpo.util.sections import Section, parse_mapping, read_text, validated
 
 _SEEDS = files("ctcgrpo.factory") / "seeds"
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 
-from ctcgrpo.records import Scenario, in_order
+from ctcgrpo.environments.eibench.records import Scenario, in_order
 
 SEEDS = ("relationship", "place", "theme", "intensity", "personality")
 LENGTHS: Mapping[str, Callable[[Scenario], str]] = {

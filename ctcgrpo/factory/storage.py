@@ -17,11 +17,11 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from ctcgrpo.environments.eibench.scenario_format import read_record, scene_problem
 from ctcgrpo.errors import CtcGrpoError, OutputError, ScenarioError
-from ctcgrpo.files import parse_json, write_whole
-from ctcgrpo.hub import hub_reason
-from ctcgrpo.naming import quoted
-from ctcgrpo.scenario_format import read_record, scene_problem
+from ctcgrpo.run.hub import hub_reason
+from ctcgrpo.util.files import parse_json, write_whole
+from ctcgrpo.util.naming import quoted
 
 Record = Mapping[str, Any]
 _SURROGATE = re.compile(r"[\ud800-\udfff]")

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ctcgrpo.environments.eibench import EIBench, User, task_of
+from ctcgrpo.environments.eibench.persona import Briefing
+from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.errors import RecipeError, SimulatorTransportError
-from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.preflight.subject import Finding, Subject
-from ctcgrpo.records import Scenario
 from ctcgrpo.simulator.choice import SCRIPTED, check_patience, simulator_of
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import bearer_token

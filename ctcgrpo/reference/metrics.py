@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ctcgrpo.environments.eibench.records import SCENE_NAME
 from ctcgrpo.errors import EPISODE_ERRORS, RecipeError
-from ctcgrpo.naming import did_you_mean
-from ctcgrpo.records import SCENE_NAME
+from ctcgrpo.util.naming import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,14 +18,14 @@ import jinja2
 import numpy as np
 
 from ctcgrpo import __version__
-from ctcgrpo.intervals import interval
-from ctcgrpo.recipe import OwnEnvironment
-from ctcgrpo.records import in_order
+from ctcgrpo.environments.eibench.records import in_order
 from ctcgrpo.report.reading import Run, Trace, credit_of
-from ctcgrpo.run_records import numbers_by_turn
+from ctcgrpo.run.recipe import OwnEnvironment
+from ctcgrpo.run.run_records import numbers_by_turn
+from ctcgrpo.run.validation import Validation, improvement
 from ctcgrpo.simulator.about import described
 from ctcgrpo.types import NO_TAG
-from ctcgrpo.validation import Validation, improvement
+from ctcgrpo.util.intervals import interval
 
 MOST_BYTES = 20_000_000
 """Of packed episodes: beyond it whole groups are left out, evenly over the steps."""

@@ -15,6 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ctcgrpo.environments.eibench.records import SCENES
+from ctcgrpo.environments.eibench.scenarios import PACKS as PACK_FOLDER
+from ctcgrpo.environments.eibench.scenarios import load_scenarios, read_records
 from ctcgrpo.errors import OutputError, RecipeError, ScenarioError
 from ctcgrpo.factory.anchors import anchor_problems, nearest_levels, repaired
 from ctcgrpo.factory.duplicates import clusters, duplicates, text_of, to_drop
@@ -25,9 +28,6 @@ from ctcgrpo.factory.rules import problems
 from ctcgrpo.factory.splitting import held_out
 from ctcgrpo.factory.stats import effective, stats_of, tables_of, write_picture
 from ctcgrpo.factory.storage import from_dataset, load_splits, save_dataset, to_dataset, with_origin, write_layout
-from ctcgrpo.records import SCENES
-from ctcgrpo.scenarios import PACKS as PACK_FOLDER
-from ctcgrpo.scenarios import load_scenarios, read_records
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from tests.conftest import SHARED_DATA, Command
 

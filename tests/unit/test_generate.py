@@ -18,6 +18,9 @@ import pytest
 import yaml
 from aiohttp import web
 
+from ctcgrpo.environments.eibench.records import SCENES
+from ctcgrpo.environments.eibench.scenario_format import read_record
+from ctcgrpo.environments.eibench.scenarios import load_scenarios, read_records
 from ctcgrpo.errors import RecipeError, ScenarioError
 from ctcgrpo.factory.cleaning import by_rule, unkept
 from ctcgrpo.factory.config import load_factory_config
@@ -28,9 +31,6 @@ from ctcgrpo.factory.layout import layouts
 from ctcgrpo.factory.rules import problems
 from ctcgrpo.factory.sampling import Seed, Wanted, pools, wanted
 from ctcgrpo.factory.storage import write_layout
-from ctcgrpo.records import SCENES
-from ctcgrpo.scenario_format import read_record
-from ctcgrpo.scenarios import load_scenarios, read_records
 from tests.conftest import ROOT, Command
 from tests.fake_writer import FakeWriter
 

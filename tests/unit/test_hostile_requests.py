@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.protocol import ScenarioCard, TurnProblem, TurnReply, TurnRequest
 from ctcgrpo.simulator.server import SimulatorServer

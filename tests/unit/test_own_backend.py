@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from ctcgrpo.environments.eibench import EIBench, task_of
+from ctcgrpo.environments.eibench.persona import Briefing
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import RecipeError, SimulatorReplyError
 from ctcgrpo.evaluation.users import chosen_user
-from ctcgrpo.policy.persona import Briefing
-from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.choice import named_simulator
 from ctcgrpo.simulator.config import load_simulator_config
 from tests.conftest import Command

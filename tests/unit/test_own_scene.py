@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from ctcgrpo.environments.eibench.records import SCENES, Scenario, in_order
+from ctcgrpo.environments.eibench.scenario_format import check_record
+from ctcgrpo.environments.eibench.scenarios import load_scenarios, load_scenes, read_records
 from ctcgrpo.factory.anchors import anchor_problems
-from ctcgrpo.records import SCENES, Scenario, in_order
 from ctcgrpo.reference.metrics import entry_of
 from ctcgrpo.report.page import figures_of
 from ctcgrpo.report.reading import read_run
-from ctcgrpo.scenario_format import check_record
-from ctcgrpo.scenarios import load_scenarios, load_scenes, read_records
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
 from tests.conftest import Command
 from tests.dialogue import converse

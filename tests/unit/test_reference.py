@@ -20,12 +20,12 @@ import ctcgrpo as package
 from ctcgrpo import cli
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.factory.sampling import Pools
-from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.reference.fields import FILES, sections_of
 from ctcgrpo.reference.fields import select as selected_fields
 from ctcgrpo.reference.metrics import GROUPS, all_metrics, entry_of
-from ctcgrpo.sections import Section, section_type
-from ctcgrpo.train import train
+from ctcgrpo.run.recipe import Recipe, load_recipe
+from ctcgrpo.run.train import train
+from ctcgrpo.util.sections import Section, section_type
 from tests.conftest import ROOT, Command
 
 PACKAGE = Path(package.__file__).parent

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from ctcgrpo.environments.eibench.records import SCENES, Scenario, UserState
+from ctcgrpo.environments.eibench.scenario_format import read_record
+from ctcgrpo.environments.eibench.scenarios import PACKS, load_scenarios, load_scenes, load_set, read_scenarios
 from ctcgrpo.errors import ScenarioError
-from ctcgrpo.records import SCENES, Scenario, UserState
-from ctcgrpo.scenario_format import read_record
-from ctcgrpo.scenarios import PACKS, load_scenarios, load_scenes, load_set, read_scenarios
 from ctcgrpo.simulator.protocol import ScenarioCard
 from tests.conftest import SHARED_DATA
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Self
 
-from ctcgrpo.records import UserState
+from ctcgrpo.environments.eibench.records import UserState
 from ctcgrpo.simulator.config import SimulatorConfig
 from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, SimulatorBackend, TurnRequest, Utterance
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge, read_knowledge

@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.errors import SimulatorReplyError
-from ctcgrpo.naming import did_you_mean
-from ctcgrpo.records import Scenario
 from ctcgrpo.simulator.protocol import ScenarioCard
 from ctcgrpo.simulator.scripted.language import Language
+from ctcgrpo.util.naming import did_you_mean
 
 _HEADING = re.compile(r"^#+.*$", re.MULTILINE)
 _FACT = re.compile(r"^\s*\d+[.、)]\s*(.+)$", re.MULTILINE)

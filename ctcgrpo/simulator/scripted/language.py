@@ -23,7 +23,7 @@ import snowballstemmer
 
 from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.simulator.scripted.grammar import is_sound, is_spliced
-from ctcgrpo.strict_yaml import load_yaml
+from ctcgrpo.util.strict_yaml import load_yaml
 
 _LANGUAGES = files("ctcgrpo.simulator.scripted") / "languages"
 _LATIN_TOKEN = re.compile(r"n't\b|'(?:s|m|re|ve|d|ll)\b|[a-z]+(?=n't\b)|[a-z]+'(?:am|clock)\b|[a-z]+|\d+(?:[.,:]\d+)*|,")
