@@ -1,5 +1,5 @@
 """A turn as chat messages, from the templates in `prompts/LANGUAGE`. A language is added by adding a folder, a scene by adding a
-file to each (and its name to `records.SCENES`).
+file to each; one without a file is put in the general words of scenes/other.j2.
 
 Laid out for prefix caches, what changes least first: system message: rules, scene, persona; user message: the dialogue, which only
 grows, and at its very end the moment (state and round). Everything that anybody said is one quoted line of text each, so
@@ -58,11 +58,6 @@ class TemplatePrompts:
 
     def check(self, card: ScenarioCard) -> None:
         _environment(card.language)
-        scenes = [f.name.removesuffix(".j2") for f in (_FOLDER / card.language / "scenes").iterdir()]
-        if card.scene not in scenes:
-            raise SimulatorReplyError(
-                f"there are no prompts for scene {card.scene!r} in {card.language!r}; there are {', '.join(sorted(scenes))}"
-            )
         try:
             _standing(_told_of(card))
         except jinja2.TemplateError as error:
@@ -168,8 +163,9 @@ def _standing(card_json: str) -> str:
     """What stays the same throughout a dialogue. Rules come before the scene, the scene before the persona."""
     card: dict[str, Any] = json.loads(card_json)
     environment = _environment(card["language"])
-    parts = ("rules.j2", f"scenes/{card['scene']}.j2", "persona.j2")
-    return "\n".join(environment.get_template(part).render(card) for part in parts)
+    scene = environment.select_template([f"scenes/{card['scene']}.j2", "scenes/other.j2"])
+    parts = (environment.get_template("rules.j2"), scene, environment.get_template("persona.j2"))
+    return "\n".join(part.render(card) for part in parts)
 
 
 def _digest() -> str:
