@@ -22,7 +22,8 @@ from ctcgrpo.factory import commands as scenarios
 from ctcgrpo.reference import commands as reference
 from ctcgrpo.report import commands as reporting
 from ctcgrpo.run.folders import check_model, require_run
-from ctcgrpo.run.recipe import Recipe, load_recipe
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.startup import LAUNCHED, SHUTDOWN_TIMEOUT, announce_loading
 from ctcgrpo.util.importing import load_object
 from ctcgrpo.util.naming import cut
@@ -172,7 +173,7 @@ def noise(
 
     from ctcgrpo.environments.eibench.scenarios import load_set
     from ctcgrpo.report.noise import measure, noise_table, recorded_turns
-    from ctcgrpo.run.recipe import resolved_recipe
+    from ctcgrpo.run.recipe_file import resolved_recipe
     from ctcgrpo.simulator.choice import chosen_simulator, introduced
 
     folder = require_run(run)

@@ -25,7 +25,8 @@ from ctcgrpo.environments.eibench import task_of
 from ctcgrpo.environments.eibench.records import SCENES, Scenario
 from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.environments.eibench.scoring import Variant
-from ctcgrpo.run.recipe import Recipe, load_recipe
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.validation import Validation, improvement, validation_of
 from ctcgrpo.simulator.protocol import Utterance
 from ctcgrpo.simulator.scripted.language import load_language

@@ -12,7 +12,8 @@ from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.environments.eibench.scenarios import load_set
 from ctcgrpo.errors import OutputError
 from ctcgrpo.run.folders import require_run
-from ctcgrpo.run.recipe import Recipe, resolved_recipe
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.run_records import read_traces
 from ctcgrpo.run.validation import Validation, valid_validations

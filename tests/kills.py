@@ -29,7 +29,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ctcgrpo.run.recipe import Recipe, load_recipe
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.train import train
 from ctcgrpo.training.trainer import CTCGRPOTrainer

@@ -34,7 +34,7 @@ from ctcgrpo.evaluation.report import print_comparison, print_leaderboard, print
 from ctcgrpo.evaluation.rescoring import rescored
 from ctcgrpo.evaluation.results import summarise, write_results
 from ctcgrpo.run.folders import is_model, require_folder, require_run
-from ctcgrpo.run.recipe import resolved_recipe
+from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.startup import announce_loading
 from ctcgrpo.util.naming import is_path
 from ctcgrpo.util.terminal import Terminal, say

@@ -38,7 +38,8 @@ from ctcgrpo.policy.reasoning import OPEN
 from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
-from ctcgrpo.run.recipe import Recipe, resolved_recipe
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.settings import context_builder, template_kwargs
 from ctcgrpo.types import Completion

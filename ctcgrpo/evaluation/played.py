@@ -13,7 +13,8 @@ from typing import Any
 from ctcgrpo.environments.eibench.scenarios import EIBENCH_DATA, described
 from ctcgrpo.evaluation.benches import EIBENCH, named
 from ctcgrpo.policy.instructions import load_instructions
-from ctcgrpo.run.recipe import Recipe, resolved_recipe
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.simulator.choice import name_of
 

@@ -37,7 +37,7 @@ from ctcgrpo.evaluation.reasons import PATIENCE
 from ctcgrpo.evaluation.results import summarise, write_results
 from ctcgrpo.evaluation.users import TEMPERATURE
 from ctcgrpo.run.folders import check_model, is_model
-from ctcgrpo.run.recipe import differences
+from ctcgrpo.run.recipe_file import differences
 from ctcgrpo.simulator.choice import named_simulator
 from ctcgrpo.util.files import read_json, write_whole
 from ctcgrpo.util.proxies import settle_environment

@@ -36,7 +36,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from ctcgrpo.errors import OutputError, RecipeError, RunInterrupted
 from ctcgrpo.experiments.spec import Parameter, Sweep
 from ctcgrpo.experiments.table import all_equal, point_of, table_of
-from ctcgrpo.run.recipe import Recipe, overrides
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import overrides
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.run_records import Outcome, read_summary
 from ctcgrpo.run.validation import read_validations, valid_validations

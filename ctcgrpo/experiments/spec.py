@@ -39,7 +39,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.run.recipe import Recipe, load_recipe, overrides
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import load_recipe, overrides
 from ctcgrpo.util.naming import did_you_mean
 from ctcgrpo.util.sections import Section, parse_mapping, read_text, validated
 

@@ -20,7 +20,8 @@ from typing_extensions import TypedDict
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.run.folders import require_run
-from ctcgrpo.run.recipe import Recipe, resolved_recipe
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.run_records import Summary, disagreement, read_metrics, read_summary, read_traces, same
 from ctcgrpo.run.validation import Validation, read_validations

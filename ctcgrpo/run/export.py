@@ -31,7 +31,8 @@ from ctcgrpo.policy.model_wheel import Say
 from ctcgrpo.run.checkpoint_pickles import weights_only
 from ctcgrpo.run.folders import require_run
 from ctcgrpo.run.hub import hub_reason
-from ctcgrpo.run.recipe import Recipe, resolved_recipe
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.run_records import Summary, disagreement, read_summary
 from ctcgrpo.run.settings import template_kwargs

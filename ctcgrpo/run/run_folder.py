@@ -35,7 +35,8 @@ from pydantic import ValidationError
 from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.policy.builtin import is_built, wheel_of
 from ctcgrpo.policy.model_wheel import Say, fetch_model
-from ctcgrpo.run.recipe import Recipe, differences
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import differences
 from ctcgrpo.run.run_records import read_metrics
 from ctcgrpo.run.validation import resumed_validations
 from ctcgrpo.util.files import (

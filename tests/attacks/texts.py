@@ -15,7 +15,7 @@ from ctcgrpo.experiments.spec import load_sweep
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.tiny import build_tiny
 from ctcgrpo.run.export import model_card
-from ctcgrpo.run.recipe import load_recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.simulator.config import load_simulator_config
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts, quoted
 from tests.attacks.suite import Tries, attack

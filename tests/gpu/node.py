@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ctcgrpo.run.recipe import load_recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.util.files import is_complete
 from tests.gpu.policy import MIDDLE, policy_folder
 from tests.gpu.registry import Figures, Machine, check

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ctcgrpo.run.export import export
-from ctcgrpo.run.recipe import load_recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from tests.gpu import sharded
 from tests.gpu.policy import MIDDLE, policy_folder
 from tests.gpu.registry import Figures, Machine, check

@@ -12,7 +12,7 @@ import yaml
 from ctcgrpo.cli import train_here
 from ctcgrpo.report.page import figures_of
 from ctcgrpo.report.reading import read_run
-from ctcgrpo.run.recipe import load_recipe, resolved_recipe
+from ctcgrpo.run.recipe_file import load_recipe, resolved_recipe
 from tests.conftest import ROOT, Command
 
 GUESS = ROOT / "recipes" / "examples" / "guess.yaml"

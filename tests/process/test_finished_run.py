@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ctcgrpo.cli import train_here
 from ctcgrpo.report.show import show_run
 from ctcgrpo.run.export import model_card
-from ctcgrpo.run.recipe import load_recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.run_records import Summary, read_summary
 from ctcgrpo.util.terminal import Terminal
 from tests.conftest import Command

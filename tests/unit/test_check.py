@@ -18,7 +18,7 @@ from ctcgrpo.preflight.check import findings
 from ctcgrpo.preflight.cost import Asked, Tokens, hours, money
 from ctcgrpo.preflight.memory import Load, memory_plan
 from ctcgrpo.preflight.subject import Finding
-from ctcgrpo.run.recipe import load_recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.util.files import mark_complete
 from tests.conftest import ROOT, Command
 

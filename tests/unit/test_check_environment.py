@@ -9,7 +9,7 @@ import pytest
 
 from ctcgrpo.preflight.check import findings
 from ctcgrpo.preflight.subject import Finding
-from ctcgrpo.run.recipe import load_recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from tests.conftest import ROOT, Command
 
 GUESS = ROOT / "recipes" / "examples" / "guess.yaml"

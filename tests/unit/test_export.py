@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.run.export import export, push
-from ctcgrpo.run.recipe import load_recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.util.files import mark_complete
 from tests.conftest import ROOT, Command
 

@@ -21,7 +21,7 @@ from ctcgrpo.evaluation.eibench import INSTRUCTIONS, eibench
 from ctcgrpo.evaluation.run import Evaluation, evaluate
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.instructions import Instructions, load_instructions
-from ctcgrpo.run.recipe import load_recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.settings import briefing
 from ctcgrpo.simulator.llm.official import OfficialPolicyPrompts
 from tests import inspect_models

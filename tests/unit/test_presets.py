@@ -25,7 +25,7 @@ from ctcgrpo.evaluation.of_run import evaluations_of
 from ctcgrpo.evaluation.presets import PUBLISHED, with_preset
 from ctcgrpo.evaluation.run import Evaluation, settings_before, with_defaults
 from ctcgrpo.policy.instructions import load_instructions
-from ctcgrpo.run.recipe import load_recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.types import Completion
 from ctcgrpo.util.files import mark_complete

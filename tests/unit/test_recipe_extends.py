@@ -13,7 +13,7 @@ import yaml
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.experiments.spec import load_sweep
-from ctcgrpo.run.recipe import differences, load_recipe, resolved_recipe
+from ctcgrpo.run.recipe_file import differences, load_recipe, resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.util.files import mark_complete
 from tests.conftest import ROOT, Command

@@ -23,7 +23,8 @@ from ctcgrpo.factory.sampling import Pools
 from ctcgrpo.reference.fields import FILES, sections_of
 from ctcgrpo.reference.fields import select as selected_fields
 from ctcgrpo.reference.metrics import GROUPS, all_metrics, entry_of
-from ctcgrpo.run.recipe import Recipe, load_recipe
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.train import train
 from ctcgrpo.util.sections import Section, section_type
 from tests.conftest import ROOT, Command

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctcgrpo.environments.eibench.scenarios import PACKS
 from ctcgrpo.errors import OutputError, SimulatorReplyError
-from ctcgrpo.run.recipe import load_recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.tracking import COLUMNS
 from ctcgrpo.run.validation import Validation

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ctcgrpo.model.shapes import published_shapes
-from ctcgrpo.run.recipe import load_recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.saving import checkpoint_bytes, notice_seconds, save_seconds, too_little_time
 from ctcgrpo.run.startup import SHUTDOWN_TIMEOUT
 from tests.conftest import ROOT, Command

@@ -31,7 +31,7 @@ from ctcgrpo.policy.loading import stop_ids
 from ctcgrpo.policy.model_wheel import ModelWheel, fetch_model
 from ctcgrpo.policy.smollm2 import SMOLLM2
 from ctcgrpo.preflight.check import findings
-from ctcgrpo.run.recipe import load_recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from tests.conftest import ROOT, Command
 from tests.tiny_wheel import MEMBER, tiny_wheel, write_wheel

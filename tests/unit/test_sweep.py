@@ -23,7 +23,7 @@ from ctcgrpo.experiments.coordinator import _link_best, run_sweep, score_of
 from ctcgrpo.experiments.spec import Sweep, load_sweep
 from ctcgrpo.experiments.table import all_equal
 from ctcgrpo.run import tracking
-from ctcgrpo.run.recipe import load_recipe, overrides
+from ctcgrpo.run.recipe_file import load_recipe, overrides
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.util.files import mark_complete
 from ctcgrpo.util.intervals import crossed

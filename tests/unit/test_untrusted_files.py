@@ -22,7 +22,7 @@ from ctcgrpo.policy.loading import load_config, load_tokenizer, loading_weights,
 from ctcgrpo.run.checkpoint_pickles import weights_only
 from ctcgrpo.run.folders import check_model, require_folder
 from ctcgrpo.run.hub import hub_reason
-from ctcgrpo.run.recipe import load_recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.train import train
 from ctcgrpo.util.files import mark_complete
 from tests.conftest import Command
