@@ -14,20 +14,21 @@ from typing import Annotated, Literal
 import typer
 
 from ctcgrpo import __version__
+from ctcgrpo.environments.eibench.scenarios import load_scenes
 from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
 from ctcgrpo.experiments import commands as experiments
 from ctcgrpo.factory import commands as scenarios
-from ctcgrpo.folders import check_model, require_run
-from ctcgrpo.importing import load_object
-from ctcgrpo.naming import cut
-from ctcgrpo.proxies import settle_environment
-from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.reference import commands as reference
 from ctcgrpo.report import commands as reporting
-from ctcgrpo.scenarios import load_scenes
-from ctcgrpo.startup import LAUNCHED, SHUTDOWN_TIMEOUT, announce_loading
-from ctcgrpo.terminal import Terminal, say
+from ctcgrpo.run.folders import check_model, require_run
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.run.startup import LAUNCHED, SHUTDOWN_TIMEOUT, announce_loading
+from ctcgrpo.util.importing import load_object
+from ctcgrpo.util.naming import cut
+from ctcgrpo.util.proxies import settle_environment
+from ctcgrpo.util.terminal import Terminal, say
 
 _LONGEST_MESSAGE = 4000
 """Characters of an error that are printed."""
@@ -145,10 +146,10 @@ def chat(
     """Play the policy's role against the simulated user."""
     import asyncio
 
-    from ctcgrpo.chat import chat, find_scenario
+    from ctcgrpo.environments.eibench.persona import Briefing
+    from ctcgrpo.environments.eibench.scenarios import load_set
     from ctcgrpo.policy.instructions import load_instructions
-    from ctcgrpo.policy.persona import Briefing
-    from ctcgrpo.scenarios import load_set
+    from ctcgrpo.report.chat import chat, find_scenario
     from ctcgrpo.simulator.choice import chosen_simulator
 
     found = load_set(scenarios, "test")
@@ -170,10 +171,10 @@ def noise(
     """Measure how much a simulator's judgement varies when a run's turns are replayed."""
     import asyncio
 
-    from ctcgrpo.recipe import resolved_recipe
-    from ctcgrpo.scenarios import load_set
+    from ctcgrpo.environments.eibench.scenarios import load_set
+    from ctcgrpo.report.noise import measure, noise_table, recorded_turns
+    from ctcgrpo.run.recipe_file import resolved_recipe
     from ctcgrpo.simulator.choice import chosen_simulator, introduced
-    from ctcgrpo.simulator.noise import measure, noise_table, recorded_turns
 
     folder = require_run(run)
     recipe = resolved_recipe(folder.recipe_file)
@@ -202,7 +203,7 @@ def show(
     scenario: Annotated[str | None, typer.Option(help="Which held-out scenario to show; a typical one by default.")] = None,
 ) -> None:
     """Print a finished run: held-out scores and one scenario before and after training."""
-    from ctcgrpo.show import show_run
+    from ctcgrpo.report.show import show_run
 
     show_run(run, Terminal(120), scenario=scenario)
 
@@ -219,7 +220,7 @@ def export(
     announce_loading(f"exporting {which} of {run}")
     from transformers.utils import logging as transformers_logging
 
-    from ctcgrpo import export as exporting
+    from ctcgrpo.run import export as exporting
 
     transformers_logging.disable_progress_bar()
     written = exporting.export(run, out or run / "export", which=which, dtype=dtype, say=say)
@@ -238,7 +239,7 @@ def train_here(recipe: Recipe) -> None:
     _before_loading(recipe)
     from transformers.utils import logging as transformers_logging
 
-    from ctcgrpo.train import train
+    from ctcgrpo.run.train import train
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

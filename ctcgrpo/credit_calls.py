@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctcgrpo.errors import CreditError
-from ctcgrpo.importing import blame, is_reference, load_object
+from ctcgrpo.util.importing import blame, is_reference, load_object
 
 Array = NDArray[np.float64]
 _F = TypeVar("_F")

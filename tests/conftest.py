@@ -34,8 +34,8 @@ class Backend(SimulatorBackend):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the random tiny Qwen3 and its tokenizer."""
+    from ctcgrpo.environments.eibench.scenarios import load_scenarios
     from ctcgrpo.policy.tiny import build_tiny
-    from ctcgrpo.scenarios import load_scenarios
 
     folder = tmp_path_factory.mktemp("tiny")
     build_tiny(folder, (s.user_persona for s in load_scenarios("english/train")))

@@ -22,13 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ctcgrpo.environments.eibench import task_of
-from ctcgrpo.recipe import Recipe, load_recipe
-from ctcgrpo.records import SCENES, Scenario, Scene
-from ctcgrpo.scenarios import load_scenarios
-from ctcgrpo.scoring import Variant
+from ctcgrpo.environments.eibench.records import SCENES, Scenario
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
+from ctcgrpo.environments.eibench.scoring import Variant
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.run.validation import Validation, improvement, validation_of
 from ctcgrpo.simulator.protocol import Utterance
 from ctcgrpo.simulator.scripted.language import load_language
-from ctcgrpo.validation import Validation, improvement, validation_of
 from tests.dialogue import converse
 from tests.held_out import pooled
 
@@ -103,7 +104,7 @@ def best_script(
     for scene in SCENES:
         here = [s for s in scenarios if s.scene == scene]
 
-        def total(lines: list[str], scene: Scene = scene, here: Sequence[Scenario] = here) -> float:
+        def total(lines: list[str], scene: str = scene, here: Sequence[Scenario] = here) -> float:
             return sum(score(s, script({scene: lines})) for s in here)
 
         lines: list[str] = []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ctcgrpo.records import Scenario
-from ctcgrpo.scoring import Variant, outcome_score
+from ctcgrpo.environments.eibench.records import Scenario
+from ctcgrpo.environments.eibench.scoring import Variant, outcome_score
 from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
 from ctcgrpo.simulator.scripted.backend import react
 

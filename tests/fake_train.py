@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from ctcgrpo.files import is_complete, mark_complete
+from ctcgrpo.util.files import is_complete, mark_complete
 
 
 def stop(*_: object) -> None:

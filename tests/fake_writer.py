@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from tests.fake_llm import FakeLlm, answered
 
 

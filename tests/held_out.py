@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ctcgrpo.environments.eibench.records import Scenario
+from ctcgrpo.environments.eibench.scenarios import load_set
 from ctcgrpo.errors import OutputError
-from ctcgrpo.folders import require_run
-from ctcgrpo.recipe import Recipe, resolved_recipe
-from ctcgrpo.records import Scenario
-from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.run_records import read_traces
-from ctcgrpo.scenarios import load_set
-from ctcgrpo.validation import Validation, valid_validations
+from ctcgrpo.run.folders import require_run
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import resolved_recipe
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.run.run_records import read_traces
+from ctcgrpo.run.validation import Validation, valid_validations
 
 Trace = Mapping[str, Any]
 """run_records.Trace; only valid episodes."""

@@ -29,11 +29,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ctcgrpo.files import is_complete
-from ctcgrpo.recipe import Recipe, load_recipe
-from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.train import train
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.run.train import train
 from ctcgrpo.training.trainer import CTCGRPOTrainer
+from ctcgrpo.util.files import is_complete
 from tests.conftest import ROOT
 
 STEPS = 4

@@ -12,10 +12,10 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from ctcgrpo.intervals import interval
-from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.run_records import read_metrics
-from ctcgrpo.validation import valid_validations
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.run.run_records import read_metrics
+from ctcgrpo.run.validation import valid_validations
+from ctcgrpo.util.intervals import interval
 
 
 def draw(run: Path, file: Path) -> None:

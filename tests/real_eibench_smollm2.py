@@ -18,8 +18,8 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from ctcgrpo.recipe import Recipe
-from ctcgrpo.train import train
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.train import train
 
 
 def main() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo.environments.eibench import task_of
-from ctcgrpo.records import Scenario
-from ctcgrpo.scenarios import load_scenarios
-from ctcgrpo.scoring import turn_score
-from ctcgrpo.validation import validation_of
+from ctcgrpo.environments.eibench.records import Scenario
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
+from ctcgrpo.environments.eibench.scoring import turn_score
+from ctcgrpo.run.validation import validation_of
 from tests.dialogue import converse
 
 HELD_OUT = {scenario.id: scenario for scenario in load_scenarios("english/test", "test")}

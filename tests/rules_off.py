@@ -25,15 +25,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from ctcgrpo.environments.eibench import task_of
+from ctcgrpo.environments.eibench.records import Scenario, UserState
+from ctcgrpo.environments.eibench.scoring import Variant, outcome_score
 from ctcgrpo.errors import OutputError
-from ctcgrpo.files import read_json
-from ctcgrpo.records import Scenario, UserState
-from ctcgrpo.run_records import Summary, disagreement, read_summary, same
-from ctcgrpo.scoring import Variant, outcome_score
+from ctcgrpo.run.run_records import Summary, disagreement, read_summary, same
+from ctcgrpo.run.validation import Validation, improvement, validation_of
 from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
 from ctcgrpo.simulator.scripted.backend import react
 from ctcgrpo.simulator.scripted.rules import RULES, SPOILERS, Rule
-from ctcgrpo.validation import Validation, improvement, validation_of
+from ctcgrpo.util.files import read_json
 from tests.held_out import HeldOut, Stage, Trace, pooled, read_held_out
 
 

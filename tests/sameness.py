@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from ctcgrpo import CTCGRPOConfig, CTCGRPOTrainer, Environment
+from ctcgrpo.model.sharding import sharding_arguments
 from ctcgrpo.options import LossWeights, Packing
-from ctcgrpo.sharding import sharding_arguments
 from ctcgrpo.training.rows import Row
 from ctcgrpo.types import Completion, Episode, Failure, Turn
 

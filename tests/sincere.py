@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import mean
 from typing import TypedDict
 
-from ctcgrpo.records import SCENES, Scenario
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.environments.eibench.records import SCENES, Scenario
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, Utterance, turn_request
 from ctcgrpo.simulator.scripted.backend import react
 from tests.dialogue import ROUNDS

@@ -20,8 +20,8 @@ MEMBER = "llm_tiny/tiny.gguf"
 
 
 def write_gguf(file: Path) -> None:
+    from ctcgrpo.environments.eibench.scenarios import load_scenarios
     from ctcgrpo.policy.tiny import CHAT_TEMPLATE, build_tokenizer
-    from ctcgrpo.scenarios import load_scenarios
 
     tokenizer = build_tokenizer((s.user_persona for s in load_scenarios("english/train")), vocab_size=512)
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.convert_tokens_to_ids)

@@ -33,11 +33,11 @@ from ctcgrpo.environments.sage_protocol import (
     spoken,
 )
 from ctcgrpo.errors import RecipeError, SimulatorReplyError
+from ctcgrpo.llm_client.account import Account
+from ctcgrpo.llm_client.endpoints import Deadline, EndpointPool
+from ctcgrpo.llm_client.store import Store
 from ctcgrpo.rollout.engine import request_seed
 from ctcgrpo.simulator.config import load_simulator_config
-from ctcgrpo.simulator.llm.account import Account
-from ctcgrpo.simulator.llm.endpoints import Deadline, EndpointPool
-from ctcgrpo.simulator.store import Store
 from ctcgrpo.types import Environment, Message, Step
 
 ATTEMPTS = 3

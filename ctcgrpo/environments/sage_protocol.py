@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo.errors import ScenarioError
-from ctcgrpo.files import read_json_lines
+from ctcgrpo.util.files import read_json_lines
 
 START, SUCCESS, FAILURE, USER_TURNS = 40, 100, 10, 10
 PROFILES = "simulator_profile_withfirsttalk.jsonl"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.naming import nearest
+from ctcgrpo.util.naming import nearest
 
 Kind = Literal["role-play", "drafting", "analysis"]
 MOST = 20

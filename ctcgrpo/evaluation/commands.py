@@ -33,11 +33,11 @@ from ctcgrpo.evaluation.presets import with_preset
 from ctcgrpo.evaluation.report import print_comparison, print_leaderboard, print_summary
 from ctcgrpo.evaluation.rescoring import rescored
 from ctcgrpo.evaluation.results import summarise, write_results
-from ctcgrpo.folders import is_model, require_folder, require_run
-from ctcgrpo.naming import is_path
-from ctcgrpo.recipe import resolved_recipe
-from ctcgrpo.startup import announce_loading
-from ctcgrpo.terminal import Terminal, say
+from ctcgrpo.run.folders import is_model, require_folder, require_run
+from ctcgrpo.run.recipe_file import resolved_recipe
+from ctcgrpo.run.startup import announce_loading
+from ctcgrpo.util.naming import is_path
+from ctcgrpo.util.terminal import Terminal, say
 
 if TYPE_CHECKING:
     from ctcgrpo.evaluation.run import Evaluation

@@ -10,7 +10,7 @@ from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.played import in_words, settings_of, shown_name, shown_value, title_of
 from ctcgrpo.evaluation.report import other_of
 from ctcgrpo.evaluation.results import RESULTS, SUMMARY, Result, read_results, read_summary
-from ctcgrpo.intervals import interval, paired
+from ctcgrpo.util.intervals import interval, paired
 
 _DECIDING = ("other", "data")
 """What of a summary figures depend on, beside the model and the settings: who plays or judges, and a digest of the data."""

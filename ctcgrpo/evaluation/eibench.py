@@ -23,17 +23,17 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.util import span
 
 from ctcgrpo.environments.eibench import EIBench, opening_messages, task_of
+from ctcgrpo.environments.eibench.persona import Briefing
+from ctcgrpo.environments.eibench.records import Scenario, UserState
+from ctcgrpo.environments.eibench.scenarios import Invalid, load_set
+from ctcgrpo.environments.eibench.scoring import Variant, outcome_score
 from ctcgrpo.errors import PolicyEngineError, RecipeError
 from ctcgrpo.evaluation.generation import SAMPLING, Unset, config_of, names_of
 from ctcgrpo.evaluation.record import Record
 from ctcgrpo.evaluation.speaking import say
 from ctcgrpo.evaluation.users import MESSAGES, User, chosen_user
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS, load_instructions
-from ctcgrpo.policy.persona import Briefing
-from ctcgrpo.records import Scenario, UserState
 from ctcgrpo.rollout.engine import request_seed
-from ctcgrpo.scenarios import Invalid, load_set
-from ctcgrpo.scoring import Variant, outcome_score
 from ctcgrpo.simulator.llm.official import OfficialPolicyPrompts
 
 INSTRUCTIONS = "instructions"

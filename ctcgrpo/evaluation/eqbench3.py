@@ -16,13 +16,13 @@ from inspect_ai.model import ChatMessageUser, Model
 from inspect_ai.scorer import Score, Scorer, Target, grouped, mean, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
+from ctcgrpo.environments.eibench.scenarios import data_home
 from ctcgrpo.errors import JudgeReplyError
 from ctcgrpo.evaluation.eqbench3_protocol import EqBench, EqScenario, Unreadable, load_eqbench, read_scores, task_score
 from ctcgrpo.evaluation.generation import Unset, config_of, names_of
 from ctcgrpo.evaluation.record import Record
 from ctcgrpo.evaluation.speaking import played_by, say, temperature_of
 from ctcgrpo.rollout.engine import request_seed
-from ctcgrpo.scenarios import data_home
 
 _ATTEMPTS = 3
 _TEMPERATURE, _OF_DEBRIEF, _OF_JUDGE = 0.7, 0.5, 0.0

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ctcgrpo.environments.eibench.scenarios import data_home, load_set
 from ctcgrpo.environments.sage_protocol import load_profiles
 from ctcgrpo.evaluation.eqbench3_protocol import load_eqbench
 from ctcgrpo.evaluation.users import chosen_user
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS, load_instructions
-from ctcgrpo.scenarios import data_home, load_set
 from ctcgrpo.simulator.choice import SCRIPTED, named_simulator
 from ctcgrpo.simulator.llm.backend import chosen_prompts
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ctcgrpo.evaluation.benches import Bench, named
-from ctcgrpo.terminal import printable
+from ctcgrpo.util.terminal import printable
 
 PNG, HTML = "comparison.png", "comparison.html"
 _COLORS = {"better": "#1a7f37", "worse": "#b42318", "unsure": "#57606a"}

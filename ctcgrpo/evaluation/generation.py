@@ -12,7 +12,7 @@ from typing import Any
 from inspect_ai.model import GenerateConfig
 
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.naming import did_you_mean
+from ctcgrpo.util.naming import did_you_mean
 
 SAMPLING = GenerateConfig(temperature=0.6, top_p=0.95, max_tokens=8192)
 """How a model is sampled where nobody says otherwise: temperature and top-p as in training, so that validations and

@@ -11,7 +11,7 @@ from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.played import in_words, settings_of, title_of
 from ctcgrpo.evaluation.report import other_of
 from ctcgrpo.evaluation.results import RESULTS, SUMMARY, read_summary
-from ctcgrpo.folders import require_folder
+from ctcgrpo.run.folders import require_folder
 
 
 def ranked(folder: Path) -> list[dict[str, Any]]:

@@ -27,20 +27,21 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolChoice, ToolInfo
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ctcgrpo.environments.eibench.persona import BETWEEN
 from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.evaluation.eibench import INSTRUCTIONS
 from ctcgrpo.evaluation.generation import LOCAL_TOKENS
+from ctcgrpo.model.finite import refuse_nonfinite
 from ctcgrpo.policy.context import ContextBuilder, Dialogue, Line, ReasoningPolicy
-from ctcgrpo.policy.finite import refuse_nonfinite
 from ctcgrpo.policy.loading import load_tokenizer, loading_weights, stop_ids
-from ctcgrpo.policy.persona import BETWEEN
 from ctcgrpo.policy.reasoning import OPEN
-from ctcgrpo.recipe import Recipe, resolved_recipe
 from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
-from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.settings import context_builder, template_kwargs
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import resolved_recipe
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.run.settings import context_builder, template_kwargs
 from ctcgrpo.types import Completion
 
 _REMEMBERED = 65536

@@ -8,9 +8,9 @@ from typing import Any
 from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.evaluation.played import briefed_as, validated_as
 from ctcgrpo.evaluation.run import LOCAL, Evaluation
-from ctcgrpo.files import missing_in
-from ctcgrpo.recipe import resolved_recipe
-from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.run.recipe_file import resolved_recipe
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.util.files import missing_in
 
 
 def evaluations_of(

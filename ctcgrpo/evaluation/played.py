@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ctcgrpo.environments.eibench.scenarios import EIBENCH_DATA, described
 from ctcgrpo.evaluation.benches import EIBENCH, named
 from ctcgrpo.policy.instructions import load_instructions
-from ctcgrpo.recipe import Recipe, resolved_recipe
-from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.scenarios import EIBENCH_DATA, described
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import resolved_recipe
+from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.simulator.choice import name_of
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")

@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ctcgrpo.environments.eibench.scoring import Variant
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.evaluation.played import shown_name, shown_value
-from ctcgrpo.naming import did_you_mean
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS
-from ctcgrpo.scoring import Variant
 from ctcgrpo.simulator.choice import named_simulator
+from ctcgrpo.util.naming import did_you_mean
 
 TRIES = 3
 """Tries of the user's LLM a turn, until its answer can be read, where nobody says otherwise."""

@@ -14,7 +14,7 @@ from inspect_ai.log import transcript
 from inspect_ai.model import Model
 from pydantic import ValidationError
 
-from ctcgrpo.simulator.llm.reasons import CallFailed, error_body, error_object, failure_of
+from ctcgrpo.llm_client.reasons import CallFailed, error_body, error_object, failure_of
 
 PATIENCE = 600
 """Seconds that a call is tried again; Inspect itself would not give up."""

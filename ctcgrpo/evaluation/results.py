@@ -19,10 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.benches import BENCHES, Bench
-from ctcgrpo.files import explained, read_json, read_json_lines, write_whole
-from ctcgrpo.folders import require_folder
-from ctcgrpo.intervals import interval, means, share_interval
-from ctcgrpo.run_records import STRICT, same
+from ctcgrpo.run.folders import require_folder
+from ctcgrpo.run.run_records import STRICT, same
+from ctcgrpo.util.files import explained, read_json, read_json_lines, write_whole
+from ctcgrpo.util.intervals import interval, means, share_interval
 
 RESULTS, SUMMARY = "results.jsonl", "summary.json"
 

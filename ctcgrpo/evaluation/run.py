@@ -24,6 +24,7 @@ from inspect_ai.model import GenerateConfig, Model, get_model
 from rich.errors import MarkupError
 from rich.text import Text
 
+from ctcgrpo.environments.eibench.scenarios import load_set
 from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError, RecipeError, RunInterrupted
 from ctcgrpo.evaluation import _registry
 from ctcgrpo.evaluation.benches import EIBENCH, EQBENCH3, named
@@ -35,13 +36,12 @@ from ctcgrpo.evaluation.presets import TRIES, asks_an_llm, preset_of
 from ctcgrpo.evaluation.reasons import PATIENCE
 from ctcgrpo.evaluation.results import summarise, write_results
 from ctcgrpo.evaluation.users import TEMPERATURE
-from ctcgrpo.files import read_json, write_whole
-from ctcgrpo.folders import check_model, is_model
-from ctcgrpo.proxies import settle_environment
-from ctcgrpo.recipe import differences
-from ctcgrpo.scenarios import load_set
-from ctcgrpo.sections import named_value
+from ctcgrpo.run.folders import check_model, is_model
+from ctcgrpo.run.recipe_file import differences
 from ctcgrpo.simulator.choice import named_simulator
+from ctcgrpo.util.files import read_json, write_whole
+from ctcgrpo.util.proxies import settle_environment
+from ctcgrpo.util.sections import named_value
 
 LOCAL = "ctcgrpo/"
 """The provider of policies in folders."""

@@ -17,13 +17,13 @@ from inspect_ai.scorer import Score, Scorer, Target, grouped, mean, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.util import span
 
+from ctcgrpo.environments.eibench.scenarios import data_home
 from ctcgrpo.environments.sage import Sage, prompt, prompts_name
 from ctcgrpo.environments.sage_protocol import Unreadable, load_profiles, measures, record_of
 from ctcgrpo.evaluation.generation import SAMPLING, Unset, config_of, names_of
 from ctcgrpo.evaluation.record import Record
 from ctcgrpo.evaluation.speaking import played_by, say, temperature_of
 from ctcgrpo.rollout.engine import request_seed
-from ctcgrpo.scenarios import data_home
 
 _TEMPERATURE = 0.7
 

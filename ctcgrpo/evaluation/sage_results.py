@@ -9,7 +9,7 @@ from typing import Any
 from ctcgrpo.environments.sage_protocol import measures
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.evaluation.results import Line, Result
-from ctcgrpo.files import read_json_lines
+from ctcgrpo.util.files import read_json_lines
 
 
 def read_results(file: Path) -> list[Result]:

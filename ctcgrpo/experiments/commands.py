@@ -11,8 +11,8 @@ import typer
 
 from ctcgrpo.errors import RecipeError, RunFailed
 from ctcgrpo.experiments.spec import NAME, load_sweep
-from ctcgrpo.naming import did_you_mean
-from ctcgrpo.terminal import Terminal
+from ctcgrpo.util.naming import did_you_mean
+from ctcgrpo.util.terminal import Terminal
 
 
 def sweep(
@@ -36,7 +36,7 @@ def sweep(
             raise RecipeError(
                 "--wandb hands the file over as it is, without variants and seeds; put names and values into it"
             )
-        from ctcgrpo.tracking import hand_over
+        from ctcgrpo.run.tracking import hand_over
 
         print(hand_over(file))
         return

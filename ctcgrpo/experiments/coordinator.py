@@ -36,12 +36,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from ctcgrpo.errors import OutputError, RecipeError, RunInterrupted
 from ctcgrpo.experiments.spec import Parameter, Sweep
 from ctcgrpo.experiments.table import all_equal, point_of, table_of
-from ctcgrpo.files import checkpoints, is_complete, read_json, write_whole
-from ctcgrpo.recipe import Recipe, overrides
-from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.run_records import Outcome, read_summary
-from ctcgrpo.validation import read_validations, valid_validations
-from ctcgrpo.workers import alone, end_with_parent
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import overrides
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.run.run_records import Outcome, read_summary
+from ctcgrpo.run.validation import read_validations, valid_validations
+from ctcgrpo.util.files import checkpoints, is_complete, read_json, write_whole
+from ctcgrpo.util.workers import alone, end_with_parent
 
 TRAIN = (sys.executable, "-m", "ctcgrpo", "train")
 _POLL = 0.2

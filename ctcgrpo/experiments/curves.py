@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ctcgrpo.intervals import BOOTSTRAP_SAMPLES, student
+from ctcgrpo.util.intervals import BOOTSTRAP_SAMPLES, student
 
 Array = NDArray[np.float64]
 MEASURES = ("area", "final")

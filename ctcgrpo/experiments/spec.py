@@ -39,9 +39,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.naming import did_you_mean
-from ctcgrpo.recipe import Recipe, load_recipe, overrides
-from ctcgrpo.sections import Section, parse_mapping, read_text, validated
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import load_recipe, overrides
+from ctcgrpo.util.naming import did_you_mean
+from ctcgrpo.util.sections import Section, parse_mapping, read_text, validated
 
 METRIC = "validation/overall"
 """What a sweep here maximises: the score on the recipe's held-out scenarios, after training. W&B knows it by this name."""

@@ -12,15 +12,15 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
 from rich.text import Text
 
-from ctcgrpo.data_digest import SKIPPED
 from ctcgrpo.errors import OutputError
 from ctcgrpo.experiments.curves import MEASURES, Curves, compared, curves_of
 from ctcgrpo.experiments.spec import Sweep
-from ctcgrpo.files import read_json
-from ctcgrpo.intervals import crossed
-from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.run_records import same
-from ctcgrpo.validation import valid_validations
+from ctcgrpo.run.data_digest import SKIPPED
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.run.run_records import same
+from ctcgrpo.run.validation import valid_validations
+from ctcgrpo.util.files import read_json
+from ctcgrpo.util.intervals import crossed
 
 _STATES = {
     TrialState.COMPLETE: "done",

@@ -1,7 +1,7 @@
 """The rules of anchors, and the smallest move that keeps them.
 
 every value    a multiple of 5 in [0, 100]
-anger          target < initial < worst    (defense: target and initial below worst, since holding a boundary may cost some anger)
+anger          target < initial < worst    (target and initial below worst where anger may rise: defense, scenes of your own)
 trust          worst < initial < target
 """
 
@@ -12,12 +12,12 @@ from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
+from ctcgrpo.environments.eibench.records import scene_rules
+
 STEP = 5
 _FAR_OFF = 1000
 """Beyond this a number is no level that went astray."""
 _LEVELS = tuple(range(0, 101, STEP))
-ANGER_MAY_RISE = frozenset({"defense"})
-"""Scenes whose target may lie at or above the initial anger."""
 
 FIELDS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "anger": (
@@ -59,8 +59,9 @@ def anchor_problems(record: Mapping[str, Any], scene: str) -> Iterator[tuple[str
             if value not in _LEVELS:
                 yield f"{a}.{b}", f"is {value:g}; it must be a multiple of {STEP} in [0, 100]"
         initial, target, worst = values
-        if not _in_order(axis, scene, (initial, target, worst)):  # type: ignore[arg-type]
-            yield axis, f"initial {initial:g}, target {target:g}, worst {worst:g}; {_order(axis, scene)}"
+        may_rise = scene_rules(scene).anger_may_rise
+        if not _in_order(axis, may_rise, (initial, target, worst)):  # type: ignore[arg-type]
+            yield axis, f"initial {initial:g}, target {target:g}, worst {worst:g}; {_order(axis, may_rise)}"
 
 
 def repaired(record: Mapping[str, Any], scene: str) -> tuple[dict[str, Any], list[Move]]:
@@ -88,27 +89,26 @@ def nearest_levels(axis: str, scene: str, values: Levels) -> tuple[int, int, int
         moved = [abs(a - b) for a, b in zip(levels, values, strict=True)]
         return sum(moved), moved[0], moved[1]
 
-    return min(_allowed(axis, scene in ANGER_MAY_RISE), key=distance)
+    return min(_allowed(axis, scene_rules(scene).anger_may_rise), key=distance)
 
 
 @cache
 def _allowed(axis: str, anger_may_rise: bool) -> Sequence[tuple[int, int, int]]:
-    scene = next(iter(ANGER_MAY_RISE)) if anger_may_rise else ""
     every = product(_LEVELS, _LEVELS, _LEVELS)
-    return [levels for levels in every if _in_order(axis, scene, levels)]
+    return [levels for levels in every if _in_order(axis, anger_may_rise, levels)]
 
 
-def _in_order(axis: str, scene: str, levels: Levels) -> bool:
+def _in_order(axis: str, anger_may_rise: bool, levels: Levels) -> bool:
     initial, target, worst = levels
     if axis == "trust":
         return worst < initial < target
-    return initial < worst and target < worst if scene in ANGER_MAY_RISE else target < initial < worst
+    return initial < worst and target < worst if anger_may_rise else target < initial < worst
 
 
-def _order(axis: str, scene: str) -> str:
+def _order(axis: str, anger_may_rise: bool) -> str:
     if axis == "trust":
         return "worst < initial < target is needed"
-    return "both below worst are needed" if scene in ANGER_MAY_RISE else "target < initial < worst is needed"
+    return "both below worst are needed" if anger_may_rise else "target < initial < worst is needed"
 
 
 def _levels(record: Mapping[str, Any], places: Sequence[tuple[str, str]]) -> list[float | None]:

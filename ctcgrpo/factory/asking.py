@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ctcgrpo.errors import SimulatorReplyError
+from ctcgrpo.llm_client.endpoints import Deadline
+from ctcgrpo.llm_client.store import Store
 from ctcgrpo.simulator.llm.backend import ChatModel
-from ctcgrpo.simulator.llm.endpoints import Deadline
-from ctcgrpo.simulator.llm.prompts import Message
-from ctcgrpo.simulator.store import Store
+from ctcgrpo.types import Message
 
 
 async def answer_once(

@@ -13,18 +13,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ctcgrpo.environments.eibench.scenario_format import read_record
 from ctcgrpo.errors import ScenarioError, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.factory.anchors import repaired
 from ctcgrpo.factory.asking import answer_once
 from ctcgrpo.factory.config import FactoryConfig
 from ctcgrpo.factory.drafts import json_object
 from ctcgrpo.factory.layout import Role, layout_problems, layouts, mended, without_mark
-from ctcgrpo.scenario_format import read_record
-from ctcgrpo.simulator.llm.account import Account
+from ctcgrpo.llm_client.account import Account
+from ctcgrpo.llm_client.endpoints import EndpointPool
+from ctcgrpo.llm_client.store import Store, content_key
 from ctcgrpo.simulator.llm.backend import ChatModel
-from ctcgrpo.simulator.llm.endpoints import EndpointPool
-from ctcgrpo.simulator.llm.prompts import Message
-from ctcgrpo.simulator.store import Store, content_key
+from ctcgrpo.types import Message
 
 Status = Literal["clean", "mended", "laid out anew", "left", "no scenario"]
 _ROLES: tuple[tuple[Role, str], ...] = (("user", "aggressor_profile"), ("policy", "defender_profile"))

@@ -13,12 +13,19 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ctcgrpo.environments.eibench.records import SCENES, Scenario, in_order
+from ctcgrpo.environments.eibench.scenario_format import Split
+from ctcgrpo.environments.eibench.scenarios import (
+    by_scene,
+    has_splits,
+    load_scenarios,
+    load_set,
+    read_records,
+    read_scenarios,
+)
 from ctcgrpo.errors import RecipeError, RunFailed, ScenarioError
-from ctcgrpo.records import Scenario
-from ctcgrpo.scenario_format import Split
-from ctcgrpo.scenarios import by_scene, has_splits, load_scenarios, load_set, read_records, read_scenarios
-from ctcgrpo.startup import announce_loading
-from ctcgrpo.terminal import Terminal, say
+from ctcgrpo.run.startup import announce_loading
+from ctcgrpo.util.terminal import Terminal, say
 
 app = typer.Typer(help="Fetch, generate, check and convert sets of scenarios.", no_args_is_help=True)
 _SOURCE = typer.Argument(help="A path, a bundled pack (english/train) or a dataset (eibench/train).")
@@ -56,6 +63,11 @@ def validate(
         )
     found = load_scenarios(source, split)
     say(f"{source}: {len(found)} scenarios ({by_scene(found)})" + ("" if loose else "; every rule holds"))
+    if own := [scene for scene in in_order(s.scene for s in found) if scene not in SCENES]:
+        say(
+            f"note: {', '.join(own)}: not in the published set ({', '.join(SCENES)}). The scripted user hears replies there as in "
+            f"support, an LLM user is told no more than the persona; a recipe names such scenes in scenarios.scenes"
+        )
     if warning := unscripted_warning(found, "scenarios"):
         say(f"note: {warning}")
 
@@ -73,7 +85,7 @@ def _consequence(source: str, split: Split) -> str:
 def new(
     file: Annotated[Path, typer.Argument(help="The file to write, NAME.jsonl; notes on its fields go to NAME.md.")],
     scene: Annotated[
-        Literal["support", "defense", "repair", "charm"], typer.Option(help="The kind of situation.")
+        str, typer.Option(help="The kind of situation: support, defense, repair, charm, or a name of your own.")
     ] = "support",
     language: Annotated[Literal["en", "zh"], typer.Option(help="Of the example.")] = "en",
 ) -> None:
@@ -98,8 +110,8 @@ def fetch(
 
     Each file is compared with the published commit, whose list of files GitHub's API gives.
     """
-    from ctcgrpo.fetch import DataSet
-    from ctcgrpo.fetch import fetch as fetched
+    from ctcgrpo.environments.eibench.fetch import DataSet
+    from ctcgrpo.environments.eibench.fetch import fetch as fetched
 
     def agree(found: DataSet) -> bool:
         say(f"{found.title}\nlicence: {found.licence}")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from ctcgrpo.environments.eibench.records import SCENES
 from ctcgrpo.factory.layout import layouts
-from ctcgrpo.naming import did_you_mean
-from ctcgrpo.records import SCENES, Scene
-from ctcgrpo.sections import Section, parse_mapping, read_text, validated
 from ctcgrpo.simulator.config import Budget, Calls
+from ctcgrpo.util.naming import did_you_mean
+from ctcgrpo.util.sections import Section, parse_mapping, read_text, validated
 
 
 class Writer(Calls):
@@ -31,7 +31,7 @@ class FactoryConfig(Section):
     seeds: Path | None = Field(
         None, description="pools of seeds; those that come with the package, of the language, where absent"
     )
-    scenes: tuple[Scene, ...] = Field(SCENES, min_length=1, description="the scenes that are written")
+    scenes: tuple[str, ...] = Field(SCENES, min_length=1, description="the scenes that are written")
     examples: str | None = Field(
         None, description="a set whose scenarios show how one looks: english/train, chinese/train, a path"
     )

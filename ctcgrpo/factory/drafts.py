@@ -11,11 +11,11 @@ from typing import Any
 import json_repair
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ctcgrpo.environments.eibench.records import Scenario, scene_rules
 from ctcgrpo.factory.anchors import Move, repaired
 from ctcgrpo.factory.layout import Role, layouts, sections, without_mark
 from ctcgrpo.factory.rules import problems
 from ctcgrpo.factory.sampling import Wanted
-from ctcgrpo.records import Scenario
 
 _THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
 _MOST, _MOST_BRACES = 40_000, 200
@@ -144,14 +144,22 @@ def json_object(text: str) -> dict[str, Any] | str:
     return found if isinstance(found, dict) else "the answer is no JSON object"
 
 
+_SCRIPTED: Mapping[str, Mapping[str, str]] = {
+    "boundary": {"words": "limit", "offer": "offer"},
+    "repair": {"fault": "fault", "remedy": "remedy"},
+}
+"""By the part of a script that a scene has, and its keys: the fields of a draft."""
+
+
 def _own_faults(draft: Draft, asked: Wanted) -> list[str]:
     """What no rule of finished records says."""
     told = []
-    if asked.scene == "charm" and draft.opening_line:
+    rules = scene_rules(asked.scene)
+    if rules.policy_opens and draft.opening_line:
         told.append("opening_line: the policy speaks first here, so it must be empty")
-    for field_, names in (("defense", ("limit", "offer")), ("repair", ("fault", "remedy"))):
-        if asked.scene == field_:
-            told += [f"{name}: at least four words are needed" for name in names if len(getattr(draft, name)) < 4]
+    for name in _SCRIPTED.get(rules.script or "", {}).values():
+        if len(getattr(draft, name)) < 4:
+            told.append(f"{name}: at least four words are needed")
     for k, detail in enumerate(draft.details):
         line = detail.line.lower()
         if not any(word.lower() in line for word in detail.words):
@@ -175,10 +183,8 @@ def record_of(draft: Draft, asked: Wanted, *, language: str, licence: str, sourc
         "details": [d.model_dump() for d in draft.details],
         "lines": draft.reactions.model_dump(),
     }
-    if asked.scene == "defense":
-        script["boundary"] = {"words": draft.limit, "offer": draft.offer}
-    if asked.scene == "repair":
-        script["repair"] = {"fault": draft.fault, "remedy": draft.remedy}
+    if part := scene_rules(asked.scene).script:
+        script[part] = {key: getattr(draft, name) for key, name in _SCRIPTED[part].items()}
     return {
         "id": asked.id,
         "title": draft.title,
@@ -243,9 +249,6 @@ def shown(record: Mapping[str, Any], scenario: Scenario) -> str:
         "worst_reason": (record.get("worst_case") or {}).get("reason", ""),
         "details": [{k: d[k] for k in ("about", "words", "sense", "line")} for d in script["details"]],
         "reactions": script["lines"],
-        "limit": script.get("boundary", {}).get("words", []),
-        "offer": script.get("boundary", {}).get("offer", []),
-        "fault": script.get("repair", {}).get("fault", []),
-        "remedy": script.get("repair", {}).get("remedy", []),
+        **{name: script.get(part, {}).get(key, []) for part, names in _SCRIPTED.items() for key, name in names.items()},
     }
     return json.dumps(draft, ensure_ascii=False)

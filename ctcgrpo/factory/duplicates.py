@@ -20,8 +20,8 @@ import numpy as np
 from scipy.sparse import csr_matrix, vstack
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
+from ctcgrpo.environments.eibench.scenarios import BUNDLED, read_records
 from ctcgrpo.factory.layout import sections
-from ctcgrpo.scenarios import BUNDLED, read_records
 from ctcgrpo.simulator.scripted.language import stem
 
 Record = Mapping[str, Any]

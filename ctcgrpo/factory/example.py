@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ctcgrpo.environments.eibench.records import SCENES
+from ctcgrpo.environments.eibench.scenario_format import record_fields, scene_problem
+from ctcgrpo.environments.eibench.scenarios import read_records
 from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.factory.layout import layouts
-from ctcgrpo.files import write_whole
-from ctcgrpo.records import Scene
-from ctcgrpo.scenario_format import record_fields
-from ctcgrpo.scenarios import read_records
 from ctcgrpo.simulator.scripted.knowledge import script_fields
+from ctcgrpo.util.files import write_whole
 
 PACK_OF = {"en": "english", "zh": "chinese"}
 """By language the bundled pack that examples are taken from."""
@@ -24,16 +24,20 @@ _REPEATED = ("prompt", "licence", "seed")
 """What the packs' records hold beside what a record needs."""
 
 
-def example(scene: Scene, language: str) -> dict[str, Any]:
-    """A complete record, `script` included, that keeps every rule of `ctcgrpo scenarios validate`."""
-    record = next(r for _, r in read_records(PACK_OF[language], "train") if r["scene_tag"] == scene)
+def example(scene: str, language: str) -> dict[str, Any]:
+    """A complete record, `script` included, that keeps every rule of `ctcgrpo scenarios validate`; of a scene of one's
+    own one of support, under its name."""
+    shown = scene if scene in SCENES else "support"
+    record = next(r for _, r in read_records(PACK_OF[language], "train") if r["scene_tag"] == shown)
     own = {key: value for key, value in record.items() if key not in _REPEATED}
-    return own | {"id": f"my-{scene}-01", "data_source": "own"}
+    return own | {"id": f"my-{scene}-01", "scene_tag": scene, "data_source": "own"}
 
 
-def write_example(file: Path, scene: Scene, language: str) -> tuple[Path, Path]:
-    """Write an example to FILE.jsonl and the notes to FILE.md; gives both. Raises RecipeError for a name that does not end in
-    .jsonl, OutputError where one of them exists or cannot be written."""
+def write_example(file: Path, scene: str, language: str) -> tuple[Path, Path]:
+    """Write an example to FILE.jsonl and the notes to FILE.md; gives both. Raises RecipeError for a name that no scene can have
+    or that does not end in .jsonl, OutputError where one of them exists or cannot be written."""
+    if problem := scene_problem(scene):
+        raise RecipeError(f"--scene {scene!r}: {problem}")
     if file.suffix != ".jsonl":
         raise RecipeError(f"{file}: expected a name that ends in .jsonl; try {file.with_suffix('.jsonl')}")
     beside = file.with_suffix(".md")
@@ -50,7 +54,7 @@ def write_example(file: Path, scene: Scene, language: str) -> tuple[Path, Path]:
     return file, beside
 
 
-def notes(record: Mapping[str, Any], file: Path, scene: Scene, language: str) -> str:
+def notes(record: Mapping[str, Any], file: Path, scene: str, language: str) -> str:
     """What each field of the record is for, and how to go on, in Markdown."""
     rows = [f"| `{field}` | {'yes' if needed else 'no'} | {told} |" for field, needed, told in record_fields()]
     rows += [
@@ -121,5 +125,6 @@ knows.
 ## Numbers
 
 Anger and trust lie in [0, 100], in steps of 5. A turn changes each by at most 10. Trust: worst < initial < target. Anger: target <
-initial < worst; in defense the target may lie above the initial anger, since holding a boundary may cost some.
+initial < worst; in defense the target may lie above the initial anger, since holding a boundary may cost some, and in scenes of
+your own.
 """

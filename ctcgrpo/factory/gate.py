@@ -17,15 +17,15 @@ from importlib.resources import files
 from typing import Any
 
 from ctcgrpo.environments.eibench import EIBench, task_of
+from ctcgrpo.environments.eibench.persona import Briefing
+from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.errors import SimulatorReplyError
-from ctcgrpo.policy.persona import Briefing
-from ctcgrpo.records import Scenario
 from ctcgrpo.simulator.protocol import ScenarioCard, TurnReply, TurnRequest
 from ctcgrpo.simulator.scripted.backend import react
 from ctcgrpo.simulator.scripted.knowledge import read_knowledge
 from ctcgrpo.simulator.scripted.language import load_language
 from ctcgrpo.simulator.service import turn_reply
-from ctcgrpo.strict_yaml import load_yaml
+from ctcgrpo.util.strict_yaml import load_yaml
 
 ROUNDS = 6
 MARGIN = 0.3

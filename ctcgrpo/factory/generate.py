@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import jinja2
 
+from ctcgrpo.environments.eibench.scenario_format import read_record
+from ctcgrpo.environments.eibench.scenarios import read_records
 from ctcgrpo.errors import OutputError, ScenarioError, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.factory.asking import answer_once
 from ctcgrpo.factory.config import FactoryConfig
@@ -24,15 +26,12 @@ from ctcgrpo.factory.drafts import Written, read_draft, schema, shown
 from ctcgrpo.factory.duplicates import duplicates, to_drop
 from ctcgrpo.factory.sampling import Wanted, pools, wanted
 from ctcgrpo.factory.storage import check_new, write_layout, writing
-from ctcgrpo.files import write_whole
-from ctcgrpo.records import Scene
-from ctcgrpo.scenario_format import read_record
-from ctcgrpo.scenarios import read_records
-from ctcgrpo.simulator.llm.account import Account
+from ctcgrpo.llm_client.account import Account
+from ctcgrpo.llm_client.endpoints import EndpointPool
+from ctcgrpo.llm_client.store import Store, content_key
 from ctcgrpo.simulator.llm.backend import ChatModel
-from ctcgrpo.simulator.llm.endpoints import EndpointPool
-from ctcgrpo.simulator.llm.prompts import Message
-from ctcgrpo.simulator.store import Store, content_key
+from ctcgrpo.types import Message
+from ctcgrpo.util.files import write_whole
 
 Status = Literal["valid", "repaired", "rejected", "unanswered"]
 REPORT = "report.json"
@@ -73,7 +72,7 @@ def generate(
     budget is spent: what was answered by then is kept.
     """
     examples = _examples(config)
-    by_scene: dict[Scene, list[str]] = {}
+    by_scene: dict[str, list[str]] = {}
     for name, (scene, _) in examples.items():
         by_scene.setdefault(scene, []).append(name)
     asked = wanted(
@@ -92,11 +91,11 @@ def generate(
         store.close()
 
 
-def _examples(config: FactoryConfig) -> dict[str, tuple[Scene, str]]:
+def _examples(config: FactoryConfig) -> dict[str, tuple[str, str]]:
     """By id: scene, and how the example is shown. Raises ScenarioError for a scene that the set shows nothing of."""
     if config.examples is None or not config.shots:
         return {}
-    found: dict[str, tuple[Scene, str]] = {}
+    found: dict[str, tuple[str, str]] = {}
     for place, record in read_records(config.examples):
         scenario = read_record(record, place)
         if scenario.scene in config.scenes and scenario.language == config.language and (text := shown(record, scenario)):
@@ -113,7 +112,7 @@ def _examples(config: FactoryConfig) -> dict[str, tuple[Scene, str]]:
 async def _all(
     config: FactoryConfig,
     asked: Sequence[Wanted],
-    examples: Mapping[str, tuple[Scene, str]],
+    examples: Mapping[str, tuple[str, str]],
     store: Store,
     held_out: Sequence[Mapping[str, Any]],
     say: Callable[[str], None],

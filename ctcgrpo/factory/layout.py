@@ -9,8 +9,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
-from ctcgrpo.naming import nearest
-from ctcgrpo.strict_yaml import load_yaml
+from ctcgrpo.util.naming import nearest
+from ctcgrpo.util.strict_yaml import load_yaml
 
 Role = Literal["user", "policy"]
 _TITLE = re.compile(r"^\s*#{1,6}\s*(.+?)\s*[:：]?\s*$")

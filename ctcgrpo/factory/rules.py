@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ctcgrpo.environments.eibench.records import Scenario
+from ctcgrpo.environments.eibench.scenario_format import Split, check_record
 from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.factory.anchors import anchor_problems
 from ctcgrpo.factory.layout import layout_problems
-from ctcgrpo.records import Scenario
-from ctcgrpo.scenario_format import Split, check_record
 from ctcgrpo.simulator.scripted.knowledge import script_problems
 from ctcgrpo.simulator.scripted.language import load_language
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from ctcgrpo.environments.eibench.records import SCENES
 from ctcgrpo.errors import ScenarioError
-from ctcgrpo.records import SCENES, Scene
-from ctcgrpo.sections import Section, parse_mapping, read_text, validated
+from ctcgrpo.util.sections import Section, parse_mapping, read_text, validated
 
 _SEEDS = files("ctcgrpo.factory") / "seeds"
 
@@ -56,7 +56,7 @@ class Wanted:
     """One scenario to be written. `examples`: ids of scenarios of the scene that show how one looks."""
 
     id: str
-    scene: Scene
+    scene: str
     seed: Seed
     examples: tuple[str, ...]
 
@@ -76,8 +76,8 @@ def wanted(
     found: Pools,
     *,
     count: int,
-    scenes: Sequence[Scene] = SCENES,
-    examples: Mapping[Scene, Sequence[str]],
+    scenes: Sequence[str] = SCENES,
+    examples: Mapping[str, Sequence[str]],
     shots: int = 2,
     prefix: str,
     seed: int = 0,
@@ -98,7 +98,7 @@ def wanted(
     return told
 
 
-def _of_scene(found: Pools, scene: Scene, seed: int) -> Any:
+def _of_scene(found: Pools, scene: str, seed: int) -> Any:
     """The seeds of a scene, one after the other: themes in turn, everything else drawn."""
     if scene not in found.themes or scene not in found.relationships:
         raise ScenarioError(f"seeds: no themes or relationships for scene {scene!r}; they have {', '.join(found.themes)}")

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 
-from ctcgrpo.records import SCENES, Scenario
+from ctcgrpo.environments.eibench.records import Scenario, in_order
 
 SEEDS = ("relationship", "place", "theme", "intensity", "personality")
 LENGTHS: Mapping[str, Callable[[Scenario], str]] = {
@@ -28,7 +28,7 @@ DISTANCES: Mapping[str, Callable[[Scenario], int]] = {
     "trust to target": lambda s: s.anchors.target.trust - s.anchors.initial.trust,
     "trust to worst": lambda s: s.anchors.initial.trust - s.anchors.worst.trust,
 }
-_COLORS = dict(zip(SCENES, itertools.cycle(("#0969da", "#cf222e", "#8250df", "#1a7f37")), strict=False))
+_COLORS = ("#0969da", "#cf222e", "#8250df", "#1a7f37")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,7 @@ class Stats:
 def stats_of(scenarios: Sequence[Scenario], count: Callable[[str], int] | None = None) -> Stats:
     """`count`: the tokens of a text."""
     measure = count or len
-    every = {scene: [s for s in scenarios if s.scene == scene] for scene in SCENES}
-    by_scene = {scene: found for scene, found in every.items() if found}
+    by_scene = {scene: [s for s in scenarios if s.scene == scene] for scene in in_order(s.scene for s in scenarios)}
 
     def lengths(text: Callable[[Scenario], str]) -> dict[str, list[int]]:
         return {scene: [measure(text(s)) for s in found if text(s)] for scene, found in by_scene.items()}
@@ -111,19 +110,20 @@ def _spread(values: Sequence[int]) -> str:
 def write_picture(stats: Stats, file: Path) -> None:
     """PNG: a panel for each length and distance, a box for each scene."""
     panels = {**stats.lengths, **stats.distances}
+    colors = list(itertools.islice(itertools.cycle(_COLORS), len(stats.scenes)))
     figure = Figure(figsize=(12, 5.4), layout="constrained", dpi=130)
     for axes, (name, by_scene) in zip(figure.subplots(2, 4).flat, panels.items(), strict=False):
         boxes = axes.boxplot(
             [by_scene[scene] for scene in stats.scenes], tick_labels=list(stats.scenes), patch_artist=True, widths=0.6
         )
-        for box, scene in zip(boxes["boxes"], stats.scenes, strict=True):
-            box.set(facecolor=_COLORS[scene], alpha=0.35)  # type: ignore[index]
+        for box, color in zip(boxes["boxes"], colors, strict=True):
+            box.set(facecolor=color, alpha=0.35)
         axes.set_title(f"{name}, {stats.unit if name in stats.lengths else 'levels'}", fontsize=9)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     last = figure.axes[-1]
     last.clear()
-    last.bar(list(stats.scenes), list(stats.scenes.values()), color=[_COLORS[s] for s in stats.scenes])  # type: ignore[index]
+    last.bar(list(stats.scenes), list(stats.scenes.values()), color=colors)
     last.set_title("scenarios", fontsize=9)
     last.tick_params(labelsize=7)
     last.spines[["top", "right"]].set_visible(False)

@@ -17,12 +17,11 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from ctcgrpo.environments.eibench.scenario_format import read_record, scene_problem
 from ctcgrpo.errors import CtcGrpoError, OutputError, ScenarioError
-from ctcgrpo.files import parse_json, write_whole
-from ctcgrpo.hub import hub_reason
-from ctcgrpo.naming import did_you_mean, quoted
-from ctcgrpo.records import SCENES
-from ctcgrpo.scenario_format import read_record
+from ctcgrpo.run.hub import hub_reason
+from ctcgrpo.util.files import parse_json, write_whole
+from ctcgrpo.util.naming import quoted
 
 Record = Mapping[str, Any]
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -42,13 +41,13 @@ def with_origin(record: Record, *, licence: str | None, source: str | None) -> d
 
 
 def write_layout(records: Iterable[Record], folder: Path) -> list[Path]:
-    """One `SCENE_final.jsonl` a scene. Raises ScenarioError for a scene that nobody knows, OutputError where a file is there
+    """One `SCENE_final.jsonl` a scene. Raises ScenarioError for a name that no scene can have, OutputError where a file is there
     already or the folder cannot be written."""
     by_scene: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         scene = str(record.get("scene_tag")).strip().lower()
-        if scene not in SCENES:
-            raise ScenarioError(f"scenario {record.get('id')!r}: scene_tag is {scene!r}; {did_you_mean(scene, SCENES)}")
+        if problem := scene_problem(scene):
+            raise ScenarioError(f"scenario {record.get('id')!r}: scene_tag is {scene!r}; {problem}")
         by_scene[scene].append(record)
     files = {folder / f"{scene}_final.jsonl": found for scene, found in sorted(by_scene.items())}
     if there := next((file for file in files if file.exists()), None):

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import PolicyError
-from ctcgrpo.files import mark_complete
-from ctcgrpo.naming import did_you_mean
 from ctcgrpo.policy.model_wheel import ModelWheel, Say, fetch_model
 from ctcgrpo.policy.smollm2 import SMOLLM2
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.util.files import mark_complete
+from ctcgrpo.util.naming import did_you_mean
 
 _BUILTIN = "builtin/"
 

@@ -22,7 +22,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyError
-from ctcgrpo.time_limit import time_limit
+from ctcgrpo.util.time_limit import time_limit
 
 Message = dict[str, str]
 Roles = tuple[str, ...]

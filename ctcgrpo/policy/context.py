@@ -26,9 +26,9 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from ctcgrpo.environments.eibench.persona import BETWEEN, together
 from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.policy.chat_template import USUAL, ChatTemplate, ControlTokens, Layout, Roles
-from ctcgrpo.policy.persona import BETWEEN, together
 from ctcgrpo.policy.reasoning import CLOSE, OPEN, parse_completion
 from ctcgrpo.types import Completion, Heard, Message
 

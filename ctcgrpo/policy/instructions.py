@@ -17,7 +17,7 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import SandboxedEnvironment
 
 from ctcgrpo.errors import PolicyError
-from ctcgrpo.naming import did_you_mean
+from ctcgrpo.util.naming import did_you_mean
 
 NO_INSTRUCTIONS = "none"
 DEFAULT_INSTRUCTIONS = "eibench"

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyError
-from ctcgrpo.hub import hub_reason
 from ctcgrpo.policy.builtin import is_builtin
 from ctcgrpo.policy.chat_template import end_of_turn
+from ctcgrpo.run.hub import hub_reason
 
 LOAD_ERRORS = (OSError, ValueError, SafetensorError, pickle.UnpicklingError, StrictDataclassError)
 """What transformers raises for a model or tokenizer that is not there, or whose files are damaged."""

@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ctcgrpo.environments.eibench.scenarios import data_home
 from ctcgrpo.errors import OutputError, PolicyError
-from ctcgrpo.files import is_complete, mark_complete, missing_in
-from ctcgrpo.naming import cut
-from ctcgrpo.scenarios import data_home
-from ctcgrpo.workers import alone
+from ctcgrpo.util.files import is_complete, mark_complete, missing_in
+from ctcgrpo.util.naming import cut
+from ctcgrpo.util.workers import alone
 
 Say = Callable[[str], None]
 _LOCK_SECONDS = 1800.0
@@ -134,7 +134,7 @@ def refuse_unfetchable(model: ModelWheel) -> None:
 def _disk(folder: Path, advice: str) -> Iterator[None]:
     from safetensors import SafetensorError
 
-    from ctcgrpo.files import disk_problem
+    from ctcgrpo.util.files import disk_problem
 
     try:
         yield

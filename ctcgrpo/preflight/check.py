@@ -16,7 +16,7 @@ from accelerate.commands.config.config_args import default_config_file
 from ctcgrpo.errors import CtcGrpoError
 from ctcgrpo.preflight import cost, credit, environment, gpu, launch, machine, policy, prompts, scenarios, simulator
 from ctcgrpo.preflight.subject import Check, Finding, Subject
-from ctcgrpo.recipe import Recipe
+from ctcgrpo.run.recipe import Recipe
 
 
 def checks_of(recipe: Recipe) -> Sequence[Check]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ctcgrpo.preflight.simulator import Verbose, played
 from ctcgrpo.preflight.subject import LINE_TOKENS, REPLY_TOKENS, Finding, Subject, sample
+from ctcgrpo.simulator.config import BACKENDS
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
 
 VERDICT_TOKENS = 250
@@ -76,6 +77,8 @@ def cost(s: Subject) -> Iterator[Finding]:
     yield Finding(what, "ok", f"up to {asked.calls_per_step:,} a step, {asked.calls:,} in all, validation included")
     if own is not None:
         yield Finding("cost", "ok", f"what {own.factory} itself asks for (LLM calls, services) is not known here")
+    elif s.simulator is not None and s.simulator.backend not in BACKENDS:
+        yield Finding("cost", "ok", f"what {s.simulator.backend} itself asks for (LLM calls, services) is not known here")
     elif llm is None and recipe.simulator.url == "embedded":
         yield Finding("cost", "ok", "the scripted user costs nothing")
     else:

@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ctcgrpo.data_digest import tasks_digest
 from ctcgrpo.errors import CtcGrpoError, RecipeError
 from ctcgrpo.preflight.subject import Finding, Subject
-from ctcgrpo.recipe import OwnEnvironment
 from ctcgrpo.rollout.session import Answer, Session
-from ctcgrpo.run_tasks import environment_factory, read_tasks, refuse_uneven_tags
+from ctcgrpo.run.data_digest import tasks_digest
+from ctcgrpo.run.recipe import OwnEnvironment
+from ctcgrpo.run.run_tasks import environment_factory, read_tasks, refuse_uneven_tags
 from ctcgrpo.types import Message, Task
 
 _REPLY, _EMOJI = "I see.", "\U0001f642\U0001f44d\U0001f3fd"

@@ -7,13 +7,13 @@ from functools import cache
 from importlib.resources import files
 
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.naming import did_you_mean
-from ctcgrpo.policy.shapes import GIB
+from ctcgrpo.model.shapes import GIB
+from ctcgrpo.model.sharding import FSDP2, deepspeed_stage, offloads
 from ctcgrpo.preflight.memory import PHASES, Load, memory_plan
 from ctcgrpo.preflight.subject import Finding, Subject
-from ctcgrpo.recipe import Recipe
-from ctcgrpo.sharding import FSDP2, deepspeed_stage, offloads
-from ctcgrpo.strict_yaml import load_yaml
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.util.naming import did_you_mean
+from ctcgrpo.util.strict_yaml import load_yaml
 
 _FULL_AT_WAKE = 0.9
 """The share of a card beyond which a colocated vLLM may find no room to wake, for fragmentation."""

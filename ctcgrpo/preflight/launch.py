@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import yaml
 
+from ctcgrpo.model.sharding import FSDP2, NONE, check_launcher, deepspeed_stage
 from ctcgrpo.preflight.subject import Finding, Subject
-from ctcgrpo.proxies import open_url
 from ctcgrpo.rollout.vllm_adapter import base_url
-from ctcgrpo.sharding import FSDP2, NONE, check_launcher, deepspeed_stage
+from ctcgrpo.util.proxies import open_url
 
 
 def sharding(s: Subject) -> Iterator[Finding]:

@@ -6,13 +6,13 @@ import netrc
 import shutil
 from collections.abc import Iterator
 
-from ctcgrpo.policy.shapes import GIB, Shape
+from ctcgrpo.model.shapes import GIB, Shape
+from ctcgrpo.model.sharding import offloads
 from ctcgrpo.preflight.subject import Finding, Level, Subject
-from ctcgrpo.recipe import Recipe
-from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.saving import checkpoint_bytes, notice_seconds, save_seconds, too_little_time
-from ctcgrpo.sharding import offloads
-from ctcgrpo.startup import SHUTDOWN_TIMEOUT
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.run.saving import checkpoint_bytes, notice_seconds, save_seconds, too_little_time
+from ctcgrpo.run.startup import SHUTDOWN_TIMEOUT
 
 
 def disk(s: Subject) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ctcgrpo.policy.shapes import GIB, Shape
+from ctcgrpo.model.shapes import GIB, Shape
 from ctcgrpo.training.planning import kept_per_token
 
 Phase = Literal["rollout", "update"]

@@ -9,18 +9,18 @@ import torch
 from transformers import AutoConfig
 
 from ctcgrpo.errors import PolicyError
-from ctcgrpo.folders import check_model
+from ctcgrpo.model.attention import refuse_layouts
+from ctcgrpo.model.shapes import published_shapes, shape_of
+from ctcgrpo.model.sharding import deepspeed_stage
+from ctcgrpo.model.tree_attention import how_to_attend
 from ctcgrpo.policy.adapter import refuse_tied_targets
-from ctcgrpo.policy.attention import refuse_layouts
 from ctcgrpo.policy.builtin import build_builtin, wheel_of
 from ctcgrpo.policy.loading import check_fits, load_tokenizer, stop_ids
 from ctcgrpo.policy.model_wheel import refuse_unfetchable
 from ctcgrpo.policy.reasoning import CLOSE, OPEN
-from ctcgrpo.policy.shapes import published_shapes, shape_of
 from ctcgrpo.preflight.subject import Finding, Subject
-from ctcgrpo.settings import context_builder, lora_config, template_kwargs
-from ctcgrpo.sharding import deepspeed_stage
-from ctcgrpo.training.tree_attention import how_to_attend
+from ctcgrpo.run.folders import check_model
+from ctcgrpo.run.settings import context_builder, lora_config, template_kwargs
 
 _ROUNDED_AWAY = 1e-4
 """AdamW moves a weight by about the learning rate; bfloat16 keeps 8 bits, so weights of the usual 0.02 need steps of 1e-4."""

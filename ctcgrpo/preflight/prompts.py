@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ctcgrpo.environments.eibench import opening_messages
 from ctcgrpo.preflight.subject import LINE_TOKENS, REPLY_TOKENS, Finding, Subject, sample
-from ctcgrpo.settings import briefing
+from ctcgrpo.run.settings import briefing
 from ctcgrpo.types import Completion, Heard, Message
 
 _MEASURED = 48

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ctcgrpo.policy.shapes import GIB
+from ctcgrpo.model.shapes import GIB
 from ctcgrpo.preflight.memory import MemoryPlan
 from ctcgrpo.preflight.subject import Finding
 

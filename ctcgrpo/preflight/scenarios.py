@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ctcgrpo.environments.eibench.scenarios import ScenarioSet, load_scenes, load_set
 from ctcgrpo.preflight.subject import Finding, Subject
-from ctcgrpo.scenarios import ScenarioSet, load_scenes, load_set
 
 
 def scenarios(s: Subject) -> Iterator[Finding]:

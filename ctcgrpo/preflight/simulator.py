@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from ctcgrpo.environments.eibench import EIBench, User, task_of
+from ctcgrpo.environments.eibench.persona import Briefing
+from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.errors import RecipeError, SimulatorTransportError
-from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.preflight.subject import Finding, Subject
-from ctcgrpo.records import Scenario
-from ctcgrpo.simulator.choice import check_patience
+from ctcgrpo.simulator.choice import SCRIPTED, check_patience, simulator_of
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import SCRIPTED_USER, bearer_token, load_simulator_config
+from ctcgrpo.simulator.config import bearer_token
 from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
-from ctcgrpo.simulator.scripted.backend import ScriptedBackend
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
-from ctcgrpo.simulator.server import SimulatorServer, running
 
 _PATIENCE = 20.0
 """Seconds for a canary turn."""
@@ -32,23 +29,16 @@ def simulator(s: Subject) -> Iterator[Finding]:
             f"simulator.url is 'embedded', which the others of {s.recipe.hardware.nodes} nodes cannot reach; start "
             "`ctcgrpo serve CONFIG --host 0.0.0.0` and name it, or leave it to launch/slurm.sbatch"
         )
-    with ExitStack() as stack:
-        if settings.url == "embedded":
-            s.simulator = SCRIPTED_USER if settings.config is None else load_simulator_config(settings.config)
-            server = SimulatorServer(s.simulator)
-            server.check([*s.scenarios, *s.held_out])
-            deadline = s.simulator.llm.deadline if s.simulator.llm else 0
-            client = SimulatorClient(stack.enter_context(running(server)), timeout=deadline + 30, patience=2)
-        else:
-            urls = [settings.url] if isinstance(settings.url, str) else list(settings.url)
-            client = SimulatorClient(
-                urls, token=bearer_token(settings.token_env, s.variables), timeout=_PATIENCE, patience=2
-            )
+    choice = simulator_of(settings)
+    s.simulator = None if choice.urls else choice.config
+    with choice.served([*s.scenarios, *s.held_out]) as urls:
+        token, timeout = bearer_token(settings.token_env, s.variables), _PATIENCE if choice.urls else choice.timeout
+        client = SimulatorClient(urls, token=token, timeout=timeout, patience=2)
         says, reply = asyncio.run(_canary(client, s.examples[0]))
     check_patience(says, settings.timeout)
     who = ", ".join(map(str, says.get("models") or [says.get("backend")]))
     yield Finding("simulator", "ok", f"{who} answered a canary turn: {reply!r}")
-    if says.get("backend") == ScriptedBackend.name:
+    if says.get("backend") == SCRIPTED:
         for known, what in ((s.scenarios, "training scenarios"), (s.held_out, "held-out scenarios")):
             if warning := unscripted_warning(known, what):
                 yield Finding("scripts", "warning", warning)

@@ -13,12 +13,12 @@ import torch
 from accelerate.commands.config.config_args import default_config_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ctcgrpo.environments.eibench.records import Scenario
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
+from ctcgrpo.model.shapes import Shape
 from ctcgrpo.policy.context import ContextBuilder
-from ctcgrpo.policy.shapes import Shape
 from ctcgrpo.preflight.memory import MemoryPlan
-from ctcgrpo.recipe import Recipe
-from ctcgrpo.records import Scenario
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.simulator.config import SimulatorConfig
 from ctcgrpo.types import Environment, Message, Task
 

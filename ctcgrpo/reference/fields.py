@@ -13,10 +13,10 @@ from typing import Any, get_origin
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.experiments.spec import Sweep
 from ctcgrpo.factory.config import FactoryConfig
-from ctcgrpo.naming import did_you_mean, nearest
-from ctcgrpo.recipe import Recipe
-from ctcgrpo.sections import Section, section_type
+from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.simulator.config import SimulatorConfig
+from ctcgrpo.util.naming import did_you_mean, nearest
+from ctcgrpo.util.sections import Section, section_type
 
 RECIPE = "recipe"
 FILES: Mapping[str, tuple[type[Section], str]] = {

@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ctcgrpo.environments.eibench.records import SCENE_NAME
 from ctcgrpo.errors import EPISODE_ERRORS, RecipeError
-from ctcgrpo.naming import did_you_mean
-from ctcgrpo.records import SCENES
+from ctcgrpo.util.naming import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +307,7 @@ GROUPS: Mapping[str, Sequence[Metric]] = {
     ),
 }
 _STANDS_FOR = {
-    "scene": "|".join(SCENES),
+    "scene": SCENE_NAME.strip("^$"),
     "kind": "|".join(error.kind for error in EPISODE_ERRORS),
     "turns": r"\d+",
     "number": r"\w+",
@@ -320,7 +320,9 @@ def all_metrics() -> list[Metric]:
 
 def entry_of(name: str) -> Metric | None:
     """The entry for a logged name (outcome/charm) or for a name of the table itself (outcome/{scene}); None without one."""
-    return next((metric for metric in all_metrics() if name == metric.name or _pattern(metric.name).fullmatch(name)), None)
+    every = all_metrics()
+    exact = next((metric for metric in every if name == metric.name), None)
+    return exact or next((metric for metric in every if _pattern(metric.name).fullmatch(name)), None)
 
 
 def _pattern(name: str) -> re.Pattern[str]:

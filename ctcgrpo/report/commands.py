@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctcgrpo.errors import OutputError
-from ctcgrpo.folders import require_folder
-from ctcgrpo.terminal import Terminal
+from ctcgrpo.run.folders import require_folder
+from ctcgrpo.util.terminal import Terminal
 
 if TYPE_CHECKING:
     from ctcgrpo.report.reading import Trial

@@ -9,7 +9,7 @@ import base64
 import gzip
 import json
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ import jinja2
 import numpy as np
 
 from ctcgrpo import __version__
-from ctcgrpo.intervals import interval
-from ctcgrpo.recipe import OwnEnvironment
-from ctcgrpo.records import SCENES
+from ctcgrpo.environments.eibench.records import in_order
 from ctcgrpo.report.reading import Run, Trace, credit_of
-from ctcgrpo.run_records import numbers_by_turn
+from ctcgrpo.run.recipe import OwnEnvironment
+from ctcgrpo.run.run_records import numbers_by_turn
+from ctcgrpo.run.validation import Validation, improvement
 from ctcgrpo.simulator.about import described
 from ctcgrpo.types import NO_TAG
-from ctcgrpo.validation import Validation, improvement
+from ctcgrpo.util.intervals import interval
 
 MOST_BYTES = 20_000_000
 """Of packed episodes: beyond it whole groups are left out, evenly over the steps."""
@@ -64,7 +64,7 @@ def figures_of(run: Run) -> dict[str, Any]:
     """What the charts show."""
     trained = [e for e in run.episodes if e["kind"] == "step"]
     phases = _phases(trained)
-    tags = _ordered({e["tag"] for e in run.episodes} - {NO_TAG})
+    tags = in_order({e["tag"] for e in run.episodes} - {NO_TAG})
     return {
         "name": run.name,
         "finished": run.finished,
@@ -106,11 +106,6 @@ def _facts(run: Run) -> dict[str, str]:
 def _named(own: OwnEnvironment) -> str:
     options = ", ".join(f"{name}={value!r}" for name, value in own.options.items())
     return f"{own.factory}({options})" if options else own.factory
-
-
-def _ordered(tags: Collection[str]) -> list[str]:
-    """EIBench's scenes in their usual order, others by name."""
-    return [*(scene for scene in SCENES if scene in tags), *sorted(set(tags) - set(SCENES))]
 
 
 def _headline(validations: Sequence[Validation]) -> dict[str, Any] | None:

@@ -19,13 +19,14 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from ctcgrpo.errors import OutputError
-from ctcgrpo.files import explained, is_complete, read_json
-from ctcgrpo.folders import require_run
-from ctcgrpo.intervals import means
-from ctcgrpo.recipe import Recipe, resolved_recipe
-from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.run_records import Summary, disagreement, read_metrics, read_summary, read_traces, same
-from ctcgrpo.validation import Validation, read_validations
+from ctcgrpo.run.folders import require_run
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import resolved_recipe
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.run.run_records import Summary, disagreement, read_metrics, read_summary, read_traces, same
+from ctcgrpo.run.validation import Validation, read_validations
+from ctcgrpo.util.files import explained, is_complete, read_json
+from ctcgrpo.util.intervals import means
 
 Trace = dict[str, Any]
 """run_records.Trace, with what is added here."""

@@ -18,9 +18,9 @@ from typing import Any, cast
 import numpy as np
 
 from ctcgrpo.errors import CtcGrpoError, EnvironmentFailed
-from ctcgrpo.importing import blame
 from ctcgrpo.options import RolloutOptions
 from ctcgrpo.types import Environment, Info, Message, Step
+from ctcgrpo.util.importing import blame
 
 SECONDS_PER_CALL = RolloutOptions.environment_timeout
 _CLOSE_SECONDS = 10.0

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ctcgrpo.files import write_whole
 from ctcgrpo.types import Episode, Turn, TurnCredit
+from ctcgrpo.util.files import write_whole
 
 
 def trace_record(episode: Episode, credit: Sequence[TurnCredit] | None = None) -> dict[str, Any]:

@@ -20,13 +20,13 @@ import torch
 from transformers import PreTrainedModel
 
 from ctcgrpo.errors import PolicyEngineError
-from ctcgrpo.policy.attention import use_layouts, with_layout
+from ctcgrpo.model.attention import use_layouts, with_layout
+from ctcgrpo.model.kv_cache import CacheLayout, KvCache
 from ctcgrpo.rollout.continuous import Batcher, Finished
 from ctcgrpo.rollout.engine import Sampling
-from ctcgrpo.rollout.kv_cache import CacheLayout, KvCache
 from ctcgrpo.rollout.sampler import draw
-from ctcgrpo.tokens import common_prefix
 from ctcgrpo.types import Completion
+from ctcgrpo.util.tokens import common_prefix
 
 Ids = npt.NDArray[np.int64]
 

@@ -20,12 +20,12 @@ import aiohttp
 from accelerate.utils import gather_object
 
 from ctcgrpo.errors import PolicyEngineError
-from ctcgrpo.processes import together
-from ctcgrpo.proxies import open_url, proxy_of, through_proxy
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
 from ctcgrpo.rollout.vllm_adapter import base_url, completion, room
 from ctcgrpo.rollout.weight_check import Score, check_weights
 from ctcgrpo.types import Completion
+from ctcgrpo.util.processes import together
+from ctcgrpo.util.proxies import open_url, proxy_of, through_proxy
 
 _ADMIN_SECONDS = 60.0
 _FORGETTING_SECONDS = 30.0

@@ -20,9 +20,9 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyEngineError
-from ctcgrpo.processes import together
-from ctcgrpo.proxies import open_url, settle_environment, through_proxy
 from ctcgrpo.rollout.vllm_adapter import as_engine_error, base_url, require, vllm_generation
+from ctcgrpo.util.processes import together
+from ctcgrpo.util.proxies import open_url, settle_environment, through_proxy
 
 _CHUNK_BYTES = 512 * 2**20
 """How much of the policy is gathered before it is sent on to the servers."""

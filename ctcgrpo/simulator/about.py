@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ctcgrpo.terminal import printable
+from ctcgrpo.util.terminal import printable
 
 
 def described(about: Mapping[str, Any] | None) -> str:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ctcgrpo.errors import CtcGrpoError, RecipeError
-from ctcgrpo.importing import blame, load_object
+from ctcgrpo.llm_client.endpoints import CallRecord
+from ctcgrpo.llm_client.store import Store
 from ctcgrpo.simulator.config import BACKENDS, SimulatorConfig
-from ctcgrpo.simulator.llm.endpoints import CallRecord
 from ctcgrpo.simulator.protocol import SimulatorBackend
-from ctcgrpo.simulator.store import Store
+from ctcgrpo.util.importing import blame, load_object
 
 
 def make_backend(

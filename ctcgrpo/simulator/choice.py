@@ -16,8 +16,8 @@ from ctcgrpo.errors import RecipeError
 from ctcgrpo.simulator.config import SCRIPTED_USER, TOKEN_ENV, Llm, SimulatorConfig, bearer_token, load_simulator_config
 
 if TYPE_CHECKING:  # both take a while to import, and names are read before anything is asked
-    from ctcgrpo.recipe import Simulator
-    from ctcgrpo.records import Scenario
+    from ctcgrpo.environments.eibench.records import Scenario
+    from ctcgrpo.run.recipe import Simulator
     from ctcgrpo.simulator.client import SimulatorClient
     from ctcgrpo.simulator.logs import Log
 

@@ -15,11 +15,9 @@ from typing import Any
 import aiohttp
 from pydantic import ValidationError
 
+from ctcgrpo.environments.eibench.records import UserState
 from ctcgrpo.errors import BudgetSpent, SimulatorReplyError, SimulatorTransportError
-from ctcgrpo.naming import cut
-from ctcgrpo.proxies import proxy_of, through_proxy
-from ctcgrpo.records import UserState
-from ctcgrpo.simulator.llm.reasons import retry_after
+from ctcgrpo.llm_client.reasons import retry_after
 from ctcgrpo.simulator.protocol import (
     ACCOUNT_PATH,
     HEALTH_PATH,
@@ -29,6 +27,8 @@ from ctcgrpo.simulator.protocol import (
     TurnReply,
     TurnRequest,
 )
+from ctcgrpo.util.naming import cut
+from ctcgrpo.util.proxies import proxy_of, through_proxy
 
 _TRANSPORT_ERRORS = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 _LONGEST_PAUSE = 15.0

@@ -15,9 +15,9 @@ from urllib.parse import parse_qsl, urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.importing import is_reference
-from ctcgrpo.naming import did_you_mean
-from ctcgrpo.sections import Section, environment_name, parse_mapping, read_text, validated
+from ctcgrpo.util.importing import is_reference
+from ctcgrpo.util.naming import did_you_mean
+from ctcgrpo.util.sections import Section, environment_name, parse_mapping, read_text, validated
 
 TOKEN_ENV = "CTCGRPO_SIMULATOR_TOKEN"
 BACKENDS: dict[str, str] = {

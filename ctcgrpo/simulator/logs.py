@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 import structlog
 
-from ctcgrpo.terminal import printable
+from ctcgrpo.util.terminal import printable
 
 Log = structlog.typing.FilteringBoundLogger
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from ctcgrpo.simulator.llm.endpoints import CallRecord
+from ctcgrpo.llm_client.endpoints import CallRecord
 
 _NAMESPACE = "ctcgrpo_simulator"
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 80, 160)

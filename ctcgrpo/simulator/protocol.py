@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ctcgrpo.environments.eibench.records import SCENE_NAME, Anchors, Scenario, UserState
 from ctcgrpo.errors import SimulatorReplyError
-from ctcgrpo.records import Anchors, Scenario, Scene, UserState
 
 if TYPE_CHECKING:
+    from ctcgrpo.llm_client.endpoints import CallRecord, Outage
+    from ctcgrpo.llm_client.store import Store
     from ctcgrpo.simulator.config import SimulatorConfig
-    from ctcgrpo.simulator.llm.endpoints import CallRecord, Outage
-    from ctcgrpo.simulator.store import Store
 
 MOST_LINES, MOST_CHARACTERS = 2_000, 1_200_000
 """What a TurnRequest may hold: lines of the history, and characters of the history and the scenario's texts together."""
@@ -56,7 +56,7 @@ class ScenarioCard(_Message):
     """What a backend may know of a scenario."""
 
     id: str
-    scene: Scene
+    scene: str = Field(pattern=SCENE_NAME)
     language: str
     user_persona: str
     opening_line: str

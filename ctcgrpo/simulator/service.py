@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+from ctcgrpo.environments.eibench.records import MAX_DELTA, UserState
 from ctcgrpo.errors import OutputError
-from ctcgrpo.records import MAX_DELTA, UserState
+from ctcgrpo.llm_client.store import Store, content_key
 from ctcgrpo.simulator.protocol import Reaction, SimulatorBackend, State, TurnReply, TurnRequest, Usage
-from ctcgrpo.simulator.store import Store, content_key
 
 _REMEMBERED = 4096
 

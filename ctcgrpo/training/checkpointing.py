@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ctcgrpo.checkpoint_pickles import weights_only
 from ctcgrpo.errors import OutputError
-from ctcgrpo.files import checkpoints, is_complete, mark_complete
 from ctcgrpo.policy.builtin import is_builtin, wheel_of
-from ctcgrpo.processes import on_main
+from ctcgrpo.run.checkpoint_pickles import weights_only
 from ctcgrpo.training.update import PolicyUpdate
+from ctcgrpo.util.files import checkpoints, is_complete, mark_complete
+from ctcgrpo.util.processes import on_main
 
 
 class CheckpointedUpdate(PolicyUpdate):

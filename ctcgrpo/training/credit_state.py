@@ -8,7 +8,7 @@ from pathlib import Path
 from ctcgrpo.centering import Centering
 from ctcgrpo.credit_calls import called
 from ctcgrpo.errors import CreditError, OutputError
-from ctcgrpo.files import read_json
+from ctcgrpo.util.files import read_json
 
 CREDIT_STATE = "credit_state.json"
 

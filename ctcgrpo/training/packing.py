@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ctcgrpo.tokens import common_prefix
+from ctcgrpo.model.tree_attention import Segments
 from ctcgrpo.training.rows import IGNORE, Row, entries
-from ctcgrpo.training.tree_attention import Segments
 from ctcgrpo.types import TurnSample
+from ctcgrpo.util.tokens import common_prefix
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ctcgrpo.training.tree_attention import Segments
+from ctcgrpo.model.tree_attention import Segments
 from ctcgrpo.types import TurnSample
 
 IGNORE = -100

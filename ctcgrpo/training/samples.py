@@ -13,8 +13,8 @@ import numpy as np
 
 from ctcgrpo import credit
 from ctcgrpo.centering import Centering, make_centering
+from ctcgrpo.environments.eibench.scoring import shaped_outcome, turn_form
 from ctcgrpo.options import CreditOptions
-from ctcgrpo.scoring import shaped_outcome, turn_form
 from ctcgrpo.training.credit_state import state_text
 from ctcgrpo.types import Episode, Info, TurnCredit, TurnSample, turn_rewards
 

@@ -38,11 +38,11 @@ from ctcgrpo.policy.builtin import build_builtin, is_builtin
 from ctcgrpo.policy.chat_template import end_of_turn
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import load_tokenizer
-from ctcgrpo.processes import on_main, run_coroutine, together
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.engines import make_engine
 from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot
 from ctcgrpo.rollout.traces import TraceWriter, add_credit, step_name, trace_file
+from ctcgrpo.run.validation import validation_slots
 from ctcgrpo.training.checkpointing import CheckpointedUpdate
 from ctcgrpo.training.credit_state import CREDIT_STATE, load_state, state_text
 from ctcgrpo.training.hooks import NO_HOOKS, RolloutHooks
@@ -51,7 +51,7 @@ from ctcgrpo.training.samples import Summary, step_credit, summarise, try_credit
 from ctcgrpo.training.tasks import step_schedule, tags_of, tasks_of
 from ctcgrpo.training.update import Floats
 from ctcgrpo.types import Environment, Episode, Task, TurnSample
-from ctcgrpo.validation import validation_slots
+from ctcgrpo.util.processes import on_main, run_coroutine, together
 
 PLAYING = "episodes"
 

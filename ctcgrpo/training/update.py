@@ -23,14 +23,14 @@ from trl.trainer.utils import use_adapter
 
 from ctcgrpo.config import CTCGRPOConfig
 from ctcgrpo.errors import PolicyError, TrainingDiverged
-from ctcgrpo.policy.attention import use_layouts, with_layout
-from ctcgrpo.policy.finite import nonfinite_gradient, nonfinite_weight, refuse_nonfinite
+from ctcgrpo.model.attention import use_layouts, with_layout
+from ctcgrpo.model.finite import nonfinite_gradient, nonfinite_weight, refuse_nonfinite
+from ctcgrpo.model.head import score_trained_positions_only
+from ctcgrpo.model.tree_attention import how_to_attend, row_multiple, tree_layout
 from ctcgrpo.training.exchange import gather_arrays, gather_samples
-from ctcgrpo.training.head import score_trained_positions_only
 from ctcgrpo.training.loss import TokenSums, token_sums
 from ctcgrpo.training.planning import Plan, forward_costs, plan
 from ctcgrpo.training.rows import Row
-from ctcgrpo.training.tree_attention import how_to_attend, row_multiple, tree_layout
 from ctcgrpo.types import TurnSample
 
 PACKED_TOLERANCE = 0.02

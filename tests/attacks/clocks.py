@@ -13,7 +13,7 @@ from unittest import mock
 
 from ctcgrpo.errors import OutputError, SimulatorTransportError
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.workers import alone
+from ctcgrpo.util.workers import alone
 from tests.attacks.suite import Tries, attack
 from tests.unit.test_endpoints import config, done, error, says, serving, turns
 from tests.unit.test_simulator_prompts import request

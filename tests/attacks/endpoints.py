@@ -12,7 +12,7 @@ from unittest import mock
 from aiohttp import web
 
 from ctcgrpo.errors import CtcGrpoError
-from ctcgrpo.simulator.llm.reasons import Result
+from ctcgrpo.llm_client.reasons import Result
 from tests.attacks.suite import Tries, attack
 from tests.unit.test_endpoints import Asked, config, done, says, serving, turns
 

@@ -14,9 +14,9 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file, save_file
 
-from ctcgrpo.files import mark_complete
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.policy.tiny import build_tiny
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.util.files import mark_complete
 from tests.attacks.run_files import FAST, TINY, Ran, run
 from tests.attacks.suite import Tries, attack
 

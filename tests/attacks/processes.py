@@ -18,9 +18,9 @@ import optuna
 
 from ctcgrpo.experiments.coordinator import run_sweep
 from ctcgrpo.experiments.spec import load_sweep
-from ctcgrpo.files import is_complete
-from ctcgrpo.intervals import crossed, interval, share_interval
-from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.util.files import is_complete
+from ctcgrpo.util.intervals import crossed, interval, share_interval
 from tests.attacks.run_files import FAST, TINY, VALIDATED, run
 from tests.attacks.suite import Tries, attack
 from tests.conftest import ROOT

@@ -27,7 +27,7 @@ from unittest import mock
 import typer.main
 
 from ctcgrpo import cli
-from ctcgrpo.files import COMPLETE, file_digest, mark_complete
+from ctcgrpo.util.files import COMPLETE, file_digest, mark_complete
 from tests.attacks.suite import TimeIsUp, Tries, attack
 from tests.conftest import ROOT
 

@@ -66,7 +66,7 @@ def hub_tokens(tries: Tries) -> None:
     file = _records(tries.folder / "scenarios.jsonl")
     (tries.folder / "policy").mkdir()
     (tries.folder / "policy" / "config.json").write_text("{}")
-    push = "from ctcgrpo.cli import _guarded; from ctcgrpo.export import push; from pathlib import Path; "
+    push = "from ctcgrpo.cli import _guarded; from ctcgrpo.run.export import push; from pathlib import Path; "
     push += f"_guarded(lambda: push(Path({str(tries.folder / 'policy')!r}), 'me/policy'))"
     commands = {
         "push a policy": ["-c", push],

@@ -8,14 +8,14 @@ from dataclasses import replace
 from transformers import AutoTokenizer
 
 from ctcgrpo.environments.eibench import opening_messages
+from ctcgrpo.environments.eibench.persona import Briefing
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import CtcGrpoError
 from ctcgrpo.experiments.spec import load_sweep
-from ctcgrpo.export import model_card
 from ctcgrpo.policy.context import ContextBuilder
-from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.policy.tiny import build_tiny
-from ctcgrpo.recipe import load_recipe
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.run.export import model_card
+from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.simulator.config import load_simulator_config
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts, quoted
 from tests.attacks.suite import Tries, attack

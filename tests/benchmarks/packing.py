@@ -28,11 +28,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from ctcgrpo.policy.attention import Layout, use_layouts, with_layout
-from ctcgrpo.training.head import score_trained_positions_only
+from ctcgrpo.model.attention import Layout, use_layouts, with_layout
+from ctcgrpo.model.head import score_trained_positions_only
+from ctcgrpo.model.tree_attention import Packing, how_to_attend, row_multiple, tree_layout
 from ctcgrpo.training.planning import forward_costs, plan
 from ctcgrpo.training.rows import Row, plain_rows
-from ctcgrpo.training.tree_attention import Packing, how_to_attend, row_multiple, tree_layout
 from ctcgrpo.types import TurnSample
 from tests.benchmarks.timing import alternate, ratio
 

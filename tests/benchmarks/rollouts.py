@@ -21,13 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ctcgrpo.environments.eibench import EIBench, task_of
+from ctcgrpo.environments.eibench.persona import Briefing
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.policy.builtin import build_builtin
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import load_tokenizer, stop_ids
-from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling, request_seed
 from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot
-from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.protocol import Reaction, SimulatorBackend, TurnRequest

@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ctcgrpo.environments.eibench.scenarios import read_records
 from ctcgrpo.factory.duplicates import duplicates
 from ctcgrpo.factory.rules import problems
-from ctcgrpo.scenarios import read_records
 
 Record = dict[str, Any]
 SEVERAL = 3

@@ -28,8 +28,8 @@ import aiohttp
 from rich.console import Console
 from rich.table import Table
 
-from ctcgrpo.records import UserState
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.environments.eibench.records import UserState
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance

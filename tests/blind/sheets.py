@@ -12,10 +12,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from ctcgrpo.environments.eibench.persona import told
+from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.errors import OutputError
-from ctcgrpo.files import write_whole
-from ctcgrpo.policy.persona import told
-from ctcgrpo.records import Scenario
+from ctcgrpo.util.files import write_whole
 from tests.held_out import HeldOut, Trace
 
 PAIRS, LINES = "pairs", "lines"

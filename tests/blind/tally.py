@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ctcgrpo.errors import OutputError
-from ctcgrpo.files import collect_records, explained, read_json
-from ctcgrpo.intervals import share_interval
+from ctcgrpo.util.files import collect_records, explained, read_json
+from ctcgrpo.util.intervals import share_interval
 from tests.blind.sheets import LINES, PAIRS, Side
 
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)

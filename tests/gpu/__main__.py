@@ -25,7 +25,7 @@ if "--cpu" in sys.argv:
 import torch
 from rich.table import Table
 
-from ctcgrpo.terminal import Terminal, say
+from ctcgrpo.util.terminal import Terminal, say
 from tests.gpu.registry import Check, Figures, Machine, all_checks, why_not
 from tests.gpu.running import Result, run_and_write, run_apart
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ctcgrpo.policy.attention import with_layout
+from ctcgrpo.model.attention import with_layout
+from ctcgrpo.model.tree_attention import TreeAttention, row_multiple, tree_layout
 from ctcgrpo.training.packing import distinct_tokens, prefix_tree
 from ctcgrpo.training.planning import forward_costs, plan
 from ctcgrpo.training.rows import Row
-from ctcgrpo.training.tree_attention import TreeAttention, row_multiple, tree_layout
 from ctcgrpo.types import TurnSample
 from tests.gpu.policy import LARGE, load
 from tests.gpu.registry import Figures, Machine, check

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from ctcgrpo.training.tree_attention import how_to_attend
+from ctcgrpo.model.tree_attention import how_to_attend
 from tests.gpu.registry import Figures, Machine, check
 
 _OLDEST_TORCH = (2, 11)

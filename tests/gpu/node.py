@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ctcgrpo.files import is_complete
-from ctcgrpo.recipe import load_recipe
+from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.util.files import is_complete
 from tests.gpu.policy import MIDDLE, policy_folder
 from tests.gpu.registry import Figures, Machine, check
 from tests.gpu.running import end_group, forked, spawned, wait
@@ -110,7 +110,7 @@ def _start(machine: Machine, overrides: Sequence[str], processes: int) -> int:
 
 def _train(overrides: Sequence[str]) -> None:
     from ctcgrpo.errors import RunInterrupted
-    from ctcgrpo.train import train
+    from ctcgrpo.run.train import train
 
     try:
         train(load_recipe(ROOT / "recipes" / "tiny.yaml", list(overrides)))

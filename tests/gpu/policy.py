@@ -13,11 +13,11 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 from trl.trainer.utils import add_fused_lm_head
 
-from ctcgrpo.policy.attention import use_layouts
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
+from ctcgrpo.model.attention import use_layouts
+from ctcgrpo.model.head import score_trained_positions_only
 from ctcgrpo.policy.tiny import build_tokenizer
 from ctcgrpo.preflight.memory import Shape
-from ctcgrpo.scenarios import load_scenarios
-from ctcgrpo.training.head import score_trained_positions_only
 from tests.gpu.registry import Machine
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ctcgrpo.export import export
-from ctcgrpo.recipe import load_recipe
+from ctcgrpo.run.export import export
+from ctcgrpo.run.recipe_file import load_recipe
 from tests.gpu import sharded
 from tests.gpu.policy import MIDDLE, policy_folder
 from tests.gpu.registry import Figures, Machine, check

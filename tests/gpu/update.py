@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
+from ctcgrpo.model.tree_attention import how_to_attend
 from ctcgrpo.policy.tiny import build_tiny
 from ctcgrpo.preflight.memory import GIB, Load, memory_plan
-from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.training.rows import Row, dummy_row, plain_rows
-from ctcgrpo.training.tree_attention import how_to_attend
 from ctcgrpo.types import TurnSample
 from tests import sameness
 from tests.gpu.attention import rows_of, run_rows, samples_of

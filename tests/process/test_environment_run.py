@@ -10,28 +10,39 @@ import pytest
 import yaml
 
 from ctcgrpo.cli import train_here
-from ctcgrpo.recipe import load_recipe, resolved_recipe
 from ctcgrpo.report.page import figures_of
 from ctcgrpo.report.reading import read_run
+from ctcgrpo.run.recipe_file import load_recipe, resolved_recipe
 from tests.conftest import ROOT, Command
 
-EXAMPLES = ROOT / "recipes" / "examples"
+GUESS = ROOT / "recipes" / "examples" / "guess.yaml"
 MODULE = '''
+from ctcgrpo import Environment, Step
 
-class Told(Guess):
-    """Guess, with its closeness as info, and what it is told as an option."""
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+class Letters(Environment):
+    """Guess a letter: a turn earns by how much closer its guess is."""
 
     def __init__(self, question="Which letter?"):
         self.question = question
 
     async def reset(self, task, *, seed):
+        self.letter, self.closeness = LETTERS.index(task["letter"]), 0.0
         self.info = {"closeness": 0.0}
-        await super().reset(task, seed=seed)
         return self.question
 
     async def step(self, reply):
-        step = await super().step(reply)
-        return Step(step.message, step.reward, step.done, {"closeness": self.closeness, "said": reply})
+        guess, before = LETTERS.find(reply[:1].lower()), self.closeness
+        self.closeness = 1 - abs(guess - self.letter) / len(LETTERS)
+        hint = "earlier" if guess > self.letter else "later" if guess < self.letter else None
+        info = {"closeness": self.closeness, "said": reply}
+        return Step(hint, reward=self.closeness - before, done=hint is None, info=info)
+
+
+def tasks():
+    return [{"letter": letter} for letter in LETTERS]
 
 
 def tagged():
@@ -40,19 +51,21 @@ def tagged():
 QUICK = ["training.max_steps=2", "training.save_every=1", "validation.every=2", "rollout.group_size=2"]
 
 
-def write_example(folder: Path, name: str) -> Path:
-    """The example as a module of its own (Python imports a name once), with tags and info."""
-    (folder / f"{name}.py").write_text((EXAMPLES / "guess.py").read_text() + MODULE)
-    recipe = (EXAMPLES / "guess.yaml").read_text()
-    (folder / f"{name}.yaml").write_text(
-        recipe.replace("guess:Guess", f"{name}:Told").replace("guess:tasks", f"{name}:tagged")
-    )
+def write_recipe(folder: Path, name: str) -> Path:
+    """The module under this name (Python imports a name once), and the example's recipe with it."""
+    (folder / f"{name}.py").write_text(MODULE)
+    own = {
+        "extends": str(GUESS),
+        "environment": {"factory": f"{name}:Letters", "tasks": f"{name}:tagged"},
+        "validation": {"tasks": f"{name}:tagged", "samples": 1},
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(own))
     return folder / f"{name}.yaml"
 
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_example(tmp_path_factory.mktemp("environment"), "letters")
+    return write_recipe(tmp_path_factory.mktemp("environment"), "letters")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +85,7 @@ def test_its_recipe_is_saved_whole_and_read_again(finished: Path, recipe_file: P
 def test_show(finished: Path, ctcgrpo: Command) -> None:
     code, out, err = ctcgrpo("show", str(finished), "--scenario", "q")
     assert code == 0 and "held-out tasks, before and after 2 steps" in out, err
-    assert "(outcome of letters:Told, mean over 26 tasks; paired bootstrap over tasks)" in " ".join(out.split())
+    assert "(outcome of letters:Letters, mean over 26 tasks; paired bootstrap over tasks)" in " ".join(out.split())
     assert "vowel" in out and "closeness" in out and "warning" not in out
     assert "scenario" not in out.replace("--scenario ID", "") and "[-1, 1]" not in out
 
@@ -83,7 +96,7 @@ def test_report(finished: Path, ctcgrpo: Command) -> None:
     assert "A group is one task" in (finished / "report.html").read_text()
     figures = figures_of(read_run(finished))
     assert figures["tags"] == ["consonant", "vowel"] and figures["words"]["task"] == "task" and not figures["problems"]
-    assert figures["facts"]["environment"] == "letters:Told" and figures["facts"]["trained on"] == "letters:tagged"
+    assert figures["facts"]["environment"] == "letters:Letters" and figures["facts"]["trained on"] == "letters:tagged"
     assert "simulated user" not in figures["facts"]
     assert set(figures["validations"][0]["scores"]) == {"overall", "consonant", "vowel"}
     assert figures["training"][0]["vowel"] is not None and len(figures["states"][0]["tags"]["vowel"]["closeness"]) == 5
@@ -92,7 +105,7 @@ def test_report(finished: Path, ctcgrpo: Command) -> None:
 def test_export_has_a_card_that_is_true(finished: Path, ctcgrpo: Command, tmp_path: Path) -> None:
     code, _, err = ctcgrpo("export", str(finished), "--out", str(tmp_path / "export"))
     card = (tmp_path / "export" / "README.md").read_text()
-    assert code == 0 and "in the environment\n`letters:Told`: the final policy" in card, err
+    assert code == 0 and "in the environment\n`letters:Letters`: the final policy" in card, err
     assert "2 steps of 8 tasks x 2 rollouts" in card and "| vowel |" in card and "| overall (26) |" in card
     assert "These are the tasks that it was trained on." in card and "held-out" not in card
     for untrue in ("emotion", "Simulated user", "scenario", "[-1, 1]", "EIBench"):
@@ -163,7 +176,7 @@ def test_another_module_or_other_tasks_are_refused_by_name(run: Path, recipe_fil
 
 
 def test_a_sweep_of_it(tmp_path: Path, ctcgrpo: Command) -> None:
-    write_example(tmp_path, "swept")
+    write_recipe(tmp_path, "swept")
     few = {"training.max_steps": 1, "validation.every": 1, "rollout.group_size": 2}
     sweep = {
         "program": str(tmp_path / "swept.yaml"),

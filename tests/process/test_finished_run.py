@@ -15,11 +15,11 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctcgrpo.cli import train_here
-from ctcgrpo.export import model_card
-from ctcgrpo.recipe import load_recipe
-from ctcgrpo.run_records import Summary, read_summary
-from ctcgrpo.show import show_run
-from ctcgrpo.terminal import Terminal
+from ctcgrpo.report.show import show_run
+from ctcgrpo.run.export import model_card
+from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.run.run_records import Summary, read_summary
+from ctcgrpo.util.terminal import Terminal
 from tests.conftest import Command
 from tests.unit.test_run import TINY
 
@@ -230,7 +230,7 @@ def test_a_damaged_policy_is_named_and_leaves_nothing_behind(
     run: Path, ctcgrpo: Command, name: str, damage: Callable[[Path], None], refreshed: bool
 ) -> None:
     """With the marker of the whole folder, and with one that was written after the damage."""
-    from ctcgrpo.files import mark_complete
+    from ctcgrpo.util.files import mark_complete
 
     damage(run / "final" / name)
     if refreshed and name != "COMPLETE":

@@ -171,7 +171,7 @@ def test_a_sharded_run_goes_on_from_its_checkpoint_and_is_exported(tmp_path: Pat
     assert [m["step"] for m in metrics(folder)] == [1, 2]
     assert first.keys() == again.keys() and all(torch.equal(first[n], again[n]) for n in first)
 
-    from ctcgrpo.export import export
+    from ctcgrpo.run.export import export
 
     joined = load_file(export(folder, tmp_path / "out", which="4", dtype="float32") / "model.safetensors")
     # DeepSpeed's own saving writes tied weights twice.

@@ -35,6 +35,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from ctcgrpo.environments.eibench import task_of
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import PolicyEngineError, RunInterrupted
 from ctcgrpo.policy.tiny import build_tiny
 from ctcgrpo.rollout.continuous import ContinuousEngine
@@ -42,7 +43,6 @@ from ctcgrpo.rollout.engine import PolicyEngine, Sampling
 from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.rollout.vllm_adapter import ColocatedVllm
 from ctcgrpo.rollout.vllm_server import VllmServerEngine
-from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.protocol import Reaction, TurnRequest
 from ctcgrpo.simulator.server import SimulatorServer, running

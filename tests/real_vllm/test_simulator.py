@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from ctcgrpo.environments.eibench.records import UserState
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.policy.model_wheel import fetch_model
 from ctcgrpo.policy.smollm2 import SMOLLM2
-from ctcgrpo.records import UserState
-from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnReply, TurnRequest, Utterance
 from tests.conftest import ROOT

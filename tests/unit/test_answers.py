@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ctcgrpo.records import UserState
+from ctcgrpo.environments.eibench.records import UserState
 from ctcgrpo.simulator.llm.answers import Answer, Unreadable, read_answer
 
 STATE = UserState(60, 35)

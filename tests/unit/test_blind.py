@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ctcgrpo.intervals import share_interval
+from ctcgrpo.util.intervals import share_interval
 from tests.blind.__main__ import main
 from tests.recorded_run import HELD_OUT, ROUNDS, write_run
 

@@ -11,15 +11,15 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from ctcgrpo.files import mark_complete
-from ctcgrpo.policy.shapes import GIB, published_shapes, shape_of
+from ctcgrpo.environments.eibench.scenarios import PACKS, read_records
+from ctcgrpo.model.shapes import GIB, published_shapes, shape_of
 from ctcgrpo.policy.smollm2 import SMOLLM2
 from ctcgrpo.preflight.check import findings
 from ctcgrpo.preflight.cost import Asked, Tokens, hours, money
 from ctcgrpo.preflight.memory import Load, memory_plan
 from ctcgrpo.preflight.subject import Finding
-from ctcgrpo.recipe import load_recipe
-from ctcgrpo.scenarios import PACKS, read_records
+from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.util.files import mark_complete
 from tests.conftest import ROOT, Command
 
 TINY = ROOT / "recipes" / "tiny.yaml"

@@ -9,7 +9,7 @@ import pytest
 
 from ctcgrpo.preflight.check import findings
 from ctcgrpo.preflight.subject import Finding
-from ctcgrpo.recipe import load_recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from tests.conftest import ROOT, Command
 
 GUESS = ROOT / "recipes" / "examples" / "guess.yaml"
@@ -99,14 +99,13 @@ def at(text: str) -> str:
     return f"({{file}}, line {MODULE[: MODULE.index(text)].count(chr(10)) + 1})"
 
 
-def test_the_example_is_ready_but_for_its_held_out_tasks(ctcgrpo: Command, tmp_path: Path) -> None:
+def test_the_example_is_ready(ctcgrpo: Command, tmp_path: Path) -> None:
     code, out, err = ctcgrpo("check", str(GUESS), f"run.output_dir={tmp_path}")
     out = " ".join(out.replace("│", " ").split())
-    assert code == 0 and "0 to mend, 1 to mind" in out, (out, err)
-    assert "26 of 26 held-out tasks (validation.tasks) are among those that are trained on, '0' for one" in out
-    # 60 steps of 64 episodes of 4 turns, and 26 held-out tasks before and after
-    assert "26 to train on" in out and "up to 256 a step, 15,568 in all" in out
-    assert "task '0' with the reply 'I see.': 4 turns (not done after rollout.max_turns = 4)" in out
+    assert code == 0 and "ready to run" in out, (out, err)
+    # 40 steps of 64 episodes of 4 turns; 4 held-out tasks with 32 episodes each, before and after
+    assert "12 to train on" in out and "4 held out" in out and "up to 256 a step, 11,264 in all" in out
+    assert "task '0' with the reply 'I see.': 4 turns (the environment was done)" in out
     assert "(LLM calls, services) is not known here" in out and "simulator" not in out
 
 

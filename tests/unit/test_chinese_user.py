@@ -15,8 +15,8 @@ from statistics import mean
 
 import pytest
 
-from ctcgrpo.records import SCENES, Scenario
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.environments.eibench.records import SCENES, Scenario
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.simulator.protocol import Utterance
 from ctcgrpo.simulator.scripted.language import load_language
 from tests.conftest import ROOT

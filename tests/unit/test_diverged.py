@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ctcgrpo.errors import PolicyError, TrainingDiverged
-from ctcgrpo.files import is_complete
-from ctcgrpo.policy.finite import nonfinite_gradient, nonfinite_weight, refuse_nonfinite
+from ctcgrpo.model.finite import nonfinite_gradient, nonfinite_weight, refuse_nonfinite
 from ctcgrpo.training import update as update_module
 from ctcgrpo.training.loss import token_sums
+from ctcgrpo.util.files import is_complete
 from tests.conftest import Command
 from tests.unit.test_run import FAST, TINY
 

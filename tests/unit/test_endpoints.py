@@ -18,18 +18,18 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from ctcgrpo.errors import BudgetSpent, CtcGrpoError, RecipeError, SimulatorReplyError, SimulatorTransportError
-from ctcgrpo.proxies import proxy_of, settle_environment
+from ctcgrpo.llm_client import calls as llm_calls
+from ctcgrpo.llm_client.endpoint_state import EndpointState
+from ctcgrpo.llm_client.endpoints import CallRecord
+from ctcgrpo.llm_client.reasons import CallFailed, without_secrets
 from ctcgrpo.rollout import vllm_server
-from ctcgrpo.sections import environment_name
 from ctcgrpo.simulator import server as simulator_server
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import Endpoint, Llm, SimulatorConfig, load_simulator_config
-from ctcgrpo.simulator.llm import calls as llm_calls
 from ctcgrpo.simulator.llm.backend import LlmBackend
-from ctcgrpo.simulator.llm.endpoint_state import EndpointState
-from ctcgrpo.simulator.llm.endpoints import CallRecord
-from ctcgrpo.simulator.llm.reasons import CallFailed, without_secrets
 from ctcgrpo.simulator.server import SimulatorServer, running
+from ctcgrpo.util.proxies import proxy_of, settle_environment
+from ctcgrpo.util.sections import environment_name
 from tests.unit.test_simulator_prompts import ENGLISH, request
 
 GOOD = {"reflection": "Well.", "anger_delta": -3, "trust_delta": 2, "reply": "Thanks.", "continue": "yes", "stop_reason": ""}

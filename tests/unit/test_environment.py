@@ -24,16 +24,16 @@ from transformers import AutoTokenizer
 from ctcgrpo import types
 from ctcgrpo.centering import make_centering
 from ctcgrpo.environments.eibench import EIBench, task_of
+from ctcgrpo.environments.eibench.persona import Briefing
+from ctcgrpo.environments.eibench.records import Scenario
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import BudgetSpent, PolicyEngineError
 from ctcgrpo.options import CreditOptions
 from ctcgrpo.policy.context import ContextBuilder
-from ctcgrpo.policy.persona import Briefing
-from ctcgrpo.records import Scenario
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.rollout.traces import add_credit, trace_record
-from ctcgrpo.run_records import read_traces
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.run.run_records import read_traces
 from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
 from ctcgrpo.simulator.scripted import ScriptedBackend
 from ctcgrpo.simulator.service import answer

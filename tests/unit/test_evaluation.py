@@ -21,6 +21,9 @@ from hypothesis import strategies as st
 from inspect_ai.model import ModelOutput
 
 from ctcgrpo.environments import sage_protocol as sage
+from ctcgrpo.environments.eibench.records import SCENES
+from ctcgrpo.environments.eibench.scenarios import PACKS, load_scenarios
+from ctcgrpo.environments.eibench.scoring import outcome_score
 from ctcgrpo.errors import OutputError, ScenarioError
 from ctcgrpo.evaluation import eqbench3_protocol as eq
 from ctcgrpo.evaluation import sage_results
@@ -31,10 +34,7 @@ from ctcgrpo.evaluation.leaderboard import ranked
 from ctcgrpo.evaluation.reasons import reason_of
 from ctcgrpo.evaluation.results import Line, Result, figures, read_results, reasons, summarise, write_results
 from ctcgrpo.evaluation.run import Evaluation, evaluate
-from ctcgrpo.intervals import share_interval
-from ctcgrpo.records import SCENES
-from ctcgrpo.scenarios import PACKS, load_scenarios
-from ctcgrpo.scoring import outcome_score
+from ctcgrpo.util.intervals import share_interval
 from tests import inspect_models
 from tests.conftest import SHARED_DATA, Command
 from tests.fake_llm import FakeLlm, answered

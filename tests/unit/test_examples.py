@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from ctcgrpo.importing import load_object
+from ctcgrpo.util.importing import load_object
 from tests.conftest import ROOT, Command
 
 EXAMPLES = ROOT / "recipes" / "examples"

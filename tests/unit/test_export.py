@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ctcgrpo.errors import OutputError
-from ctcgrpo.export import export, push
-from ctcgrpo.files import mark_complete
-from ctcgrpo.recipe import load_recipe
+from ctcgrpo.run.export import export, push
+from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.util.files import mark_complete
 from tests.conftest import ROOT, Command
 
 

@@ -15,6 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ctcgrpo.environments.eibench.records import SCENES
+from ctcgrpo.environments.eibench.scenarios import PACKS as PACK_FOLDER
+from ctcgrpo.environments.eibench.scenarios import load_scenarios, read_records
 from ctcgrpo.errors import OutputError, RecipeError, ScenarioError
 from ctcgrpo.factory.anchors import anchor_problems, nearest_levels, repaired
 from ctcgrpo.factory.duplicates import clusters, duplicates, text_of, to_drop
@@ -25,9 +28,6 @@ from ctcgrpo.factory.rules import problems
 from ctcgrpo.factory.splitting import held_out
 from ctcgrpo.factory.stats import effective, stats_of, tables_of, write_picture
 from ctcgrpo.factory.storage import from_dataset, load_splits, save_dataset, to_dataset, with_origin, write_layout
-from ctcgrpo.records import SCENES, Scene
-from ctcgrpo.scenarios import PACKS as PACK_FOLDER
-from ctcgrpo.scenarios import load_scenarios, read_records
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from tests.conftest import SHARED_DATA, Command
 
@@ -75,7 +75,7 @@ def test_a_real_eibench_record_keeps_every_rule() -> None:
 
 
 BROKEN: list[tuple[Callable[[Record], Any], str, str, str]] = [
-    (lambda r: r.update(scene_tag="comfort"), "format", "scene_tag", "is 'comfort'"),
+    (lambda r: r.update(scene_tag="suport"), "format", "scene_tag", "is 'suport'"),
     (
         lambda r: r["initial_calibration"].update(initial_anger=72),
         "anchors",
@@ -116,7 +116,7 @@ def test_each_broken_rule_is_named_with_file_line_and_field(
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize("scene", SCENES)
-def test_an_example_keeps_every_rule_and_its_notes_name_every_field(tmp_path: Path, scene: Scene, language: str) -> None:
+def test_an_example_keeps_every_rule_and_its_notes_name_every_field(tmp_path: Path, scene: str, language: str) -> None:
     file, notes = write_example(tmp_path / "new" / "mine.jsonl", scene, language)
     assert list(problems(read_records(file))) == []
     (scenario,) = load_scenarios(file)
@@ -443,7 +443,7 @@ def test_every_value_survives_a_dataset_there_and_back(tmp_path: Path) -> None:
         from_dataset([{"id": "x"}], "here")
     with pytest.raises(ScenarioError, match="cannot be read as a dataset"):
         load_splits(str(tmp_path / "layout"))
-    with pytest.raises(ScenarioError, match="scene_tag is '../evil'; known: charm"):
+    with pytest.raises(ScenarioError, match="scene_tag is '../evil'; expected support, defense"):
         write_layout([records[0] | {"scene_tag": "../evil"}], tmp_path / "x")
     with pytest.raises(ScenarioError, match="here, row 1: its record is not valid JSON"):
         from_dataset([{"record": "not json"}], "here")
@@ -519,7 +519,7 @@ def test_the_commands(tmp_path: Path, ctcgrpo: Command) -> None:
     assert "[/x] 1" in ctcgrpo("scenarios", "stats", str(tmp_path / "markup"))[1]
     write_layout([{**records[0], "prompt": None}, {**records[1], "prompt": 5}], tmp_path / "nulls")
     assert "prompt: is None; it is a list of chat messages" in ctcgrpo("scenarios", "validate", str(tmp_path / "nulls"))[1]
-    (tmp_path / "bad.jsonl").write_text("{\n" + json.dumps(records[0] | {"scene_tag": "war", "title": 5}) + "\n[]\n")
+    (tmp_path / "bad.jsonl").write_text("{\n" + json.dumps(records[0] | {"scene_tag": "../war", "title": 5}) + "\n[]\n")
     for how in ((), ("--loose",)):
         code, out, err = ctcgrpo("scenarios", "validate", str(tmp_path / "bad.jsonl"), *how)
         assert code == 3 and "4 problems in 3 of 3 records" in err

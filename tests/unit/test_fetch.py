@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from ctcgrpo import fetch, git_blobs
-from ctcgrpo.records import SCENES
-from ctcgrpo.scenarios import PACKS, load_scenarios
+from ctcgrpo.environments.eibench import fetch, git_blobs
+from ctcgrpo.environments.eibench.records import SCENES
+from ctcgrpo.environments.eibench.scenarios import PACKS, load_scenarios
 from tests.conftest import Command
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from ctcgrpo.errors import OutputError, ScenarioError
 from ctcgrpo.evaluation.results import read_results
-from ctcgrpo.files import collect_records, read_json, read_json_lines
-from ctcgrpo.simulator.noise import recorded_turns
+from ctcgrpo.report.noise import recorded_turns
+from ctcgrpo.util.files import collect_records, read_json, read_json_lines
 
 ODD = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"
 

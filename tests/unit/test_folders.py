@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ctcgrpo.errors import OutputError, PolicyError
-from ctcgrpo.folders import check_model, require_folder, require_run
-from ctcgrpo.naming import is_path
+from ctcgrpo.run.folders import check_model, require_folder, require_run
+from ctcgrpo.util.naming import is_path
 from tests.conftest import ROOT, Command
 
 TINY = str(ROOT / "recipes" / "tiny.yaml")

@@ -15,7 +15,7 @@ from statistics import mean
 
 import pytest
 
-from ctcgrpo.records import SCENES, Scenario
+from ctcgrpo.environments.eibench.records import SCENES, Scenario
 from ctcgrpo.simulator.protocol import Utterance
 from ctcgrpo.simulator.scripted.language import load_language
 from tests.dialogue import ROUNDS, Speaker, converse

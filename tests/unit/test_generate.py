@@ -18,6 +18,9 @@ import pytest
 import yaml
 from aiohttp import web
 
+from ctcgrpo.environments.eibench.records import SCENES
+from ctcgrpo.environments.eibench.scenario_format import read_record
+from ctcgrpo.environments.eibench.scenarios import load_scenarios, read_records
 from ctcgrpo.errors import RecipeError, ScenarioError
 from ctcgrpo.factory.cleaning import by_rule, unkept
 from ctcgrpo.factory.config import load_factory_config
@@ -28,9 +31,6 @@ from ctcgrpo.factory.layout import layouts
 from ctcgrpo.factory.rules import problems
 from ctcgrpo.factory.sampling import Seed, Wanted, pools, wanted
 from ctcgrpo.factory.storage import write_layout
-from ctcgrpo.records import SCENES
-from ctcgrpo.scenario_format import read_record
-from ctcgrpo.scenarios import load_scenarios, read_records
 from tests.conftest import ROOT, Command
 from tests.fake_writer import FakeWriter
 
@@ -380,7 +380,7 @@ def test_cleaning_by_rule_and_by_model(tmp_path: Path, ctcgrpo: Command) -> None
     write_layout(records, tmp_path / "set")
     code, out, problem = ctcgrpo("scenarios", "clean", str(tmp_path / "set"), str(tmp_path / "by_rule"))
     assert code == 3 and "2 left, 2 mended" in out and "2 records" in problem
-    lines = [json.dumps(r | {"scene_tag": "x"} if k == 1 else r) for k, r in enumerate(whole[:2])]
+    lines = [json.dumps(r | {"scene_tag": "x/"} if k == 1 else r) for k, r in enumerate(whole[:2])]
     (tmp_path / "odd.jsonl").write_text("\n".join(lines) + "\n")
     code, told, problem = ctcgrpo("scenarios", "clean", str(tmp_path / "odd.jsonl"), str(tmp_path / "odd"))
     assert code == 3 and "1 clean, 1 no scenario; 1 records are in" in told and "odd.jsonl, line 2: " in told
@@ -432,7 +432,7 @@ def test_numbers_that_open_a_line_are_no_marks() -> None:
     record["aggressor_profile"]["system_prompt"] = persona
     cleaned = by_rule(record, "here")
     assert cleaned.record["aggressor_profile"]["system_prompt"] == persona and cleaned.status == "left"
-    broken = by_rule(record | {"scene_tag": "x"}, "a, line 3")
+    broken = by_rule(record | {"scene_tag": "x/"}, "a, line 3")
     assert broken.status == "no scenario" and "a, line 3" in broken.reasons[0]
     for prompt in ("hello", None, ["a"], [{"role": "system"}], [{"role": "system", "content": None}]):
         assert by_rule(record | {"prompt": prompt}, "here").status == "left"

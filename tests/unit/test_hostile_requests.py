@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.protocol import ScenarioCard, TurnProblem, TurnReply, TurnRequest
 from ctcgrpo.simulator.server import SimulatorServer
@@ -47,6 +47,8 @@ def of_schema(schema: dict[str, Any], name: str = "") -> st.SearchStrategy[Any]:
         return st.sampled_from([*SCRIPTS, {}]) | st.dictionaries(st.sampled_from([*SCRIPTS[0], "x"]), values, max_size=4)
     if name == "language":
         return st.sampled_from(["en", "zh", "en", "zh", "tlh", "../en"])
+    if name == "scene":
+        return st.sampled_from(["support", "defense", "repair", "charm", "negotiation"])
     if "$ref" in schema:
         return of_schema(SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]])
     if "enum" in schema:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.importing import load_object, source_of
+from ctcgrpo.util.importing import load_object, source_of
 
 
 def test_an_object_is_found_beside_the_recipe_and_in_the_current_directory(

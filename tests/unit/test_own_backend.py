@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from ctcgrpo.environments.eibench import EIBench, task_of
+from ctcgrpo.environments.eibench.persona import Briefing
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import RecipeError, SimulatorReplyError
 from ctcgrpo.evaluation.users import chosen_user
-from ctcgrpo.policy.persona import Briefing
-from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.choice import named_simulator
 from ctcgrpo.simulator.config import load_simulator_config
 from tests.conftest import Command
@@ -63,6 +63,12 @@ async def test_a_backend_of_ones_own_plays_a_dialogue(config: Path) -> None:
 
 def test_a_run_trains_on_it(config: Path, ctcgrpo: Command, tmp_path: Path) -> None:
     mine = ["training.max_steps=1", f"run.output_dir={tmp_path}", f"simulator.config={config}"]
+    code, out, _ = ctcgrpo("check", TINY, *FAST, *mine)
+    assert (
+        code == 0
+        and "thankful answered a canary turn" in out
+        and "itself asks for (LLM calls, services) is not known" in out
+    )
     code, _, err = ctcgrpo("train", TINY, *FAST, *mine)
     assert code == 0, err
     traces = "".join(file.read_text() for file in (tmp_path / "tiny" / "traces").glob("*.jsonl"))

@@ -14,7 +14,7 @@ from ctcgrpo.centering import make_centering
 from ctcgrpo.credit import credit_terms
 from ctcgrpo.errors import CreditError, RecipeError
 from ctcgrpo.preflight.check import findings
-from ctcgrpo.recipe import load_recipe
+from ctcgrpo.run.recipe_file import load_recipe
 from tests.conftest import Command
 from tests.unit.test_run import FAST, TINY
 

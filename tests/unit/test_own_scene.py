@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from ctcgrpo.environments.eibench.records import SCENES, Scenario, in_order
+from ctcgrpo.environments.eibench.scenario_format import check_record
+from ctcgrpo.environments.eibench.scenarios import load_scenarios, load_scenes, read_records
 from ctcgrpo.factory.anchors import anchor_problems
-from ctcgrpo.records import SCENES, Scenario, in_order
 from ctcgrpo.reference.metrics import entry_of
-from ctcgrpo.scenario_format import check_record
-from ctcgrpo.scenarios import load_scenarios, read_records
+from ctcgrpo.report.page import figures_of
+from ctcgrpo.report.reading import read_run
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
 from tests.conftest import Command
 from tests.dialogue import converse
@@ -64,14 +66,17 @@ def test_it_is_checked_trained_on_and_reported(tmp_path: Path, ctcgrpo: Command)
     assert any(f"outcome/{NAME}" in line for line in logged)
     code, _, err = ctcgrpo("report", str(tmp_path / "tiny"))
     assert code == 0, err
-    assert f'"{NAME}"' in (tmp_path / "tiny" / "report.html").read_text()
+    figures = figures_of(read_run(tmp_path / "tiny"))
+    assert figures["tags"] == [NAME] and NAME in figures["training"][0] and NAME in figures["validations"][0]["scores"]
 
 
-def test_a_default_recipe_names_what_it_leaves_out(tmp_path: Path, ctcgrpo: Command) -> None:
+def test_a_recipe_of_the_published_scenes_names_what_it_leaves_out(tmp_path: Path) -> None:
     whole = [record for _, record in read_records("english/train", "train")] + records()
     file = written(tmp_path, whole)
-    code, out, err = ctcgrpo("check", TINY, f"scenarios.train={file}", f"run.output_dir={tmp_path}")
-    assert code == 0 and f"4 {NAME} left out; scenarios.scenes" in " ".join((out + err).split()), out + err
+    found = load_scenes(file, SCENES)
+    assert len(found.scenarios) == 64
+    assert found.report() == [f"{file}: 4 {NAME} left out; scenarios.scenes names the scenes that are trained on"]
+    assert load_scenes(file, [NAME]).report() == []
 
 
 @pytest.mark.parametrize(

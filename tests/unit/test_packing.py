@@ -27,11 +27,11 @@ from transformers import (
 )
 
 from ctcgrpo.errors import PolicyError, RecipeError
-from ctcgrpo.policy.attention import use_layouts, with_layout
-from ctcgrpo.training import tree_attention
+from ctcgrpo.model import tree_attention
+from ctcgrpo.model.attention import use_layouts, with_layout
+from ctcgrpo.model.tree_attention import FlexLayout, TreeAttention, how_to_attend, row_multiple, tree_layout
 from ctcgrpo.training.packing import Costs, dealt, prefix_tree
 from ctcgrpo.training.planning import Plan, forward_costs, plan
-from ctcgrpo.training.tree_attention import FlexLayout, TreeAttention, how_to_attend, row_multiple, tree_layout
 from ctcgrpo.types import TurnSample
 
 CPU = torch.device("cpu")

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from ctcgrpo.environments.eibench.scenarios import PACKS, described
 from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.compare import compared
 from ctcgrpo.evaluation.leaderboard import ranked
 from ctcgrpo.evaluation.played import in_words, settings_of, title_of, trained_as
-from ctcgrpo.recipe import load_recipe
-from ctcgrpo.scenarios import PACKS, described
+from ctcgrpo.run.recipe_file import load_recipe
 from tests import inspect_models  # noqa: F401 - registers the models
 from tests.conftest import Command
 from tests.unit.test_evaluation import made

@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ctcgrpo.environments.eibench import opening_messages
+from ctcgrpo.environments.eibench.persona import Briefing, told
+from ctcgrpo.environments.eibench.records import Scenario
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.policy.builtin import build_builtin
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import check_fits, load_config, stop_ids
-from ctcgrpo.policy.persona import Briefing, told
 from ctcgrpo.policy.reasoning import parse_completion
-from ctcgrpo.records import Scenario
-from ctcgrpo.scenarios import load_scenarios
-from ctcgrpo.time_limit import time_limit
 from ctcgrpo.types import Completion, Message
+from ctcgrpo.util.time_limit import time_limit
 
 SUPPORT, CHARM = (next(s for s in load_scenarios("english/train") if s.scene == scene) for scene in ("support", "charm"))
 

@@ -24,11 +24,11 @@ from ctcgrpo.evaluation.local_policy import LocalPolicy
 from ctcgrpo.evaluation.of_run import evaluations_of
 from ctcgrpo.evaluation.presets import PUBLISHED, with_preset
 from ctcgrpo.evaluation.run import Evaluation, settings_before, with_defaults
-from ctcgrpo.files import mark_complete
 from ctcgrpo.policy.instructions import load_instructions
-from ctcgrpo.recipe import load_recipe
-from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.types import Completion
+from ctcgrpo.util.files import mark_complete
 from tests.conftest import Command
 from tests.fake_llm import FakeLlm
 from tests.unit import test_evaluation

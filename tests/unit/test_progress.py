@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import pytest
 
-from ctcgrpo import progress
-from ctcgrpo.progress import RunProgress
-from ctcgrpo.terminal import Terminal
+from ctcgrpo.run import progress
+from ctcgrpo.run.progress import RunProgress
 from ctcgrpo.types import Episode, Failure
+from ctcgrpo.util.terminal import Terminal
 
 EPISODE = Episode("support-train-01", "support", 1, 0, 0, (), 0.1)
 

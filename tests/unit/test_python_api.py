@@ -28,8 +28,8 @@ from trl import GRPOConfig
 from ctcgrpo import CTCGRPOConfig, CTCGRPOTrainer, Environment, Step
 from ctcgrpo.config import WITHOUT_EFFECT, without_effect
 from ctcgrpo.errors import OutputError, PolicyError, TooManyFailures
-from ctcgrpo.files import is_complete
 from ctcgrpo.types import Task
+from ctcgrpo.util.files import is_complete
 from tests.conftest import ROOT
 
 

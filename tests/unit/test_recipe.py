@@ -12,7 +12,8 @@ import yaml
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.experiments.spec import load_sweep
-from ctcgrpo.recipe import Recipe, differences, load_recipe, resolved_recipe
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import differences, load_recipe, resolved_recipe
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -61,6 +62,7 @@ def test_the_quickstart_is_the_longer_run_cut_short() -> None:
     )
     assert differences(longer, short) == [
         "run.name: smollm2 -> quickstart",
+        "rollout.max_new_tokens: 32 -> 24",
         "training.max_steps: 40 -> 16",
         "training.save_every: 10 -> 8",
         "validation.every: 10 -> 16",
@@ -86,7 +88,7 @@ def test_overrides() -> None:
         ("credit.scale=batches", r"credit.scale is 'batches'; did you mean 'batch'\?"),
         ("credit.center_weights=tokens", "credit.center_weights is 'tokens'; input should be 'turn' or 'token'"),
         ("rollout.engine=vllm", "rollout.engine is 'vllm'; input should be 'transformers'"),
-        ("scenarios.scenes=[support,war]", "scenarios.scenes.1 is 'war'"),
+        ("scenarios.scenes=[support,5]", "scenarios.scenes.1 is 5"),
         ("scenarios.per_step=6", "scenarios.per_step is 6 for 4 scenes"),
         (
             "training.updates_per_step=3",
@@ -208,7 +210,7 @@ def test_a_shipped_launcher_configuration_leaves_the_rest_to_the_recipe(file: Pa
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "deepspeed").glob("*.json")), ids=lambda f: f.stem)
 def test_a_shipped_deepspeed_configuration_sums_gradients_in_float32(file: Path) -> None:
-    from ctcgrpo.sharding import deepspeed_stage, offloads, sharding_arguments, splits_weights
+    from ctcgrpo.model.sharding import deepspeed_stage, offloads, sharding_arguments, splits_weights
 
     stage = int(file.stem[4])
     assert deepspeed_stage(str(file)) == stage and splits_weights(str(file)) == (stage == 3)

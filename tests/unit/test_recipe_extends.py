@@ -13,9 +13,9 @@ import yaml
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.experiments.spec import load_sweep
-from ctcgrpo.files import mark_complete
-from ctcgrpo.recipe import differences, load_recipe, resolved_recipe
-from ctcgrpo.run_folder import RunFolder
+from ctcgrpo.run.recipe_file import differences, load_recipe, resolved_recipe
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.util.files import mark_complete
 from tests.conftest import ROOT, Command
 
 OPENING, CLOSING = "'''': CTC-GRPO recipe\n", "# '''; from ctcgrpo.cli import run_recipe; run_recipe(__file__)\n"
@@ -163,7 +163,7 @@ def test_python_runs_it(base: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "extended", "fields"),
     [
-        ("quickstart", "smollm2", 4), ("study", "smollm2", 8), ("qwen3_8b_group", "qwen3_8b", 2),
+        ("quickstart", "smollm2", 5), ("study", "smollm2", 8), ("qwen3_8b_group", "qwen3_8b", 2),
         ("qwen3_8b_local", "qwen3_8b", 5), ("qwen3_8b_lora", "qwen3_8b", 7), ("qwen3_1.7b_24gb", "qwen3_8b_lora", 11),
     ],
 )  # fmt: skip

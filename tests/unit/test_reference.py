@@ -20,12 +20,13 @@ import ctcgrpo as package
 from ctcgrpo import cli
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.factory.sampling import Pools
-from ctcgrpo.recipe import Recipe, load_recipe
 from ctcgrpo.reference.fields import FILES, sections_of
 from ctcgrpo.reference.fields import select as selected_fields
 from ctcgrpo.reference.metrics import GROUPS, all_metrics, entry_of
-from ctcgrpo.sections import Section, section_type
-from ctcgrpo.train import train
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.run.train import train
+from ctcgrpo.util.sections import Section, section_type
 from tests.conftest import ROOT, Command
 
 PACKAGE = Path(package.__file__).parent
@@ -77,7 +78,7 @@ def test_defaults_ranges_and_choices_are_those_of_the_model() -> None:
     assert shown["training.clip"].allowed == "number > 0, < 1"
     assert shown["rollout.group_size"].allowed == "integer >= 2"
     assert shown["credit.centering"].allowed == "one of rollout, group, group_turn, scene, none, my_module:my_function"
-    assert shown["scenarios.scenes"].allowed == "list (1 or more) of one of support, defense, repair, charm"
+    assert shown["scenarios.scenes"].allowed == "list (1 or more) of text"
     assert shown["policy.model"].default == "required" and shown["policy.revision"].allowed == "text, or null"
     in_lists = {field.path for section in sections_of("simulator-config") for field in section.fields}
     assert {"llm.endpoints[].url", "llm.endpoints[].price.prompt", "server.token_env"} <= in_lists

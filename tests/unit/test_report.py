@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 import yaml
 
+from ctcgrpo.environments.eibench.records import SCENES
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import OutputError
-from ctcgrpo.files import mark_complete
-from ctcgrpo.records import SCENES
 from ctcgrpo.report import page as pages
 from ctcgrpo.report.page import figures_of, write_report
 from ctcgrpo.report.reading import credit_of, read_run
-from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.training.samples import turn_samples
 from ctcgrpo.types import TurnSample
+from ctcgrpo.util.files import mark_complete
 from tests.conftest import ROOT, Command
 from tests.unit.test_run import FAST, TINY
 

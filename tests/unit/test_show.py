@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from ctcgrpo.errors import OutputError
-from ctcgrpo.show import show_run, speech, typical_scenario
+from ctcgrpo.report.show import show_run, speech, typical_scenario
 from tests.conftest import Command
 
 

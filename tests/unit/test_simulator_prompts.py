@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from ctcgrpo.environments.eibench.records import SCENES, Scenario, UserState
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import RecipeError, SimulatorReplyError
-from ctcgrpo.records import SCENES, Scenario, UserState
-from ctcgrpo.scenarios import load_scenarios
 from ctcgrpo.simulator.llm.answers import Unreadable
 from ctcgrpo.simulator.llm.official import OfficialPrompts
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts, gives_away, quoted

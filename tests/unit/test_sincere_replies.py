@@ -13,7 +13,7 @@ from statistics import mean
 
 import pytest
 
-from ctcgrpo.records import SCENES, Scenario
+from ctcgrpo.environments.eibench.records import SCENES, Scenario
 from ctcgrpo.simulator.scripted.language import load_language
 from tests.dialogue import ROUNDS, Speaker, converse
 from tests.sincere import SINCERE, good_replies, is_taken_badly, reaction, scenarios

@@ -21,18 +21,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ctcgrpo.environments.eibench import opening_messages
+from ctcgrpo.environments.eibench.persona import Briefing
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import OutputError, PolicyError
 from ctcgrpo.evaluation.of_run import evaluations_of
 from ctcgrpo.policy import builtin, model_wheel
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import stop_ids
 from ctcgrpo.policy.model_wheel import ModelWheel, fetch_model
-from ctcgrpo.policy.persona import Briefing
 from ctcgrpo.policy.smollm2 import SMOLLM2
 from ctcgrpo.preflight.check import findings
-from ctcgrpo.recipe import load_recipe
-from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.scenarios import load_scenarios
+from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.run.run_folder import RunFolder
 from tests.conftest import ROOT, Command
 from tests.tiny_wheel import MEMBER, tiny_wheel, write_wheel
 

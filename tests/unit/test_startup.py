@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ctcgrpo import startup
 from ctcgrpo.evaluation.benches import EIBENCH
 from ctcgrpo.evaluation.results import Result, summarise, write_results
-from ctcgrpo.startup import announce_loading
+from ctcgrpo.run import startup
+from ctcgrpo.run.startup import announce_loading
 from tests.conftest import ROOT
 from tests.unit.test_report import episode, made
 

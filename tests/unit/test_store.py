@@ -18,9 +18,9 @@ import lmdb
 import pytest
 
 from ctcgrpo.errors import BudgetSpent, OutputError
+from ctcgrpo.llm_client.account import Account, Spent
+from ctcgrpo.llm_client.store import Store
 from ctcgrpo.simulator.config import Budget
-from ctcgrpo.simulator.llm.account import Account, Spent
-from ctcgrpo.simulator.store import Store
 
 MOST = Spent(1, 60, 0, 0)
 SMALL = 131_072
@@ -31,7 +31,7 @@ def other_process(folder: Path, code: str) -> Iterator[subprocess.Popen[str]]:
     """With `account`, limited to 100 tokens, on the store; it is killed at the end."""
     before = (
         "import asyncio\nfrom pathlib import Path\nfrom ctcgrpo.simulator.config import Budget\n"
-        "from ctcgrpo.simulator.llm.account import Account, Spent\nfrom ctcgrpo.simulator.store import Store\n"
+        "from ctcgrpo.llm_client.account import Account, Spent\nfrom ctcgrpo.llm_client.store import Store\n"
         f"store = Store(Path({str(folder)!r}))\naccount = Account(Budget(tokens=100), store)\n"
         "async def main():\n"
     )
@@ -318,7 +318,7 @@ USING = """
 import random, sys
 from pathlib import Path
 from ctcgrpo.errors import OutputError
-from ctcgrpo.simulator.store import Store
+from ctcgrpo.llm_client.store import Store
 for folder in sys.argv[1:]:
     chance, again = random.Random(0), random.Random(1)
     try:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ctcgrpo.environments.eibench.scenarios import PACKS, load_scenarios
 from ctcgrpo.errors import CtcGrpoError, RecipeError
 from ctcgrpo.experiments.spec import load_sweep
-from ctcgrpo.naming import cut, did_you_mean, quoted
-from ctcgrpo.recipe import load_recipe
-from ctcgrpo.scenarios import PACKS, load_scenarios
-from ctcgrpo.strict_yaml import MAX_CHARACTERS, MAX_DEPTH, load_yaml
+from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.util.naming import cut, did_you_mean, quoted
+from ctcgrpo.util.strict_yaml import MAX_CHARACTERS, MAX_DEPTH, load_yaml
 from tests.conftest import ROOT
 
 TINY = ROOT / "recipes" / "tiny.yaml"

@@ -22,8 +22,8 @@ from ctcgrpo.experiments.curves import Curves, compared, curves_of, reached
 from ctcgrpo.experiments.picture import drawn
 from ctcgrpo.experiments.spec import load_sweep
 from ctcgrpo.experiments.table import compare, printed, table_of
-from ctcgrpo.intervals import student
-from ctcgrpo.recipe import load_recipe, overrides
+from ctcgrpo.run.recipe_file import load_recipe, overrides
+from ctcgrpo.util.intervals import student
 from tests.conftest import ROOT, Command
 
 STUDY = {

@@ -17,17 +17,17 @@ import optuna
 import pytest
 import yaml
 
-from ctcgrpo import tracking
 from ctcgrpo.errors import OutputError, RecipeError, RunFailed
 from ctcgrpo.experiments import coordinator
 from ctcgrpo.experiments.coordinator import _link_best, run_sweep, score_of
 from ctcgrpo.experiments.spec import Sweep, load_sweep
 from ctcgrpo.experiments.table import all_equal
-from ctcgrpo.files import mark_complete
-from ctcgrpo.intervals import crossed
-from ctcgrpo.recipe import load_recipe, overrides
-from ctcgrpo.run_folder import RunFolder
-from ctcgrpo.workers import alone
+from ctcgrpo.run import tracking
+from ctcgrpo.run.recipe_file import load_recipe, overrides
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.util.files import mark_complete
+from ctcgrpo.util.intervals import crossed
+from ctcgrpo.util.workers import alone
 from tests.conftest import ROOT, Command
 from tests.unit.test_report import episode, made
 
@@ -369,7 +369,7 @@ def test_a_search_stops_what_falls_behind_and_ends_at_its_cap(tmp_path: Path, mo
 
 def test_one_coordinator_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    code = "import sys, time; from pathlib import Path; from ctcgrpo.workers import alone\n"
+    code = "import sys, time; from pathlib import Path; from ctcgrpo.util.workers import alone\n"
     code += f"with alone(Path({str(folder)!r})): print('locked', flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
         try:

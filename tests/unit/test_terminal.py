@@ -23,7 +23,7 @@ from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.logs import json_log
 from ctcgrpo.simulator.protocol import Reaction
 from ctcgrpo.simulator.server import SimulatorServer, running
-from ctcgrpo.terminal import Terminal, printable
+from ctcgrpo.util.terminal import Terminal, printable
 from tests.conftest import Backend, Command
 from tests.unit.test_show import trace
 

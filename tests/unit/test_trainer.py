@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from ctcgrpo import credit
 from ctcgrpo.errors import PolicyError
+from ctcgrpo.model.tree_attention import SegmentLayout
 from ctcgrpo.options import LossWeights, Packing
-from ctcgrpo.training.tree_attention import SegmentLayout
 from ctcgrpo.types import Failure
 from tests import sameness
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from ctcgrpo.centering import SceneBaseline, make_centering
 from ctcgrpo.credit import turn_advantages
+from ctcgrpo.environments.eibench.records import SCENES, Anchors, Scenario, UserState
+from ctcgrpo.environments.eibench.scoring import turn_score
 from ctcgrpo.options import CreditOptions
-from ctcgrpo.records import SCENES, Anchors, Scenario, UserState
-from ctcgrpo.scoring import turn_score
 from ctcgrpo.training.loss import TokenSums, token_sums
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.rows import dummy_row, plain_rows
@@ -299,7 +299,7 @@ def test_fsdp2_sums_gradients_and_gives_logprobs_in_float32(tmp_path: Path) -> N
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.fsdp import fully_shard
 
-    from ctcgrpo.settings import fsdp2_precision
+    from ctcgrpo.run.settings import fsdp2_precision
 
     init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:

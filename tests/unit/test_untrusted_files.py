@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ctcgrpo.checkpoint_pickles import weights_only
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError, ScenarioError
 from ctcgrpo.factory.storage import load_splits, save_dataset
-from ctcgrpo.files import mark_complete
-from ctcgrpo.folders import check_model, require_folder
-from ctcgrpo.hub import hub_reason
 from ctcgrpo.policy.chat_template import ChatTemplate
 from ctcgrpo.policy.loading import load_config, load_tokenizer, loading_weights, stop_ids
-from ctcgrpo.recipe import load_recipe
-from ctcgrpo.scenarios import load_scenarios
-from ctcgrpo.train import train
+from ctcgrpo.run.checkpoint_pickles import weights_only
+from ctcgrpo.run.folders import check_model, require_folder
+from ctcgrpo.run.hub import hub_reason
+from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.run.train import train
+from ctcgrpo.util.files import mark_complete
 from tests.conftest import Command
 from tests.unit.test_run import FAST, TINY
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import json_repair
 
-from ctcgrpo.records import MAX_DELTA, UserState
+from ctcgrpo.environments.eibench.records import MAX_DELTA, UserState
 
 ANGER, TRUST, REPLY, CONTINUE, REFLECTION, STOP_REASON = (
     "anger_delta",

@@ -11,10 +11,13 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
+from ctcgrpo.environments.eibench.records import MAX_DELTA, UserState
 from ctcgrpo.errors import SimulatorReplyError
-from ctcgrpo.records import MAX_DELTA, UserState
+from ctcgrpo.llm_client.account import Account
+from ctcgrpo.llm_client.calls import ChatCompletion
+from ctcgrpo.llm_client.endpoints import CallRecord, Deadline, EndpointPool, Outage
+from ctcgrpo.llm_client.store import Store
 from ctcgrpo.simulator.config import SimulatorConfig
-from ctcgrpo.simulator.llm.account import Account
 from ctcgrpo.simulator.llm.answers import (
     ANGER,
     CONTINUE,
@@ -26,12 +29,10 @@ from ctcgrpo.simulator.llm.answers import (
     Unreadable,
     read_answer,
 )
-from ctcgrpo.simulator.llm.calls import ChatCompletion
-from ctcgrpo.simulator.llm.endpoints import CallRecord, Deadline, EndpointPool, Outage
 from ctcgrpo.simulator.llm.official import OfficialPrompts
-from ctcgrpo.simulator.llm.prompts import Message, Prompts, TemplatePrompts, gives_away
+from ctcgrpo.simulator.llm.prompts import Prompts, TemplatePrompts, gives_away
 from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, SimulatorBackend, TurnRequest, Usage
-from ctcgrpo.simulator.store import Store
+from ctcgrpo.types import Message
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)

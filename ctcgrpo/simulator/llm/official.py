@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.errors import PolicyEngineError, RecipeError, SimulatorReplyError
-from ctcgrpo.records import Scenario
 from ctcgrpo.simulator.llm.answers import Unreadable
-from ctcgrpo.simulator.llm.prompts import Message, TemplatePrompts
+from ctcgrpo.simulator.llm.prompts import TemplatePrompts
 from ctcgrpo.simulator.protocol import ScenarioCard, TurnRequest
+from ctcgrpo.types import Message
 
 _FILE = Path("src") / "simulator_v2.py"
 _EVALUATION = Path("evaluation") / "run_eval.py"

@@ -16,13 +16,14 @@ from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, Protocol
 
 import jinja2
 
 from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.simulator.llm.answers import Unreadable
 from ctcgrpo.simulator.protocol import ScenarioCard, TurnRequest
+from ctcgrpo.types import Message
 
 _FOLDER = files("ctcgrpo.simulator.llm") / "prompts"
 _LONGEST_LINE = 6000
@@ -30,11 +31,6 @@ _LONGEST_LINE = 6000
 _LEAK_WORDS, _LEAK_CHARACTERS = 9, 16
 _UNSPACED = r"[\u3040-\u30ff\u3400-\u9fff]"
 _CONTROL = re.compile(r"[<>]|\[(?=/?g?s?[A-Z_]{3,}\])")
-
-
-class Message(TypedDict):
-    role: Literal["system", "user", "assistant"]
-    content: str
 
 
 class Prompts(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Self
 
-from ctcgrpo.records import UserState
+from ctcgrpo.environments.eibench.records import UserState
 from ctcgrpo.simulator.config import SimulatorConfig
 from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, SimulatorBackend, TurnRequest, Utterance
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge, read_knowledge
@@ -119,7 +119,7 @@ def _reading(card_json: str, said: tuple[tuple[str, str], ...], reply: int) -> R
         said[-1][1],
         knowledge=knowledge,
         language=language,
-        moves=language.moves[card.scene],
+        moves=language.of_scene(language.moves, card.scene),
         heard=[_heard(card.policy_persona), *heard],
         latest=heard[-1] if heard else "",
         earlier=list(dict.fromkeys(earlier)),

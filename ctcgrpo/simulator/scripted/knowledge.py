@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.errors import SimulatorReplyError
-from ctcgrpo.naming import did_you_mean
-from ctcgrpo.records import Scenario
 from ctcgrpo.simulator.protocol import ScenarioCard
 from ctcgrpo.simulator.scripted.language import Language
+from ctcgrpo.util.naming import did_you_mean
 
 _HEADING = re.compile(r"^#+.*$", re.MULTILINE)
 _FACT = re.compile(r"^\s*\d+[.、)]\s*(.+)$", re.MULTILINE)
@@ -63,10 +63,11 @@ class _Script(BaseModel):
         [], max_length=100, description="Some six things of this user's life, in the order in which they come up."
     )
     boundary: dict[str, list[str]] = Field(
-        {}, description="defense alone: `words` that state the boundary, `offer`: words of what is offered instead."
+        {},
+        description="What a defense asks for: `words` that state the boundary, `offer`: words of what is offered instead.",
     )
     repair: dict[str, list[str]] = Field(
-        {}, description="repair alone: words that own the `fault`, words of the `remedy` that is offered."
+        {}, description="What a repair asks for: words that own the `fault`, words of the `remedy` that is offered."
     )
     lines: dict[str, list[str]] = Field(
         {},

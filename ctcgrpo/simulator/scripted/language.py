@@ -5,7 +5,8 @@ and `takes_two` (latin only: see `grammar.is_spliced`), `binding` (han only: cha
 `misplaced` (han only, may be absent: what no clause holds), `mine` (a pattern: what a speaker calls its own), `pronouns`
 (those of one third person each), `speakers` (words for whoever speaks or is spoken to), `empathy` and `responses`
 (patterns: what somebody who listens does with what was said), `faults` and `moves` (name -> patterns and effect; moves
-per scene), `lines` (what the user says where the scenario has no words of its own).
+per scene, `other_scenes` names the one whose moves count in scenes that are not here), `lines` (what the user says
+where the scenario has no words of its own).
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from typing import Any
 import snowballstemmer
 
 from ctcgrpo.errors import SimulatorReplyError
-from ctcgrpo.records import Scene
 from ctcgrpo.simulator.scripted.grammar import is_sound, is_spliced
-from ctcgrpo.strict_yaml import load_yaml
+from ctcgrpo.util.strict_yaml import load_yaml
 
 _LANGUAGES = files("ctcgrpo.simulator.scripted") / "languages"
 _LATIN_TOKEN = re.compile(r"n't\b|'(?:s|m|re|ve|d|ll)\b|[a-z]+(?=n't\b)|[a-z]+'(?:am|clock)\b|[a-z]+|\d+(?:[.,:]\d+)*|,")
@@ -74,7 +74,12 @@ class Language:
     faults: tuple[Pattern, ...]
     scene_faults: Mapping[str, tuple[Pattern, ...]]
     moves: Mapping[str, tuple[Pattern, ...]]
+    other_scenes: str
     lines: Mapping[str, list[str]]
+
+    def of_scene(self, table: Mapping[str, tuple[Pattern, ...]], scene: str) -> tuple[Pattern, ...]:
+        """The `moves` or `scene_faults` of a scene; of one that has none, those of `other_scenes`."""
+        return table.get(scene, table[self.other_scenes])
 
     def sentences(self, text: str) -> list[str]:
         sentences = (s.strip() for s in _SENTENCE_END.split(text) if s)
@@ -212,7 +217,7 @@ def load_language(code: str) -> Language:
     things = frozenset(str(data["things"]).split())
     for word in things:
         lexicon[word] = lexicon.get(word, "") + "N"
-    scenes: list[Scene] = list(data["moves"])
+    scenes: list[str] = list(data["moves"])
     return Language(
         code=code,
         han=data["script"] == "han",
@@ -230,6 +235,7 @@ def load_language(code: str) -> Language:
         faults=_patterns(data["faults"]),
         scene_faults={scene: _patterns(data["scene_faults"].get(scene, {})) for scene in scenes},
         moves={scene: _patterns(data["moves"][scene]) for scene in scenes},
+        other_scenes=data["other_scenes"],
         lines=data["lines"],
     )
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 
-from ctcgrpo.records import Scene
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
 from ctcgrpo.simulator.scripted.language import Language
 from ctcgrpo.simulator.scripted.reading import TELLING, Reading
@@ -52,7 +51,7 @@ class Heard:
     earlier: tuple[Reading, ...]
     knowledge: Knowledge
     language: Language
-    scene: Scene
+    scene: str
     round: int
 
     @property
@@ -200,7 +199,7 @@ def interrogating(h: Heard) -> Iterator[Finding]:
 
 
 def _faults(h: Heard, spoils: bool) -> Iterator[Finding]:
-    for fault in (*h.language.faults, *h.language.scene_faults[h.scene]):
+    for fault in (*h.language.faults, *h.language.of_scene(h.language.scene_faults, h.scene)):
         if fault.spoils == spoils and any(fault.matches(s.text.lower()) for s in h.reading.sentences):
             yield Finding(fault.anger, fault.trust, fault.why)
 
@@ -303,23 +302,23 @@ def _first_time(h: Heard, must: str) -> bool:
 
 @rule
 def boundary(h: Heard) -> Iterator[Finding]:
-    if h.scene != "defense":
+    if not h.knowledge.musts.keys() & {"words", "offer"}:
         return
     if _first_time(h, "words"):
         yield Finding(0, 2, "says clearly where the line is")
     if _first_time(h, "offer"):
         yield Finding(-1, 1, "has something else to offer")
-    if h.round >= 3 and not any("words" in r.musts for r in (*h.earlier, h.reading)) and h.knowledge.musts:
+    if h.round >= 3 and not any("words" in r.musts for r in (*h.earlier, h.reading)):
         yield Finding(0, -2, "will not say whether it is yes or no")
 
 
 @rule
 def amends(h: Heard) -> Iterator[Finding]:
-    if h.scene != "repair":
+    if not h.knowledge.musts.keys() & {"fault", "remedy"}:
         return
     if _first_time(h, "fault"):
         yield Finding(-2, 2, "calls what happened by its name")
     if _first_time(h, "remedy"):
         yield Finding(-1, 2, "names what would put it right")
-    if h.round >= 2 and not any("fault" in r.musts for r in (*h.earlier, h.reading)) and h.knowledge.musts:
+    if h.round >= 2 and not any("fault" in r.musts for r in (*h.earlier, h.reading)):
         yield Finding(1, -2, "still has not said what was done")

@@ -1,0 +1,39 @@
+"""EIBench: a simulated user whose anger and trust each reply of the policy moves; its scenarios and their scoring.
+
+`EIBench` is the environment; `UserState`, `Anchors`, `outcome_score` and `turn_score` are the benchmark's records and formulas.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctcgrpo.environments.eibench.environment import EIBench as EIBench
+    from ctcgrpo.environments.eibench.environment import EIBenchEpisodes as EIBenchEpisodes
+    from ctcgrpo.environments.eibench.environment import User as User
+    from ctcgrpo.environments.eibench.environment import opening_messages as opening_messages
+    from ctcgrpo.environments.eibench.environment import task_of as task_of
+    from ctcgrpo.environments.eibench.records import Anchors as Anchors
+    from ctcgrpo.environments.eibench.records import UserState as UserState
+    from ctcgrpo.environments.eibench.scoring import outcome_score as outcome_score
+    from ctcgrpo.environments.eibench.scoring import turn_score as turn_score
+
+_HOMES = {
+    "EIBench": "environment",
+    "EIBenchEpisodes": "environment",
+    "User": "environment",
+    "opening_messages": "environment",
+    "task_of": "environment",
+    "Anchors": "records",
+    "UserState": "records",
+    "outcome_score": "scoring",
+    "turn_score": "scoring",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names are imported when they are used: simulators read the records, and the environment asks a simulator."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

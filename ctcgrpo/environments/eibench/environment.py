@@ -1,0 +1,154 @@
+"""EIBench's task as an environment: a simulated user, whose anger and trust each reply of the policy moves.
+
+The reward of a turn is the turn score of the change that it made, the outcome the score of the state that the user is left in.
+Source: EIBench (arXiv 2606.15532).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from ctcgrpo.environments.eibench.persona import Briefing, together
+from ctcgrpo.environments.eibench.records import Scenario, UserState
+from ctcgrpo.environments.eibench.scenario_format import Split
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
+from ctcgrpo.environments.eibench.scoring import Variant, outcome_score, turn_score
+from ctcgrpo.options import RolloutOptions
+from ctcgrpo.rollout.engine import request_seed
+from ctcgrpo.simulator.protocol import (
+    ScenarioCard,
+    SimulatorBackend,
+    TurnReply,
+    TurnRequest,
+    Utterance,
+    turn_request,
+)
+from ctcgrpo.simulator.scripted import ScriptedBackend
+from ctcgrpo.simulator.service import answer
+from ctcgrpo.types import Environment, Message, Step, Task
+
+_EVEN = (0.5, 0.5)
+_PERSONA = Briefing()
+"""The whole role, and no instructions."""
+
+
+class User(Protocol):
+    """Whoever plays the user: the client of a simulator server, or a simulator in this process."""
+
+    async def turn(self, request: TurnRequest) -> TurnReply: ...
+
+
+class SharedUser(User, Protocol):
+    """A user that many episodes ask, over a connection that is open within `async with`."""
+
+    async def __aenter__(self) -> Any: ...
+
+    async def __aexit__(self, *error: Any) -> Any: ...
+
+
+class LocalUser:
+    """A simulator backend in this process, without a server."""
+
+    def __init__(self, backend: SimulatorBackend) -> None:
+        self._backend = backend
+
+    async def turn(self, request: TurnRequest) -> TurnReply:
+        return await answer(self._backend, request)
+
+
+class EIBench(Environment):
+    """One dialogue with `user`, the scripted one where absent. A task's `scenario` is a Scenario (`scenario_tasks`).
+
+    `briefing`: what the policy is told of its role; `max_turns`: replies of the policy at most, which the user is told;
+    `turn_weights`: weights of the change in anger and in trust in a turn's reward, by scene. After `reset`, `state` is the user's
+    current one; after a step, `answer` is the user's last one, and `copy.copy` gives a dialogue that continues on its own."""
+
+    def __init__(
+        self,
+        user: User | None = None,
+        *,
+        briefing: Briefing = _PERSONA,
+        max_turns: int = RolloutOptions.max_turns,
+        variant: Variant = "training",
+        turn_weights: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
+        self._user: User = LocalUser(ScriptedBackend()) if user is None else user
+        self._briefing = briefing
+        self._max_turns = max_turns
+        self._variant: Variant = variant
+        self._turn_weights = turn_weights or {}
+
+    async def reset(self, task: Mapping[str, Any], *, seed: int) -> Sequence[Message]:
+        self._scenario: Scenario = task["scenario"]
+        self._seed = seed
+        self._card = ScenarioCard.of(self._scenario)
+        self.state = self._scenario.anchors.initial
+        opening = self._scenario.opening_line
+        self._history = (Utterance(speaker="user", text=opening),) if opening else ()
+        self.info = self.state._asdict()
+        return opening_messages(self._scenario, self._briefing)
+
+    async def step(self, reply: str) -> Step:
+        """Raises the simulator's errors where it has no answer."""
+        self._history = (*self._history, Utterance(speaker="policy", text=reply))
+        round = sum(utterance.speaker == "policy" for utterance in self._history)
+        self.answer = answer = await self._user.turn(
+            turn_request(
+                self._card,
+                self._history,
+                self.state,
+                request_id=f"{self.name}/{self._seed:x}/{round}",
+                max_rounds=self._max_turns,
+                seed=request_seed(self._seed, round),
+            )
+        )
+        before, self.state = self.state, UserState(answer.state.anger, answer.state.trust)
+        self._history = (*self._history, Utterance(speaker="user", text=answer.reply, reflection=answer.reflection))
+        return Step(
+            message=answer.reply,
+            reward=turn_score(before, self.state, self._turn_weights.get(self._scenario.scene, _EVEN)),
+            done=not answer.goes_on,
+            info={**self.state._asdict(), "why": answer.why},
+        )
+
+    def outcome(self) -> float:
+        return outcome_score(self.state, self._scenario.anchors, self._variant)
+
+
+class EIBenchEpisodes(contextlib.AbstractAsyncContextManager["EIBenchEpisodes"]):
+    """Makes the environment of each episode; all of them ask one `user`, which is entered while a batch is played. `options` are
+    those of `EIBench`."""
+
+    def __init__(self, user: SharedUser, **options: Any) -> None:
+        self._user, self._options = user, options
+
+    def __call__(self) -> EIBench:
+        return EIBench(self._user, **self._options)
+
+    async def __aenter__(self) -> EIBenchEpisodes:
+        await self._user.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._user.__aexit__(*error)
+
+
+def opening_messages(scenario: Scenario, briefing: Briefing) -> list[Message]:
+    """What the policy hears first. Raises PolicyError for a section that the role does not have, or a language without
+    instructions."""
+    role, instructions = briefing.parts(scenario)
+    system: Message = {"role": "system", "content": together(role, instructions), "instructions": instructions}
+    line = scenario.opening_line.strip()
+    return [system, {"role": "user", "content": line}] if line else [system]
+
+
+def task_of(scenario: Scenario) -> Task:
+    return Task(scenario.id, {"scenario": scenario}, scenario.scene)
+
+
+def scenario_tasks(source: str, split: Split = "train") -> list[Task]:
+    """The scenarios of a file, a folder or a pack (english/train) as tasks, with the scene as tag. Raises ScenarioError for those
+    that cannot be read."""
+    return [task_of(scenario) for scenario in load_scenarios(source, split)]

@@ -1,0 +1,184 @@
+"""Fetching a dataset that does not come with this package: from its public repository, after its licence was agreed to."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctcgrpo.environments.eibench.download import copy, download
+from ctcgrpo.environments.eibench.git_blobs import blob_id, listed_by_clone, listed_by_github
+from ctcgrpo.environments.eibench.scenario_format import Split
+from ctcgrpo.environments.eibench.scenarios import by_scene, data_home, load_set
+from ctcgrpo.errors import OutputError, ScenarioError
+from ctcgrpo.util.naming import did_you_mean
+
+_LARGEST, _PATIENCE = 50_000_000, 900.0
+"""Bytes of a file at most, where those of EIBench have some 2 to 6 million; and seconds that it may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """Where a dataset is published, by whom and under what. `source` holds the files of `names`, with so many scenarios a split
+    (`counts`); it may redirect to `hosts`, over https. `listing` is where GitHub's API lists the files of `commit`, those of the
+    dataset in `folder`."""
+
+    title: str
+    licence: str
+    source: str
+    commit: str
+    folder: str
+    listing: str
+    names: tuple[str, ...]
+    counts: Mapping[Split, int]
+    hosts: tuple[str, ...]
+
+
+# As it was when it was looked at: figures are comparable only on the same scenarios.
+_COMMIT = "af8994a4df876c6f4123b3eb41d8a1888507c40c"
+DATASETS = {
+    "eibench": DataSet(
+        title="EIBench (arXiv 2606.15532): 2,009 scenarios to train on and 213 to test on, in Chinese",
+        licence="CC BY-NC 4.0: name its authors, and no commercial use (https://creativecommons.org/licenses/by-nc/4.0)",
+        source=f"https://github.com/Tongyi-ConvAI/Qwen-Character/raw/{_COMMIT}/EIBench/data",
+        commit=_COMMIT,
+        folder="EIBench/data",
+        listing=f"https://api.github.com/repos/Tongyi-ConvAI/Qwen-Character/git/trees/{_COMMIT}?recursive=1",
+        names=tuple(
+            f"{split}/{scene}_final.jsonl"
+            for split in ("train", "test")
+            for scene in ("support", "defense", "repair", "charm")
+        ),
+        counts={"train": 2009, "test": 213},
+        hosts=("github.com", "raw.githubusercontent.com", "media.githubusercontent.com"),
+    )
+}
+
+
+def fetch(
+    name: str,
+    agree: Callable[[DataSet], bool],
+    *,
+    source: str | None = None,
+    verify: bool = True,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Put a dataset under `data_home()`, complete or not at all; gives its folder. Each file is compared with the published commit,
+    whose list of files GitHub's API gives. `verify=False` leaves that out, which is said and recorded.
+
+    `source`: another URL, or a folder with the files. Its files are compared where the folder is in a clone that has the commit.
+    They may differ from the published ones, in content and number, which is said and recorded too.
+
+    Raises ScenarioError for a dataset nobody knows, for files that cannot be downloaded, are cut, altered, too large or cannot be
+    read, and where the list of files is not available; OutputError where the licence is not agreed to, or the folder exists.
+    """
+    if name not in DATASETS:
+        raise ScenarioError(f"there is no dataset {name!r} to fetch; {did_you_mean(name, DATASETS)}")
+    dataset, target = DATASETS[name], data_home() / name
+    if source is not None and not verify:
+        raise ScenarioError("--unverified is for the published source; files of another --source may differ in any case")
+    if target.exists():
+        raise OutputError(f"{target} is there already; remove it to fetch it again")
+    if not agree(dataset):
+        raise OutputError(f"nothing was fetched: {name} is for those who agree to its licence ({dataset.licence})")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        partial = Path(folder) / name
+        listed, how = _listed(dataset, source, verify, Path(folder))
+        say(how)
+        digests, differing = [], []
+        for file in dataset.names:
+            say(f"fetching {file}")
+            content = _fetch_file(dataset, source, file, partial / file)
+            digests.append(f"{hashlib.sha256(content).hexdigest()}  {file}")
+            if listed is not None and (problem := _difference(content, listed.get(f"{dataset.folder}/{file}"))):
+                if source is None:
+                    raise ScenarioError(
+                        f"{dataset.source}/{file}: {problem} by commit {dataset.commit}: it was altered on the way, or the commit "
+                        "has only a pointer to Git LFS; try again"
+                    )
+                differing.append(f"{file} is not that of the commit: {problem}")
+        notes = [*differing, *_differing_counts(dataset, partial, say)]
+        if notes and source is None:
+            raise ScenarioError(f"{dataset.source}: {'; '.join(notes)}; the download is not complete, try again")
+        for note in notes:
+            say(f"{note}: figures on them cannot be compared with published ones")
+        if listed is not None:
+            how = f"{how}: {len(dataset.names) - len(differing)} of {len(dataset.names)} files are the same"
+            say(how)
+        lines = [dataset.title, dataset.licence, source or dataset.source, how, *notes, "sha256 of each file:", *digests]
+        (partial / "SOURCE").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial.rename(target)
+    return target
+
+
+def _listed(dataset: DataSet, source: str | None, verify: bool, scratch: Path) -> tuple[dict[str, str] | None, str]:
+    """The blob ids of the commit by path, None where there is nothing to compare with; and how files are compared, or why not."""
+    commit = f"commit {dataset.commit}"
+    unknown = f"the files are NOT compared with {commit}, only their format and number are checked"
+    if source is None and not verify:
+        return None, f"{unknown} (--unverified)"
+    if source is None:
+        try:
+            return listed_by_github(dataset.listing, scratch), f"compared with {commit} by {dataset.listing}"
+        except ScenarioError as error:
+            raise ScenarioError(
+                f"{error}; without it the files cannot be compared with {commit}. Try again later, pass the {dataset.folder} "
+                "folder of a clone with --source, or take the files without this check with --unverified"
+            ) from None
+    if _is_url(source):
+        return None, f"{unknown}: {source} is not the published source"
+    listed = listed_by_clone(Path(source), dataset.commit)
+    if listed is None:
+        return None, f"{unknown}: {source} is not in a git clone that has it"
+    return listed, f"compared with {commit} by the clone that {source} is in"
+
+
+def _difference(content: bytes, expected: str | None) -> str | None:
+    found = blob_id(content)
+    return None if found == expected else f"git blob id = {found}; expected {expected or 'no such file'}"
+
+
+def _fetch_file(dataset: DataSet, source: str | None, file: str, target: Path) -> bytes:
+    """Copy or download a file; gives its content."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source is not None and not _is_url(source):
+        place = str(Path(source) / file)
+        copy(Path(place), target, largest=_LARGEST, patience=_PATIENCE)
+    else:
+        place = f"{(source or dataset.source).rstrip('/')}/{file}"
+        try:
+            download(place, target, largest=_LARGEST, patience=_PATIENCE, hosts=dataset.hosts)
+        except ScenarioError as error:
+            raise ScenarioError(
+                f"{error}; try again, or clone the repository elsewhere and pass its {dataset.folder} folder with --source"
+            ) from None
+    content = target.read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise ScenarioError(
+            f"{place} is a pointer to a file in Git LFS; clone the repository with LFS and pass its folder with --source"
+        )
+    return content
+
+
+def _differing_counts(dataset: DataSet, folder: Path, say: Callable[[str], None]) -> list[str]:
+    """A note for each split that has not the published number of scenarios. Raises ScenarioError for files that cannot be read."""
+    notes = []
+    for split, count in dataset.counts.items():
+        for file in (file for file in dataset.names if file.startswith(f"{split}/")):
+            load_set(folder / file, split)  # each file by itself: none is empty
+        found = load_set(folder / split, split)
+        if damaged := next((fault for fault in found.faults if not fault.field), None):  # no JSON object: a cut file
+            raise ScenarioError(str(damaged))
+        say(f"{split}: {len(found.scenarios)} scenarios ({by_scene(found.scenarios)})")
+        for line in found.report():
+            say(line)
+        if found.records != count:
+            notes.append(f"{split} has {found.records} records, and the published data set {count}")
+    return notes
+
+
+def _is_url(source: str) -> bool:
+    return source.startswith(("http://", "https://"))

@@ -1,0 +1,57 @@
+"""What a policy is told: its role, or the sections of it that a recipe names, and the instructions on how to reply."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ctcgrpo.environments.eibench.records import Scenario
+from ctcgrpo.errors import PolicyError
+from ctcgrpo.policy.instructions import WITHOUT, Instructions
+
+BETWEEN = "\n\n"
+"""Between a role and the instructions behind it."""
+_HEADING = re.compile(r"^#+ *(.+?) *$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Briefing:
+    """How a scenario's role becomes what the policy is told: its `sections` (None: all of it), then the `instructions`, worded for
+    a policy that `reasons` before it replies or one that does not."""
+
+    sections: tuple[str, ...] | None = None
+    instructions: Instructions = WITHOUT
+    reasons: bool = False
+
+    def parts(self, scenario: Scenario) -> tuple[str, str]:
+        """Role and instructions, either may be empty. Raises PolicyError for a section that the role does not have, or a language
+        without instructions."""
+        role = told(scenario.policy_persona, self.sections).strip()
+        try:
+            return role, self.instructions.text(scenario.language, self.reasons)
+        except PolicyError as error:
+            raise PolicyError(f"scenario {scenario.id!r}: {error}") from None
+
+    def told(self, scenario: Scenario) -> str:
+        """Both as one text. Raises as `parts` does."""
+        return together(*self.parts(scenario))
+
+
+def together(role: str, instructions: str) -> str:
+    return BETWEEN.join(part for part in (role, instructions) if part)
+
+
+def told(persona: str, sections: Sequence[str] | None) -> str:
+    """The named sections of a persona (`### Heading` and the lines below it) in the persona's own order, or, for None, all of
+    it. Raises PolicyError naming a section that is not there."""
+    if sections is None:
+        return persona
+    headings = list(_HEADING.finditer(persona))
+    ends = [match.start() for match in headings[1:]] + [len(persona)]
+    parts = {match[1]: persona[match.start() : end].strip() for match, end in zip(headings, ends, strict=False)}
+    if missing := [name for name in sections if name not in parts]:
+        raise PolicyError(
+            f"policy.persona_sections names {missing[0]!r}; this persona has {', '.join(parts) or 'no sections'}"
+        )
+    return "\n\n".join(text for name, text in parts.items() if name in sections)

@@ -1,0 +1,310 @@
+"""The record format of EIBench, and a record as a Scenario; the dataset's own words (aggressor, defender, rub_goals) stay in here.
+
+Strict where it matters (identity, scene, personas, anchors), tolerant of keys it does not know: they are kept in `Scenario.extras`.
+Format: EIBench (Tongyi-ConvAI/Qwen-Character).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ctcgrpo.environments.eibench.records import SCENE_NAME, SCENES, Anchors, Scenario, UserState, scene_rules
+from ctcgrpo.errors import ScenarioError
+from ctcgrpo.util.naming import cut, nearest, quoted
+
+Split = Literal["train", "test"]
+_LONGEST_MESSAGE = 600
+"""Characters of what is wrong with a record: it may quote the record."""
+
+
+class Fault(NamedTuple):
+    """What keeps a record from being a scenario: its place (file and line), its id ("?" for none), the field, what is wrong."""
+
+    place: str
+    id: str
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        who = "" if self.id == "?" else f"scenario {quoted(self.id)}: "
+        return f"{self.place}: {who}{f'{cut(self.field)} ' if self.field else ''}{cut(self.message, _LONGEST_MESSAGE)}"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+def _told(description: str, default: Any = ...) -> Any:
+    """A field with what it is for, which `ctcgrpo scenarios new` prints."""
+    return Field(default, description=description)
+
+
+class _User(_Part):
+    system_prompt: str = _told("Persona of the user. The simulator plays it; the policy never sees it.")
+    opening_line: str = _told(
+        "First line of the user. Required in support, defense and repair; in charm the policy speaks first, and in a scene of your "
+        "own where this is left out.",
+        "",
+    )
+
+
+class _Policy(_Part):
+    system_prompt: str = _told("Role of the policy: its system prompt.")
+
+
+class _Initial(_Part):
+    initial_anger: int = _told("Anger of the user at the start, 0 to 100. Left out: 50.", 50)
+    initial_trust: int = _told("Trust of the user at the start, 0 to 100. Left out: 50.", 50)
+
+
+_BEST = "at the best end, which scores +1"
+_LOWEST = "at the worst end, which scores -1"
+
+
+class _Target(_Part):
+    target_anger: int | None = _told(f"Anger {_BEST}. Left out: 0 in training, the initial anger in a held-out set.", None)
+    target_trust: int | None = _told(f"Trust {_BEST}. Left out: 100 in training, the initial trust in a held-out set.", None)
+
+
+class _Worst(_Part):
+    worst_anger_min: int | None = _told(f"Anger {_LOWEST}. Left out: 100 in training, initial + 25 in a held-out set.", None)
+    worst_trust_min: int | None = _told(f"Trust {_LOWEST}. Left out: 0 in training, initial - 20 in a held-out set.", None)
+
+
+class _Record(_Part):
+    id: str = _told("Name of the scenario, unique in the set. Traces and reports use it.")
+    scene_tag: str = _told(
+        "What kind of situation it is: support, defense, repair or charm, as in the published set, or a name of your own."
+    )
+    title: str = _told("A few words for tables and reports.", "")
+    language: str = _told("Code of the language, for example en or zh. Left out: told by the characters of the persona.", "")
+    aggressor_profile: _User
+    defender_profile: _Policy
+    goal_one_liner: str = _told("What a good outcome is, in one sentence.", "")
+    success_criteria: list[str] = _told("Signs that it went well. An LLM that plays the user reads them.", [])
+    must_avoid: list[str] = _told("What hurts this user. An LLM that plays the user reads it.", [])
+    initial_calibration: _Initial = _Initial()
+    rub_goals: _Target = _Target()
+    worst_case: _Worst = _Worst()
+    data_source: str = _told("Where the record comes from.", "")
+    script: dict[str, Any] = _told(
+        "What the scripted user knows of this user's life. Left out: derived from the opening line and the numbered facts of the "
+        "persona, which tells good replies from bad ones poorly. An LLM that plays the user does not read it.",
+        {},
+    )
+
+
+def record_fields(model: type[BaseModel] = _Record, path: str = "") -> Iterator[tuple[str, bool, str]]:
+    """(field, whether it is required, what it is for) of a record, in order, without `script`'s own."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, _Part):
+            yield from record_fields(kind, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", field.is_required(), field.description or ""
+
+
+def read_record(record: Mapping[str, Any], place: str, split: Split = "train") -> Scenario:
+    """One record as a Scenario; `place` (file and line) opens every error message. Raises ScenarioError with its first fault."""
+    scenario, faults = check_record(record, place, split)
+    if scenario is None:
+        raise ScenarioError(str(faults[0]))
+    return scenario
+
+
+def check_record(record: Mapping[str, Any], place: str, split: Split = "train") -> tuple[Scenario | None, list[Fault]]:
+    """One record as a Scenario, or None and every fault of it."""
+    name = record.get("id")
+    who = name if isinstance(name, str) and name.strip() else "?"
+    faults: list[Fault] = []
+
+    def fault(field: str, message: str) -> None:
+        faults.append(Fault(place, who, field.encode(errors="backslashreplace").decode(), message))
+
+    meta = record.get("meta_config")
+    if isinstance(meta, Mapping) and _INITIAL in meta:  # the other place in which EIBench's records have it
+        if record.get(_INITIAL, meta[_INITIAL]) != meta[_INITIAL]:
+            fault(
+                _INITIAL, f"is {quoted(record[_INITIAL])}, and meta_config.{_INITIAL} is {quoted(meta[_INITIAL])}; keep one"
+            )
+        record = {**record, _INITIAL: meta[_INITIAL]}
+    for field, message in (*_lone_surrogates(record), *_misspelt(record, _Record)):
+        fault(field, message)
+    ordered = True
+    try:
+        parsed = _Record.model_validate(record)
+    except ValidationError as error:
+        meant = {field for field, _ in _misspelt(record, _Record)}
+        for one in error.errors():
+            field = ".".join(map(str, one["loc"]))
+            ordered = ordered and one["loc"][0] not in _ANCHORS
+            if one["type"] != "missing":
+                fault(field, f"is {quoted(one['input'])}; {one['msg'].lower()}")
+            elif not any(nearest(other, [field], cutoff=_MISSPELT) for other in meant):
+                fault(field, "is missing")
+        parsed = _without(record, [one["loc"] for one in error.errors()])
+    if not parsed.id.strip():
+        fault("id", f"is {quoted(parsed.id)}; an id cannot be empty")
+    scene = parsed.scene_tag.strip().lower()
+    if problem := scene_problem(scene):
+        fault("scene_tag", f"is {quoted(parsed.scene_tag)}; {problem}")
+    user, policy = parsed.aggressor_profile, parsed.defender_profile
+    for field, text in (("aggressor_profile", user.system_prompt), ("defender_profile", policy.system_prompt)):
+        if not text.strip():
+            fault(f"{field}.system_prompt", f"is {text!r}; a persona cannot be empty")
+    rules = scene_rules(scene)
+    if rules.policy_opens is False and not user.opening_line.strip():
+        fault("aggressor_profile.opening_line", f"is {user.opening_line!r}; in {scene} the user speaks first")
+    anchors = _anchors(parsed, split, fault, ordered)
+    if faults or anchors is None:
+        return None, faults
+    known = set(_Record.model_fields)
+    scenario = Scenario(
+        id=parsed.id,
+        title=parsed.title,
+        scene=scene,
+        language=parsed.language or _language(user.system_prompt),
+        user_persona=user.system_prompt.strip(),
+        opening_line="" if rules.policy_opens else user.opening_line.strip(),
+        policy_persona=policy.system_prompt.strip(),
+        goal=parsed.goal_one_liner,
+        success_criteria=tuple(parsed.success_criteria),
+        must_avoid=tuple(parsed.must_avoid),
+        anchors=anchors,
+        source=parsed.data_source,
+        script=MappingProxyType(parsed.script),
+        extras=MappingProxyType({key: value for key, value in record.items() if key not in known}),
+    )
+    return scenario, []
+
+
+def scene_problem(scene: str) -> str | None:
+    """What is wrong with the name of a scene: its form, or that it is almost one of the published set; None where nothing is."""
+    if not re.match(SCENE_NAME, scene):
+        return f"expected {', '.join(SCENES)}, or a name of your own (letters, digits, - and _, 40 at most)"
+    if scene in _TAKEN:
+        return f"{scene!r} is what metrics call all scenes, or failures; choose another name"
+    if scene not in SCENES and (meant := nearest(scene, SCENES, cutoff=_MISSPELT_SCENE)):
+        return f"did you mean {meant!r}? A scene of your own needs a name less like it"
+    return None
+
+
+_MISSPELT_SCENE = 0.75
+_TAKEN = ("all", "failed", "overall")
+_INITIAL = "initial_calibration"
+_ANCHORS = (_INITIAL, "rub_goals", "worst_case")
+_STAND_INS: Mapping[str, Any] = {
+    "id": "?",
+    "scene_tag": "charm",
+    "aggressor_profile": {"system_prompt": "?", "opening_line": "?"},
+    "defender_profile": {"system_prompt": "?"},
+}
+
+
+def _without(record: Mapping[str, Any], places: Iterable[tuple[int | str, ...]]) -> _Record:
+    """The record with stand-ins that have no fault where its fields cannot be read, so that the others can be checked."""
+    kept = {key: dict(value) if isinstance(value, Mapping) else value for key, value in record.items()}
+    for section, *fields in places:
+        key, stand_in = str(section), _STAND_INS.get(str(section))
+        if fields and isinstance(kept.get(key), dict):
+            kept[key].pop(fields[0], None)
+            if isinstance(stand_in, Mapping) and fields[0] in stand_in:
+                kept[key][fields[0]] = stand_in[str(fields[0])]
+        else:
+            kept.pop(key, None)
+            if stand_in is not None:
+                kept[key] = stand_in
+    return _Record.model_validate(kept)
+
+
+def _anchors(parsed: _Record, split: Split, fault: Callable[[str, str], None], ordered: bool) -> Anchors | None:
+    """The three anchors, in range and, where all could be read (`ordered`), in order: worst <= initial <= target on trust; on anger
+    both initial and target lie at or below worst (a target above the initial value is a boundary that may cost some anger)."""
+    start, target, worst = parsed.initial_calibration, parsed.rub_goals, parsed.worst_case
+    given = {
+        "initial_calibration.initial_anger": start.initial_anger,
+        "initial_calibration.initial_trust": start.initial_trust,
+        "rub_goals.target_anger": target.target_anger,
+        "rub_goals.target_trust": target.target_trust,
+        "worst_case.worst_anger_min": worst.worst_anger_min,
+        "worst_case.worst_trust_min": worst.worst_trust_min,
+    }
+    beyond = {field: value for field, value in given.items() if value is not None and not 0 <= value <= 100}
+    for field, value in beyond.items():
+        fault(field, f"is {value!r}; it must lie in [0, 100]")
+    if beyond or not ordered:
+        return None
+    a0, t0 = start.initial_anger, start.initial_trust
+    # Anchors that a record leaves out: the extremes in training, the authors' evaluation defaults in testing.
+    best_default, worst_default = {
+        "train": (UserState(0, 100), UserState(100, 0)),
+        "test": (UserState(a0, t0), UserState(a0 + 25, max(0, t0 - 20))),
+    }[split]
+    anchors = Anchors(
+        UserState(a0, t0),
+        UserState(_or(target.target_anger, best_default.anger), _or(target.target_trust, best_default.trust)),
+        UserState(_or(worst.worst_anger_min, worst_default.anger), _or(worst.worst_trust_min, worst_default.trust)),
+    )
+    if anchors.worst.anger < max(anchors.initial.anger, anchors.target.anger):
+        fault(
+            "worst_case.worst_anger_min",
+            f"is {anchors.worst.anger}; it must not lie below the initial ({a0}) or the target anger ({anchors.target.anger})",
+        )
+    if not anchors.worst.trust <= anchors.initial.trust <= anchors.target.trust:
+        three = (anchors.worst.trust, anchors.initial.trust, anchors.target.trust)
+        fault("trust (worst, initial, target)", f"is {three}; the three must not decrease in this order")
+    return anchors
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _lone_surrogates(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(field, what is wrong) of every text that holds half a character: no model and no file can take it."""
+    if isinstance(value, str):
+        if half := _SURROGATE.search(value):
+            yield (
+                path,
+                f"holds a lone surrogate ({half[0]!r}, character {half.start() + 1}), which is half a character; write the whole "
+                "character, or remove it",
+            )
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if _SURROGATE.search(key):
+                yield f"{path}.{key!r}".strip("."), "is a key that holds a lone surrogate; rename it"
+            else:
+                yield from _lone_surrogates(inner, f"{path}.{key}".strip("."))
+    elif isinstance(value, list):
+        for k, inner in enumerate(value):
+            yield from _lone_surrogates(inner, f"{path}.{k}".strip("."))
+
+
+_MISSPELT = 0.84
+
+
+def _misspelt(record: Mapping[str, Any], model: type[BaseModel], path: str = "") -> Iterator[tuple[str, str]]:
+    """Extra keys are welcome, but one that nearly spells a missing known key would silently leave a default behind."""
+    missing = set(model.model_fields) - set(record)
+    for key in record:
+        if key not in model.model_fields and (meant := nearest(str(key), missing, cutoff=_MISSPELT)):
+            yield f"{path}{key}", f"is unknown and {path}{meant} is missing; did you mean {meant!r}?"
+    for key, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, _Part) and isinstance(record.get(key), dict):
+            yield from _misspelt(record[key], kind, f"{path}{key}.")
+
+
+_HAN = re.compile(r"[\u4e00-\u9fff]")
+
+
+def _language(text: str) -> str:
+    return "zh" if len(_HAN.findall(text)) > 0.2 * len(text) else "en"

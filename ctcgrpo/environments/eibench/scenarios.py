@@ -1,0 +1,234 @@
+"""Sets of scenarios: where they are, and what is played of them.
+
+A source is a JSONL file, a folder of JSONL files, or a folder with `train/` and `test/`: one JSON object a line in EIBench's record
+format (scenario_format.py), optionally wrapped as {"row": {...}}.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ctcgrpo.environments.eibench.records import SCENES, Scenario
+from ctcgrpo.environments.eibench.scenario_format import Fault, Split, check_record
+from ctcgrpo.errors import ScenarioError
+from ctcgrpo.util.files import read_json_lines
+from ctcgrpo.util.naming import did_you_mean, is_path, quoted
+
+Invalid = Literal["skip", "refuse"]
+PACKS = Path(__file__).parent / "packs"
+BUNDLED = ("english", "chinese")
+EIBENCH_DATA = "EIBench"
+"""How `described` calls the published data set, and no other."""
+
+
+def data_home() -> Path:
+    """Where datasets that do not come with the package live: $CTCGRPO_DATA, by default ~/.cache/ctcgrpo."""
+    return Path(os.environ.get("CTCGRPO_DATA") or Path.home() / ".cache" / "ctcgrpo")
+
+
+_SHOWN = 20
+"""Faults that a report of a set names, at most."""
+_MOST_INVALID = 0.5
+"""The share of a set beyond which skipping would hide that it is another format, or damaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScenarioSet:
+    """The scenarios of a source in file order (files by name), and what is wrong with its other records.
+
+    `records` counts all records of the source, `faults` lists what keeps some of them from being scenarios, and `refusals` says why
+    the set cannot be played without them. `unasked` counts by scene those that a recipe leaves out, of scenes of one's own.
+    """
+
+    source: str
+    scenarios: list[Scenario]
+    faults: list[Fault]
+    records: int
+    refusals: list[str]
+    unasked: str = ""
+
+    @property
+    def skipped(self) -> int:
+        """The number of records that are no scenarios."""
+        return len({fault.place for fault in self.faults})
+
+    def report(self) -> list[str]:
+        """Lines that name what is left out: invalid records, and scenes of one's own that a recipe does not ask for."""
+        told = f"{self.source}: {self.unasked} left out; scenarios.scenes names the scenes that are trained on"
+        unasked = [told] if self.unasked else []
+        if not self.faults:
+            return unasked
+        told = (
+            f"{self.source}: {self.skipped} of {self.records} records are invalid and left out (skip; refuse stops instead)"
+        )
+        lines = [told, *(f"  {fault}" for fault in self.faults[:_SHOWN])]
+        if (more := len(self.faults) - _SHOWN) > 0:
+            lines.append(f"  and {more} more; `ctcgrpo scenarios validate {self.source}` lists all")
+        return [*unasked, *lines]
+
+
+def load_set(source: str | Path, split: Split = "train", invalid: Invalid = "skip") -> ScenarioSet:
+    """A source whose invalid records are left out (`skip`), or refused (`refuse`).
+
+    `source` is a path, the name of a bundled pack ("english/train"), or a folder under `data_home()` ("eibench/train").
+    `split` chooses the folder where the source has both, and the defaults for missing anchors: in training the best
+    and the worst possible state, in testing those of the authors' evaluation code.
+
+    An invalid record is a line without a JSON object, a field that is missing, malformed or out of range, anchors that are out of
+    order, or a repetition of an earlier record. Raises ScenarioError for a source that cannot be read or holds no record. With
+    `refuse` any invalid record raises it, with the first fault and the number of others. With `skip` these still raise it: two
+    different records with one id, since nobody knows which is meant; a file of which no record is valid; and a set of which more
+    than half is invalid.
+    """
+    found = read_scenarios(source, split)
+    first = found.refusals[0] if found.refusals else None
+    if invalid == "refuse" and found.faults:
+        first = str(found.faults[0])
+    if first is not None:
+        others = len(found.faults) - 1
+        more = f" ({others} more; `ctcgrpo scenarios validate {source}` lists all)" if others else ""
+        raise ScenarioError(f"{first}{more}")
+    if not found.scenarios:
+        raise ScenarioError(f"{source}: holds no scenarios; expected one JSON object a line in *.jsonl")
+    return found
+
+
+def load_scenarios(source: str | Path, split: Split = "train") -> list[Scenario]:
+    """The scenarios of a source whose every record has to be one (`load_set` with `refuse`)."""
+    return load_set(source, split, "refuse").scenarios
+
+
+def read_scenarios(source: str | Path, split: Split = "train") -> ScenarioSet:
+    """The scenarios of a source, and every fault of its other records. Raises ScenarioError for a source that is not there."""
+    scenarios: list[Scenario] = []
+    faults: list[Fault] = []
+    refusals: list[str] = []
+    seen: dict[str, tuple[str, dict[str, Any]]] = {}
+    records = 0
+
+    def unreadable(place: str, message: str) -> None:
+        faults.append(Fault(place, "?", "", message))
+
+    for file in _files(source, split):
+        valid_before, faults_before = len(scenarios), len(faults)
+        for place, record in _records_of(file, unreadable):
+            scenario, wrong = check_record(record, place, split)
+            faults += wrong
+            name = record.get("id")
+            if not isinstance(name, str) or not name.strip():
+                continue
+            if name in seen:
+                first, earlier = seen[name]
+                again = Fault(place, "?", "id", f"{name!r} is already used at {first}; ids must be unique")
+                faults.append(again)
+                if record != earlier:
+                    refusals.append(str(again))
+                continue
+            seen[name] = (place, record)
+            if scenario is not None:
+                scenarios.append(scenario)
+        valid, of_file = len(scenarios) - valid_before, faults[faults_before:]
+        lines = valid + len({fault.place for fault in of_file})
+        records += lines
+        if lines and not valid:
+            told = "its only record is invalid" if lines == 1 else f"none of its {lines} records is valid"
+            refusals.append(f"{of_file[0]} ({file.name}: {told})")
+    found = ScenarioSet(str(source), scenarios, faults, records, refusals)
+    if found.skipped > _MOST_INVALID * records and not refusals:
+        refusals.append(
+            f"{source}: {found.skipped} of {records} records are invalid, more than half: the set is damaged, or of another "
+            f"format, and is refused with `skip` too; the first problem: {faults[0]}"
+        )
+    return found
+
+
+def read_records(
+    source: str | Path, split: Split = "train", on_bad: Callable[[str, str], None] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The raw records of a source in file order, unwrapped, each with its place (file and line). Raises ScenarioError for a source
+    that is not there, and, unless `on_bad` takes them (place, message), for lines that hold no JSON object."""
+    for file in _files(source, split):
+        yield from _records_of(file, on_bad)
+
+
+def _records_of(file: Path, on_bad: Callable[[str, str], None] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    for place, record in read_json_lines(file, ScenarioError, on_bad=on_bad):
+        yield place, record["row"] if isinstance(record.get("row"), dict) else record
+
+
+def load_scenes(source: str | Path, scenes: Sequence[str], invalid: Invalid = "skip") -> ScenarioSet:
+    """`load_set` of training scenarios, those of these scenes. Raises ScenarioError for a scene that has none."""
+    every = load_set(source, "train", invalid)
+    found = [s for s in every.scenarios if s.scene in scenes]
+    if missing := set(scenes) - {s.scene for s in found}:
+        left_out = f"; {every.skipped} invalid records are left out" if every.skipped else ""
+        raise ScenarioError(
+            f"scenarios.scenes asks for {', '.join(sorted(missing))}, which {source} has none of{left_out}; it has "
+            f"{by_scene(every.scenarios)}"
+        )
+    unasked = [s for s in every.scenarios if s.scene not in (*scenes, *SCENES)]
+    return replace(every, scenarios=found, unasked=by_scene(unasked))
+
+
+def by_scene(scenarios: Iterable[Scenario]) -> str:
+    """How many there are of each scene, in words."""
+    return ", ".join(f"{n} {scene}" for scene, n in sorted(Counter(s.scene for s in scenarios).items()))
+
+
+def has_splits(source: str | Path) -> bool:
+    """Whether a source has folders train/ and test/."""
+    return any((path / "train").is_dir() and (path / "test").is_dir() for path in _tried(source))
+
+
+def described(source: str | Path) -> str:
+    """A source in words: EIBench's own data under `data_home()`, a bundled pack, or the path or name as it is."""
+    found = next((path for path in _tried(source) if path.exists()), None)
+    published = data_home() / "eibench"
+    if (found or data_home() / source).resolve().is_relative_to(published.resolve()):
+        return f"{EIBENCH_DATA} ({source})"
+    if found is None:
+        return str(source)
+    if found.resolve().is_relative_to(PACKS.resolve()):
+        return f"the bundled pack {found.resolve().relative_to(PACKS.resolve())}"
+    return str(source)
+
+
+def _tried(source: str | Path) -> list[Path]:
+    if str(source).startswith((".", "/", "~")):
+        return [Path(source).expanduser()]
+    return [Path(source), PACKS / source, data_home() / source]
+
+
+def _files(source: str | Path, split: Split) -> list[Path]:
+    try:
+        found = next((path for path in _tried(source) if path.exists()), None)
+    except (OSError, RuntimeError) as error:  # a name that is too long, a user that does not exist
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ScenarioError(f"scenarios {quoted(str(source))}: {reason}") from None
+    if found is None:
+        raise _not_found(str(source))
+    if found.is_file():
+        return [found]
+    folder = found / split if (found / split).is_dir() else found
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise ScenarioError(f"{folder}: no *.jsonl files in this folder")
+    return files
+
+
+def _not_found(source: str) -> ScenarioError:
+    if is_path(source) or source.endswith(".jsonl"):
+        return ScenarioError(f"scenarios {source!r}: no such file or folder")
+    if source.split("/")[0] == "eibench":
+        hint = "ctcgrpo scenarios fetch eibench puts it there; CC BY-NC 4.0, not part of this package"
+        return ScenarioError(f"scenarios {source!r} not found under {data_home()} ({hint})")
+    here = {path.parents[1].name for path in data_home().glob("*/*/*.jsonl")}
+    here |= {path.parent.name for path in data_home().glob("*/*.jsonl")}
+    names = [f"{name}{part}" for name in (*BUNDLED, *here, "eibench") for part in ("", "/train", "/test")]
+    tried = ", ".join(map(str, _tried(source)))
+    return ScenarioError(f"scenarios {source!r} not found; {did_you_mean(source, set(names))} (looked at {tried})")

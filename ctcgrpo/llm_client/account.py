@@ -1,0 +1,209 @@
+"""What the simulator's calls cost, and a budget that is never exceeded, by all processes that share a store.
+
+A call is booked with the most that it can cost before it is made, and settled with what it did cost afterwards. When the next call
+does not fit beside what is booked, it waits for calls under way, also of other processes. When none is under way, the budget is
+spent: the run pauses, and nothing is scored on what was not paid for. What was under way in a process that was killed is settled
+with the mean cost of a call: some of it was charged for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+import random
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict, astuple, dataclass
+from typing import Any
+
+from ctcgrpo.errors import BudgetSpent, OutputError
+from ctcgrpo.llm_client.store import Store
+from ctcgrpo.simulator.config import Budget, Price
+
+MICRO = 1_000_000
+_SPENT, _BOOKED = "account", "booked"
+_LOOK_SECONDS = 0.02
+"""Between two looks at the store by a call that waits for room in the budget; one call of a process at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Sums over all calls that were ever booked. `money` is in millionths of the currency unit."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    money: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(*map(operator.add, astuple(self), astuple(other)))
+
+    def __sub__(self, other: Spent) -> Spent:
+        """Not below 0."""
+        return Spent(*(max(0, a - b) for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def mean(self, calls: int, most: Spent) -> Spent:
+        """What so many calls cost on average, at most `most`."""
+        each = max(1, self.calls)
+        return Spent(calls, *(min(calls * n // each, m) for n, m in zip(astuple(self)[1:], astuple(most)[1:], strict=True)))
+
+
+def cost(price: Price, prompt_tokens: int, completion_tokens: int) -> int:
+    """In millionths of the currency unit, which add up exactly."""
+    return round(prompt_tokens * price.prompt + completion_tokens * price.completion)
+
+
+def _allows(budget: Budget, spent: Spent) -> bool:
+    return (budget.money is None or spent.money <= budget.money * MICRO) and (
+        budget.tokens is None or spent.tokens <= budget.tokens
+    )
+
+
+@dataclass
+class _Book:
+    """What was spent, and by process what its calls under way can cost at most."""
+
+    spent: Spent
+    booked: dict[str, Spent]
+
+    @property
+    def under_way(self) -> Spent:
+        return sum(self.booked.values(), Spent())
+
+    def book(self, owner: str, most: Spent) -> None:
+        self.booked[owner] = self.booked.get(owner, Spent()) + most
+
+    def settle(self, owner: str, most: Spent, cost: Spent) -> None:
+        self.spent += cost
+        left = self.booked.pop(owner, Spent()) - most
+        if left.calls:
+            self.booked[owner] = left
+
+    def settle_lost(self, is_alive: Callable[[str], bool]) -> None:
+        """Calls of processes that ended without settling them."""
+        for owner in [name for name in self.booked if not is_alive(name)]:
+            most = self.booked[owner]
+            self.settle(owner, most, self.spent.mean(most.calls, most))
+
+
+class Account:
+    """Books calls; what was spent is kept in the store, over restarts and by all processes that share it."""
+
+    def __init__(self, budget: Budget, store: Store | None) -> None:
+        self._budget = budget
+        self._store = store
+        self._here = _Book(Spent(), {})  # where there is no store
+        self._unsettled: list[tuple[Spent, Spent]] = []  # most and cost of calls that ended, until the store has them
+        self._queue = asyncio.Lock()
+
+    @property
+    def spent(self) -> Spent:
+        """By calls that ended. Raises OutputError for a store that cannot be read."""
+        if self._store is None:
+            return self._here.spent
+        return Spent(**self._store.counter(_SPENT))
+
+    @property
+    def is_limited(self) -> bool:
+        return self._budget.money is not None or self._budget.tokens is not None
+
+    @asynccontextmanager
+    async def booking(self, most: Spent, seconds: float = 60.0) -> AsyncIterator[Booking]:
+        """Around one call: `most` is the most that it can cost, and what it is settled with unless `cost` is set: a call that was
+        cancelled may have been charged for. Raises BudgetSpent where that does not fit into the budget and no call is under way, or
+        within so many seconds, and where the store cannot be written to."""
+        try:
+            async with asyncio.timeout(seconds), self._queue:
+                while not self._book(most):
+                    # At random, so that no process takes all the room that comes free.
+                    await asyncio.sleep(_LOOK_SECONDS * random.uniform(0.5, 1.5))
+        except TimeoutError:
+            raise BudgetSpent(f"{self.explain()} (waited {seconds:.1f} s for calls under way)") from None
+        booking = Booking(most)
+        try:
+            yield booking
+        finally:
+            self._unsettled.append((most, booking.cost))
+            with self._open():
+                pass
+
+    def _book(self, most: Spent) -> bool:
+        """Whether the call may be made now. Raises BudgetSpent where it never may."""
+        with self._open() as (book, owner):
+            if _allows(self._budget, book.spent + book.under_way + most):
+                book.book(owner, most)
+                return True
+            if not book.under_way.calls:
+                raise BudgetSpent(self._explain(book))
+            return False
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[_Book, str]]:
+        """The book, to change it, and the name of this process in it. Raises BudgetSpent, which pauses the run, where it cannot be
+        kept."""
+        if self._store is None:
+            self._settle(self._here, "")
+            yield self._here, ""
+        else:
+            try:
+                with self._store.counters() as counters:
+                    before = {name: counters.get(name) for name in (_SPENT, _BOOKED)}
+                    book = _Book(Spent(**before[_SPENT]), {name: Spent(**most) for name, most in before[_BOOKED].items()})
+                    self._settle(book, counters.owner.name)
+                    book.settle_lost(counters.owner.is_alive)
+                    yield book, counters.owner.name
+                    booked = {name: asdict(most) for name, most in book.booked.items()}
+                    for name, after in ((_SPENT, asdict(book.spent)), (_BOOKED, booked)):
+                        if after != before[name]:
+                            counters.put(name, after)
+            except OutputError as error:
+                raise BudgetSpent(f"what calls cost cannot be kept: {error}") from None
+        self._unsettled.clear()
+
+    def _settle(self, book: _Book, owner: str) -> None:
+        for most, cost in self._unsettled:
+            book.settle(owner, most, cost)
+
+    def explain(self) -> str:
+        """Why another call cannot be made, for an error."""
+        with self._open() as (book, _):
+            return self._explain(book)
+
+    def _explain(self, book: _Book) -> str:
+        spent, under_way, budget = book.spent, book.under_way, self._budget
+        limits = [f"{budget.money:g} {budget.currency}"] if budget.money is not None else []
+        limits += [f"{budget.tokens} tokens"] if budget.tokens is not None else []
+        state = "has no room for another call now" if under_way.calls else "is spent"
+        booked = (
+            f"{under_way.calls} calls under way may take {under_way.tokens} tokens and "
+            f"{under_way.money / MICRO:.2f} {budget.currency}, "
+            if under_way.calls
+            else ""
+        )
+        return (
+            f"the budget of {' and '.join(limits)} {state}: {spent.calls} calls took {spent.tokens} tokens and "
+            f"{spent.money / MICRO:.2f} {budget.currency}, {booked}and another call could exceed it; "
+            "raise it in the configuration that sets it (budget)"
+        )
+
+    def summary(self) -> Mapping[str, Any]:
+        """Raises OutputError for a store that cannot be read."""
+        spent = self.spent
+        return {
+            "calls": spent.calls,
+            "prompt_tokens": spent.prompt_tokens,
+            "completion_tokens": spent.completion_tokens,
+            "money": spent.money / MICRO,
+            "currency": self._budget.currency,
+        }
+
+
+class Booking:
+    """A call under way; `cost` is what it turned out to cost."""
+
+    def __init__(self, most: Spent) -> None:
+        self.cost = most

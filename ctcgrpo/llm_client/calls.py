@@ -1,0 +1,256 @@
+"""One call to an OpenAI-compatible endpoint: the request, and the completion in its answer, or CallFailed with the reason.
+
+On aiohttp rather than openai's client: bodies have a limit, redirects keep to their origin (the key goes nowhere else), and an
+answer that is no completion is read for what it says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import aiohttp
+import certifi
+
+from ctcgrpo.llm_client.reasons import (
+    CallFailed,
+    error_body,
+    error_object,
+    failure_of,
+    is_html,
+    without_secrets,
+)
+from ctcgrpo.simulator.config import Calls, Endpoint
+from ctcgrpo.types import Message
+from ctcgrpo.util.proxies import proxy_of, through_proxy
+
+MOST_BYTES = 8_000_000
+"""Of an answer's body, decompressed."""
+_AT_ONCE = 1.0
+"""Seconds: a connection that is closed sooner, without a byte of an answer, was closed before any work was done."""
+_REDIRECTS = 3
+_TEXTS = ("text", "output_text")
+_REASONING = ("reasoning_content", "reasoning")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCompletion:
+    """What an endpoint answered; `ended` is its finish reason (length: it ran into the limit on tokens; refusal). Tokens are 0
+    where it does not say how many, or says what cannot be. `note` says why there is no text where there is none."""
+
+    text: str
+    ended: str
+    prompt_tokens: int
+    completion_tokens: int
+    endpoint: str
+    note: str = ""
+
+
+class ChatClient:
+    """Calls to one endpoint, over one session, which is opened by the first. Raises RecipeError for a key that is not set."""
+
+    def __init__(self, settings: Endpoint, calls: Calls) -> None:
+        self._settings, self._calls = settings, calls
+        self._headers = settings.sent_headers(os.environ)
+        self._secrets = sorted({os.environ[name] for name in settings.secrets}, key=len, reverse=True)
+        self._proxy = proxy_of(settings.url)
+        self._via = through_proxy(settings.url)
+        self._session: aiohttp.ClientSession | None = None
+        named = [f"key_env: {settings.key_env}"] if settings.key_env else []
+        named += [f"headers: {', '.join(settings.headers)}"] if settings.headers else []
+        self._key = ", ".join(named) or "no key_env is set for this endpoint"
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def complete(self, messages: Sequence[Message], seed: int, schema: Mapping[str, Any]) -> ChatCompletion:
+        """Raises CallFailed. Whoever calls bounds the time."""
+        body = self.request(messages, seed, schema)
+        try:
+            status, headers, text = await self._post(body)
+            if not 200 <= status < 300:
+                said = error_body(text)
+                said = replace(said, message=said.message + self._via) if status >= 500 else said
+                raise failure_of(status, headers, said, sent=body, key=self._key)
+            return self._completion(text, headers, body)
+        except CallFailed as error:
+            shown = without_secrets(" ".join(str(error).split()), self._secrets)
+            raise CallFailed(error.result, shown, wait=error.wait, paid=error.paid) from None
+
+    def request(self, messages: Sequence[Message], seed: int, schema: Mapping[str, Any]) -> dict[str, Any]:
+        """The request's body; what is None is not sent."""
+        calls, settings = self._calls, self._settings
+        formats: dict[str, Any] = {
+            "json_schema": {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}},
+            "json_object": {"type": "json_object"},
+            "text": None,
+        }
+        renamed = calls.max_completion_tokens is not None or settings.extra_body.get("max_completion_tokens") is not None
+        fields = {
+            "model": settings.model,
+            "messages": list(messages),
+            "temperature": calls.temperature,
+            "top_p": calls.top_p,
+            "max_tokens": None if renamed else calls.max_tokens,
+            "max_completion_tokens": calls.max_completion_tokens,
+            "seed": seed % 2**31 if settings.seed else None,
+            "response_format": formats[settings.output],
+            **settings.extra_body,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+    async def _post(self, body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], str]:
+        """Status, headers and text of the answer."""
+        if self._session is None:
+            # Certificates of the system, and certifi's where it has none.
+            context = ssl.create_default_context()
+            context.load_verify_locations(certifi.where())
+            connector = aiohttp.TCPConnector(limit=0, ssl=context)
+            self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+        url = self._settings.chat_url
+        started, answered = time.monotonic(), False
+        try:
+            for _ in range(_REDIRECTS):
+                async with self._session.post(
+                    url, json=body, headers=self._headers, proxy=self._proxy, allow_redirects=False
+                ) as response:
+                    answered = True
+                    onward = urljoin(url, response.headers.get("location", ""))
+                    if response.status in (307, 308) and urlsplit(onward)[:2] == urlsplit(url)[:2]:
+                        url = onward
+                        continue
+                    return response.status, response.headers, await _text(response)
+            raise CallFailed("refused", f"it redirects more than {_REDIRECTS} times, last to {url}")
+        except (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError) as error:
+            raise CallFailed("unreachable", f"cannot connect{self._via}: {error}") from None
+        except aiohttp.ClientPayloadError as error:
+            raise CallFailed("disconnected", f"its answer broke off or cannot be decoded: {error}", paid=True) from None
+        except (aiohttp.ClientError, OSError) as error:
+            late = answered or time.monotonic() - started > _AT_ONCE
+            what = str(error) or type(error).__name__
+            raise CallFailed(
+                "disconnected", f"it closed the connection without an answer{self._via} ({what})", paid=late
+            ) from None
+
+    def _completion(self, text: str, headers: Mapping[str, str], sent: Mapping[str, Any]) -> ChatCompletion:
+        if is_html(text):
+            raise CallFailed("malformed", f"it answered with {error_body(text).message}")
+        streamed = "event-stream" in headers.get("content-type", "") or text.lstrip().startswith("data:")
+        if streamed:
+            raise CallFailed("malformed", "it answered with a stream, which was not asked for", paid=True)
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError):
+            raise CallFailed(
+                "malformed", f"its answer is not JSON: {error_body(text).message or 'empty'}", paid=True
+            ) from None
+        if not isinstance(data, Mapping):
+            raise CallFailed("malformed", f"expected a chat completion, got {error_object(data).message}", paid=True)
+        choices = data.get("choices")
+        choice = _first(choices)
+        usage = data.get("usage")
+        for error in (data.get("error"), choice.get("error")):
+            if error:
+                said = error_object(error)
+                failed = failure_of(said.status or 502, headers, said, sent=sent, key=self._key)
+                raise CallFailed(failed.result, f"an error within HTTP 200: {failed}", wait=failed.wait, paid=bool(usage))
+        if not choice:
+            got = error_object(data).message if "choices" not in data else f"choices: {json.dumps(choices)[:100]}"
+            raise CallFailed("malformed", f"expected a chat completion, got {got}", paid=True)
+        message = choice.get("message")
+        if not isinstance(message, Mapping):
+            raise CallFailed("malformed", f"expected choices[0].message, got {json.dumps(choice)[:200]}", paid=True)
+        ended = str(choice.get("finish_reason"))
+        said_text = _content(message.get("content"))
+        refusal = message.get("refusal")
+        note = ""
+        if not said_text.strip():
+            if isinstance(refusal, str) and refusal.strip():
+                ended, note = "refusal", error_body(refusal).message
+            else:
+                note = _why_empty(message, ended)
+        counted = usage if isinstance(usage, Mapping) else {}
+        tokens = [_count(counted.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+        if None in tokens or not tokens[0]:
+            tokens = [0, 0]
+        return ChatCompletion(
+            text=self._without_key(said_text.encode("utf-8", "replace").decode()),
+            ended=ended,
+            prompt_tokens=tokens[0] or 0,
+            completion_tokens=tokens[1] or 0,
+            endpoint=self._settings.label,
+            note=self._without_key(note),
+        )
+
+    def _without_key(self, text: str) -> str:
+        """A model's own words: they go into traces and pages. A short secret stands for none (EMPTY), and may be a word."""
+        for secret in self._secrets:
+            text = text.replace(secret, "[key]") if len(secret) >= 8 else text
+        return text
+
+
+async def _text(response: aiohttp.ClientResponse) -> str:
+    parts, size = [], 0
+    async for part in response.content.iter_chunked(1 << 16):
+        size += len(part)
+        if size > MOST_BYTES:
+            raise CallFailed(
+                "malformed", f"HTTP {response.status}: its answer is larger than {MOST_BYTES // 1_000_000} MB", paid=True
+            )
+        parts.append(part)
+    raw = b"".join(parts)
+    try:
+        return raw.decode(
+            "utf-8-sig" if (response.charset or "utf-8").lower() in ("utf-8", "utf8") else response.charset or ""
+        )
+    except (UnicodeDecodeError, LookupError):
+        return raw.decode("utf-8-sig", "replace")
+
+
+def _first(choices: Any) -> Mapping[str, Any]:
+    """The choice with the lowest index; nothing where there is none."""
+    found = [choice for choice in choices if isinstance(choice, Mapping)] if isinstance(choices, list) else []
+    numbered = [choice for choice in found if choice.get("index") == 0]
+    return next(iter([*numbered, *found]), {})
+
+
+def _content(content: Any) -> str:
+    """Text of a message; some providers give it in parts, thoughts among them."""
+    if isinstance(content, str):
+        return content
+    parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+    return "".join(str(part.get("text") or "") for part in parts if part.get("type", "text") in _TEXTS)
+
+
+def _why_empty(message: Mapping[str, Any], ended: str) -> str:
+    reasoned = next((name for name in _REASONING if message.get(name)), None)
+    if reasoned is not None and ended == "length":
+        return (
+            f"the whole limit on tokens went into {reasoned}, and content is empty; raise max_tokens, or turn reasoning off "
+            "(extra_body: {chat_template_kwargs: {enable_thinking: false}})"
+        )
+    if reasoned is not None:
+        return (
+            f"content is empty, and the text is in {reasoned}; start the server without a reasoning parser, or turn reasoning on "
+            "where the server parses it and off where it does not (extra_body: {chat_template_kwargs: {enable_thinking: ...}})"
+        )
+    if message.get("tool_calls") or message.get("function_call"):
+        return "content is empty: it called a tool, and none was offered; try output: json_object or text"
+    return f"content is empty (finish_reason {ended})"
+
+
+def _count(value: Any) -> int | None:
+    """A number of tokens; None for what is none."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 12:
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if 0 <= value < 1e12 and value == value // 1 else None

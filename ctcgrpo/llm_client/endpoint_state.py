@@ -1,0 +1,126 @@
+"""One endpoint with its limits, and whether it may be asked now: it is unavailable while it told us to wait, while its circuit
+breaker is open, and while it refuses every request."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import time
+from typing import Literal
+
+from aiolimiter import AsyncLimiter
+
+from ctcgrpo.llm_client.calls import ChatClient
+from ctcgrpo.llm_client.reasons import LONGEST_WAIT, CallFailed, Result
+from ctcgrpo.simulator.config import Calls, Endpoint
+
+State = Literal["ready", "cooling_down", "open"]
+_DIALOGUES_FORBIDDEN = 3
+"""Dialogues that were refused with 403, none answered between them: then it is not what they say that is refused."""
+
+
+class EndpointState:
+    """Raises RecipeError for a key that is not set."""
+
+    def __init__(self, settings: Endpoint, calls: Calls) -> None:
+        self.settings = settings
+        self.name = settings.label
+        self.client = ChatClient(settings, calls)
+        self.slots = asyncio.Semaphore(settings.concurrency)
+        self._requests = _limiter(settings.requests_per_minute)
+        self._tokens = _limiter(settings.tokens_per_minute)
+        self._mean_tokens = 2000.0
+        self.unavailable_until = 0.0
+        """On time.monotonic()'s clock."""
+        self.problem = ""
+        """What kept it from answering last."""
+        self.probing = False
+        self.opened = 0
+        """How often in a row its breaker opened."""
+        self._result: Result | None = None
+        self._failures = 0
+        self._forbidden: set[str] = set()
+        self._has_answered = False
+
+    def rank(self, key: str) -> float:
+        """Weighted rendezvous hashing: the endpoint with the highest rank is a dialogue's own."""
+        digest = hashlib.sha256(f"{self.settings.url}|{self.settings.model}|{key}".encode()).digest()
+        return -self.settings.weight / math.log((int.from_bytes(digest[:8], "big") + 1) / (2**64 + 2))
+
+    @property
+    def ready(self) -> bool:
+        """Whether it may be asked now; of an open breaker, once its time is over, by one call at a time."""
+        return time.monotonic() >= self.unavailable_until and not (self.opened and self.probing)
+
+    @property
+    def state(self) -> State:
+        return "open" if self.opened else "ready" if self.ready else "cooling_down"
+
+    @property
+    def full(self) -> bool:
+        return self.slots.locked()
+
+    @property
+    def out_of_quota(self) -> bool:
+        return self._result == "quota"
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether waiting mends nothing: there is no quota, or a key that never worked."""
+        return self.out_of_quota or (self._result == "key_refused" and not self._has_answered)
+
+    @property
+    def may_return(self) -> bool:
+        """Whether it is worth waiting for longer than a turn: not for a wrong key, or a url or model that was never found."""
+        return not self.hopeless and (self._has_answered or self._result != "not_found")
+
+    async def within_limits(self) -> None:
+        if self._requests is not None:
+            await self._requests.acquire()
+        if self._tokens is not None:
+            await self._tokens.acquire(min(self._mean_tokens, self._tokens.max_rate))
+
+    def succeeded(self, tokens: int) -> None:
+        self._is_alive()
+        self._has_answered = True
+        if time.monotonic() >= self.unavailable_until:  # else the reason holds: this call began before it
+            self._result, self.problem = None, ""
+        self._mean_tokens += 0.05 * (tokens - self._mean_tokens)
+
+    def _is_alive(self) -> None:
+        self._failures = self.opened = 0
+        self._forbidden.clear()
+
+    def failed(self, failure: CallFailed, *, dialogue: str, probe: bool) -> None:
+        """`probe`: the call was made to see whether an open breaker may close."""
+        if failure.result == "waiting":
+            return
+        if failure.result == "refused":  # of this request, by an endpoint that works
+            self._is_alive()
+            return
+        self.problem, self._result = str(failure), failure.result
+        if failure.wait is not None:
+            self._cool_down(failure.wait)
+        if failure.result == "rate_limited":
+            return
+        if failure.result == "quota":
+            self._cool_down(LONGEST_WAIT)
+            return
+        if failure.result == "forbidden":
+            self._forbidden.add(dialogue)
+            opens = len(self._forbidden) >= _DIALOGUES_FORBIDDEN
+        else:
+            self._failures += 1
+            opens = failure.result in ("key_refused", "not_found") or self._failures >= self.settings.breaker_failures
+        # Calls that were under way when it opened say nothing new.
+        if probe or (opens and not self.opened):
+            self.opened += 1
+            self._cool_down(min(LONGEST_WAIT, self.settings.breaker_seconds * 2 ** (self.opened - 1)))
+
+    def _cool_down(self, seconds: float) -> None:
+        self.unavailable_until = max(self.unavailable_until, time.monotonic() + seconds)
+
+
+def _limiter(per_minute: int | None) -> AsyncLimiter | None:
+    return None if per_minute is None else AsyncLimiter(per_minute, 60)

@@ -1,0 +1,287 @@
+"""Getting one chat completion out of several OpenAI-compatible endpoints, or the reason why there is none.
+
+A dialogue stays with the endpoint that knows its prefix (weighted rendezvous hashing over the scenario) and moves on when that one
+is full, refuses the request, told us to wait (Retry-After), or failed so often in a row that its circuit breaker is open. While all
+are unavailable, a request waits for as long as its `patience` allows, beyond its deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ctcgrpo.errors import BudgetSpent, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.llm_client.account import Account, Spent, cost
+from ctcgrpo.llm_client.calls import ChatCompletion
+from ctcgrpo.llm_client.endpoint_state import EndpointState, State
+from ctcgrpo.llm_client.reasons import CallFailed
+from ctcgrpo.simulator.config import Calls, Price
+from ctcgrpo.types import Message
+
+_LONGEST_PAUSE = 30.0
+_SHORTEST_CALL = 0.05
+"""Seconds: with less than this left, a call is not begun."""
+_MOMENT = 1.0
+"""Seconds: an outage is longer."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CallRecord:
+    """One call, for logs and metrics: `result` is ok, or what went wrong in a word."""
+
+    endpoint: str
+    result: str
+    seconds: float
+    spent: Spent
+
+
+class Deadline:
+    """Until when a request is to be answered, on time.monotonic()'s clock; it moves on while every endpoint is unavailable."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.at = time.monotonic() + seconds
+        self.waited = 0.0
+        """Seconds that it moved by."""
+        self.held_up_by = "it had no time left"
+        """Why an endpoint was not asked."""
+
+    def left(self) -> float:
+        return self.at - time.monotonic()
+
+    def wait(self, seconds: float, then: float) -> None:
+        """Move it by the seconds that are waited now, and leave `then` seconds for a call after them."""
+        moved = max(self.at + seconds, time.monotonic() + seconds + then)
+        self.waited += moved - self.at
+        self.at = moved
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """Every endpoint is unavailable: for how many more seconds, and why."""
+
+    seconds: float
+    reason: str
+
+    def __str__(self) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(time.time() + self.seconds))
+        return f"every LLM endpoint is unavailable, the next attempt is at {clock} (in {self.seconds:.0f} s): {self.reason}"
+
+
+class EndpointPool:
+    """All endpoints that are asked for the same. `on_call` sees every call that was made, `say` hears when all are unavailable."""
+
+    def __init__(
+        self,
+        calls: Calls,
+        account: Account,
+        on_call: Callable[[CallRecord], None] = lambda record: None,
+        say: Callable[[str], None] = _log.warning,
+    ) -> None:
+        self._lines = [EndpointState(settings, calls) for settings in calls.endpoints]
+        self._calls = calls
+        self._account = account
+        self._on_call, self._say = on_call, say
+        self._said_until = 0.0
+        self._random = random.Random()  # of its own: training's random state must not depend on retries
+
+    async def close(self) -> None:
+        for line in self._lines:
+            await line.client.close()
+
+    def is_ready(self) -> bool:
+        """Whether any endpoint may be asked now."""
+        return any(line.ready for line in self._lines)
+
+    def spent(self) -> Mapping[str, Any]:
+        return self._account.summary()
+
+    def states(self) -> dict[str, State]:
+        """How each endpoint is: open says that its breaker keeps calls from it."""
+        return {line.name: line.state for line in self._lines}
+
+    def outage(self) -> Outage | None:
+        """None while one may be asked, or is being asked whether it is back."""
+        now = time.monotonic()
+        seconds = min((line.unavailable_until for line in self._lines if not line.hopeless), default=now) - now
+        return None if seconds <= 0 or self.is_ready() else Outage(seconds, self._reasons())
+
+    async def complete(
+        self, messages: Sequence[Message], *, dialogue: str, seed: int, schema: dict[str, Any], deadline: Deadline
+    ) -> ChatCompletion:
+        """A completion before `deadline`.
+
+        Raises SimulatorTransportError when there was none by then, SimulatorReplyError for a request that every endpoint refuses,
+        BudgetSpent where it cannot be paid for: the budget is spent, or no provider has quota left.
+        """
+        problems: list[str] = []
+        tries: Counter[str] = Counter()
+        refused: dict[str, str] = {}
+        while len(refused) < len(self._lines):
+            lines = [line for line in self._lines if line.name not in refused]
+            if problems and all(line.hopeless for line in lines):
+                self._give_up(lines)
+            self._mind_the_time(0, deadline, problems)
+            rounds = min(tries[line.name] for line in lines)
+            if rounds and any(line.ready for line in lines):
+                pause = min(_LONGEST_PAUSE, 0.25 * 2 ** min(rounds, 8)) * self._random.uniform(0.5, 1.5)
+                await self._sleep(pause, deadline, problems)
+            line = await self._choose(lines, dialogue, tries, deadline, problems)
+            # Nothing is awaited between the choice and this: of an open breaker one call finds out whether it may close.
+            probe = line.probing = bool(line.opened)
+            tries[line.name] += 1
+            try:
+                return await self._attempt(line, messages, seed, schema, deadline, probe=probe)
+            except CallFailed as problem:
+                line.failed(problem, dialogue=dialogue, probe=probe)
+                if problem.result == "waiting":  # it was not asked
+                    tries[line.name] -= 1
+                    deadline.held_up_by = f"{line.name}: {problem}"
+                    continue
+                problems.append(f"{line.name}: {problem}")
+                if problem.result in ("refused", "forbidden"):
+                    refused[line.name] = str(problem)
+            finally:
+                if probe:
+                    line.probing = False
+        raise SimulatorReplyError("; ".join(f"{name} refused the request: {said}" for name, said in refused.items()))
+
+    async def _choose(
+        self, lines: Sequence[EndpointState], dialogue: str, tries: Counter[str], deadline: Deadline, problems: list[str]
+    ) -> EndpointState:
+        """The dialogue's endpoint, or the next in its order that is ready and has room, those first that it tried least; waits
+        where none is ready."""
+        order = sorted(lines, key=lambda line: (tries[line.name], -line.rank(dialogue)))
+        while True:
+            ready = [line for line in order if line.ready]
+            if ready:
+                return next((line for line in ready if not line.full), ready[0])
+            awaited = [line for line in order if not line.hopeless]
+            if not awaited:
+                self._give_up(order)
+            soonest = min(line.unavailable_until for line in awaited) - time.monotonic()
+            pause = max(0.05, soonest) + self._random.uniform(0, 0.05)
+            if deadline.left() > pause + _SHORTEST_CALL:
+                await self._wait(pause)
+            elif (
+                soonest > _MOMENT
+                and any(line.may_return for line in awaited)
+                and deadline.waited + pause <= self._calls.patience
+            ):
+                deadline.wait(pause, then=min(deadline.seconds, max(line.settings.timeout for line in awaited)))
+                await self._wait(pause)
+            elif deadline.waited:
+                raise SimulatorTransportError(
+                    f"every endpoint stays unavailable: waited for {deadline.waited:.0f} s, and the next attempt, in "
+                    f"{soonest:.0f} s, is beyond patience ({self._calls.patience:g} s): {self._reasons()}"
+                )
+            else:
+                self._mind_the_time(pause, deadline, problems)
+
+    async def _wait(self, seconds: float) -> None:
+        """Sleep, and say why where all are unavailable for longer than a moment; once for each outage."""
+        outage = self.outage()
+        if outage is not None and outage.seconds > _MOMENT and time.monotonic() >= self._said_until:
+            self._said_until = time.monotonic() + outage.seconds
+            self._say(str(outage))
+        await asyncio.sleep(seconds)
+
+    def _give_up(self, lines: Sequence[EndpointState]) -> None:
+        """None of them will answer, however long one waits."""
+        if any(line.out_of_quota for line in lines):
+            raise BudgetSpent(f"no provider has quota left: {self._reasons()}; top up the provider's account")
+        raise SimulatorTransportError(f"no endpoint can be used: {self._reasons()}")
+
+    def _reasons(self) -> str:
+        return "; ".join(f"{line.name}: {line.problem}" for line in self._lines if line.problem)
+
+    async def _sleep(self, seconds: float, deadline: Deadline, problems: Sequence[str]) -> None:
+        self._mind_the_time(seconds, deadline, problems)
+        await asyncio.sleep(seconds)
+
+    def _mind_the_time(self, seconds: float, deadline: Deadline, problems: Sequence[str]) -> None:
+        """Raises SimulatorTransportError where so many seconds leave no time for a call."""
+        if seconds + _SHORTEST_CALL >= deadline.left():
+            last = next(iter(problems[-1:]), self._reasons() or deadline.held_up_by)
+            attempts = f"{len(problems)} attempts" if len(problems) != 1 else "1 attempt"
+            raise SimulatorTransportError(f"no endpoint answered within {deadline.seconds:g} s ({attempts}, last: {last})")
+
+    async def _attempt(
+        self,
+        line: EndpointState,
+        messages: Sequence[Message],
+        seed: int,
+        schema: dict[str, Any],
+        deadline: Deadline,
+        *,
+        probe: bool,
+    ) -> ChatCompletion:
+        most = self._most(messages, line.settings.price)
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(deadline.left() - _SHORTEST_CALL):
+                    await stack.enter_async_context(line.slots)
+                    await line.within_limits()
+            except TimeoutError:
+                raise CallFailed("waiting", "its limits left no room before the deadline") from None
+            if not line.ready and not probe:  # others were told to stay away while this one waited
+                raise CallFailed("waiting", line.problem)
+            asked = time.monotonic()
+            booking = await stack.enter_async_context(self._account.booking(most, deadline.left() - _SHORTEST_CALL))
+            started = time.monotonic()
+            timeout = min(deadline.left(), line.settings.timeout)
+            # So little of the budget is left that calls go one by one, and wait for longer than they have time.
+            held_up = self._account.is_limited and started - asked > timeout
+            if timeout < _SHORTEST_CALL:
+                booking.cost = Spent()
+                if held_up:
+                    raise BudgetSpent(self._account.explain())
+                raise CallFailed("waiting", "no time was left for a call")
+            result = "cancelled"
+            try:
+                async with asyncio.timeout(timeout):
+                    answer = await line.client.complete(messages, seed, schema)
+                if not _plausible(answer, most):
+                    answer = replace(answer, prompt_tokens=0, completion_tokens=0)
+                elif answer.prompt_tokens:
+                    booking.cost = _spent(answer.prompt_tokens, answer.completion_tokens, line.settings.price)
+                line.succeeded(booking.cost.tokens)
+                result = "ok"
+                return answer
+            except TimeoutError:
+                result = "timeout"
+                if held_up:
+                    raise BudgetSpent(self._account.explain()) from None
+                raise CallFailed("timeout", f"no answer within {timeout:.1f} s", paid=True) from None
+            except CallFailed as problem:
+                result = problem.result
+                if not problem.paid:
+                    booking.cost = Spent()
+                raise
+            finally:
+                self._on_call(CallRecord(line.name, result, time.monotonic() - started, booking.cost))
+
+    def _most(self, messages: Sequence[Message], price: Price) -> Spent:
+        """The most that a call can cost: no byte-level vocabulary makes more tokens than bytes."""
+        size = sum(len(message["content"].encode("utf-8", "replace")) + 16 for message in messages)
+        return _spent(size, self._calls.most_tokens, price)
+
+
+def _plausible(answer: ChatCompletion, most: Spent) -> bool:
+    """Whether an endpoint's count of tokens can be true; templates and reasoning may take more than what was reckoned with. Where
+    it cannot, or there is none, a call is booked with the most that it can have cost."""
+    return answer.prompt_tokens <= 2 * most.prompt_tokens + 10_000 and (
+        answer.completion_tokens <= 10 * most.completion_tokens + 100_000
+    )
+
+
+def _spent(prompt_tokens: int, completion_tokens: int, price: Price) -> Spent:
+    return Spent(1, prompt_tokens, completion_tokens, cost(price, prompt_tokens, completion_tokens))

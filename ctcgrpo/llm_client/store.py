@@ -1,0 +1,159 @@
+"""What a simulator server keeps on disk: answers already paid for, and counters. LMDB: whole after a kill, shared by the
+processes of a machine (not over a network file system)."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from ctcgrpo.errors import OutputError
+from ctcgrpo.llm_client import store_check
+from ctcgrpo.llm_client.owners import Owner
+from ctcgrpo.llm_client.store_check import seal, unseal
+
+_MOVE_AWAY = (
+    "try moving the folder away: its answers are asked for, and paid for, again, and what was spent so far is lost to the account "
+    "(lower the budget by it)"
+)
+_ADVICE = "try making room there, or another folder (store)"
+_LEAST_ROOM = 32_768
+"""Bytes free on the disk: with less, making LMDB's lock file ends the process with SIGBUS."""
+_SLOWEST = 5_000_000
+"""Bytes a second at which a store is read."""
+_log = logging.getLogger(__name__)
+
+
+class Counters:
+    """JSON values by name, within one transaction. `owner` is this process among those that share the store."""
+
+    def __init__(self, transaction: lmdb.Transaction, owner: Owner) -> None:
+        self._transaction = transaction
+        self.owner = owner
+
+    def get(self, name: str) -> dict[str, Any]:
+        """Empty for one that was never put. Raises OutputError for one that is damaged."""
+        return _read_counter(self._transaction, name)
+
+    def put(self, name: str, value: dict[str, Any]) -> None:
+        key = name.encode()
+        self._transaction.put(key, seal(key, json.dumps(value).encode()))
+
+
+class Store:
+    """A folder with one LMDB environment. Raises OutputError where it cannot be had, or is damaged; LMDB's own errors never leave
+    it."""
+
+    def __init__(self, folder: Path, *, map_size: int = store_check.MAP_SIZE) -> None:
+        """`map_size`: the most bytes that its file may grow to."""
+        self._folder = folder
+        self._owner: Owner | None = None
+        with self._errors("use"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            disk = os.statvfs(folder)
+            if disk.f_bavail * disk.f_frsize < _LEAST_ROOM:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if (folder / "data.mdb").exists():
+                _check(folder)
+            # Without fsync a killed process loses nothing; only a machine that loses power does.
+            self._env = lmdb.open(str(folder), map_size=map_size, sync=False, max_dbs=len(store_check.DATABASES))
+            self._env.reader_check()  # forgets readers that were killed: they keep pages from being used again
+            with self._env.begin(write=True) as transaction:
+                self._answers, self._counters = (self._env.open_db(name, txn=transaction) for name in store_check.DATABASES)
+
+    def get(self, key: bytes) -> bytes | None:
+        """None for an answer that is not there, or is damaged. Raises OutputError for a store that cannot be read."""
+        with self._errors("read"), self._env.begin(db=self._answers) as transaction:
+            found: bytes | None = transaction.get(key)
+        if found is None:
+            return None
+        value = unseal(key, found)
+        if value is None:
+            _log.warning("store: an answer in %s is damaged, and is asked for again", self._folder)
+        return value
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Raises OutputError where it cannot be kept, for example on a full disk."""
+        with self._errors("write to"), self._env.begin(db=self._answers, write=True) as transaction:
+            transaction.put(key, seal(key, value))
+
+    def counter(self, name: str) -> dict[str, Any]:
+        """Empty for one that was never kept. Raises OutputError for a store that cannot be read."""
+        with self._errors("read"), self._env.begin(db=self._counters) as transaction:
+            return _read_counter(transaction, name)
+
+    @contextmanager
+    def counters(self) -> Iterator[Counters]:
+        """To read and change counters: one transaction over all processes, undone by an error. Raises OutputError where they cannot
+        be read or kept."""
+        with self._errors("write to"), self._env.begin(db=self._counters, write=True) as transaction:
+            if self._owner is None:  # within the transaction: one process at a time
+                self._owner = Owner(self._folder / "owners")
+            yield Counters(transaction, self._owner)
+
+    @contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        """Raises OutputError for what LMDB and the file system raise within."""
+        try:
+            yield
+        except OutputError:
+            raise
+        except (lmdb.CorruptedError, lmdb.PageNotFoundError) as error:
+            raise OutputError(f"store: cannot {what} {self._folder}: data.mdb is damaged: {error}; {_MOVE_AWAY}") from None
+        except (lmdb.Error, OSError) as error:
+            raise OutputError(f"store: cannot {what} {self._folder}: {error}; {_ADVICE}") from None
+
+    def close(self) -> None:
+        self._env.close()
+        if self._owner is not None:
+            self._owner.close()
+            self._owner = None
+
+
+def _read_counter(transaction: lmdb.Transaction, name: str) -> dict[str, Any]:
+    found = transaction.get(name.encode())
+    if found is None:
+        return {}
+    value = unseal(name.encode(), bytes(found))
+    if value is None:
+        raise OutputError(f"store: data.mdb is damaged: {name} cannot be read; {_MOVE_AWAY}")
+    read: dict[str, Any] = json.loads(value)
+    return read
+
+
+def _check(folder: Path) -> None:
+    """In a process of its own, which damage may end. Raises OutputError for a store that is damaged or cannot be opened."""
+    seconds = 60 + (folder / "data.mdb").stat().st_size / _SLOWEST
+    command = [sys.executable, "-P", store_check.__file__, str(folder)]
+    try:
+        checked = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise OutputError(f"store: {folder}: data.mdb could not be read within {seconds:.0f} s; {_MOVE_AWAY}") from None
+    if checked.returncode == 0:
+        return
+    said = " ".join(checked.stdout.split())
+    if checked.returncode < 0:  # a signal
+        said = said or f"data.mdb is damaged: reading it ended a process with {signal.Signals(-checked.returncode).name}"
+    elif checked.returncode != store_check.DAMAGED:
+        raise OutputError(f"store: {folder}: cannot be opened: {said or checked.stderr.strip()[-300:]}; {_ADVICE}")
+    raise OutputError(f"store: {folder}: {said}; {_MOVE_AWAY}")
+
+
+def content_key(*parts: str) -> bytes:
+    """A key of 32 bytes that depends on every part and on where each ends."""
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = part.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    return digest.digest()

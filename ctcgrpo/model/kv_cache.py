@@ -1,0 +1,119 @@
+"""Keys and values of several dialogues, each in a slot: written and read by the model's attention (policy/attention.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ctcgrpo.errors import RunInterrupted
+from ctcgrpo.model.attention import Layout, masked_attention
+
+_BLOCK = 64
+"""Room grows, and attention reads, in steps of so many tokens."""
+
+
+class KvCache:
+    """A tensor (slots, key heads, room, D) of keys and one of values a layer, made when a layer first writes."""
+
+    def __init__(self) -> None:
+        self.slots = self.room = 0
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def reserve(self, slots: int, tokens: int) -> None:
+        """Room for at least so many slots and tokens in each; what is there stays."""
+        if slots <= self.slots and tokens <= self.room:
+            return
+        if slots > self.slots:
+            self.slots = max(slots, min(2 * self.slots, slots + 16))
+        if tokens > self.room:
+            self.room = -(-tokens // _BLOCK) * _BLOCK
+        for index in self._layers:  # one at a time: the old ones make room
+            self._layers[index] = tuple(map(self._grown, self._layers[index]))  # type: ignore[assignment]
+
+    def _grown(self, old: torch.Tensor) -> torch.Tensor:
+        new = old.new_zeros(self.slots, old.shape[1], self.room, old.shape[3])
+        new[: old.shape[0], :, : old.shape[2]] = old
+        return new
+
+    def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a layer keeps, made like its first key and value."""
+        if index not in self._layers:
+            # Zeros: what nobody may see is masked, but a NaN there would come through.
+            key, value = (x.new_zeros(self.slots, x.shape[1], self.room, x.shape[3]) for x in (key, value))
+            self._layers[index] = key, value
+        return self._layers[index]
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """The first tokens of one slot to another."""
+        for kept in self._layers.values():
+            for x in kept:
+                x[target, :, :tokens] = x[source, :, :tokens]
+
+    def swap(self, a: int, b: int) -> None:
+        for kept in self._layers.values():
+            for x in kept:
+                x[[a, b]] = x[[b, a]]
+
+
+class CacheLayout(Layout):
+    """R rows of T new tokens each, written to and reading from the cache.
+
+    `slots`: (R,) the row's slots, or their number for the first so many, which are read in place; `positions` (R, T): where
+    each new token stands in its slot, behind all that it sees. Rows of fewer tokens have their padding at the position behind their
+    last, which nobody sees before another token overwrites it.
+    """
+
+    def __init__(
+        self,
+        cache: KvCache,
+        slots: Sequence[int] | int,
+        positions: torch.Tensor,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`interrupted` is asked in each layer; once it holds, the forward pass ends with RunInterrupted."""
+        self._cache = cache
+        self._interrupted = interrupted
+        device = positions.device
+        self._rows = torch.arange(slots, device=device) if isinstance(slots, int) else torch.tensor(slots, device=device)
+        self._read: slice | torch.Tensor = slice(0, slots) if isinstance(slots, int) else self._rows
+        self._positions = positions
+        self._width = min(cache.room, -(-(int(positions.max()) + 1) // _BLOCK) * _BLOCK)
+        self._masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = {}
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        if self._interrupted():  # a slow machine takes minutes for a forward pass over long prompts
+            raise RunInterrupted("interrupted in the middle of a forward pass")
+        keys, values = self._cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
+        at = (self._rows.unsqueeze(1), slice(None), self._positions)
+        keys[at], values[at] = key.transpose(1, 2), value.transpose(1, 2)
+        k, v = (x[self._read, :, : self._width] for x in (keys, values))
+        mask = self._mask(window, query.dtype)
+        rows, heads, new, channels = query.shape
+        if new == 1:  # heads that share keys become rows of one product
+            grouped = query.reshape(rows, k.shape[1], heads // k.shape[1], channels)
+            seen = scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+            return seen.reshape(rows, 1, heads, -1)
+        return masked_attention(query, k, v, mask, scale).transpose(1, 2)
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """(R, 1, T, width), 0 where a token sees what stands there, -inf elsewhere."""
+        if (window, dtype) not in self._masks:
+            there = torch.arange(self._width, device=self._positions.device)
+            here = self._positions.unsqueeze(-1)
+            seen = there <= here
+            if window is not None:
+                seen &= there > here - window
+            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+            self._masks[window, dtype] = mask.unsqueeze(1)
+        return self._masks[window, dtype]

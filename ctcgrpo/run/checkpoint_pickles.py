@@ -1,0 +1,100 @@
+"""Reading what torch.save wrote as data: a pickle may name any function to call, and run folders come from others too.
+
+transformers asks torch for weights only (`weights_only=True`). DeepSpeed asks for everything. Within `weights_only` nobody does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import TrainerState
+
+from ctcgrpo.errors import CtcGrpoError, OutputError
+from ctcgrpo.util.files import parse_json
+
+_RESTORING = ("load_state_dict", "_load_rng_state")
+"""Functions that put what torch.load read in its place. What they raise for a damaged file is of many types."""
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""torch.load heeds it before its own argument."""
+
+
+@contextlib.contextmanager
+def weights_only(checkpoint: Path) -> Iterator[None]:
+    """Within it torch.load, whoever calls it, restores tensors and plain values, and, for a checkpoint of DeepSpeed's, the three
+    classes that ZeRO keeps beside them. Raises OutputError for a damaged file, and for one that names anything else: nothing of it
+    has run."""
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(_zero_classes(checkpoint)):
+            yield
+    except pickle.UnpicklingError as error:
+        reason = next(
+            (line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), str(error)[:200]
+        )
+        raise OutputError(
+            f"{checkpoint}: a file holds more than weights and numbers ({reason.strip()}); it was not loaded. Remove the "
+            "folder to use an older checkpoint"
+        ) from None
+    except CtcGrpoError:
+        raise
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or not (isinstance(error, SafetensorError) or _while_reading(error)):
+            raise
+        reason = f"{type(error).__name__}: {str(error)[:200]}".rstrip(": ")
+        raise OutputError(
+            f"{checkpoint}: a file is damaged ({reason}); remove the folder to use an older checkpoint"
+        ) from None
+    finally:
+        if before is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = before
+
+
+def _while_reading(error: Exception) -> bool:
+    """Whether it comes from torch.load or from what puts its result in place, and not from the rest of a trainer's start."""
+    return any(
+        frame.f_globals.get("__name__") == "torch.serialization" or frame.f_code.co_name in _RESTORING
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+
+
+def refuse_damaged_state(checkpoint: Path) -> None:
+    """Raises OutputError for a checkpoint whose JSON files are not as transformers wrote them."""
+    for file in (checkpoint / "config.json", checkpoint / "adapter_config.json"):
+        if file.exists():
+            try:
+                found = parse_json(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                raise OutputError(
+                    f"{file}: cannot be read ({error}); remove {checkpoint} to use an older checkpoint"
+                ) from None
+            if not isinstance(found, dict):
+                raise OutputError(f"{file}: expected a JSON object; remove {checkpoint} to use an older checkpoint")
+    file = checkpoint / "trainer_state.json"
+    try:
+        steps = TrainerState.load_from_json(str(file)).global_step
+        problem = "" if type(steps) is int and steps >= 0 else f"global_step = {steps!r}; expected a number of steps"
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        problem = f"cannot be read ({str(error)[:200]})"
+    if problem:
+        raise OutputError(f"{file}: {problem}; remove {checkpoint} to use an older checkpoint")
+
+
+def _zero_classes(checkpoint: Path) -> list[Any]:
+    if not any(checkpoint.glob("global_step*")):
+        return []
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]

@@ -1,0 +1,79 @@
+"""What a run plays and starts from, in digests: so that a run that resumes can tell whether it is still the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ctcgrpo.environments.eibench.records import Scenario
+from ctcgrpo.types import Task
+from ctcgrpo.util.files import file_digest
+
+_LOADED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+"""Weights, configurations, tokenizers and templates."""
+
+SKIPPED = "skipped"
+"""The subject of data.json that names invalid records, by place, and says what is wrong with them."""
+
+
+def scenarios_digest(scenarios: Sequence[Scenario]) -> dict[str, str]:
+    """By id, in the order in which they are played: 12 hexadecimal digits of everything that a record says."""
+
+    def digest(scenario: Scenario) -> str:
+        record = {field.name: _plain(getattr(scenario, field.name)) for field in fields(scenario)}
+        return _short(json.dumps(record, sort_keys=True).encode())
+
+    return {scenario.id: digest(scenario) for scenario in scenarios}
+
+
+def tasks_digest(tasks: Sequence[Task]) -> dict[str, str]:
+    """By id, in order: 12 hexadecimal digits of everything that a task says."""
+    return {task.id: _short(json.dumps(_plain(task.data), sort_keys=True, default=str).encode()) for task in tasks}
+
+
+def folder_digest(folder: Path) -> dict[str, str]:
+    """By name: 12 hexadecimal digits of each file of a local model that is loaded; notes and cards beside them are not."""
+    files = sorted({file for pattern in _LOADED for file in folder.glob(pattern) if file.is_file()})
+    return {file.name: file_digest(file) for file in files}
+
+
+def data_changes(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """What differs between two records of digests, in words by subject: removed, added, altered, put in another order. Records that
+    were left out (SKIPPED) are no part of what the run plays: they may be removed or change."""
+    changes = []
+    for subject in dict.fromkeys([*old, *new]):
+        if subject == SKIPPED:
+            continue
+        before, after = old.get(subject, {}), new.get(subject, {})
+        if not isinstance(before, Mapping):  # of a file that was edited
+            changes.append(f"{subject}: recorded as {str(before)[:40]!r}; expected digests by name")
+            continue
+        sets = {
+            "removed": [k for k in before if k not in after],
+            "added": [k for k in after if k not in before],
+            "altered": [k for k in after if k in before and after[k] != before[k]],
+        }
+        found = [
+            f"{len(names)} {how} ({', '.join([*names[:3], *['...'] * (len(names) > 3)])})"
+            for how, names in sets.items()
+            if names
+        ]
+        if not found and list(before) != list(after):
+            found = ["in another order"]
+        if found:
+            changes.append(f"{subject}: {', '.join(found)}")
+    return changes
+
+
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

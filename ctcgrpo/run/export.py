@@ -1,0 +1,231 @@
+"""A trained policy to take home: adapters merged, ZeRO's shards joined, in safetensors, with a card that says what was measured."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ctcgrpo import __version__
+from ctcgrpo.environments.eibench.scenarios import described, load_scenarios
+from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError
+from ctcgrpo.evaluation.played import eibench_on, in_words, validation_settings
+from ctcgrpo.model.finite import refuse_nonfinite
+from ctcgrpo.policy.builtin import is_builtin, wheel_of
+from ctcgrpo.policy.loading import stop_ids
+from ctcgrpo.policy.model_wheel import Say
+from ctcgrpo.run.checkpoint_pickles import weights_only
+from ctcgrpo.run.folders import require_run
+from ctcgrpo.run.hub import hub_reason
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import resolved_recipe
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.run.run_records import Summary, disagreement, read_summary
+from ctcgrpo.run.settings import template_kwargs
+from ctcgrpo.run.validation import read_validations
+from ctcgrpo.simulator import about
+from ctcgrpo.types import NO_TAG
+from ctcgrpo.util.files import checkpoints, disk_problem, is_complete, missing_in
+
+Dtype = Literal["bfloat16", "float32"]
+
+
+def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat16", say: Say = lambda _: None) -> Path:
+    """Write a policy of a run to `out`: `which` is final, best, or the number of a checkpoint (its optimizer steps).
+
+    Adapters are merged, and shards joined, in float32, then rounded to `dtype`. What was written is loaded again, and its
+    log-probabilities are compared with the trained policy's. Raises OutputError for a run or checkpoint that is not there or not
+    complete, where `out` exists or cannot be written, and where the figures for its card are damaged; PolicyError where the policy
+    cannot be loaded, has weights that are not finite, or is not what was written. A failed export leaves nothing behind.
+    """
+    folder = require_run(run)
+    if out.exists():
+        raise OutputError(f"{out} is there already; choose another with --out")
+    recipe = resolved_recipe(folder.recipe_file)
+    source = _source(folder, which)
+    card = model_card(recipe, _summary(folder, recipe), which=which)
+    base = folder.starting_policy(recipe, say)
+    try:
+        trained = _trained(source, base, recipe.policy.revision, dtype)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source if (source / "tokenizer_config.json").exists() else base, revision=recipe.policy.revision
+        )
+        refuse_nonfinite(trained, str(source))
+        wanted = _logprobs(trained, tokenizer)
+    except CtcGrpoError:
+        raise
+    except Exception as error:  # noqa: BLE001 - damaged files raise whatever their readers do (safetensors, tokenizers, torch)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise PolicyError(f"{source} cannot be loaded on {base!r}: {reason}") from None
+    model = (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained).to(getattr(torch, dtype))
+    del trained
+    model.generation_config = _generation(
+        recipe, sorted(stop_ids(base, tokenizer, recipe.policy.revision, template_kwargs(recipe)))
+    )
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        del model
+        _refuse_another_policy(partial, tokenizer, wanted, dtype)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        reason = disk_problem(error) or getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OutputError(f"cannot write {out}: {reason}; choose another folder with --out") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _summary(folder: RunFolder, recipe: Recipe) -> Summary | None:
+    """The figures of a run. Raises OutputError where its files are damaged: a card is not to publish a wrong one."""
+    summary = read_summary(folder.path, Summary)
+    if summary is None:
+        return None
+    if recipe.validation is None:
+        raise OutputError(f"{folder.path}: summary.json has figures, but recipe.yaml no validation section; one is damaged")
+    validations, problems = read_validations(folder.validation_file)
+    if told := next(iter(problems), None) or disagreement(summary, validations):
+        raise OutputError(f"{folder.path}: {told}; without summary.json the card says that nothing was measured")
+    return summary
+
+
+def push(folder: Path, repository: str, *, private: bool = True) -> str:
+    """Upload an export to the Hub; gives its address. Raises OutputError where the Hub refuses."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except Exception as error:  # noqa: BLE001 - what its HTTP library raises changes with it; the export is written in any case
+        raise OutputError(f"the Hub did not take {repository}: {hub_reason(error)}; {folder} stays as it is") from None
+    return f"https://huggingface.co/{repository}"
+
+
+def _source(folder: RunFolder, which: str) -> Path:
+    there = {"final": folder.final, "best": folder.best}
+    there |= {str(step): path for step, path in sorted(checkpoints(folder.path).items())}
+    complete = [name for name, path in there.items() if is_complete(path)]
+    if which not in complete:
+        lacks = missing_in(there[which]) if which in there and there[which].exists() else None
+        why = f" ({lacks})" if lacks else ""
+        raise OutputError(f"{folder.path} has no complete {which!r}{why}; it has {', '.join(complete) or 'nothing'}")
+    return there[which]
+
+
+_TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.1}
+"""How far log-probabilities may be off on the mean, in nats: what rounding weights does, far below what another policy is off."""
+
+
+@torch.no_grad()
+def _logprobs(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Log-probabilities of the tokens of a few personas, one after the other."""
+    model.eval()
+    found = []
+    for scenario in [*load_scenarios("english/test", "test")[:2], *load_scenarios("chinese/test", "test")[:1]]:
+        ids = torch.tensor([tokenizer.encode(scenario.policy_persona, add_special_tokens=False)[:256]])
+        scores = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+        found.append(scores.gather(-1, ids[0, 1:, None])[:, 0])
+    return torch.cat(found)
+
+
+def _refuse_another_policy(folder: Path, tokenizer: PreTrainedTokenizerBase, wanted: torch.Tensor, dtype: Dtype) -> None:
+    """Raises PolicyError where what was written to the folder is not the policy that was trained."""
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    apart = float((_logprobs(again, tokenizer) - wanted).abs().mean())
+    if not apart <= _TOLERANCE[dtype]:
+        raise PolicyError(
+            f"the export is not the trained policy: its log-probabilities are {apart:.3g} nats off on the mean, beyond "
+            f"{_TOLERANCE[dtype]:g} (--dtype {dtype}); nothing was written"
+        )
+
+
+def _trained(source: Path, base: str, revision: str | None, dtype: Dtype) -> PreTrainedModel | PeftModel:
+    """The policy in float32: whole, or as an adapter on its base."""
+    if (source / "adapter_config.json").exists():
+        model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
+        return PeftModel.from_pretrained(model, str(source))
+    shards = any(
+        source.glob("global_step*")
+    )  # DeepSpeed's own, with float32 masters; beside them lie weights rounded to bfloat16
+    if shards and _is_zero1(source):
+        if dtype == "float32":
+            raise PolicyError(
+                f"{source}: ZeRO-1 keeps its float32 masters in a form that cannot be joined; use --dtype bfloat16"
+            )
+    elif shards:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with weights_only(source):
+            state = get_fp32_state_dict_from_zero_checkpoint(str(source))
+        joined: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
+        missing, unexpected = joined.load_state_dict(state, strict=False)
+        joined.tie_weights()
+        tied = {"lm_head.weight"} if joined.config.tie_word_embeddings else set()
+        if set(missing) - tied or unexpected:
+            raise PolicyError(
+                f"{source}: its shards lack {sorted(set(missing) - tied)[:3]} or hold {sorted(unexpected)[:3]}"
+            )
+        return joined
+    whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    return whole
+
+
+def _is_zero1(source: Path) -> bool:
+    """Whether it is of ZeRO-1 in bfloat16, whose optimizer names no stage."""
+    states = next(source.glob("global_step*/bf16_zero_*optim_states.pt"), None)
+    if states is None:
+        return False
+    with weights_only(source):
+        return "zero_stage" not in torch.load(states, map_location="cpu")["optimizer_state_dict"]
+
+
+def _generation(recipe: Recipe, ends: list[int]) -> GenerationConfig:
+    """How it was sampled from in training, which is how its figures were made."""
+    rollout = recipe.rollout
+    truncation: dict[str, Any] = {"top_p": rollout.top_p} if rollout.top_p < 1 else {}
+    truncation |= {"top_k": rollout.top_k or 0}
+    return GenerationConfig(
+        do_sample=True,
+        temperature=rollout.temperature,
+        max_new_tokens=rollout.max_new_tokens,
+        eos_token_id=ends,
+        **truncation,
+    )
+
+
+def model_card(recipe: Recipe, summary: Summary | None, *, which: str) -> str:
+    """The README of an export: what it comes from, how it was trained, what was measured and on what. `summary`: of the run, where
+    it was validated."""
+    template = jinja2.Template(
+        (files("ctcgrpo.run") / "model_card.md.j2").read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined
+    )
+    model = recipe.policy.model
+    fetched = wheel_of(model)
+    own = recipe.environment
+    told: dict[str, Any] = {"fetched": fetched, "noun": "scenarios" if own is None else "tasks"}
+    told["trained_on"] = described(recipe.eibench_scenarios().train) if own is None else own.tasks
+    told["base_model"] = fetched.hub_id if fetched else None if is_builtin(model) else model
+    if summary is not None and own is None:
+        settings = validation_settings(recipe)
+        told |= {"measured": eibench_on(settings.pop("data_set")), "settings": in_words(settings)}
+        told["user"] = about.described(summary.simulator)
+    return str(template.render(recipe=recipe, summary=summary, which=which, version=__version__, no_tag=NO_TAG, **told))

@@ -1,0 +1,70 @@
+"""Folders that a user names: whether they are there, and what was probably meant where they hold something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ctcgrpo.errors import OutputError, PolicyError
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.util.naming import cut, is_path, nearest, quoted
+
+_MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+def require_folder(folder: Path) -> Path:
+    """The folder, if it is there. Raises OutputError with the nearest name that is."""
+    try:
+        there = folder.is_dir()
+    except OSError as error:
+        raise OutputError(f"{cut(str(folder))}: {error.strerror}") from None
+    if not there:
+        raise OutputError(f"{folder}: " + ("a file, not a folder" if folder.exists() else f"no such folder{_meant(folder)}"))
+    return folder
+
+
+def _meant(path: Path) -> str:
+    """A clause that names the path that is nearest to one that is not there."""
+    missing = next(part for part in reversed([path, *path.parents]) if not part.exists())
+    siblings = [part.name for part in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    match = nearest(missing.name, siblings)
+    found = None if match is None else missing.parent / match / path.relative_to(missing)
+    return f"; did you mean {str(found)!r}?" if found is not None and found.exists() else ""
+
+
+def require_run(folder: Path) -> RunFolder:
+    """The run in a folder. Raises OutputError where the folder is not there, or holds no run."""
+    require_folder(folder)
+    if RunFolder(folder).recipe_file.exists():
+        return RunFolder(folder)
+    hint = f"; the run is {folder.parent}" if RunFolder(folder.parent).recipe_file.exists() else ""
+    raise OutputError(f"{folder} is not the folder of a run: it holds no recipe.yaml{hint}")
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model, or an adapter of one."""
+    return any((folder / name).exists() for name in _MODEL_FILES)
+
+
+def check_model(model: str, field: str) -> None:
+    """Raises PolicyError for a path to a model that is not there, and for a folder without one; what names no place on this machine
+    (a model of the Hub, builtin/NAME) passes. `field` opens the message."""
+    try:
+        folder = Path(model).expanduser()
+        there = folder.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a user that does not exist
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PolicyError(f"{field} {quoted(model)} cannot be loaded: {reason}") from None
+    if not there:
+        if is_path(model):
+            raise PolicyError(f"{field} {model!r} cannot be loaded: no such folder{_meant(folder)}")
+        return
+    if is_model(folder):
+        return
+    what = "it is a file" if folder.is_file() else "it holds no config.json"
+    if RunFolder(folder).recipe_file.exists():
+        what = "it is a run's folder"
+    below = [name for name in ("final", "best") if is_model(folder / name)]
+    below += sorted(path.parent.name for path in folder.glob("*/config.json") if path.parent.name not in below)
+    hint = f"; its trained policy is {folder / below[0]}" if below[:1] in (["final"], ["best"]) else ""
+    hint = hint or (f"; a model is in {folder / below[0]}" if below else "")
+    raise PolicyError(f"{field} {model!r} cannot be loaded: {what}{hint}")

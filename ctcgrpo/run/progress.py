@@ -1,0 +1,136 @@
+"""What a run shows while it runs: a live display in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from ctcgrpo.types import Episode
+from ctcgrpo.util.terminal import Terminal
+
+_QUIET_SECONDS = 15.0
+"""How long plain lines may be away while the first step, which nobody knows the time of yet, is played."""
+
+
+class _Done(MofNCompleteColumn):
+    """How much of a part is done, where it is known."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
+
+
+class RunProgress:
+    """Shows the phase, steps, the mean outcome, failures and the time left; says nothing on processes other than the main one."""
+
+    def __init__(self, *, name: str, steps: int, enabled: bool, console: Terminal | None = None) -> None:
+        self._name = name
+        self._steps = steps
+        self._enabled = enabled
+        self._console = console or Terminal(80)
+        self._live: Progress | None = None
+        self._part: TaskID | None = None
+        self._started = self._phase_started = self._said = time.monotonic()
+        self._first_step = 0
+        self._validates = self._knows_pace = False
+        self._episodes = self._of = self._failed = 0
+
+    def start(self, step: int) -> None:
+        self._started, self._first_step = time.monotonic(), step
+        if not self._enabled:
+            return
+        if self._console.is_terminal:
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                _Done(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self._console,
+            )
+            self._live.start()
+            self._run = self._live.add_task(self._name, total=self._steps, completed=step, note="")
+
+    def validation(self, episodes: int) -> None:
+        """Held-out episodes are played from here on, `episodes` of them by this process."""
+        self._plays(episodes, "  validation")
+        self._validates = True
+
+    def rollouts(self, step: int, episodes: int) -> None:
+        """Those of a step are; `step` counts from 1."""
+        self._plays(episodes, "  episodes")
+        if not self._knows_pace and not self._live:
+            self.say(f"step {step}: {episodes} episodes to play")
+
+    def update(self, step: int) -> None:
+        """The step's episodes are played, and the policy is trained on them."""
+        if self._live:
+            self._show(self._live, "  update", None)
+        elif not self._knows_pace:
+            checks = "; the first one of a run also compares log-probabilities"
+            self.say(
+                f"step {step}: played in {_duration(time.monotonic() - self._phase_started)}; updating the policy{checks}"
+            )
+
+    def episode(self, episode: Episode) -> None:
+        """An episode of this process is over."""
+        self._episodes += 1
+        if episode.failure:
+            self._failed += 1
+            self.say(f"episode {episode.name} failed: {episode.failure.kind}: {episode.failure.message}")
+        if self._live and self._part is not None:
+            note = f"{self._failed} failed" if self._failed else ""
+            self._live.update(self._part, completed=self._episodes, note=note)
+        elif not self._knows_pace and time.monotonic() - self._said > _QUIET_SECONDS:
+            self.say(f"  {self._episodes} of {self._of} episodes")
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """A step is over; `step` counts from 1."""
+        self._knows_pace = True
+        if not self._enabled:
+            return
+        outcome = metrics.get("outcome/all")
+        score = "-" if outcome is None or math.isnan(outcome) else f"{outcome:+.3f}"
+        failed = int(metrics.get("episodes/failed") or 0)
+        pace = (time.monotonic() - self._started) / max(1, step - self._first_step)
+        left = f"{_duration(pace * (self._steps - step))} left"
+        note = f"score {score}" + (f", {failed} failed" if failed else "")
+        if self._live:
+            self._live.update(self._run, completed=step, note=f"{left}, {note}")
+        else:
+            self.say(f"step {step}/{self._steps}  {note}  {pace:.1f} s a step, {left}")
+
+    def stop(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def say(self, message: str) -> None:
+        self._said = time.monotonic()
+        if self._enabled:
+            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def _plays(self, episodes: int, what: str) -> None:
+        now = time.monotonic()
+        if self._validates:  # validations are no part of a step's pace
+            self._started += now - self._phase_started
+            self._validates = False
+        self._phase_started = now
+        self._episodes, self._of, self._failed = 0, episodes, 0
+        if self._live:
+            self._show(self._live, what, episodes)
+
+    def _show(self, live: Progress, what: str, total: int | None) -> None:
+        """Replace the second row; without a total it is a bar that moves."""
+        if self._part is not None:
+            live.remove_task(self._part)
+        self._part = live.add_task(what, total=total, note="")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

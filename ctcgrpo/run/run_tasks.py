@@ -1,0 +1,232 @@
+"""What a recipe's policy plays: tasks to train on, tasks that are held out, and the environment of an episode.
+
+`ScenarioTasks`: EIBench's scenarios with a simulated user (sections `scenarios` and `simulator`). `OwnTasks`: an environment of
+one's own (section `environment`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any, cast
+
+from accelerate import PartialState
+
+from ctcgrpo.environments.eibench import EIBenchEpisodes, opening_messages, task_of
+from ctcgrpo.environments.eibench.scenarios import load_scenes, load_set
+from ctcgrpo.errors import RecipeError
+from ctcgrpo.evaluation.played import validation_settings
+from ctcgrpo.run.data_digest import SKIPPED, scenarios_digest, tasks_digest
+from ctcgrpo.run.recipe import OwnEnvironment, Recipe
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.run.settings import briefing
+from ctcgrpo.simulator.choice import SCRIPTED, check_patience, introduced, simulator_of
+from ctcgrpo.simulator.client import SimulatorClient
+from ctcgrpo.simulator.config import bearer_token
+from ctcgrpo.simulator.logs import json_log
+from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
+from ctcgrpo.training.tasks import tasks_of
+from ctcgrpo.types import Environment, Message, Task
+from ctcgrpo.util.files import file_digest, read_json_lines
+from ctcgrpo.util.importing import blame, is_reference, load_object, source_of
+from ctcgrpo.util.processes import on_main
+
+Say = Callable[[str], None]
+
+
+class RunTasks(ABC):
+    """Read when it is made; `start` makes the environments ready to be played in."""
+
+    noun = "tasks"
+    train: Sequence[Task]
+    held_out: Sequence[Task]
+    warnings: Sequence[str] = ()
+
+    @abstractmethod
+    def data(self) -> dict[str, dict[str, str]]:
+        """Digests of what is played, by the field that names it."""
+
+    def openings(self) -> Mapping[str, Sequence[Message]]:
+        """The first messages of each task, by id, where they are known before an episode."""
+        return {}
+
+    @abstractmethod
+    def start(
+        self, stack: contextlib.ExitStack, state: PartialState, folder: RunFolder, say: Say
+    ) -> Callable[[], Environment]:
+        """What makes the environment of an episode; on every process alike. What it starts ends with `stack`."""
+
+    def user(self) -> dict[str, Any]:
+        """What a simulated user says of itself, once started: a run that resumes must find the same. Empty where there is none."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """What summary.json says of the environment, once the run is over."""
+        return {}
+
+
+def run_tasks(recipe: Recipe) -> RunTasks:
+    """Raises RecipeError or ScenarioError for tasks that cannot be read."""
+    return ScenarioTasks(recipe) if recipe.environment is None else OwnTasks(recipe, recipe.environment)
+
+
+class ScenarioTasks(RunTasks):
+    """EIBench: scenarios, and a simulator server, embedded or by URL."""
+
+    noun = "scenarios"
+
+    def __init__(self, recipe: Recipe) -> None:
+        scenarios = recipe.eibench_scenarios()
+        self._recipe = recipe
+        self._sets = {"scenarios.train": load_scenes(scenarios.train, scenarios.scenes, scenarios.invalid)}
+        if recipe.validation:
+            self._sets["validation.scenarios"] = load_set(recipe.validation_source(), "test", scenarios.invalid)
+        found = [found.scenarios for found in self._sets.values()]
+        self._scenarios = [scenario for part in found for scenario in part]
+        self._found = dict(zip(("training scenarios", "held-out scenarios"), found, strict=False))
+        self.train, self.held_out = ([task_of(scenario) for scenario in part] for part in (found[0], (found[1:] or [[]])[0]))
+        self.warnings = [line for part in self._sets.values() for line in part.report()]
+
+    def data(self) -> dict[str, dict[str, str]]:
+        data = {name: scenarios_digest(found.scenarios) for name, found in self._sets.items()}
+        if faults := [fault for found in self._sets.values() for fault in found.faults]:
+            data[SKIPPED] = {fault.place: str(fault) for fault in faults}
+        return data
+
+    def openings(self) -> Mapping[str, Sequence[Message]]:
+        instructed = briefing(self._recipe)
+        return {scenario.id: opening_messages(scenario, instructed) for scenario in self._scenarios}
+
+    def start(
+        self, stack: contextlib.ExitStack, state: PartialState, folder: RunFolder, say: Say
+    ) -> Callable[[], Environment]:
+        settings, scoring = self._recipe.simulator, self._recipe.scoring
+        self._client = SimulatorClient(
+            self._urls(stack, state, folder),
+            token=bearer_token(settings.token_env),
+            timeout=settings.timeout,
+            patience=settings.patience,
+            say=say,
+        )
+        self._about = asyncio.run(introduced(self._client))
+        check_patience(self._about, settings.timeout)
+        if self._about.get("backend") == SCRIPTED:
+            for what, scenarios in self._found.items():
+                if warning := unscripted_warning(scenarios, what):
+                    say(f"warning: {warning}")
+        return EIBenchEpisodes(
+            self._client,
+            briefing=briefing(self._recipe),
+            max_turns=self._recipe.rollout.max_turns,
+            variant=scoring.variant,
+            turn_weights=scoring.turn_weights,
+        )
+
+    def user(self) -> dict[str, Any]:
+        return {k: v for k, v in self._about.items() if k not in ("status", "version", "deadline")}
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "scoring_variant": self._recipe.scoring.variant,
+            "settings": validation_settings(self._recipe),
+            "skipped": {name: found.skipped for name, found in self._sets.items()},
+            "simulator": {**self._about, "spent": asyncio.run(_account(self._client))},
+        }
+
+    def _urls(self, stack: contextlib.ExitStack, state: PartialState, folder: RunFolder) -> tuple[str, ...]:
+        """The URLs that all processes ask; the main one keeps the embedded server."""
+        settings = self._recipe.simulator
+        choice = simulator_of(settings)
+        if choice.urls:
+            return choice.urls
+        if state.num_processes > int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)):
+            raise RecipeError(
+                "simulator.url is 'embedded', which other nodes cannot reach; start `ctcgrpo serve CONFIG --host 0.0.0.0` with a "
+                "token and name it (simulator.url=http://HOST:8765), as launch/slurm.sbatch does"
+            )
+
+        def start() -> tuple[str, ...]:
+            log = json_log(stack.enter_context(folder.simulator_log.open("a", encoding="utf-8")))
+            return stack.enter_context(choice.served(self._scenarios, log=log, port=settings.port))
+
+        return tuple(on_main(state, start))
+
+
+class OwnTasks(RunTasks):
+    """Tasks from JSON lines files, and an environment named as `module:attribute`."""
+
+    def __init__(self, recipe: Recipe, settings: OwnEnvironment) -> None:
+        self._settings = settings
+        self._factory = environment_factory(settings)
+        self.train = read_tasks(settings.tasks, "environment.tasks", settings.folder)
+        self.held_out = []
+        if recipe.validation:
+            self.held_out = read_tasks(recipe.validation_source(), "validation.tasks", settings.folder)
+        refuse_uneven_tags(settings, self.train)
+
+    def data(self) -> dict[str, dict[str, str]]:
+        data = {"environment.tasks": tasks_digest(self.train)}
+        if self.held_out:
+            data["validation.tasks"] = tasks_digest(self.held_out)
+        if (source := source_of(self._settings.factory)) is not None:
+            data["environment.factory"] = {source.name: file_digest(source)}
+        return data
+
+    def start(
+        self, stack: contextlib.ExitStack, state: PartialState, folder: RunFolder, say: Say
+    ) -> Callable[[], Environment]:
+        return self._factory
+
+    def facts(self) -> dict[str, Any]:
+        return {"environment": self._settings.factory}
+
+
+def environment_factory(settings: OwnEnvironment) -> Callable[[], Environment]:
+    """What makes the environment of an episode: the factory with its options, or an instance of a class that all episodes share
+    (an asynchronous context manager). Raises RecipeError where it cannot be imported."""
+    factory = load_object(settings.factory, "environment.factory", settings.folder)
+    if isinstance(factory, type) and issubclass(factory, AbstractAsyncContextManager):
+        shared: Any = factory(**settings.options)
+        return cast("Callable[[], Environment]", shared)
+    return functools.partial(factory, **settings.options) if settings.options else factory
+
+
+def refuse_uneven_tags(settings: OwnEnvironment, tasks: Sequence[Task]) -> None:
+    """Raises RecipeError where a step cannot play equally many tasks of each tag."""
+    tags = sorted({task.tag for task in tasks})
+    if settings.per_step % len(tags):
+        raise RecipeError(
+            f"environment.per_step = {settings.per_step}; expected a multiple of {len(tags)}, the number of tags in "
+            f"environment.tasks = {settings.tasks!r} ({', '.join(tags[:5])}): a step plays equally many tasks of each"
+        )
+
+
+def read_tasks(source: str, what: str, folder: Path | None = None) -> list[Task]:
+    """The tasks of a JSON lines file, or of what `module:function` gives: all of an object is given to `Environment.reset`; `id`
+    names it (else its position, from 0), `tag` stratifies. Raises RecipeError, naming the field `what`, for a source that cannot be
+    read or holds none, and where two tasks have one id."""
+    if is_reference(source):
+        give = load_object(source, what, folder)
+        try:
+            rows = give()
+        except Exception as error:  # whatever a user's function does
+            raise RecipeError(f"{what} = {source!r} raised {blame(error)}") from error
+    elif not Path(source).is_file():
+        raise RecipeError(f"{what} = {source!r}: no such file; expected a JSON lines file, or module:function")
+    else:
+        rows = [row for _, row in read_json_lines(Path(source), RecipeError)]
+    try:
+        return list(tasks_of(rows, f"{what} = {source!r}"))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(str(error)) from None
+
+
+async def _account(simulator: SimulatorClient) -> dict[str, Any]:
+    async with simulator:
+        return await simulator.account()

