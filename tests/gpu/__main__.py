@@ -27,7 +27,7 @@ from rich.table import Table
 
 from ctcgrpo.util.terminal import Terminal, say
 from tests.gpu.registry import Check, Figures, Machine, all_checks, why_not
-from tests.gpu.running import Result, run_apart, run_here
+from tests.gpu.running import Result, run_and_write, run_apart
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checks = all_checks()
     if asked.run:  # one check, in a process of its own
         machine = this_machine(asked.scratch, on_cpu=asked.cpu)
-        asked.answer.write_text(json.dumps(asdict(run_here(next(c for c in checks if c.name == asked.run), machine))))
+        run_and_write(next(c for c in checks if c.name == asked.run), machine, asked.answer)
         return 0
     chosen = [c for c in checks if not asked.only or any(part in c.name for part in asked.only)]
     if not chosen:

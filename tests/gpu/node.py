@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,12 +18,11 @@ from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.util.files import is_complete
 from tests.gpu.policy import MIDDLE, policy_folder
 from tests.gpu.registry import Figures, Machine, check
-from tests.gpu.running import forked, wait
+from tests.gpu.running import end_group, forked, spawned, wait
 
 ROOT = Path(__file__).parent.parent.parent
 NOISE = 0.3
 """How far a recorded log-probability may be off at most, in nats, in bfloat16."""
-MOST_PROCESSES = 8
 STEPS = 3
 
 
@@ -40,7 +38,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 @check("a recipe with ZeRO-3 and vLLM on the same GPUs", seconds=300, gpus=4, gib=22, modules=("vllm", "deepspeed"))
 def colocated_zero3(machine: Machine) -> Figures:
-    processes = min(MOST_PROCESSES, machine.gpus)
+    processes = 8 if machine.gpus >= 8 else 4
     overrides = [f"policy.model={policy_folder(machine, MIDDLE)}", "rollout.engine=vllm_colocated"]
     overrides += ["training.sharding=configs/deepspeed/zero3.json", "training.bf16=true", "rollout.deterministic=false"]
     overrides += ["scenarios.per_step=8", "rollout.vllm.gpu_memory=0.4", f"training.max_steps={STEPS}"]
@@ -58,7 +56,7 @@ def colocated_zero3(machine: Machine) -> Figures:
 )
 def ctrl_c_during_a_save(machine: Machine) -> Figures:
     folder = machine.scratch / "stopped"
-    processes = 1 if machine.on_cpu else min(MOST_PROCESSES, machine.gpus)
+    processes = 1 if machine.on_cpu else 8 if machine.gpus >= 8 else 4
     overrides = [f"policy.model={policy_folder(machine, MIDDLE, torch.float32)}", f"training.max_steps={STEPS}"]
     overrides += [
         f"run.output_dir={machine.scratch}",
@@ -74,18 +72,26 @@ def ctrl_c_during_a_save(machine: Machine) -> Figures:
     ]
     if not machine.on_cpu:
         overrides += ["training.sharding=configs/deepspeed/zero2.json", "training.bf16=true"]
+    saving, seconds = folder / "checkpoint-1", 300.0
     first = _start(machine, overrides, processes)
-    seconds = 300.0
-    saving = folder / "checkpoint-1"
-    _until(saving.exists, first, seconds, "checkpoint-1 begins to be written")
-    completed = is_complete(saving)  # on a CPU it may be quicker than this process looks
-    _interrupt(first)
-    code = wait(first, seconds)
-    assert code == 130, f"after Ctrl-C it ended with {code}; expected 130"
+    try:
+        _until(saving.exists, first, seconds, "checkpoint-1 begins to be written")
+        completed = is_complete(saving)  # on a CPU it may be quicker than this process looks
+        os.killpg(first, signal.SIGINT)  # as a terminal does: all processes of the group get it
+        code = wait(first, seconds)
+    finally:
+        end_group(first)
+    # torchrun has exit codes of its own.
+    assert code == 130 or (code and not machine.on_cpu), f"after Ctrl-C it ended with {code}; expected 130"
     kept = [p for p in folder.glob("checkpoint-*") if is_complete(p)]
     assert kept, "no checkpoint is complete after Ctrl-C during a save"
     shown = {"completed before the signal": str(completed), "kept": ", ".join(sorted(p.name for p in kept))}
-    code = wait(_start(machine, overrides, processes), seconds)
+    assert not is_complete(folder / "final"), f"it went on to the end, after {shown}"
+    second = _start(machine, overrides, processes)
+    try:
+        code = wait(second, seconds)
+    finally:
+        end_group(second)
     assert code == 0, f"the same command again ended with {code}"
     steps = [m["step"] for m in metrics(folder)]
     assert steps == list(range(1, STEPS + 1)) and is_complete(folder / "final"), steps
@@ -99,7 +105,7 @@ def _start(machine: Machine, overrides: Sequence[str], processes: int) -> int:
         return forked(lambda: _train(overrides))
     environment = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
     command = torchrun("recipes/tiny.yaml", overrides, processes)
-    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True).pid
+    return spawned(command, cwd=ROOT, env=environment)
 
 
 def _train(overrides: Sequence[str]) -> None:
@@ -120,9 +126,3 @@ def _until(holds: Callable[[], bool], pid: int, seconds: float, what: str) -> No
         assert not ended, f"before {what}, the run ended with {os.waitstatus_to_exitcode(status)}"
         assert time.monotonic() < end, f"{what}: not within {seconds:g} s"
         time.sleep(0.002)
-
-
-def _interrupt(pid: int) -> None:
-    """As a terminal does: all processes of the group get it."""
-    with suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGINT)

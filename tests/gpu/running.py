@@ -1,7 +1,8 @@
 """Each check in a process of its own: what one leaves behind (CUDA errors, process groups, memory) is not the next one's.
 
 On a CPU the process is a fork of this one, which has imported everything once; CUDA does not survive a fork, so with GPUs it is
-a new one. What a check prints goes to a log. Processes that it leaves are ended with it.
+a new one. What a check prints goes to a log. Processes that it leaves are ended with it; those in groups of their own it ends
+itself, also when it is given up (SIGTERM, then SIGKILL).
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tests.gpu.registry import Check, Figures, Machine, NotRun
 
+_GRACE = 20.0
+"""Seconds that a check has to end what it started."""
 Outcome = Literal["ok", "FAILED", "not run"]
 
 
@@ -42,24 +45,23 @@ def run_apart(check: Check, machine: Machine, log: Path, *, limit: float | None 
     answer.unlink(missing_ok=True)
     started = time.monotonic()
     if machine.on_cpu:
-        pid = forked(lambda: _run(check, machine, answer), log)
+        pid = forked(lambda: run_and_write(check, machine, answer), log)
     else:
         command = [sys.executable, "-m", "tests.gpu", "--run", check.name, "--answer", str(answer)]
         command += ["--scratch", str(machine.scratch)]
         with log.open("wb") as out:
-            pid = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True).pid
-    code: int | None = None
+            pid = spawned(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+    code, why = None, ""
     try:
         code = wait(pid, limit or check.limit)
-    finally:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)
         if code is None:
-            with suppress(ChildProcessError):
-                os.waitpid(pid, 0)
+            why = f"no end after {limit or check.limit:g} s; last line: {_last_line(log)}"
+            os.kill(pid, signal.SIGTERM)
+            wait(pid, _GRACE)
+    finally:
+        end_group(pid)
     seconds = time.monotonic() - started
     if code is None:
-        why = f"no end after {limit or check.limit:g} s; last line: {_last_line(log)}"
         return Result(check.name, "FAILED", seconds, {}, why, str(log))
     if code or not answer.exists():
         why = f"its process ended with {code}; last line: {_last_line(log)}"
@@ -83,7 +85,9 @@ def run_here(check: Check, machine: Machine) -> Result:
     return Result(check.name, outcome, time.monotonic() - started, figures, why)
 
 
-def _run(check: Check, machine: Machine, answer: Path) -> None:
+def run_and_write(check: Check, machine: Machine, answer: Path) -> None:
+    """Run a check, which may be told to end, and write what came of it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     answer.write_text(json.dumps(asdict(run_here(check, machine))))
 
 
@@ -113,6 +117,17 @@ def forked(do: Callable[[], object], log: Path | None = None) -> int:
     return pid
 
 
+def spawned(command: Sequence[str], **options: Any) -> int:
+    """Start a program as the leader of a session of its own; gives its id, for `wait` and `end_group`."""
+    child = subprocess.Popen(command, start_new_session=True, **options)
+    _spawned.append(child)
+    return child.pid
+
+
+_spawned: list[subprocess.Popen[bytes]] = []
+"""Kept, since the module `subprocess` waits itself for children that nobody holds."""
+
+
 def wait(pid: int, seconds: float) -> int | None:
     """The exit code of a child (negative for a signal), None where it has not ended after so many seconds."""
     end = time.monotonic() + seconds
@@ -123,6 +138,14 @@ def wait(pid: int, seconds: float) -> int | None:
         if time.monotonic() >= end:
             return None
         time.sleep(0.05)
+
+
+def end_group(pid: int) -> None:
+    """Kill a child that leads a group of processes, and the others of it, where they have not ended."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    with suppress(ChildProcessError):
+        os.waitpid(pid, 0)
 
 
 def _last_line(log: Path) -> str:

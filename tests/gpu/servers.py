@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from tests.gpu.colocated import GREEDY, below_best, move, require_greedy
 from tests.gpu.engine import prompts, sample
 from tests.gpu.policy import LARGE, load, policy_folder
 from tests.gpu.registry import Figures, Machine, check
+from tests.gpu.running import end_group
 from tests.gpu.served import expected_digests
 
 ROOT = Path(__file__).parent.parent.parent
@@ -71,13 +71,7 @@ def serving(folder: Path, gpus: str) -> Iterator[tuple[str, subprocess.Popen[byt
             time.sleep(1)
         yield url, server
     finally:
-        kill(server)
-
-
-def kill(server: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait(60)
+        end_group(server.pid)
 
 
 def digests(url: str) -> dict[str, str]:
@@ -131,7 +125,7 @@ def killed(machine: Machine) -> Figures:
 
         def hand_over() -> None:
             if handed:
-                kill(server)
+                end_group(server.pid)
             handed.append(len(sender._chunk))
             plain()
 

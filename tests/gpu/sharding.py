@@ -18,7 +18,7 @@ from ctcgrpo.run.recipe_file import load_recipe
 from tests.gpu import sharded
 from tests.gpu.policy import MIDDLE, policy_folder
 from tests.gpu.registry import Figures, Machine, check
-from tests.gpu.running import forked, wait
+from tests.gpu.running import end_group, forked, wait
 
 ROOT = Path(__file__).parent.parent.parent
 RESUMED_BOUND = 0.02
@@ -30,8 +30,11 @@ def launch(machine: Machine, program: Sequence[str], *, processes: int, limit: f
     it fails."""
     if machine.on_cpu:
         pid = forked(lambda: _alone(program))
-        if code := wait(pid, limit):
-            raise RuntimeError(f"tests.gpu.sharded {' '.join(program)} ended with {code}")
+        try:
+            if code := wait(pid, limit):
+                raise RuntimeError(f"tests.gpu.sharded {' '.join(program)} ended with {code}")
+        finally:
+            end_group(pid)
         return
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "localhost:0", "-m", "tests.gpu.sharded", *program]

@@ -63,6 +63,15 @@ def test_a_check_that_fails_dies_or_hangs_is_a_line(cpu: Machine, tmp_path: Path
     hung = run(lambda machine: print("waiting", flush=True) or time.sleep(60), limit=0.5)  # type: ignore[func-returns-value]
     assert (hung.outcome, hung.why) == ("FAILED", "no end after 0.5 s; last line: waiting")
 
+    def tidies(machine: Machine) -> Figures:
+        try:
+            time.sleep(60)
+        finally:
+            (tmp_path / "tidied").touch()
+        return {}
+
+    assert run(tidies, limit=0.5).outcome == "FAILED" and (tmp_path / "tidied").exists()
+
     def cannot(machine: Machine) -> Figures:
         raise NotRun("needs NVLink")
 
