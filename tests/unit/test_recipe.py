@@ -62,7 +62,6 @@ def test_the_quickstart_is_the_longer_run_cut_short() -> None:
     )
     assert differences(longer, short) == [
         "run.name: smollm2 -> quickstart",
-        "rollout.max_new_tokens: 32 -> 24",
         "training.max_steps: 40 -> 16",
         "training.save_every: 10 -> 8",
         "validation.every: 10 -> 16",
