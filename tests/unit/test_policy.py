@@ -232,7 +232,7 @@ def test_a_latest_line_too_long_for_any_prompt_fails_the_episode(tokenizer: Any)
 def test_what_cannot_serve_is_refused(tiny: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     with pytest.raises(
-        PolicyError, match=r"scenario 'support-train-01': .* take \d+ tokens; rollout.max_prompt_tokens\) is 50"
+        PolicyError, match=r"scenario 'support-train-01': .* take \d+ tokens; .*rollout.max_prompt_tokens\) is 50"
     ):
         builder(tokenizer, max_prompt_tokens=50).check(openings(SUPPORT))
     tokenizer.chat_template = None

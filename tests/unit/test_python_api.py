@@ -465,8 +465,8 @@ def test_a_broken_episode_is_a_failed_one(tmp_path: Path, how: str, reason: str)
     before = weights(made)
     made.train()
     assert made.state.global_step == 2 and logged(made, "failed/environment") == [1, 1]
-    failures = [line["failure"] for line in traced(tmp_path) if line["failure"]]
-    assert failures == [{"kind": "environment", "message": reason}]
+    (failure,) = [line["failure"] for line in traced(tmp_path) if line["failure"]]
+    assert failure["kind"] == "environment" and failure["message"].startswith(reason)
     assert all(bool(torch.isfinite(p).all()) for p in weights(made).values())
     assert any(not torch.equal(before[name], value) for name, value in weights(made).items())
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ctcgrpo.environments.eibench.environment import EIBenchEpisodes as EIBenchEpisodes
     from ctcgrpo.environments.eibench.environment import User as User
     from ctcgrpo.environments.eibench.environment import opening_messages as opening_messages
+    from ctcgrpo.environments.eibench.environment import scenario_tasks as scenario_tasks
     from ctcgrpo.environments.eibench.environment import task_of as task_of
     from ctcgrpo.environments.eibench.records import Anchors as Anchors
     from ctcgrpo.environments.eibench.records import UserState as UserState
@@ -24,6 +25,7 @@ _HOMES = {
     "EIBenchEpisodes": "environment",
     "User": "environment",
     "opening_messages": "environment",
+    "scenario_tasks": "environment",
     "task_of": "environment",
     "Anchors": "records",
     "UserState": "records",
