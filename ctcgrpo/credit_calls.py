@@ -16,6 +16,10 @@ _F = TypeVar("_F")
 
 
 def choose(what: str, options: Mapping[str, _F], name: str) -> _F:
+    if not isinstance(name, str):
+        raise ValueError(
+            f"credit.{what}: {name!r}; expected its name as 'my_module:my_function', since a run records its settings as text"
+        )
     if is_reference(name):
         chosen: _F = load_object(name, f"credit.{what}")
         return chosen

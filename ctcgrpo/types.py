@@ -99,7 +99,10 @@ NO_TAG = "all"
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What an episode is about: its id, what `Environment.reset` is given, and a `tag` to stratify and report by."""
+    """What an episode is about: its id, what `Environment.reset` is given, and a `tag` to stratify and report by.
+
+    In a data set these are the column `id` (else the row's position), the whole row, and the column `tag` (else "all").
+    """
 
     id: str
     data: Mapping[str, Any]

@@ -69,6 +69,11 @@ def episode(s: Subject) -> Iterator[Finding]:
         f"task {s.tasks[0].id!r} with the reply {_REPLY!r}: {turns} {'turn' if turns == 1 else 'turns'} ({over}), rewards "
         f"{earned}{', ...' if turns > 5 else ''}, outcome {played.outcome:+.3f}"
     )
+    if rewards and all(reward is None for reward in rewards) and not played.outcome:
+        yield Finding(
+            "episode", "warning", f"{text}: no turn is scored and the outcome is 0, so nothing can be learned from it"
+        )
+        return
     yield Finding("episode", "ok", text)
 
 

@@ -37,6 +37,8 @@ def require_run(folder: Path) -> RunFolder:
     if RunFolder(folder).recipe_file.exists():
         return RunFolder(folder)
     hint = f"; the run is {folder.parent}" if RunFolder(folder.parent).recipe_file.exists() else ""
+    if not hint and RunFolder(folder).traces.is_dir():
+        hint = "; it is that of a trainer made in Python, whose traces/ hold every dialogue"
     raise OutputError(f"{folder} is not the folder of a run: it holds no recipe.yaml{hint}")
 
 

@@ -39,7 +39,7 @@ class Count(Environment):
         return Step(f"{self.left} left" if self.left else None, reward=None, done=not self.left)
 
     def outcome(self):
-        return "much" if self.broken == "outcome" else 1.0
+        return "much" if self.broken == "outcome" else 0.0 if self.broken == "nothing" else 1.0
 
     def close(self):
         if self.broken == "close":
@@ -154,6 +154,7 @@ def test_what_is_broken_is_named_with_its_line(overrides: list[str], about: str,
             f"an empty reply makes a failed episode: count_down:Count, task 't2': step raised ValueError: nothing to read "
             f"{at('raise ValueError')}",
         ),
+        (["environment.options={broken: nothing}"], "episode", "no turn is scored and the outcome is 0, so nothing can be learned"),
         (["rollout.max_prompt_tokens=60"], "context", "of the tasks would drop exchanges by then"),
     ],
 )  # fmt: skip

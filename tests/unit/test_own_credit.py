@@ -13,8 +13,10 @@ import pytest
 from ctcgrpo.centering import make_centering
 from ctcgrpo.credit import credit_terms
 from ctcgrpo.errors import CreditError, RecipeError
+from ctcgrpo.options import CreditOptions
 from ctcgrpo.preflight.check import findings
 from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.training.samples import try_credit
 from tests.conftest import Command
 from tests.unit.test_run import FAST, TINY
 
@@ -175,3 +177,8 @@ def test_a_wrong_result_is_named(tmp_path: Path, option: str, name: str, text: s
 def test_a_reference_without_a_module_is_a_recipe_error() -> None:
     with pytest.raises(RecipeError, match="credit.centering = 'absent_m:f': there is no module 'absent_m'"):
         make_centering("absent_m:f")
+
+
+def test_a_function_itself_is_refused_with_what_would_be_right() -> None:
+    with pytest.raises(ValueError, match=r"credit.credit: <function .*; expected its name as 'my_module:my_function'"):
+        try_credit(CreditOptions(credit=lambda r, gamma: r))  # type: ignore[arg-type]
