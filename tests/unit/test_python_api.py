@@ -11,7 +11,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -485,7 +485,16 @@ def test_too_many_failed_episodes_stop_the_run(tmp_path: Path) -> None:
     assert "ConnectionError: the game server is gone" in str(raised.value) and is_complete(tmp_path / "checkpoint-1")
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """A shell has what it starts in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("in_notebook", [False, True])
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_training_at_once_and_closes_episodes(tmp_path: Path, in_notebook: bool) -> None:
     closed, pressed = [], threading.Event()
 

@@ -163,7 +163,7 @@ def test_python_runs_it(base: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "extended", "fields"),
     [
-        ("quickstart", "smollm2", 5), ("study", "smollm2", 8), ("qwen3_8b_group", "qwen3_8b", 2),
+        ("quickstart", "smollm2", 4), ("study", "smollm2", 8), ("qwen3_8b_group", "qwen3_8b", 2),
         ("qwen3_8b_local", "qwen3_8b", 5), ("qwen3_8b_lora", "qwen3_8b", 7), ("qwen3_1.7b_24gb", "qwen3_8b_lora", 11),
     ],
 )  # fmt: skip
