@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from accelerate.utils import gather_object
 
 from ctcgrpo.errors import PolicyError
+from ctcgrpo.util.processes import raise_on_all
 
 
 def nonfinite_weight(model: torch.nn.Module) -> str | None:
@@ -19,8 +19,9 @@ def nonfinite_weight(model: torch.nn.Module) -> str | None:
 
 def refuse_nonfinite(model: torch.nn.Module, name: str) -> None:
     """Raises PolicyError, on all processes together, for a policy that was loaded with NaN or infinite weights on any of them."""
-    if found := next((weight for weight in gather_object([nonfinite_weight(model)]) if weight is not None), None):
-        raise PolicyError(f"model {name!r}: its weights are not finite ({found}): the files are damaged; load another model")
+    found = nonfinite_weight(model)
+    damaged = f"model {name!r}: its weights are not finite ({found}): the files are damaged; load another model"
+    raise_on_all(None if found is None else PolicyError(damaged))
 
 
 def nonfinite_gradient(model: torch.nn.Module) -> str | None:

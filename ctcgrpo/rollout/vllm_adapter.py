@@ -140,7 +140,7 @@ class ColocatedVllm(Batcher):
 
     @property
     def sleeping_bytes(self) -> int:
-        """vLLM unmaps its weights, keys and values, and PyTorch goes on counting them."""
+        """vLLM unmaps its weights, keys and values, and PyTorch still counts them."""
         if not self._sleeps or not self._generation._llm_weights_sleeping:
             return 0
         from vllm.device_allocator.cumem import CuMemAllocator

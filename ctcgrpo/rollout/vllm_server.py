@@ -17,7 +17,6 @@ from contextlib import suppress
 from typing import Any, Protocol, Self
 
 import aiohttp
-from accelerate.utils import gather_object
 
 from ctcgrpo.errors import PolicyEngineError
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
@@ -92,7 +91,6 @@ class VllmServerEngine(PolicyEngine):
                 vocabulary=self._vocabulary,
                 max_length=self._max_length,
                 temperature=self._temperature,
-                gather=gather_object,
             )
         self.version = version
 

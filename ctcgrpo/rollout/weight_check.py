@@ -8,13 +8,13 @@ as one of the output layer, which every log-probability depends on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from ctcgrpo.errors import PolicyEngineError
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.types import Completion, TurnSample
+from ctcgrpo.util.processes import raise_on_all
 
 PROMPTS, PROMPT_TOKENS, REPLY_TOKENS = 4, 128, 32
 TOLERANCE = 0.1
@@ -40,7 +40,6 @@ def check_weights(
     vocabulary: int,
     max_length: int,
     temperature: float,
-    gather: Callable[[list[Any]], list[Any]],
 ) -> bool:
     """Compare; gives False where `score` could not tell. Collective: `urls` are those of the main process, and none on others.
     Raises PolicyEngineError on all processes together, for servers that cannot be asked and for other weights."""
@@ -60,8 +59,7 @@ def check_weights(
     scored = score(samples)  # also where there is nothing to score: others take part
     if problem is None and scored is not None:
         problem = _difference(urls, len(prompts), recorded, scored, TOLERANCE / min(1.0, temperature))
-    if first := next((error for error in gather([problem]) if error is not None), None):
-        raise first
+    raise_on_all(problem)
     return scored is not None
 
 

@@ -45,6 +45,7 @@ from ctcgrpo.util.files import (
     is_complete,
     mark_complete,
     missing_in,
+    newest_complete,
     read_json,
     refuse_to_resume,
     write_whole,
@@ -225,8 +226,7 @@ class RunFolder:
 
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint with the most optimizer steps."""
-        found = {step: folder for step, folder in checkpoints(self.path).items() if is_complete(folder)}
-        return found[max(found)] if found else None
+        return newest_complete(self.path)
 
     def passed_over(self) -> list[str]:
         """Checkpoints that would be newer than the newest complete one, and what they lack."""

@@ -69,7 +69,7 @@ def train(recipe: Recipe) -> Path:
     """Run a recipe to its end; gives the folder of the trained policy.
 
     Raises the errors of `ctcgrpo.errors`: what would fail later fails here, before anything is loaded; what happens on
-    the way (Ctrl-C, too many failed episodes) leaves a checkpoint to go on from.
+    the way (Ctrl-C, too many failed episodes) leaves a checkpoint to resume from.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -92,7 +92,6 @@ class _Run(RolloutHooks):
         # DeepSpeed, if it is to shard a model while loading, has to be configured by then.
         arguments = _arguments(recipe)
         self._state: PartialState = arguments.distributed_state
-        self._updates_per_step = recipe.training.updates_per_step
         self._folder = RunFolder(recipe.folder)
         self._progress = RunProgress(
             name=recipe.run.name,
@@ -128,7 +127,7 @@ class _Run(RolloutHooks):
             self._progress.say(f"warning: {warning}")
         stack.callback(self._trainer.engine.close)
         if steps := on_main(self._state, lambda: self._folder.extended_from(recipe)):
-            self._progress.say(_extension(arguments, steps * self._updates_per_step, recipe))
+            self._progress.say(_extension(arguments, steps * self.updates_per_step, recipe))
         self._validator = self._make_validator() if recipe.validation else None
 
     def _open_folder(self, stack: contextlib.ExitStack) -> Path | None:
@@ -253,7 +252,7 @@ class _Run(RolloutHooks):
 
         def settle() -> None:
             newest = self._folder.newest_checkpoint()
-            steps = 0 if newest is None else int(newest.name.rpartition("-")[2]) // self._updates_per_step
+            steps = 0 if newest is None else int(newest.name.rpartition("-")[2]) // self.updates_per_step
             self._folder.settle_best(steps)
 
         on_main(self._state, settle)
@@ -276,7 +275,7 @@ class _Run(RolloutHooks):
 
     @property
     def updates_per_step(self) -> int:
-        return self._updates_per_step
+        return self._recipe.training.updates_per_step
 
     # --- rollouts ----------------------------------------------------------------------------------------------------------
 

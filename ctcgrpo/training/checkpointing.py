@@ -15,7 +15,7 @@ from ctcgrpo.errors import OutputError
 from ctcgrpo.policy.builtin import is_builtin, wheel_of
 from ctcgrpo.run.checkpoint_pickles import weights_only
 from ctcgrpo.training.update import PolicyUpdate
-from ctcgrpo.util.files import checkpoints, is_complete, mark_complete
+from ctcgrpo.util.files import checkpoints, is_complete, mark_complete, newest_complete
 from ctcgrpo.util.processes import on_main
 
 
@@ -49,10 +49,10 @@ class CheckpointedUpdate(PolicyUpdate):
             self._save_checkpoint(self.model, trial=None)
 
     def _newest_complete(self) -> Path:
-        complete = {step: folder for step, folder in checkpoints(Path(self.args.output_dir)).items() if is_complete(folder)}
-        if not complete:
+        newest = newest_complete(Path(self.args.output_dir))
+        if newest is None:
             raise OutputError(f"{self.args.output_dir} has no complete checkpoint to resume from; train without it to start")
-        return complete[max(complete)]
+        return newest
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.refuse_nonfinite_weights()

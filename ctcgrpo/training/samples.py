@@ -129,7 +129,7 @@ def step_credit(
 
 
 def try_credit(options: CreditOptions) -> None:
-    """Compute the credit of a small step that nobody played, so that what a function of one's own gets wrong shows before a run
+    """Compute the credit of a small made-up step, so that what a function of one's own gets wrong shows before a run
     begins. Raises RecipeError, CreditError."""
     scores = ((0.1, -0.05), (0.02,), (-0.1, 0.0, 0.04), (0.03, 0.01))
     outcomes = (0.5, -0.5, 0.1, 0.1)

@@ -51,7 +51,7 @@ from ctcgrpo.training.samples import Summary, step_credit, summarise, try_credit
 from ctcgrpo.training.tasks import step_schedule, tags_of, tasks_of
 from ctcgrpo.training.update import Floats
 from ctcgrpo.types import Environment, Episode, Task, TurnSample
-from ctcgrpo.util.processes import on_main, run_coroutine, together
+from ctcgrpo.util.processes import on_main, raise_on_all, run_coroutine, together
 
 PLAYING = "episodes"
 
@@ -291,8 +291,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         finally:
             self.engine.rest()
             self.phase = before
-        if first := next((error for error in gather_object([pause]) if error is not None), None):
-            raise type(first)(str(first))
+        raise_on_all(pause)
         together(self.engine.confirm)
         return episodes
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from trl import GRPOTrainer
 from trl.trainer.utils import use_adapter
 
@@ -32,6 +32,7 @@ from ctcgrpo.training.loss import TokenSums, token_sums
 from ctcgrpo.training.planning import Plan, forward_costs, plan
 from ctcgrpo.training.rows import Row
 from ctcgrpo.types import TurnSample
+from ctcgrpo.util.processes import raise_on_all
 
 PACKED_TOLERANCE = 0.02
 """How far packed log-probabilities may be from plain ones on the mean, in nats. bfloat16 differs by some 0.01 between any two ways
@@ -147,8 +148,7 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
 
     def _refuse(self, problem: str | None, cause: str) -> None:
         """Raises TrainingDiverged on all processes where one of them has a problem."""
-        if found := next((text for text in gather_object([problem]) if text is not None), None):
-            raise TrainingDiverged(f"{found}; likely cause: {cause}")
+        raise_on_all(None if problem is None else TrainingDiverged(f"{problem}; likely cause: {cause}"))
 
     # --- rows ------------------------------------------------------------------------------------------------------------
 

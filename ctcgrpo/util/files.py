@@ -219,6 +219,12 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for match, path in found if match}
 
 
+def newest_complete(folder: Path) -> Path | None:
+    """The complete checkpoint in a run's folder with the most optimizer steps."""
+    found = {step: checkpoint for step, checkpoint in checkpoints(folder).items() if is_complete(checkpoint)}
+    return found[max(found)] if found else None
+
+
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 

@@ -97,6 +97,11 @@ def together(do: Callable[[], None]) -> None:
         do()
     except CtcGrpoError as error:
         problem = error
+    raise_on_all(problem)
+
+
+def raise_on_all(problem: CtcGrpoError | None) -> None:
+    """Raise, on every process, what went wrong on the first process that has a problem; nothing where none has."""
     if first := next((error for error in gather_object([problem]) if error is not None), None):
         raise first
 

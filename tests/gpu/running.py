@@ -125,7 +125,7 @@ def spawned(command: Sequence[str], **options: Any) -> int:
 
 
 _spawned: list[subprocess.Popen[bytes]] = []
-"""Kept, since the module `subprocess` waits itself for children that nobody holds."""
+"""References to the children: without one, the module `subprocess` waits for a child itself."""
 
 
 def wait(pid: int, seconds: float) -> int | None:
