@@ -5,8 +5,9 @@ from ctcgrpo import CTCGRPOConfig, CTCGRPOTrainer, Environment, Step
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ctcgrpo.util.lazy import lazy
 
 if TYPE_CHECKING:
     from ctcgrpo.config import CTCGRPOConfig as CTCGRPOConfig
@@ -17,16 +18,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["CTCGRPOConfig", "CTCGRPOTrainer", "Environment", "Step"]
 
-_HOMES = {
-    "CTCGRPOConfig": "ctcgrpo.config",
-    "CTCGRPOTrainer": "ctcgrpo.training.trainer",
-    "Environment": "ctcgrpo.types",
-    "Step": "ctcgrpo.types",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """The public names are imported when they are used: TRL takes seconds, and most commands do without."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazy(
+    __name__,
+    {
+        "CTCGRPOConfig": "config",
+        "CTCGRPOTrainer": "training.trainer",
+        "Environment": "types",
+        "Step": "types",
+    },
+)

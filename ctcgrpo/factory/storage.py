@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ctcgrpo.environments.eibench.scenario_format import read_record, scene_problem
 from ctcgrpo.errors import CtcGrpoError, OutputError, ScenarioError
-from ctcgrpo.run.hub import hub_reason
+from ctcgrpo.policy.hub import hub_reason
 from ctcgrpo.util.files import parse_json, write_whole
 from ctcgrpo.util.naming import quoted
 

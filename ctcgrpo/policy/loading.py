@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 from ctcgrpo.errors import PolicyError
 from ctcgrpo.policy.builtin import is_builtin
 from ctcgrpo.policy.chat_template import end_of_turn
-from ctcgrpo.run.hub import hub_reason
+from ctcgrpo.policy.hub import hub_reason
 
 LOAD_ERRORS = (OSError, ValueError, SafetensorError, pickle.UnpicklingError, StrictDataclassError)
 """What transformers raises for a model or tokenizer that is not there, or whose files are damaged."""

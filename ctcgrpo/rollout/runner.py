@@ -75,6 +75,11 @@ class Slot:
         return step, self.group, self.task.id, self.rollout
 
 
+def validation_slots(tasks: Sequence[Task], samples: int, step: int) -> list[Slot]:
+    """What a validation plays: `samples` episodes a task, with the same seeds after whatever step."""
+    return [Slot(task, step, group, k, seed_step=0) for group, task in enumerate(tasks) for k in range(samples)]
+
+
 @dataclass(frozen=True, slots=True)
 class Play:
     """How episodes are played."""

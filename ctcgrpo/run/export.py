@@ -26,11 +26,10 @@ from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError
 from ctcgrpo.evaluation.played import eibench_on, in_words, validation_settings
 from ctcgrpo.model.finite import refuse_nonfinite
 from ctcgrpo.policy.builtin import is_builtin, wheel_of
+from ctcgrpo.policy.hub import hub_reason
 from ctcgrpo.policy.loading import stop_ids
 from ctcgrpo.policy.model_wheel import Say
-from ctcgrpo.run.checkpoint_pickles import weights_only
 from ctcgrpo.run.folders import require_run
-from ctcgrpo.run.hub import hub_reason
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
@@ -38,6 +37,7 @@ from ctcgrpo.run.run_records import Summary, disagreement, read_summary
 from ctcgrpo.run.settings import template_kwargs
 from ctcgrpo.run.validation import read_validations
 from ctcgrpo.simulator import about
+from ctcgrpo.training.checkpoint_pickles import weights_only
 from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.files import checkpoints, disk_problem, is_complete, missing_in
 

@@ -44,7 +44,6 @@ from ctcgrpo.policy.loading import (
 )
 from ctcgrpo.policy.model_wheel import ModelWheel, fetch_model
 from ctcgrpo.rollout.runner import Slot
-from ctcgrpo.run.checkpoint_pickles import refuse_damaged_state
 from ctcgrpo.run.data_digest import data_changes, folder_digest
 from ctcgrpo.run.folders import check_model
 from ctcgrpo.run.progress import RunProgress
@@ -55,6 +54,7 @@ from ctcgrpo.run.saving import checkpoint_bytes, too_little_time
 from ctcgrpo.run.settings import context_builder, lora_config, template_kwargs, trainer_config
 from ctcgrpo.run.tracking import tracker_of
 from ctcgrpo.run.validation import Validator
+from ctcgrpo.training.checkpoint_pickles import refuse_damaged_state
 from ctcgrpo.training.hooks import RolloutHooks
 from ctcgrpo.training.samples import try_credit
 from ctcgrpo.training.schedule import learning_rate_at

@@ -119,14 +119,6 @@ def improvement(before: Validation, after: Validation, *, seed: int = 0) -> dict
     return {"overall": mean, "ci95": list(interval(differences, seed=seed)), "n": len(differences)}
 
 
-def validation_slots(tasks: Sequence[Task], samples: int, step: int) -> list[Slot]:
-    """What a validation plays: `samples` episodes a task, with the same seeds after whatever step."""
-    # It imports transformers, which those who read a record do without.
-    from ctcgrpo.rollout.runner import Slot
-
-    return [Slot(task, step, group, k, seed_step=0) for group, task in enumerate(tasks) for k in range(samples)]
-
-
 @dataclass
 class Validator:
     """Validates when it is time, keeps the record in `file`, and says when the policy is the best so far.
@@ -170,6 +162,8 @@ class Validator:
         """Validate the policy as it stands after `step` batches of rollouts."""
         if step in self.done:
             return self.done[step]
+        from ctcgrpo.rollout.runner import validation_slots  # it imports transformers, which readers of a record do without
+
         slots = validation_slots(self.tasks, self.samples, step)
         self.say(f"validating after step {step}: {len(slots)} episodes")
         played = self.play(step, self.share(slots))

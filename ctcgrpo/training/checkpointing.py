@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.policy.builtin import is_builtin, wheel_of
-from ctcgrpo.run.checkpoint_pickles import weights_only
+from ctcgrpo.training.checkpoint_pickles import weights_only
 from ctcgrpo.training.update import PolicyUpdate
 from ctcgrpo.util.files import checkpoints, is_complete, mark_complete, newest_complete
 from ctcgrpo.util.processes import on_main

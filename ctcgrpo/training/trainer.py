@@ -40,9 +40,8 @@ from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import load_tokenizer
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.engines import make_engine
-from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot
+from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot, validation_slots
 from ctcgrpo.rollout.traces import TraceWriter, add_credit, step_name, trace_file
-from ctcgrpo.run.validation import validation_slots
 from ctcgrpo.training.checkpointing import CheckpointedUpdate
 from ctcgrpo.training.credit_state import CREDIT_STATE, load_state, state_text
 from ctcgrpo.training.hooks import NO_HOOKS, RolloutHooks

@@ -18,12 +18,12 @@ from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError, ScenarioError
 from ctcgrpo.factory.storage import load_splits, save_dataset
 from ctcgrpo.policy.chat_template import ChatTemplate
+from ctcgrpo.policy.hub import hub_reason
 from ctcgrpo.policy.loading import load_config, load_tokenizer, loading_weights, stop_ids
-from ctcgrpo.run.checkpoint_pickles import weights_only
 from ctcgrpo.run.folders import check_model, require_folder
-from ctcgrpo.run.hub import hub_reason
 from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.train import train
+from ctcgrpo.training.checkpoint_pickles import weights_only
 from ctcgrpo.util.files import mark_complete
 from tests.conftest import Command
 from tests.unit.test_run import FAST, TINY

@@ -12,8 +12,8 @@ import pytest
 
 from ctcgrpo.environments.eibench import task_of
 from ctcgrpo.errors import TooManyFailures
-from ctcgrpo.rollout.runner import Slot
-from ctcgrpo.run.validation import Validation, Validator, improvement, validation_of, validation_slots
+from ctcgrpo.rollout.runner import Slot, validation_slots
+from ctcgrpo.run.validation import Validation, Validator, improvement, validation_of
 from ctcgrpo.types import Episode, Failure
 from tests.conftest import Command
 from tests.unit.test_run import FAST, TINY

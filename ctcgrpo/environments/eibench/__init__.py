@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ctcgrpo.util.lazy import lazy
 
 if TYPE_CHECKING:
     from ctcgrpo.environments.eibench.environment import EIBench as EIBench
@@ -20,22 +21,19 @@ if TYPE_CHECKING:
     from ctcgrpo.environments.eibench.scoring import outcome_score as outcome_score
     from ctcgrpo.environments.eibench.scoring import turn_score as turn_score
 
-_HOMES = {
-    "EIBench": "environment",
-    "EIBenchEpisodes": "environment",
-    "User": "environment",
-    "opening_messages": "environment",
-    "scenario_tasks": "environment",
-    "task_of": "environment",
-    "Anchors": "records",
-    "UserState": "records",
-    "outcome_score": "scoring",
-    "turn_score": "scoring",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """The public names are imported when they are used: simulators read the records, and the environment asks a simulator."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+# Simulators read the records, and the environment asks a simulator.
+__getattr__ = lazy(
+    __name__,
+    {
+        "EIBench": "environment",
+        "EIBenchEpisodes": "environment",
+        "User": "environment",
+        "opening_messages": "environment",
+        "scenario_tasks": "environment",
+        "task_of": "environment",
+        "Anchors": "records",
+        "UserState": "records",
+        "outcome_score": "scoring",
+        "turn_score": "scoring",
+    },
+)
