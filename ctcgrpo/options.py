@@ -15,6 +15,7 @@ import pydantic
 
 from ctcgrpo.centering import CENTERINGS
 from ctcgrpo.credit import CREDITS, SCALES
+from ctcgrpo.util.importing import is_reference
 
 Packing = Literal["auto", "segments", "flex", "flash3", "none"]
 """How rows of shared prefixes are attended to."""
@@ -230,6 +231,11 @@ def out_of_bounds(values: Mapping[str, Any]) -> Iterator[str]:
         told = homes[name].metadata
         if told["choices"] and value not in told["choices"]:
             yield f"{name} = {value!r}; expected one of {', '.join(told['choices'])}"
+        if (known := told["known"]) and value not in known and not (isinstance(value, str) and is_reference(value)):
+            yield (
+                f"{name} = {value!r}; expected one of {', '.join(known)}, or the name of one of your own as "
+                "'my_module:my_function' (a run records its settings as text)"
+            )
         wrong = [
             sign for bound, limit in told["bounds"].items() for holds, sign in [_BOUNDS[bound]] if not holds(value, limit)
         ]
