@@ -39,8 +39,7 @@ from ctcgrpo.experiments.table import all_equal, point_of, table_of
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import overrides
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import Outcome, read_summary
-from ctcgrpo.run.validation import read_validations, valid_validations
+from ctcgrpo.run.run_records import read_summary, read_validations, valid_validations
 from ctcgrpo.util.files import checkpoints, is_complete, read_json, write_whole
 from ctcgrpo.util.workers import alone, end_with_parent
 
@@ -303,10 +302,12 @@ def _suggested(trial: optuna.Trial, name: str, parameter: Parameter) -> Any:
 
 def score_of(run: RunFolder) -> float:
     """The score after training of a finished run. Raises OutputError where its figures are missing or damaged."""
-    summary = read_summary(run.path, Outcome)
+    summary = read_summary(run.path)
     if summary is None:
         raise OutputError(f"{run.path} holds no summary.json; without it a trial has no score")
     valid_validations(run.validation_file)  # what the table is made of
+    if summary.after.overall is None:
+        raise OutputError(f"{run.path}/summary.json: after.overall = None; expected a score")
     return summary.after.overall
 
 

@@ -17,8 +17,7 @@ from ctcgrpo.experiments.curves import MEASURES, Curves, compared, curves_of
 from ctcgrpo.experiments.spec import Sweep
 from ctcgrpo.run.data_digest import SKIPPED
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import same
-from ctcgrpo.run.validation import valid_validations
+from ctcgrpo.run.run_records import same, valid_validations
 from ctcgrpo.util.files import read_json
 from ctcgrpo.util.intervals import crossed
 

@@ -21,8 +21,7 @@ from ctcgrpo import __version__
 from ctcgrpo.environments.eibench.records import in_order
 from ctcgrpo.report.reading import Run, Trace, credit_of
 from ctcgrpo.run.recipe import OwnEnvironment
-from ctcgrpo.run.run_records import numbers_by_turn
-from ctcgrpo.run.validation import Validation, improvement
+from ctcgrpo.run.run_records import Validation, improvement, numbers_by_turn
 from ctcgrpo.simulator.about import described
 from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.intervals import interval
@@ -114,18 +113,15 @@ def _headline(validations: Sequence[Validation]) -> dict[str, Any] | None:
         return None
     before, after = validations[0], validations[-1]
     ends = {name: {"step": v.step, "score": v.overall} for name, v in (("before", before), ("after", after))}
-    return {**ends, "improvement": improvement(before, after)}
+    return {**ends, "improvement": improvement(before, after).model_dump()}
 
 
 def _validation(validation: Validation) -> dict[str, Any]:
-    of_scene: dict[str, list[float]] = {}
-    for name, mean in validation.by_scenario.items():
-        of_scene.setdefault("overall", []).append(mean)
-        if (tag := validation.scenes.get(name, "?")) != NO_TAG:
-            of_scene.setdefault(tag, []).append(mean)
+    scores = {"overall": list(validation.by_scenario.values()), **validation.by_scene}
     found = {
         name: {"mean": sum(values) / len(values), "ci95": list(interval(values)), "n": len(values)}
-        for name, values in of_scene.items()
+        for name, values in scores.items()
+        if values and name != NO_TAG
     }
     return {"step": validation.step, "failed": validation.failed, "scores": found}
 

@@ -23,8 +23,15 @@ from ctcgrpo.run.folders import require_run
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import Summary, disagreement, read_metrics, read_summary, read_traces, same
-from ctcgrpo.run.validation import Validation, read_validations
+from ctcgrpo.run.run_records import (
+    Validation,
+    disagreement,
+    read_metrics,
+    read_summary,
+    read_traces,
+    read_validations,
+    same,
+)
 from ctcgrpo.util.files import explained, is_complete, read_json
 from ctcgrpo.util.intervals import means
 
@@ -90,6 +97,12 @@ def read_run(path: Path) -> Run:
     finished = is_complete(folder.final)
     problems = [*bad, *bad_validations, *bad_metrics, *bad_simulator]
     problems += _disagreements(episodes, validations, metrics, finished=finished)
+    try:
+        summary = read_summary(path)
+        different = None if summary is None else disagreement(summary, validations)
+        bad_summary = [] if different is None else [different]
+    except OutputError as error:
+        bad_summary = [str(error)]
     problems += _other_credit(metrics, episodes, shuffled=recipe.credit.shuffle == "advantages")
     return Run(
         name=path.resolve().name,
@@ -102,7 +115,7 @@ def read_run(path: Path) -> Run:
         path=path,
         simulator=simulator,
         written=_written(folder),
-        problems=[*problems, *_summary_problems(path, validations)],
+        problems=[*problems, *bad_summary],
     )
 
 
@@ -136,16 +149,6 @@ def _simulator(run: Path) -> tuple[dict[str, Any] | None, list[str]]:
 def _written(folder: RunFolder) -> datetime:
     files = [folder.recipe_file, folder.metrics_file, folder.validation_file, *folder.traces.glob("*.jsonl")]
     return datetime.fromtimestamp(max(file.stat().st_mtime for file in files if file.exists()), UTC)
-
-
-def _summary_problems(run: Path, validations: Sequence[Validation]) -> list[str]:
-    """What is wrong with summary.json, whose figures the report computes itself."""
-    try:
-        summary = read_summary(run, Summary)
-    except OutputError as error:
-        return [str(error)]
-    told = disagreement(summary, validations) if summary is not None else None
-    return [] if told is None else [told]
 
 
 def _disagreements(

@@ -33,9 +33,8 @@ from ctcgrpo.run.folders import require_run
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import Summary, disagreement, read_summary
+from ctcgrpo.run.run_records import Summary, checked_summary
 from ctcgrpo.run.settings import template_kwargs
-from ctcgrpo.run.validation import read_validations
 from ctcgrpo.simulator import about
 from ctcgrpo.training.checkpoint_pickles import weights_only
 from ctcgrpo.types import NO_TAG
@@ -96,14 +95,13 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
 
 def _summary(folder: RunFolder, recipe: Recipe) -> Summary | None:
     """The figures of a run. Raises OutputError where its files are damaged: a card is not to publish a wrong one."""
-    summary = read_summary(folder.path, Summary)
+    summary, problems = checked_summary(folder.path)
     if summary is None:
         return None
     if recipe.validation is None:
         raise OutputError(f"{folder.path}: summary.json has figures, but recipe.yaml no validation section; one is damaged")
-    validations, problems = read_validations(folder.validation_file)
-    if told := next(iter(problems), None) or disagreement(summary, validations):
-        raise OutputError(f"{folder.path}: {told}; without summary.json the card says that nothing was measured")
+    if problems:
+        raise OutputError(f"{folder.path}: {problems[0]}; without summary.json the card says that nothing was measured")
     return summary
 
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.text import Text
 
 from ctcgrpo.types import Episode
-from ctcgrpo.util.terminal import Terminal
+from ctcgrpo.util.terminal import Terminal, print_line
 
 _QUIET_SECONDS = 15.0
 """How long plain lines may be away while the first step, which nobody knows the time of yet, is played."""
@@ -111,7 +111,7 @@ class RunProgress:
     def say(self, message: str) -> None:
         self._said = time.monotonic()
         if self._enabled:
-            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+            print_line(self._console, message)
 
     def _plays(self, episodes: int, what: str) -> None:
         now = time.monotonic()

@@ -26,7 +26,6 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,7 @@ from ctcgrpo.policy.builtin import is_built, wheel_of
 from ctcgrpo.policy.model_wheel import Say, fetch_model
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import differences
-from ctcgrpo.run.run_records import read_metrics
-from ctcgrpo.run.validation import resumed_validations
+from ctcgrpo.run.run_records import Summary, read_metrics, resumed_validations
 from ctcgrpo.util.files import (
     RESTORE,
     checkpoints,
@@ -58,41 +56,18 @@ _PATIENCE = 120.0
 """Seconds for a run that was told to stop to save what it has."""
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
-    path: Path
-
-    @property
-    def recipe_file(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def validation_file(self) -> Path:
-        return self.path / "validation.jsonl"
-
-    @property
-    def simulator_log(self) -> Path:
-        return self.path / "simulator.jsonl"
-
-    @property
-    def best(self) -> Path:
-        return self.path / "best"
-
-    @property
-    def traces(self) -> Path:
-        return self.path / "traces"
-
-    @property
-    def base(self) -> Path:
-        return self.path / "base"
-
-    @property
-    def final(self) -> Path:
-        return self.path / "final"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.validation_file = path / "validation.jsonl"
+        self.simulator_log = path / "simulator.jsonl"
+        self.traces = path / "traces"
+        self.base = path / "base"
+        self.best = path / "best"
+        self._newer_best = path / "best.newer"
+        self.final = path / "final"
 
     def starting_policy(self, recipe: Recipe, say: Say = lambda _: None) -> str:
         """The model that training starts from: base/ where the run built it, the cache where it was fetched, else as the recipe
@@ -129,8 +104,11 @@ class RunFolder:
         """
         started = self.newest_checkpoint()
         finished = is_complete(self.final)
-        if self.recipe_file.exists() and (started or finished):
-            self._refuse_other_run(recipe)
+        if self.recipe_file.exists() and (started or finished) and (changed := self.changes(recipe)):
+            raise OutputError(
+                f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])}); "
+                "undo the change to resume it, or start another with run.name=NAME"
+            )
         if finished and not started and self.extended_from(recipe):
             lacks = "; ".join(self.passed_over()) or "it has none"
             raise OutputError(
@@ -220,10 +198,6 @@ class RunFolder:
             shutil.rmtree(self.best)
         return self.best_step
 
-    @property
-    def _newer_best(self) -> Path:
-        return self.path / "best.newer"
-
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint with the most optimizer steps."""
         return newest_complete(self.path)
@@ -246,18 +220,8 @@ class RunFolder:
         with self.metrics_file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(known, allow_nan=False) + "\n")
 
-    def write_summary(self, summary: dict[str, Any]) -> None:
-        write_whole(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-    def finish(self) -> None:
-        mark_complete(self.final)
-
-    def _refuse_other_run(self, recipe: Recipe) -> None:
-        if changed := self.changes(recipe):
-            raise OutputError(
-                f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])}); "
-                "undo the change to resume it, or start another with run.name=NAME"
-            )
+    def write_summary(self, summary: Summary) -> None:
+        write_whole(self.path / "summary.json", json.dumps(summary.model_dump(exclude_unset=True), indent=2) + "\n")
 
     def changes(self, recipe: Recipe) -> list[str]:
         """What the recorded recipe and this one differ in, beyond what a run may change: where its folder lies, and where modules

@@ -17,7 +17,7 @@ from typing import Any
 from ctcgrpo import __version__
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.run.recipe import Recipe
-from ctcgrpo.run.validation import Validation
+from ctcgrpo.run.run_records import Validation
 from ctcgrpo.util.strict_yaml import load_yaml
 
 PROJECT = "ctcgrpo"
@@ -84,10 +84,8 @@ class WandbTracker(Tracker):
 
     def validated(self, validation: Validation, run: Path) -> None:
         found = validation.figures()
-        scores = {f"validation/{scene}": score for scene, score in found["scenes"].items()}
-        self._run.log(
-            {"validation/overall": found["overall"], "validation/failed": found["failed"], **scores, "step": validation.step}
-        )
+        scores = {"overall": found.overall, "failed": found.failed, **found.scenes}
+        self._run.log({**{f"validation/{name}": score for name, score in scores.items()}, "step": validation.step})
         if rows := dialogue_rows(run, validation.step):
             table = self._wandb.Table(columns=list(COLUMNS), data=rows)
             self._run.log({"dialogues": table, "step": validation.step})

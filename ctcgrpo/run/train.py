@@ -60,7 +60,7 @@ from ctcgrpo.training.samples import try_credit
 from ctcgrpo.training.schedule import learning_rate_at
 from ctcgrpo.training.trainer import PLAYING, CTCGRPOTrainer
 from ctcgrpo.types import Episode
-from ctcgrpo.util.files import disk_problem, file_digest
+from ctcgrpo.util.files import disk_problem, file_digest, mark_complete
 from ctcgrpo.util.importing import is_reference, load_object, source_of
 from ctcgrpo.util.processes import STOP_SECONDS, interrupts, on_main, together
 
@@ -219,13 +219,9 @@ class _Run(RolloutHooks):
         trainer.save_model(str(folder.final))
         if self._state.is_main_process:
             if self._validator:
-                facts = {
-                    "run": self._recipe.run.name,
-                    **self._tasks.facts(),
-                    "version": __version__,
-                }
-                folder.write_summary(self._validator.summary(**facts))
-            folder.finish()
+                facts = self._tasks.facts()
+                folder.write_summary(self._validator.summary(run=self._recipe.run.name, **facts, version=__version__))
+            mark_complete(folder.final)
             folder.settle_best(self._recipe.training.max_steps)
         trainer.accelerator.wait_for_everyone()
         trainer.engine.close()  # while the processes' groups exist: vLLM has some of its own in them

@@ -123,25 +123,27 @@ def collect_records(
     return found, problems
 
 
-def by_step(
-    file: Path, records: Iterable[_T], step_of: Callable[[_T], int], problems: Sequence[str]
+def once_each(
+    file: Path, records: Iterable[_T], key_of: Callable[[_T], Any], what: str, problems: Sequence[str]
 ) -> tuple[list[_T], list[str]]:
-    """A file's records in the order of their steps, each step once; and the problems, with those of duplicate steps."""
-    found: dict[int, _T] = {}
+    """Records in the order of their keys, each key once; and the problems, with those of duplicates. `what` names a record by its
+    key, as "step {}"."""
+    found: dict[Any, _T] = {}
     duplicates = []
     for record in records:
-        step = step_of(record)
-        if step in found:
-            duplicates.append(f"{file.name}: duplicate step {step}; the first one counts")
-        found.setdefault(step, record)
-    return [found[step] for step in sorted(found)], [*problems, *duplicates]
+        key = key_of(record)
+        if key in found:
+            named = what.format(*(key if isinstance(key, tuple) else (key,)))
+            duplicates.append(f"{file.name}: duplicate {named}; the first one counts")
+        found.setdefault(key, record)
+    return [found[key] for key in sorted(found)], [*problems, *duplicates]
 
 
 RESTORE = "restore the file to resume, or start another run with run.name=NAME"
 
 
 def refuse_to_resume(file: Path, problems: Sequence[str]) -> None:
-    """Raises OutputError where `collect_records` or `by_step` found problems in a file that a run resumes from."""
+    """Raises OutputError where `collect_records` or `once_each` found problems in a file that a run resumes from."""
     if problems:
         raise OutputError(f"{file.parent}/{problems[0]}; {RESTORE}")
 
