@@ -34,20 +34,19 @@ def table_of(sweep: Sweep, study: optuna.Study, folder: Path, against: str | Non
     `gain` over the untrained policy, `by_seed`, and what became of it. A trial that was left and asked for again stands once. With
     variants also `area`, `final` and `reach` (see `curves.compared`), compared with `against` or the baseline. Raises OutputError
     where the variants of an environment met another user, or other data."""
-    by_folder: dict[str, FrozenTrial] = {}
-    for trial in study.trials:
-        if name := trial.user_attrs.get("folder"):
-            by_folder[name] = trial
+    by_folder = {trial.user_attrs["folder"]: trial for trial in study.trials if "folder" in trial.user_attrs}
     rows = [_row(name, trial, folder) for name, trial in by_folder.items()]
     rows.sort(key=lambda row: (row["score"] is None, -(row["score"] or 0.0), row["trial"]))
     if not sweep.variants:
         return rows
     compare(rows, curves_by_environment(sweep, rows, folder), against or sweep.baseline)
     order = list(sweep.environments)
-    return sorted(
-        rows,
-        key=lambda row: (order.index(row["params"]["environment"]), row["score"] is None, -_mean(row, sweep.primary)),
-    )
+
+    def place(row: Mapping[str, Any]) -> tuple[int, bool, float]:
+        mean = row[sweep.primary]["mean"] if sweep.primary in row else 0.0
+        return order.index(row["params"]["environment"]), row["score"] is None, -mean
+
+    return sorted(rows, key=place)
 
 
 def point_of(trial: FrozenTrial) -> dict[str, Any]:
@@ -56,16 +55,8 @@ def point_of(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _row(name: str, trial: FrozenTrial, folder: Path) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "trial": name,
-        "params": point_of(trial),
-        "state": _STATES.get(trial.state, "failed"),
-        "reason": trial.user_attrs.get("reason", ""),
-        "score": None,
-        "ci95": None,
-        "gain": None,
-        "by_seed": {},
-    }
+    row: dict[str, Any] = {"trial": name, "params": point_of(trial), "state": _STATES.get(trial.state, "failed")}
+    row |= {"reason": trial.user_attrs.get("reason", ""), "score": None, "ci95": None, "gain": None, "by_seed": {}}
     if trial.state != TrialState.COMPLETE:
         return row
     seeds = trial.user_attrs["seeds"]
@@ -128,10 +119,6 @@ def compare(rows: Sequence[dict[str, Any]], curves: Mapping[str, Mapping[str, Cu
         if row["score"] is not None:
             variants = curves[row["params"]["environment"]]
             row |= compared(variants[row["params"]["variant"]], variants.get(against or ""))
-
-
-def _mean(row: Mapping[str, Any], measure: str) -> float:
-    return float(row[measure]["mean"]) if measure in row else 0.0
 
 
 # --- in the terminal -------------------------------------------------------------------------------------------------------------

@@ -96,12 +96,12 @@ def recorded_turns(
     unreadable: list[str] = []
     for file in files:
         found, problems = collect_records(file, _RECORDED.validate_python)
-        for problem in problems:
-            warn(problem)
         unreadable += problems
         for trace in found:
             if trace["failure"] is None and trace["task"] in known:
                 traces[known[trace["task"]].scene].append(trace)
+    for problem in unreadable:
+        warn(problem)
     if not any(traces.values()):
         why = f" ({unreadable[0]})" if unreadable else ""
         raise OutputError(f"there are no recorded dialogues of these scenarios to replay{why}")
@@ -123,19 +123,9 @@ class _Recording:
         info, before = turn["info"], request.state
         why = info.get("why", "")
         state = State(anger=info["anger"], trust=info["trust"])
-        return TurnReply(
-            reply=turn["message"],
-            anger_delta=_clipped(state.anger - before.anger),
-            trust_delta=_clipped(state.trust - before.trust),
-            state=state,
-            goes_on=True,
-            why=why,
-            reflection=why,
-        )
-
-
-def _clipped(change: int) -> int:
-    return max(-MAX_DELTA, min(MAX_DELTA, change))
+        anger, trust = np.clip([state.anger - before.anger, state.trust - before.trust], -MAX_DELTA, MAX_DELTA).tolist()
+        deltas = {"anger_delta": anger, "trust_delta": trust}
+        return TurnReply(reply=turn["message"], **deltas, state=state, goes_on=True, why=why, reflection=why)
 
 
 async def _turns(trace: Mapping[str, Any], scenario: Scenario, max_rounds: int) -> Sequence[TurnRequest]:
@@ -199,22 +189,12 @@ def _pooled_variance(groups: Sequence[Sequence[float]]) -> float:
 
 
 def noise_table(noise: Mapping[str, Noise], title: str) -> Table:
-    table = Table(title=Text(title))
-    for name in (
-        "scene",
-        "turns",
-        "failed",
-        "SD anger",
-        "SD trust",
-        "SD score",
-        "SD between",
-        "reliability",
-        "of a mean of 4",
-    ):
-        table.add_column(name, justify="left" if name == "scene" else "right")
+    table = Table("scene", title=Text(title))
+    deviations = ("SD anger", "SD trust", "SD score", "SD between")
+    for name in ("turns", "failed", *deviations, "reliability", "of a mean of 4"):
+        table.add_column(name, justify="right")
     for scene, n in noise.items():
-        cells = (n.anger, n.trust, n.within, n.between, n.reliability, n.of_mean(4))
-        formats = ("{:.2f}", "{:.2f}", "{:.4f}", "{:.4f}", "{:.2f}", "{:.2f}")
-        shown = [f.format(c) for f, c in zip(formats, cells, strict=True)]
-        table.add_row(scene, f"{n.turns} x {n.replays}", str(n.failed), *shown)
+        spread = (f"{n.anger:.2f}", f"{n.trust:.2f}", f"{n.within:.4f}", f"{n.between:.4f}")
+        shares = (f"{n.reliability:.2f}", f"{n.of_mean(4):.2f}")
+        table.add_row(scene, f"{n.turns} x {n.replays}", str(n.failed), *spread, *shares)
     return table

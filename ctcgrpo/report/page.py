@@ -9,6 +9,7 @@ import base64
 import gzip
 import json
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +25,7 @@ from ctcgrpo.run.recipe import OwnEnvironment
 from ctcgrpo.run.run_records import Validation, improvement, numbers_by_turn
 from ctcgrpo.simulator.about import described
 from ctcgrpo.types import NO_TAG
+from ctcgrpo.util.files import write_whole
 from ctcgrpo.util.intervals import interval
 
 MOST_BYTES = 20_000_000
@@ -31,6 +33,8 @@ MOST_BYTES = 20_000_000
 _BINS = np.linspace(-3, 3, 25)
 _PHASES = 3
 """Training in so many parts, to see states and credit change."""
+_OF_EPISODE = ("kind", "step", "task", "tag", "rollout", "outcome")
+_OF_TURN = ("reasoning", "reply", "message", "reward", "info", "faults", "completion_tokens")
 _TIMES = ("seconds/rollout", "seconds/update")
 _WORDS = {"task": "scenario", "tag": "scene", "range": ", in −1 to +1"}
 """What the page calls tasks and tags, and where scores lie."""
@@ -53,9 +57,7 @@ def write_report(run: Run, file: Path, trials: Sequence[Mapping[str, Any]] = ())
         version=__version__,
         words=figures["words"],
     )
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(file)
+    write_whole(file, page)
     return {"shown": len(kept), "of": len(run.episodes), "bytes": file.stat().st_size}
 
 
@@ -128,12 +130,8 @@ def _validation(validation: Validation) -> dict[str, Any]:
 
 def _phases(trained: Sequence[Trace]) -> list[list[Trace]]:
     steps = sorted({e["step"] for e in trained})
-    parts = (
-        [set(part.tolist()) for part in np.array_split(np.array(steps, dtype=int), min(_PHASES, len(steps)))]
-        if steps
-        else []
-    )
-    return [[e for e in trained if e["step"] in part] for part in parts]
+    parts = np.array_split(np.array(steps, dtype=int), min(_PHASES, len(steps)) or 1)
+    return [[e for e in trained if e["step"] in part] for part in parts if len(part)]
 
 
 def _states(part: Sequence[Trace]) -> dict[str, Any]:
@@ -161,11 +159,8 @@ def _credit(trained: Sequence[Trace]) -> dict[str, Any]:
 
     def counts(values: Sequence[float]) -> dict[str, Any]:
         clipped = np.clip(values, _BINS[0] + 1e-9, _BINS[-1] - 1e-9)
-        return {
-            "counts": np.histogram(clipped, _BINS)[0].tolist(),
-            "mean": float(np.mean(values)),
-            "std": float(np.std(values)),
-        }
+        counted = np.histogram(clipped, _BINS)[0].tolist()
+        return {"counts": counted, "mean": float(np.mean(values)), "std": float(np.std(values))}
 
     return {
         "bins": _BINS.tolist(),
@@ -175,36 +170,19 @@ def _credit(trained: Sequence[Trace]) -> dict[str, Any]:
 
 
 def _failures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    found: dict[str, float] = {}
+    found = Counter[str]()
     for m in metrics:
-        for name, value in m.items():
-            if name.startswith("failed/") and value:
-                found[name.removeprefix("failed/")] = found.get(name.removeprefix("failed/"), 0) + value
-    return found
+        found.update({name.removeprefix("failed/"): n for name, n in m.items() if name.startswith("failed/") and n})
+    return dict(found)
 
 
 def _lean(e: Trace) -> list[Any]:
     """An episode as a list, without names that would stand in every one of them."""
-    turns = [
-        [t["reasoning"], t["reply"], t["message"], t["reward"], t["info"], t["faults"], t["completion_tokens"]]
-        for t in e["turns"]
-    ]
+    turns = [[t[name] for name in _OF_TURN] for t in e["turns"]]
     credit = credit_of(e)
     terms = None if credit is None else [[round(c[name], 6) for name in ("advantage", "outcome", "turn")] for c in credit]
     failure = None if e["failure"] is None else f"{e['failure']['kind']}: {e['failure']['message']}"
-    return [
-        e["kind"],
-        e["step"],
-        e["task"],
-        e["tag"],
-        e["rollout"],
-        e["outcome"],
-        failure,
-        e["opening"],
-        e["info"],
-        turns,
-        terms,
-    ]
+    return [*(e[name] for name in _OF_EPISODE), failure, e["opening"], e["info"], turns, terms]
 
 
 def _within(episodes: Sequence[Trace], most: int) -> list[Trace]:
@@ -219,6 +197,5 @@ def _within(episodes: Sequence[Trace], most: int) -> list[Trace]:
 
 
 def _packed(value: Any) -> str:
-    return base64.b64encode(
-        gzip.compress(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"), 6, mtime=0)
-    ).decode()
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+    return base64.b64encode(gzip.compress(text, 6, mtime=0)).decode()

@@ -32,7 +32,7 @@ from ctcgrpo.run.run_records import (
     read_validations,
     same,
 )
-from ctcgrpo.util.files import explained, is_complete, read_json
+from ctcgrpo.util.files import explained, is_complete, read_json, read_object
 from ctcgrpo.util.intervals import means
 
 Trace = dict[str, Any]
@@ -135,15 +135,10 @@ def _episodes(traces: Path) -> tuple[list[Trace], list[str]]:
 
 def _simulator(run: Path) -> tuple[dict[str, Any] | None, list[str]]:
     file = run / "simulator.json"
-    if not file.exists():
-        return None, []
     try:
-        found = read_json(file)
+        return (read_object(file), []) if file.exists() else (None, [])
     except OutputError as error:
         return None, [str(error)]
-    return (
-        (found, []) if isinstance(found, dict) else (None, [f"{file.name} is a {type(found).__name__}; expected an object"])
-    )
 
 
 def _written(folder: RunFolder) -> datetime:

@@ -168,7 +168,7 @@ class TransformersBatcher(Batcher):
             request = running[slot]
             if reason := self._reason(request):
                 ids, logprobs, log_kept = tuple(request.token_ids), tuple(request.logprobs), tuple(request.log_kept)
-                finished.append(Finished(request.name, Completion(ids, logprobs, log_kept, reason)))
+                finished.append((request.name, Completion(ids, logprobs, log_kept, reason)))
                 self._leave(slot)
         return finished
 

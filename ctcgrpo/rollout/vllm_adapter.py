@@ -22,6 +22,7 @@ from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.rollout.continuous import Batcher, Finished
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.types import Completion
+from ctcgrpo.util.naming import first_line
 
 
 class ColocatedVllm(Batcher):
@@ -114,7 +115,7 @@ class ColocatedVllm(Batcher):
                 _, sampling = self._asked.pop(output.request_id)
                 said = output.outputs[0]
                 made = completion(said.token_ids, said.logprobs.logprobs, said.finish_reason, sampling)
-                finished.append(Finished(output.request_id, made))
+                finished.append((output.request_id, made))
         return finished
 
     @property
@@ -222,7 +223,7 @@ def as_engine_error(doing: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise PolicyEngineError(f"{doing}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        raise PolicyEngineError(f"{doing}: {first_line(error)}") from error
 
 
 def _version(*names: str) -> str:

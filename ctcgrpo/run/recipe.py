@@ -19,10 +19,7 @@ from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS
 from ctcgrpo.simulator.config import TOKEN_ENV
 from ctcgrpo.util.importing import is_reference
 from ctcgrpo.util.naming import did_you_mean, quoted
-from ctcgrpo.util.sections import (
-    Section,
-    environment_name,
-)
+from ctcgrpo.util.sections import Section, environment_name
 
 _UNUSED: dict[str, Any] = {"simulator": True, "scoring": True, "policy": {"instructions", "persona_sections"}}
 """What a recipe with an environment of its own does not have."""
@@ -203,10 +200,7 @@ class Simulator(Section):
             raise ValueError("a list holds URLs of replicas, at least one")
         return value
 
-    @field_validator("token_env")
-    @classmethod
-    def _is_a_name(cls, value: str) -> str:
-        return environment_name(value)
+    _is_a_name = field_validator("token_env")(environment_name)
 
 
 class Scoring(Section):
@@ -436,19 +430,13 @@ class Recipe(Section):
 
     def credit_options(self) -> CreditOptions:
         """What the recipe says of credit, under the names that the trainer's configuration has for it."""
-        credit, scoring = self.credit, self.scoring
         return CreditOptions(
-            alpha=credit.alpha,
-            centering=credit.centering,
-            credit=credit.credit,
-            gamma=credit.gamma,
-            center_weights=credit.center_weights,
-            scale_rewards=credit.scale,
-            std_min=credit.std_min,
-            shuffle_credit=credit.shuffle,
+            **self.credit.model_dump(exclude={"scale", "shuffle"}),
+            scale_rewards=self.credit.scale,
+            shuffle_credit=self.credit.shuffle,
             reasons=self.policy.reasons,
-            no_reasoning_penalty=scoring.no_reasoning_penalty,
-            fault_penalty=scoring.fault_penalty,
+            no_reasoning_penalty=self.scoring.no_reasoning_penalty,
+            fault_penalty=self.scoring.fault_penalty,
         )
 
     def eibench_scenarios(self, what: str = "this") -> Scenarios:

@@ -44,10 +44,11 @@ from ctcgrpo.util.files import (
     mark_complete,
     missing_in,
     newest_complete,
-    read_json,
+    read_object,
     refuse_to_resume,
     write_whole,
 )
+from ctcgrpo.util.naming import first_line
 from ctcgrpo.util.sections import parse_mapping, read_text
 from ctcgrpo.util.workers import alone
 
@@ -91,9 +92,8 @@ class RunFolder:
                 probe.touch()
                 probe.unlink()
             except OSError as error:
-                raise OutputError(
-                    f"cannot write to {self.traces} ({error.strerror}); choose another with run.output_dir=FOLDER"
-                ) from None
+                what = f"cannot write to {self.traces} ({error.strerror})"
+                raise OutputError(f"{what}; choose another with run.output_dir=FOLDER") from None
             yield
 
     def open(self, recipe: Recipe) -> Path | None:
@@ -109,16 +109,16 @@ class RunFolder:
                 f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])}); "
                 "undo the change to resume it, or start another with run.name=NAME"
             )
-        if finished and not started and self.extended_from(recipe):
+        if finished and not self.extended_from(recipe):
+            raise OutputError(
+                f"{self.path} holds a finished run of this recipe; take {self.final}, give it more steps with "
+                "training.max_steps=N, or start another with run.name=NAME"
+            )
+        if finished and not started:
             lacks = "; ".join(self.passed_over()) or "it has none"
             raise OutputError(
                 f"{self.path} cannot be given more steps: no complete checkpoint to resume from ({lacks}); start another run "
                 f"from {self.final} with policy.model and run.name=NAME"
-            )
-        if finished and not (started and self.extended_from(recipe)):
-            raise OutputError(
-                f"{self.path} holds a finished run of this recipe; take {self.final}, give it more steps with "
-                "training.max_steps=N, or start another with run.name=NAME"
             )
         if started:
             self._metrics()
@@ -241,20 +241,15 @@ class RunFolder:
             old = parse_mapping(read_text(self.recipe_file, "recipe"), self.recipe_file, Recipe, "recipe")
             return Recipe.model_validate(old).model_dump(mode="json")  # what an older version did not know had its default
         except (RecipeError, ValidationError) as error:
-            reason = str(error).splitlines()[0]
-            raise OutputError(
-                f"{self.path} holds a run, but its recipe.yaml cannot be read: {reason}; start another with run.name=NAME"
-            ) from None
+            reason = f"its recipe.yaml cannot be read: {first_line(error)}"
+            raise OutputError(f"{self.path} holds a run, but {reason}; start another with run.name=NAME") from None
 
 
 def _object(file: Path) -> dict[str, Any]:
     try:
-        found = read_json(file)
+        return read_object(file)
     except OutputError as error:
         raise OutputError(f"{error}; {RESTORE}") from None
-    if not isinstance(found, dict):
-        raise OutputError(f"{file} holds a {type(found).__name__}; expected an object; {RESTORE}")
-    return found
 
 
 def _best_step(folder: Path) -> int | None:

@@ -185,8 +185,8 @@ def disagreement(summary: Summary, validations: Sequence[Validation]) -> str | N
         return None
     said, computed = summary.improvement, improvement(validations[0], validations[-1])
     pairs = [("improvement.overall", said.overall, computed.overall)]
-    for end, *ends in zip(("low", "high"), said.ci95 or (None, None), computed.ci95 or (None, None), strict=True):
-        pairs.append((f"improvement.ci95 ({end})", *ends))
+    lows, highs = zip(said.ci95 or (None, None), computed.ci95 or (None, None), strict=True)
+    pairs += [("improvement.ci95 (low)", *lows), ("improvement.ci95 (high)", *highs)]
     for when, told, found in (
         ("before", summary.before, validations[0].figures()),
         ("after", summary.after, validations[-1].figures()),

@@ -90,7 +90,7 @@ class ScenarioTasks(RunTasks):
         found = [found.scenarios for found in self._sets.values()]
         self._scenarios = [scenario for part in found for scenario in part]
         self._found = dict(zip(("training scenarios", "held-out scenarios"), found, strict=False))
-        self.train, self.held_out = ([task_of(scenario) for scenario in part] for part in (found[0], (found[1:] or [[]])[0]))
+        self.train, self.held_out = ([task_of(scenario) for scenario in part] for part in [*found, []][:2])
         self.warnings = [line for part in self._sets.values() for line in part.report()]
 
     def data(self) -> dict[str, dict[str, str]]:
@@ -136,8 +136,12 @@ class ScenarioTasks(RunTasks):
             "scoring_variant": self._recipe.scoring.variant,
             "settings": validation_settings(self._recipe),
             "skipped": {name: found.skipped for name, found in self._sets.items()},
-            "simulator": {**self._about, "spent": asyncio.run(_account(self._client))},
+            "simulator": {**self._about, "spent": asyncio.run(self._account())},
         }
+
+    async def _account(self) -> dict[str, Any]:
+        async with self._client:
+            return await self._client.account()
 
     def _urls(self, stack: contextlib.ExitStack, state: PartialState, folder: RunFolder) -> tuple[str, ...]:
         """The URLs that all processes ask; the main one keeps the embedded server."""
@@ -165,9 +169,9 @@ class OwnTasks(RunTasks):
         self._settings = settings
         self._factory = environment_factory(settings)
         self.train = read_tasks(settings.tasks, "environment.tasks", settings.folder)
-        self.held_out = []
-        if recipe.validation:
-            self.held_out = read_tasks(recipe.validation_source(), "validation.tasks", settings.folder)
+        self.held_out = (
+            read_tasks(recipe.validation_source(), "validation.tasks", settings.folder) if recipe.validation else []
+        )
         refuse_uneven_tags(settings, self.train)
 
     def data(self) -> dict[str, dict[str, str]]:
@@ -225,8 +229,3 @@ def read_tasks(source: str, what: str, folder: Path | None = None) -> list[Task]
         return list(tasks_of(rows, f"{what} = {source!r}"))
     except (TypeError, ValueError) as error:
         raise RecipeError(str(error)) from None
-
-
-async def _account(simulator: SimulatorClient) -> dict[str, Any]:
-    async with simulator:
-        return await simulator.account()

@@ -8,7 +8,7 @@ from pathlib import Path
 from ctcgrpo.centering import Centering
 from ctcgrpo.credit_calls import called
 from ctcgrpo.errors import CreditError, OutputError
-from ctcgrpo.util.files import read_json
+from ctcgrpo.util.files import read_object
 
 CREDIT_STATE = "credit_state.json"
 
@@ -30,10 +30,7 @@ def load_state(centering: Centering, checkpoint: Path) -> None:
         return
     file = checkpoint / CREDIT_STATE
     try:
-        state = read_json(file)
-        if not isinstance(state, dict):
-            raise OutputError(f"{file} holds a {type(state).__name__}; expected an object")
-        called(centering.where, centering.load_state_dict, state)
+        called(centering.where, centering.load_state_dict, read_object(file))
     except (OutputError, CreditError) as error:
         where = "" if isinstance(error, OutputError) else f"{file} cannot be used: "
         raise OutputError(f"{where}{error}; remove {checkpoint} to resume from an older checkpoint") from None

@@ -283,7 +283,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         episodes: list[Episode] = []
         pause: RunPaused | None = None
         try:
-            runner = self.runner if play is None else self.runner.with_play(play)
+            runner = replace(self.runner, play=play or self.runner.play)
             episodes = run_coroutine(runner.run(slots, on_episode))
         except RunPaused as error:
             pause = error

@@ -21,6 +21,11 @@ def quoted(value: object) -> str:
     return cut(repr(value))
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, or its type where it says nothing; libraries add pages of advice."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name closest to `name`, or None when none is close."""
     matches = get_close_matches(name[:_MOST], list(known), n=1, cutoff=cutoff)

@@ -97,7 +97,7 @@ def test_shipped_searches_hold_to_the_format_of_wandb(file: Path) -> None:
         ({"parameters": {"validation": {"value": {"every": 1}}}}, "name fields of sections with dots"),
         ({"method": "bayes"}, "method bayes needs a run_cap"),
         ({"method": "annealing"}, "method is 'annealing'"),
-        ({"metric": {"name": "loss"}}, "a sweep compares runs by validation/overall"),
+        ({"metric": {"name": "loss"}}, "metric.name is 'loss'; input should be 'validation/overall'"),
         ({"metric": {"name": "validation/overall", "goal": "minimize"}}, "metric.goal is 'minimize'"),
         ({"program": "recipes/quickstar.yaml"}, "did you mean 'recipes/quickstart.yaml'"),
         ({"program": "recipes/tiny.yaml", "parameters": {"credit.alpha": {"values": [1, 2]}}}, "no validation section"),
