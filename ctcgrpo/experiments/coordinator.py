@@ -156,7 +156,6 @@ class _Coordinator:
         return asked
 
     def _begin(self, worker: int) -> _Running | None:
-        """The next trial; None where there is none."""
         if self._left() <= 0:
             return None
         trial = self._study.ask()

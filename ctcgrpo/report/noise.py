@@ -68,8 +68,6 @@ class _Turn(TypedDict):
 
 
 class _Recorded(TypedDict):
-    """As much of a trace as is replayed."""
-
     task: str
     rollout: int
     failure: dict[str, Any] | None
@@ -129,7 +127,6 @@ class _Recording:
 
 
 async def _turns(trace: Mapping[str, Any], scenario: Scenario, max_rounds: int) -> Sequence[TurnRequest]:
-    """What the user was asked in a recorded dialogue."""
     user, turns = _Recording(trace["turns"]), trace["turns"]
     dialogue = EIBench(user, briefing=Briefing(), max_turns=max(max_rounds, len(turns)))
     dialogue.name = f"noise/{trace['task']}/{trace['rollout']}"

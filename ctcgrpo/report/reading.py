@@ -23,15 +23,7 @@ from ctcgrpo.run.folders import require_run
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import (
-    Validation,
-    disagreement,
-    read_metrics,
-    read_summary,
-    read_traces,
-    read_validations,
-    same,
-)
+from ctcgrpo.run.run_records import Validation, checked_summary, read_metrics, read_traces, read_validations, same
 from ctcgrpo.util.files import explained, is_complete, read_json, read_object
 from ctcgrpo.util.intervals import means
 
@@ -91,18 +83,16 @@ def read_run(path: Path) -> Run:
     if not episodes:
         told = f" that can be read ({bad[0]})" if bad else ""
         raise OutputError(f"{path} holds no episode yet{told}; there is nothing to report")
-    validations, bad_validations = read_validations(folder.validation_file)
+    validations, bad_figures = read_validations(folder.validation_file)
     metrics, bad_metrics = read_metrics(folder.metrics_file)
     simulator, bad_simulator = _simulator(path)
     finished = is_complete(folder.final)
-    problems = [*bad, *bad_validations, *bad_metrics, *bad_simulator]
-    problems += _disagreements(episodes, validations, metrics, finished=finished)
     try:
-        summary = read_summary(path)
-        different = None if summary is None else disagreement(summary, validations)
-        bad_summary = [] if different is None else [different]
+        _, bad_figures = checked_summary(path)
     except OutputError as error:
-        bad_summary = [str(error)]
+        bad_figures.append(str(error))
+    problems = [*bad, *bad_figures, *bad_metrics, *bad_simulator]
+    problems += _disagreements(episodes, validations, metrics, finished=finished)
     problems += _other_credit(metrics, episodes, shuffled=recipe.credit.shuffle == "advantages")
     return Run(
         name=path.resolve().name,
@@ -115,7 +105,7 @@ def read_run(path: Path) -> Run:
         path=path,
         simulator=simulator,
         written=_written(folder),
-        problems=[*problems, *bad_summary],
+        problems=problems,
     )
 
 

@@ -95,7 +95,6 @@ def _improvement(gain: Improvement, noun: str, environment: str | None) -> str:
 
 
 def _validation(folder: RunFolder, figures: Figures) -> tuple[Sequence[Trace], list[str]]:
-    """The dialogues that figures were computed from, and what is wrong with them."""
     step = figures.step
     episodes, problems = read_traces(sorted(folder.traces.glob(f"validation-{step:06d}.rank-*.jsonl")))
     if not episodes:
@@ -137,7 +136,6 @@ def _table(summary: Summary, before: Speech, after: Speech, noun: str) -> Table:
 
 
 def _change(before: float | None, after: float | None) -> tuple[str, str, str]:
-    """Of two scores, and their difference where there are both."""
     shown = ["-" if x is None else f"{x:+.3f}" for x in (before, after)]
     return shown[0], shown[1], "-" if before is None or after is None else f"{after - before:+.3f}"
 

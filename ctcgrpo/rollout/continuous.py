@@ -88,9 +88,8 @@ class ContinuousEngine(PolicyEngine):
         if self._awake and version == self.version:
             return
         if self._inbox or self._running:
-            raise PolicyEngineError(
-                f"{len(self._inbox) + len(self._running)} requests wait; weights cannot change beneath them"
-            )
+            waiting = len(self._inbox) + len(self._running)
+            raise PolicyEngineError(f"{waiting} requests wait; weights cannot change beneath them")
         self._until_idle()
         self._batcher.take_weights()
         self.version, self._awake = version, True

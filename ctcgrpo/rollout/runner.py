@@ -151,8 +151,6 @@ class RolloutRunner:
 
 
 class _Player:
-    """One episode on its way."""
-
     def __init__(self, runner: RolloutRunner, slot: Slot, on_episode: Callable[[Episode], None]) -> None:
         self._runner = runner
         self._on_episode = on_episode

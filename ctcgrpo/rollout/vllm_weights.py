@@ -115,7 +115,6 @@ class ServerWeights:
             self._hand_over()
 
     def _hand_over(self) -> None:
-        """A chunk to all servers."""
         device = self._accelerator.device
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()

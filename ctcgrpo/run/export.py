@@ -93,7 +93,7 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
 
 
 def _summary(folder: RunFolder, recipe: Recipe) -> Summary | None:
-    """The figures of a run. Raises OutputError where its files are damaged: a card is not to publish a wrong one."""
+    """Raises OutputError for damaged files: a card is not to publish wrong figures."""
     summary, problems = checked_summary(folder.path)
     if summary is None:
         return None

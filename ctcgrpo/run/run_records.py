@@ -187,10 +187,8 @@ def disagreement(summary: Summary, validations: Sequence[Validation]) -> str | N
     pairs = [("improvement.overall", said.overall, computed.overall)]
     lows, highs = zip(said.ci95 or (None, None), computed.ci95 or (None, None), strict=True)
     pairs += [("improvement.ci95 (low)", *lows), ("improvement.ci95 (high)", *highs)]
-    for when, told, found in (
-        ("before", summary.before, validations[0].figures()),
-        ("after", summary.after, validations[-1].figures()),
-    ):
+    first, last = validations[0].figures(), validations[-1].figures()
+    for when, told, found in (("before", summary.before, first), ("after", summary.after, last)):
         pairs += [(f"{when}.step", told.step, found.step), (f"{when}.overall", told.overall, found.overall)]
         scenes = {**told.scenes, **found.scenes}
         pairs += [(f"{when}.scenes.{name}", told.scenes.get(name), found.scenes.get(name)) for name in scenes]

@@ -7,12 +7,11 @@ one's own (section `environment`).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,9 +56,7 @@ class RunTasks(ABC):
         return {}
 
     @abstractmethod
-    def start(
-        self, stack: contextlib.ExitStack, state: PartialState, folder: RunFolder, say: Say
-    ) -> Callable[[], Environment]:
+    def start(self, stack: ExitStack, state: PartialState, folder: RunFolder, say: Say) -> Callable[[], Environment]:
         """What makes the environment of an episode; on every process alike. What it starts ends with `stack`."""
 
     def user(self) -> dict[str, Any]:
@@ -103,9 +100,7 @@ class ScenarioTasks(RunTasks):
         instructed = briefing(self._recipe)
         return {scenario.id: opening_messages(scenario, instructed) for scenario in self._scenarios}
 
-    def start(
-        self, stack: contextlib.ExitStack, state: PartialState, folder: RunFolder, say: Say
-    ) -> Callable[[], Environment]:
+    def start(self, stack: ExitStack, state: PartialState, folder: RunFolder, say: Say) -> Callable[[], Environment]:
         settings, scoring = self._recipe.simulator, self._recipe.scoring
         self._client = SimulatorClient(
             self._urls(stack, state, folder),
@@ -143,7 +138,7 @@ class ScenarioTasks(RunTasks):
         async with self._client:
             return await self._client.account()
 
-    def _urls(self, stack: contextlib.ExitStack, state: PartialState, folder: RunFolder) -> tuple[str, ...]:
+    def _urls(self, stack: ExitStack, state: PartialState, folder: RunFolder) -> tuple[str, ...]:
         """The URLs that all processes ask; the main one keeps the embedded server."""
         settings = self._recipe.simulator
         choice = simulator_of(settings)
@@ -169,9 +164,8 @@ class OwnTasks(RunTasks):
         self._settings = settings
         self._factory = environment_factory(settings)
         self.train = read_tasks(settings.tasks, "environment.tasks", settings.folder)
-        self.held_out = (
-            read_tasks(recipe.validation_source(), "validation.tasks", settings.folder) if recipe.validation else []
-        )
+        held_out = recipe.validation_source() if recipe.validation else None
+        self.held_out = [] if held_out is None else read_tasks(held_out, "validation.tasks", settings.folder)
         refuse_uneven_tags(settings, self.train)
 
     def data(self) -> dict[str, dict[str, str]]:
@@ -182,9 +176,7 @@ class OwnTasks(RunTasks):
             data["environment.factory"] = {source.name: file_digest(source)}
         return data
 
-    def start(
-        self, stack: contextlib.ExitStack, state: PartialState, folder: RunFolder, say: Say
-    ) -> Callable[[], Environment]:
+    def start(self, stack: ExitStack, state: PartialState, folder: RunFolder, say: Say) -> Callable[[], Environment]:
         return self._factory
 
     def facts(self) -> dict[str, Any]:

@@ -35,14 +35,7 @@ from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.builtin import build_builtin, is_built, is_builtin, wheel_of
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.instructions import load_instructions
-from ctcgrpo.policy.loading import (
-    check_fits,
-    load_config,
-    load_tokenizer,
-    loading_weights,
-    pinned,
-    stop_ids,
-)
+from ctcgrpo.policy.loading import check_fits, load_config, load_tokenizer, loading_weights, pinned, stop_ids
 from ctcgrpo.policy.model_wheel import fetch_model
 from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.run.data_digest import data_changes, folder_digest
@@ -57,9 +50,8 @@ from ctcgrpo.run.settings import context_builder, lora_config, template_kwargs, 
 from ctcgrpo.run.tracking import WandbTracker
 from ctcgrpo.run.validation import Validator
 from ctcgrpo.training.checkpoint_pickles import refuse_damaged_state
-from ctcgrpo.training.hooks import RolloutHooks
 from ctcgrpo.training.samples import try_credit
-from ctcgrpo.training.trainer import PLAYING, CTCGRPOTrainer
+from ctcgrpo.training.trainer import PLAYING, CTCGRPOTrainer, RolloutHooks
 from ctcgrpo.types import Episode
 from ctcgrpo.util.files import disk_problem, file_digest, mark_complete
 from ctcgrpo.util.importing import is_reference, load_object, source_of
@@ -83,8 +75,6 @@ def train(recipe: Recipe) -> Path:
 
 
 class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
-    """A run that is ready to go once it is made."""
-
     def __init__(self, recipe: Recipe, stack: contextlib.ExitStack) -> None:
         self._recipe = recipe
         try_credit(recipe.credit_options())
@@ -94,11 +84,8 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         arguments = _arguments(recipe)
         self._state: PartialState = arguments.distributed_state
         self._folder = RunFolder(recipe.folder)
-        self._progress = RunProgress(
-            name=recipe.run.name,
-            steps=recipe.training.max_steps,
-            enabled=self._state.is_main_process,
-        )
+        main = self._state.is_main_process
+        self._progress = RunProgress(name=recipe.run.name, steps=recipe.training.max_steps, enabled=main)
         self._resume: Path | None = self._open_folder(stack)
         model, tokenizer, contexts = self._policy()
         environment = self._tasks.start(stack, self._state, self._folder, self._progress.say)
@@ -106,12 +93,11 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
             self._keep_to("simulator.json", user)
         self._seconds_update = math.nan
         self._tracker: WandbTracker | None = None
-        if self._state.is_main_process and recipe.run.wandb != "disabled":
+        if main and recipe.run.wandb != "disabled":
             self._tracker = WandbTracker(recipe)
             stack.callback(self._tracker.close)
-        self.interrupted = stack.enter_context(  # type: ignore[method-assign]
-            interrupts(self._progress.say, self._describe_wait)
-        )
+        asked = interrupts(self._progress.say, self._describe_wait)
+        self.interrupted = stack.enter_context(asked)  # type: ignore[method-assign]
         self._progress.say(f"loading the weights of {recipe.policy.model}")
         self._trainer = self._make_trainer(
             model=model,
@@ -299,7 +285,6 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         self._progress.update(step)
 
     def _describe_wait(self) -> str:
-        """What a run that is asked to stop waits for, and for how long."""
         if self._trainer.phase == PLAYING:
             return f"giving up {self._trainer.runner.awaited} (at most {STOP_SECONDS} s), then saving"
         took = "" if math.isnan(self._seconds_update) else f" (the last one took {self._seconds_update:.0f} s)"
@@ -400,9 +385,8 @@ def _arguments(recipe: Recipe) -> CTCGRPOConfig:
             f"{arguments.n_gpu}, or accelerate launch), or let it see one with CUDA_VISIBLE_DEVICES"
         )
     if (together := arguments.distributed_state.num_processes) != processes:
-        raise RecipeError(
-            f"{processes} processes were launched but {together} run together; without GPUs set ACCELERATE_USE_CPU=true"
-        )
+        what = f"{processes} processes were launched but {together} run together"
+        raise RecipeError(f"{what}; without GPUs set ACCELERATE_USE_CPU=true")
     return arguments
 
 

@@ -49,9 +49,8 @@ def weights_only(checkpoint: Path) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or not (isinstance(error, SafetensorError) or _while_reading(error)):
             raise
         reason = f"{type(error).__name__}: {str(error)[:200]}".rstrip(": ")
-        raise OutputError(
-            f"{checkpoint}: a file is damaged ({reason}); remove the folder to use an older checkpoint"
-        ) from None
+        damaged = f"{checkpoint}: a file is damaged ({reason})"
+        raise OutputError(f"{damaged}; remove the folder to use an older checkpoint") from None
     finally:
         if before is None:
             del os.environ[_FORCE]

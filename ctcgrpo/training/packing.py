@@ -166,11 +166,8 @@ def packed_row(tree: Tree, row: range, samples: Sequence[TurnSample], *, pad_id:
     starts = np.concatenate([[0], np.cumsum(own)])
     total = int(starts[-1])
     length_of_row = -(-total // multiple) * multiple
-    ids, labels, positions = (
-        np.full(length_of_row, pad_id),
-        np.full(length_of_row, IGNORE),
-        np.zeros(length_of_row, np.int64),
-    )
+    ids, labels = np.full(length_of_row, pad_id), np.full(length_of_row, IGNORE)
+    positions = np.zeros(length_of_row, np.int64)
     positions[total:] = np.arange(length_of_row - total)
     path = np.empty(int(lengths.max()), np.int64)  # the row's positions of the sequence at hand
     at: list[Ints] = []
