@@ -297,9 +297,12 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         assert settings is not None
         how = replace(trainer.runner.play, seed=settings.seed, deadline=None)
 
-        def play(step: int, slots: Sequence[Slot]) -> list[Episode]:
-            self._progress.validation(len(slots))
-            return trainer.play(slots, f"validation-{step:06d}", how)
+        def play(step: int, slots: Sequence[Slot]) -> list[tuple[str, float]]:
+            mine = slots[self._state.process_index :: self._state.num_processes]
+            self._progress.validation(len(mine))
+            episodes = trainer.play(mine, f"validation-{step:06d}", how)
+            found: list[tuple[str, float]] = gather_object([(e.task, e.outcome) for e in episodes])
+            return found
 
         return Validator(
             tasks=self._tasks.held_out,
@@ -307,11 +310,9 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
             every=settings.every,
             file=self._folder.validation_file,
             play=play,
-            gather=gather_object,
             keep_best=self._keep_best,
             max_failed=self._recipe.rollout.max_failed,
             record=self._validated,
-            share=lambda slots: slots[self._state.process_index :: self._state.num_processes],
             is_main=self._state.is_main_process,
             say=self._progress.say,
             noun=self._tasks.noun,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctcgrpo.errors import TooManyFailures, too_many_failed
 from ctcgrpo.run.run_records import Best, Figures, Summary, Validation, improvement, resumed_validations
-from ctcgrpo.types import NO_TAG, Episode, Task
+from ctcgrpo.types import NO_TAG, Task
 from ctcgrpo.util.files import refuse_to_resume, write_whole
 
 if TYPE_CHECKING:
@@ -35,19 +35,17 @@ def validation_of(step: int, tasks: Sequence[Task], episodes: Sequence[tuple[str
 class Validator:
     """Validates when it is time, keeps the record in `file`, and says when the policy is the best so far.
 
-    `play` plays slots on this process; `gather` collects pairs from all processes; `keep_best` saves the policy as the best,
-    that after a step. All are called on every process alike. More than a share of `max_failed` failed episodes is no
-    validation: it stops the run, to be done again.
+    `play` plays slots, a part on each process, and gives (task id, outcome) of all; `keep_best` saves the policy as the best,
+    that after a step. Both are called on every process alike. More than a share of `max_failed` failed episodes is no validation:
+    it stops the run, to be done again.
     """
 
     tasks: Sequence[Task]
     samples: int
     every: int
     file: Path
-    play: Callable[[int, Sequence[Slot]], list[Episode]]
-    gather: Callable[[list[tuple[str, float]]], list[tuple[str, float]]]
+    play: Callable[[int, Sequence[Slot]], list[tuple[str, float]]]
     keep_best: Callable[[int], None]
-    share: Callable[[Sequence[Slot]], Sequence[Slot]]
     is_main: bool
     say: Callable[[str], None]
     max_failed: float = 0.5
@@ -78,8 +76,7 @@ class Validator:
 
         slots = validation_slots(self.tasks, self.samples, step)
         self.say(f"validating after step {step}: {len(slots)} episodes")
-        played = self.play(step, self.share(slots))
-        result = validation_of(step, self.tasks, self.gather([(e.task, e.outcome) for e in played]))
+        result = validation_of(step, self.tasks, self.play(step, slots))
         if too_many_failed(result.failed, len(slots), self.max_failed):
             raise TooManyFailures(
                 f"validation after step {step}: {result.failed} of {len(slots)} episodes failed, "

@@ -55,8 +55,8 @@ PLAYING = "episodes"
 
 
 class RolloutHooks:
-    """What a trainer reports of its rollouts to whoever runs it, and asks. Does nothing. A subclass follows the rollouts, and may stop them. Called on
-    every process alike."""
+    """What a trainer reports of its rollouts, and asks. Does nothing. A subclass follows the rollouts, and may stop
+    them. Called on every process alike."""
 
     def before_rollouts(self, step: int) -> None:
         """`step` batches of rollouts have been trained on; the next one is about to be played."""

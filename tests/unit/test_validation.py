@@ -15,7 +15,6 @@ from ctcgrpo.errors import TooManyFailures
 from ctcgrpo.rollout.runner import Slot, validation_slots
 from ctcgrpo.run.run_records import Validation, improvement
 from ctcgrpo.run.validation import Validator, validation_of
-from ctcgrpo.types import Episode, Failure
 from tests.conftest import Command
 from tests.unit.test_run import FAST, TINY
 from tests.unit.test_training_parts import scenario
@@ -68,11 +67,9 @@ class Scores:
         self.played: list[int] = []
         self.saved: list[int] = []
 
-    def __call__(self, step: int, slots: Sequence[Slot]) -> list[Episode]:
+    def __call__(self, step: int, slots: Sequence[Slot]) -> list[tuple[str, float]]:
         self.played.append(step)
-        value = self.by_step[step]
-        failure = Failure("simulator_reply", "x") if math.isnan(value) else None
-        return [Episode(s.task.id, s.task.tag, 0, s.group, s.rollout, (), value, failure) for s in slots]
+        return [(slot.task.id, self.by_step[step]) for slot in slots]
 
 
 def validator(scores: Scores, file: Path, **options: Any) -> Validator:
@@ -82,9 +79,7 @@ def validator(scores: Scores, file: Path, **options: Any) -> Validator:
         every=5,
         file=file,
         play=scores,
-        gather=lambda pairs: pairs,
         keep_best=scores.saved.append,
-        share=lambda slots: slots,
         is_main=True,
         say=lambda text: None,
     )
