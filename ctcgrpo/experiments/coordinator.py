@@ -239,9 +239,8 @@ class _Coordinator:
         place = [f"run.seed={seed}", f"run.name=seed-{seed}", f"run.output_dir={one.folder}"]
         command = [*self._train, str(self._sweep.program), *overrides(one.changes), *self._extra, *place]
         with (one.folder / f"seed-{seed}.log").open("ab") as log:
-            return subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
-            )
+            how: dict[str, Any] = {"start_new_session": True, "preexec_fn": end_with_parent}
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log, **how)
 
 
 def open_study(sweep: Sweep, folder: Path) -> optuna.Study:
@@ -331,9 +330,8 @@ def _keep_to(folder: Path, sweep: Sweep, recipe: Recipe, extra: Sequence[str]) -
     asked |= {"overrides": list(extra), "program": program}
     if file.exists() and (before := read_object(file)) != asked:
         changed = [name for name in {*before, *asked} if before.get(name) != asked.get(name)]
-        raise OutputError(
-            f"{folder} holds another sweep ({', '.join(sorted(changed))} differ); give this one another --name"
-        )
+        differ = f"{', '.join(sorted(changed))} differ"
+        raise OutputError(f"{folder} holds another sweep ({differ}); give this one another --name")
     write_whole(file, json.dumps(asked, indent=2) + "\n")
 
 

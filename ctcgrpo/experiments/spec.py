@@ -82,7 +82,7 @@ class Parameter(Section):
             raise ValueError("duplicate value")
         if not all(isinstance(value, bool | int | float | str | None) for value in self.values or (self.value,)):
             raise ValueError(
-                "values are numbers, texts, true, false or null; name fields of sections with dots (validation.every)"
+                "values are numbers, texts, booleans or null; name fields of sections with dots (validation.every)"
             )
         if (self.q is not None) != (self.distribution == "q_uniform"):
             raise ValueError("q belongs to distribution q_uniform, and it needs one")
@@ -118,9 +118,7 @@ class Parameter(Section):
 class Metric(Section):
     """What runs are compared by."""
 
-    name: Literal["validation/overall"] = Field(
-        METRIC, description=f"{METRIC}: the score on the held-out scenarios after training"
-    )
+    name: Literal["validation/overall"] = Field(METRIC, description="the score on the held-out scenarios after training")
     goal: Literal["maximize"] = Field("maximize", description="scores are maximised")
 
 
@@ -143,9 +141,7 @@ class Sweep(Section):
     )
     seconds: float | None = Field(None, gt=0, description="what a run takes, roughly: for the estimate printed first")
 
-    method: Literal["grid", "random", "bayes"] = Field(
-        "grid", description="every combination, random draws, or Optuna's TPE"
-    )
+    method: Literal["grid", "random", "bayes"] = Field("grid", description="every point, random draws, or Optuna's TPE")
     metric: Metric = Metric(name=METRIC)  # type: ignore[call-arg]
     parameters: dict[str, Parameter] = Field({}, description="what is searched, by the recipe's field, as section.field")
     project: str | None = Field(None, description="--wandb only: the W&B project")
@@ -260,9 +256,7 @@ def load_sweep(file: Path, extra: Sequence[str] = ()) -> tuple[Sweep, Recipe]:
             _resolved(file, sweep, f"parameters.{name}", {**fixed, name: value}, extra)
     recipe = _resolved(file, sweep, f"program {sweep.program}", fixed, extra)
     if recipe.validation is None:
-        raise RecipeError(
-            f"{file}: program {sweep.program} has no validation section, so there is nothing to compare its runs by"
-        )
+        raise RecipeError(f"{file}: program {sweep.program} has no validation section to compare its runs by")
     return sweep, recipe
 
 

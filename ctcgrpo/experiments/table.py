@@ -21,12 +21,8 @@ from ctcgrpo.run.run_records import same, valid_validations
 from ctcgrpo.util.files import read_json
 from ctcgrpo.util.intervals import crossed
 
-_STATES = {
-    TrialState.COMPLETE: "done",
-    TrialState.PRUNED: "stopped early",
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "waiting",
-}
+_STATES = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped early"}
+_STATES |= {TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}
 
 
 def table_of(sweep: Sweep, study: optuna.Study, folder: Path, against: str | None = None) -> list[dict[str, Any]]:
@@ -102,9 +98,8 @@ def curves_by_environment(sweep: Sweep, rows: Sequence[Mapping[str, Any]], folde
             shared |= {f"{name} in data.json": data[name] for name in data if name not in (SKIPPED, *varied)}
             first, theirs = met.setdefault(environment, (run.path, shared))
             if differ := [name for name in {**theirs, **shared} if theirs.get(name) != shared.get(name)]:
-                raise OutputError(
-                    f"{run.path} cannot be compared with {first}: {', '.join(differ)} differ; remove one of them"
-                )
+                what = f"{run.path} cannot be compared with {first}: {', '.join(differ)} differ"
+                raise OutputError(f"{what}; remove one of them")
         try:
             pairs = {int(s): [(v.step, v.overall) for v in valid_validations(r.validation_file)] for s, r in runs.items()}
             found.setdefault(environment, {})[variant] = curves_of(pairs)

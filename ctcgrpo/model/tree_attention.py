@@ -184,9 +184,8 @@ def _block_mask(sees: Sees, tokens: int, device: torch.device) -> BlockMask:
         squares.append(seen.view(-1, _BLOCK, tokens // _BLOCK, _BLOCK).sum((1, 3)))
     pairs = torch.cat(squares)
     whole = pairs == _BLOCK * _BLOCK
-    return BlockMask.from_kv_blocks(
-        *_ordered((pairs > 0) & ~whole), *_ordered(whole), _BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
-    )
+    some, lengths = _ordered((pairs > 0) & ~whole), (tokens, tokens)
+    return BlockMask.from_kv_blocks(*some, *_ordered(whole), _BLOCK, mask_mod=sees, seq_lengths=lengths)
 
 
 def _ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,22 +14,22 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Any
 
 import numpy as np
-from pydantic import Field, TypeAdapter
+from pydantic import ValidationError
 from rich.table import Table
 from rich.text import Text
-from typing_extensions import TypedDict
 
 from ctcgrpo.environments.eibench import EIBench, task_of
 from ctcgrpo.environments.eibench.persona import Briefing
 from ctcgrpo.environments.eibench.records import MAX_DELTA, Scenario, UserState, in_order
 from ctcgrpo.environments.eibench.scoring import turn_score
 from ctcgrpo.errors import EPISODE_ERRORS, OutputError
+from ctcgrpo.run.run_records import read_traces
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.protocol import State, TurnReply, TurnRequest
-from ctcgrpo.util.files import collect_records
+from ctcgrpo.util.files import explained
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,29 +55,6 @@ class Noise:
         return self.between**2 / total if total > 0 else float("nan")
 
 
-class _State(TypedDict):
-    anger: Annotated[int, Field(ge=0, le=100)]
-    trust: Annotated[int, Field(ge=0, le=100)]
-    why: NotRequired[str]
-
-
-class _Turn(TypedDict):
-    reply: str
-    message: str
-    info: _State
-
-
-class _Recorded(TypedDict):
-    task: str
-    rollout: int
-    failure: dict[str, Any] | None
-    info: _State
-    turns: list[_Turn]
-
-
-_RECORDED = TypeAdapter(_Recorded)
-
-
 def recorded_turns(
     files: Iterable[Path],
     scenarios: Sequence[Scenario],
@@ -93,11 +70,17 @@ def recorded_turns(
     traces: dict[str, list[Mapping[str, Any]]] = {scene: [] for scene in in_order(s.scene for s in scenarios)}
     unreadable: list[str] = []
     for file in files:
-        found, problems = collect_records(file, _RECORDED.validate_python)
+        found, problems = read_traces([file])
         unreadable += problems
         for trace in found:
             if trace["failure"] is None and trace["task"] in known:
-                traces[known[trace["task"]].scene].append(trace)
+                try:
+                    for part in (trace, *trace["turns"]):
+                        _state(part["info"])
+                except ValidationError as error:
+                    unreadable.append(f"{file.name}: a state of {trace['task']}: {explained(error)}")
+                else:
+                    traces[known[trace["task"]].scene].append(trace)
     for problem in unreadable:
         warn(problem)
     if not any(traces.values()):
@@ -106,6 +89,10 @@ def recorded_turns(
     rng = random.Random(seed)
     chosen = [t for of_scene in traces.values() for t in rng.sample(of_scene, min(dialogues, len(of_scene)))]
     return [turn for trace in chosen for turn in asyncio.run(_turns(trace, known[trace["task"]], max_rounds))]
+
+
+def _state(info: Mapping[str, Any]) -> State:
+    return State.model_validate({name: info.get(name) for name in ("anger", "trust")})
 
 
 class _Recording:
@@ -118,9 +105,7 @@ class _Recording:
     async def turn(self, request: TurnRequest) -> TurnReply:
         turn = self._turns[len(self.asked)]
         self.asked.append(request)
-        info, before = turn["info"], request.state
-        why = info.get("why", "")
-        state = State(anger=info["anger"], trust=info["trust"])
+        state, before, why = _state(turn["info"]), request.state, str(turn["info"].get("why", ""))
         anger, trust = np.clip([state.anger - before.anger, state.trust - before.trust], -MAX_DELTA, MAX_DELTA).tolist()
         deltas = {"anger_delta": anger, "trust_delta": trust}
         return TurnReply(reply=turn["message"], **deltas, state=state, goes_on=True, why=why, reflection=why)

@@ -164,9 +164,8 @@ def _disagreements(
             problems.append(f"validation after step {v.step}: traces and validation.jsonl hold different outcomes")
         failed = len(played.get(("validation", v.step), ())) - len(found)
         if found and failed != v.failed:
-            problems.append(
-                f"validation after step {v.step}: {failed} failed episodes by the traces, {v.failed} by validation.jsonl"
-            )
+            both = f"{failed} failed episodes by the traces, {v.failed} by validation.jsonl"
+            problems.append(f"validation after step {v.step}: {both}")
         if found and any(v.scenes.get(e["task"]) != e["tag"] for e in found):
             problems.append(f"validation after step {v.step}: traces and validation.jsonl hold different scenes")
     return problems

@@ -103,9 +103,8 @@ def _validation(folder: RunFolder, figures: Figures) -> tuple[Sequence[Trace], l
     scores = _scores(episodes).values()
     mean = sum(scores) / len(scores) if scores else None
     if not problems and not same(mean, figures.overall):
-        problems.append(
-            f"after step {step} the dialogues have the score {mean}, and summary.json says {figures.overall}; one is damaged"
-        )
+        both = f"the dialogues have the score {mean}, and summary.json says {figures.overall}"
+        problems.append(f"after step {step} {both}; one is damaged")
     return episodes, problems
 
 

@@ -97,9 +97,7 @@ class RolloutRunner:
     interrupted: Callable[[], bool] = lambda: False
     awaited: Awaited = field(default_factory=Awaited)
 
-    async def run(
-        self, slots: Sequence[Slot], on_episode: Callable[[Episode], None] = lambda episode: None
-    ) -> list[Episode]:
+    async def run(self, slots: Sequence[Slot], on_episode: Callable[[Episode], None] = lambda _: None) -> list[Episode]:
         """One episode a slot, in the order of the slots; `on_episode` sees each the moment it is over.
 
         Raises RunPaused as soon as the run is asked to stop, or a simulator may spend no more; replies and answers in progress

@@ -22,10 +22,8 @@ SKIPPED = "skipped"
 
 def scenarios_digest(scenarios: Sequence[Scenario]) -> dict[str, str]:
     """By id, in the order in which they are played: 12 hexadecimal digits of everything that a record says."""
-    return {
-        scenario.id: _digest({field.name: getattr(scenario, field.name) for field in fields(scenario)})
-        for scenario in scenarios
-    }
+    names = [field.name for field in fields(Scenario)]
+    return {scenario.id: _digest({name: getattr(scenario, name) for name in names}) for scenario in scenarios}
 
 
 def tasks_digest(tasks: Sequence[Task]) -> dict[str, str]:

@@ -164,9 +164,7 @@ def _trained(source: Path, base: str, revision: str | None, dtype: Dtype) -> Pre
     shards = any(source.glob("global_step*"))
     if shards and _is_zero1(source):
         if dtype == "float32":
-            raise PolicyError(
-                f"{source}: ZeRO-1 keeps its float32 masters in a form that cannot be joined; use --dtype bfloat16"
-            )
+            raise PolicyError(f"{source}: ZeRO-1's float32 masters cannot be joined; use --dtype bfloat16")
     elif shards:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

@@ -86,9 +86,7 @@ class Policy(Section):
 class Scenarios(Section):
     """The scenarios that are trained on."""
 
-    train: str = Field(
-        description="a path, a bundled pack (english/train), or a dataset under $CTCGRPO_DATA (eibench/train)"
-    )
+    train: str = Field(description="a path, a bundled pack (english/train), or a dataset in $CTCGRPO_DATA (eibench/train)")
     scenes: tuple[str, ...] = Field(
         SCENES, min_length=1, description="the scenes that are trained on, each once: of the published set, or of your own"
     )
@@ -118,7 +116,7 @@ class OwnEnvironment(Section):
     )
     options: dict[str, Any] = Field({}, description="keyword arguments for the factory")
     tasks: str = Field(
-        description="what is trained on: a JSON lines file, an object a task, or module:function, which gives such objects"
+        description="what is trained on: a JSON lines file, an object a task, or module:function that gives them"
     )
     timeout: float = recipe_field("environment_timeout")
     per_step: int = Field(8, ge=1, description="tasks in each step, equally many of each tag")
@@ -158,9 +156,7 @@ class Rollout(Section):
     max_new_tokens: int = Field(1024, ge=1, description="tokens of a reply at most, reasoning included")
     max_prompt_tokens: int = recipe_field("max_prompt_length")
     temperature: float = Field(0.6, gt=0, description="sampling temperature; the trainer scores tokens at the same one")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="sample from the most likely tokens with this total probability; 1 is off"
-    )
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability; 1 is off")
     top_k: int = Field(0, ge=0, description="sample from this many most likely tokens; 0 is off")
     max_batch: int = recipe_field("max_batch")
     dtype: SamplingDtype = recipe_field("sampling_dtype")
@@ -173,12 +169,8 @@ class Rollout(Section):
 class Simulator(Section):
     """Where the simulated user is, and how long a run waits for it."""
 
-    url: str | tuple[str, ...] = Field(
-        "embedded", description="embedded, or the URL of a simulator server, or of its replicas"
-    )
-    config: Path | None = Field(
-        None, description="who the embedded server plays (configs/simulator); else the scripted user"
-    )
+    url: str | tuple[str, ...] = Field("embedded", description="embedded, or the URL of a simulator server or its replicas")
+    config: Path | None = Field(None, description="whom the server plays (configs/simulator); else the scripted user")
     port: int = Field(0, ge=0, le=65535, description="of the embedded server; 0 takes any free one")
     token_env: str = Field(
         TOKEN_ENV,
@@ -279,7 +271,7 @@ class Training(Section):
     tokens_per_row: int = recipe_field("tokens_per_row")
     packing: Packing = recipe_field("packing")
     gradient_checkpointing: bool = Field(
-        False, description="compute activations again in the backward pass: less memory, more time"
+        False, description="recompute activations in the backward pass: less memory, more time"
     )
     sharding: str = Field(
         "none", description="none (every process holds the policy), fsdp2, or a DeepSpeed configuration (configs/deepspeed)"
@@ -391,18 +383,14 @@ class Recipe(Section):
         if engine == "vllm_server" and not vllm.urls:
             raise ValueError("rollout.engine is 'vllm_server' and rollout.vllm.urls names no server")
         if engine != "vllm_server" and vllm.urls:
-            raise ValueError(
-                f"rollout.vllm.urls names servers, but rollout.engine is {engine!r}; it is 'vllm_server' for them"
-            )
+            raise ValueError(f"rollout.vllm.urls names servers, but rollout.engine is {engine!r}; set it to 'vllm_server'")
         if self.rollout.deterministic and self.rollout.deadline is not None:
             raise ValueError(
                 "rollout.deterministic promises the same run bit by bit, and what rollout.deadline cuts depends on the clock; "
                 "leave one out"
             )
         if engine != "transformers" and self.rollout.dtype != "policy":
-            raise ValueError(
-                f"rollout.dtype is for rollout.engine 'transformers', not {engine!r}: vLLM samples in bfloat16 anyway"
-            )
+            raise ValueError(f"rollout.dtype is for rollout.engine 'transformers', not {engine!r}: vLLM samples in bfloat16")
         if self.policy.quantization != "none" and self.rollout.dtype != "policy":
             raise ValueError("rollout.dtype copies weights that are whole; with policy.quantization leave it out")
         if engine != "transformers" and self.rollout.deterministic:

@@ -74,9 +74,7 @@ def resolved_recipe(file: str | Path) -> Recipe:
 
 def overrides(chosen: Mapping[str, Any]) -> list[str]:
     """Values as overrides of a recipe, as YAML reads them."""
-    return [
-        f"{name}={value if isinstance(value, str) else json.dumps(value, default=str)}" for name, value in chosen.items()
-    ]
+    return [f"{name}={v if isinstance(v, str) else json.dumps(v, default=str)}" for name, v in chosen.items()]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:

@@ -54,9 +54,8 @@ class WandbTracker:
                 config={**recipe.model_dump(mode="json"), "version": __version__, "commit": commit()},
             )
         except wandb.errors.Error as error:
-            raise RecipeError(
-                f"run.wandb is {recipe.run.wandb!r}: {error}; log in with `wandb login`, or set it to offline"
-            ) from None
+            what = f"run.wandb is {recipe.run.wandb!r}: {error}"
+            raise RecipeError(f"{what}; log in with `wandb login`, or set it to offline") from None
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -130,9 +129,7 @@ def hand_over(file: Path) -> str:
     import wandb
 
     if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-        raise RecipeError(
-            "W&B keeps sweeps for an account: `wandb login`, or set WANDB_API_KEY; without one, leave --wandb out"
-        )
+        raise RecipeError("W&B keeps sweeps for an account: `wandb login`, or set WANDB_API_KEY; or leave --wandb out")
     config = load_yaml(file.read_text(encoding="utf-8"))
     config.setdefault("command", list(AGENT))
     try:

@@ -19,9 +19,8 @@ def state_text(centering: Centering) -> str | None:
     try:
         return None if state is None else json.dumps(state, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise CreditError(
-            f"{centering.where}: JSON cannot hold what state_dict gave ({error}); expected plain data"
-        ) from None
+        what = f"{centering.where}: JSON cannot hold what state_dict gave ({error})"
+        raise CreditError(f"{what}; expected plain data") from None
 
 
 def load_state(centering: Centering, checkpoint: Path) -> None:

@@ -43,7 +43,6 @@ from ctcgrpo.rollout.engines import make_engine
 from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot, validation_slots
 from ctcgrpo.rollout.traces import TraceWriter, add_credit, step_name, trace_file
 from ctcgrpo.training.checkpointing import CheckpointedUpdate
-from ctcgrpo.training.credit_state import CREDIT_STATE, load_state, state_text
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.samples import Summary, step_credit, summarise, try_credit, turn_samples, update_of
 from ctcgrpo.training.tasks import step_schedule, tags_of, tasks_of
@@ -116,9 +115,8 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         self._tasks = tasks_of([] if train_dataset is None else train_dataset, "train_dataset")
         held_out = None if eval_dataset is None else tasks_of(eval_dataset, "eval_dataset")
         if isinstance(model, str) and is_builtin(model):
-            model = name = on_main(
-                args.distributed_state, lambda: build_builtin(model, Path(args.output_dir, "base").resolve(), args.seed)
-            )
+            base = Path(args.output_dir, "base").resolve()
+            model = name = on_main(args.distributed_state, lambda: build_builtin(model, base, args.seed))
         if processing_class is None and not name:
             raise ValueError("the model has no name to load its tokenizer by; give it as processing_class")
         if processing_class is None:
@@ -158,7 +156,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             interrupted=hooks.interrupted,
         )
         self._updates: list[list[TurnSample]] = []
-        self._centering = make_centering(args.centering)
+        self.centering = make_centering(args.centering)
         self._checked = False
         self.stop_requested = False
         """Whether any process was interrupted; agreed on by all of them at the end of a step."""
@@ -209,9 +207,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             self.engine.version = None  # the best ones may have been loaded, under the number of the last
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(
-            "CTCGRPOTrainer.predict: episodes have no labels; evaluate(eval_dataset) plays them and gives their metrics"
-        )
+        raise TypeError("CTCGRPOTrainer.predict: episodes have no labels; evaluate(eval_dataset) plays them for metrics")
 
     # --- one optimizer step --------------------------------------------------------------------------------------------
 
@@ -246,7 +242,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         episodes = self.collect(self.rollout_step + 1, [row["task"] for row in inputs])
         summaries = gather_object([summarise(e, self.args) for e in episodes])
         self._refuse_failures(summaries, episodes)
-        credit = step_credit(summaries, self.args, self._centering, step=self.rollout_step, seed=self.args.seed)
+        credit = step_credit(summaries, self.args, self.centering, step=self.rollout_step, seed=self.args.seed)
         add_credit(self._trace_file(step_name(self.rollout_step + 1)), episodes, credit.turns)
         for name, value in rollout_metrics(summaries, credit).items():
             self._log_number(name, value)
@@ -375,15 +371,6 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.control: TrainerControl = control
         return metrics
-
-    # --- checkpoints -----------------------------------------------------------------------------------------------------
-
-    def state_of_run(self) -> Mapping[str, str]:
-        state = state_text(self._centering)
-        return {} if state is None else {CREDIT_STATE: state}
-
-    def load_state_of_run(self, folder: Path) -> None:
-        load_state(self._centering, folder)
 
 
 def _key(prompt_ids: ArrayLike, completion_ids: ArrayLike) -> tuple[bytes, bytes]:

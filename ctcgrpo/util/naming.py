@@ -50,8 +50,5 @@ def is_path(text: str) -> bool:
     OWNER/NAME; a bundled pack): it is absolute, begins with `.` or `~`, ends with `/`, or its first part of several is a folder
     here (`checkpoints` counts as one)."""
     first, slash, _ = text.partition("/")
-    return (
-        text.startswith((".", "/", "~"))
-        or text.endswith("/")
-        or bool(slash and (first == _WRITTEN_TO or Path(first).is_dir()))
-    )
+    below = bool(slash) and (first == _WRITTEN_TO or Path(first).is_dir())
+    return below or text.startswith((".", "/", "~")) or text.endswith("/")

@@ -34,9 +34,8 @@ class _StrictLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, list | dict | set):  # those are no keys, which is what the loader says
                 if key in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"duplicate key {quoted(key)} in one section", node.start_mark
-                    )
+                    problem = f"duplicate key {quoted(key)} in one section"
+                    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
                 seen.add(key)
         return super().construct_mapping(node, deep)
 
