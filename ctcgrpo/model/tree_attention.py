@@ -48,10 +48,8 @@ def how_to_attend(packing: Packing, device: torch.device, *, half: bool) -> Tree
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     suits = hopper and half and importlib.util.find_spec("kernels") is not None
     if packing == "flash3" and not suits:
-        raise RecipeError(
-            "packing is 'flash3', which needs a Hopper GPU, 16-bit compute and the package kernels; "
-            "use auto, flex or segments"
-        )
+        needs = "a Hopper GPU, 16-bit compute and the package kernels"
+        raise RecipeError(f"packing is 'flash3', which needs {needs}; use auto, flex or segments")
     if packing == "flex" and device.type != "cuda":
         raise RecipeError(f"packing is 'flex', which cannot be trained on {device.type}; use auto or segments")
     if packing == "flash3" or (packing == "auto" and suits):

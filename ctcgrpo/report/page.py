@@ -43,20 +43,14 @@ _WORDS_OF_TASKS = {"task": "task", "tag": "tag", "range": ""}
 
 def write_report(run: Run, file: Path, trials: Sequence[Mapping[str, Any]] = ()) -> dict[str, int]:
     """Write the page; gives how many episodes it shows, of how many, and its size in bytes."""
-    figures = figures_of(run)
     kept = _within(run.episodes, MOST_BYTES)
     packed = _packed([_lean(e) for e in kept])
-    figures["shown"], figures["of"] = len(kept), len(run.episodes)
+    figures = {**figures_of(run), "shown": len(kept), "of": len(run.episodes), "trials": list(trials)}
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         (files("ctcgrpo.report") / "page.html.j2").read_text(encoding="utf-8")
     )
-    page = template.render(
-        name=run.name,
-        figures=_packed({**figures, "trials": list(trials)}),
-        episodes=packed,
-        version=__version__,
-        words=figures["words"],
-    )
+    facts = {"name": run.name, "version": __version__, "words": figures["words"]}
+    page = template.render(figures=_packed(figures), episodes=packed, **facts)
     write_whole(file, page)
     return {"shown": len(kept), "of": len(run.episodes), "bytes": file.stat().st_size}
 

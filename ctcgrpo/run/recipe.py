@@ -120,10 +120,7 @@ class OwnEnvironment(Section):
     )
     timeout: float = recipe_field("environment_timeout")
     per_step: int = Field(8, ge=1, description="tasks in each step, equally many of each tag")
-    folder: Path | None = Field(
-        None,
-        description="where modules are looked for first, before the current directory; the recipe's folder where absent",
-    )
+    folder: Path | None = Field(None, description="where modules are looked for first; the recipe's folder where absent")
 
 
 class Vllm(Section):
@@ -236,13 +233,8 @@ class Credit(Section):
     @field_validator("centering", "credit", "scale", "turn_scale")
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
-        tables: dict[str, Iterable[str]] = {
-            "centering": CENTERINGS,
-            "credit": CREDITS,
-            "scale": SCALES,
-            "turn_scale": SCALES,
-        }
-        options = tables[info.field_name]
+        tables: dict[str, Iterable[str]] = {"centering": CENTERINGS, "credit": CREDITS}
+        options = tables.get(info.field_name, SCALES)
         if value not in options and not is_reference(value):
             raise ValueError(f"{did_you_mean(value, options)} (one of your own: my_module:my_function)")
         return value
@@ -312,11 +304,7 @@ class Hardware(Section):
     gpu: str | None = Field(None, description="the card that the memory plan is for; one of ctcgrpo/preflight/cards.yaml")
     processes: int = Field(1, ge=1, description="GPUs that train, one process each, over all nodes")
     nodes: int = Field(1, ge=1, description="machines that train")
-    tokens_per_second: float | None = Field(
-        None,
-        gt=0,
-        description="tokens that the policy samples in a second over all GPUs, if measured: for hours in the plan",
-    )
+    tokens_per_second: float | None = Field(None, gt=0, description="if measured: tokens sampled a second over all GPUs")
 
 
 class Recipe(Section):
@@ -395,18 +383,14 @@ class Recipe(Section):
             raise ValueError(f"rollout.vllm.urls names servers, but rollout.engine is {engine!r}; set it to 'vllm_server'")
         if self.rollout.deterministic and self.rollout.deadline is not None:
             raise ValueError(
-                "rollout.deterministic promises the same run bit by bit, and what rollout.deadline cuts depends on the clock; "
-                "leave one out"
+                "rollout.deterministic repeats runs bit by bit, and rollout.deadline goes by the clock; leave one out"
             )
         if engine != "transformers" and self.rollout.dtype != "policy":
             raise ValueError(f"rollout.dtype is for rollout.engine 'transformers', not {engine!r}: vLLM samples in bfloat16")
         if self.policy.quantization != "none" and self.rollout.dtype != "policy":
             raise ValueError("rollout.dtype copies weights that are whole; with policy.quantization leave it out")
         if engine != "transformers" and self.rollout.deterministic:
-            raise ValueError(
-                "rollout.deterministic promises the same run bit by bit, which vLLM's batches do not allow; "
-                "it needs rollout.engine 'transformers'"
-            )
+            raise ValueError("rollout.deterministic repeats a run bit by bit, which needs rollout.engine 'transformers'")
         if self.policy.quantization != "none" and (engine != "transformers" or self.training.sharding != "none"):
             raise ValueError(
                 "policy.quantization works with rollout.engine 'transformers' and training.sharding none: vLLM, DeepSpeed and FSDP "
@@ -424,6 +408,11 @@ class Recipe(Section):
         section = self.scenarios or self.environment
         assert section is not None  # _one_environment
         return section.per_step
+
+    def own_functions(self) -> dict[str, str]:
+        """The fields of the section credit that name a function of one's own, with its reference."""
+        names = ("credit", "centering", "scale", "turn_scale")
+        return {name: value for name in names if is_reference(value := getattr(self.credit, name))}
 
     def credit_options(self) -> CreditOptions:
         """What the recipe says of credit, under the names that the trainer's configuration has for it."""

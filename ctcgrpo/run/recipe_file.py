@@ -14,7 +14,7 @@ from typing import Any
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.run.recipe import Recipe
-from ctcgrpo.util.importing import is_reference, load_object
+from ctcgrpo.util.importing import load_object
 from ctcgrpo.util.naming import cut, did_you_mean, quoted
 from ctcgrpo.util.sections import named_value, parse_mapping, read_text, refuse_unknown, validated
 
@@ -52,10 +52,9 @@ def load_recipe(file: str | Path, overrides: Sequence[str] = (), *, changes: Seq
     if isinstance(own := data.get("environment"), dict):
         own.setdefault("folder", str(origin(("environment", "factory")).parent))
     recipe = validated(data, Recipe, path, origin)
-    for field in ("credit", "centering", "scale"):
-        if is_reference(named := getattr(recipe.credit, field)):
-            file = origin(("credit", field))
-            load_object(named, f"{file}: credit.{field}", file.parent)
+    for field, named in recipe.own_functions().items():
+        file = origin(("credit", field))
+        load_object(named, f"{file}: credit.{field}", file.parent)
     name, file = recipe.simulator.token_env, origin(("simulator", "token_env"))
     if not name.startswith(_OWN_VARIABLES) and "token_env" not in typed.get("simulator", {}):
         raise RecipeError(

@@ -54,7 +54,7 @@ from ctcgrpo.training.samples import try_credit
 from ctcgrpo.training.trainer import PLAYING, CTCGRPOTrainer, RolloutHooks
 from ctcgrpo.types import Episode
 from ctcgrpo.util.files import disk_problem, file_digest, mark_complete
-from ctcgrpo.util.importing import is_reference, load_object, source_of
+from ctcgrpo.util.importing import load_object, source_of
 from ctcgrpo.util.processes import STOP_SECONDS, interrupts, on_main, together
 
 
@@ -404,9 +404,8 @@ def _policy_data(recipe: Recipe) -> dict[str, dict[str, str]]:
     instructions = load_instructions(policy.instructions)
     if recipe.environment is None and instructions.texts:
         data["policy.instructions"] = {policy.instructions: instructions.digest}
-    for field in ("credit", "centering", "scale"):
-        if is_reference(named := getattr(recipe.credit, field)):
-            load_object(named, f"credit.{field}")
-            if file := source_of(named):
-                data[f"credit.{field}"] = {file.name: file_digest(file)}
+    for field, named in recipe.own_functions().items():
+        load_object(named, f"credit.{field}")
+        if file := source_of(named):
+            data[f"credit.{field}"] = {file.name: file_digest(file)}
     return data

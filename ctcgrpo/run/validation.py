@@ -78,10 +78,8 @@ class Validator:
         self.say(f"validating after step {step}: {len(slots)} episodes")
         result = validation_of(step, self.tasks, self.play(step, slots))
         if too_many_failed(result.failed, len(slots), self.max_failed):
-            raise TooManyFailures(
-                f"validation after step {step}: {result.failed} of {len(slots)} episodes failed, "
-                f"and max_failed is {self.max_failed}"
-            )
+            failed = f"{result.failed} of {len(slots)} episodes failed"
+            raise TooManyFailures(f"validation after step {step}: {failed}, and max_failed is {self.max_failed}")
         self.done[step] = result
         best = self.best()
         if step and (best is None or result.overall > best.overall):

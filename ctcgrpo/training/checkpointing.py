@@ -35,7 +35,10 @@ class CheckpointedUpdate(PolicyUpdate):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(self._newest_complete())
+            newest = newest_complete(folder := Path(self.args.output_dir))
+            if newest is None:
+                raise OutputError(f"{folder} has no complete checkpoint to resume from; train without it to start")
+            resume_from_checkpoint = str(newest)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def save_now(self) -> None:
@@ -44,12 +47,6 @@ class CheckpointedUpdate(PolicyUpdate):
         # One process looks: on a shared disk others may see the marker later, and saving takes all of them.
         if self.state.global_step and not on_main(self.accelerator.state, lambda: is_complete(folder)):
             self._save_checkpoint(self.model, trial=None)
-
-    def _newest_complete(self) -> Path:
-        newest = newest_complete(Path(self.args.output_dir))
-        if newest is None:
-            raise OutputError(f"{self.args.output_dir} has no complete checkpoint to resume from; train without it to start")
-        return newest
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.refuse_nonfinite_weights()
