@@ -68,7 +68,7 @@ def resolved_recipe(file: str | Path) -> Recipe:
     """The recipe that a run wrote into its folder, for readers of the run, which send nothing to its simulator: what it names was
     allowed when the run began. Raises RecipeError as `load_recipe` does."""
     path = Path(file)
-    return validated(_parse(path), Recipe, path)
+    return validated(parse_mapping(read_text(path, "recipe"), path, Recipe, "recipe"), Recipe, path)
 
 
 def overrides(chosen: Mapping[str, Any]) -> list[str]:

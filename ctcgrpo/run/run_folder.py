@@ -29,13 +29,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.policy.builtin import is_built, wheel_of
 from ctcgrpo.policy.model_wheel import Say, fetch_model
 from ctcgrpo.run.recipe import Recipe
-from ctcgrpo.run.recipe_file import differences
+from ctcgrpo.run.recipe_file import differences, resolved_recipe
 from ctcgrpo.run.run_records import Summary, read_metrics, resumed_validations
 from ctcgrpo.util.files import (
     RESTORE,
@@ -49,7 +47,6 @@ from ctcgrpo.util.files import (
     write_whole,
 )
 from ctcgrpo.util.naming import first_line
-from ctcgrpo.util.sections import parse_mapping, read_text
 from ctcgrpo.util.workers import alone
 
 BEST_STEP = "STEP"
@@ -105,10 +102,8 @@ class RunFolder:
         started = self.newest_checkpoint()
         finished = is_complete(self.final)
         if self.recipe_file.exists() and (started or finished) and (changed := self.changes(recipe)):
-            raise OutputError(
-                f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])}); "
-                "undo the change to resume it, or start another with run.name=NAME"
-            )
+            what = f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])})"
+            raise OutputError(f"{what}; undo the change to resume it, or start another with run.name=NAME")
         if finished and not self.extended_from(recipe):
             raise OutputError(
                 f"{self.path} holds a finished run of this recipe; take {self.final}, give it more steps with "
@@ -129,7 +124,7 @@ class RunFolder:
         """The number of steps that the run was to have, where this recipe gives it more; else None."""
         if not self.recipe_file.exists():
             return None
-        steps = int(self._recorded()["training"]["max_steps"])
+        steps = self._recorded().training.max_steps
         return steps if recipe.training.max_steps > steps else None
 
     def begin(self, recipe: Recipe, steps: int) -> None:
@@ -164,10 +159,8 @@ class RunFolder:
         OutputError where a run that resumes would meet something else, or the file is damaged."""
         file = self.path / name
         if resumes and file.exists() and (changed := compare(_object(file), now)):
-            raise OutputError(
-                f"{self.path} was trained with other {name.removesuffix('.json')} ({'; '.join(changed)}); restore what it was "
-                "to resume, or start another run with run.name=NAME"
-            )
+            what = f"{self.path} was trained with other {name.removesuffix('.json')} ({'; '.join(changed)})"
+            raise OutputError(f"{what}; restore what it was to resume, or start another run with run.name=NAME")
         write_whole(file, json.dumps(now) + "\n")
 
     @property
@@ -227,20 +220,17 @@ class RunFolder:
         """What the recorded recipe and this one differ in, beyond what a run may change: where its folder lies, and where modules
         are looked for (data.json knows what they hold); `hardware`, which says what it was meant for; and it may be given more
         steps."""
-        old, now = self._recorded(), recipe.model_dump(mode="json")
-        for resolved in (old, now):
-            del resolved["hardware"], resolved["run"]["output_dir"], resolved["run"]["name"]
-            (resolved["environment"] or {}).pop("folder", None)
+        free: dict[str, Any] = {"hardware": True, "run": {"output_dir", "name"}, "environment": {"folder"}}
         if self.extended_from(recipe):
-            old["training"]["max_steps"] = now["training"]["max_steps"]
+            free["training"] = {"max_steps"}
+        old, now = (resolved.model_dump(mode="json", exclude=free) for resolved in (self._recorded(), recipe))
         return differences(old, now)
 
-    def _recorded(self) -> dict[str, Any]:
+    def _recorded(self) -> Recipe:
         """The resolved recipe that the folder's run was started with. Raises OutputError where it cannot be read."""
         try:
-            old = parse_mapping(read_text(self.recipe_file, "recipe"), self.recipe_file, Recipe, "recipe")
-            return Recipe.model_validate(old).model_dump(mode="json")  # what an older version did not know had its default
-        except (RecipeError, ValidationError) as error:
+            return resolved_recipe(self.recipe_file)
+        except RecipeError as error:
             reason = f"its recipe.yaml cannot be read: {first_line(error)}"
             raise OutputError(f"{self.path} holds a run, but {reason}; start another with run.name=NAME") from None
 
