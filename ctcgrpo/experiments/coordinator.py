@@ -272,11 +272,10 @@ def open_study(sweep: Sweep, folder: Path) -> optuna.Study:
 def _suggested(trial: optuna.Trial, name: str, parameter: Parameter) -> Any:
     if parameter.choices is not None:
         return trial.suggest_categorical(name, parameter.choices)
-    assert parameter.min is not None and parameter.max is not None
+    low, high = parameter.ends
     if parameter.is_whole:
-        return trial.suggest_int(name, int(parameter.min), int(parameter.max))
-    log = parameter.distribution == "log_uniform_values"
-    return trial.suggest_float(name, parameter.min, parameter.max, step=parameter.q, log=log)
+        return trial.suggest_int(name, int(low), int(high))
+    return trial.suggest_float(name, low, high, step=parameter.q, log=parameter.distribution == "log_uniform_values")
 
 
 def score_of(run: RunFolder) -> float:

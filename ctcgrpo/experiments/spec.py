@@ -234,9 +234,9 @@ def _within(field: str, fields: Sequence[str]) -> str | None:
 def _on_grid(parameter: Parameter) -> list[Any]:
     if parameter.choices is not None:
         return list(parameter.choices)
-    assert parameter.q is not None and parameter.min is not None and parameter.max is not None
-    steps = int((parameter.max - parameter.min) / parameter.q + 1e-9)
-    return [parameter.min + k * parameter.q for k in range(steps + 1)]
+    assert parameter.q is not None
+    low, high = parameter.ends
+    return [low + k * parameter.q for k in range(int((high - low) / parameter.q + 1e-9) + 1)]
 
 
 def load_sweep(file: Path, extra: Sequence[str] = ()) -> tuple[Sweep, Recipe]:
