@@ -87,9 +87,9 @@ class Improvement(BaseModel):
     """Without figures where no scenario has a valid episode before and after; `n` counts scenarios."""
 
     model_config = STRICT
-    overall: Score | None = None
-    ci95: Annotated[tuple[Score, Score], Field(strict=False)] | None = None
-    n: int = 0
+    overall: Score | None
+    ci95: Annotated[tuple[Score, Score], Field(strict=False)] | None
+    n: int
 
 
 class Best(BaseModel):
