@@ -137,8 +137,8 @@ def printed(rows: Sequence[Mapping[str, Any]], title: str, primary: str | None =
     columns = ["score", "95 % interval", "gain"]
     if measures:
         columns = [title for m in measures for title in (m, f"against {against}")] + ["steps to its final score"]
-    table = Table(title=Text(title))
-    for name in (*([] if measures else ["trial"]), *names, *columns, "seeds", ""):
+    table, trial = Table(title=Text(title)), [] if measures else ["trial"]
+    for name in (*trial, *names, *columns, "seeds", ""):
         table.add_column(Text(name), justify="right" if name in (*columns, "seeds") else "left")
     for row in rows:
         figures = ["-"] * len(columns)
@@ -149,7 +149,7 @@ def printed(rows: Sequence[Mapping[str, Any]], title: str, primary: str | None =
             low, high = row["ci95"]
             figures = [f"{row['score']:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{row['gain']:+.3f}"]
         told = row["state"] if not row["reason"] else f"{row['state']}: {row['reason']}"
-        cells = [*([] if measures else [row["trial"]]), *(_shown(row["params"].get(name)) for name in names), *figures]
+        cells = [*(row[name] for name in trial), *(_shown(row["params"].get(name)) for name in names), *figures]
         shown = (*cells, str(len(row["by_seed"]) or "-"), "" if told == "done" else told)
         table.add_row(*map(Text, shown))  # a reason is the last line of a log: text, never markup
     return table
