@@ -383,14 +383,16 @@ class Recipe(Section):
             raise ValueError(f"rollout.vllm.urls names servers, but rollout.engine is {engine!r}; set it to 'vllm_server'")
         if self.rollout.deterministic and self.rollout.deadline is not None:
             raise ValueError(
-                "rollout.deterministic repeats runs bit by bit, and rollout.deadline goes by the clock; leave one out"
+                "rollout.deterministic promises the same run, and rollout.deadline goes by the clock; leave one out"
             )
         if engine != "transformers" and self.rollout.dtype != "policy":
             raise ValueError(f"rollout.dtype is for rollout.engine 'transformers', not {engine!r}: vLLM samples in bfloat16")
         if self.policy.quantization != "none" and self.rollout.dtype != "policy":
             raise ValueError("rollout.dtype copies weights that are whole; with policy.quantization leave it out")
         if engine != "transformers" and self.rollout.deterministic:
-            raise ValueError("rollout.deterministic repeats a run bit by bit, which needs rollout.engine 'transformers'")
+            raise ValueError(
+                "rollout.deterministic promises the same run bit by bit, which needs rollout.engine 'transformers'"
+            )
         if self.policy.quantization != "none" and (engine != "transformers" or self.training.sharding != "none"):
             raise ValueError(
                 "policy.quantization works with rollout.engine 'transformers' and training.sharding none: vLLM, DeepSpeed and FSDP "
