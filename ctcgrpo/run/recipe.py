@@ -383,7 +383,8 @@ class Recipe(Section):
             raise ValueError(f"rollout.vllm.urls names servers, but rollout.engine is {engine!r}; set it to 'vllm_server'")
         if self.rollout.deterministic and self.rollout.deadline is not None:
             raise ValueError(
-                "rollout.deterministic promises the same run, and rollout.deadline goes by the clock; leave one out"
+                "rollout.deterministic promises the same run bit by bit, and what rollout.deadline cuts depends on the clock; "
+                "leave one out"
             )
         if engine != "transformers" and self.rollout.dtype != "policy":
             raise ValueError(f"rollout.dtype is for rollout.engine 'transformers', not {engine!r}: vLLM samples in bfloat16")
@@ -391,7 +392,8 @@ class Recipe(Section):
             raise ValueError("rollout.dtype copies weights that are whole; with policy.quantization leave it out")
         if engine != "transformers" and self.rollout.deterministic:
             raise ValueError(
-                "rollout.deterministic promises the same run bit by bit, which needs rollout.engine 'transformers'"
+                "rollout.deterministic promises the same run bit by bit, which vLLM's batches do not allow; "
+                "it needs rollout.engine 'transformers'"
             )
         if self.policy.quantization != "none" and (engine != "transformers" or self.training.sharding != "none"):
             raise ValueError(
