@@ -12,6 +12,7 @@ themselves, a script of four lines for four scenarios a scene fits their very wo
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 from collections import Counter
@@ -27,7 +28,8 @@ from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.environments.eibench.scoring import Variant
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import load_recipe
-from ctcgrpo.run.validation import Validation, improvement, validation_of
+from ctcgrpo.run.run_records import Validation, improvement
+from ctcgrpo.run.validation import validation_of
 from ctcgrpo.simulator.protocol import Utterance
 from ctcgrpo.simulator.scripted.language import load_language
 from tests.dialogue import converse
@@ -159,8 +161,8 @@ def compared(title: str, policy: Validation, controls: Mapping[str, Validation])
         table.add_column(name)
     for name, control in controls.items():
         gain = improvement(control, policy)
-        low, high = gain["ci95"]
-        table.add_row(name, f"{control.overall:+.3f}", f"{gain['overall']:+.3f}", f"{low:+.3f} to {high:+.3f}")
+        low, high = gain.ci95 or (math.nan, math.nan)
+        table.add_row(name, f"{control.overall:+.3f}", f"{gain.overall:+.3f}", f"{low:+.3f} to {high:+.3f}")
     return table
 
 

@@ -15,8 +15,7 @@ from ctcgrpo.run.folders import require_run
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import read_traces
-from ctcgrpo.run.validation import Validation, valid_validations
+from ctcgrpo.run.run_records import Validation, read_traces, valid_validations
 
 Trace = Mapping[str, Any]
 """run_records.Trace; only valid episodes."""
@@ -77,9 +76,8 @@ def read_held_out(path: Path) -> HeldOut:
 def pooled(validations: Sequence[Validation]) -> Validation:
     """Several runs as one: by scenario, the mean of each run."""
     means = [v.by_scenario for v in validations]
-    return Validation(
-        0, {name: [m[name] for m in means] for name in means[0] if all(name in m for m in means)}, validations[0].scenes
-    )
+    outcomes = {name: [m[name] for m in means] for name in means[0] if all(name in m for m in means)}
+    return Validation(step=0, outcomes=outcomes, scenes=validations[0].scenes)
 
 
 def _stage(folder: RunFolder, validation: Validation) -> Stage:

@@ -13,8 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import read_metrics
-from ctcgrpo.run.validation import valid_validations
+from ctcgrpo.run.run_records import read_metrics, valid_validations
 from ctcgrpo.util.intervals import interval
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def write_run(folder: Path, validations: Mapping[int, Replies]) -> Path:
             for rollout, said in enumerate(dialogues)
         ]
         outcomes = [(episode["task"], episode["outcome"]) for episode in episodes]
-        lines.append(json.dumps(asdict(validation_of(step, [task_of(HELD_OUT[name]) for name in replies], outcomes))) + "\n")
+        lines.append(validation_of(step, [task_of(HELD_OUT[name]) for name in replies], outcomes).model_dump_json() + "\n")
         traces = "".join(json.dumps(episode) + "\n" for episode in episodes)
         (folder / f"traces/validation-{step:06d}.rank-0.jsonl").write_text(traces)
     (folder / "validation.jsonl").write_text("".join(lines))

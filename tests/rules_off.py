@@ -13,12 +13,12 @@ the whole: rules overlap, and each axis is clamped. Several runs are printed tog
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -28,8 +28,8 @@ from ctcgrpo.environments.eibench import task_of
 from ctcgrpo.environments.eibench.records import Scenario, UserState
 from ctcgrpo.environments.eibench.scoring import Variant, outcome_score
 from ctcgrpo.errors import OutputError
-from ctcgrpo.run.run_records import Summary, disagreement, read_summary, same
-from ctcgrpo.run.validation import Validation, improvement, validation_of
+from ctcgrpo.run.run_records import Improvement, Validation, disagreement, improvement, read_summary, same
+from ctcgrpo.run.validation import validation_of
 from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
 from ctcgrpo.simulator.scripted.backend import react
 from ctcgrpo.simulator.scripted.rules import RULES, SPOILERS, Rule
@@ -46,7 +46,7 @@ class Judged:
     reasons: tuple[Sequence[str], Sequence[str]]
 
     @property
-    def gain(self) -> dict[str, Any]:
+    def gain(self) -> Improvement:
         return improvement(self.before, self.after)
 
 
@@ -119,10 +119,10 @@ def refuse_others(run: HeldOut, all_on: Judged, reluctance: float) -> None:
                         "the scripted user or of the scenarios played it"
                     )
     recorded, found = improvement(run.before.validation, run.after.validation), all_on.gain
-    figures = [(recorded["overall"], found["overall"]), *zip(recorded["ci95"], found["ci95"], strict=True)]
+    figures = [(recorded.overall, found.overall), *zip(recorded.ci95 or (), found.ci95 or (), strict=True)]
     if not all(same(a, b) for a, b in figures):
         raise OutputError(f"{run.path}/validation.jsonl: improvement = {recorded}; expected {found} by the traces")
-    summary = read_summary(run.path, Summary)
+    summary = read_summary(run.path)
     problem = None if summary is None else disagreement(summary, [run.before.validation, run.after.validation])
     if problem is not None:
         raise OutputError(f"{run.path}/{problem}")
@@ -163,10 +163,10 @@ def ablation_table(title: str, all_on: Judged, off: dict[str, Judged]) -> Table:
     table = Table(title=f"{escape(title)}: held-out gain without one rule of the scripted user")
     for name in ("rule off", "gain", "95 % interval", "goes with it", "share of the gain", "has a say before", "after"):
         table.add_column(name)
-    whole = all_on.gain["overall"]
+    whole = all_on.gain.overall or 0.0
     table.add_row("none", *_gain(all_on), "", "", *(str(len(why)) for why in all_on.reasons), end_section=True)
-    for name, found in sorted(off.items(), key=lambda item: item[1].gain["overall"]):
-        lost = whole - found.gain["overall"]
+    for name, found in sorted(off.items(), key=lambda item: item[1].gain.overall or 0.0):
+        lost = whole - (found.gain.overall or 0.0)
         part = f"{lost / whole:.0%}" if whole else "-"
         changed = [
             sum(a != b for a, b in zip(ours, theirs, strict=True))
@@ -177,8 +177,8 @@ def ablation_table(title: str, all_on: Judged, off: dict[str, Judged]) -> Table:
 
 
 def _gain(found: Judged) -> tuple[str, str]:
-    low, high = found.gain["ci95"]
-    return f"{found.gain['overall']:+.3f}", f"{low:+.3f} to {high:+.3f}"
+    low, high = found.gain.ci95 or (math.nan, math.nan)
+    return f"{found.gain.overall:+.3f}", f"{low:+.3f} to {high:+.3f}"
 
 
 def main(folders: Sequence[Path], console: Console) -> None:

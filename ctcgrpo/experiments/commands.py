@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from ctcgrpo.errors import RecipeError, RunFailed
 from ctcgrpo.experiments.spec import NAME, load_sweep
 from ctcgrpo.util.naming import did_you_mean
-from ctcgrpo.util.terminal import Terminal
+from ctcgrpo.util.terminal import Terminal, print_line
 
 
 def sweep(
@@ -54,9 +55,7 @@ def sweep(
     folder = out / label
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
+    say = functools.partial(print_line, console)
     rows = run_sweep(spec, recipe, folder, workers=workers, devices=devices or [], extra=overrides or [], say=say)
     shutil.copyfile(file, folder / "sweep.yaml")
     if spec.variants:

@@ -39,9 +39,8 @@ from ctcgrpo.experiments.table import all_equal, point_of, table_of
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import overrides
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import Outcome, read_summary
-from ctcgrpo.run.validation import read_validations, valid_validations
-from ctcgrpo.util.files import checkpoints, is_complete, read_json, write_whole
+from ctcgrpo.run.run_records import read_summary, read_validations, valid_validations
+from ctcgrpo.util.files import checkpoints, is_complete, read_object, write_whole
 from ctcgrpo.util.workers import alone, end_with_parent
 
 TRAIN = (sys.executable, "-m", "ctcgrpo", "train")
@@ -90,27 +89,22 @@ def run_sweep(
     """
     with alone(folder):
         _keep_to(folder, sweep, recipe, extra)
-        coordinator = _Coordinator(sweep, recipe, folder, devices, extra, say, train)
-        rows = coordinator.work(workers)
+        seeds = sweep.seeds_of(recipe)
+        rows = _Coordinator(sweep, seeds, folder, devices, extra, say, train, open_study(sweep, folder)).work(workers)
         _link_best(folder, rows)
         return rows
 
 
+@dataclass(frozen=True)
 class _Coordinator:
-    def __init__(
-        self,
-        sweep: Sweep,
-        recipe: Recipe,
-        folder: Path,
-        devices: Sequence[str],
-        extra: Sequence[str],
-        say: Callable[[str], None],
-        train: Sequence[str],
-    ) -> None:
-        self._sweep, self._folder, self._devices, self._extra = sweep, folder, devices, extra
-        self._say, self._train = say, train
-        self._seeds = sweep.seeds_of(recipe)
-        self._study = open_study(sweep, folder)
+    _sweep: Sweep
+    _seeds: Sequence[int]
+    _folder: Path
+    _devices: Sequence[str]
+    _extra: Sequence[str]
+    _say: Callable[[str], None]
+    _train: Sequence[str]
+    _study: optuna.Study
 
     def work(self, workers: int) -> list[dict[str, Any]]:
         """Run every trial that is left; gives the table."""
@@ -157,14 +151,12 @@ class _Coordinator:
         for trial in [trial for trial in study.trials if trial.state == TrialState.FAIL]:
             point = point_of(trial)
             if point and not any(point_of(later) == point for later in study.trials[trial.number + 1 :]):
-                attributes = {_FOLDER: trial.user_attrs[_FOLDER]} if _FOLDER in trial.user_attrs else {}
-                study.enqueue_trial(point, user_attrs=attributes)
+                study.enqueue_trial(point, user_attrs={k: v for k, v in trial.user_attrs.items() if k == _FOLDER})
                 asked += 1
         return asked
 
     def _begin(self, worker: int) -> _Running | None:
-        """The next trial; None where there is none."""
-        if not self._waiting() and self._asked() >= self._cap():
+        if self._left() <= 0:
             return None
         trial = self._study.ask()
         point = {name: _suggested(trial, name, parameter) for name, parameter in self._sweep.axes.items()}
@@ -175,18 +167,15 @@ class _Coordinator:
         trial.set_user_attr("seeds", self._seeds)
         return _Running(trial, self._sweep.changes(point), list(self._seeds), self._folder / name, worker)
 
-    def _waiting(self) -> int:
-        return sum(trial.state == TrialState.WAITING for trial in self._study.trials)
-
-    def _asked(self) -> int:
-        """The points that were taken up, each once however often it was asked for."""
-        return len({trial.user_attrs[_FOLDER] for trial in self._study.trials if _FOLDER in trial.user_attrs})
-
-    def _cap(self) -> int:
-        return 0 if self._sweep.method == "grid" else self._sweep.run_cap or 0
+    def _left(self) -> int:
+        """Trials that wait, or those up to the cap, of which a point counts once however often it was asked for."""
+        waiting = sum(trial.state == TrialState.WAITING for trial in self._study.trials)
+        asked = {trial.user_attrs[_FOLDER] for trial in self._study.trials if _FOLDER in trial.user_attrs}
+        cap = 0 if self._sweep.method == "grid" else self._sweep.run_cap or 0
+        return max(waiting, cap - len(asked))
 
     def _say_how_long(self, workers: int) -> None:
-        left = max(self._waiting(), self._cap() - self._asked())
+        left = self._left()
         ended = [trial.duration for trial in self._study.trials if trial.state == TrialState.COMPLETE]
         took = [duration.total_seconds() / len(self._seeds) for duration in ended if duration is not None]
         seconds, known = (statistics.median(took), "measured") if took else (self._sweep.seconds, "by the file")
@@ -216,9 +205,7 @@ class _Coordinator:
             self._study.tell(one.trial, state=TrialState.PRUNED)
             self._say(f"{one.folder.name}: stopped after step {max(one.reported)}, behind the others")
             return True
-        if code:
-            return self._failed(one, _last_words(one.run))
-        return self._next_seed(one)
+        return self._failed(one, _last_words(one.run)) if code else self._next_seed(one)
 
     def _next_seed(self, one: _Running) -> bool:
         try:
@@ -252,9 +239,8 @@ class _Coordinator:
         place = [f"run.seed={seed}", f"run.name=seed-{seed}", f"run.output_dir={one.folder}"]
         command = [*self._train, str(self._sweep.program), *overrides(one.changes), *self._extra, *place]
         with (one.folder / f"seed-{seed}.log").open("ab") as log:
-            return subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
-            )
+            how: dict[str, Any] = {"start_new_session": True, "preexec_fn": end_with_parent}
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log, **how)
 
 
 def open_study(sweep: Sweep, folder: Path) -> optuna.Study:
@@ -271,20 +257,12 @@ def open_study(sweep: Sweep, folder: Path) -> optuna.Study:
     # A sampler that begins with the same seed after a restart would ask for the same points again.
     seed = len(known.trials) if known is not None else 0
     sampler = optuna.samplers.TPESampler(seed=seed) if sweep.method == "bayes" else optuna.samplers.RandomSampler(seed=seed)
-    early = sweep.early_terminate
-    pruner: optuna.pruners.BasePruner = (
-        optuna.pruners.NopPruner()
-        if early is None
-        else optuna.pruners.SuccessiveHalvingPruner(min_resource=early.min_iter, reduction_factor=max(2, round(early.eta)))
-    )
-    study = optuna.create_study(
-        study_name="sweep",
-        storage=storage,
-        sampler=sampler,
-        pruner=pruner,
-        direction="maximize",
-        load_if_exists=True,
-    )
+    pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+    if early := sweep.early_terminate:
+        factor = max(2, round(early.eta))
+        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=early.min_iter, reduction_factor=factor)
+    how: dict[str, Any] = {"sampler": sampler, "pruner": pruner, "direction": "maximize", "load_if_exists": True}
+    study = optuna.create_study(study_name="sweep", storage=storage, **how)
     if sweep.method == "grid":
         for point in sweep.grid():
             study.enqueue_trial(point, skip_if_exists=True)
@@ -294,19 +272,20 @@ def open_study(sweep: Sweep, folder: Path) -> optuna.Study:
 def _suggested(trial: optuna.Trial, name: str, parameter: Parameter) -> Any:
     if parameter.choices is not None:
         return trial.suggest_categorical(name, parameter.choices)
-    assert parameter.min is not None and parameter.max is not None
+    low, high = parameter.ends
     if parameter.is_whole:
-        return trial.suggest_int(name, int(parameter.min), int(parameter.max))
-    log = parameter.distribution == "log_uniform_values"
-    return trial.suggest_float(name, parameter.min, parameter.max, step=parameter.q, log=log)
+        return trial.suggest_int(name, int(low), int(high))
+    return trial.suggest_float(name, low, high, step=parameter.q, log=parameter.distribution == "log_uniform_values")
 
 
 def score_of(run: RunFolder) -> float:
     """The score after training of a finished run. Raises OutputError where its figures are missing or damaged."""
-    summary = read_summary(run.path, Outcome)
+    summary = read_summary(run.path)
     if summary is None:
         raise OutputError(f"{run.path} holds no summary.json; without it a trial has no score")
     valid_validations(run.validation_file)  # what the table is made of
+    if summary.after.overall is None:
+        raise OutputError(f"{run.path}/summary.json: after.overall = None; expected a score")
     return summary.after.overall
 
 
@@ -345,17 +324,13 @@ def _last_words(run: RunFolder) -> str:
 
 def _keep_to(folder: Path, sweep: Sweep, recipe: Recipe, extra: Sequence[str]) -> None:
     file = folder / "sweep.json"
+    program = recipe.model_dump(mode="json", exclude={"hardware": True, "run": {"name", "output_dir"}})
     asked = json.loads(sweep.model_dump_json(exclude_unset=True, exclude=set(_UNTOLD)))
-    asked |= {
-        "overrides": list(extra),
-        "program": recipe.model_dump(mode="json", exclude={"hardware": True, "run": {"name", "output_dir"}}),
-    }
-    if file.exists() and (before := read_json(file)) != asked:
-        before = before if isinstance(before, dict) else {}
+    asked |= {"overrides": list(extra), "program": program}
+    if file.exists() and (before := read_object(file)) != asked:
         changed = [name for name in {*before, *asked} if before.get(name) != asked.get(name)]
-        raise OutputError(
-            f"{folder} holds another sweep ({', '.join(sorted(changed))} differ); give this one another --name"
-        )
+        differ = f"{', '.join(sorted(changed))} differ"
+        raise OutputError(f"{folder} holds another sweep ({differ}); give this one another --name")
     write_whole(file, json.dumps(asked, indent=2) + "\n")
 
 

@@ -26,15 +26,9 @@ def drawn(found: Mapping[str, Mapping[str, Curves]], baseline: str) -> bytes:
         for axes, (environment, curves) in zip(panels, found.items(), strict=True):
             for name, curve in curves.items():
                 whole = name == baseline
+                width, order = (2.4, 3) if whole else (1.6, 2)
                 mean = curve.scores.mean(axis=0)
-                axes.plot(
-                    curve.steps,
-                    mean,
-                    color=color[name],
-                    linewidth=2.4 if whole else 1.6,
-                    label=name,
-                    zorder=3 if whole else 2,
-                )
+                axes.plot(curve.steps, mean, color=color[name], linewidth=width, label=name, zorder=order)
                 if whole:
                     low, high = curve.scores.min(axis=0), curve.scores.max(axis=0)
                     axes.fill_between(curve.steps, low, high, color=color[name], alpha=0.12, linewidth=0)

@@ -34,9 +34,9 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.run.recipe import Recipe
@@ -44,21 +44,14 @@ from ctcgrpo.run.recipe_file import load_recipe, overrides
 from ctcgrpo.util.naming import did_you_mean
 from ctcgrpo.util.sections import Section, parse_mapping, read_text, validated
 
-METRIC = "validation/overall"
+METRIC: Final = "validation/overall"
 """What a sweep here maximises: the score on the recipe's held-out scenarios, after training. W&B knows it by this name."""
 SEED = "run.seed"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Of a folder."""
 _OWN = (SEED, "run.name", "run.output_dir")
-_SHARED = (
-    "policy.model",
-    "training.max_steps",
-    "validation.scenarios",
-    "validation.tasks",
-    "validation.every",
-    "validation.samples",
-    "validation.seed",
-)
+_VALIDATION = ("validation.scenarios", "validation.tasks", "validation.every", "validation.samples", "validation.seed")
+_SHARED = ("policy.model", "training.max_steps", *_VALIDATION)
 """What all variants of an environment share, or their curves could not be compared."""
 _SEARCH = ("parameters", "metric", "run_cap", "early_terminate", "project", "entity", "command")
 _STUDY = ("environments", "variants", "baseline", "primary")
@@ -79,30 +72,23 @@ class Parameter(Section):
     @model_validator(mode="after")
     def _is_one_thing(self) -> Parameter:
         ranged = self.min is not None or self.max is not None
-        kinds = [
-            name
-            for name, there in (("value", "value" in self.model_fields_set), ("values", self.values), ("min", ranged))
-            if there
-        ]
-        if len(kinds) != 1:
+        given = {"value": "value" in self.model_fields_set, "values": bool(self.values), "min": ranged}
+        if sum(given.values()) != 1:
             raise ValueError("give value, values, or min and max")
+        kind = next(name for name, there in given.items() if there)
         if ranged and (self.min is None or self.max is None or not self.min < self.max):
             raise ValueError(f"min is {self.min} and max {self.max}; both are needed, and min < max")
         if self.values is not None and any(value in self.values[:k] for k, value in enumerate(self.values)):
             raise ValueError("duplicate value")
         if not all(isinstance(value, bool | int | float | str | None) for value in self.values or (self.value,)):
             raise ValueError(
-                "values are numbers, texts, true, false or null; name fields of sections with dots (validation.every)"
+                "values are numbers, texts, booleans or null; name fields of sections with dots (validation.every)"
             )
         if (self.q is not None) != (self.distribution == "q_uniform"):
             raise ValueError("q belongs to distribution q_uniform, and it needs one")
-        fits = {
-            "value": ("constant",),
-            "values": ("categorical",),
-            "min": ("uniform", "int_uniform", "q_uniform", "log_uniform_values"),
-        }
-        if self.distribution is not None and self.distribution not in fits[kinds[0]]:
-            raise ValueError(f"distribution {self.distribution!r} does not fit {kinds[0]}")
+        fits = {"constant": "value", "categorical": "values"}.get(self.distribution or "", "min")
+        if self.distribution is not None and fits != kind:
+            raise ValueError(f"distribution {self.distribution!r} does not fit {kind}")
         if self.distribution == "log_uniform_values" and not (self.min or 0) > 0:
             raise ValueError("log_uniform_values needs min > 0")
         if self.distribution == "int_uniform" and not (isinstance(self.min, int) and isinstance(self.max, int)):
@@ -132,15 +118,8 @@ class Parameter(Section):
 class Metric(Section):
     """What runs are compared by."""
 
-    name: str = Field(description=f"{METRIC}: the score on the held-out scenarios after training")
+    name: Literal["validation/overall"] = Field(METRIC, description="the score on the held-out scenarios after training")
     goal: Literal["maximize"] = Field("maximize", description="scores are maximised")
-
-    @field_validator("name")
-    @classmethod
-    def _is_known(cls, value: str) -> str:
-        if value != METRIC:
-            raise ValueError(f"a sweep compares runs by {METRIC}")
-        return value
 
 
 class EarlyTerminate(Section):
@@ -162,9 +141,7 @@ class Sweep(Section):
     )
     seconds: float | None = Field(None, gt=0, description="what a run takes, roughly: for the estimate printed first")
 
-    method: Literal["grid", "random", "bayes"] = Field(
-        "grid", description="every combination, random draws, or Optuna's TPE"
-    )
+    method: Literal["grid", "random", "bayes"] = Field("grid", description="every point, random draws, or Optuna's TPE")
     metric: Metric = Metric(name=METRIC)  # type: ignore[call-arg]
     parameters: dict[str, Parameter] = Field({}, description="what is searched, by the recipe's field, as section.field")
     project: str | None = Field(None, description="--wandb only: the W&B project")
@@ -257,9 +234,9 @@ def _within(field: str, fields: Sequence[str]) -> str | None:
 def _on_grid(parameter: Parameter) -> list[Any]:
     if parameter.choices is not None:
         return list(parameter.choices)
-    assert parameter.q is not None and parameter.min is not None and parameter.max is not None
-    steps = int((parameter.max - parameter.min) / parameter.q + 1e-9)
-    return [parameter.min + k * parameter.q for k in range(steps + 1)]
+    assert parameter.q is not None
+    low, high = parameter.ends
+    return [low + k * parameter.q for k in range(int((high - low) / parameter.q + 1e-9) + 1)]
 
 
 def load_sweep(file: Path, extra: Sequence[str] = ()) -> tuple[Sweep, Recipe]:
@@ -279,9 +256,7 @@ def load_sweep(file: Path, extra: Sequence[str] = ()) -> tuple[Sweep, Recipe]:
             _resolved(file, sweep, f"parameters.{name}", {**fixed, name: value}, extra)
     recipe = _resolved(file, sweep, f"program {sweep.program}", fixed, extra)
     if recipe.validation is None:
-        raise RecipeError(
-            f"{file}: program {sweep.program} has no validation section, so there is nothing to compare its runs by"
-        )
+        raise RecipeError(f"{file}: program {sweep.program} has no validation section to compare its runs by")
     return sweep, recipe
 
 

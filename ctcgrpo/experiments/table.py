@@ -17,17 +17,12 @@ from ctcgrpo.experiments.curves import MEASURES, Curves, compared, curves_of
 from ctcgrpo.experiments.spec import Sweep
 from ctcgrpo.run.data_digest import SKIPPED
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import same
-from ctcgrpo.run.validation import valid_validations
+from ctcgrpo.run.run_records import same, valid_validations
 from ctcgrpo.util.files import read_json
 from ctcgrpo.util.intervals import crossed
 
-_STATES = {
-    TrialState.COMPLETE: "done",
-    TrialState.PRUNED: "stopped early",
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "waiting",
-}
+_STATES = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped early"}
+_STATES |= {TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}
 
 
 def table_of(sweep: Sweep, study: optuna.Study, folder: Path, against: str | None = None) -> list[dict[str, Any]]:
@@ -35,20 +30,19 @@ def table_of(sweep: Sweep, study: optuna.Study, folder: Path, against: str | Non
     `gain` over the untrained policy, `by_seed`, and what became of it. A trial that was left and asked for again stands once. With
     variants also `area`, `final` and `reach` (see `curves.compared`), compared with `against` or the baseline. Raises OutputError
     where the variants of an environment met another user, or other data."""
-    by_folder: dict[str, FrozenTrial] = {}
-    for trial in study.trials:
-        if name := trial.user_attrs.get("folder"):
-            by_folder[name] = trial
+    by_folder = {trial.user_attrs["folder"]: trial for trial in study.trials if "folder" in trial.user_attrs}
     rows = [_row(name, trial, folder) for name, trial in by_folder.items()]
     rows.sort(key=lambda row: (row["score"] is None, -(row["score"] or 0.0), row["trial"]))
     if not sweep.variants:
         return rows
     compare(rows, curves_by_environment(sweep, rows, folder), against or sweep.baseline)
     order = list(sweep.environments)
-    return sorted(
-        rows,
-        key=lambda row: (order.index(row["params"]["environment"]), row["score"] is None, -_mean(row, sweep.primary)),
-    )
+
+    def place(row: Mapping[str, Any]) -> tuple[int, bool, float]:
+        mean = row[sweep.primary]["mean"] if sweep.primary in row else 0.0
+        return order.index(row["params"]["environment"]), row["score"] is None, -mean
+
+    return sorted(rows, key=place)
 
 
 def point_of(trial: FrozenTrial) -> dict[str, Any]:
@@ -57,16 +51,8 @@ def point_of(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _row(name: str, trial: FrozenTrial, folder: Path) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "trial": name,
-        "params": point_of(trial),
-        "state": _STATES.get(trial.state, "failed"),
-        "reason": trial.user_attrs.get("reason", ""),
-        "score": None,
-        "ci95": None,
-        "gain": None,
-        "by_seed": {},
-    }
+    row: dict[str, Any] = {"trial": name, "params": point_of(trial), "state": _STATES.get(trial.state, "failed")}
+    row |= {"reason": trial.user_attrs.get("reason", ""), "score": None, "ci95": None, "gain": None, "by_seed": {}}
     if trial.state != TrialState.COMPLETE:
         return row
     seeds = trial.user_attrs["seeds"]
@@ -112,9 +98,8 @@ def curves_by_environment(sweep: Sweep, rows: Sequence[Mapping[str, Any]], folde
             shared |= {f"{name} in data.json": data[name] for name in data if name not in (SKIPPED, *varied)}
             first, theirs = met.setdefault(environment, (run.path, shared))
             if differ := [name for name in {**theirs, **shared} if theirs.get(name) != shared.get(name)]:
-                raise OutputError(
-                    f"{run.path} cannot be compared with {first}: {', '.join(differ)} differ; remove one of them"
-                )
+                what = f"{run.path} cannot be compared with {first}: {', '.join(differ)} differ"
+                raise OutputError(f"{what}; remove one of them")
         try:
             pairs = {int(s): [(v.step, v.overall) for v in valid_validations(r.validation_file)] for s, r in runs.items()}
             found.setdefault(environment, {})[variant] = curves_of(pairs)
@@ -129,10 +114,6 @@ def compare(rows: Sequence[dict[str, Any]], curves: Mapping[str, Mapping[str, Cu
         if row["score"] is not None:
             variants = curves[row["params"]["environment"]]
             row |= compared(variants[row["params"]["variant"]], variants.get(against or ""))
-
-
-def _mean(row: Mapping[str, Any], measure: str) -> float:
-    return float(row[measure]["mean"]) if measure in row else 0.0
 
 
 # --- in the terminal -------------------------------------------------------------------------------------------------------------
@@ -156,8 +137,8 @@ def printed(rows: Sequence[Mapping[str, Any]], title: str, primary: str | None =
     columns = ["score", "95 % interval", "gain"]
     if measures:
         columns = [title for m in measures for title in (m, f"against {against}")] + ["steps to its final score"]
-    table = Table(title=Text(title))
-    for name in (*([] if measures else ["trial"]), *names, *columns, "seeds", ""):
+    table, trial = Table(title=Text(title)), [] if measures else ["trial"]
+    for name in (*trial, *names, *columns, "seeds", ""):
         table.add_column(Text(name), justify="right" if name in (*columns, "seeds") else "left")
     for row in rows:
         figures = ["-"] * len(columns)
@@ -168,7 +149,7 @@ def printed(rows: Sequence[Mapping[str, Any]], title: str, primary: str | None =
             low, high = row["ci95"]
             figures = [f"{row['score']:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{row['gain']:+.3f}"]
         told = row["state"] if not row["reason"] else f"{row['state']}: {row['reason']}"
-        cells = [*([] if measures else [row["trial"]]), *(_shown(row["params"].get(name)) for name in names), *figures]
+        cells = [*(row[name] for name in trial), *(_shown(row["params"].get(name)) for name in names), *figures]
         shown = (*cells, str(len(row["by_seed"]) or "-"), "" if told == "done" else told)
         table.add_row(*map(Text, shown))  # a reason is the last line of a log: text, never markup
     return table

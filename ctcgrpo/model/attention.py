@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
+from torch.nn import Module
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -29,20 +31,13 @@ class Layout(ABC):
 
     @abstractmethod
     def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
+        self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
         """query (B, heads, T, D), key and value (B, key heads, T, D) of layer `module` -> (B, T, heads, D). `window`: how many
         positions a token sees, itself included; None for all before it."""
 
 
-def with_layout(layout: Layout | None, attention_mask: torch.Tensor | None) -> dict[str, Any]:
+def with_layout(layout: Layout | None, attention_mask: Tensor | None) -> dict[str, Any]:
     """The arguments of a model's forward call that put `layout` in force; without one, those of a call with a plain mask."""
     if layout is None:
         return {"attention_mask": attention_mask}
@@ -98,19 +93,19 @@ def _rope_types(config: Any) -> set[str]:
 
 
 def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    module: Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
     layout: Layout | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     if layout is None:
-        plain: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
         )
         return plain
@@ -120,9 +115,7 @@ def _attention(
     return layout.attend(module, query, key, value, scale=scale, window=sliding_window), None
 
 
-def masked_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """sdpa over (B, heads, T, D) and (B, key heads, T', D); without a mask it is causal, and T = T'."""
     if mask is not None and query.device.type == "cuda":  # heads that share keys, with a mask, have no fused kernel there
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))

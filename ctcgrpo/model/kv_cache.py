@@ -1,10 +1,13 @@
-"""Keys and values of several dialogues, each in a slot: written and read by the model's attention (policy/attention.py)."""
+"""Keys and values of several dialogues, each in a slot: written and read by the model's attention (model/attention.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
+from torch import Tensor
+from torch.nn import Module
 from torch.nn.functional import scaled_dot_product_attention
 
 from ctcgrpo.errors import RunInterrupted
@@ -19,7 +22,7 @@ class KvCache:
 
     def __init__(self) -> None:
         self.slots = self.room = 0
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def reserve(self, slots: int, tokens: int) -> None:
         """Room for at least so many slots and tokens in each; what is there stays."""
@@ -32,12 +35,12 @@ class KvCache:
         for index in self._layers:  # one at a time: the old ones make room
             self._layers[index] = tuple(map(self._grown, self._layers[index]))  # type: ignore[assignment]
 
-    def _grown(self, old: torch.Tensor) -> torch.Tensor:
+    def _grown(self, old: Tensor) -> Tensor:
         new = old.new_zeros(self.slots, old.shape[1], self.room, old.shape[3])
         new[: old.shape[0], :, : old.shape[2]] = old
         return new
 
-    def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """What a layer keeps, made like its first key and value."""
         if index not in self._layers:
             # Zeros: what nobody may see is masked, but a NaN there would come through.
@@ -47,14 +50,12 @@ class KvCache:
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """The first tokens of one slot to another."""
-        for kept in self._layers.values():
-            for x in kept:
-                x[target, :, :tokens] = x[source, :, :tokens]
+        for x in chain.from_iterable(self._layers.values()):
+            x[target, :, :tokens] = x[source, :, :tokens]
 
     def swap(self, a: int, b: int) -> None:
-        for kept in self._layers.values():
-            for x in kept:
-                x[[a, b]] = x[[b, a]]
+        for x in chain.from_iterable(self._layers.values()):
+            x[[a, b]] = x[[b, a]]
 
 
 class CacheLayout(Layout):
@@ -69,7 +70,7 @@ class CacheLayout(Layout):
         self,
         cache: KvCache,
         slots: Sequence[int] | int,
-        positions: torch.Tensor,
+        positions: Tensor,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         """`interrupted` is asked in each layer; once it holds, the forward pass ends with RunInterrupted."""
@@ -77,21 +78,14 @@ class CacheLayout(Layout):
         self._interrupted = interrupted
         device = positions.device
         self._rows = torch.arange(slots, device=device) if isinstance(slots, int) else torch.tensor(slots, device=device)
-        self._read: slice | torch.Tensor = slice(0, slots) if isinstance(slots, int) else self._rows
+        self._read: slice | Tensor = slice(0, slots) if isinstance(slots, int) else self._rows
         self._positions = positions
         self._width = min(cache.room, -(-(int(positions.max()) + 1) // _BLOCK) * _BLOCK)
-        self._masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = {}
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
+        self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
         if self._interrupted():  # a slow machine takes minutes for a forward pass over long prompts
             raise RunInterrupted("interrupted in the middle of a forward pass")
         keys, values = self._cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
@@ -106,7 +100,7 @@ class CacheLayout(Layout):
             return seen.reshape(rows, 1, heads, -1)
         return masked_attention(query, k, v, mask, scale).transpose(1, 2)
 
-    def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """(R, 1, T, width), 0 where a token sees what stands there, -inf elsewhere."""
         if (window, dtype) not in self._masks:
             there = torch.arange(self._width, device=self._positions.device)

@@ -68,6 +68,5 @@ def shape_of(config: Any) -> Shape:
             tied=bool(config.tie_word_embeddings),
         )
     except AttributeError as error:
-        raise PolicyError(
-            f"policy.model: {config.model_type!r} is no dense decoder that can be planned for ({error})"
-        ) from None
+        what = f"{config.model_type!r} is no dense decoder that can be planned for"
+        raise PolicyError(f"policy.model: {what} ({error})") from None

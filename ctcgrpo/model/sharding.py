@@ -34,15 +34,18 @@ _FSDP2_CONFIG: Mapping[str, Any] = {
 
 def deepspeed_stage(sharding: str) -> int:
     """ZeRO's stage in a DeepSpeed configuration; 0 where DeepSpeed is not asked for."""
-    return 0 if sharding in (NONE, FSDP2) else int(_deepspeed_config(sharding)["zero_optimization"]["stage"])
+    return int(_zero(sharding).get("stage", 0))
 
 
 def offloads(sharding: str) -> bool:
     """Whether the optimizer's state is kept in the host's memory."""
-    if sharding in (NONE, FSDP2):
-        return False
-    offload = _deepspeed_config(sharding)["zero_optimization"].get("offload_optimizer") or {}
+    offload = _zero(sharding).get("offload_optimizer") or {}
     return bool(offload.get("device", "none") != "none")
+
+
+def _zero(sharding: str) -> dict[str, Any]:
+    found: dict[str, Any] = {} if sharding in (NONE, FSDP2) else _deepspeed_config(sharding)["zero_optimization"]
+    return found
 
 
 def splits_weights(sharding: str) -> bool:
@@ -63,19 +66,13 @@ def check_launcher(sharding: str, environment: Mapping[str, str] = os.environ) -
     """Refuse a launcher that was told to shard otherwise than the recipe."""
     launched = NONE
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        launched = "deepspeed"
+        launched = "a DeepSpeed configuration of its own"
     elif environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         launched = FSDP2 if environment.get("FSDP_VERSION", "1") == "2" else "fsdp1"
-    wanted = sharding if sharding in (NONE, FSDP2) else "deepspeed"
-    if launched not in (NONE, wanted):
+    if launched not in (NONE, sharding):
         raise RecipeError(
             f"the launcher shards with {launched} and the recipe says training.sharding={sharding}; set the recipe's, and launch "
             "plainly (configs/accelerate/one_node.yaml): the recipe is enough"
-        )
-    if launched == "deepspeed":
-        raise RecipeError(
-            f"the launcher brings a DeepSpeed configuration of its own, and the recipe says training.sharding={sharding}; launch "
-            "plainly (configs/accelerate/one_node.yaml), so that there is one"
         )
 
 
@@ -84,10 +81,8 @@ def _deepspeed_config(path: str) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         stage = config["zero_optimization"]["stage"]
     except FileNotFoundError:
-        raise RecipeError(
-            f"training.sharding is {path!r}, and there is no such file; it is none, fsdp2, or a DeepSpeed configuration "
-            "(configs/deepspeed/zero3.json)"
-        ) from None
+        known = "none, fsdp2, or a DeepSpeed configuration (configs/deepspeed/zero3.json)"
+        raise RecipeError(f"training.sharding is {path!r}, and there is no such file; it is {known}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"training.sharding: {path} is no DeepSpeed configuration with a ZeRO stage ({error})") from None
     if stage not in (1, 2, 3):

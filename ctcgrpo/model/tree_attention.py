@@ -15,7 +15,9 @@ from itertools import accumulate
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch._dynamo import config as dynamo
+from torch.nn import Module
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ctcgrpo.errors import RecipeError
@@ -23,7 +25,7 @@ from ctcgrpo.model.attention import Layout, masked_attention
 from ctcgrpo.options import Packing
 
 TreeAttention = Literal["segments", "flex", "flash3"]
-Sees = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Of batch, head, query and key positions: whether the query sees the key."""
 
 _BLOCK = 128
@@ -46,10 +48,8 @@ def how_to_attend(packing: Packing, device: torch.device, *, half: bool) -> Tree
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     suits = hopper and half and importlib.util.find_spec("kernels") is not None
     if packing == "flash3" and not suits:
-        raise RecipeError(
-            "packing is 'flash3', which needs a Hopper GPU, 16-bit compute and the package kernels; "
-            "use auto, flex or segments"
-        )
+        needs = "a Hopper GPU, 16-bit compute and the package kernels"
+        raise RecipeError(f"packing is 'flash3', which needs {needs}; use auto, flex or segments")
     if packing == "flex" and device.type != "cuda":
         raise RecipeError(f"packing is 'flex', which cannot be trained on {device.type}; use auto or segments")
     if packing == "flash3" or (packing == "auto" and suits):
@@ -80,9 +80,9 @@ class Segments:
 
     lengths: tuple[int, ...]
     path_lengths: tuple[int, ...]
-    paths: torch.Tensor
-    ends: torch.Tensor
-    positions: torch.Tensor
+    paths: Tensor
+    ends: Tensor
+    positions: Tensor
 
 
 def tree_layout(segments: Segments, how: TreeAttention, device: torch.device) -> Layout:
@@ -97,20 +97,13 @@ def tree_layout(segments: Segments, how: TreeAttention, device: torch.device) ->
 
 
 class SegmentLayout(Layout):
-    def __init__(self, segments: Segments, paths: torch.Tensor) -> None:
+    def __init__(self, segments: Segments, paths: Tensor) -> None:
         self._segments, self._paths = segments, paths
-        self._masks: dict[tuple[int | None, torch.dtype], list[torch.Tensor | None]] = {}
+        self._masks: dict[tuple[int | None, torch.dtype], list[Tensor | None]] = {}
 
     def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
+        self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
         # Gathered with tokens in front, where a token's heads lie together, and as one operation: a slice a segment would write
         # a gradient as long as the row for each of them.
         keys, values = (
@@ -124,7 +117,7 @@ class SegmentLayout(Layout):
         ]
         return torch.cat(seen, dim=2).transpose(1, 2)
 
-    def _masks_of(self, window: int | None, dtype: torch.dtype) -> Sequence[torch.Tensor | None]:
+    def _masks_of(self, window: int | None, dtype: torch.dtype) -> Sequence[Tensor | None]:
         """For each segment (n, path): its last n tokens see what comes before them; None where plain causality says the same.
         What is seen depends on distance alone, so all are cut from one strip: every layer keeps its masks for the backward pass."""
         if (window, dtype) not in self._masks:
@@ -135,7 +128,7 @@ class SegmentLayout(Layout):
                 seen = seen.triu(before - window + 1)
             strip = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
-            def cut(n: int, path: int) -> torch.Tensor | None:
+            def cut(n: int, path: int) -> Tensor | None:
                 if n == path and (window is None or path <= window):
                     return None
                 return strip[:n, before - (path - n) : before + n]
@@ -147,7 +140,7 @@ class SegmentLayout(Layout):
 class FlexLayout(Layout):
     """The row lies in the order of a walk through the tree, so what descends from a token is the stretch behind it."""
 
-    def __init__(self, ends: torch.Tensor, positions: torch.Tensor, *, compiled: bool) -> None:
+    def __init__(self, ends: Tensor, positions: Tensor, *, compiled: bool) -> None:
         """`ends`, `positions` (T,): as in Segments. Raises ValueError where T is no multiple of `row_multiple`."""
         if len(ends) % row_multiple("flex"):
             raise ValueError(f"a row of {len(ends)} tokens; flex_attention wants a multiple of {row_multiple('flex')}")
@@ -155,32 +148,25 @@ class FlexLayout(Layout):
         self._masks: dict[int | None, BlockMask] = {}
 
     def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
+        self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
         if window not in self._masks:
             self._masks[window] = _block_mask(self._sees(window), len(self._ends), self._ends.device)
         attention: Any = _flex_compiled if self._compiled else flex_attention
-        output: torch.Tensor = attention(query, key, value, block_mask=self._masks[window], scale=scale, enable_gqa=True)
+        output: Tensor = attention(query, key, value, block_mask=self._masks[window], scale=scale, enable_gqa=True)
         return output.transpose(1, 2)
 
     def _sees(self, window: int | None) -> Sees:
         ends, positions = self._ends, self._positions
 
-        def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        def sees(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             return (kv <= q) & (q < ends[kv])
 
         if window is None:
             return sees
         width = torch.tensor(window, device=ends.device)  # a number would be part of the graph
 
-        def sees_near(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        def sees_near(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             return (kv <= q) & (q < ends[kv]) & (positions[q] - positions[kv] < width)
 
         return sees_near
@@ -196,19 +182,18 @@ def _block_mask(sees: Sees, tokens: int, device: torch.device) -> BlockMask:
         squares.append(seen.view(-1, _BLOCK, tokens // _BLOCK, _BLOCK).sum((1, 3)))
     pairs = torch.cat(squares)
     whole = pairs == _BLOCK * _BLOCK
-    return BlockMask.from_kv_blocks(
-        *_ordered((pairs > 0) & ~whole), *_ordered(whole), _BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
-    )
+    some, lengths = _ordered((pairs > 0) & ~whole), (tokens, tokens)
+    return BlockMask.from_kv_blocks(*some, *_ordered(whole), _BLOCK, mask_mod=sees, seq_lengths=lengths)
 
 
-def _ordered(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Of squares (rows, columns): how many of each row are chosen (1, 1, rows), and their columns, those in front
     (1, 1, rows, columns)."""
     columns = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32)[None, None], columns.to(torch.int32)[None, None]
 
 
-def _flex_compiled(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: object) -> object:
+def _flex_compiled(query: Tensor, key: Tensor, value: Tensor, **options: object) -> object:
     """flex_attention as one graph for rows of all lengths (and one each without gradients, with a window, of another type). Raises
     torch's FailOnRecompileLimitHit beyond _MOST_GRAPHS, where Dynamo would fall back to scores of all pairs."""
     # Beside the call: the limit is one of the thread's, and with checkpointing layers run again in autograd's.
@@ -225,25 +210,18 @@ def _graph() -> Callable[..., object]:
 
 @dataclass(frozen=True, slots=True)
 class Flash3Layout(Layout):
-    paths: torch.Tensor
-    starts: torch.Tensor
-    path_starts: torch.Tensor
+    paths: Tensor
+    starts: Tensor
+    path_starts: Tensor
     longest: tuple[int, int]
 
     def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
+        self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
         # Where it is needed: it is experimental, says so when imported, and takes seconds.
         from trl.experimental.async_grpo.packing import tree_attention
 
-        output: torch.Tensor = tree_attention(
+        output: Tensor = tree_attention(
             module,
             query,
             key,

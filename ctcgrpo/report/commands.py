@@ -11,7 +11,7 @@ import typer
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.run.folders import require_folder
-from ctcgrpo.util.terminal import Terminal
+from ctcgrpo.util.terminal import Terminal, print_line
 
 if TYPE_CHECKING:
     from ctcgrpo.report.reading import Trial
@@ -41,13 +41,8 @@ def report(
     sampled = "" if wrote["shown"] == wrote["of"] else f" (a sample of {wrote['of']})"
     more = [f"and {len(found.problems) - _WARNINGS} more"] if len(found.problems) > _WARNINGS else []
     for problem in [*found.problems[:_WARNINGS], *more]:
-        console.print(f"warning: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    console.print(
-        f"{file}: {wrote['shown']} episodes{sampled}, {wrote['bytes'] / 1e6:.1f} MB",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+        print_line(console, f"warning: {problem}", "yellow")
+    print_line(console, f"{file}: {wrote['shown']} episodes{sampled}, {wrote['bytes'] / 1e6:.1f} MB")
 
 
 def _run_of_sweep(sweep: Path, trials: Sequence[Trial]) -> Path:

@@ -14,22 +14,22 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Any
 
 import numpy as np
-from pydantic import Field, TypeAdapter
+from pydantic import ValidationError
 from rich.table import Table
 from rich.text import Text
-from typing_extensions import TypedDict
 
 from ctcgrpo.environments.eibench import EIBench, task_of
 from ctcgrpo.environments.eibench.persona import Briefing
 from ctcgrpo.environments.eibench.records import MAX_DELTA, Scenario, UserState, in_order
 from ctcgrpo.environments.eibench.scoring import turn_score
 from ctcgrpo.errors import EPISODE_ERRORS, OutputError
+from ctcgrpo.run.run_records import read_traces
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.protocol import State, TurnReply, TurnRequest
-from ctcgrpo.util.files import collect_records
+from ctcgrpo.util.files import explained
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,31 +55,6 @@ class Noise:
         return self.between**2 / total if total > 0 else float("nan")
 
 
-class _State(TypedDict):
-    anger: Annotated[int, Field(ge=0, le=100)]
-    trust: Annotated[int, Field(ge=0, le=100)]
-    why: NotRequired[str]
-
-
-class _Turn(TypedDict):
-    reply: str
-    message: str
-    info: _State
-
-
-class _Recorded(TypedDict):
-    """As much of a trace as is replayed."""
-
-    task: str
-    rollout: int
-    failure: dict[str, Any] | None
-    info: _State
-    turns: list[_Turn]
-
-
-_RECORDED = TypeAdapter(_Recorded)
-
-
 def recorded_turns(
     files: Iterable[Path],
     scenarios: Sequence[Scenario],
@@ -95,19 +70,29 @@ def recorded_turns(
     traces: dict[str, list[Mapping[str, Any]]] = {scene: [] for scene in in_order(s.scene for s in scenarios)}
     unreadable: list[str] = []
     for file in files:
-        found, problems = collect_records(file, _RECORDED.validate_python)
-        for problem in problems:
-            warn(problem)
+        found, problems = read_traces([file])
         unreadable += problems
         for trace in found:
             if trace["failure"] is None and trace["task"] in known:
-                traces[known[trace["task"]].scene].append(trace)
+                try:
+                    for part in (trace, *trace["turns"]):
+                        _state(part["info"])
+                except ValidationError as error:
+                    unreadable.append(f"{file.name}: a state of {trace['task']}: {explained(error)}")
+                else:
+                    traces[known[trace["task"]].scene].append(trace)
+    for problem in unreadable:
+        warn(problem)
     if not any(traces.values()):
         why = f" ({unreadable[0]})" if unreadable else ""
         raise OutputError(f"there are no recorded dialogues of these scenarios to replay{why}")
     rng = random.Random(seed)
     chosen = [t for of_scene in traces.values() for t in rng.sample(of_scene, min(dialogues, len(of_scene)))]
     return [turn for trace in chosen for turn in asyncio.run(_turns(trace, known[trace["task"]], max_rounds))]
+
+
+def _state(info: Mapping[str, Any]) -> State:
+    return State.model_validate({name: info.get(name) for name in ("anger", "trust")})
 
 
 class _Recording:
@@ -120,26 +105,13 @@ class _Recording:
     async def turn(self, request: TurnRequest) -> TurnReply:
         turn = self._turns[len(self.asked)]
         self.asked.append(request)
-        info, before = turn["info"], request.state
-        why = info.get("why", "")
-        state = State(anger=info["anger"], trust=info["trust"])
-        return TurnReply(
-            reply=turn["message"],
-            anger_delta=_clipped(state.anger - before.anger),
-            trust_delta=_clipped(state.trust - before.trust),
-            state=state,
-            goes_on=True,
-            why=why,
-            reflection=why,
-        )
-
-
-def _clipped(change: int) -> int:
-    return max(-MAX_DELTA, min(MAX_DELTA, change))
+        state, before, why = _state(turn["info"]), request.state, str(turn["info"].get("why", ""))
+        anger, trust = np.clip([state.anger - before.anger, state.trust - before.trust], -MAX_DELTA, MAX_DELTA).tolist()
+        deltas = {"anger_delta": anger, "trust_delta": trust}
+        return TurnReply(reply=turn["message"], **deltas, state=state, goes_on=True, why=why, reflection=why)
 
 
 async def _turns(trace: Mapping[str, Any], scenario: Scenario, max_rounds: int) -> Sequence[TurnRequest]:
-    """What the user was asked in a recorded dialogue."""
     user, turns = _Recording(trace["turns"]), trace["turns"]
     dialogue = EIBench(user, briefing=Briefing(), max_turns=max(max_rounds, len(turns)))
     dialogue.name = f"noise/{trace['task']}/{trace['rollout']}"
@@ -199,22 +171,12 @@ def _pooled_variance(groups: Sequence[Sequence[float]]) -> float:
 
 
 def noise_table(noise: Mapping[str, Noise], title: str) -> Table:
-    table = Table(title=Text(title))
-    for name in (
-        "scene",
-        "turns",
-        "failed",
-        "SD anger",
-        "SD trust",
-        "SD score",
-        "SD between",
-        "reliability",
-        "of a mean of 4",
-    ):
-        table.add_column(name, justify="left" if name == "scene" else "right")
+    table = Table("scene", title=Text(title))
+    deviations = ("SD anger", "SD trust", "SD score", "SD between")
+    for name in ("turns", "failed", *deviations, "reliability", "of a mean of 4"):
+        table.add_column(name, justify="right")
     for scene, n in noise.items():
-        cells = (n.anger, n.trust, n.within, n.between, n.reliability, n.of_mean(4))
-        formats = ("{:.2f}", "{:.2f}", "{:.4f}", "{:.4f}", "{:.2f}", "{:.2f}")
-        shown = [f.format(c) for f, c in zip(formats, cells, strict=True)]
-        table.add_row(scene, f"{n.turns} x {n.replays}", str(n.failed), *shown)
+        spread = (f"{n.anger:.2f}", f"{n.trust:.2f}", f"{n.within:.4f}", f"{n.between:.4f}")
+        shares = (f"{n.reliability:.2f}", f"{n.of_mean(4):.2f}")
+        table.add_row(scene, f"{n.turns} x {n.replays}", str(n.failed), *spread, *shares)
     return table

@@ -9,6 +9,7 @@ import base64
 import gzip
 import json
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -21,10 +22,10 @@ from ctcgrpo import __version__
 from ctcgrpo.environments.eibench.records import in_order
 from ctcgrpo.report.reading import Run, Trace, credit_of
 from ctcgrpo.run.recipe import OwnEnvironment
-from ctcgrpo.run.run_records import numbers_by_turn
-from ctcgrpo.run.validation import Validation, improvement
+from ctcgrpo.run.run_records import Validation, improvement, numbers_by_turn
 from ctcgrpo.simulator.about import described
 from ctcgrpo.types import NO_TAG
+from ctcgrpo.util.files import write_whole
 from ctcgrpo.util.intervals import interval
 
 MOST_BYTES = 20_000_000
@@ -32,6 +33,8 @@ MOST_BYTES = 20_000_000
 _BINS = np.linspace(-3, 3, 25)
 _PHASES = 3
 """Training in so many parts, to see states and credit change."""
+_OF_EPISODE = ("kind", "step", "task", "tag", "rollout", "outcome")
+_OF_TURN = ("reasoning", "reply", "message", "reward", "info", "faults", "completion_tokens")
 _TIMES = ("seconds/rollout", "seconds/update")
 _WORDS = {"task": "scenario", "tag": "scene", "range": ", in −1 to +1"}
 """What the page calls tasks and tags, and where scores lie."""
@@ -40,23 +43,15 @@ _WORDS_OF_TASKS = {"task": "task", "tag": "tag", "range": ""}
 
 def write_report(run: Run, file: Path, trials: Sequence[Mapping[str, Any]] = ()) -> dict[str, int]:
     """Write the page; gives how many episodes it shows, of how many, and its size in bytes."""
-    figures = figures_of(run)
     kept = _within(run.episodes, MOST_BYTES)
     packed = _packed([_lean(e) for e in kept])
-    figures["shown"], figures["of"] = len(kept), len(run.episodes)
+    figures = {**figures_of(run), "shown": len(kept), "of": len(run.episodes), "trials": list(trials)}
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         (files("ctcgrpo.report") / "page.html.j2").read_text(encoding="utf-8")
     )
-    page = template.render(
-        name=run.name,
-        figures=_packed({**figures, "trials": list(trials)}),
-        episodes=packed,
-        version=__version__,
-        words=figures["words"],
-    )
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(file)
+    facts = {"name": run.name, "version": __version__, "words": figures["words"]}
+    page = template.render(figures=_packed(figures), episodes=packed, **facts)
+    write_whole(file, page)
     return {"shown": len(kept), "of": len(run.episodes), "bytes": file.stat().st_size}
 
 
@@ -114,30 +109,23 @@ def _headline(validations: Sequence[Validation]) -> dict[str, Any] | None:
         return None
     before, after = validations[0], validations[-1]
     ends = {name: {"step": v.step, "score": v.overall} for name, v in (("before", before), ("after", after))}
-    return {**ends, "improvement": improvement(before, after)}
+    return {**ends, "improvement": improvement(before, after).model_dump()}
 
 
 def _validation(validation: Validation) -> dict[str, Any]:
-    of_scene: dict[str, list[float]] = {}
-    for name, mean in validation.by_scenario.items():
-        of_scene.setdefault("overall", []).append(mean)
-        if (tag := validation.scenes.get(name, "?")) != NO_TAG:
-            of_scene.setdefault(tag, []).append(mean)
+    scores = {"overall": list(validation.by_scenario.values()), **validation.by_scene}
     found = {
         name: {"mean": sum(values) / len(values), "ci95": list(interval(values)), "n": len(values)}
-        for name, values in of_scene.items()
+        for name, values in scores.items()
+        if values and name != NO_TAG
     }
     return {"step": validation.step, "failed": validation.failed, "scores": found}
 
 
 def _phases(trained: Sequence[Trace]) -> list[list[Trace]]:
     steps = sorted({e["step"] for e in trained})
-    parts = (
-        [set(part.tolist()) for part in np.array_split(np.array(steps, dtype=int), min(_PHASES, len(steps)))]
-        if steps
-        else []
-    )
-    return [[e for e in trained if e["step"] in part] for part in parts]
+    parts = np.array_split(np.array(steps, dtype=int), min(_PHASES, len(steps)) or 1)
+    return [[e for e in trained if e["step"] in part] for part in parts if len(part)]
 
 
 def _states(part: Sequence[Trace]) -> dict[str, Any]:
@@ -165,11 +153,8 @@ def _credit(trained: Sequence[Trace]) -> dict[str, Any]:
 
     def counts(values: Sequence[float]) -> dict[str, Any]:
         clipped = np.clip(values, _BINS[0] + 1e-9, _BINS[-1] - 1e-9)
-        return {
-            "counts": np.histogram(clipped, _BINS)[0].tolist(),
-            "mean": float(np.mean(values)),
-            "std": float(np.std(values)),
-        }
+        counted = np.histogram(clipped, _BINS)[0].tolist()
+        return {"counts": counted, "mean": float(np.mean(values)), "std": float(np.std(values))}
 
     return {
         "bins": _BINS.tolist(),
@@ -179,36 +164,19 @@ def _credit(trained: Sequence[Trace]) -> dict[str, Any]:
 
 
 def _failures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    found: dict[str, float] = {}
+    found = Counter[str]()
     for m in metrics:
-        for name, value in m.items():
-            if name.startswith("failed/") and value:
-                found[name.removeprefix("failed/")] = found.get(name.removeprefix("failed/"), 0) + value
-    return found
+        found.update({name.removeprefix("failed/"): n for name, n in m.items() if name.startswith("failed/") and n})
+    return dict(found)
 
 
 def _lean(e: Trace) -> list[Any]:
     """An episode as a list, without names that would stand in every one of them."""
-    turns = [
-        [t["reasoning"], t["reply"], t["message"], t["reward"], t["info"], t["faults"], t["completion_tokens"]]
-        for t in e["turns"]
-    ]
+    turns = [[t[name] for name in _OF_TURN] for t in e["turns"]]
     credit = credit_of(e)
     terms = None if credit is None else [[round(c[name], 6) for name in ("advantage", "outcome", "turn")] for c in credit]
     failure = None if e["failure"] is None else f"{e['failure']['kind']}: {e['failure']['message']}"
-    return [
-        e["kind"],
-        e["step"],
-        e["task"],
-        e["tag"],
-        e["rollout"],
-        e["outcome"],
-        failure,
-        e["opening"],
-        e["info"],
-        turns,
-        terms,
-    ]
+    return [*(e[name] for name in _OF_EPISODE), failure, e["opening"], e["info"], turns, terms]
 
 
 def _within(episodes: Sequence[Trace], most: int) -> list[Trace]:
@@ -223,6 +191,5 @@ def _within(episodes: Sequence[Trace], most: int) -> list[Trace]:
 
 
 def _packed(value: Any) -> str:
-    return base64.b64encode(
-        gzip.compress(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"), 6, mtime=0)
-    ).decode()
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+    return base64.b64encode(gzip.compress(text, 6, mtime=0)).decode()

@@ -23,9 +23,8 @@ from ctcgrpo.run.folders import require_run
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import Summary, disagreement, read_metrics, read_summary, read_traces, same
-from ctcgrpo.run.validation import Validation, read_validations
-from ctcgrpo.util.files import explained, is_complete, read_json
+from ctcgrpo.run.run_records import Validation, checked_summary, read_metrics, read_traces, read_validations, same
+from ctcgrpo.util.files import explained, is_complete, read_json, read_object
 from ctcgrpo.util.intervals import means
 
 Trace = dict[str, Any]
@@ -84,11 +83,15 @@ def read_run(path: Path) -> Run:
     if not episodes:
         told = f" that can be read ({bad[0]})" if bad else ""
         raise OutputError(f"{path} holds no episode yet{told}; there is nothing to report")
-    validations, bad_validations = read_validations(folder.validation_file)
+    validations, bad_figures = read_validations(folder.validation_file)
     metrics, bad_metrics = read_metrics(folder.metrics_file)
     simulator, bad_simulator = _simulator(path)
     finished = is_complete(folder.final)
-    problems = [*bad, *bad_validations, *bad_metrics, *bad_simulator]
+    try:
+        _, bad_figures = checked_summary(path)
+    except OutputError as error:
+        bad_figures.append(str(error))
+    problems = [*bad, *bad_figures, *bad_metrics, *bad_simulator]
     problems += _disagreements(episodes, validations, metrics, finished=finished)
     problems += _other_credit(metrics, episodes, shuffled=recipe.credit.shuffle == "advantages")
     return Run(
@@ -102,7 +105,7 @@ def read_run(path: Path) -> Run:
         path=path,
         simulator=simulator,
         written=_written(folder),
-        problems=[*problems, *_summary_problems(path, validations)],
+        problems=problems,
     )
 
 
@@ -122,30 +125,15 @@ def _episodes(traces: Path) -> tuple[list[Trace], list[str]]:
 
 def _simulator(run: Path) -> tuple[dict[str, Any] | None, list[str]]:
     file = run / "simulator.json"
-    if not file.exists():
-        return None, []
     try:
-        found = read_json(file)
+        return (read_object(file), []) if file.exists() else (None, [])
     except OutputError as error:
         return None, [str(error)]
-    return (
-        (found, []) if isinstance(found, dict) else (None, [f"{file.name} is a {type(found).__name__}; expected an object"])
-    )
 
 
 def _written(folder: RunFolder) -> datetime:
     files = [folder.recipe_file, folder.metrics_file, folder.validation_file, *folder.traces.glob("*.jsonl")]
     return datetime.fromtimestamp(max(file.stat().st_mtime for file in files if file.exists()), UTC)
-
-
-def _summary_problems(run: Path, validations: Sequence[Validation]) -> list[str]:
-    """What is wrong with summary.json, whose figures the report computes itself."""
-    try:
-        summary = read_summary(run, Summary)
-    except OutputError as error:
-        return [str(error)]
-    told = disagreement(summary, validations) if summary is not None else None
-    return [] if told is None else [told]
 
 
 def _disagreements(
@@ -176,9 +164,8 @@ def _disagreements(
             problems.append(f"validation after step {v.step}: traces and validation.jsonl hold different outcomes")
         failed = len(played.get(("validation", v.step), ())) - len(found)
         if found and failed != v.failed:
-            problems.append(
-                f"validation after step {v.step}: {failed} failed episodes by the traces, {v.failed} by validation.jsonl"
-            )
+            both = f"{failed} failed episodes by the traces, {v.failed} by validation.jsonl"
+            problems.append(f"validation after step {v.step}: {both}")
         if found and any(v.scenes.get(e["task"]) != e["tag"] for e in found):
             problems.append(f"validation after step {v.step}: traces and validation.jsonl hold different scenes")
     return problems

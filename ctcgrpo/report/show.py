@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -17,28 +16,18 @@ from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.played import eibench_on, in_words
 from ctcgrpo.run.folders import require_folder
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import (
-    Figures,
-    Improvement,
-    Summary,
-    disagreement,
-    numbers_by_turn,
-    read_dialogues,
-    read_summary,
-    same,
-)
-from ctcgrpo.run.validation import read_validations
+from ctcgrpo.run.run_records import Figures, Improvement, Summary, checked_summary, numbers_by_turn, read_traces, same
 from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.intervals import means
+from ctcgrpo.util.terminal import print_line
 
 Trace = Mapping[str, Any]
-"""run_records.Dialogue."""
+"""run_records.Trace."""
 _SIDE_BY_SIDE = 100
 """Columns that two dialogues beside each other need."""
 
 
-@dataclass(frozen=True, slots=True)
-class Speech:
+class Speech(NamedTuple):
     """How a policy speaks: mean words a reply, and the share of its replies that it makes once only."""
 
     words: float
@@ -55,7 +44,8 @@ def speech(episodes: Iterable[Trace]) -> Speech:
 
 def typical_scenario(before: Sequence[Trace], after: Sequence[Trace]) -> str:
     """The scenario whose change is the median one: neither the best nor the worst that happened."""
-    changes = {name: _mean(after, name) - _mean(before, name) for name in sorted(_scored(before) & _scored(after))}
+    old, new = _scores(before), _scores(after)
+    changes = {name: new[name] - old[name] for name in sorted(old.keys() & new.keys())}
     if not changes:
         raise OutputError("no scenario has a valid episode both before and after training")
     return sorted(changes, key=lambda name: changes[name])[len(changes) // 2]
@@ -65,83 +55,62 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
     """Print a finished run, and what is wrong with its files. Raises OutputError for a folder that holds none, for figures that are
     damaged, and for a scenario that it did not play."""
     folder = RunFolder(require_folder(path))
-    file = path / "summary.json"
-    summary = read_summary(path, Summary)
+    summary, bad_figures = checked_summary(path)
     if summary is None:
         raise OutputError(f"{path} holds no summary.json: no finished run with a validation section")
-    (before, problems), (after, others) = (_validation(folder, file, figures) for figures in (summary.before, summary.after))
-    validations, bad_lines = read_validations(folder.validation_file)
-    told = disagreement(summary, validations)
-    problems = [*problems, *others, *bad_lines, *([told] if told else [])]
+    (before, problems), (after, others) = (_validation(folder, figures) for figures in (summary.before, summary.after))
     chosen = scenario or typical_scenario(before, after)
-    if chosen not in _scored(before) & _scored(after):
-        known = ", ".join(sorted(_scored(before) & _scored(after)))
-        raise OutputError(f"scenario {chosen!r} was not played before and after; played were {known}")
+    played = _scores(before).keys() & _scores(after).keys()
+    if chosen not in played:
+        raise OutputError(f"scenario {chosen!r} was not played before and after; played were {', '.join(sorted(played))}")
     noun = "scenario" if summary.environment is None else "task"
     console.print(_table(summary, speech(before), speech(after), noun))
     console.print(f"{_improvement(summary.improvement, noun, summary.environment)}\n", markup=False, highlight=False)
-    if summary.settings is not None:  # runs of earlier versions recorded none
+    if summary.settings is not None:  # an environment of one's own has none
         settings: dict[str, Any] = {**summary.settings}
         measured = eibench_on(settings.pop("data_set"))
-        console.print(f"{measured}: {in_words(settings)}\n", markup=False, highlight=False, soft_wrap=True)
+        print_line(console, f"{measured}: {in_words(settings)}\n")
     if left_out := [f"{n} of {name}" for name, n in summary.skipped.items() if n]:
-        console.print(
-            f"invalid records that were left out: {', '.join(left_out)}\n", markup=False, highlight=False, soft_wrap=True
-        )
+        print_line(console, f"invalid records that were left out: {', '.join(left_out)}\n")
     console.print(_dialogues(_typical(before, chosen), _typical(after, chosen), console.width))
-    console.print(
+    print_line(
+        console,
         f"trained policy  {folder.final}\nuntrained       {folder.base if folder.base.exists() else 'as the recipe names it'}\n"
-        f"every dialogue  {folder.traces}\nfigures         {file}, {folder.metrics_file}\nanother one     "
+        f"every dialogue  {folder.traces}\nfigures         {path / 'summary.json'}, {folder.metrics_file}\nanother one     "
         f"ctcgrpo show {path} --scenario ID",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
     )
-    for problem in problems:
-        console.print(Text(f"warning: {problem}", style="yellow"), soft_wrap=True)
+    for problem in (*problems, *others, *bad_figures):
+        print_line(console, f"warning: {problem}", "yellow")
 
 
 def _improvement(gain: Improvement, noun: str, environment: str | None) -> str:
     if gain.overall is None or gain.ci95 is None:
         return f"improvement unknown: no {noun} has a valid episode both before and after training"
     low, high = gain.ci95
-    tasks = f"{noun}s" if gain.n is None else f"{gain.n} {noun}s"
     score = "score in [-1, 1]" if environment is None else f"outcome of {environment}"
     return (
         f"improvement {gain.overall:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}\n"
-        f"({score}, mean over {tasks}; paired bootstrap over {noun}s)"
+        f"({score}, mean over {gain.n} {noun}s; paired bootstrap over {noun}s)"
     )
 
 
-def _validation(folder: RunFolder, summary: Path, figures: Figures) -> tuple[Sequence[Trace], list[str]]:
-    """The dialogues that figures were computed from, and what is wrong with them."""
+def _validation(folder: RunFolder, figures: Figures) -> tuple[Sequence[Trace], list[str]]:
     step = figures.step
-    if step is None:
-        raise OutputError(f"{summary}: before.step or after.step is missing; it is not as a run wrote it")
-    episodes, problems = read_dialogues(sorted(folder.traces.glob(f"validation-{step:06d}.rank-*.jsonl")))
+    episodes, problems = read_traces(sorted(folder.traces.glob(f"validation-{step:06d}.rank-*.jsonl")))
     if not episodes:
         why = f" that can be read ({problems[0]})" if problems else ""
         raise OutputError(f"{folder.traces} holds no dialogues of the validation after step {step}{why}")
-    outcomes = means((e["task"], e["outcome"]) for e in episodes if e["outcome"] is not None)
-    mean = sum(outcomes.values()) / len(outcomes) if outcomes else None
+    scores = _scores(episodes).values()
+    mean = sum(scores) / len(scores) if scores else None
     if not problems and not same(mean, figures.overall):
-        problems.append(
-            f"after step {step} the dialogues have the score {mean}, and {summary.name} says {figures.overall}; one is damaged"
-        )
+        both = f"the dialogues have the score {mean}, and summary.json says {figures.overall}"
+        problems.append(f"after step {step} {both}; one is damaged")
     return episodes, problems
 
 
-def _scored(episodes: Sequence[Trace]) -> set[str]:
-    return {e["task"] for e in episodes if e["outcome"] is not None}
-
-
-def _outcomes(episodes: Sequence[Trace], scenario: str) -> list[float]:
-    return [e["outcome"] for e in episodes if e["task"] == scenario and e["outcome"] is not None]
-
-
-def _mean(episodes: Sequence[Trace], scenario: str) -> float:
-    outcomes = _outcomes(episodes, scenario)
-    return sum(outcomes) / len(outcomes)
+def _scores(episodes: Sequence[Trace]) -> dict[str, float]:
+    """The mean outcome of each scenario that has a valid episode."""
+    return means((e["task"], e["outcome"]) for e in episodes if e["outcome"] is not None)
 
 
 def _typical(episodes: Sequence[Trace], scenario: str) -> Trace:
@@ -151,27 +120,21 @@ def _typical(episodes: Sequence[Trace], scenario: str) -> Trace:
 
 
 def _table(summary: Summary, before: Speech, after: Speech, noun: str) -> Table:
-    table = Table(title=f"held-out {noun}s, before and after {summary.after.step} steps")
-    table.add_column("")
+    table = Table("", title=f"held-out {noun}s, before and after {summary.after.step} steps")
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right")
     a, b = summary.before, summary.after
     table.add_row("overall", *_change(a.overall, b.overall), style="bold")
-    for scene in dict.fromkeys(name for name in (*a.scenes, *b.scenes) if name != NO_TAG):
+    for scene in [name for name in {**a.scenes, **b.scenes} if name != NO_TAG]:
         table.add_row(Text(scene), *_change(a.scenes.get(scene), b.scenes.get(scene)))
     table.add_section()
     table.add_row("words a reply", f"{before.words:.1f}", f"{after.words:.1f}", f"{after.words - before.words:+.1f}")
-    table.add_row(
-        "distinct replies",
-        f"{before.distinct:.0%}",
-        f"{after.distinct:.0%}",
-        f"{after.distinct - before.distinct:+.0%}",
-    )
+    distinct = (f"{before.distinct:.0%}", f"{after.distinct:.0%}", f"{after.distinct - before.distinct:+.0%}")
+    table.add_row("distinct replies", *distinct)
     return table
 
 
 def _change(before: float | None, after: float | None) -> tuple[str, str, str]:
-    """Of two scores, and their difference where there are both."""
     shown = ["-" if x is None else f"{x:+.3f}" for x in (before, after)]
     return shown[0], shown[1], "-" if before is None or after is None else f"{after - before:+.3f}"
 
@@ -182,8 +145,8 @@ def _dialogues(before: Trace, after: Trace, width: int) -> Group | Table:
     if width < _SIDE_BY_SIDE:
         return Group(*panels)
     table = Table.grid(expand=True, padding=(0, 1))
-    table.add_column(ratio=1)
-    table.add_column(ratio=1)
+    for _ in panels:
+        table.add_column(ratio=1)
     table.add_row(*panels)
     return table
 

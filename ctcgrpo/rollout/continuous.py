@@ -19,13 +19,8 @@ from ctcgrpo.errors import PolicyEngineError, RunInterrupted
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
 from ctcgrpo.types import Completion
 
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A request that is over: its name, and what came of it."""
-
-    name: str
-    completion: Completion
+Finished = tuple[str, Completion]
+"""A request that is over: its name, and what came of it."""
 
 
 class Batcher(ABC):
@@ -93,9 +88,8 @@ class ContinuousEngine(PolicyEngine):
         if self._awake and version == self.version:
             return
         if self._inbox or self._running:
-            raise PolicyEngineError(
-                f"{len(self._inbox) + len(self._running)} requests wait; weights cannot change beneath them"
-            )
+            waiting = len(self._inbox) + len(self._running)
+            raise PolicyEngineError(f"{waiting} requests wait; weights cannot change beneath them")
         self._until_idle()
         self._batcher.take_weights()
         self.version, self._awake = version, True
@@ -143,9 +137,9 @@ class ContinuousEngine(PolicyEngine):
                 continue
             for name, problem in refused.items():
                 _resolve(self._running.pop(name), problem)
-            for done in finished:
-                if (request := self._running.pop(done.name, None)) is not None:
-                    _resolve(request, done.completion)
+            for name, completion in finished:
+                if (request := self._running.pop(name, None)) is not None:
+                    _resolve(request, completion)
 
     def _exchange_and_step(
         self, given_up: Sequence[str], new: Iterable[_Request]
@@ -179,22 +173,19 @@ class ContinuousEngine(PolicyEngine):
         # Submitted by itself, so that a loop that ends does not take it along.
         cleared = asyncio.wrap_future(self._thread.submit(self._batcher.abort, names))
         if isinstance(error, asyncio.CancelledError):  # steps may be under way; they end for want of somebody who waits
-            _resolve_all(waiting, problem)
+            for request in waiting:
+                _resolve(request, problem)
         try:
             await asyncio.shield(cleared)
         except Exception as other:  # noqa: BLE001 - an engine that is broken for good; the requests fail with the first reason
             problem.add_note(f"and could not be cleared: {other}")
         finally:
-            _resolve_all(waiting, problem)
+            for request in waiting:
+                _resolve(request, problem)
 
     def _until_idle(self) -> None:
         """What was given up may still be on its way out."""
         self._thread.submit(lambda: None).result()
-
-
-def _resolve_all(requests: Iterable[_Request], outcome: BaseException) -> None:
-    for request in requests:
-        _resolve(request, outcome)
 
 
 def _resolve(request: _Request, outcome: Completion | BaseException) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -30,31 +30,19 @@ _LOOK_SECONDS = 0.1
 """How often a batch of episodes looks whether it is to stop."""
 
 
-@dataclass(slots=True)
-class Awaited:
+class Awaited(Counter[str]):
     """How many replies of the policy, and answers of environments, are being waited for."""
 
-    replies: int = 0
-    answers: int = 0
-
     @contextlib.contextmanager
-    def reply(self) -> Iterator[None]:
-        self.replies += 1
+    def one(self, what: Literal["replies", "answers"]) -> Iterator[None]:
+        self[what] += 1
         try:
             yield
         finally:
-            self.replies -= 1
-
-    @contextlib.contextmanager
-    def answer(self) -> Iterator[None]:
-        self.answers += 1
-        try:
-            yield
-        finally:
-            self.answers -= 1
+            self[what] -= 1
 
     def __str__(self) -> str:
-        return f"{self.replies} replies of the policy and {self.answers} answers of the environment in progress"
+        return f"{self['replies']} replies of the policy and {self['answers']} answers of the environment in progress"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,41 +82,22 @@ class Play:
     """That a call of an environment may take."""
 
 
+@dataclass(slots=True, kw_only=True)
 class RolloutRunner:
     """Plays slots with one engine, each against an environment of its own. `shared` is what they have in common (a client), entered
     while a batch is played."""
 
-    def __init__(
-        self,
-        *,
-        engine: PolicyEngine,
-        environment: Callable[[], Environment],
-        shared: AbstractAsyncContextManager[Any],
-        contexts: ContextBuilder,
-        tokenizer: PreTrainedTokenizerBase,
-        stop_ids: frozenset[int],
-        play: Play,
-        interrupted: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.engine = engine
-        self.environment = environment
-        self.shared = shared
-        self.contexts = contexts
-        self.tokenizer = tokenizer
-        self.stop_ids = stop_ids
-        self.play = play
-        self._interrupted = interrupted
-        self.awaited = Awaited()
+    engine: PolicyEngine
+    environment: Callable[[], Environment]
+    shared: AbstractAsyncContextManager[Any]
+    contexts: ContextBuilder
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: frozenset[int]
+    play: Play
+    interrupted: Callable[[], bool] = lambda: False
+    awaited: Awaited = field(default_factory=Awaited)
 
-    def with_play(self, play: Play) -> RolloutRunner:
-        """The same parts, playing otherwise; what is `awaited` is counted together."""
-        other = copy.copy(self)
-        other.play = play
-        return other
-
-    async def run(
-        self, slots: Sequence[Slot], on_episode: Callable[[Episode], None] = lambda episode: None
-    ) -> list[Episode]:
+    async def run(self, slots: Sequence[Slot], on_episode: Callable[[Episode], None] = lambda _: None) -> list[Episode]:
         """One episode a slot, in the order of the slots; `on_episode` sees each the moment it is over.
 
         Raises RunPaused as soon as the run is asked to stop, or a simulator may spend no more; replies and answers in progress
@@ -170,19 +139,16 @@ class RolloutRunner:
             await asyncio.gather(*tasks, everything, interrupt, return_exceptions=True)
 
     async def _interrupt(self) -> None:
-        """Raises RunInterrupted once the run is asked to stop."""
         while True:
             self.check_interrupt()
             await asyncio.sleep(_LOOK_SECONDS)
 
     def check_interrupt(self) -> None:
-        if self._interrupted():
+        if self.interrupted():
             raise RunInterrupted("interrupted in the middle of a rollout")
 
 
 class _Player:
-    """One episode on its way."""
-
     def __init__(self, runner: RolloutRunner, slot: Slot, on_episode: Callable[[Episode], None]) -> None:
         self._runner = runner
         self._on_episode = on_episode
@@ -205,7 +171,6 @@ class _Player:
             await self.environment_turn()
 
     async def reset(self) -> None:
-        """Begin the episode."""
         slot, play = self._slot, self._runner.play
         seed = request_seed("user", play.seed, *slot.seeds)
         try:
@@ -216,7 +181,6 @@ class _Player:
             self._fail(error)
 
     async def policy_turn(self) -> None:
-        """Sample the policy's next completion."""
         runner, slot, play = self._runner, self._slot, self._runner.play
         runner.check_interrupt()
         if self.over:
@@ -226,7 +190,7 @@ class _Player:
         try:
             prompt_ids, dropped = runner.contexts.prompt(self._dialogue)
             seed = request_seed(play.seed, *slot.seeds, len(self._turns))
-            with runner.awaited.reply():
+            with runner.awaited.one("replies"):
                 completion = await runner.engine.generate(prompt_ids, seed=seed, sampling=play.sampling)
             self._pending = (prompt_ids, dropped, completion)
         except EPISODE_ERRORS as error:
@@ -234,7 +198,6 @@ class _Player:
         self._seconds_policy += time.perf_counter() - started
 
     async def environment_turn(self) -> None:
-        """Hand the reply to the environment."""
         if self.over or self._pending is None:
             return
         runner, play = self._runner, self._runner.play
@@ -285,7 +248,7 @@ class _Player:
     def _asking(self) -> Iterator[None]:
         started = time.perf_counter()
         try:
-            with self._runner.awaited.answer():
+            with self._runner.awaited.one("answers"):
                 yield
         finally:
             self._seconds_environment += time.perf_counter() - started

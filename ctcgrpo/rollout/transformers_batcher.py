@@ -168,7 +168,7 @@ class TransformersBatcher(Batcher):
             request = running[slot]
             if reason := self._reason(request):
                 ids, logprobs, log_kept = tuple(request.token_ids), tuple(request.logprobs), tuple(request.log_kept)
-                finished.append(Finished(request.name, Completion(ids, logprobs, log_kept, reason)))
+                finished.append((request.name, Completion(ids, logprobs, log_kept, reason)))
                 self._leave(slot)
         return finished
 
@@ -249,10 +249,8 @@ class TransformersBatcher(Batcher):
 
     def _prefill(self, placed: Sequence[tuple[int, int]]) -> None:
         """Batches of about the same length, the longest first."""
-        missing = sorted(
-            ((len(self._running[slot].prompt) - 1 - held, slot, held) for slot, held in placed), key=lambda x: (-x[0], x[1])
-        )
-        missing = [m for m in missing if m[0]]
+        missing = [(len(self._running[slot].prompt) - 1 - held, slot, held) for slot, held in placed]
+        missing = sorted((m for m in missing if m[0]), key=lambda m: (-m[0], m[1]))
         while missing:
             longest = missing[0][0]
             fits = max(1, min(_PREFILL_TOKENS // longest, sum(2 * n >= longest for n, _, _ in missing)))
@@ -260,9 +258,8 @@ class TransformersBatcher(Batcher):
             tokens = torch.full((len(batch), longest), self._pad_id)
             for row, (n, slot, held) in enumerate(batch):
                 tokens[row, :n] = torch.from_numpy(self._running[slot].prompt[held : held + n])
-            starts, ends = (
-                torch.tensor(x).unsqueeze(1) for x in zip(*((held, held + n) for n, _, held in batch), strict=True)
-            )
+            starts = torch.tensor([[held] for _, _, held in batch])
+            ends = torch.tensor([[held + n] for n, _, held in batch])
             # Padding goes where the prompt's last token will: nobody sees it there, and no room is made for it.
             positions = torch.minimum(starts + torch.arange(longest), ends).to(self._model.device)
             self._cache.reserve(len(self._held), int(positions.max()) + 1)
@@ -274,8 +271,6 @@ class TransformersBatcher(Batcher):
         return CacheLayout(self._cache, slots, positions, self._interrupted)
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, layout: CacheLayout) -> torch.Tensor:
-        output = self._model(
-            input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1, **with_layout(layout, None)
-        )
-        logits: torch.Tensor = output.logits
+        how = {"use_cache": False, "logits_to_keep": 1, **with_layout(layout, None)}
+        logits: torch.Tensor = self._model(input_ids=tokens, position_ids=positions, **how).logits
         return logits

@@ -22,6 +22,7 @@ from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.rollout.continuous import Batcher, Finished
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.types import Completion
+from ctcgrpo.util.naming import first_line
 
 
 class ColocatedVllm(Batcher):
@@ -66,9 +67,8 @@ class ColocatedVllm(Batcher):
         self._use_threads(0)
         self._engine = self._generation.llm.llm_engine
         require(self._generation.llm, "wake_up", "sleep", "reset_prefix_cache")
-        require(
-            self._engine, "add_request", "abort_request", "step", "has_unfinished_requests", "model_executor", "engine_core"
-        )
+        require(self._engine, "add_request", "abort_request", "step", "has_unfinished_requests")
+        require(self._engine, "model_executor", "engine_core")
         self._asked: dict[str, tuple[str, Sampling]] = {}
         """By the name of each request under way: vLLM's own name for it, and how it is sampled."""
 
@@ -114,7 +114,7 @@ class ColocatedVllm(Batcher):
                 _, sampling = self._asked.pop(output.request_id)
                 said = output.outputs[0]
                 made = completion(said.token_ids, said.logprobs.logprobs, said.finish_reason, sampling)
-                finished.append(Finished(output.request_id, made))
+                finished.append((output.request_id, made))
         return finished
 
     @property
@@ -197,9 +197,8 @@ def vllm_generation(model: Any, accelerator: Accelerator, tokenizer: PreTrainedT
         raise PolicyError("rollout.engine asks for vLLM, which is not installed here: pip install 'ctcgrpo[vllm]'")
     from trl.generation.vllm_generation import VLLMGeneration
 
-    with as_engine_error(
-        "vLLM could not be started" if options["mode"] == "colocate" else f"server {options['server_base_url']}"
-    ):
+    where = "vLLM could not be started" if options["mode"] == "colocate" else f"server {options['server_base_url']}"
+    with as_engine_error(where):
         generation = VLLMGeneration(model, accelerator, tokenizer, **options)
     require(generation, "sync_weights", "_iter_named_params")
     return generation
@@ -222,7 +221,7 @@ def as_engine_error(doing: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise PolicyEngineError(f"{doing}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        raise PolicyEngineError(f"{doing}: {first_line(error)}") from error
 
 
 def _version(*names: str) -> str:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ctcgrpo.errors import PolicyEngineError
 from ctcgrpo.rollout.vllm_adapter import as_engine_error, base_url, require, vllm_generation
+from ctcgrpo.util.naming import first_line
 from ctcgrpo.util.processes import together
 from ctcgrpo.util.proxies import open_url, settle_environment, through_proxy
 
@@ -114,7 +115,6 @@ class ServerWeights:
             self._hand_over()
 
     def _hand_over(self) -> None:
-        """A chunk to all servers."""
         device = self._accelerator.device
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
@@ -186,7 +186,7 @@ class _Server:
             self._open = self._client._updating_weights = False
             cause = self._refused or error
             raise PolicyEngineError(
-                f"{_DOING}: {self._url} did not take {chunk[0][0]} to {chunk[-1][0]}: {_first_line(cause)}; restart this server "
+                f"{_DOING}: {self._url} did not take {chunk[0][0]} to {chunk[-1][0]}: {first_line(cause)}; restart this server "
                 "(launch/serve_policy.sh), then the same command again"
             ) from error
 
@@ -211,9 +211,5 @@ def _problem(do: Callable[[], None]) -> PolicyEngineError | None:
     except PolicyEngineError as error:
         return error
     except Exception as error:  # noqa: BLE001 - CUDA's, NCCL's and requests' own kinds are many
-        return PolicyEngineError(f"{_DOING}: {_first_line(error)}")
+        return PolicyEngineError(f"{_DOING}: {first_line(error)}")
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

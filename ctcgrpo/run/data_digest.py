@@ -22,17 +22,13 @@ SKIPPED = "skipped"
 
 def scenarios_digest(scenarios: Sequence[Scenario]) -> dict[str, str]:
     """By id, in the order in which they are played: 12 hexadecimal digits of everything that a record says."""
-
-    def digest(scenario: Scenario) -> str:
-        record = {field.name: _plain(getattr(scenario, field.name)) for field in fields(scenario)}
-        return _short(json.dumps(record, sort_keys=True).encode())
-
-    return {scenario.id: digest(scenario) for scenario in scenarios}
+    names = [field.name for field in fields(Scenario)]
+    return {scenario.id: _digest({name: getattr(scenario, name) for name in names}) for scenario in scenarios}
 
 
 def tasks_digest(tasks: Sequence[Task]) -> dict[str, str]:
     """By id, in order: 12 hexadecimal digits of everything that a task says."""
-    return {task.id: _short(json.dumps(_plain(task.data), sort_keys=True, default=str).encode()) for task in tasks}
+    return {task.id: _digest(task.data) for task in tasks}
 
 
 def folder_digest(folder: Path) -> dict[str, str]:
@@ -57,11 +53,8 @@ def data_changes(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping
             "added": [k for k in after if k not in before],
             "altered": [k for k in after if k in before and after[k] != before[k]],
         }
-        found = [
-            f"{len(names)} {how} ({', '.join([*names[:3], *['...'] * (len(names) > 3)])})"
-            for how, names in sets.items()
-            if names
-        ]
+        shown = {how: ", ".join([*names[:3], *["..."] * (len(names) > 3)]) for how, names in sets.items() if names}
+        found = [f"{len(sets[how])} {how} ({names})" for how, names in shown.items()]
         if not found and list(before) != list(after):
             found = ["in another order"]
         if found:
@@ -69,8 +62,8 @@ def data_changes(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping
     return changes
 
 
-def _short(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(_plain(record), sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _plain(value: Any) -> Any:

@@ -33,13 +33,13 @@ from ctcgrpo.run.folders import require_run
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import Summary, disagreement, read_summary
+from ctcgrpo.run.run_records import Summary, checked_summary
 from ctcgrpo.run.settings import template_kwargs
-from ctcgrpo.run.validation import read_validations
 from ctcgrpo.simulator import about
 from ctcgrpo.training.checkpoint_pickles import weights_only
 from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.files import checkpoints, disk_problem, is_complete, missing_in
+from ctcgrpo.util.naming import first_line
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -69,13 +69,11 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
     except CtcGrpoError:
         raise
     except Exception as error:  # noqa: BLE001 - damaged files raise whatever their readers do (safetensors, tokenizers, torch)
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise PolicyError(f"{source} cannot be loaded on {base!r}: {reason}") from None
+        raise PolicyError(f"{source} cannot be loaded on {base!r}: {first_line(error)}") from None
     model = (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained).to(getattr(torch, dtype))
     del trained
-    model.generation_config = _generation(
-        recipe, sorted(stop_ids(base, tokenizer, recipe.policy.revision, template_kwargs(recipe)))
-    )
+    ends = stop_ids(base, tokenizer, recipe.policy.revision, template_kwargs(recipe))
+    model.generation_config = _generation(recipe, sorted(ends))
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -87,7 +85,7 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
         (partial / "README.md").write_text(card, encoding="utf-8")
         partial.rename(out)
     except (OSError, SafetensorError) as error:
-        reason = disk_problem(error) or getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = disk_problem(error) or getattr(error, "strerror", None) or first_line(error)
         raise OutputError(f"cannot write {out}: {reason}; choose another folder with --out") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -95,15 +93,14 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
 
 
 def _summary(folder: RunFolder, recipe: Recipe) -> Summary | None:
-    """The figures of a run. Raises OutputError where its files are damaged: a card is not to publish a wrong one."""
-    summary = read_summary(folder.path, Summary)
+    """Raises OutputError for damaged files: a card is not to publish wrong figures."""
+    summary, problems = checked_summary(folder.path)
     if summary is None:
         return None
     if recipe.validation is None:
         raise OutputError(f"{folder.path}: summary.json has figures, but recipe.yaml no validation section; one is damaged")
-    validations, problems = read_validations(folder.validation_file)
-    if told := next(iter(problems), None) or disagreement(summary, validations):
-        raise OutputError(f"{folder.path}: {told}; without summary.json the card says that nothing was measured")
+    if problems:
+        raise OutputError(f"{folder.path}: {problems[0]}; without summary.json the card says that nothing was measured")
     return summary
 
 
@@ -121,8 +118,8 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
 
 
 def _source(folder: RunFolder, which: str) -> Path:
-    there = {"final": folder.final, "best": folder.best}
-    there |= {str(step): path for step, path in sorted(checkpoints(folder.path).items())}
+    steps = {str(step): path for step, path in sorted(checkpoints(folder.path).items())}
+    there = {"final": folder.final, "best": folder.best, **steps}
     complete = [name for name, path in there.items() if is_complete(path)]
     if which not in complete:
         lacks = missing_in(there[which]) if which in there and there[which].exists() else None
@@ -163,14 +160,11 @@ def _trained(source: Path, base: str, revision: str | None, dtype: Dtype) -> Pre
     if (source / "adapter_config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
         return PeftModel.from_pretrained(model, str(source))
-    shards = any(
-        source.glob("global_step*")
-    )  # DeepSpeed's own, with float32 masters; beside them lie weights rounded to bfloat16
+    # DeepSpeed's own, with float32 masters; beside them lie weights rounded to bfloat16
+    shards = any(source.glob("global_step*"))
     if shards and _is_zero1(source):
         if dtype == "float32":
-            raise PolicyError(
-                f"{source}: ZeRO-1 keeps its float32 masters in a form that cannot be joined; use --dtype bfloat16"
-            )
+            raise PolicyError(f"{source}: ZeRO-1's float32 masters cannot be joined; use --dtype bfloat16")
     elif shards:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -180,10 +174,8 @@ def _trained(source: Path, base: str, revision: str | None, dtype: Dtype) -> Pre
         missing, unexpected = joined.load_state_dict(state, strict=False)
         joined.tie_weights()
         tied = {"lm_head.weight"} if joined.config.tie_word_embeddings else set()
-        if set(missing) - tied or unexpected:
-            raise PolicyError(
-                f"{source}: its shards lack {sorted(set(missing) - tied)[:3]} or hold {sorted(unexpected)[:3]}"
-            )
+        if (lacking := set(missing) - tied) or unexpected:
+            raise PolicyError(f"{source}: its shards lack {sorted(lacking)[:3]} or hold {sorted(unexpected)[:3]}")
         return joined
     whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     return whole
@@ -201,26 +193,17 @@ def _is_zero1(source: Path) -> bool:
 def _generation(recipe: Recipe, ends: list[int]) -> GenerationConfig:
     """How it was sampled from in training, which is how its figures were made."""
     rollout = recipe.rollout
-    truncation: dict[str, Any] = {"top_p": rollout.top_p} if rollout.top_p < 1 else {}
-    truncation |= {"top_k": rollout.top_k or 0}
-    return GenerationConfig(
-        do_sample=True,
-        temperature=rollout.temperature,
-        max_new_tokens=rollout.max_new_tokens,
-        eos_token_id=ends,
-        **truncation,
-    )
+    how = rollout.model_dump(include={"temperature", "max_new_tokens", "top_k", *(["top_p"] if rollout.top_p < 1 else [])})
+    return GenerationConfig(do_sample=True, eos_token_id=ends, **how)
 
 
 def model_card(recipe: Recipe, summary: Summary | None, *, which: str) -> str:
     """The README of an export: what it comes from, how it was trained, what was measured and on what. `summary`: of the run, where
     it was validated."""
-    template = jinja2.Template(
-        (files("ctcgrpo.run") / "model_card.md.j2").read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined
-    )
-    model = recipe.policy.model
+    text = (files("ctcgrpo.run") / "model_card.md.j2").read_text(encoding="utf-8")
+    template = jinja2.Template(text, undefined=jinja2.StrictUndefined)
+    model, own = recipe.policy.model, recipe.environment
     fetched = wheel_of(model)
-    own = recipe.environment
     told: dict[str, Any] = {"fetched": fetched, "noun": "scenarios" if own is None else "tasks"}
     told["trained_on"] = described(recipe.eibench_scenarios().train) if own is None else own.tasks
     told["base_model"] = fetched.hub_id if fetched else None if is_builtin(model) else model

@@ -14,12 +14,11 @@ _MODEL_FILES = ("config.json", "adapter_config.json")
 def require_folder(folder: Path) -> Path:
     """The folder, if it is there. Raises OutputError with the nearest name that is."""
     try:
-        there = folder.is_dir()
+        if folder.is_dir():
+            return folder
     except OSError as error:
         raise OutputError(f"{cut(str(folder))}: {error.strerror}") from None
-    if not there:
-        raise OutputError(f"{folder}: " + ("a file, not a folder" if folder.exists() else f"no such folder{_meant(folder)}"))
-    return folder
+    raise OutputError(f"{folder}: " + ("a file, not a folder" if folder.exists() else f"no such folder{_meant(folder)}"))
 
 
 def _meant(path: Path) -> str:
@@ -65,8 +64,8 @@ def check_model(model: str, field: str) -> None:
     what = "it is a file" if folder.is_file() else "it holds no config.json"
     if RunFolder(folder).recipe_file.exists():
         what = "it is a run's folder"
-    below = [name for name in ("final", "best") if is_model(folder / name)]
-    below += sorted(path.parent.name for path in folder.glob("*/config.json") if path.parent.name not in below)
-    hint = f"; its trained policy is {folder / below[0]}" if below[:1] in (["final"], ["best"]) else ""
-    hint = hint or (f"; a model is in {folder / below[0]}" if below else "")
+    trained = [name for name in ("final", "best") if is_model(folder / name)]
+    below = [*trained, *sorted(path.parent.name for path in folder.glob("*/config.json"))]
+    found = "its trained policy is" if trained else "a model is in"
+    hint = f"; {found} {folder / below[0]}" if below else ""
     raise PolicyError(f"{field} {model!r} cannot be loaded: {what}{hint}")

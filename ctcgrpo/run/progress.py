@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.text import Text
 
 from ctcgrpo.types import Episode
-from ctcgrpo.util.terminal import Terminal
+from ctcgrpo.util.terminal import Terminal, print_line
 
 _QUIET_SECONDS = 15.0
 """How long plain lines may be away while the first step, which nobody knows the time of yet, is played."""
@@ -43,14 +43,8 @@ class RunProgress:
         if not self._enabled:
             return
         if self._console.is_terminal:
-            self._live = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                _Done(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=self._console,
-            )
+            what, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+            self._live = Progress(what, BarColumn(), _Done(), TimeElapsedColumn(), note, console=self._console)
             self._live.start()
             self._run = self._live.add_task(self._name, total=self._steps, completed=step, note="")
 
@@ -70,10 +64,8 @@ class RunProgress:
         if self._live:
             self._show(self._live, "  update", None)
         elif not self._knows_pace:
-            checks = "; the first one of a run also compares log-probabilities"
-            self.say(
-                f"step {step}: played in {_duration(time.monotonic() - self._phase_started)}; updating the policy{checks}"
-            )
+            played = f"step {step}: played in {_duration(time.monotonic() - self._phase_started)}"
+            self.say(f"{played}; updating the policy; the first one of a run also compares log-probabilities")
 
     def episode(self, episode: Episode) -> None:
         """An episode of this process is over."""
@@ -111,7 +103,7 @@ class RunProgress:
     def say(self, message: str) -> None:
         self._said = time.monotonic()
         if self._enabled:
-            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+            print_line(self._console, message)
 
     def _plays(self, episodes: int, what: str) -> None:
         now = time.monotonic()

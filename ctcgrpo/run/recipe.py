@@ -19,10 +19,7 @@ from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS
 from ctcgrpo.simulator.config import TOKEN_ENV
 from ctcgrpo.util.importing import is_reference
 from ctcgrpo.util.naming import did_you_mean, quoted
-from ctcgrpo.util.sections import (
-    Section,
-    environment_name,
-)
+from ctcgrpo.util.sections import Section, environment_name
 
 _UNUSED: dict[str, Any] = {"simulator": True, "scoring": True, "policy": {"instructions", "persona_sections"}}
 """What a recipe with an environment of its own does not have."""
@@ -89,9 +86,7 @@ class Policy(Section):
 class Scenarios(Section):
     """The scenarios that are trained on."""
 
-    train: str = Field(
-        description="a path, a bundled pack (english/train), or a dataset under $CTCGRPO_DATA (eibench/train)"
-    )
+    train: str = Field(description="a path, a bundled pack (english/train), or a dataset in $CTCGRPO_DATA (eibench/train)")
     scenes: tuple[str, ...] = Field(
         SCENES, min_length=1, description="the scenes that are trained on, each once: of the published set, or of your own"
     )
@@ -121,14 +116,11 @@ class OwnEnvironment(Section):
     )
     options: dict[str, Any] = Field({}, description="keyword arguments for the factory")
     tasks: str = Field(
-        description="what is trained on: a JSON lines file, an object a task, or module:function, which gives such objects"
+        description="what is trained on: a JSON lines file, an object a task, or module:function that gives them"
     )
     timeout: float = recipe_field("environment_timeout")
     per_step: int = Field(8, ge=1, description="tasks in each step, equally many of each tag")
-    folder: Path | None = Field(
-        None,
-        description="where modules are looked for first, before the current directory; the recipe's folder where absent",
-    )
+    folder: Path | None = Field(None, description="where modules are looked for first; the recipe's folder where absent")
 
 
 class Vllm(Section):
@@ -161,9 +153,7 @@ class Rollout(Section):
     max_new_tokens: int = Field(1024, ge=1, description="tokens of a reply at most, reasoning included")
     max_prompt_tokens: int = recipe_field("max_prompt_length")
     temperature: float = Field(0.6, gt=0, description="sampling temperature; the trainer scores tokens at the same one")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="sample from the most likely tokens with this total probability; 1 is off"
-    )
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability; 1 is off")
     top_k: int = Field(0, ge=0, description="sample from this many most likely tokens; 0 is off")
     max_batch: int = recipe_field("max_batch")
     dtype: SamplingDtype = recipe_field("sampling_dtype")
@@ -176,12 +166,8 @@ class Rollout(Section):
 class Simulator(Section):
     """Where the simulated user is, and how long a run waits for it."""
 
-    url: str | tuple[str, ...] = Field(
-        "embedded", description="embedded, or the URL of a simulator server, or of its replicas"
-    )
-    config: Path | None = Field(
-        None, description="who the embedded server plays (configs/simulator); else the scripted user"
-    )
+    url: str | tuple[str, ...] = Field("embedded", description="embedded, or the URL of a simulator server or its replicas")
+    config: Path | None = Field(None, description="whom the server plays (configs/simulator); else the scripted user")
     port: int = Field(0, ge=0, le=65535, description="of the embedded server; 0 takes any free one")
     token_env: str = Field(
         TOKEN_ENV,
@@ -203,10 +189,7 @@ class Simulator(Section):
             raise ValueError("a list holds URLs of replicas, at least one")
         return value
 
-    @field_validator("token_env")
-    @classmethod
-    def _is_a_name(cls, value: str) -> str:
-        return environment_name(value)
+    _is_a_name = field_validator("token_env")(environment_name)
 
 
 class Scoring(Section):
@@ -250,13 +233,8 @@ class Credit(Section):
     @field_validator("centering", "credit", "scale", "turn_scale")
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
-        tables: dict[str, Iterable[str]] = {
-            "centering": CENTERINGS,
-            "credit": CREDITS,
-            "scale": SCALES,
-            "turn_scale": SCALES,
-        }
-        options = tables[info.field_name]
+        tables: dict[str, Iterable[str]] = {"centering": CENTERINGS, "credit": CREDITS}
+        options = tables.get(info.field_name, SCALES)
         if value not in options and not is_reference(value):
             raise ValueError(f"{did_you_mean(value, options)} (one of your own: my_module:my_function)")
         return value
@@ -294,7 +272,7 @@ class Training(Section):
     tokens_per_row: int = recipe_field("tokens_per_row")
     packing: Packing = recipe_field("packing")
     gradient_checkpointing: bool = Field(
-        False, description="compute activations again in the backward pass: less memory, more time"
+        False, description="recompute activations in the backward pass: less memory, more time"
     )
     sharding: str = Field(
         "none", description="none (every process holds the policy), fsdp2, or a DeepSpeed configuration (configs/deepspeed)"
@@ -326,11 +304,7 @@ class Hardware(Section):
     gpu: str | None = Field(None, description="the card that the memory plan is for; one of ctcgrpo/preflight/cards.yaml")
     processes: int = Field(1, ge=1, description="GPUs that train, one process each, over all nodes")
     nodes: int = Field(1, ge=1, description="machines that train")
-    tokens_per_second: float | None = Field(
-        None,
-        gt=0,
-        description="tokens that the policy samples in a second over all GPUs, if measured: for hours in the plan",
-    )
+    tokens_per_second: float | None = Field(None, gt=0, description="if measured: tokens sampled a second over all GPUs")
 
 
 class Recipe(Section):
@@ -406,18 +380,14 @@ class Recipe(Section):
         if engine == "vllm_server" and not vllm.urls:
             raise ValueError("rollout.engine is 'vllm_server' and rollout.vllm.urls names no server")
         if engine != "vllm_server" and vllm.urls:
-            raise ValueError(
-                f"rollout.vllm.urls names servers, but rollout.engine is {engine!r}; it is 'vllm_server' for them"
-            )
+            raise ValueError(f"rollout.vllm.urls names servers, but rollout.engine is {engine!r}; set it to 'vllm_server'")
         if self.rollout.deterministic and self.rollout.deadline is not None:
             raise ValueError(
                 "rollout.deterministic promises the same run bit by bit, and what rollout.deadline cuts depends on the clock; "
                 "leave one out"
             )
         if engine != "transformers" and self.rollout.dtype != "policy":
-            raise ValueError(
-                f"rollout.dtype is for rollout.engine 'transformers', not {engine!r}: vLLM samples in bfloat16 anyway"
-            )
+            raise ValueError(f"rollout.dtype is for rollout.engine 'transformers', not {engine!r}: vLLM samples in bfloat16")
         if self.policy.quantization != "none" and self.rollout.dtype != "policy":
             raise ValueError("rollout.dtype copies weights that are whole; with policy.quantization leave it out")
         if engine != "transformers" and self.rollout.deterministic:
@@ -443,23 +413,20 @@ class Recipe(Section):
         assert section is not None  # _one_environment
         return section.per_step
 
+    def own_functions(self) -> dict[str, str]:
+        """The fields of the section credit that name a function of one's own, with its reference."""
+        names = ("credit", "centering", "scale", "turn_scale")
+        return {name: value for name in names if is_reference(value := getattr(self.credit, name))}
+
     def credit_options(self) -> CreditOptions:
         """What the recipe says of credit, under the names that the trainer's configuration has for it."""
-        credit, scoring = self.credit, self.scoring
         return CreditOptions(
-            alpha=credit.alpha,
-            centering=credit.centering,
-            credit=credit.credit,
-            gamma=credit.gamma,
-            center_weights=credit.center_weights,
-            scale_rewards=credit.scale,
-            std_min=credit.std_min,
-            turn_scale=credit.turn_scale,
-            turn_std_min=credit.turn_std_min,
-            shuffle_credit=credit.shuffle,
+            **self.credit.model_dump(exclude={"scale", "shuffle"}),
+            scale_rewards=self.credit.scale,
+            shuffle_credit=self.credit.shuffle,
             reasons=self.policy.reasons,
-            no_reasoning_penalty=scoring.no_reasoning_penalty,
-            fault_penalty=scoring.fault_penalty,
+            no_reasoning_penalty=self.scoring.no_reasoning_penalty,
+            fault_penalty=self.scoring.fault_penalty,
         )
 
     def eibench_scenarios(self, what: str = "this") -> Scenarios:

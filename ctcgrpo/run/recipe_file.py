@@ -14,7 +14,7 @@ from typing import Any
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.run.recipe import Recipe
-from ctcgrpo.util.importing import is_reference, load_object
+from ctcgrpo.util.importing import load_object
 from ctcgrpo.util.naming import cut, did_you_mean, quoted
 from ctcgrpo.util.sections import named_value, parse_mapping, read_text, refuse_unknown, validated
 
@@ -52,10 +52,9 @@ def load_recipe(file: str | Path, overrides: Sequence[str] = (), *, changes: Seq
     if isinstance(own := data.get("environment"), dict):
         own.setdefault("folder", str(origin(("environment", "factory")).parent))
     recipe = validated(data, Recipe, path, origin)
-    for field in ("credit", "centering", "scale"):
-        if is_reference(named := getattr(recipe.credit, field)):
-            file = origin(("credit", field))
-            load_object(named, f"{file}: credit.{field}", file.parent)
+    for field, named in recipe.own_functions().items():
+        file = origin(("credit", field))
+        load_object(named, f"{file}: credit.{field}", file.parent)
     name, file = recipe.simulator.token_env, origin(("simulator", "token_env"))
     if not name.startswith(_OWN_VARIABLES) and "token_env" not in typed.get("simulator", {}):
         raise RecipeError(
@@ -69,14 +68,12 @@ def resolved_recipe(file: str | Path) -> Recipe:
     """The recipe that a run wrote into its folder, for readers of the run, which send nothing to its simulator: what it names was
     allowed when the run began. Raises RecipeError as `load_recipe` does."""
     path = Path(file)
-    return validated(_parse(path), Recipe, path)
+    return validated(parse_mapping(read_text(path, "recipe"), path, Recipe, "recipe"), Recipe, path)
 
 
 def overrides(chosen: Mapping[str, Any]) -> list[str]:
     """Values as overrides of a recipe, as YAML reads them."""
-    return [
-        f"{name}={value if isinstance(value, str) else json.dumps(value, default=str)}" for name, value in chosen.items()
-    ]
+    return [f"{name}={v if isinstance(v, str) else json.dumps(v, default=str)}" for name, v in chosen.items()]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:

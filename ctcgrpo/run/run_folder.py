@@ -26,19 +26,15 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.policy.builtin import is_built, wheel_of
 from ctcgrpo.policy.model_wheel import Say, fetch_model
 from ctcgrpo.run.recipe import Recipe
-from ctcgrpo.run.recipe_file import differences
-from ctcgrpo.run.run_records import read_metrics
-from ctcgrpo.run.validation import resumed_validations
+from ctcgrpo.run.recipe_file import differences, resolved_recipe
+from ctcgrpo.run.run_records import Summary, read_metrics, resumed_validations
 from ctcgrpo.util.files import (
     RESTORE,
     checkpoints,
@@ -46,11 +42,11 @@ from ctcgrpo.util.files import (
     mark_complete,
     missing_in,
     newest_complete,
-    read_json,
+    read_object,
     refuse_to_resume,
     write_whole,
 )
-from ctcgrpo.util.sections import parse_mapping, read_text
+from ctcgrpo.util.naming import first_line
 from ctcgrpo.util.workers import alone
 
 BEST_STEP = "STEP"
@@ -58,41 +54,18 @@ _PATIENCE = 120.0
 """Seconds for a run that was told to stop to save what it has."""
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
-    path: Path
-
-    @property
-    def recipe_file(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def validation_file(self) -> Path:
-        return self.path / "validation.jsonl"
-
-    @property
-    def simulator_log(self) -> Path:
-        return self.path / "simulator.jsonl"
-
-    @property
-    def best(self) -> Path:
-        return self.path / "best"
-
-    @property
-    def traces(self) -> Path:
-        return self.path / "traces"
-
-    @property
-    def base(self) -> Path:
-        return self.path / "base"
-
-    @property
-    def final(self) -> Path:
-        return self.path / "final"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.validation_file = path / "validation.jsonl"
+        self.simulator_log = path / "simulator.jsonl"
+        self.traces = path / "traces"
+        self.base = path / "base"
+        self.best = path / "best"
+        self._newer_best = path / "best.newer"
+        self.final = path / "final"
 
     def starting_policy(self, recipe: Recipe, say: Say = lambda _: None) -> str:
         """The model that training starts from: base/ where the run built it, the cache where it was fetched, else as the recipe
@@ -116,9 +89,8 @@ class RunFolder:
                 probe.touch()
                 probe.unlink()
             except OSError as error:
-                raise OutputError(
-                    f"cannot write to {self.traces} ({error.strerror}); choose another with run.output_dir=FOLDER"
-                ) from None
+                what = f"cannot write to {self.traces} ({error.strerror})"
+                raise OutputError(f"{what}; choose another with run.output_dir=FOLDER") from None
             yield
 
     def open(self, recipe: Recipe) -> Path | None:
@@ -129,18 +101,19 @@ class RunFolder:
         """
         started = self.newest_checkpoint()
         finished = is_complete(self.final)
-        if self.recipe_file.exists() and (started or finished):
-            self._refuse_other_run(recipe)
-        if finished and not started and self.extended_from(recipe):
+        if self.recipe_file.exists() and (started or finished) and (changed := self.changes(recipe)):
+            what = f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])})"
+            raise OutputError(f"{what}; undo the change to resume it, or start another with run.name=NAME")
+        if finished and not self.extended_from(recipe):
+            raise OutputError(
+                f"{self.path} holds a finished run of this recipe; take {self.final}, give it more steps with "
+                "training.max_steps=N, or start another with run.name=NAME"
+            )
+        if finished and not started:
             lacks = "; ".join(self.passed_over()) or "it has none"
             raise OutputError(
                 f"{self.path} cannot be given more steps: no complete checkpoint to resume from ({lacks}); start another run "
                 f"from {self.final} with policy.model and run.name=NAME"
-            )
-        if finished and not (started and self.extended_from(recipe)):
-            raise OutputError(
-                f"{self.path} holds a finished run of this recipe; take {self.final}, give it more steps with "
-                "training.max_steps=N, or start another with run.name=NAME"
             )
         if started:
             self._metrics()
@@ -151,7 +124,7 @@ class RunFolder:
         """The number of steps that the run was to have, where this recipe gives it more; else None."""
         if not self.recipe_file.exists():
             return None
-        steps = int(self._recorded()["training"]["max_steps"])
+        steps = self._recorded().training.max_steps
         return steps if recipe.training.max_steps > steps else None
 
     def begin(self, recipe: Recipe, steps: int) -> None:
@@ -186,10 +159,8 @@ class RunFolder:
         OutputError where a run that resumes would meet something else, or the file is damaged."""
         file = self.path / name
         if resumes and file.exists() and (changed := compare(_object(file), now)):
-            raise OutputError(
-                f"{self.path} was trained with other {name.removesuffix('.json')} ({'; '.join(changed)}); restore what it was "
-                "to resume, or start another run with run.name=NAME"
-            )
+            what = f"{self.path} was trained with other {name.removesuffix('.json')} ({'; '.join(changed)})"
+            raise OutputError(f"{what}; restore what it was to resume, or start another run with run.name=NAME")
         write_whole(file, json.dumps(now) + "\n")
 
     @property
@@ -220,10 +191,6 @@ class RunFolder:
             shutil.rmtree(self.best)
         return self.best_step
 
-    @property
-    def _newer_best(self) -> Path:
-        return self.path / "best.newer"
-
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint with the most optimizer steps."""
         return newest_complete(self.path)
@@ -246,51 +213,33 @@ class RunFolder:
         with self.metrics_file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(known, allow_nan=False) + "\n")
 
-    def write_summary(self, summary: dict[str, Any]) -> None:
-        write_whole(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-    def finish(self) -> None:
-        mark_complete(self.final)
-
-    def _refuse_other_run(self, recipe: Recipe) -> None:
-        if changed := self.changes(recipe):
-            raise OutputError(
-                f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])}); "
-                "undo the change to resume it, or start another with run.name=NAME"
-            )
+    def write_summary(self, summary: Summary) -> None:
+        write_whole(self.path / "summary.json", json.dumps(summary.model_dump(exclude_unset=True), indent=2) + "\n")
 
     def changes(self, recipe: Recipe) -> list[str]:
         """What the recorded recipe and this one differ in, beyond what a run may change: where its folder lies, and where modules
         are looked for (data.json knows what they hold); `hardware`, which says what it was meant for; and it may be given more
         steps."""
-        old, now = self._recorded(), recipe.model_dump(mode="json")
-        for resolved in (old, now):
-            del resolved["hardware"], resolved["run"]["output_dir"], resolved["run"]["name"]
-            (resolved["environment"] or {}).pop("folder", None)
+        free: dict[str, Any] = {"hardware": True, "run": {"output_dir", "name"}, "environment": {"folder"}}
         if self.extended_from(recipe):
-            old["training"]["max_steps"] = now["training"]["max_steps"]
+            free["training"] = {"max_steps"}
+        old, now = (resolved.model_dump(mode="json", exclude=free) for resolved in (self._recorded(), recipe))
         return differences(old, now)
 
-    def _recorded(self) -> dict[str, Any]:
+    def _recorded(self) -> Recipe:
         """The resolved recipe that the folder's run was started with. Raises OutputError where it cannot be read."""
         try:
-            old = parse_mapping(read_text(self.recipe_file, "recipe"), self.recipe_file, Recipe, "recipe")
-            return Recipe.model_validate(old).model_dump(mode="json")  # what an older version did not know had its default
-        except (RecipeError, ValidationError) as error:
-            reason = str(error).splitlines()[0]
-            raise OutputError(
-                f"{self.path} holds a run, but its recipe.yaml cannot be read: {reason}; start another with run.name=NAME"
-            ) from None
+            return resolved_recipe(self.recipe_file)
+        except RecipeError as error:
+            reason = f"its recipe.yaml cannot be read: {first_line(error)}"
+            raise OutputError(f"{self.path} holds a run, but {reason}; start another with run.name=NAME") from None
 
 
 def _object(file: Path) -> dict[str, Any]:
     try:
-        found = read_json(file)
+        return read_object(file)
     except OutputError as error:
         raise OutputError(f"{error}; {RESTORE}") from None
-    if not isinstance(found, dict):
-        raise OutputError(f"{file} holds a {type(found).__name__}; expected an object; {RESTORE}")
-    return found
 
 
 def _best_step(folder: Path) -> int | None:

@@ -1,4 +1,5 @@
-"""What a run's folder says was measured, read strictly: summary.json, validation.jsonl, metrics.jsonl, simulator.json, traces.
+"""What a run's folder says was measured, one schema for who writes and who reads it: validation.jsonl, summary.json, metrics.jsonl,
+traces.
 
 A folder may have been cut off, edited or damaged. A file that is one document raises OutputError with file, field and value where
 it is not as a run wrote it. Of a file of lines, bad ones are left out, and the reader is given what is wrong with them.
@@ -7,37 +8,79 @@ it is not as a run wrote it. Of a file of lines, bad ones are left out, and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypeVar
+from typing import Annotated, Any, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from ctcgrpo.errors import OutputError
-from ctcgrpo.run.validation import Validation, improvement
-from ctcgrpo.util.files import by_step, collect_records, explained, read_json
-from ctcgrpo.util.intervals import means
+from ctcgrpo.util.files import collect_records, explained, once_each, read_json, refuse_to_resume
+from ctcgrpo.util.intervals import interval, means, paired
 
 STRICT = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 _OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 _CLOSE = 1e-9
-_T = TypeVar("_T")
 
 Score = Annotated[float, Field(allow_inf_nan=False)]
 
 
-# --- summary.json ----------------------------------------------------------------------------------------------------------------
+# --- validation.jsonl and summary.json -------------------------------------------------------------------------------------------
 
 
 class Figures(BaseModel):
-    """Of one validation; `overall` is None where no episode was valid."""
+    """Of one validation. `overall`: mean over scenarios, None where no episode was valid; `scenes`: the same of each scene; `n`
+    counts scenarios."""
 
     model_config = STRICT
     overall: Score | None
     scenes: dict[str, Score]
     n: int
-    step: int | None = None
+    episodes: int = 0
+    failed: int = 0
+    step: int
+
+
+class Validation(BaseModel):
+    """A line of validation.jsonl: the outcomes (EIBench's as fractions in [-1, 1]) of every valid episode after `step` batches of
+    rollouts, by scenario, and the scene of each scenario."""
+
+    model_config = STRICT
+    step: int
+    outcomes: dict[str, list[float]]
+    scenes: dict[str, str]
+    failed: int = 0
+
+    @property
+    def by_scenario(self) -> dict[str, float]:
+        """Mean outcome of each scenario that has a valid episode."""
+        return means((name, value) for name, values in self.outcomes.items() for value in values)
+
+    @property
+    def by_scene(self) -> dict[str, list[float]]:
+        """The means of its scenarios; those of which the record names no scene are in "?"."""
+        found: dict[str, list[float]] = {}
+        for name, mean in self.by_scenario.items():
+            found.setdefault(self.scenes.get(name, "?"), []).append(mean)
+        return found
+
+    @property
+    def overall(self) -> float:
+        """Mean over scenarios; NaN where no episode was valid."""
+        values = self.by_scenario.values()
+        return math.fsum(values) / len(values) if values else math.nan
+
+    def figures(self) -> Figures:
+        n = len(self.by_scenario)
+        return Figures(
+            overall=self.overall if n else None,
+            scenes={scene: math.fsum(values) / len(values) for scene, values in self.by_scene.items()},
+            n=n,
+            episodes=sum(map(len, self.outcomes.values())),
+            failed=self.failed,
+            step=self.step,
+        )
 
 
 class Improvement(BaseModel):
@@ -46,7 +89,13 @@ class Improvement(BaseModel):
     model_config = STRICT
     overall: Score | None
     ci95: Annotated[tuple[Score, Score], Field(strict=False)] | None
-    n: int | None = None
+    n: int
+
+
+class Best(BaseModel):
+    model_config = STRICT
+    step: int
+    overall: Score | None
 
 
 class Settings(TypedDict):
@@ -57,46 +106,76 @@ class Settings(TypedDict):
 
 
 class Summary(BaseModel):
-    """As `Validator.summary` writes it for a run with a validation section; `simulator` is what the server said of itself,
-    `environment` the factory of an environment of one's own, in place of `simulator`, `scoring_variant` and `settings`; `skipped`
-    is the number of invalid records that were left out, by the field that names their set."""
+    """summary.json of a run with a validation section. `simulator` is what the server said of itself, `environment` the factory of
+    an environment of one's own, in place of `simulator`, `scoring_variant` and `settings`; `skipped` is the number of invalid
+    records that were left out, by the field that names their set."""
 
     model_config = STRICT
     before: Figures
     after: Figures
     improvement: Improvement
+    steps: int | None = None
+    best: Best | None = None
+    run: str | None = None
     scoring_variant: str = "training"
-    simulator: dict[str, Any] = {}
     settings: Settings | None = None
-    environment: str | None = None
     skipped: dict[str, int] = {}
+    simulator: dict[str, Any] = {}
+    environment: str | None = None
+    version: str | None = None
 
 
-class _Overall(BaseModel):
-    model_config = STRICT
-    overall: Score
+def improvement(before: Validation, after: Validation, *, seed: int = 0) -> Improvement:
+    """The mean paired difference over the scenarios that both have, and its 95 % interval by a bootstrap over them."""
+    differences = list(paired(before.by_scenario, after.by_scenario).values())
+    if not differences:
+        return Improvement(overall=None, ci95=None, n=0)
+    mean = math.fsum(differences) / len(differences)
+    return Improvement(overall=mean, ci95=interval(differences, seed=seed), n=len(differences))
 
 
-class Outcome(BaseModel):
-    """As much of summary.json as a sweep needs."""
-
-    model_config = STRICT
-    after: _Overall
-
-
-_M = TypeVar("_M", bound=BaseModel)
+def read_validations(file: Path, *, whole_only: bool = False) -> tuple[list[Validation], list[str]]:
+    """By step, each once, and what is wrong with the other lines of validation.jsonl. `whole_only` skips half a line at the end."""
+    found, problems = collect_records(file, Validation.model_validate, whole_only=whole_only)
+    return once_each(file, found, lambda validation: validation.step, "step {}", problems)
 
 
-def read_summary(run: Path, model: type[_M]) -> _M | None:
-    """summary.json of a run as `Summary` or `Outcome`; None where there is none. Raises OutputError for another content."""
+def valid_validations(file: Path) -> list[Validation]:
+    """By step, at least one, each with a valid episode. Raises OutputError where a line is damaged: for readers whose figures are
+    of all of them."""
+    found, problems = read_validations(file)
+    if not found and not problems:
+        problems = [f"{file.name} holds no validation"]
+    problems += [f"{file.name}: no valid episode after step {v.step}" for v in found if not v.by_scenario]
+    if problems:
+        raise OutputError(f"{file.parent}/{problems[0]}")
+    return found
+
+
+def resumed_validations(file: Path) -> list[Validation]:
+    """Those that a run has recorded, to resume from. Raises OutputError where a line is damaged."""
+    found, problems = read_validations(file, whole_only=True)
+    refuse_to_resume(file, problems)
+    return found
+
+
+def read_summary(run: Path) -> Summary | None:
+    """summary.json of a run; None where there is none. Raises OutputError for another content."""
     file = run / "summary.json"
     if not file.exists():
         return None
-    found = read_json(file)
     try:
-        return model.model_validate(found)
+        return Summary.model_validate(read_json(file))
     except ValidationError as error:
         raise OutputError(f"{file}: {explained(error)}; it is not as a run wrote it") from None
+
+
+def checked_summary(run: Path) -> tuple[Summary | None, list[str]]:
+    """As `read_summary`, and what is wrong with validation.jsonl, or what the two files say differently."""
+    summary = read_summary(run)
+    validations, problems = read_validations(run / "validation.jsonl")
+    different = None if summary is None else disagreement(summary, validations)
+    return summary, problems + ([] if different is None else [different])
 
 
 def disagreement(summary: Summary, validations: Sequence[Validation]) -> str | None:
@@ -104,32 +183,19 @@ def disagreement(summary: Summary, validations: Sequence[Validation]) -> str | N
     validation to compare with."""
     if not validations:
         return None
-    gain = improvement(validations[0], validations[-1])
-    pairs = [("improvement.overall", summary.improvement.overall, gain["overall"])]
-    for end, said, computed in zip(
-        ("low", "high"), summary.improvement.ci95 or (None, None), gain["ci95"] or (None, None), strict=True
-    ):
-        pairs.append((f"improvement.ci95 ({end})", said, computed))
-    for when, told, found in (("before", summary.before, validations[0]), ("after", summary.after, validations[-1])):
-        pairs.append((f"{when}.step", told.step, found.step if told.step is not None else None))
-        scores = scores_of(found)
-        pairs.append((f"{when}.overall", told.overall, scores.pop("overall", None)))
-        pairs += [(f"{when}.scenes.{name}", told.scenes.get(name), scores.get(name)) for name in {**told.scenes, **scores}]
-    for name, said, computed in pairs:
-        if not same(said, computed):
-            return f"summary.json: {name} = {said}; expected {computed} by validation.jsonl; one of the files is damaged"
+    said, computed = summary.improvement, improvement(validations[0], validations[-1])
+    pairs = [("improvement.overall", said.overall, computed.overall)]
+    lows, highs = zip(said.ci95 or (None, None), computed.ci95 or (None, None), strict=True)
+    pairs += [("improvement.ci95 (low)", *lows), ("improvement.ci95 (high)", *highs)]
+    first, last = validations[0].figures(), validations[-1].figures()
+    for when, told, found in (("before", summary.before, first), ("after", summary.after, last)):
+        pairs += [(f"{when}.step", told.step, found.step), (f"{when}.overall", told.overall, found.overall)]
+        scenes = {**told.scenes, **found.scenes}
+        pairs += [(f"{when}.scenes.{name}", told.scenes.get(name), found.scenes.get(name)) for name in scenes]
+    for name, recorded, expected in pairs:
+        if not same(recorded, expected):
+            return f"summary.json: {name} = {recorded}; expected {expected} by validation.jsonl; one of the files is damaged"
     return None
-
-
-def scores_of(validation: Validation) -> dict[str, float]:
-    """The mean over scenarios: `overall`, and of each scene ("?" where the record names none); empty where no episode was valid."""
-    by_scenario = validation.by_scenario
-    return means(
-        [
-            *(("overall", mean) for mean in by_scenario.values()),
-            *((validation.scenes.get(name, "?"), mean) for name, mean in by_scenario.items()),
-        ]
-    )
 
 
 def same(a: float | None, b: float | None) -> bool:
@@ -137,18 +203,7 @@ def same(a: float | None, b: float | None) -> bool:
     return a == b if a is None or b is None else abs(a - b) <= _CLOSE
 
 
-# --- files of lines --------------------------------------------------------------------------------------------------------------
-
-
-class DialogueTurn(TypedDict):
-    """As much of a turn as a person reads."""
-
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
-    reasoning: str | None
-    reply: str
-    message: str
-    reward: Score | None
-    info: dict[str, float | int | str]
+# --- traces and metrics.jsonl ----------------------------------------------------------------------------------------------------
 
 
 class Credit(TypedDict):
@@ -160,9 +215,13 @@ class Credit(TypedDict):
     advantage: Score
 
 
-class TraceTurn(DialogueTurn):
-    """And what the turn was trained with, where it was."""
-
+class TraceTurn(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    reasoning: str | None
+    reply: str
+    message: str
+    reward: Score | None
+    info: dict[str, float | int | str]
     credit: NotRequired[Credit | None]
     faults: list[str]
     completion_tokens: int
@@ -174,73 +233,57 @@ class Failed(TypedDict):
     message: str
 
 
-class _Episode(TypedDict):
+class Trace(TypedDict):
+    """An episode as `rollout/traces.py` writes it, as far as it is read."""
+
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     task: str
+    tag: str
     group: int
     rollout: int
     outcome: Score | None
     failure: Failed | None
     opening: str
     info: dict[str, float | int | str]
-
-
-class Dialogue(_Episode):
-    """As much of an episode as a person reads."""
-
-    turns: list[DialogueTurn]
-
-
-class Trace(_Episode):
-    """An episode as `rollout/traces.py` writes it."""
-
-    tag: str
     turns: list[TraceTurn]
 
 
-_DIALOGUE, _TRACE = TypeAdapter(Dialogue), TypeAdapter(Trace)
-
-
-def read_dialogues(files: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Episodes of one step or validation, by group and rollout, as `Dialogue`; and what is wrong with the other lines."""
-    return _episodes(files, lambda record: _scored(_DIALOGUE.validate_python(record)))
+_TRACE = TypeAdapter(Trace)
 
 
 def read_traces(files: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The same as `Trace`."""
-    return _episodes(files, lambda record: _scored(_TRACE.validate_python(record)))
+    """Episodes of one step or validation, by group and rollout, as `Trace`; and what is wrong with the other lines."""
+    found: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for file in files:
+        episodes, bad = collect_records(file, _trace)
+        found, problems = once_each(file, [*found, *episodes], _place, "episode (group {}, rollout {})", [*problems, *bad])
+    return found, problems
+
+
+def _trace(record: Any) -> dict[str, Any]:
+    episode = _TRACE.validate_python(record)
+    if (episode["outcome"] is None) != (episode["failure"] is not None):
+        raise ValueError("an episode has either an outcome or a failure")
+    return dict(episode)
+
+
+def _place(episode: Mapping[str, Any]) -> tuple[int, int]:
+    return episode["group"], episode["rollout"]
 
 
 def numbers_by_turn(episode: Mapping[str, Any]) -> dict[str, list[float]]:
     """The numbers of its info by name: at the start and after each turn; those that all of them have."""
     infos = [episode["info"], *(turn["info"] for turn in episode["turns"])]
-    names = [name for name, value in episode["info"].items() if not isinstance(value, str)]
-    return {
-        name: [info[name] for info in infos]
-        for name in names
-        if all(not isinstance(info.get(name, ""), str) for info in infos)
-    }
-
-
-def _episodes(files: Iterable[Path], read: Callable[[Any], dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    found: dict[tuple[int, int], dict[str, Any]] = {}
-    problems: list[str] = []
-    for file in files:
-        episodes, bad = collect_records(file, read)
-        problems += bad
-        for episode in episodes:
-            key = episode["group"], episode["rollout"]
-            if key in found:
-                problems.append(f"{file.name}: duplicate episode (group {key[0]}, rollout {key[1]}); the first one counts")
-            found.setdefault(key, episode)
-    return [found[key] for key in sorted(found)], problems
+    paths = {name: [info.get(name, "") for info in infos] for name in episode["info"]}
+    return {name: path for name, path in paths.items() if not any(isinstance(value, str) for value in path)}
 
 
 def read_metrics(file: Path, *, whole_only: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
     """By step, each once; what is not finite is None. And what is wrong with the other lines of the file. `whole_only` skips half a
     line at the end, which a killed run leaves."""
     found, problems = collect_records(file, _metrics, whole_only=whole_only)
-    return by_step(file, found, lambda metrics: metrics["step"], problems)
+    return once_each(file, found, lambda metrics: metrics["step"], "step {}", problems)
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,9 +294,3 @@ def _metrics(record: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, int | float | None) or isinstance(value, bool):
             raise ValueError(f"{name} = {value!r}; expected a number")
     return {name: value if value is not None and math.isfinite(value) else None for name, value in record.items()}
-
-
-def _scored(episode: Any) -> dict[str, Any]:
-    if (episode["outcome"] is None) != (episode["failure"] is not None):
-        raise ValueError("an episode has either an outcome or a failure")
-    return dict(episode)

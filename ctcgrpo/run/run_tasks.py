@@ -7,12 +7,10 @@ one's own (section `environment`).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,43 +38,7 @@ from ctcgrpo.util.processes import on_main
 Say = Callable[[str], None]
 
 
-class RunTasks(ABC):
-    """Read when it is made; `start` makes the environments ready to be played in."""
-
-    noun = "tasks"
-    train: Sequence[Task]
-    held_out: Sequence[Task]
-    warnings: Sequence[str] = ()
-
-    @abstractmethod
-    def data(self) -> dict[str, dict[str, str]]:
-        """Digests of what is played, by the field that names it."""
-
-    def openings(self) -> Mapping[str, Sequence[Message]]:
-        """The first messages of each task, by id, where they are known before an episode."""
-        return {}
-
-    @abstractmethod
-    def start(
-        self, stack: contextlib.ExitStack, state: PartialState, folder: RunFolder, say: Say
-    ) -> Callable[[], Environment]:
-        """What makes the environment of an episode; on every process alike. What it starts ends with `stack`."""
-
-    def user(self) -> dict[str, Any]:
-        """What a simulated user says of itself, once started: a run that resumes must find the same. Empty where there is none."""
-        return {}
-
-    def facts(self) -> dict[str, Any]:
-        """What summary.json says of the environment, once the run is over."""
-        return {}
-
-
-def run_tasks(recipe: Recipe) -> RunTasks:
-    """Raises RecipeError or ScenarioError for tasks that cannot be read."""
-    return ScenarioTasks(recipe) if recipe.environment is None else OwnTasks(recipe, recipe.environment)
-
-
-class ScenarioTasks(RunTasks):
+class ScenarioTasks:
     """EIBench: scenarios, and a simulator server, embedded or by URL."""
 
     noun = "scenarios"
@@ -90,56 +52,53 @@ class ScenarioTasks(RunTasks):
         found = [found.scenarios for found in self._sets.values()]
         self._scenarios = [scenario for part in found for scenario in part]
         self._found = dict(zip(("training scenarios", "held-out scenarios"), found, strict=False))
-        self.train, self.held_out = ([task_of(scenario) for scenario in part] for part in (found[0], (found[1:] or [[]])[0]))
+        self.train, self.held_out = ([task_of(scenario) for scenario in part] for part in [*found, []][:2])
         self.warnings = [line for part in self._sets.values() for line in part.report()]
 
     def data(self) -> dict[str, dict[str, str]]:
+        """Digests of what is played, by the field that names it."""
         data = {name: scenarios_digest(found.scenarios) for name, found in self._sets.items()}
         if faults := [fault for found in self._sets.values() for fault in found.faults]:
             data[SKIPPED] = {fault.place: str(fault) for fault in faults}
         return data
 
     def openings(self) -> Mapping[str, Sequence[Message]]:
+        """The first messages of each task, by id, where they are known before an episode."""
         instructed = briefing(self._recipe)
         return {scenario.id: opening_messages(scenario, instructed) for scenario in self._scenarios}
 
-    def start(
-        self, stack: contextlib.ExitStack, state: PartialState, folder: RunFolder, say: Say
-    ) -> Callable[[], Environment]:
+    def start(self, stack: ExitStack, state: PartialState, folder: RunFolder, say: Say) -> Callable[[], Environment]:
+        """What makes the environment of an episode; on every process alike. What it starts ends with `stack`."""
         settings, scoring = self._recipe.simulator, self._recipe.scoring
-        self._client = SimulatorClient(
-            self._urls(stack, state, folder),
-            token=bearer_token(settings.token_env),
-            timeout=settings.timeout,
-            patience=settings.patience,
-            say=say,
-        )
+        token, limits = bearer_token(settings.token_env), {"timeout": settings.timeout, "patience": settings.patience}
+        self._client = SimulatorClient(self._urls(stack, state, folder), token=token, **limits, say=say)
         self._about = asyncio.run(introduced(self._client))
         check_patience(self._about, settings.timeout)
         if self._about.get("backend") == SCRIPTED:
             for what, scenarios in self._found.items():
                 if warning := unscripted_warning(scenarios, what):
                     say(f"warning: {warning}")
-        return EIBenchEpisodes(
-            self._client,
-            briefing=briefing(self._recipe),
-            max_turns=self._recipe.rollout.max_turns,
-            variant=scoring.variant,
-            turn_weights=scoring.turn_weights,
-        )
+        how = {"max_turns": self._recipe.rollout.max_turns, **scoring.model_dump(include={"variant", "turn_weights"})}
+        return EIBenchEpisodes(self._client, briefing=briefing(self._recipe), **how)
 
     def user(self) -> dict[str, Any]:
+        """What a simulated user says of itself, once started: a run that resumes must find the same. Empty where there is none."""
         return {k: v for k, v in self._about.items() if k not in ("status", "version", "deadline")}
 
     def facts(self) -> dict[str, Any]:
+        """What summary.json says of the environment, once the run is over."""
         return {
             "scoring_variant": self._recipe.scoring.variant,
             "settings": validation_settings(self._recipe),
             "skipped": {name: found.skipped for name, found in self._sets.items()},
-            "simulator": {**self._about, "spent": asyncio.run(_account(self._client))},
+            "simulator": {**self._about, "spent": asyncio.run(self._account())},
         }
 
-    def _urls(self, stack: contextlib.ExitStack, state: PartialState, folder: RunFolder) -> tuple[str, ...]:
+    async def _account(self) -> dict[str, Any]:
+        async with self._client:
+            return await self._client.account()
+
+    def _urls(self, stack: ExitStack, state: PartialState, folder: RunFolder) -> tuple[str, ...]:
         """The URLs that all processes ask; the main one keeps the embedded server."""
         settings = self._recipe.simulator
         choice = simulator_of(settings)
@@ -158,16 +117,18 @@ class ScenarioTasks(RunTasks):
         return tuple(on_main(state, start))
 
 
-class OwnTasks(RunTasks):
-    """Tasks from JSON lines files, and an environment named as `module:attribute`."""
+class OwnTasks:
+    """Tasks from JSON lines files, and an environment named as `module:attribute`; methods as those of ScenarioTasks."""
+
+    noun = "tasks"
+    warnings: Sequence[str] = ()
 
     def __init__(self, recipe: Recipe, settings: OwnEnvironment) -> None:
         self._settings = settings
         self._factory = environment_factory(settings)
         self.train = read_tasks(settings.tasks, "environment.tasks", settings.folder)
-        self.held_out = []
-        if recipe.validation:
-            self.held_out = read_tasks(recipe.validation_source(), "validation.tasks", settings.folder)
+        held_out = recipe.validation_source() if recipe.validation else None
+        self.held_out = [] if held_out is None else read_tasks(held_out, "validation.tasks", settings.folder)
         refuse_uneven_tags(settings, self.train)
 
     def data(self) -> dict[str, dict[str, str]]:
@@ -178,13 +139,22 @@ class OwnTasks(RunTasks):
             data["environment.factory"] = {source.name: file_digest(source)}
         return data
 
-    def start(
-        self, stack: contextlib.ExitStack, state: PartialState, folder: RunFolder, say: Say
-    ) -> Callable[[], Environment]:
+    def start(self, stack: ExitStack, state: PartialState, folder: RunFolder, say: Say) -> Callable[[], Environment]:
         return self._factory
+
+    def openings(self) -> Mapping[str, Sequence[Message]]:
+        return {}
+
+    def user(self) -> dict[str, Any]:
+        return {}
 
     def facts(self) -> dict[str, Any]:
         return {"environment": self._settings.factory}
+
+
+def run_tasks(recipe: Recipe) -> ScenarioTasks | OwnTasks:
+    """Raises RecipeError or ScenarioError for tasks that cannot be read."""
+    return ScenarioTasks(recipe) if recipe.environment is None else OwnTasks(recipe, recipe.environment)
 
 
 def environment_factory(settings: OwnEnvironment) -> Callable[[], Environment]:
@@ -225,8 +195,3 @@ def read_tasks(source: str, what: str, folder: Path | None = None) -> list[Task]
         return list(tasks_of(rows, f"{what} = {source!r}"))
     except (TypeError, ValueError) as error:
         raise RecipeError(str(error)) from None
-
-
-async def _account(simulator: SimulatorClient) -> dict[str, Any]:
-    async with simulator:
-        return await simulator.account()

@@ -18,6 +18,13 @@ from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.instructions import load_instructions
 from ctcgrpo.run.recipe import Recipe
 
+_OF_ROLLOUT = {"max_turns", "temperature", "top_p", "top_k", "max_batch", "deterministic", "deadline", "max_failed"}
+_OF_TRAINING = {
+    *("tokens_per_row", "packing", "dual_clip", "loss_weights", "old_logprobs"),
+    *("learning_rate", "weight_decay", "max_grad_norm", "bf16"),
+}
+"""Fields that the trainer's configuration has under the same names."""
+
 
 def template_kwargs(recipe: Recipe) -> dict[str, Any]:
     """What the chat template is rendered with."""
@@ -91,19 +98,12 @@ def trainer_config(recipe: Recipe, processes: int) -> CTCGRPOConfig:
         **asdict(recipe.credit_options()),
         # rollouts
         num_generations=rollout.group_size,
-        max_turns=rollout.max_turns,
+        **rollout.model_dump(include=_OF_ROLLOUT),
         max_prompt_length=rollout.max_prompt_tokens,
         max_completion_length=rollout.max_new_tokens,
         reasoning_context=recipe.policy.reasoning_context,
         chat_template_kwargs=template_kwargs(recipe),
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        max_batch=rollout.max_batch,
         sampling_dtype=rollout.dtype,
-        deterministic=rollout.deterministic,
-        deadline=rollout.deadline,
-        max_failed=rollout.max_failed,
         environment_timeout=environment_timeout(recipe),
         use_vllm=rollout.engine != "transformers",
         vllm_mode="server" if rollout.engine == "vllm_server" else "colocate",
@@ -115,23 +115,15 @@ def trainer_config(recipe: Recipe, processes: int) -> CTCGRPOConfig:
         vllm_server_check_every=vllm.check_every,
         # the update
         num_iterations=updates,
-        tokens_per_row=training.tokens_per_row,
-        packing=training.packing,
+        **training.model_dump(include=_OF_TRAINING),
         epsilon=training.clip,
-        dual_clip=training.dual_clip,
-        loss_weights=training.loss_weights,
         entropy_coef=training.entropy_bonus,
-        old_logprobs=training.old_logprobs,
         beta=training.kl,
         disable_dropout=True,
-        learning_rate=training.learning_rate,
         lr_scheduler_type="cosine_with_min_lr" if cosine else "constant_with_warmup",
         lr_scheduler_kwargs={"min_lr_rate": training.min_learning_rate} if cosine else {},
         warmup_steps=round(training.warmup * steps),
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
         **_sharding(recipe),
-        bf16=training.bf16,
         model_init_kwargs={
             "dtype": recipe.policy.dtype,
             "attn_implementation": recipe.policy.attention,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Final
 
 from ctcgrpo.util.terminal import say
@@ -38,23 +40,15 @@ def announce_loading(doing: str, libraries: str = "PyTorch and transformers") ->
         say(f"{doing}: loading {libraries} (5 to 20 seconds) ...", sys.stderr)
 
 
+@functools.cache
 def _silence() -> None:
     # TRL reports usage to its authors by default; a framework should not do so on a user's behalf.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # TRL's defaults name options that transformers is about to rename; nothing that a user could act on.
     warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6.*", category=FutureWarning)
     for name, beginning in _NOT_FOR_USERS.items():
-        logger = logging.getLogger(name)
-        if not any(isinstance(one, _Drop) for one in logger.filters):
-            logger.addFilter(_Drop(beginning))
+        logging.getLogger(name).addFilter(_without(beginning))
 
 
-class _Drop(logging.Filter):
-    """Drops the warnings that begin so."""
-
-    def __init__(self, beginning: str) -> None:
-        super().__init__()
-        self._beginning = beginning
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self._beginning)
+def _without(beginning: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: not record.getMessage().startswith(beginning)

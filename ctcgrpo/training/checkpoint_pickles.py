@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import TrainerState
 
 from ctcgrpo.errors import CtcGrpoError, OutputError
-from ctcgrpo.util.files import parse_json
+from ctcgrpo.util.files import read_object
 
 _RESTORING = ("load_state_dict", "_load_rng_state")
 """Functions that put what torch.load read in its place. What they raise for a damaged file is of many types."""
@@ -37,9 +37,8 @@ def weights_only(checkpoint: Path) -> Iterator[None]:
         with torch.serialization.safe_globals(_zero_classes(checkpoint)):
             yield
     except pickle.UnpicklingError as error:
-        reason = next(
-            (line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), str(error)[:200]
-        )
+        told = [line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
+        reason = [*told, str(error)[:200]][0]
         raise OutputError(
             f"{checkpoint}: a file holds more than weights and numbers ({reason.strip()}); it was not loaded. Remove the "
             "folder to use an older checkpoint"
@@ -50,9 +49,8 @@ def weights_only(checkpoint: Path) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or not (isinstance(error, SafetensorError) or _while_reading(error)):
             raise
         reason = f"{type(error).__name__}: {str(error)[:200]}".rstrip(": ")
-        raise OutputError(
-            f"{checkpoint}: a file is damaged ({reason}); remove the folder to use an older checkpoint"
-        ) from None
+        damaged = f"{checkpoint}: a file is damaged ({reason})"
+        raise OutputError(f"{damaged}; remove the folder to use an older checkpoint") from None
     finally:
         if before is None:
             del os.environ[_FORCE]
@@ -70,24 +68,19 @@ def _while_reading(error: Exception) -> bool:
 
 def refuse_damaged_state(checkpoint: Path) -> None:
     """Raises OutputError for a checkpoint whose JSON files are not as transformers wrote them."""
-    for file in (checkpoint / "config.json", checkpoint / "adapter_config.json"):
-        if file.exists():
-            try:
-                found = parse_json(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError) as error:
-                raise OutputError(
-                    f"{file}: cannot be read ({error}); remove {checkpoint} to use an older checkpoint"
-                ) from None
-            if not isinstance(found, dict):
-                raise OutputError(f"{file}: expected a JSON object; remove {checkpoint} to use an older checkpoint")
-    file = checkpoint / "trainer_state.json"
     try:
+        for name in ("config.json", "adapter_config.json"):
+            if (file := checkpoint / name).exists():
+                read_object(file)
+        file = checkpoint / "trainer_state.json"
         steps = TrainerState.load_from_json(str(file)).global_step
-        problem = "" if type(steps) is int and steps >= 0 else f"global_step = {steps!r}; expected a number of steps"
+        if type(steps) is not int or steps < 0:
+            raise OutputError(f"{file}: global_step = {steps!r}; expected a number of steps")
+    except OutputError as error:
+        raise OutputError(f"{error}; remove {checkpoint} to use an older checkpoint") from None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        problem = f"cannot be read ({str(error)[:200]})"
-    if problem:
-        raise OutputError(f"{file}: {problem}; remove {checkpoint} to use an older checkpoint")
+        reason = f"{file}: cannot be read ({str(error)[:200]})"
+        raise OutputError(f"{reason}; remove {checkpoint} to use an older checkpoint") from None
 
 
 def _zero_classes(checkpoint: Path) -> list[Any]:

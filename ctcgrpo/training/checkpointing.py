@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from ctcgrpo.centering import Centering
 from ctcgrpo.errors import OutputError
 from ctcgrpo.policy.builtin import is_builtin, wheel_of
 from ctcgrpo.training.checkpoint_pickles import weights_only
+from ctcgrpo.training.credit_state import CREDIT_STATE, load_state, state_text
 from ctcgrpo.training.update import PolicyUpdate
 from ctcgrpo.util.files import checkpoints, is_complete, mark_complete, newest_complete
 from ctcgrpo.util.processes import on_main
@@ -28,17 +30,15 @@ class CheckpointedUpdate(PolicyUpdate):
     _paper: Mapping[str, str] = {"title": "the EIBench paper", "id": "2606.15532"}
     base_model: str
     """The name of the model that training starts from, as it was given."""
-
-    def state_of_run(self) -> Mapping[str, str]:
-        """What a resumed run needs beyond the policy and its optimizer: texts by the name of their file."""
-        return {}
-
-    def load_state_of_run(self, folder: Path) -> None:
-        """Read what `state_of_run` gave, on every process."""
+    centering: Centering
+    """Of credit, whose state a checkpoint holds."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(self._newest_complete())
+            newest = newest_complete(folder := Path(self.args.output_dir))
+            if newest is None:
+                raise OutputError(f"{folder} has no complete checkpoint to resume from; train without it to start")
+            resume_from_checkpoint = str(newest)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def save_now(self) -> None:
@@ -48,15 +48,9 @@ class CheckpointedUpdate(PolicyUpdate):
         if self.state.global_step and not on_main(self.accelerator.state, lambda: is_complete(folder)):
             self._save_checkpoint(self.model, trial=None)
 
-    def _newest_complete(self) -> Path:
-        newest = newest_complete(Path(self.args.output_dir))
-        if newest is None:
-            raise OutputError(f"{self.args.output_dir} has no complete checkpoint to resume from; train without it to start")
-        return newest
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.refuse_nonfinite_weights()
-        state = self.state_of_run()  # on all processes: what fails here fails on all of them
+        state = state_text(self.centering)  # on all processes: what fails here fails on all of them
         # transformers would remove other checkpoints, and push this one, before it is complete
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         push, self.args.push_to_hub = self.args.push_to_hub, False
@@ -68,8 +62,8 @@ class CheckpointedUpdate(PolicyUpdate):
         self.accelerator.wait_for_everyone()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.accelerator.is_main_process:
-            for name, text in state.items():
-                (folder / name).write_text(text, encoding="utf-8")
+            if state is not None:
+                (folder / CREDIT_STATE).write_text(state, encoding="utf-8")
             mark_complete(folder)
             self._rotate()
         self.accelerator.wait_for_everyone()
@@ -120,7 +114,7 @@ class CheckpointedUpdate(PolicyUpdate):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._take_up_schedule()
-            self.load_state_of_run(Path(checkpoint))
+            load_state(self.centering, Path(checkpoint))
 
     def _take_up_schedule(self) -> None:
         """A run that is given more steps takes its learning rate from the longer schedule, not from the end of the shorter one."""
@@ -140,10 +134,10 @@ class CheckpointedUpdate(PolicyUpdate):
         if self.is_world_process_zero():
             card = Path(self.args.output_dir, "README.md")
             wheel = wheel_of(self.base_model)
-            local = (
-                self.base_model if is_builtin(self.base_model) else Path(self.base_model).name or "a model without a name"
-            )
-            name = f"[{wheel.hub_id}](https://huggingface.co/{wheel.hub_id})" if wheel else f"`{local}`"
+            local = self.base_model if is_builtin(self.base_model) else Path(self.base_model).name
+            name = f"`{local or 'a model without a name'}`"
+            if wheel:
+                name = f"[{wheel.hub_id}](https://huggingface.co/{wheel.hub_id})"
             text = card.read_text(encoding="utf-8").replace("[None](https://huggingface.co/None)", name)
             card.write_text(text, encoding="utf-8")
 

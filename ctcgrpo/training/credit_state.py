@@ -8,7 +8,7 @@ from pathlib import Path
 from ctcgrpo.centering import Centering
 from ctcgrpo.credit_calls import called
 from ctcgrpo.errors import CreditError, OutputError
-from ctcgrpo.util.files import read_json
+from ctcgrpo.util.files import read_object
 
 CREDIT_STATE = "credit_state.json"
 
@@ -19,9 +19,8 @@ def state_text(centering: Centering) -> str | None:
     try:
         return None if state is None else json.dumps(state, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise CreditError(
-            f"{centering.where}: JSON cannot hold what state_dict gave ({error}); expected plain data"
-        ) from None
+        what = f"{centering.where}: JSON cannot hold what state_dict gave ({error})"
+        raise CreditError(f"{what}; expected plain data") from None
 
 
 def load_state(centering: Centering, checkpoint: Path) -> None:
@@ -30,10 +29,7 @@ def load_state(centering: Centering, checkpoint: Path) -> None:
         return
     file = checkpoint / CREDIT_STATE
     try:
-        state = read_json(file)
-        if not isinstance(state, dict):
-            raise OutputError(f"{file} holds a {type(state).__name__}; expected an object")
-        called(centering.where, centering.load_state_dict, state)
+        called(centering.where, centering.load_state_dict, read_object(file))
     except (OutputError, CreditError) as error:
         where = "" if isinstance(error, OutputError) else f"{file} cannot be used: "
         raise OutputError(f"{where}{error}; remove {checkpoint} to resume from an older checkpoint") from None

@@ -48,21 +48,14 @@ def packed(samples: Sequence[TurnSample]) -> Arrays:
     if not samples:
         return [*(np.zeros(0, np.int32) for _ in range(5)), np.zeros(0), np.zeros(0, np.float32)]
     tree = prefix_tree(samples)
-    own = [
-        tree.tokens[start + fork : end] for start, fork, end in zip(tree.offsets, tree.forks, tree.offsets[1:], strict=False)
-    ]
+    ends = zip(tree.offsets[:-1] + tree.forks, tree.offsets[1:], strict=True)
+    own = [tree.tokens[start:end] for start, end in ends]
     old = [sample.old_logprobs for sample in samples if sample.old_logprobs is not None]
     if old and len(old) < len(samples):
         raise ValueError("either all samples of a process have old log-probabilities or none has")
-    return [
-        tree.order.astype(np.int32),
-        tree.lengths.astype(np.int32),
-        tree.prompts.astype(np.int32),
-        tree.forks.astype(np.int32),
-        np.concatenate(own).astype(np.int32),
-        np.array([sample.advantage for sample in samples]),
-        np.concatenate(old) if old else np.zeros(0, np.float32),
-    ]
+    integers = (tree.order, tree.lengths, tree.prompts, tree.forks, np.concatenate(own))
+    advantages = np.array([sample.advantage for sample in samples])
+    return [*(x.astype(np.int32) for x in integers), advantages, np.concatenate(old) if old else np.zeros(0, np.float32)]
 
 
 def unpacked(arrays: Sequence[npt.NDArray[np.generic]]) -> list[TurnSample]:
@@ -78,13 +71,7 @@ def unpacked(arrays: Sequence[npt.NDArray[np.generic]]) -> list[TurnSample]:
     for place in range(len(order)):
         tokens, prompt = ids[place]
         n = len(tokens) - prompt
-        samples.append(
-            TurnSample(
-                prompt_ids=tokens[:prompt],
-                completion_ids=tokens[prompt:],
-                advantage=float(advantages[place]),
-                old_logprobs=old[at : at + n].astype(np.float32) if len(old) else None,
-            )
-        )
+        recorded = old[at : at + n].astype(np.float32) if len(old) else None
+        samples.append(TurnSample(tokens[:prompt], tokens[prompt:], float(advantages[place]), recorded))
         at += n
     return samples

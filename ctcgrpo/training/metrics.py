@@ -30,7 +30,7 @@ def rollout_metrics(summaries: Sequence[Summary], credit: StepCredit | None) -> 
         metrics["credit/turn_term_std"] = credit.turn_term_std
         metrics["credit/outcome_term_std"] = credit.outcome_term_std
         metrics["credit/groups_without_signal"] = credit.groups_without_signal
-    for tag in dict.fromkeys(s.tag for s in sorted(valid, key=lambda s: s.tag)):
+    for tag in sorted({s.tag for s in valid}):
         here = [s for s in valid if s.tag == tag]
         metrics[f"outcome/{tag}"] = _mean(s.outcome for s in here)
         for name in dict.fromkeys(name for s in here for name in s.final):

@@ -91,56 +91,39 @@ def cut(tree: Tree, *, tokens_per_row: int, processes: int, costs: Costs) -> lis
     lengths, trained = tree.lengths, tree.lengths - tree.prompts
     goes_on = np.append(tree.forks[1:], 0) == lengths  # the next sample, from this one's end: it has their path
     seen = np.where(goes_on, 0, lengths)
-    cutter = _Cutter(
-        whole=costs.of(lengths, np.zeros_like(lengths), trained),
-        added=costs.of(lengths - tree.forks, tree.forks, trained),
-        own=lengths + costs.path * seen,
-        more=lengths - tree.forks + costs.path * seen,
-        forks=tree.forks,
-        limit=tokens_per_row,
-    )
-    low, high = float(cutter.whole.max()), float(cutter.whole.sum())
-    fewest = cutter.rows(high)
+    # What each sample costs by itself, and what it takes of the limit; and up to each, all of them behind one another.
+    whole, own = costs.of(lengths, np.zeros_like(lengths), trained), lengths + costs.path * seen
+    spent = np.cumsum(costs.of(lengths - tree.forks, tree.forks, trained))
+    taken = np.cumsum(lengths - tree.forks + costs.path * seen)
+
+    def rows_of(cost: float) -> list[range]:
+        """Greedily, rows of at most `cost` and `tokens_per_row`."""
+        rows, start, n = [], 0, len(own)
+        while start < n:
+            by_cost = np.searchsorted(spent, cost - whole[start] + spent[start], side="right")
+            by_limit = np.searchsorted(taken, tokens_per_row - own[start] + taken[start], side="right")
+            end = max(int(min(by_cost, by_limit)), start + 1)
+            if end < n:  # within the last eighth of the row, where the next one has the least to repeat
+                near = max(start + 1, end - (end - start) // 8)
+                end = near + int(np.argmin(tree.forks[near : end + 1]))
+            rows.append(range(start, end))
+            start = end
+        return rows
+
+    low, high = float(whole.max()), float(whole.sum())
+    fewest = rows_of(high)
     wanted = min(-(-len(fewest) // processes) * processes, len(lengths))
     if wanted == 1:
         return fewest
     best = fewest
     for _ in range(30):
         middle = (low + high) / 2
-        rows = cutter.rows(middle)
+        rows = rows_of(middle)
         if len(rows) <= wanted:
             best, high = rows, middle
         else:
             low = middle
     return best
-
-
-@dataclass(frozen=True, slots=True)
-class _Cutter:
-    """`whole` (N,): what each sample costs by itself, `added` (N,): behind the one before; `own` and `more` (N,): what it takes of
-    `limit`, likewise."""
-
-    whole: Floats
-    added: Floats
-    own: Floats
-    more: Floats
-    forks: Ints
-    limit: int
-
-    def rows(self, cost: float) -> list[range]:
-        """Greedily, rows of at most `cost` and `limit`."""
-        spent, taken = np.cumsum(self.added), np.cumsum(self.more)
-        rows, start, n = [], 0, len(self.own)
-        while start < n:
-            by_cost = np.searchsorted(spent, cost - self.whole[start] + spent[start], side="right")
-            by_limit = np.searchsorted(taken, self.limit - self.own[start] + taken[start], side="right")
-            end = max(int(min(by_cost, by_limit)), start + 1)
-            if end < n:  # within the last eighth of the row, where the next one has the least to repeat
-                near = max(start + 1, end - (end - start) // 8)
-                end = near + int(np.argmin(self.forks[near : end + 1]))
-            rows.append(range(start, end))
-            start = end
-        return rows
 
 
 def dealt(costs: Floats, processes: int) -> list[list[int]]:
@@ -183,11 +166,8 @@ def packed_row(tree: Tree, row: range, samples: Sequence[TurnSample], *, pad_id:
     starts = np.concatenate([[0], np.cumsum(own)])
     total = int(starts[-1])
     length_of_row = -(-total // multiple) * multiple
-    ids, labels, positions = (
-        np.full(length_of_row, pad_id),
-        np.full(length_of_row, IGNORE),
-        np.zeros(length_of_row, np.int64),
-    )
+    ids, labels = np.full(length_of_row, pad_id), np.full(length_of_row, IGNORE)
+    positions = np.zeros(length_of_row, np.int64)
     positions[total:] = np.arange(length_of_row - total)
     path = np.empty(int(lengths.max()), np.int64)  # the row's positions of the sequence at hand
     at: list[Ints] = []

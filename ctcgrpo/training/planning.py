@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedModel
 
-from ctcgrpo.training.packing import Costs, Floats, cut, dealt, distinct_tokens, packed_row, prefix_tree, row_costs
+from ctcgrpo.training.packing import Costs, cut, dealt, distinct_tokens, packed_row, prefix_tree, row_costs
 from ctcgrpo.training.rows import Row, dummy_row, plain_rows
 from ctcgrpo.types import TurnSample
 
@@ -82,6 +82,7 @@ def plan(
         mine = [rows[k] for k in taken[process]]
         forwarded = sum(row.tokens for row in rows)
         padding = 1 - forwarded / sum(row.input_ids.numel() for row in rows)
+    loads = [float(work[list(rows)].sum()) for rows in taken]
     most = max(map(len, taken))
     mine = sorted(mine, key=lambda row: row.input_ids.numel(), reverse=True)
     return Plan(
@@ -89,7 +90,7 @@ def plan(
         tokens=sum(map(len, samples)),
         forwarded=forwarded,
         padding=padding,
-        imbalance=_imbalance(work, taken),
+        imbalance=max(loads) / (sum(loads) / len(loads)),
     )
 
 
@@ -97,8 +98,3 @@ def _padded_cost(row: Row, costs: Costs) -> float:
     sequences, length = row.input_ids.shape
     each = costs.of(np.array([length]), np.array([0]), np.array([0]))[0]
     return float(sequences * each + costs.trained * len(row.at))
-
-
-def _imbalance(work: Floats, taken: Sequence[Sequence[int]]) -> float:
-    loads = [float(work[list(rows)].sum()) for rows in taken]
-    return max(loads) / (sum(loads) / len(loads))

@@ -109,15 +109,6 @@ def entries(samples: Sequence[TurnSample], chosen: Sequence[int]) -> tuple[torch
 
 def dummy_row(pad_id: int) -> Row:
     """A row that runs through the model and changes nothing; its one label is there because a head may need one."""
-    ids = torch.full((1, 2), pad_id)
+    ids, positions, labels = torch.full((1, 2), pad_id), torch.arange(2).unsqueeze(0), torch.tensor([[pad_id, IGNORE]])
     nothing = torch.zeros(0, dtype=torch.long)
-    return Row(
-        ids,
-        torch.arange(2).unsqueeze(0),
-        torch.tensor([[pad_id, IGNORE]]),
-        nothing,
-        torch.zeros(0),
-        None,
-        nothing,
-        attention_mask=torch.ones_like(ids),
-    )
+    return Row(ids, positions, labels, nothing, torch.zeros(0), None, nothing, attention_mask=torch.ones_like(ids))

@@ -7,7 +7,7 @@ the summaries are gathered, and every process computes the same credit and picks
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -30,12 +30,12 @@ class Summary:
     outcome: float
     reward: float
     turn_scores: tuple[float, ...]
-    final: Mapping[str, float]
-    failure: str | None
     turn_tokens: tuple[int, ...]
-    cut_turns: int
-    empty_turns: int
-    dropped_exchanges: int
+    final: Mapping[str, float] = field(default_factory=dict)
+    failure: str | None = None
+    cut_turns: int = 0
+    empty_turns: int = 0
+    dropped_exchanges: int = 0
 
 
 def summarise(episode: Episode, options: CreditOptions) -> Summary:
@@ -136,12 +136,9 @@ def try_credit(options: CreditOptions) -> None:
     scores = ((0.1, -0.05), (0.02,), (-0.1, 0.0, 0.04), (0.03, 0.01))
     outcomes = (0.5, -0.5, 0.1, 0.1)
     summaries = [
-        Summary(
-            tag=f"group {k // 2}", group=k // 2, rollout=k % 2, outcome=outcome, reward=outcome, turn_scores=of_rollout,
-            final={}, failure=None, turn_tokens=(10,) * len(of_rollout), cut_turns=0, empty_turns=0, dropped_exchanges=0,
-        )
+        Summary(f"group {k // 2}", k // 2, k % 2, outcome, outcome, of_rollout, (10,) * len(of_rollout))
         for k, (outcome, of_rollout) in enumerate(zip(outcomes, scores, strict=True))
-    ]  # fmt: skip
+    ]
     centering = make_centering(options.centering)
     for step in range(2):  # in the second a centering may remember the first
         step_credit(summaries, options, centering, step=step)

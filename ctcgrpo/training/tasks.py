@@ -38,8 +38,6 @@ def tags_of(tasks: Sequence[Task]) -> list[str]:
 
 
 class _Rows(Sequence[Task]):
-    """A data set read row by row."""
-
     def __init__(self, rows: Dataset, what: str) -> None:
         self._rows, self._what = rows, what
         self.tags = [str(tag) for tag in rows["tag"]] if "tag" in rows.column_names else [NO_TAG] * len(rows)

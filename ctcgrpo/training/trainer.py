@@ -43,8 +43,6 @@ from ctcgrpo.rollout.engines import make_engine
 from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot, validation_slots
 from ctcgrpo.rollout.traces import TraceWriter, add_credit, step_name, trace_file
 from ctcgrpo.training.checkpointing import CheckpointedUpdate
-from ctcgrpo.training.credit_state import CREDIT_STATE, load_state, state_text
-from ctcgrpo.training.hooks import NO_HOOKS, RolloutHooks
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.samples import Summary, step_credit, summarise, try_credit, turn_samples, update_of
 from ctcgrpo.training.tasks import step_schedule, tags_of, tasks_of
@@ -53,6 +51,30 @@ from ctcgrpo.types import Environment, Episode, Task, TurnSample
 from ctcgrpo.util.processes import on_main, raise_on_all, run_coroutine, together
 
 PLAYING = "episodes"
+
+
+class RolloutHooks:
+    """What a trainer reports of its rollouts, and asks. Does nothing. A subclass follows the rollouts, and may stop
+    them. Called on every process alike."""
+
+    def before_rollouts(self, step: int) -> None:
+        """`step` batches of rollouts have been trained on; the next one is about to be played."""
+
+    def rollouts(self, step: int, episodes: int) -> None:
+        """This process begins to play so many episodes of a step, from 1."""
+
+    def episode(self, episode: Episode) -> None:
+        """An episode is over."""
+
+    def update(self, step: int) -> None:
+        """The episodes of a step are over; its update begins."""
+
+    def interrupted(self) -> bool:
+        """Whether the run is to stop at the next safe point, with a checkpoint."""
+        return False
+
+
+NO_HOOKS = RolloutHooks()
 
 
 class CTCGRPOTrainer(CheckpointedUpdate):
@@ -93,9 +115,8 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         self._tasks = tasks_of([] if train_dataset is None else train_dataset, "train_dataset")
         held_out = None if eval_dataset is None else tasks_of(eval_dataset, "eval_dataset")
         if isinstance(model, str) and is_builtin(model):
-            model = name = on_main(
-                args.distributed_state, lambda: build_builtin(model, Path(args.output_dir, "base").resolve(), args.seed)
-            )
+            base = Path(args.output_dir, "base").resolve()
+            model = name = on_main(args.distributed_state, lambda: build_builtin(model, base, args.seed))
         if processing_class is None and not name:
             raise ValueError("the model has no name to load its tokenizer by; give it as processing_class")
         if processing_class is None:
@@ -135,7 +156,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             interrupted=hooks.interrupted,
         )
         self._updates: list[list[TurnSample]] = []
-        self._centering = make_centering(args.centering)
+        self.centering = make_centering(args.centering)
         self._checked = False
         self.stop_requested = False
         """Whether any process was interrupted; agreed on by all of them at the end of a step."""
@@ -186,9 +207,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             self.engine.version = None  # the best ones may have been loaded, under the number of the last
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(
-            "CTCGRPOTrainer.predict: episodes have no labels; evaluate(eval_dataset) plays them and gives their metrics"
-        )
+        raise TypeError("CTCGRPOTrainer.predict: episodes have no labels; evaluate(eval_dataset) plays them for metrics")
 
     # --- one optimizer step --------------------------------------------------------------------------------------------
 
@@ -218,21 +237,19 @@ class CTCGRPOTrainer(CheckpointedUpdate):
     # --- one batch of rollouts -------------------------------------------------------------------------------------------
 
     def _new_batch(self, inputs: Sequence[dict[str, Any]]) -> list[list[TurnSample]]:
-        """Play the step's episodes, share their credit out, and split their turns over the step's updates."""
         started = time.perf_counter()
         self._log_number("policy_version", self.state.global_step)
         episodes = self.collect(self.rollout_step + 1, [row["task"] for row in inputs])
         summaries = gather_object([summarise(e, self.args) for e in episodes])
         self._refuse_failures(summaries, episodes)
-        credit = step_credit(summaries, self.args, self._centering, step=self.rollout_step, seed=self.args.seed)
+        credit = step_credit(summaries, self.args, self.centering, step=self.rollout_step, seed=self.args.seed)
         add_credit(self._trace_file(step_name(self.rollout_step + 1)), episodes, credit.turns)
         for name, value in rollout_metrics(summaries, credit).items():
             self._log_number(name, value)
         seconds = time.perf_counter() - started
         self._log_number("seconds/rollout", seconds)
-        self._log_number(
-            "seconds/simulator_per_episode", sum(e.seconds_environment for e in episodes) / max(1, len(episodes))
-        )
+        waited = sum(e.seconds_environment for e in episodes)
+        self._log_number("seconds/simulator_per_episode", waited / max(1, len(episodes)))
         self._log_number("tokens_per_second", sum(sum(s.turn_tokens) for s in summaries) / seconds)
 
         updates, recorded = self.args.num_iterations, self.args.old_logprobs == "recorded"
@@ -255,10 +272,8 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         """Play this process's contiguous share of a step's episodes (from 1): `positions` are those of their tasks."""
         size = self.args.num_generations
         first = self.accelerator.process_index * len(positions)
-        slots = [
-            Slot(self._tasks[position], step, (first + k) // size, (first + k) % size)
-            for k, position in enumerate(positions)
-        ]
+        places = (divmod(first + k, size) for k in range(len(positions)))
+        slots = [Slot(self._tasks[position], step, *place) for position, place in zip(positions, places, strict=True)]
         self._hooks.rollouts(step, len(slots))
         episodes = self.play(slots, step_name(step))
         self._hooks.update(step)
@@ -283,7 +298,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         episodes: list[Episode] = []
         pause: RunPaused | None = None
         try:
-            runner = self.runner if play is None else self.runner.with_play(play)
+            runner = replace(self.runner, play=play or self.runner.play)
             episodes = run_coroutine(runner.run(slots, on_episode))
         except RunPaused as error:
             pause = error
@@ -298,9 +313,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         plugin = self.accelerator.state.deepspeed_plugin
         sharded = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
         if sharded and not self.args.use_vllm:
-            raise PolicyEngineError(
-                "ZeRO-3 and FSDP shard the weights that transformers would sample from; set use_vllm=True"
-            )
+            raise PolicyEngineError("ZeRO-3 and FSDP shard weights that transformers would sample from; set use_vllm=True")
 
     def _trace_file(self, name: str) -> Path:
         traces = Path(self.args.output_dir, "traces")
@@ -358,15 +371,6 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.control: TrainerControl = control
         return metrics
-
-    # --- checkpoints -----------------------------------------------------------------------------------------------------
-
-    def state_of_run(self) -> Mapping[str, str]:
-        state = state_text(self._centering)
-        return {} if state is None else {CREDIT_STATE: state}
-
-    def load_state_of_run(self, folder: Path) -> None:
-        load_state(self._centering, folder)
 
 
 def _key(prompt_ids: ArrayLike, completion_ids: ArrayLike) -> tuple[bytes, bytes]:

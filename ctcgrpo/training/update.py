@@ -112,10 +112,9 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
     # --- what is not finite ----------------------------------------------------------------------------------------------
 
     def _refuse_nonfinite_loss(self, totals: Sequence[TokenSums]) -> None:
+        finite = all(bool(torch.isfinite(t.loss)) for t in totals)
         self._refuse(
-            None
-            if all(bool(torch.isfinite(t.loss)) for t in totals)
-            else f"step {self.rollout_step + 1}: the loss is not finite",
+            None if finite else f"step {self.rollout_step + 1}: the loss is not finite",
             "log-probabilities overflow: lower learning_rate, or compute in float32 (bf16=False)",
         )
 
@@ -211,9 +210,7 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
         """Log-probabilities (n,) of the completions of this process's samples at the sampling temperature, under the current
         weights; `packed` False computes them the plain way, whatever `args.packing` says."""
         everybodys = gather_samples(self.accelerator, samples)
-        counts = [
-            int(n) for of_process in gather_arrays(self.accelerator, [np.array([len(samples)])]) for n in of_process[0]
-        ]
+        counts = [int(n) for [found] in gather_arrays(self.accelerator, [np.array([len(samples)])]) for n in found]
         before = sum(counts[: self.accelerator.process_index])
         scored: dict[int, Floats] = {}
         for places, flat in gather_arrays(self.accelerator, self._scored(model, self._plan(everybodys, packed=packed).rows)):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,10 +69,7 @@ def read_json_lines(
             bad(place, f"cannot be read as UTF-8 text: {problem.reason} at byte {problem.start + 1} of the line")
         except json.JSONDecodeError as problem:
             bad(place, f"not valid JSON: {problem.msg} at column {problem.colno}")
-        except (
-            ValueError,
-            RecursionError,
-        ) as problem:  # a duplicate key, a number of thousands of digits, brackets without end
+        except (ValueError, RecursionError) as problem:  # a duplicate key, thousands of digits, brackets without end
             bad(place, f"not JSON that can be read: {_reason(problem)}")
         else:
             if isinstance(value, dict):
@@ -88,8 +86,7 @@ def parse_json(text: str) -> Any:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        duplicate = next(key for key in keys if keys.count(key) > 1)
+        [(duplicate, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"duplicate key {duplicate!r}; keep one of them")
     return found
 
@@ -100,6 +97,14 @@ def read_json(file: Path) -> Any:
         return parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise OutputError(f"{file} cannot be read: {_reason(error)}") from None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises OutputError as `read_json`, and for another value."""
+    found = read_json(file)
+    if not isinstance(found, dict):
+        raise OutputError(f"{file} holds a {type(found).__name__}; expected an object")
+    return found
 
 
 def collect_records(
@@ -123,25 +128,27 @@ def collect_records(
     return found, problems
 
 
-def by_step(
-    file: Path, records: Iterable[_T], step_of: Callable[[_T], int], problems: Sequence[str]
+def once_each(
+    file: Path, records: Iterable[_T], key_of: Callable[[_T], Any], what: str, problems: Sequence[str]
 ) -> tuple[list[_T], list[str]]:
-    """A file's records in the order of their steps, each step once; and the problems, with those of duplicate steps."""
-    found: dict[int, _T] = {}
+    """Records in the order of their keys, each key once; and the problems, with those of duplicates. `what` names a record by its
+    key, as "step {}"."""
+    found: dict[Any, _T] = {}
     duplicates = []
     for record in records:
-        step = step_of(record)
-        if step in found:
-            duplicates.append(f"{file.name}: duplicate step {step}; the first one counts")
-        found.setdefault(step, record)
-    return [found[step] for step in sorted(found)], [*problems, *duplicates]
+        key = key_of(record)
+        if key in found:
+            named = what.format(*(key if isinstance(key, tuple) else (key,)))
+            duplicates.append(f"{file.name}: duplicate {named}; the first one counts")
+        found.setdefault(key, record)
+    return [found[key] for key in sorted(found)], [*problems, *duplicates]
 
 
 RESTORE = "restore the file to resume, or start another run with run.name=NAME"
 
 
 def refuse_to_resume(file: Path, problems: Sequence[str]) -> None:
-    """Raises OutputError where `collect_records` or `by_step` found problems in a file that a run resumes from."""
+    """Raises OutputError where `collect_records` or `once_each` found problems in a file that a run resumes from."""
     if problems:
         raise OutputError(f"{file.parent}/{problems[0]}; {RESTORE}")
 
@@ -161,9 +168,8 @@ def explained(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{field} is missing"
     expected = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
-    return (
-        f"{field} = {repr(first['input'])[:80]}; {expected}" if field else f"{repr(first['input'])[:80]}; expected an object"
-    )
+    value = repr(first["input"])[:80]
+    return f"{field} = {value}; {expected}" if field else f"{value}; expected an object"
 
 
 def file_digest(file: Path) -> str:
@@ -226,6 +232,7 @@ def newest_complete(folder: Path) -> Path | None:
 
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_TORCH_SAVE = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
 
 
 def disk_problem(error: BaseException) -> str | None:
@@ -233,11 +240,8 @@ def disk_problem(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in _DISK:
         return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
     text = str(error)
-    for number in _DISK:
-        if os.strerror(number) in text:
-            return os.strerror(number)
-    if any(
-        mark in text for mark in ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
-    ):  # torch.save's words
+    if reason := next((os.strerror(number) for number in _DISK if os.strerror(number) in text), None):
+        return reason
+    if any(mark in text for mark in _TORCH_SAVE):
         return "a file could not be written whole"
     return disk_problem(error.__context__) if error.__context__ is not None else None

@@ -40,9 +40,8 @@ def load_object(reference: str, what: str, folder: Path | None = None) -> Any:
             raise RecipeError(f"{where}: {_named(module)} has no {name!r}; {did_you_mean(name, public)}")
         found = getattr(found, name)
     if not callable(found):
-        raise RecipeError(
-            f"{where}: {attribute} of {_named(module)} is of type {type(found).__name__}; expected a function or a class"
-        )
+        what = f"{attribute} of {_named(module)} is of type {type(found).__name__}"
+        raise RecipeError(f"{where}: {what}; expected a function or a class")
     return found
 
 
@@ -82,13 +81,9 @@ def blame(error: BaseException) -> str:
     if isinstance(error, SyntaxError):  # its text names file and line
         return text
     frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    outside = [(file, line) for file, line in frames if file.is_absolute() and not _is_below(file, _PACKAGE, _PYTHON)]
-    own = [(file, line) for file, line in outside if not _is_below(file, *_INSTALLED)] or outside
+    outside = [(f, line) for f, line in frames if f.is_absolute() and not any(map(f.is_relative_to, (_PACKAGE, _PYTHON)))]
+    own = [(f, line) for f, line in outside if not any(map(f.is_relative_to, _INSTALLED))] or outside
     return f"{text} ({own[-1][0]}, line {own[-1][1]})" if own else text
-
-
-def _is_below(file: Path, *folders: Path) -> bool:
-    return any(file.is_relative_to(folder) for folder in folders)
 
 
 def _named(module: str) -> str:

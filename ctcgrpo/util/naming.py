@@ -21,6 +21,11 @@ def quoted(value: object) -> str:
     return cut(repr(value))
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, or its type where it says nothing; libraries add pages of advice."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name closest to `name`, or None when none is close."""
     matches = get_close_matches(name[:_MOST], list(known), n=1, cutoff=cutoff)
@@ -45,8 +50,5 @@ def is_path(text: str) -> bool:
     OWNER/NAME; a bundled pack): it is absolute, begins with `.` or `~`, ends with `/`, or its first part of several is a folder
     here (`checkpoints` counts as one)."""
     first, slash, _ = text.partition("/")
-    return (
-        text.startswith((".", "/", "~"))
-        or text.endswith("/")
-        or bool(slash and (first == _WRITTEN_TO or Path(first).is_dir()))
-    )
+    below = bool(slash) and (first == _WRITTEN_TO or Path(first).is_dir())
+    return below or text.startswith((".", "/", "~")) or text.endswith("/")

@@ -90,7 +90,7 @@ def _leave(terminals: list[int]) -> None:
     os.close(nowhere)
 
 
-def together(do: Callable[[], None]) -> None:
+def together(do: Callable[[], object]) -> None:
     """Do something on every process; where some of them cannot (CtcGrpoError), all raise: none must wait for one that is gone."""
     problem: CtcGrpoError | None = None
     try:

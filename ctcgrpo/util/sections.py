@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
@@ -112,16 +112,14 @@ def refuse_unknown(data: Mapping[str, Any], model: type[BaseModel], file: str, p
         section = section_type(field.annotation)
         if section is None:
             continue
-        named = get_origin(field.annotation) is dict  # sections by a name that is the file's own
-        parts = (
-            value.items()
-            if named and isinstance(value, Mapping)
-            else enumerate(value if isinstance(value, list) else [value])
-        )
-        for k, part in parts:
+        parts: Iterable[tuple[Any, Any]] = [("", value)]
+        if get_origin(field.annotation) is dict and isinstance(value, Mapping):  # by a name that is the file's own
+            parts = ((f".{k}", part) for k, part in value.items())
+        elif isinstance(value, list):
+            parts = ((f".{k}", part) for k, part in enumerate(value))
+        for below, part in parts:
             if isinstance(part, Mapping):
-                below = f"{path}{key}.{k}." if named or isinstance(value, list) else f"{path}{key}."
-                refuse_unknown(part, section, file, below)
+                refuse_unknown(part, section, file, f"{path}{key}{below}.")
 
 
 def section_type(annotation: Any) -> type[BaseModel] | None:
@@ -137,9 +135,8 @@ def _explain(error: ValidationError) -> str:
         return message
     if first["type"] == "missing":
         return f"{field} is missing"
-    if isinstance(first["input"], Mapping | BaseModel):  # a rule between the fields of a section
-        return f"{field}: {message}"
-    if field.rpartition(".")[2].endswith("_env"):  # somebody may have put the secret there
+    # A rule between the fields of a section; or a field where somebody may have put a secret.
+    if isinstance(first["input"], Mapping | BaseModel) or field.endswith("_env"):
         return f"{field}: {message}"
     shown = re.sub(r"//[^/@]*@", "//[secret]@", repr(first["input"]))
     shown = cut(re.sub(r"([?&][^=&]+=)[^&'\"]+", r"\1[...]", shown))  # of a URL, where a secret may be

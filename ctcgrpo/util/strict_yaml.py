@@ -21,6 +21,10 @@ _MAX_BITS = 1024
 """Of a whole number: Python refuses to print one of more than 4,300 digits."""
 
 
+def _error(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(None, None, problem, node.start_mark)
+
+
 class _StrictLoader(yaml.SafeLoader):
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()
@@ -34,18 +38,15 @@ class _StrictLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, list | dict | set):  # those are no keys, which is what the loader says
                 if key in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"duplicate key {quoted(key)} in one section", node.start_mark
-                    )
+                    problem = f"duplicate key {quoted(key)} in one section"
+                    raise _error(problem, node)
                 seen.add(key)
         return super().construct_mapping(node, deep)
 
     def construct_bounded_int(self, node: yaml.ScalarNode) -> int:
         value: int = self.construct_yaml_int(node)
         if value.bit_length() > _MAX_BITS:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"a whole number of {value.bit_length()} bits; expected at most {_MAX_BITS}", node.start_mark
-            )
+            raise _error(f"a whole number of {value.bit_length()} bits; expected at most {_MAX_BITS}", node)
         return value
 
 
@@ -57,7 +58,7 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple
     if id(node) in known:
         measured = known[id(node)]
         if measured is None:
-            raise yaml.composer.ComposerError(None, None, "an alias stands within its own anchor", node.start_mark)
+            raise _error("an alias stands within its own anchor", node)
         return measured
     known[id(node)] = None
     values, depth = 1, 1
@@ -67,11 +68,9 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple
             more, below = _measure(part, known)
             values, depth = values + more, max(depth, below + 1)
     if values > MAX_VALUES:
-        raise yaml.composer.ComposerError(
-            None, None, f"more than {MAX_VALUES} values, aliases counted as what they stand for", node.start_mark
-        )
+        raise _error(f"more than {MAX_VALUES} values, aliases counted as what they stand for", node)
     if depth > MAX_DEPTH:
-        raise yaml.composer.ComposerError(None, None, f"nested too deeply: more than {MAX_DEPTH} levels", node.start_mark)
+        raise _error(f"nested too deeply: more than {MAX_DEPTH} levels", node)
     known[id(node)] = values, depth
     return values, depth
 

@@ -49,3 +49,8 @@ class Terminal(Console):
 def say(text: object, file: TextIO | None = None) -> None:
     """Print a line as plain text, to standard output by default."""
     print(printable(str(text)), file=file, flush=True)
+
+
+def print_line(console: Console, text: str, style: str | None = None) -> None:
+    """Print foreign text on a console as it is: no markup, no highlights, and no line ends of rich's own."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -41,9 +41,8 @@ def alone(
                 stack.enter_context(lock.acquire(timeout=patience, poll_interval=0.2))
             file.write_text(f"process {os.getpid()} on {platform.node()}")
         except Timeout:
-            raise OutputError(
-                f"{folder}: another process ({_owner(file)}) is at work there; wait for it, or end it"
-            ) from None
+            who = f"another process ({_owner(file)})"
+            raise OutputError(f"{folder}: {who} is at work there; wait for it, or end it") from None
         except OSError as error:
             raise OutputError(f"cannot write to {folder} ({error.strerror}); {advice}") from None
         yield

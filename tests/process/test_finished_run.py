@@ -18,7 +18,7 @@ from ctcgrpo.cli import train_here
 from ctcgrpo.report.show import show_run
 from ctcgrpo.run.export import model_card
 from ctcgrpo.run.recipe_file import load_recipe
-from ctcgrpo.run.run_records import Summary, read_summary
+from ctcgrpo.run.run_records import read_summary
 from ctcgrpo.util.terminal import Terminal
 from tests.conftest import Command
 from tests.unit.test_run import TINY
@@ -109,7 +109,7 @@ def test_every_reader_takes_what_any_simulator_says_of_itself(
     (run / "summary.json").write_text(json.dumps({**summary, "simulator": said}))
     (run / "simulator.json").write_text(json.dumps(said))
     assert ctcgrpo("show", str(run))[0] == 0
-    found = read_summary(run, Summary)
+    found = read_summary(run)
     assert f"Simulated user: {told};" in model_card(load_recipe(run / "recipe.yaml"), found, which="final")
     assert figures_of(read_run(run))["facts"]["simulated user"] == told
     assert other_of({"other": said}) == told
@@ -208,7 +208,7 @@ def test_a_damaged_file_is_named_and_never_a_traceback(
             assert code == 6 and re.search(stem, err), (code, out, err)
             assert not list(run.glob("export*"))
         else:  # only where the damage concerns no figure of the card
-            whole = model_card(load_recipe(finished / "recipe.yaml"), read_summary(finished, Summary), which="final")
+            whole = model_card(load_recipe(finished / "recipe.yaml"), read_summary(finished), which="final")
             assert (run / "export" / "README.md").read_text() == whole
     if name.startswith("traces/step"):
         code, out, err = ctcgrpo("noise", str(run), "--dialogues", "1", "--replays", "2")

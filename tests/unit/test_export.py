@@ -40,9 +40,9 @@ def run(tiny: Path, tmp_path: Path) -> Path:
 
 
 SUMMARY = {
-    "before": {"overall": -0.5, "scenes": {"support": -0.5, "charm": -0.5}, "n": 16},
-    "after": {"overall": -0.25, "scenes": {"support": -0.25, "charm": -0.25}, "n": 16},
-    "improvement": {"overall": 0.25, "ci95": [0.1, 0.4]},
+    "before": {"overall": -0.5, "scenes": {"support": -0.5, "charm": -0.5}, "n": 16, "step": 0},
+    "after": {"overall": -0.25, "scenes": {"support": -0.25, "charm": -0.25}, "n": 16, "step": 4},
+    "improvement": {"overall": 0.25, "ci95": [0.1, 0.4], "n": 16},
     "scoring_variant": "training",
     "simulator": {"backend": "llm", "models": ["qwen3-max"], "prompts": "ctcgrpo/12345678"},
 }

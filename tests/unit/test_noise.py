@@ -37,15 +37,16 @@ class Noisy(Backend):
 def traces(folder: Path) -> Path:
     """Dialogues as a run records them: three turns each, the state in the middle."""
     info = {"anger": 50, "trust": 50, "why": "because"}
-    turn = {"reply": "Well.", "message": "Hm.", "info": info}
+    said = {"reply": "Well.", "message": "Hm.", "reasoning": None, "reward": 0.0}
+    turn = {**said, "info": info, "faults": [], "completion_tokens": 2, "dropped_exchanges": 0}
     file = folder / "step-000001.rank-0.jsonl"
     records = [
-        {"task": s.id, "tag": s.scene, "rollout": 0, "failure": None, "info": info, "turns": [turn] * 3}
-        for s in SCENARIOS
-        for _ in "ab"
+        {"task": s.id, "tag": s.scene, "group": k, "rollout": rollout, "outcome": 0.0, "failure": None, "turns": [turn] * 3}
+        for k, s in enumerate(SCENARIOS)
+        for rollout in (0, 1)
     ]
-    failed = {"task": SCENARIOS[0].id, "rollout": 1, "failure": {"kind": "x"}, "info": info, "turns": [turn]}
-    file.write_text("".join(json.dumps(r) + "\n" for r in [*records, failed]))
+    records.append({**records[0], "rollout": 2, "outcome": None, "failure": {"kind": "x", "message": "y"}})
+    file.write_text("".join(json.dumps({**r, "opening": "", "info": info}) + "\n" for r in records))
     return file
 
 

@@ -139,7 +139,7 @@ def _named(node: ast.expr) -> str | None:
 
 def _names_in_code() -> set[str]:
     """What any code path logs: literals given to the trainer's `_log_number`, the names that `rollout_metrics` makes, and those of
-    `Tracker.validated`."""
+    `WandbTracker.validated`."""
     found: set[str | None] = set()
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -20,8 +20,8 @@ from ctcgrpo.environments.eibench.scenarios import PACKS
 from ctcgrpo.errors import OutputError, SimulatorReplyError
 from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.run.run_records import Validation
 from ctcgrpo.run.tracking import COLUMNS
-from ctcgrpo.run.validation import Validation
 from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.protocol import Reaction, TurnRequest
 from ctcgrpo.simulator.scripted.backend import react
@@ -535,7 +535,7 @@ def _wandb_history(log: Path) -> dict[str, list[str]]:
 
 def _validated(line: str) -> str:
     found = Validation(**json.loads(line)).figures()
-    return json.dumps({"overall": found["overall"]})
+    return json.dumps({"overall": found.overall})
 
 
 def test_weights_and_biases_offline_learn_no_secret(

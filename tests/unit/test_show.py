@@ -21,9 +21,13 @@ def trace(scenario: str, outcome: float | None, replies: list[str], rollout: int
         "message": "[red]So?[/red]",
         "reward": 0.045,
         "info": {"anger": 55, "trust": 44, "why": "noticed (-5/+4)"},
+        "faults": [],
+        "completion_tokens": 3,
+        "dropped_exchanges": 0,
     }
     return {
         "task": scenario,
+        "tag": "support",
         "group": ord(scenario[0]),
         "rollout": rollout,
         "outcome": outcome,

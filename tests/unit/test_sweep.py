@@ -97,7 +97,7 @@ def test_shipped_searches_hold_to_the_format_of_wandb(file: Path) -> None:
         ({"parameters": {"validation": {"value": {"every": 1}}}}, "name fields of sections with dots"),
         ({"method": "bayes"}, "method bayes needs a run_cap"),
         ({"method": "annealing"}, "method is 'annealing'"),
-        ({"metric": {"name": "loss"}}, "a sweep compares runs by validation/overall"),
+        ({"metric": {"name": "loss"}}, "metric.name is 'loss'; input should be 'validation/overall'"),
         ({"metric": {"name": "validation/overall", "goal": "minimize"}}, "metric.goal is 'minimize'"),
         ({"program": "recipes/quickstar.yaml"}, "did you mean 'recipes/quickstart.yaml'"),
         ({"program": "recipes/tiny.yaml", "parameters": {"credit.alpha": {"values": [1, 2]}}}, "no validation section"),
@@ -269,6 +269,14 @@ def test_a_changed_recipe_is_another_sweep(tmp_path: Path) -> None:
     assert run(file, tmp_path / "out") == rows
 
 
+_ENDS = '{{"before": {0}, "after": {0}, "improvement": {{"overall": 0.0, "ci95": null, "n": 2}}}}'
+
+
+def summary(overall: str) -> str:
+    """summary.json with this score before and after."""
+    return _ENDS.format(f'{{{overall}"scenes": {{}}, "n": 2, "step": 0}}')
+
+
 VALIDATION = {"step": 0, "outcomes": {"a": [0.1], "b": [0.3]}, "scenes": {"a": "charm", "b": "charm"}, "failed": 0}
 
 
@@ -278,11 +286,11 @@ VALIDATION = {"step": 0, "outcomes": {"a": [0.1], "b": [0.3]}, "scenes": {"a": "
         ("summary.json", '{"after":', "summary.json cannot be read"),
         ("summary.json", "", "summary.json cannot be read"),
         ("summary.json", "[]", "summary.json: "),
-        ("summary.json", '{"after": {}}', "after.overall is missing"),
-        ("summary.json", '{"after": {"overall": NaN}}', "after.overall = nan"),
-        ("summary.json", '{"after": {"overall": null}}', "after.overall = None"),
-        ("summary.json", '{"after": {"overall": "0.9"}}', "after.overall = '0.9'"),
-        ("summary.json", '{"after": {"overall": true}}', "after.overall = True"),
+        ("summary.json", summary(""), "before.overall is missing"),
+        ("summary.json", summary('"overall": NaN, '), "before.overall = nan"),
+        ("summary.json", summary('"overall": null, '), "after.overall = None"),
+        ("summary.json", summary('"overall": "0.9", '), "before.overall = '0.9'"),
+        ("summary.json", summary('"overall": true, '), "before.overall = True"),
         ("summary.json", None, "holds no summary.json"),
         ("validation.jsonl", "{bad\n", "validation.jsonl, line 1"),
         ("validation.jsonl", "", "holds no validation"),
@@ -306,7 +314,7 @@ def test_a_run_with_damaged_files_has_no_score(name: str, text: str | None, prob
 def finished_run(folder: Path) -> None:
     (folder / "final").mkdir(parents=True)
     (folder / "final" / "config.json").write_text("{}")
-    (folder / "summary.json").write_text('{"after": {"overall": 0.2}}')
+    (folder / "summary.json").write_text(summary('"overall": 0.2, '))
     (folder / "validation.jsonl").write_text(json.dumps(VALIDATION) + "\n")
     mark_complete(folder / "final")
 

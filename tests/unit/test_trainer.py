@@ -141,7 +141,7 @@ def test_the_scene_baseline_survives_a_resume(tiny: Path, tmp_path: Path) -> Non
     def run(folder: str, resume: bool = False, **config: Any) -> Any:
         trainer = sameness.build_trainer(str(tiny), folder, centering="scene", save_strategy="steps", save_steps=1, **config)
         trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-1" if resume else None)
-        return trainer._centering.state_dict(), {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        return trainer.centering.state_dict(), {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
 
     whole, weights = run(str(tmp_path / "whole"))
     assert whole["weights"]["first"][0] == 2 * sameness.GROUP_SIZE  # group 0, two steps, nobody failed

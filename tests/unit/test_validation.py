@@ -13,8 +13,8 @@ import pytest
 from ctcgrpo.environments.eibench import task_of
 from ctcgrpo.errors import TooManyFailures
 from ctcgrpo.rollout.runner import Slot, validation_slots
-from ctcgrpo.run.validation import Validation, Validator, improvement, validation_of
-from ctcgrpo.types import Episode, Failure
+from ctcgrpo.run.run_records import Validation, improvement
+from ctcgrpo.run.validation import Validator, validation_of
 from tests.conftest import Command
 from tests.unit.test_run import FAST, TINY
 from tests.unit.test_training_parts import scenario
@@ -26,16 +26,16 @@ def test_figures_by_hand() -> None:
     pairs = [("a", 0.2), ("a", 0.6), ("b", -0.4), ("c", 0.5), ("c", math.nan), ("b", math.nan)]
     figures = validation_of(3, TASKS, pairs).figures()
     # Means over scenarios: a 0.4, b -0.4, c 0.5.
-    assert figures["overall"] == pytest.approx(0.5 / 3)
-    assert figures["scenes"] == pytest.approx({"support": 0.0, "charm": 0.5})
-    assert (figures["n"], figures["episodes"], figures["failed"]) == (3, 4, 2)
+    assert figures.overall == pytest.approx(0.5 / 3)
+    assert figures.scenes == pytest.approx({"support": 0.0, "charm": 0.5})
+    assert (figures.n, figures.episodes, figures.failed) == (3, 4, 2)
 
 
 def test_what_failed_is_no_score() -> None:
     nothing = validation_of(0, TASKS, [("a", math.nan)])
-    assert nothing.figures() == {"overall": None, "scenes": {}, "n": 0, "episodes": 0, "failed": 1, "step": 0}
-    assert improvement(nothing, nothing) == {"overall": None, "ci95": None, "n": 0}
-    json.loads(json.dumps(nothing.figures(), allow_nan=False))
+    assert nothing.figures().model_dump() == {"overall": None, "scenes": {}, "n": 0, "episodes": 0, "failed": 1, "step": 0}
+    assert improvement(nothing, nothing).model_dump() == {"overall": None, "ci95": None, "n": 0}
+    json.loads(json.dumps(nothing.figures().model_dump(), allow_nan=False))
 
 
 def test_the_improvement_is_paired() -> None:
@@ -43,11 +43,11 @@ def test_the_improvement_is_paired() -> None:
     better = validation_of(9, TASKS, [("a", 0.3), ("b", -0.7), ("c", 0.7)])
     # Every scenario gains 0.2, however different they are: the interval is a point.
     gain = improvement(before, better)
-    assert gain["overall"] == pytest.approx(0.2) and gain["ci95"] == pytest.approx([0.2, 0.2])
+    assert gain.overall == pytest.approx(0.2) and gain.ci95 == pytest.approx([0.2, 0.2])
     mixed = improvement(before, validation_of(9, TASKS, [("a", 0.3), ("b", -1.0), ("c", 0.5)]))
-    assert mixed["ci95"][0] < 0 < mixed["ci95"][1]
+    assert mixed.ci95 is not None and mixed.ci95[0] < 0 < mixed.ci95[1]
     alone = improvement(before, validation_of(9, TASKS, [("b", -0.8)]))
-    assert alone["n"] == 1 and alone["overall"] == pytest.approx(0.1)
+    assert alone.n == 1 and alone.overall == pytest.approx(0.1)
 
 
 def test_slots_are_the_same_every_time() -> None:
@@ -67,11 +67,9 @@ class Scores:
         self.played: list[int] = []
         self.saved: list[int] = []
 
-    def __call__(self, step: int, slots: Sequence[Slot]) -> list[Episode]:
+    def __call__(self, step: int, slots: Sequence[Slot]) -> list[tuple[str, float]]:
         self.played.append(step)
-        value = self.by_step[step]
-        failure = Failure("simulator_reply", "x") if math.isnan(value) else None
-        return [Episode(s.task.id, s.task.tag, 0, s.group, s.rollout, (), value, failure) for s in slots]
+        return [(slot.task.id, self.by_step[step]) for slot in slots]
 
 
 def validator(scores: Scores, file: Path, **options: Any) -> Validator:
@@ -81,9 +79,7 @@ def validator(scores: Scores, file: Path, **options: Any) -> Validator:
         every=5,
         file=file,
         play=scores,
-        gather=lambda pairs: pairs,
         keep_best=scores.saved.append,
-        share=lambda slots: slots,
         is_main=True,
         say=lambda text: None,
     )
@@ -108,9 +104,10 @@ def test_the_best_is_kept_and_the_record_survives(tmp_path: Path) -> None:
     scores.by_step[15] = 0.9
     again.validate(15)
     summary = again.summary(run="x")
-    assert summary["before"]["overall"] == -0.5 and summary["after"]["overall"] == pytest.approx(0.9)
-    assert summary["improvement"]["overall"] == pytest.approx(1.4)
-    assert summary["best"] == {"step": 15, "overall": pytest.approx(0.9)} and summary["run"] == "x"
+    assert summary.before.overall == -0.5 and summary.after.overall == pytest.approx(0.9)
+    assert summary.improvement.overall == pytest.approx(1.4)
+    assert summary.best is not None and (summary.best.step, summary.run) == (15, "x")
+    assert summary.best.overall == pytest.approx(0.9)
     lines = [Validation(**json.loads(line)) for line in file.read_text().splitlines()]
     assert [v.step for v in lines] == [0, 5, 10, 15]
 
