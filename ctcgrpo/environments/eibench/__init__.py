@@ -1,7 +1,6 @@
 """EIBench: a simulated user whose anger and trust each reply of the policy moves; its scenarios and their scoring.
 
-`EIBench` is the environment; `UserState`, `Anchors`, `outcome_score` and `turn_score` are the benchmark's records and formulas.
-"""
+`EIBench` is the environment; `UserState`, `Anchors`, `outcome_score` and `turn_score` are the benchmark's records and formulas."""
 
 from __future__ import annotations
 
@@ -22,18 +21,9 @@ if TYPE_CHECKING:
     from ctcgrpo.environments.eibench.scoring import turn_score as turn_score
 
 # Simulators read the records, and the environment asks a simulator.
-__getattr__ = lazy(
-    __name__,
-    {
-        "EIBench": "environment",
-        "EIBenchEpisodes": "environment",
-        "User": "environment",
-        "opening_messages": "environment",
-        "scenario_tasks": "environment",
-        "task_of": "environment",
-        "Anchors": "records",
-        "UserState": "records",
-        "outcome_score": "scoring",
-        "turn_score": "scoring",
-    },
-)
+_HOMES = {
+    "environment": ("EIBench", "EIBenchEpisodes", "User", "opening_messages", "scenario_tasks", "task_of"),
+    "records": ("Anchors", "UserState"),
+    "scoring": ("outcome_score", "turn_score"),
+}
+__getattr__ = lazy(__name__, {name: home for home, names in _HOMES.items() for name in names})

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from ctcgrpo.environments.eibench.download import copy, download
 from ctcgrpo.environments.eibench.git_blobs import blob_id, listed_by_clone, listed_by_github
+from ctcgrpo.environments.eibench.records import SCENES
 from ctcgrpo.environments.eibench.scenario_format import Split
 from ctcgrpo.environments.eibench.scenarios import by_scene, data_home, load_set
 from ctcgrpo.errors import OutputError, ScenarioError
 from ctcgrpo.util.naming import did_you_mean
+from ctcgrpo.util.terminal import say
 
 _LARGEST, _PATIENCE = 50_000_000, 900.0
 """Bytes of a file at most, where those of EIBench have some 2 to 6 million; and seconds that it may take."""
@@ -46,25 +48,14 @@ DATASETS = {
         commit=_COMMIT,
         folder="EIBench/data",
         listing=f"https://api.github.com/repos/Tongyi-ConvAI/Qwen-Character/git/trees/{_COMMIT}?recursive=1",
-        names=tuple(
-            f"{split}/{scene}_final.jsonl"
-            for split in ("train", "test")
-            for scene in ("support", "defense", "repair", "charm")
-        ),
+        names=tuple(f"{split}/{scene}_final.jsonl" for split in ("train", "test") for scene in SCENES),
         counts={"train": 2009, "test": 213},
         hosts=("github.com", "raw.githubusercontent.com", "media.githubusercontent.com"),
     )
 }
 
 
-def fetch(
-    name: str,
-    agree: Callable[[DataSet], bool],
-    *,
-    source: str | None = None,
-    verify: bool = True,
-    say: Callable[[str], None] = print,
-) -> Path:
+def fetch(name: str, agree: Callable[[DataSet], bool], *, source: str | None = None, verify: bool = True) -> Path:
     """Put a dataset under `data_home()`, complete or not at all; gives its folder. Each file is compared with the published commit,
     whose list of files GitHub's API gives. `verify=False` leaves that out, which is said and recorded.
 
@@ -72,8 +63,7 @@ def fetch(
     They may differ from the published ones, in content and number, which is said and recorded too.
 
     Raises ScenarioError for a dataset nobody knows, for files that cannot be downloaded, are cut, altered, too large or cannot be
-    read, and where the list of files is not available; OutputError where the licence is not agreed to, or the folder exists.
-    """
+    read, and where the list of files is not available; OutputError where the licence is not agreed to, or the folder exists."""
     if name not in DATASETS:
         raise ScenarioError(f"there is no dataset {name!r} to fetch; {did_you_mean(name, DATASETS)}")
     dataset, target = DATASETS[name], data_home() / name
@@ -93,14 +83,18 @@ def fetch(
             say(f"fetching {file}")
             content = _fetch_file(dataset, source, file, partial / file)
             digests.append(f"{hashlib.sha256(content).hexdigest()}  {file}")
-            if listed is not None and (problem := _difference(content, listed.get(f"{dataset.folder}/{file}"))):
-                if source is None:
-                    raise ScenarioError(
-                        f"{dataset.source}/{file}: {problem} by commit {dataset.commit}: it was altered on the way, or the commit "
-                        "has only a pointer to Git LFS; try again"
-                    )
-                differing.append(f"{file} is not that of the commit: {problem}")
-        notes = [*differing, *_differing_counts(dataset, partial, say)]
+            blob = blob_id(content)
+            wanted = blob if listed is None else listed.get(f"{dataset.folder}/{file}", "no such file")
+            if blob == wanted:
+                continue
+            problem = f"git blob id = {blob}; expected {wanted}"
+            if source is None:
+                raise ScenarioError(
+                    f"{dataset.source}/{file}: {problem} by commit {dataset.commit}: it was altered on the way, or the commit "
+                    "has only a pointer to Git LFS; try again"
+                )
+            differing.append(f"{file} is not that of the commit: {problem}")
+        notes = [*differing, *_differing_counts(dataset, partial)]
         if notes and source is None:
             raise ScenarioError(f"{dataset.source}: {'; '.join(notes)}; the download is not complete, try again")
         for note in notes:
@@ -118,7 +112,7 @@ def _listed(dataset: DataSet, source: str | None, verify: bool, scratch: Path) -
     """The blob ids of the commit by path, None where there is nothing to compare with; and how files are compared, or why not."""
     commit = f"commit {dataset.commit}"
     unknown = f"the files are NOT compared with {commit}, only their format and number are checked"
-    if source is None and not verify:
+    if not verify:
         return None, f"{unknown} (--unverified)"
     if source is None:
         try:
@@ -136,34 +130,26 @@ def _listed(dataset: DataSet, source: str | None, verify: bool, scratch: Path) -
     return listed, f"compared with {commit} by the clone that {source} is in"
 
 
-def _difference(content: bytes, expected: str | None) -> str | None:
-    found = blob_id(content)
-    return None if found == expected else f"git blob id = {found}; expected {expected or 'no such file'}"
-
-
 def _fetch_file(dataset: DataSet, source: str | None, file: str, target: Path) -> bytes:
     """Copy or download a file; gives its content."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    place = f"{(source or dataset.source).rstrip('/')}/{file}"
     if source is not None and not _is_url(source):
-        place = str(Path(source) / file)
         copy(Path(place), target, largest=_LARGEST, patience=_PATIENCE)
     else:
-        place = f"{(source or dataset.source).rstrip('/')}/{file}"
         try:
             download(place, target, largest=_LARGEST, patience=_PATIENCE, hosts=dataset.hosts)
         except ScenarioError as error:
-            raise ScenarioError(
-                f"{error}; try again, or clone the repository elsewhere and pass its {dataset.folder} folder with --source"
-            ) from None
+            advice = f"try again, or clone the repository elsewhere and pass its {dataset.folder} folder with --source"
+            raise ScenarioError(f"{error}; {advice}") from None
     content = target.read_bytes()
     if content.startswith(b"version https://git-lfs"):
-        raise ScenarioError(
-            f"{place} is a pointer to a file in Git LFS; clone the repository with LFS and pass its folder with --source"
-        )
+        advice = "clone the repository with LFS and pass its folder with --source"
+        raise ScenarioError(f"{place} is a pointer to a file in Git LFS; {advice}")
     return content
 
 
-def _differing_counts(dataset: DataSet, folder: Path, say: Callable[[str], None]) -> list[str]:
+def _differing_counts(dataset: DataSet, folder: Path) -> list[str]:
     """A note for each split that has not the published number of scenarios. Raises ScenarioError for files that cannot be read."""
     notes = []
     for split, count in dataset.counts.items():

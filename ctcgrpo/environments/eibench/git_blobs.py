@@ -1,7 +1,6 @@
 """The blob ids of a commit's files, from GitHub's API or from a clone: what a file is compared with.
 
-A blob id is a SHA-1 of a file's length and content. For a file in Git LFS it is that of a pointer, and never that of the file.
-"""
+A blob id is a SHA-1 of a file's length and content. For a file in Git LFS it is that of a pointer, and never that of the file."""
 
 from __future__ import annotations
 
@@ -40,8 +39,8 @@ class _Tree(BaseModel):
 
 
 def listed_by_github(url: str, scratch: Path) -> dict[str, str]:
-    """The blob ids of a commit by path, from GitHub's API at `url` (.../git/trees/COMMIT?recursive=1). `scratch` is a folder for a
-    temporary file. Raises ScenarioError where there is no answer, or no complete one."""
+    """The blob ids of a commit by path, from GitHub's API at `url` (.../git/trees/COMMIT?recursive=1), by way of a file in
+    `scratch`. Raises ScenarioError where there is no answer, or no complete one."""
     answer = scratch / "tree.json"
     download(url, answer, largest=_LARGEST, patience=_PATIENCE, accept="application/vnd.github+json")
     try:

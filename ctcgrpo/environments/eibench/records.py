@@ -72,8 +72,7 @@ class Scenario:
 
     `opening_line` is the user's first line; it is empty where the policy opens (as in charm). `script` is what the
     scripted simulator knows beyond the personas (empty for records without it); `extras` holds every further key of
-    the source record, unread and kept.
-    """
+    the source record, unread and kept."""
 
     id: str
     title: str

@@ -1,8 +1,7 @@
 """The record format of EIBench, and a record as a Scenario; the dataset's own words (aggressor, defender, rub_goals) stay in here.
 
 Strict where it matters (identity, scene, personas, anchors), tolerant of keys it does not know: they are kept in `Scenario.extras`.
-Format: EIBench (Tongyi-ConvAI/Qwen-Character).
-"""
+Format: EIBench (Tongyi-ConvAI/Qwen-Character)."""
 
 from __future__ import annotations
 
@@ -128,24 +127,23 @@ def check_record(record: Mapping[str, Any], place: str, split: Split = "train") 
 
     meta = record.get("meta_config")
     if isinstance(meta, Mapping) and _INITIAL in meta:  # the other place in which EIBench's records have it
-        if record.get(_INITIAL, meta[_INITIAL]) != meta[_INITIAL]:
-            fault(
-                _INITIAL, f"is {quoted(record[_INITIAL])}, and meta_config.{_INITIAL} is {quoted(meta[_INITIAL])}; keep one"
-            )
-        record = {**record, _INITIAL: meta[_INITIAL]}
-    for field, message in (*_lone_surrogates(record), *_misspelt(record, _Record)):
+        own, other = record.get(_INITIAL, meta[_INITIAL]), meta[_INITIAL]
+        if own != other:
+            fault(_INITIAL, f"is {quoted(own)}, and meta_config.{_INITIAL} is {quoted(other)}; keep one")
+        record = {**record, _INITIAL: other}
+    misspelt = dict(_misspelt(record, _Record))
+    for field, message in (*_lone_surrogates(record), *misspelt.items()):
         fault(field, message)
     ordered = True
     try:
         parsed = _Record.model_validate(record)
     except ValidationError as error:
-        meant = {field for field, _ in _misspelt(record, _Record)}
         for one in error.errors():
             field = ".".join(map(str, one["loc"]))
             ordered = ordered and one["loc"][0] not in _ANCHORS
             if one["type"] != "missing":
                 fault(field, f"is {quoted(one['input'])}; {one['msg'].lower()}")
-            elif not any(nearest(other, [field], cutoff=_MISSPELT) for other in meant):
+            elif not any(nearest(other, [field], cutoff=_MISSPELT) for other in misspelt):
                 fault(field, "is missing")
         parsed = _without(record, [one["loc"] for one in error.errors()])
     if not parsed.id.strip():
@@ -163,7 +161,6 @@ def check_record(record: Mapping[str, Any], place: str, split: Split = "train") 
     anchors = _anchors(parsed, split, fault, ordered)
     if faults or anchors is None:
         return None, faults
-    known = set(_Record.model_fields)
     scenario = Scenario(
         id=parsed.id,
         title=parsed.title,
@@ -178,7 +175,7 @@ def check_record(record: Mapping[str, Any], place: str, split: Split = "train") 
         anchors=anchors,
         source=parsed.data_source,
         script=MappingProxyType(parsed.script),
-        extras=MappingProxyType({key: value for key, value in record.items() if key not in known}),
+        extras=MappingProxyType({key: value for key, value in record.items() if key not in _Record.model_fields}),
     )
     return scenario, []
 
@@ -197,7 +194,11 @@ def scene_problem(scene: str) -> str | None:
 _MISSPELT_SCENE = 0.75
 _TAKEN = ("all", "failed", "overall")
 _INITIAL = "initial_calibration"
-_ANCHORS = (_INITIAL, "rub_goals", "worst_case")
+_ANCHORS = {
+    _INITIAL: ("initial_anger", "initial_trust"),
+    "rub_goals": ("target_anger", "target_trust"),
+    "worst_case": ("worst_anger_min", "worst_trust_min"),
+}
 _STAND_INS: Mapping[str, Any] = {
     "id": "?",
     "scene_tag": "charm",
@@ -210,59 +211,37 @@ def _without(record: Mapping[str, Any], places: Iterable[tuple[int | str, ...]])
     """The record with stand-ins that have no fault where its fields cannot be read, so that the others can be checked."""
     kept = {key: dict(value) if isinstance(value, Mapping) else value for key, value in record.items()}
     for section, *fields in places:
-        key, stand_in = str(section), _STAND_INS.get(str(section))
-        if fields and isinstance(kept.get(key), dict):
-            kept[key].pop(fields[0], None)
-            if isinstance(stand_in, Mapping) and fields[0] in stand_in:
-                kept[key][fields[0]] = stand_in[str(fields[0])]
-        else:
-            kept.pop(key, None)
-            if stand_in is not None:
-                kept[key] = stand_in
+        part, stand_ins, key = kept, _STAND_INS, section
+        if fields and isinstance(kept.get(str(section)), dict):
+            part, stand_ins, key = kept[str(section)], _STAND_INS.get(str(section), {}), fields[0]
+        part.pop(str(key), None)
+        if key in stand_ins:
+            part[str(key)] = stand_ins[str(key)]
     return _Record.model_validate(kept)
 
 
 def _anchors(parsed: _Record, split: Split, fault: Callable[[str, str], None], ordered: bool) -> Anchors | None:
     """The three anchors, in range and, where all could be read (`ordered`), in order: worst <= initial <= target on trust; on anger
     both initial and target lie at or below worst (a target above the initial value is a boundary that may cost some anger)."""
-    start, target, worst = parsed.initial_calibration, parsed.rub_goals, parsed.worst_case
     given = {
-        "initial_calibration.initial_anger": start.initial_anger,
-        "initial_calibration.initial_trust": start.initial_trust,
-        "rub_goals.target_anger": target.target_anger,
-        "rub_goals.target_trust": target.target_trust,
-        "worst_case.worst_anger_min": worst.worst_anger_min,
-        "worst_case.worst_trust_min": worst.worst_trust_min,
+        f"{section}.{name}": getattr(getattr(parsed, section), name) for section, names in _ANCHORS.items() for name in names
     }
     beyond = {field: value for field, value in given.items() if value is not None and not 0 <= value <= 100}
     for field, value in beyond.items():
         fault(field, f"is {value!r}; it must lie in [0, 100]")
     if beyond or not ordered:
         return None
-    a0, t0 = start.initial_anger, start.initial_trust
+    a0, t0, *_ = given.values()
     # Anchors that a record leaves out: the extremes in training, the authors' evaluation defaults in testing.
-    best_default, worst_default = {
-        "train": (UserState(0, 100), UserState(100, 0)),
-        "test": (UserState(a0, t0), UserState(a0 + 25, max(0, t0 - 20))),
-    }[split]
-    anchors = Anchors(
-        UserState(a0, t0),
-        UserState(_or(target.target_anger, best_default.anger), _or(target.target_trust, best_default.trust)),
-        UserState(_or(worst.worst_anger_min, worst_default.anger), _or(worst.worst_trust_min, worst_default.trust)),
-    )
-    if anchors.worst.anger < max(anchors.initial.anger, anchors.target.anger):
-        fault(
-            "worst_case.worst_anger_min",
-            f"is {anchors.worst.anger}; it must not lie below the initial ({a0}) or the target anger ({anchors.target.anger})",
-        )
-    if not anchors.worst.trust <= anchors.initial.trust <= anchors.target.trust:
-        three = (anchors.worst.trust, anchors.initial.trust, anchors.target.trust)
-        fault("trust (worst, initial, target)", f"is {three}; the three must not decrease in this order")
-    return anchors
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
+    defaults = {"train": (a0, t0, 0, 100, 100, 0), "test": (a0, t0, a0, t0, a0 + 25, max(0, t0 - 20))}[split]
+    found = (default if value is None else value for value, default in zip(given.values(), defaults, strict=True))
+    a0, t0, a1, t1, a2, t2 = found
+    if a2 < max(a0, a1):
+        lowest = f"it must not lie below the initial ({a0}) or the target anger ({a1})"
+        fault("worst_case.worst_anger_min", f"is {a2}; {lowest}")
+    if not t2 <= t0 <= t1:
+        fault("trust (worst, initial, target)", f"is {(t2, t0, t1)}; the three must not decrease in this order")
+    return Anchors(UserState(a0, t0), UserState(a1, t1), UserState(a2, t2))
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -272,20 +251,14 @@ def _lone_surrogates(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """(field, what is wrong) of every text that holds half a character: no model and no file can take it."""
     if isinstance(value, str):
         if half := _SURROGATE.search(value):
-            yield (
-                path,
-                f"holds a lone surrogate ({half[0]!r}, character {half.start() + 1}), which is half a character; write the whole "
-                "character, or remove it",
-            )
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            if _SURROGATE.search(key):
+            where = f"({half[0]!r}, character {half.start() + 1})"
+            yield path, f"holds a lone surrogate {where}, which is half a character; write the whole character, or remove it"
+    elif isinstance(value, Mapping | list):
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            if _SURROGATE.search(str(key)):
                 yield f"{path}.{key!r}".strip("."), "is a key that holds a lone surrogate; rename it"
             else:
                 yield from _lone_surrogates(inner, f"{path}.{key}".strip("."))
-    elif isinstance(value, list):
-        for k, inner in enumerate(value):
-            yield from _lone_surrogates(inner, f"{path}.{k}".strip("."))
 
 
 _MISSPELT = 0.84

@@ -1,8 +1,7 @@
 """Sets of scenarios: where they are, and what is played of them.
 
 A source is a JSONL file, a folder of JSONL files, or a folder with `train/` and `test/`: one JSON object a line in EIBench's record
-format (scenario_format.py), optionally wrapped as {"row": {...}}.
-"""
+format (scenario_format.py), optionally wrapped as {"row": {...}}."""
 
 from __future__ import annotations
 
@@ -42,8 +41,7 @@ class ScenarioSet:
     """The scenarios of a source in file order (files by name), and what is wrong with its other records.
 
     `records` counts all records of the source, `faults` lists what keeps some of them from being scenarios, and `refusals` says why
-    the set cannot be played without them. `unasked` counts by scene those that a recipe leaves out, of scenes of one's own.
-    """
+    the set cannot be played without them. `unasked` counts by scene those that a recipe leaves out, of scenes of one's own."""
 
     source: str
     scenarios: list[Scenario]
@@ -59,17 +57,15 @@ class ScenarioSet:
 
     def report(self) -> list[str]:
         """Lines that name what is left out: invalid records, and scenes of one's own that a recipe does not ask for."""
-        told = f"{self.source}: {self.unasked} left out; scenarios.scenes names the scenes that are trained on"
-        unasked = [told] if self.unasked else []
-        if not self.faults:
-            return unasked
-        told = (
-            f"{self.source}: {self.skipped} of {self.records} records are invalid and left out (skip; refuse stops instead)"
-        )
-        lines = [told, *(f"  {fault}" for fault in self.faults[:_SHOWN])]
+        lines = []
+        if self.unasked:
+            lines.append(f"{self.source}: {self.unasked} left out; scenarios.scenes names the scenes that are trained on")
+        if self.faults:
+            count = f"{self.skipped} of {self.records} records are invalid and left out"
+            lines += [f"{self.source}: {count} (skip; refuse stops instead)", *(f"  {f}" for f in self.faults[:_SHOWN])]
         if (more := len(self.faults) - _SHOWN) > 0:
             lines.append(f"  and {more} more; `ctcgrpo scenarios validate {self.source}` lists all")
-        return [*unasked, *lines]
+        return lines
 
 
 def load_set(source: str | Path, split: Split = "train", invalid: Invalid = "skip") -> ScenarioSet:
@@ -83,16 +79,12 @@ def load_set(source: str | Path, split: Split = "train", invalid: Invalid = "ski
     order, or a repetition of an earlier record. Raises ScenarioError for a source that cannot be read or holds no record. With
     `refuse` any invalid record raises it, with the first fault and the number of others. With `skip` these still raise it: two
     different records with one id, since nobody knows which is meant; a file of which no record is valid; and a set of which more
-    than half is invalid.
-    """
+    than half is invalid."""
     found = read_scenarios(source, split)
-    first = found.refusals[0] if found.refusals else None
-    if invalid == "refuse" and found.faults:
-        first = str(found.faults[0])
-    if first is not None:
+    if wrong := found.faults if invalid == "refuse" else found.refusals:
         others = len(found.faults) - 1
         more = f" ({others} more; `ctcgrpo scenarios validate {source}` lists all)" if others else ""
-        raise ScenarioError(f"{first}{more}")
+        raise ScenarioError(f"{wrong[0]}{more}")
     if not found.scenarios:
         raise ScenarioError(f"{source}: holds no scenarios; expected one JSON object a line in *.jsonl")
     return found
@@ -171,8 +163,7 @@ def load_scenes(source: str | Path, scenes: Sequence[str], invalid: Invalid = "s
             f"scenarios.scenes asks for {', '.join(sorted(missing))}, which {source} has none of{left_out}; it has "
             f"{by_scene(every.scenarios)}"
         )
-    unasked = [s for s in every.scenarios if s.scene not in (*scenes, *SCENES)]
-    return replace(every, scenarios=found, unasked=by_scene(unasked))
+    return replace(every, scenarios=found, unasked=by_scene(s for s in every.scenarios if s.scene not in (*scenes, *SCENES)))
 
 
 def by_scene(scenarios: Iterable[Scenario]) -> str:
@@ -187,15 +178,11 @@ def has_splits(source: str | Path) -> bool:
 
 def described(source: str | Path) -> str:
     """A source in words: EIBench's own data under `data_home()`, a bundled pack, or the path or name as it is."""
-    found = next((path for path in _tried(source) if path.exists()), None)
-    published = data_home() / "eibench"
-    if (found or data_home() / source).resolve().is_relative_to(published.resolve()):
+    found = next((path for path in _tried(source) if path.exists()), data_home() / source).resolve()
+    if found.is_relative_to((data_home() / "eibench").resolve()):
         return f"{EIBENCH_DATA} ({source})"
-    if found is None:
-        return str(source)
-    if found.resolve().is_relative_to(PACKS.resolve()):
-        return f"the bundled pack {found.resolve().relative_to(PACKS.resolve())}"
-    return str(source)
+    packs = PACKS.resolve()
+    return f"the bundled pack {found.relative_to(packs)}" if found.is_relative_to(packs) else str(source)
 
 
 def _tried(source: str | Path) -> list[Path]:
