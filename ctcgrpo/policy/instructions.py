@@ -1,8 +1,7 @@
 """What a policy is told beside its role: how to reply. It is appended to the role in training, validation, evaluation and chat.
 
 A text is a Jinja template for each language (`instruction_texts/NAME/LANGUAGE.j2`); `reasons` is true in it where the policy
-reasons before it replies.
-"""
+reasons before it replies."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
@@ -89,14 +89,8 @@ def load_instructions(setting: str) -> Instructions:
     if not found:
         raise PolicyError(f"policy.instructions: folder {setting!r} holds no LANGUAGE{_SUFFIX}, for example en{_SUFFIX}")
     instructions = Instructions(setting, found)
-    for language in found:
-        _check(instructions, language)
-    return instructions
-
-
-def _check(instructions: Instructions, language: str) -> None:
-    where = f"policy.instructions {instructions.name}" + (f", {language}{_SUFFIX}" if language else "")
-    for reasons in (False, True):
+    for language, reasons in product(found, (False, True)):
+        where = f"policy.instructions {instructions.name}" + (f", {language}{_SUFFIX}" if language else "")
         try:
             text = instructions.text(language, reasons)
         except TemplateError as error:
@@ -106,3 +100,4 @@ def _check(instructions: Instructions, language: str) -> None:
             raise PolicyError(
                 f"{where} gives an empty text with reasons={reasons}; say {NO_INSTRUCTIONS} for no instructions"
             )
+    return instructions

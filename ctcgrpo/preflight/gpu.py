@@ -10,7 +10,7 @@ from ctcgrpo.errors import RecipeError
 from ctcgrpo.model.shapes import GIB
 from ctcgrpo.model.sharding import FSDP2, deepspeed_stage, offloads
 from ctcgrpo.preflight.memory import PHASES, Load, memory_plan
-from ctcgrpo.preflight.subject import Finding, Subject
+from ctcgrpo.preflight.subject import Finding, Subject, failed, ok, warning
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.util.naming import did_you_mean
 from ctcgrpo.util.strict_yaml import load_yaml
@@ -33,32 +33,30 @@ def memory(s: Subject) -> Iterator[Finding]:
     known = cards()
     if gpu not in known:
         raise RecipeError(f"hardware.gpu is {gpu!r}; {did_you_mean(gpu, known)}")
-    s.memory = plan = memory_plan(s.shape, load_of(s.recipe), known[gpu] * GIB)
+    load = load_of(s.recipe)
+    s.memory = plan = memory_plan(s.shape, load, known[gpu] * GIB)
     worst = max(PHASES, key=plan.total)
     text = f"{plan.total(worst) / GIB:.1f} of {gpu}'s {plan.card / GIB:.1f} GiB, most in the {worst}"
     if not plan.fits:
         what = "rollout.vllm.gpu_memory" if worst == "rollout" else "training.tokens_per_row"
-        more = "shard more (training.sharding), use more GPUs, or policy.lora"
-        yield Finding("memory", "failed", f"{text}; lower {what}, {more}")
+        yield failed(f"{text}; lower {what}, shard more (training.sharding), use more GPUs, or policy.lora")
         return
     if plan.kv_tokens is None:
-        yield Finding("memory", "ok", text)
+        yield ok(text)
         return
     if plan.total("rollout") > _FULL_AT_WAKE * plan.card:
         share = f"{plan.total('rollout') / plan.card:.0%} in rollouts; vLLM wakes into what the update has left in pieces"
-        yield Finding(
-            "memory", "warning", f"{text}, {share}; lower rollout.vllm.gpu_memory to stay below {_FULL_AT_WAKE:.0%}"
-        )
+        yield warning(f"{text}, {share}; lower rollout.vllm.gpu_memory to stay below {_FULL_AT_WAKE:.0%}")
     else:
-        yield Finding("memory", "ok", text)
-    rollouts = load_of(s.recipe).rollouts
-    room = f"vLLM has room for keys and values of {plan.kv_tokens:,} tokens, and {rollouts} rollouts of full length want"
+        yield ok(text)
+    wanted = f"{load.rollouts} rollouts of full length want {plan.kv_wanted:,}"
+    room = f"vLLM has room for keys and values of {plan.kv_tokens:,} tokens, and {wanted}"
     if plan.kv_tokens < s.longest:
-        yield Finding("memory", "failed", f"{room} {plan.kv_wanted:,}: not even one fits; raise rollout.vllm.gpu_memory")
+        yield failed(f"{room}: not even one fits; raise rollout.vllm.gpu_memory")
     elif plan.kv_tokens < plan.kv_wanted:
-        yield Finding("memory", "warning", f"{room} {plan.kv_wanted:,}: some will wait for others")
+        yield warning(f"{room}: some will wait for others")
     else:
-        yield Finding("memory", "ok", f"{room} {plan.kv_wanted:,}")
+        yield ok(room)
 
 
 def load_of(recipe: Recipe) -> Load:

@@ -3,9 +3,7 @@
 Per parameter, with bfloat16 compute: DeepSpeed keeps 2 bytes of weights, 4 of summed gradients and 12 of optimizer (float32 master,
 two moments), of which ZeRO-1 spreads the optimizer over the processes, ZeRO-2 the gradients too, ZeRO-3 all of it; FSDP2
 spreads 4 of weights, 4 of gradients, 8 of moments. Activations are those of a dense decoder with gated MLP and an attention that
-keeps no scores. Arithmetic, not a measurement: compare `memory/peak_gib` in a run's metrics with the
-update's total.
-"""
+keeps no scores. Arithmetic, not a measurement: compare `memory/peak_gib` in a run's metrics with the update's total."""
 
 from __future__ import annotations
 
@@ -90,39 +88,37 @@ def memory_plan(shape: Shape, load: Load, card: float) -> MemoryPlan:
         weights = (layers * _NF4_BYTES + (frozen - layers) * load.weight_bytes + trained * each) / split
         gradients, optimizer = trained * each / split, trained * 2 * each / split
         gathered = 2 * shape.per_layer * compute + 2 * shape.vocabulary * shape.hidden * compute if split > 1 else 0.0
-    copies = total * 2 if not deepspeed and load.sharding == "none" and load.bf16 and load.weight_bytes == 4 else 0
-    parts: dict[str, Mapping[Phase, float]] = {
-        "weights": {"rollout": weights, "update": weights},
-        "gradients": {"rollout": gradients if deepspeed and not load.offload else 0.0, "update": gradients},
-        "optimizer": {"rollout": 0.0, "update": 0.0} if load.offload else {"rollout": optimizer, "update": optimizer},
-        "activations": {"rollout": 0.0, "update": _activations(shape, load, compute)},
+    parts: dict[str, tuple[float, float]] = {  # in rollouts, in the update
+        "weights": (weights, weights),
+        "gradients": (gradients if deepspeed and not load.offload else 0.0, gradients),
+        "optimizer": (0.0, 0.0) if load.offload else (optimizer, optimizer),
+        "activations": (0.0, _activations(shape, load, compute)),
     }
     if load.lora_rank is None:
-        parts["gradient of the output layer"] = {"rollout": 0.0, "update": _head_gradient(shape, load)}
-    if copies:
-        parts["bfloat16 copies (autocast)"] = {"rollout": float(copies), "update": float(copies)}
+        parts["gradient of the output layer"] = 0.0, _head_gradient(shape, load)
+    if load.sharding == "none" and load.bf16 and load.weight_bytes == 4:
+        parts["bfloat16 copies (autocast)"] = total * 2.0, total * 2.0
     if gathered:
-        parts["gathered and buffers"] = {"rollout": gathered, "update": gathered}
+        parts["gathered and buffers"] = gathered, gathered
     if load.sharding == "none" and n > 1:  # DistributedDataParallel's buckets
-        parts["DDP buckets"] = {"rollout": gradients, "update": gradients}
+        parts["DDP buckets"] = gradients, gradients
     if load.lora_rank is not None and load.sharding in ("zero3", "fsdp2") and load.gpu_memory:
-        parts["gathered to merge the adapter"] = {"rollout": float(total * load.weight_bytes), "update": 0.0}
+        parts["gathered to merge the adapter"] = float(total * load.weight_bytes), 0.0
     if load.reference and load.lora_rank is None:
         whole = total * compute if load.sharding == "fsdp2" else weights  # FSDP2 gathers it at every forward pass
-        parts["reference policy"] = {"rollout": weights, "update": float(whole)}
+        parts["reference policy"] = weights, float(whole)
     wanted = load.rollouts * load.longest
     room = None
     if load.gpu_memory:
-        share = load.gpu_memory * card
-        served = total * 2
-        cache = share - served - _VLLM_RUNTIME
-        room = max(0, int(cache / shape.kv_bytes))
-        parts["vLLM: weights"] = {"rollout": float(served), "update": 0.0}
-        parts["vLLM: keys, values, buffers"] = {"rollout": max(share - served, float(_VLLM_RUNTIME)), "update": 0.0}
+        share, served = load.gpu_memory * card, total * 2
+        room = max(0, int((share - served - _VLLM_RUNTIME) / shape.kv_bytes))
+        parts["vLLM: weights"] = float(served), 0.0
+        parts["vLLM: keys, values, buffers"] = max(share - served, float(_VLLM_RUNTIME)), 0.0
     elif load.samples_here:
-        parts["keys and values"] = {"rollout": wanted * shape.kv_bytes * compute / 2, "update": 0.0}
-    parts["CUDA and NCCL"] = {"rollout": float(_RUNTIME), "update": float(_RUNTIME)}
-    return MemoryPlan(parts, card, room, wanted)
+        parts["keys and values"] = wanted * shape.kv_bytes * compute / 2, 0.0
+    parts["CUDA and NCCL"] = float(_RUNTIME), float(_RUNTIME)
+    by_phase = {part: dict(zip(PHASES, both, strict=True)) for part, both in parts.items()}
+    return MemoryPlan(by_phase, card, room, wanted)
 
 
 def _head_gradient(shape: Shape, load: Load) -> float:
@@ -138,14 +134,8 @@ def _head_gradient(shape: Shape, load: Load) -> float:
 def _activations(shape: Shape, load: Load, compute: int) -> float:
     """Of one row, forward and backward."""
     tokens = max(load.tokens_per_row, load.longest)
-    kept = kept_per_token(
-        hidden=shape.hidden,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        intermediate=shape.intermediate,
-    )
-    layer = tokens * compute * kept
+    widths = {name: getattr(shape, name) for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate")}
+    layer = tokens * compute * kept_per_token(**widths)
     mask = tokens * load.longest
     head = tokens * shape.hidden * 4 * 2
     if load.checkpointing:  # inputs of all layers, and one layer at a time with its gradients

@@ -1,11 +1,11 @@
-"""What the checks pass on to each other: the recipe, what was loaded of it so far, and what they find."""
+"""What the checks share: the recipe, what was loaded of it so far, and what they find."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,16 +30,22 @@ REPLY_TOKENS, LINE_TOKENS = 150, 60
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check says: of what, how bad, and what is so or would have to change."""
+    """What a check says: how bad it is, what is so or would have to change, and of what (the check's name where empty)."""
 
-    about: str
     level: Level
     text: str
+    about: str = ""
+
+
+ok = partial(Finding, "ok")
+warning = partial(Finding, "warning")
+failed = partial(Finding, "failed")
+NO_VALIDATION = warning("none: the run will not say whether it got better (section validation)")
 
 
 @dataclass
 class Subject:
-    """The recipe, and what checks have loaded of it so far."""
+    """The recipe, and what checks have loaded of it so far. `factory` to `heard` are of an environment of one's own."""
 
     recipe: Recipe
     folder: Path
@@ -50,7 +56,6 @@ class Subject:
     scenarios: list[Scenario] = field(default_factory=list)
     held_out: list[Scenario] = field(default_factory=list)
     factory: Callable[[], Environment] | None = None
-    """Of an environment of one's own, as are tasks, held_out_tasks, openings and heard."""
     tasks: Sequence[Task] = ()
     held_out_tasks: Sequence[Task] = ()
     openings: dict[str, Sequence[Message]] = field(default_factory=dict)
@@ -74,7 +79,7 @@ class Subject:
 
     @property
     def examples(self) -> list[Scenario]:
-        """Of what is played: the run's own scenarios, or the bundled ones while those are not here."""
+        """The run's own scenarios, or the bundled ones while those are not here."""
         return self.scenarios or load_scenarios("english/train")
 
     @property

@@ -30,7 +30,6 @@ from ctcgrpo.errors import (
     TrainingDiverged,
 )
 from ctcgrpo.model.sharding import check_launcher, deepspeed_stage, sharding_arguments
-from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.builtin import build_builtin, is_built, is_builtin, wheel_of
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.instructions import load_instructions
@@ -40,6 +39,7 @@ from ctcgrpo.policy.loading import (
     load_tokenizer,
     loading_weights,
     pinned,
+    refuse_tied_targets,
     stop_ids,
 )
 from ctcgrpo.policy.model_wheel import ModelWheel, fetch_model
