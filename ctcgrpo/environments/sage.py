@@ -31,8 +31,7 @@ from ctcgrpo.rollout.engine import request_seed
 from ctcgrpo.simulator.config import load_simulator_config
 from ctcgrpo.types import Environment, Message, Step
 
-ATTEMPTS = 3
-"""How often the simulator is asked for an answer that can be read."""
+ATTEMPTS = 3  # how often the simulator is asked for an answer that can be read
 _FOLDER = files("ctcgrpo.environments") / "prompts" / "sage"
 _T = TypeVar("_T")
 
@@ -68,10 +67,8 @@ class Sage(Environment):
         self._lines = [("人物", self._profile.first_talk)]
         self.emotion = START
         self.info = {"emotion": START}
-        return [
-            {"role": "system", "content": prompt("model").strip()},
-            {"role": "user", "content": self._profile.first_talk},
-        ]
+        line: Message = {"role": "user", "content": self._profile.first_talk}
+        return [{"role": "system", "content": prompt("model").strip()}, line]
 
     async def step(self, reply: str) -> Step:
         """Raises SimulatorReplyError where none of three answers could be read."""

@@ -14,19 +14,16 @@ from typing import Any, NamedTuple
 from ctcgrpo.environments.eibench.records import scene_rules
 
 STEP = 5
-_FAR_OFF = 1000
-"""Beyond this a number is no level that went astray."""
+_FAR_OFF = 1000  # beyond this a number is no level that went astray
 _LEVELS = tuple(range(0, 101, STEP))
 _MISSING = "is missing, or no number near [0, 100]"
 
 FIELDS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "anger": (("initial_calibration", "initial_anger"), ("rub_goals", "target_anger"), ("worst_case", "worst_anger_min")),
     "trust": (("initial_calibration", "initial_trust"), ("rub_goals", "target_trust"), ("worst_case", "worst_trust_min")),
-}
-"""By axis: where a record holds initial, target and worst."""
+}  # by axis: the fields of initial, target and worst
 
-Levels = tuple[float, float, float]
-"""Initial, target, worst of one axis."""
+Levels = tuple[float, float, float]  # initial, target, worst of one axis
 
 
 class Move(NamedTuple):

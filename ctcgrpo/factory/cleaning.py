@@ -92,10 +92,8 @@ async def _laid_out(cleaned: Cleaned, config: FactoryConfig, answers: Answers) -
         if not list(layout_problems(persona, role, language)):
             continue
         titles = [names[0] for names in layouts()[language].titles[role]]
-        messages: list[Message] = [
-            {"role": "system", "content": _PROMPT.format(titles=", ".join(map(repr, titles)))},
-            {"role": "user", "content": persona},
-        ]
+        prompt = _PROMPT.format(titles=", ".join(map(repr, titles)))
+        messages: list[Message] = [{"role": "system", "content": prompt}, {"role": "user", "content": persona}]
         models = sorted(e.model for e in config.writer.endpoints)
         key = content_key("clean", *models, json.dumps(messages, ensure_ascii=False))
         texts: dict[str, Any] = {title: {"type": "string"} for title in titles}
@@ -144,11 +142,8 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     told = []
     for _, profile in _ROLES:
         old, new = (record[profile]["system_prompt"].splitlines() for record in (before, after))
-        told += [
-            f"{profile}: {line}"
-            for line in difflib.unified_diff(old, new, n=0, lineterm="")
-            if line[:1] in "+-" and line[:3] not in ("+++", "---") and line[1:].strip()
-        ]
+        changes = (line for line in difflib.unified_diff(old, new, n=0, lineterm="") if line[:3] not in ("+++", "---"))
+        told += [f"{profile}: {line}" for line in changes if line[:1] in "+-" and line[1:].strip()]
     return told
 
 

@@ -32,9 +32,7 @@ Record = dict[str, Any]
 app = typer.Typer(help="Fetch, generate, check and convert sets of scenarios.", no_args_is_help=True)
 Source = Annotated[str, typer.Argument(help="A path, a bundled pack (english/train) or a dataset (eibench/train).")]
 Part = Annotated[Split, typer.Option(help="The folder, where the source has both.")]
-Threshold = Annotated[
-    float, typer.Option(min=0.05, max=1.0, help="Similarity (TF-IDF cosine) from which two records count as one.")
-]
+Threshold = Annotated[float, typer.Option(min=0.05, max=1.0, help="TF-IDF cosine from which two records count as one.")]
 
 
 @app.command()
@@ -84,9 +82,7 @@ def _consequence(source: str, split: Split) -> str:
 @app.command()
 def new(
     file: Annotated[Path, typer.Argument(help="The file to write, NAME.jsonl; notes on its fields go to NAME.md.")],
-    scene: Annotated[
-        str, typer.Option(help="Kind of situation: support, defense, repair, charm, or a name of yours.")
-    ] = "support",
+    scene: Annotated[str, typer.Option(help="The situation: support, defense, repair, charm, or your own.")] = "support",
     language: Annotated[Literal["en", "zh"], typer.Option(help="Of the example.")] = "en",
 ) -> None:
     """Write an example record to start your own set from, with notes on what each field is for."""
@@ -138,7 +134,7 @@ def generate(
     for outcome in outcomes:
         for told in (*outcome.repairs, *outcome.reasons):
             say(f"{outcome.asked.id}: {outcome.status}: {told}")
-    for verdict in (gate(scenario) for scenario in (load_scenarios(out) if files else ())):
+    for verdict in map(gate, load_scenarios(out) if files else ()):
         if verdict.problem:
             say(f"{verdict.id}: gate: {verdict.problem}")
     say(f"{len(outcomes)} asked for: {_counted(outcomes)}; {out / REPORT}")
@@ -155,14 +151,11 @@ def clean(
     source: Source,
     out: Annotated[Path, typer.Argument(help="A new folder for the set.")],
     split: Part = "train",
-    config: Annotated[
-        Path | None, typer.Option(help="A model (configs/factory) for what no rule can mend; else left.")
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A model (configs/factory) for what no rule mends.")] = None,
 ) -> None:
     """Repair anchors and the layout of personas, and show every change."""
-    with _needs_the_extra():
-        from ctcgrpo.factory.cleaning import by_model, by_rule
-        from ctcgrpo.factory.storage import check_new, write_layout
+    from ctcgrpo.factory.cleaning import by_model, by_rule
+    from ctcgrpo.factory.storage import check_new, write_layout
 
     check_new(out)
     found = [by_rule(record, place) for place, record in read_records(source, split)]
@@ -207,9 +200,7 @@ def dedup(
     against: Annotated[list[str] | None, typer.Option(help="A held-out set that must not leak in; several.")] = None,
     split: Part = "train",
     threshold: Threshold = 0.5,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the set without them there; the first of those alike stays.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the set there, with the first of those alike.")] = None,
     show: Annotated[int, typer.Option(min=0, help="Pairs to show with their texts.")] = 10,
 ) -> None:
     """Find near-duplicates in a set and between sets; without --out any of them exits with 3."""

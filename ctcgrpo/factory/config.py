@@ -28,9 +28,7 @@ class FactoryConfig(Section):
     store: Path = Field(description="the folder for answers already paid for, and the account")
     budget: Budget = Budget()  # type: ignore[call-arg]
     language: str = Field("en", description="of the scenarios: one that factory/layout.yaml has the sections of (en, zh)")
-    seeds: Path | None = Field(
-        None, description="pools of seeds; left out: those of the language that come with the package"
-    )
+    seeds: Path | None = Field(None, description="pools of seeds; left out: the package's own of the language")
     scenes: tuple[str, ...] = Field(SCENES, min_length=1, description="the scenes that are written")
     examples: str | None = Field(None, description="a set whose scenarios are shown: english/train, chinese/train, a path")
     shots: int = Field(2, ge=0, description="examples that each request holds")

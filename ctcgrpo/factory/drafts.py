@@ -143,8 +143,7 @@ def json_object(text: str) -> dict[str, Any] | str:
 _SCRIPTED: Mapping[str, Mapping[str, str]] = {
     "boundary": {"words": "limit", "offer": "offer"},
     "repair": {"fault": "fault", "remedy": "remedy"},
-}
-"""By the part of a script that a scene has, and its keys: the fields of a draft."""
+}  # by the part of a script that a scene has, and its keys: the fields of a draft
 
 
 def _own_faults(draft: Draft, asked: Wanted) -> Iterator[str]:

@@ -16,10 +16,8 @@ from ctcgrpo.factory.layout import layouts
 from ctcgrpo.simulator.scripted.knowledge import script_fields
 from ctcgrpo.util.files import write_whole
 
-PACK_OF = {"en": "english", "zh": "chinese"}
-"""By language the bundled pack that examples are taken from."""
-_REPEATED = ("prompt", "licence", "seed")
-"""What the packs' records hold beside what a record needs."""
+PACK_OF = {"en": "english", "zh": "chinese"}  # by language the bundled pack that examples are taken from
+_REPEATED = ("prompt", "licence", "seed")  # what the packs' records hold beside what a record needs
 
 
 def example(scene: str, language: str) -> dict[str, Any]:

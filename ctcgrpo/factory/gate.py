@@ -17,19 +17,14 @@ from itertools import cycle, islice
 from typing import Any
 
 from ctcgrpo.environments.eibench import EIBench, task_of
-from ctcgrpo.environments.eibench.persona import Briefing
 from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.errors import SimulatorReplyError
-from ctcgrpo.simulator.protocol import ScenarioCard, TurnReply, TurnRequest
-from ctcgrpo.simulator.scripted.backend import react
-from ctcgrpo.simulator.scripted.knowledge import read_knowledge
-from ctcgrpo.simulator.scripted.language import load_language
-from ctcgrpo.simulator.service import turn_reply
+from ctcgrpo.simulator.protocol import ScenarioCard
+from ctcgrpo.simulator.scripted import ScriptedBackend
 from ctcgrpo.util.strict_yaml import load_yaml
 
 ROUNDS = 6
-MARGIN = 0.3
-"""Outcome (in [-1, 1]) by which the good policy has to be ahead of both others."""
+MARGIN = 0.3  # outcome (in [-1, 1]) by which the good policy has to be ahead of both others
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +48,7 @@ def gate(scenario: Scenario) -> Verdict:
     if not details:
         return Verdict(scenario.id, *nothing, "its record has no script that a good policy could know")
     try:
-        read_knowledge(ScenarioCard.of(scenario), load_language(scenario.language))
+        ScriptedBackend().check(ScenarioCard.of(scenario))
         good = asyncio.run(played(scenario, _fillings(scenario, details, lines["good"])))
         others = [[[line] for line in islice(cycle(lines[name]), ROUNDS)] for name in ("mediocre", "bad")]
         mediocre, bad = (asyncio.run(played(scenario, turns)) for turns in others)
@@ -71,25 +66,18 @@ def canned() -> Mapping[str, Mapping[str, list[str]]]:
     return data
 
 
-Candidates = Sequence[Sequence[str]]
-"""For each turn the replies that a policy has for it; the one that does most good is said."""
-
-
-class _Scripted:
-    async def turn(self, request: TurnRequest) -> TurnReply:
-        return turn_reply(request, react(request))
+Candidates = Sequence[Sequence[str]]  # by turn: the replies that a policy has for it; the one that does most good is said
 
 
 async def played(scenario: Scenario, turns: Candidates) -> float:
     """The outcome of a dialogue."""
-    dialogue = EIBench(_Scripted(), briefing=Briefing(), max_turns=len(turns))
+    dialogue = EIBench(max_turns=len(turns))
     await dialogue.reset(task_of(scenario).data, seed=0)
     said: set[str] = set()
     for replies in turns:
-        tried = {}
-        for reply in [r for r in replies if r not in said] or replies:
-            tried[reply] = copy.copy(dialogue)
-            await tried[reply].step(reply)
+        tried = {reply: copy.copy(dialogue) for reply in [r for r in replies if r not in said] or replies}
+        for reply, continued in tried.items():
+            await continued.step(reply)
         best = max(tried, key=lambda reply: tried[reply].answer.trust_delta - tried[reply].answer.anger_delta)
         said.add(best)
         dialogue = tried[best]

@@ -29,8 +29,7 @@ from ctcgrpo.util.files import write_whole
 
 Status = Literal["valid", "repaired", "rejected", "unanswered"]
 REPORT = "report.json"
-_LONGEST_BACK = 12_000
-"""Characters of a faulty answer that its writer is shown again."""
+_LONGEST_BACK = 12_000  # characters of a faulty answer that its writer is shown again
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,7 @@ from ctcgrpo.simulator.scripted.language import load_language
 Record = Mapping[str, Any]
 Found = Iterator[tuple[str, str]]
 
-SHORTEST, LONGEST = 60, 6000
-"""Characters of a persona."""
+SHORTEST, LONGEST = 60, 6000  # characters of a persona
 _FOREIGN = {
     "holds a placeholder": re.compile(
         r"\{\{|\}\}|\bTODO\b|\bTBD\b|lorem ipsum|<[a-z_]+>|\[(?:name|place|age|insert[^\]]*)\]|［?(?:此处|在此)填写", re.I
@@ -86,13 +85,8 @@ def layout(record: Record, scenario: Scenario) -> Found:
 
 def whole(record: Record, scenario: Scenario) -> Found:
     """Everything that the simulator's prompt, a card or a reader needs."""
-    texts = [
-        "title",
-        "goal_one_liner",
-        "data_source",
-        *(["language"] if "language" in record else []),
-    ]  # else told by the text
-    for field in texts:
+    # A language that a record leaves out is told by its text.
+    for field in ("title", "goal_one_liner", "data_source", *({"language"} & record.keys())):
         if not str(record.get(field) or "").strip():
             yield field, "is missing or empty"
     for field in ("success_criteria", "must_avoid"):

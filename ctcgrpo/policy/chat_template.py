@@ -25,14 +25,11 @@ from ctcgrpo.util.time_limit import time_limit
 
 Message = dict[str, str]
 Roles = tuple[str, ...]
-USUAL: Roles = ("system", "user")
-"""How most dialogues begin."""
+USUAL: Roles = ("system", "user")  # how most dialogues begin
 
-FOLD = "\n\n"
-"""Between system message and first line where both stand in the first user turn."""
+FOLD = "\n\n"  # between system message and first line where both stand in the first user turn
 _RENDER_SECONDS = 30.0
-_MANY = 16
-"""Exchanges of the longest dialogue that is probed: some templates keep the last messages only."""
+_MANY = 16  # exchanges of the longest dialogue that is probed: some templates keep the last messages only
 _TODAY = "PROBE-TODAY"
 _TEMPLATE_ERRORS = (
     TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
@@ -66,10 +63,8 @@ class ChatTemplate:
         self._kwargs = dict(kwargs or {})
         self.name = f"the chat template of {tokenizer.name_or_path!r}"
         if not getattr(tokenizer, "chat_template", None):
-            raise PolicyError(
-                f"tokenizer {tokenizer.name_or_path!r} has no chat template; choose an instruct model, or set its "
-                "chat_template (in a recipe policy.chat_template, a file)"
-            )
+            advice = "choose an instruct model, or set its chat_template (in a recipe policy.chat_template, a file)"
+            raise PolicyError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; {advice}")
         self.layout = lru_cache(maxsize=256)(self._find_layout)
 
     def render(self, messages: Sequence[Message], **kwargs: Any) -> str:
@@ -113,10 +108,8 @@ class ChatTemplate:
         opens, first_prompt = parts[0][:n], parts[0][n]
         before_first, between = parts[1][n], parts[1][n + 1 : n + 1 + m]
         before, prompt = parts[2][n + 1 + m], parts[1][-1]
-        expected = [
-            [*opens, before_first, *between, *[before, *between] * (k - 1), prompt] if k else [*opens, first_prompt]
-            for k in counts
-        ]
+        longer_ones = [[*opens, before_first, *between, *[before, *between] * (k - 1), prompt] for k in counts if k]
+        expected = [[*opens, first_prompt], *longer_ones]
         if parts != expected:
             shorter, longer = next((a, b) for a, b in zip(expected, parts, strict=True) if a != b)
             was, now = next((a, b) for a, b in zip(shorter, longer, strict=True) if a != b)
@@ -128,10 +121,10 @@ class ChatTemplate:
 
     def _parts(self, first: list[Message], heard: Roles, exchanges: int, folded: bool) -> list[str]:
         """What the template writes around the messages of a dialogue, each of which it must render once and in its place."""
-        said = [
-            (f"PROBE-REPLY-{k:02}", [{"role": r, "content": f"PROBE-LINE-{k:02}-{j:02}"} for j, r in enumerate(heard)])
-            for k in range(exchanges)
-        ]
+        said = []
+        for k in range(exchanges):
+            lines = [{"role": role, "content": f"PROBE-LINE-{k:02}-{j:02}"} for j, role in enumerate(heard)]
+            said.append((f"PROBE-REPLY-{k:02}", lines))
         messages = [*(_folded(first) if folded else first), *_exchanged(said)]
         may_fold = first[0]["role"] == "system" and not folded
         try:

@@ -98,10 +98,8 @@ class ContextBuilder:
         before = self._template.layout(USUAL).before_reply
         self._sampled_lead = before[len(self._prompt) :] if before.startswith(self._prompt) else ""
         if unsaid := self._sampled_lead.replace(OPEN, "").replace(CLOSE, "").strip():
-            raise PolicyError(
-                f"{self._template.name} writes {unsaid!r} before a reply in history, but not in the prompt for one; set "
-                "another chat_template (in a recipe policy.chat_template)"
-            )
+            problem = f"{self._template.name} writes {unsaid!r} before a reply in history, but not in the prompt for one"
+            raise PolicyError(f"{problem}; set another chat_template (in a recipe policy.chat_template)")
         self._remember()
 
     def _remember(self) -> None:
@@ -122,10 +120,8 @@ class ContextBuilder:
             which = "every dialogue" if any("user" in each for each in folded) else "dialogues that the policy opens"
             notes.append(f"takes no system message: in {which} the persona is part of the first user turn")
         if self._control.first(self._template.layout(USUAL).between[0]) is None:
-            notes.append(
-                "ends replies with plain text: only the model's end-of-sequence token ends one, which earlier turns in prompts do "
-                "not show"
-            )
+            ends = "only the model's end-of-sequence token ends one, which earlier turns in prompts do not show"
+            notes.append(f"ends replies with plain text: {ends}")
         if self._template.uses_today():
             notes.append(
                 "puts today's date into prompts, so the same dialogue has another prompt tomorrow; fix the date, for example with "
@@ -174,10 +170,8 @@ class ContextBuilder:
                 ids += self._line_ids(_roles(None, head), exchange.lines, k == len(kept))
             if len(ids) <= self._max_prompt_tokens:
                 return tuple(ids), dropped
-        raise PolicyEngineError(
-            f"system prompt and latest user line take {len(ids)} tokens; "
-            f"max_prompt_length (in a recipe rollout.max_prompt_tokens) is {self._max_prompt_tokens}"
-        )
+        limit = f"max_prompt_length (in a recipe rollout.max_prompt_tokens) is {self._max_prompt_tokens}"
+        raise PolicyEngineError(f"system prompt and latest user line take {len(ids)} tokens; {limit}")
 
     def _layout(self, head: Roles, heard: Roles = ("user",)) -> Layout:
         """Raises PolicyEngineError for roles that the template cannot render: an episode brought them."""
@@ -310,9 +304,8 @@ def _line(message: Message) -> Line:
     """Raises PolicyEngineError for instructions that are not the end of the content."""
     content, instructions = message["content"].strip(), message.get("instructions", "")
     if not content.endswith(instructions):
-        raise PolicyEngineError(
-            f"a message of {message['role']} has the instructions {instructions[:40]!r}, which are not the end of its content"
-        )
+        found = f"a message of {message['role']} has the instructions {instructions[:40]!r}"
+        raise PolicyEngineError(f"{found}, which are not the end of its content")
     words = content.removesuffix(instructions).removesuffix(BETWEEN) if instructions else content
     return Line(message["role"], words, instructions)
 

@@ -80,10 +80,8 @@ def load_instructions(setting: str) -> Instructions:
         elif path.is_dir():
             found = {file.stem: file.read_text(encoding="utf-8") for file in sorted(path.glob(f"*{_SUFFIX}"))}
         else:
-            raise PolicyError(
-                f"policy.instructions is {setting!r}: there is no such file or folder; "
-                f"{did_you_mean(setting, [*names, NO_INSTRUCTIONS])}"
-            )
+            hint = did_you_mean(setting, [*names, NO_INSTRUCTIONS])
+            raise PolicyError(f"policy.instructions is {setting!r}: there is no such file or folder; {hint}")
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"policy.instructions {setting!r} cannot be read: {error}") from None
     if not found:
@@ -97,7 +95,6 @@ def load_instructions(setting: str) -> Instructions:
             line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
             raise PolicyError(f"{where}: {line}{error.message}; a template knows one variable, reasons") from None
         if not text:
-            raise PolicyError(
-                f"{where} gives an empty text with reasons={reasons}; say {NO_INSTRUCTIONS} for no instructions"
-            )
+            empty = f"gives an empty text with reasons={reasons}"
+            raise PolicyError(f"{where} {empty}; say {NO_INSTRUCTIONS} for no instructions")
     return instructions

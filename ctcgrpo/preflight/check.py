@@ -18,7 +18,7 @@ from rich.text import Text
 
 from ctcgrpo.errors import CtcGrpoError
 from ctcgrpo.model.shapes import GIB
-from ctcgrpo.preflight import cost, eibench, environment, gpu, launch, policy
+from ctcgrpo.preflight import cost, eibench, environment, launch, policy
 from ctcgrpo.preflight.memory import PHASES, MemoryPlan
 from ctcgrpo.preflight.subject import Check, Finding, Subject, failed
 from ctcgrpo.run.recipe import Recipe
@@ -35,27 +35,11 @@ def checks_of(recipe: Recipe) -> Sequence[Check]:
     own = recipe.environment is not None
     return (
         *(_OWN if own else _EIBENCH),
-        policy.credit,
-        launch.sharding,
-        launch.libraries,
-        policy.model,
-        policy.adapter,
-        policy.attention,
-        policy.reasoning_tags,
-        policy.context,
-        launch.processes,
-        policy.precision,
-        launch.launcher,
-        gpu.memory,
-        launch.policy_servers,
+        policy.credit, launch.sharding, launch.libraries, policy.model, policy.adapter, policy.attention, policy.reasoning_tags,
+        policy.context, launch.processes, policy.precision, launch.launcher, cost.memory, launch.policy_servers,
         *(() if own else (eibench.simulator,)),
-        cost.cost,
-        launch.disk,
-        launch.stopping,
-        launch.threads,
-        launch.output,
-        launch.weights_and_biases,
-    )
+        cost.cost, launch.disk, launch.stopping, launch.threads, launch.output, launch.weights_and_biases,
+    )  # fmt: skip
 
 
 def findings(

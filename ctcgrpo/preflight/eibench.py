@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ctcgrpo.environments.eibench import EIBench, User, task_of
-from ctcgrpo.environments.eibench.persona import Briefing
 from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.environments.eibench.scenarios import load_scenes, load_set
 from ctcgrpo.errors import RecipeError, SimulatorTransportError
@@ -18,8 +17,7 @@ from ctcgrpo.simulator.config import bearer_token
 from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 
-_PATIENCE = 20.0
-"""Seconds for a canary turn."""
+_PATIENCE = 20.0  # seconds for a canary turn
 
 
 def scenarios(s: Subject) -> Iterator[Finding]:
@@ -49,10 +47,9 @@ def simulator(s: Subject) -> Iterator[Finding]:
     """One canary turn, on the real simulator: it costs a call."""
     settings = s.recipe.simulator
     if settings.url == "embedded" and s.recipe.hardware.nodes > 1:
-        raise RecipeError(
-            f"simulator.url is 'embedded', which the others of {s.recipe.hardware.nodes} nodes cannot reach; start "
-            "`ctcgrpo serve CONFIG --host 0.0.0.0` and name it, or leave it to launch/slurm.sbatch"
-        )
+        problem = f"simulator.url is 'embedded', which the others of {s.recipe.hardware.nodes} nodes cannot reach"
+        advice = "start `ctcgrpo serve CONFIG --host 0.0.0.0` and name it, or leave it to launch/slurm.sbatch"
+        raise RecipeError(f"{problem}; {advice}")
     choice = simulator_of(settings)
     s.simulator = None if choice.urls else choice.config
     with choice.served([*s.scenarios, *s.held_out]) as urls:
@@ -80,7 +77,7 @@ async def _canary(client: SimulatorClient, scenario: Scenario) -> tuple[dict[str
 
 async def played(user: User, scenario: Scenario, replies: Sequence[str], rounds: int) -> EIBench:
     """The dialogue after these replies."""
-    dialogue = EIBench(user, briefing=Briefing(), max_turns=rounds)
+    dialogue = EIBench(user, max_turns=rounds)
     dialogue.name = f"check/{scenario.id}"
     await dialogue.reset(task_of(scenario).data, seed=0)
     for reply in replies:

@@ -15,8 +15,7 @@ from ctcgrpo.run.run_tasks import environment_factory, read_tasks, refuse_uneven
 from ctcgrpo.types import Message, Task
 
 _REPLY, _EMOJI = "I see.", "\U0001f642\U0001f44d\U0001f3fd"
-_RESETS = 8
-"""Tasks of each set whose first messages are looked at, at most."""
+_RESETS = 8  # tasks of each set whose first messages are looked at, at most
 
 
 def environment(s: Subject) -> Iterator[Finding]:
@@ -67,10 +66,9 @@ def episode(s: Subject) -> Iterator[Finding]:
         f"task {s.tasks[0].id!r} with the reply {_REPLY!r}: {turns} {'turn' if turns == 1 else 'turns'} ({over}), rewards "
         f"{earned}{', ...' if turns > 5 else ''}, outcome {outcome:+.3f}"
     )
-    if all(reward is None for reward in rewards) and not outcome:
-        yield warning(f"{text}: no turn is scored and the outcome is 0, so nothing can be learned from it")
-    else:
-        yield ok(text)
+    blank = all(reward is None for reward in rewards) and not outcome
+    nothing = f"{text}: no turn is scored and the outcome is 0, so nothing can be learned from it"
+    yield warning(nothing) if blank else ok(text)
 
 
 def replies(s: Subject) -> Iterator[Finding]:
@@ -79,15 +77,13 @@ def replies(s: Subject) -> Iterator[Finding]:
         return
     long = 4 * s.recipe.rollout.max_new_tokens
     odd = {"an empty reply": "", f"a reply of {long:,} characters": ("word " * long)[:long], "a reply of emoji": _EMOJI}
-    failed = False
+    bad = []
     for what, reply in odd.items():
         try:
             _played(s, s.tasks[0], [reply])
         except CtcGrpoError as error:
-            failed = True
-            yield warning(f"{what} makes a failed episode: {error}")
-    if not failed:
-        yield ok(f"{', '.join(odd)} are answered")
+            bad.append(warning(f"{what} makes a failed episode: {error}"))
+    yield from bad or [ok(f"{', '.join(odd)} are answered")]
 
 
 def _played(s: Subject, task: Task, said: Sequence[str]) -> tuple[Sequence[Message], Sequence[Answer], float]:

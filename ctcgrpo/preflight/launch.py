@@ -50,10 +50,8 @@ def processes(s: Subject) -> Iterator[Finding]:
     s.recipe.check_processes(wanted)
     episodes = s.recipe.tasks_per_step * s.recipe.rollout.group_size // wanted
     text = f"{wanted} with {episodes} episodes a step each (hardware.processes)"
-    if episodes % s.recipe.rollout.group_size:
-        yield warning(f"{text}: groups are split over processes, and share no prefix cache")
-    else:
-        yield ok(text)
+    split = episodes % s.recipe.rollout.group_size > 0
+    yield warning(f"{text}: groups are split over processes, and share no prefix cache") if split else ok(text)
 
 
 def launcher(s: Subject) -> Iterator[Finding]:
@@ -105,10 +103,8 @@ def disk(s: Subject) -> Iterator[Finding]:
     where = next(p for p in [recipe.folder, *recipe.folder.absolute().parents] if p.exists())
     free = shutil.disk_usage(where).free
     text = f"{needed / GIB:.1f} GiB for {recipe.training.keep_checkpoints} checkpoints, best and final; {free / GIB:.0f} are free"
-    if needed < free:
-        yield ok(text)
-    else:
-        yield failed(f"{text} at {where}; lower training.keep_checkpoints, or set run.output_dir")
+    advice = f"{text} at {where}; lower training.keep_checkpoints, or set run.output_dir"
+    yield ok(text) if needed < free else failed(advice)
 
 
 def stopping(s: Subject) -> Iterator[Finding]:
@@ -154,7 +150,5 @@ def weights_and_biases(s: Subject) -> Iterator[Finding]:
     known = "WANDB_API_KEY" in s.variables
     with contextlib.suppress(FileNotFoundError, netrc.NetrcParseError):
         known = known or netrc.netrc().authenticators("api.wandb.ai") is not None
-    if known:
-        yield ok("a key is there", "W&B")
-    else:
-        yield failed("run.wandb is 'online' and there is no key: wandb login, or run.wandb=offline", "W&B")
+    missing = "run.wandb is 'online' and there is no key: wandb login, or run.wandb=offline"
+    yield ok("a key is there", "W&B") if known else failed(missing, "W&B")

@@ -17,12 +17,9 @@ from ctcgrpo.training.planning import kept_per_token
 Phase = Literal["rollout", "update"]
 PHASES: tuple[Phase, ...] = ("rollout", "update")
 _NF4_BYTES = 0.52
-_RUNTIME = 2 * GIB
-"""CUDA's context, NCCL's buffers, and what fragmentation loses."""
-_VLLM_RUNTIME = 2 * GIB
-"""vLLM's activations and CUDA graphs, inside its share."""
-_BUCKETS = 2 * GIB
-"""DeepSpeed's communication buffers under ZeRO-1 and -2, and the parameters that ZeRO-3 holds gathered."""
+_RUNTIME = 2 * GIB  # CUDA's context, NCCL's buffers, and what fragmentation loses
+_VLLM_RUNTIME = 2 * GIB  # vLLM's activations and CUDA graphs, inside its share
+_BUCKETS = 2 * GIB  # DeepSpeed's communication buffers under ZeRO-1 and -2, and the parameters that ZeRO-3 holds gathered
 _FLOAT32_BUCKET = 4 * 500_000_000
 """The copy of a bucket in which ZeRO-1 and -2 sum gradients over the processes (communication_data_type)."""
 
@@ -36,8 +33,7 @@ class Load:
     sharding: Literal["none", "zero1", "zero2", "zero3", "fsdp2"]
     offload: bool
     weight_bytes: int
-    quantized: bool
-    """Whether the layers' frozen weights are held in 4 bits (half a byte, and what undoes the rounding)."""
+    quantized: bool  # whether the layers' frozen weights are held in 4 bits (half a byte, and what undoes the rounding)
     bf16: bool
     lora_rank: int | None
     reference: bool
@@ -46,8 +42,7 @@ class Load:
     longest: int
     rollouts: int
     gpu_memory: float
-    samples_here: bool
-    """Whether the policy itself samples (transformers), and keeps its keys and values here."""
+    samples_here: bool  # whether the policy itself samples (transformers), and keeps its keys and values here
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,7 @@ from ctcgrpo.types import Completion, Heard, Message
 
 _ROUNDED_AWAY = 1e-4
 """AdamW moves a weight by about the learning rate; bfloat16 keeps 8 bits, so weights of the usual 0.02 need steps of 1e-4."""
-_MEASURED = 48
-"""Scenarios of each scene whose prompts are measured, at most."""
+_MEASURED = 48  # scenarios of each scene whose prompts are measured, at most
 
 
 def credit(s: Subject) -> Iterator[Finding]:
@@ -95,10 +94,8 @@ def reasoning_tags(s: Subject) -> Iterator[Finding]:
     if s.tokenizer is None or not s.recipe.policy.reasons:
         return
     long = [tag for tag in (OPEN, CLOSE) if len(s.tokenizer.encode(tag, add_special_tokens=False)) != 1]
-    if long:
-        yield warning(f"{' and '.join(long)} are several tokens to this tokenizer: was it taught to reason so?")
-    else:
-        yield ok(f"{OPEN} and {CLOSE} are a token each")
+    several = f"{' and '.join(long)} are several tokens to this tokenizer: was it taught to reason so?"
+    yield warning(several) if long else ok(f"{OPEN} and {CLOSE} are a token each")
 
 
 def precision(s: Subject) -> Iterator[Finding]:

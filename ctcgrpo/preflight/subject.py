@@ -48,8 +48,7 @@ class Subject:
     """The recipe, and what checks have loaded of it so far. `factory` to `heard` are of an environment of one's own."""
 
     recipe: Recipe
-    folder: Path
-    """For what is built in passing; gone after the check."""
+    folder: Path  # for what is built in passing; gone after the check
     variables: Mapping[str, str] = field(default_factory=lambda: os.environ)
     """Those of the environment that the command runs in."""
     accelerate_config: Path = Path(default_config_file)
@@ -58,13 +57,11 @@ class Subject:
     factory: Callable[[], Environment] | None = None
     tasks: Sequence[Task] = ()
     held_out_tasks: Sequence[Task] = ()
-    openings: dict[str, Sequence[Message]] = field(default_factory=dict)
-    """The first messages of some tasks, by id."""
+    openings: dict[str, Sequence[Message]] = field(default_factory=dict)  # the first messages of some tasks, by id
     heard: list[Sequence[Message]] = field(default_factory=list)
     """What the policy heard after each of its replies, in the episode that was played."""
     shape: Shape | None = None
-    config: Any = None
-    """The model's own configuration, where it is at hand."""
+    config: Any = None  # the model's own configuration, where it is at hand
     tokenizer: PreTrainedTokenizerBase | None = None
     contexts: ContextBuilder | None = None
     simulator: SimulatorConfig | None = None

@@ -182,7 +182,7 @@ def test_scenarios_that_the_scripted_user_knows_nothing_of_are_warned_of(tmp_pat
 
 
 def test_room_to_wake_and_threads_for_an_optimizer_on_the_cpu(tmp_path: Path) -> None:
-    from ctcgrpo.preflight.gpu import memory
+    from ctcgrpo.preflight.cost import memory
     from ctcgrpo.preflight.launch import threads
     from ctcgrpo.preflight.subject import Subject
 

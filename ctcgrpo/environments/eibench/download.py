@@ -14,8 +14,7 @@ from urllib.parse import urlsplit
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.util.naming import cut
 
-_TIMEOUT = 60.0
-"""Seconds that a server may be silent."""
+_TIMEOUT = 60.0  # seconds that a server may be silent
 _PART = 1 << 16
 
 

@@ -21,8 +21,7 @@ from ctcgrpo.simulator.scripted import ScriptedBackend
 from ctcgrpo.simulator.service import answer
 from ctcgrpo.types import Environment, Message, Step, Task
 
-_PERSONA = Briefing()
-"""The whole role, and no instructions."""
+_PERSONA = Briefing()  # the whole role, and no instructions
 
 
 class User(Protocol):

@@ -10,8 +10,7 @@ from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.errors import PolicyError
 from ctcgrpo.policy.instructions import WITHOUT, Instructions
 
-BETWEEN = "\n\n"
-"""Between a role and the instructions behind it."""
+BETWEEN = "\n\n"  # between a role and the instructions behind it
 _HEADING = re.compile(r"^#+ *(.+?) *$", re.MULTILINE)
 
 

@@ -24,8 +24,7 @@ _PUBLISHED: Mapping[str, SceneRules] = {
     "repair": SceneRules(policy_opens=False, anger_may_rise=False, script="repair"),
     "charm": SceneRules(policy_opens=True, anger_may_rise=False),
 }
-SCENES = tuple(_PUBLISHED)
-"""The scenes of the published set. A set may have others: any name of SCENE_NAME's form."""
+SCENES = tuple(_PUBLISHED)  # the scenes of the published set. A set may have others: any name of SCENE_NAME's form
 SCENE_NAME = r"^[^\W_][\w-]{0,39}$"
 
 
@@ -39,8 +38,7 @@ def in_order(scenes: Iterable[str]) -> list[str]:
     return [*(scene for scene in SCENES if scene in found), *sorted(found - set(SCENES))]
 
 
-MAX_DELTA = 10
-"""A turn changes each axis by at most this much."""
+MAX_DELTA = 10  # A turn changes each axis by at most this much
 
 
 class UserState(NamedTuple):

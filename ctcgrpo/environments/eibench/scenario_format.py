@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.resources import files
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ctcgrpo.environments.eibench.records import SCENE_NAME, SCENES, Anchors, Scenario, UserState, scene_rules
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.util.naming import cut, nearest, quoted
+from ctcgrpo.util.strict_yaml import load_yaml
 
 Split = Literal["train", "test"]
-_LONGEST_MESSAGE = 600
-"""Characters of what is wrong with a record: it may quote the record."""
+_LONGEST_MESSAGE = 600  # characters of what is wrong with a record: it may quote the record
 
 
 class Fault(NamedTuple):
@@ -38,74 +39,56 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-def _told(description: str, default: Any = ...) -> Any:
-    """A field with what it is for, which `ctcgrpo scenarios new` prints."""
-    return Field(default, description=description)
-
-
 class _User(_Part):
-    system_prompt: str = _told("Persona of the user. The simulator plays it; the policy never sees it.")
-    opening_line: str = _told(
-        "First line of the user. Required in support, defense and repair; in charm the policy speaks first, and in a scene of your "
-        "own where this is left out.",
-        "",
-    )
+    system_prompt: str
+    opening_line: str = ""
 
 
 class _Policy(_Part):
-    system_prompt: str = _told("Role of the policy: its system prompt.")
+    system_prompt: str
 
 
 class _Initial(_Part):
-    initial_anger: int = _told("Anger of the user at the start, 0 to 100. Left out: 50.", 50)
-    initial_trust: int = _told("Trust of the user at the start, 0 to 100. Left out: 50.", 50)
-
-
-_BEST = "at the best end, which scores +1"
-_LOWEST = "at the worst end, which scores -1"
+    initial_anger: int = 50
+    initial_trust: int = 50
 
 
 class _Target(_Part):
-    target_anger: int | None = _told(f"Anger {_BEST}. Left out: 0 in training, the initial anger in a held-out set.", None)
-    target_trust: int | None = _told(f"Trust {_BEST}. Left out: 100 in training, the initial trust in a held-out set.", None)
+    target_anger: int | None = None
+    target_trust: int | None = None
 
 
 class _Worst(_Part):
-    worst_anger_min: int | None = _told(f"Anger {_LOWEST}. Left out: 100 in training, initial + 25 in a held-out set.", None)
-    worst_trust_min: int | None = _told(f"Trust {_LOWEST}. Left out: 0 in training, initial - 20 in a held-out set.", None)
+    worst_anger_min: int | None = None
+    worst_trust_min: int | None = None
 
 
 class _Record(_Part):
-    id: str = _told("Name of the scenario, unique in the set. Traces and reports use it.")
-    scene_tag: str = _told(
-        "What kind of situation it is: support, defense, repair or charm, as in the published set, or a name of your own."
-    )
-    title: str = _told("A few words for tables and reports.", "")
-    language: str = _told("Code of the language, for example en or zh. Left out: told by the characters of the persona.", "")
+    id: str
+    scene_tag: str
+    title: str = ""
+    language: str = ""
     aggressor_profile: _User
     defender_profile: _Policy
-    goal_one_liner: str = _told("What a good outcome is, in one sentence.", "")
-    success_criteria: list[str] = _told("Signs that it went well. An LLM that plays the user reads them.", [])
-    must_avoid: list[str] = _told("What hurts this user. An LLM that plays the user reads it.", [])
+    goal_one_liner: str = ""
+    success_criteria: list[str] = []
+    must_avoid: list[str] = []
     initial_calibration: _Initial = _Initial()
     rub_goals: _Target = _Target()
     worst_case: _Worst = _Worst()
-    data_source: str = _told("Where the record comes from.", "")
-    script: dict[str, Any] = _told(
-        "What the scripted user knows of this user's life. Left out: derived from the opening line and the numbered facts of the "
-        "persona, which tells good replies from bad ones poorly. An LLM that plays the user does not read it.",
-        {},
-    )
+    data_source: str = ""
+    script: dict[str, Any] = {}
 
 
 def record_fields(model: type[BaseModel] = _Record, path: str = "") -> Iterator[tuple[str, bool, str]]:
     """(field, whether it is required, what it is for) of a record, in order, without `script`'s own."""
+    texts = load_yaml((files("ctcgrpo.environments.eibench") / "record_fields.yaml").read_text(encoding="utf-8"))
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, _Part):
             yield from record_fields(kind, f"{path}{name}.")
         else:
-            yield f"{path}{name}", field.is_required(), field.description or ""
+            yield f"{path}{name}", field.is_required(), texts[f"{path}{name}"]
 
 
 def read_record(record: Mapping[str, Any], place: str, split: Split = "train") -> Scenario:
@@ -223,9 +206,8 @@ def _without(record: Mapping[str, Any], places: Iterable[tuple[int | str, ...]])
 def _anchors(parsed: _Record, split: Split, fault: Callable[[str, str], None], ordered: bool) -> Anchors | None:
     """The three anchors, in range and, where all could be read (`ordered`), in order: worst <= initial <= target on trust; on anger
     both initial and target lie at or below worst (a target above the initial value is a boundary that may cost some anger)."""
-    given = {
-        f"{section}.{name}": getattr(getattr(parsed, section), name) for section, names in _ANCHORS.items() for name in names
-    }
+    fields = [(section, name) for section, names in _ANCHORS.items() for name in names]
+    given = {f"{section}.{name}": getattr(getattr(parsed, section), name) for section, name in fields}
     beyond = {field: value for field, value in given.items() if value is not None and not 0 <= value <= 100}
     for field, value in beyond.items():
         fault(field, f"is {value!r}; it must lie in [0, 100]")

@@ -21,8 +21,7 @@ from ctcgrpo.util.naming import did_you_mean, is_path, quoted
 Invalid = Literal["skip", "refuse"]
 PACKS = Path(__file__).parent / "packs"
 BUNDLED = ("english", "chinese")
-EIBENCH_DATA = "EIBench"
-"""How `described` calls the published data set, and no other."""
+EIBENCH_DATA = "EIBench"  # how `described` calls the published data set, and no other
 
 
 def data_home() -> Path:
@@ -30,10 +29,8 @@ def data_home() -> Path:
     return Path(os.environ.get("CTCGRPO_DATA") or Path.home() / ".cache" / "ctcgrpo")
 
 
-_SHOWN = 20
-"""Faults that a report of a set names, at most."""
-_MOST_INVALID = 0.5
-"""The share of a set beyond which skipping would hide that it is another format, or damaged."""
+_SHOWN = 20  # faults that a report of a set names, at most
+_MOST_INVALID = 0.5  # the share of a set beyond which skipping would hide that it is another format, or damaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +156,8 @@ def load_scenes(source: str | Path, scenes: Sequence[str], invalid: Invalid = "s
     found = [s for s in every.scenarios if s.scene in scenes]
     if missing := set(scenes) - {s.scene for s in found}:
         left_out = f"; {every.skipped} invalid records are left out" if every.skipped else ""
-        raise ScenarioError(
-            f"scenarios.scenes asks for {', '.join(sorted(missing))}, which {source} has none of{left_out}; it has "
-            f"{by_scene(every.scenarios)}"
-        )
+        asked = f"scenarios.scenes asks for {', '.join(sorted(missing))}, which {source} has none of"
+        raise ScenarioError(f"{asked}{left_out}; it has {by_scene(every.scenarios)}")
     return replace(every, scenarios=found, unasked=by_scene(s for s in every.scenarios if s.scene not in (*scenes, *SCENES)))
 
 
