@@ -66,8 +66,7 @@ def duplicates(records: Sequence[Record], held_out: Sequence[Record] = (), *, th
 def to_drop(
     records: Sequence[Record], within: Sequence[Pair], held_out: Sequence[Record] = (), leaks: Sequence[Pair] = ()
 ) -> dict[int, str]:
-    """Which records have to go, and why: those like a held-out one (`leaks`), and of those that are alike (`within`) all but the
-    first. What went already takes nothing with it."""
+    """Which records go, and why: those like a held-out one (`leaks`), and of those alike (`within`) all but the first."""
     told: dict[int, str] = {}
     for pair in leaks:
         told.setdefault(pair.a, f"is like {held_out[pair.b].get('id')} of a held-out set ({pair})")

@@ -39,8 +39,7 @@ def with_origin(record: Record, *, licence: str | None, source: str | None) -> d
 
 
 def write_layout(records: Iterable[Record], folder: Path) -> list[Path]:
-    """One `SCENE_final.jsonl` a scene. Raises ScenarioError for a name that no scene can have, OutputError where a file is there
-    already or the folder cannot be written."""
+    """One `SCENE_final.jsonl` a scene. Raises ScenarioError for a scene's name, OutputError for a file that is there already."""
     files: dict[Path, str] = defaultdict(str)
     for record in records:
         scene = str(record.get("scene_tag")).strip().lower()

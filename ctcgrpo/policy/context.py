@@ -180,8 +180,6 @@ class ContextBuilder:
         except PolicyError as error:
             raise PolicyEngineError(str(error)) from None
 
-    # --- what is refused -----------------------------------------------------------------------------------------------
-
     def check(self, openings: Mapping[str, Sequence[Message]], noun: str = "scenario") -> None:
         """Refuse, before any rollout, tasks (their first messages, by id; errors call one a `noun`) whose first prompt does not
         fit, and a template or tokenizer under which the ids of a dialogue are not those of the template's own text."""
@@ -216,20 +214,16 @@ class ContextBuilder:
             # Behind a reply a tokenizer may merge what was sampled with what follows; the text is the same all the same.
             if ids != own and (self._text(ids) != self._text(own) or not (said or spelled)):
                 raise PolicyError(self._difference(name, len(said) + 1, ids, own))
-            line = f"{last}\n{_ODD_LINE}"
-            said.append((reply, line))
-            heard = (Line("user", line),)
-            dialogue = replace(dialogue, exchanges=(*dialogue.exchanges, Exchange(self._encode_reply(reply), heard)))
+            said.append((reply, f"{last}\n{_ODD_LINE}"))
+            heard = Exchange(self._encode_reply(reply), (Line("user", said[-1][1]),))
+            dialogue = replace(dialogue, exchanges=(*dialogue.exchanges, heard))
 
     def _difference(self, name: str, turn: int, ids: Ids, own: Ids) -> str:
         at = next((k for k, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
         here, there = (self._tokenizer.convert_ids_to_tokens(list(part[max(0, at - 2) : at + 4])) for part in (ids, own))
-        return (
-            f"{name}: the prompt of turn {turn} is not what {self._template.name} renders: at token {at} it has "
-            f"{here}, the template's own text {there}; set policy.chat_template to a file whose template keeps messages as they are"
-        )
-
-    # --- pieces --------------------------------------------------------------------------------------------------------
+        what = f"{name}: the prompt of turn {turn} is not what {self._template.name} renders: at token {at} it has {here}"
+        advice = "set policy.chat_template to a file whose template keeps messages as they are"
+        return f"{what}, the template's own text {there}; {advice}"
 
     def _encode_head(self, head: tuple[Line, ...], last: bool) -> Ids:
         layout = self._layout(_roles(None, head))

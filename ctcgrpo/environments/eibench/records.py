@@ -86,7 +86,3 @@ class Scenario:
     source: str = ""
     script: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     extras: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-
-    @property
-    def policy_opens(self) -> bool:
-        return not self.opening_line
