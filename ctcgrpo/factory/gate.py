@@ -62,8 +62,7 @@ def gate(scenario: Scenario) -> Verdict:
 @cache
 def canned() -> Mapping[str, Mapping[str, list[str]]]:
     """By language: what the three policies say."""
-    data: dict[str, dict[str, list[str]]] = load_yaml((files("ctcgrpo.factory") / "canned.yaml").read_text(encoding="utf-8"))
-    return data
+    return dict(load_yaml((files("ctcgrpo.factory") / "canned.yaml").read_text(encoding="utf-8")))
 
 
 Candidates = Sequence[Sequence[str]]  # by turn: the replies that a policy has for it; the one that does most good is said

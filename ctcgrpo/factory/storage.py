@@ -1,7 +1,7 @@
 """Where sets of scenarios are written: EIBench's layout (a JSONL file a scene), and `datasets` (Arrow on disk, or the Hub).
 
-Arrow gives every row the same columns and types, which records do not have, so a row carries its record whole, as the JSON of its
-line (column `record`), beside columns to filter by. Reading takes `record` alone: every value comes back as it was."""
+Arrow gives every row the same columns and types, which records do not have, so a row carries its record as JSON (column `record`),
+beside columns to filter by. Reading takes `record` alone: every value comes back as it was."""
 
 from __future__ import annotations
 

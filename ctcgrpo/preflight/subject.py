@@ -50,7 +50,6 @@ class Subject:
     recipe: Recipe
     folder: Path  # for what is built in passing; gone after the check
     variables: Mapping[str, str] = field(default_factory=lambda: os.environ)
-    """Those of the environment that the command runs in."""
     accelerate_config: Path = Path(default_config_file)
     scenarios: list[Scenario] = field(default_factory=list)
     held_out: list[Scenario] = field(default_factory=list)
@@ -58,8 +57,7 @@ class Subject:
     tasks: Sequence[Task] = ()
     held_out_tasks: Sequence[Task] = ()
     openings: dict[str, Sequence[Message]] = field(default_factory=dict)  # the first messages of some tasks, by id
-    heard: list[Sequence[Message]] = field(default_factory=list)
-    """What the policy heard after each of its replies, in the episode that was played."""
+    heard: list[Sequence[Message]] = field(default_factory=list)  # after each of the policy's replies, in the episode played
     shape: Shape | None = None
     config: Any = None  # the model's own configuration, where it is at hand
     tokenizer: PreTrainedTokenizerBase | None = None

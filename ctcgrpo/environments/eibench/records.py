@@ -38,7 +38,7 @@ def in_order(scenes: Iterable[str]) -> list[str]:
     return [*(scene for scene in SCENES if scene in found), *sorted(found - set(SCENES))]
 
 
-MAX_DELTA = 10  # A turn changes each axis by at most this much
+MAX_DELTA = 10  # a turn changes each axis by at most this much
 
 
 class UserState(NamedTuple):
@@ -49,11 +49,8 @@ class UserState(NamedTuple):
 
     def plus(self, anger_delta: int, trust_delta: int) -> UserState:
         """The state after a turn: each delta is clipped to [-10, 10], the result is clamped to [0, 100]."""
-        return UserState(_moved(self.anger, anger_delta), _moved(self.trust, trust_delta))
-
-
-def _moved(value: int, delta: int) -> int:
-    return min(100, max(0, value + min(MAX_DELTA, max(-MAX_DELTA, delta))))
+        deltas = (min(MAX_DELTA, max(-MAX_DELTA, delta)) for delta in (anger_delta, trust_delta))
+        return UserState(*(min(100, max(0, value + delta)) for value, delta in zip(self, deltas, strict=True)))
 
 
 class Anchors(NamedTuple):

@@ -72,11 +72,10 @@ def load_set(source: str | Path, split: Split = "train", invalid: Invalid = "ski
     `split` chooses the folder where the source has both, and the defaults for missing anchors: in training the best
     and the worst possible state, in testing those of the authors' evaluation code.
 
-    An invalid record is a line without a JSON object, a field that is missing, malformed or out of range, anchors that are out of
-    order, or a repetition of an earlier record. Raises ScenarioError for a source that cannot be read or holds no record. With
-    `refuse` any invalid record raises it, with the first fault and the number of others. With `skip` these still raise it: two
-    different records with one id, since nobody knows which is meant; a file of which no record is valid; and a set of which more
-    than half is invalid."""
+    An invalid record is a line without a JSON object, a field that is missing, malformed or out of range, anchors out of order, or
+    a repetition. Raises ScenarioError for a source that cannot be read or holds no record; with `refuse` for any invalid record;
+    with `skip` for two different records with one id, a file without a valid record, and a set more than half of which is invalid.
+    """
     found = read_scenarios(source, split)
     if wrong := found.faults if invalid == "refuse" else found.refusals:
         others = len(found.faults) - 1
