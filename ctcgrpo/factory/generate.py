@@ -56,15 +56,8 @@ def generate(
     Raises RecipeError for a key that is not set, ScenarioError for seeds or examples that cannot be had, BudgetSpent where the
     budget is spent: what was answered by then is kept."""
     examples = _examples(config)
-    asked = wanted(
-        pools(config.seeds or config.language),
-        count=count,
-        scenes=config.scenes,
-        examples=examples,
-        shots=config.shots,
-        prefix=config.prefix,
-        seed=config.seed,
-    )
+    draws = config.model_dump(include={"scenes", "shots", "prefix", "seed"})
+    asked = wanted(pools(config.seeds or config.language), count=count, examples=examples, **draws)
     written, spent = asyncio.run(_all(config, asked, examples, say))
     return _without_duplicates(written, held_out), spent
 
@@ -79,10 +72,9 @@ def _examples(config: FactoryConfig) -> dict[str, dict[str, str]]:
         if scenario.scene in found and scenario.language == config.language and (text := shown(record, scenario)):
             found[scenario.scene][scenario.id] = text
     if lacking := [scene for scene, texts in found.items() if not texts]:
-        raise ScenarioError(
-            f"examples {config.examples!r} holds no scenario of {', '.join(lacking)} in {config.language!r} with a script to show; "
-            "name another set, or ask without (shots: 0)"
-        )
+        which = f"{', '.join(lacking)} in {config.language!r} with a script to show"
+        advice = "name another set, or ask without (shots: 0)"
+        raise ScenarioError(f"examples {config.examples!r} holds no scenario of {which}; {advice}")
     return found
 
 

@@ -71,7 +71,6 @@ class Dialogue:
 
     @property
     def opening_text(self) -> str:
-        """As a person reads it."""
         return "\n\n".join(line.text for line in self.opening)
 
 

@@ -50,10 +50,9 @@ class Instructions:
             return ""
         template = self.texts.get(_ANY) or self.texts.get(language)
         if template is None:
-            raise PolicyError(
-                f"policy.instructions {self.name} has no text for language {language!r}, only {', '.join(sorted(self.texts))}; "
-                f"name a file or folder of your own, or {NO_INSTRUCTIONS}"
-            )
+            known = f"has no text for language {language!r}, only {', '.join(sorted(self.texts))}"
+            advice = f"name a file or folder of your own, or {NO_INSTRUCTIONS}"
+            raise PolicyError(f"policy.instructions {self.name} {known}; {advice}")
         return _rendered(template, reasons)
 
 
@@ -71,11 +70,9 @@ def load_instructions(setting: str) -> Instructions:
     if setting == NO_INSTRUCTIONS:
         return WITHOUT
     names = sorted(entry.name for entry in _PACKAGED.iterdir() if entry.is_dir())
-    path = Path(setting).expanduser()
+    path = Path(str(_PACKAGED / setting)) if setting in names else Path(setting).expanduser()
     try:
-        if setting in names:
-            found = {e.name.removesuffix(_SUFFIX): e.read_text(encoding="utf-8") for e in (_PACKAGED / setting).iterdir()}
-        elif path.is_file():
+        if path.is_file():
             found = {_ANY: path.read_text(encoding="utf-8")}
         elif path.is_dir():
             found = {file.stem: file.read_text(encoding="utf-8") for file in sorted(path.glob(f"*{_SUFFIX}"))}

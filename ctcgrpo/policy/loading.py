@@ -58,9 +58,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The policy's tokenizer, padding on the left, with a pad token and the template of a file. Raises PolicyError."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model, revision=revision, padding_side="left", trust_remote_code=trust_remote_code
-        )
+        options = {"revision": revision, "padding_side": "left", "trust_remote_code": trust_remote_code}
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, **options)
     except Exception as error:  # noqa: BLE001 - what tokenizers raises for a file that it cannot parse
         raise PolicyError(f"model {model!r}: its tokenizer cannot be loaded: {hub_reason(error)}") from None
     if tokenizer.pad_token is None:

@@ -29,9 +29,8 @@ def download(
         with urllib.request.build_opener(_Redirects(url, hosts)).open(request, timeout=_TIMEOUT) as response:
             length: int | None = response.length
             if length is None and not response.chunked:
-                raise ScenarioError(
-                    f"{url} comes without a length (Content-Length), so a cut file would look like a whole one"
-                )
+                why = "so a cut file would look like a whole one"
+                raise ScenarioError(f"{url} comes without a length (Content-Length), {why}")
             _check_size(url, length or 0, largest)
             with target.open("wb") as out:
                 size = _pour(response, out, url, largest, patience, length)

@@ -99,10 +99,8 @@ def fetch(name: str, agree: Callable[[DataSet], bool], *, source: str | None = N
                 continue
             problem = f"git blob id = {blob}; expected {wanted}"
             if source is None:
-                raise ScenarioError(
-                    f"{dataset.source}/{file}: {problem} by commit {dataset.commit}: it was altered on the way, or the commit "
-                    "has only a pointer to Git LFS; try again"
-                )
+                why = "it was altered on the way, or the commit has only a pointer to Git LFS; try again"
+                raise ScenarioError(f"{dataset.source}/{file}: {problem} by commit {dataset.commit}: {why}")
             differing.append(f"{file} is not that of the commit: {problem}")
         notes = [*differing, *_differing_counts(dataset, partial)]
         if notes and source is None:
@@ -128,10 +126,11 @@ def _listed(dataset: DataSet, source: str | None, verify: bool, scratch: Path) -
         try:
             return listed_by_github(dataset.listing, scratch), f"compared with {commit} by {dataset.listing}"
         except ScenarioError as error:
-            raise ScenarioError(
-                f"{error}; without it the files cannot be compared with {commit}. Try again later, pass the {dataset.folder} "
-                "folder of a clone with --source, or take the files without this check with --unverified"
-            ) from None
+            advice = (
+                f"pass the {dataset.folder} folder of a clone with --source, or take the files unchecked with --unverified"
+            )
+            problem = f"{error}; without it the files cannot be compared with {commit}"
+            raise ScenarioError(f"{problem}. Try again later, {advice}") from None
     if _is_url(source):
         return None, f"{unknown}: {source} is not the published source"
     listed = listed_by_clone(Path(source), dataset.commit)
