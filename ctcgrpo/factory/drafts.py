@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any
 
@@ -183,7 +183,7 @@ def record_of(draft: Draft, asked: Wanted, *, language: str, licence: str, sourc
         "prompt": [{"role": "system", "content": policy}, *([{"role": "user", "content": opening}] if opening else [])],
         "data_source": source,
         "licence": licence,
-        "seed": asdict(asked.seed),
+        "seed": asked.seed._asdict(),
         "script": script,
     }
 

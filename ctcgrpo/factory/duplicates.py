@@ -12,9 +12,8 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
@@ -39,8 +38,7 @@ _WORD = re.compile(rf"(?:(?![{_UNSPACED}])[^\W_])+")
 _RUN = re.compile(rf"[{_UNSPACED}]+")
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(NamedTuple):
     """Two records that are one: `a` and `b` are their places in the two lists that were compared; `similarity` in [0, 1]."""
 
     a: int

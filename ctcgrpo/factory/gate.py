@@ -10,11 +10,10 @@ import asyncio
 import copy
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from ctcgrpo.environments.eibench import EIBench, task_of
 from ctcgrpo.environments.eibench.records import Scenario
@@ -27,8 +26,7 @@ ROUNDS = 6
 MARGIN = 0.3  # outcome (in [-1, 1]) by which the good policy has to be ahead of both others
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """Outcomes in [-1, 1]; `problem` is empty where the gate is passed."""
 
     id: str

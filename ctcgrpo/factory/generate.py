@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,7 @@ class Outcome:
 
     def line(self) -> dict[str, Any]:
         told = {name: getattr(self, name) for name in ("status", "reasons", "repairs", "attempts")}
-        return {"id": self.asked.id, "scene": self.asked.scene, **told, "seed": asdict(self.asked.seed)}
+        return {"id": self.asked.id, "scene": self.asked.scene, **told, "seed": self.asked.seed._asdict()}
 
 
 def generate(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ctcgrpo.util.naming import nearest
 from ctcgrpo.util.strict_yaml import load_yaml
@@ -20,8 +19,7 @@ _MARK = re.compile(r"^\s*(?:[-*•·](?=\s)|[（(]?\d+[.、)）](?!\d))\s*")
 """Of a list. Before a digit it is a number or a time: 3.5 million, 08.15."""
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """Of one language: for each role the accepted titles of its sections in order, and those of sections of facts."""
 
     titles: Mapping[Role, list[list[str]]]

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.environments.eibench.scenario_format import Split, check_record
@@ -37,8 +36,7 @@ _FOREIGN = {
 _HAN, _LATIN = re.compile(r"[\u4e00-\u9fff]"), re.compile(r"[A-Za-z]")
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """A rule that a record breaks; `place` is its file and line."""
 
     place: str

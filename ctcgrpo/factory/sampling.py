@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, Field
 
@@ -38,8 +37,7 @@ class Pools(Section):
     personalities: Choice
 
 
-@dataclass(frozen=True, slots=True)
-class Seed:
+class Seed(NamedTuple):
     theme: str
     keyword: str
     relationship: str
@@ -48,8 +46,7 @@ class Seed:
     personality: str
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """One scenario to be written. `examples`: ids of scenarios of the scene that show how one looks."""
 
     id: str

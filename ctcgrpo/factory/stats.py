@@ -6,8 +6,8 @@ import io
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -32,8 +32,7 @@ DISTANCES: Mapping[str, Callable[[Scenario], int]] = {
 _COLORS = ("#0969da", "#cf222e", "#8250df", "#1a7f37")
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
+class Stats(NamedTuple):
     """`seeds`: how often each value of a seed field occurs, where records have seeds. `lengths` (in `unit`: tokens, or characters
     where no tokenizer was given) and `distances` (levels): for each scene the values of its records."""
 

@@ -53,8 +53,7 @@ class Line(NamedTuple):
         return together(self.content, self.instructions)
 
 
-@dataclass(frozen=True, slots=True)
-class Exchange:
+class Exchange(NamedTuple):
     """A reply of the policy as context ids, and what the policy heard then."""
 
     reply_ids: Ids

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 OPEN, CLOSE = "<think>", "</think>"
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedReply:
+class ParsedReply(NamedTuple):
     """`reasoning` is None where the completion has no reasoning part; `faults` as in `records.Turn`."""
 
     reply: str

@@ -6,9 +6,9 @@ import asyncio
 import math
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import NamedTuple
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.model.shapes import GIB
@@ -29,8 +29,7 @@ _FULL_AT_WAKE = 0.9  # the share of a card beyond which a colocated vLLM may fin
 _PLAYED = 4  # scenarios of each scene whose dialogues are laid out for the simulator, at most
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """How much is asked for, at most: dialogues that end early cost less. `validations` counts those before and after training."""
 
     steps: int
@@ -50,8 +49,7 @@ class Asked:
         return self.steps * self.calls_per_step + validation
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(NamedTuple):
     """Mean tokens of a simulator call over a dialogue of full length."""
 
     prompt: float

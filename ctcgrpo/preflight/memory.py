@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ctcgrpo.model.shapes import GIB, Shape
 from ctcgrpo.training.planning import kept_per_token
@@ -45,8 +45,7 @@ class Load:
     samples_here: bool  # whether the policy itself samples (transformers), and keeps its keys and values here
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
+class MemoryPlan(NamedTuple):
     """Bytes a GPU by part and phase; `kv_tokens` that a colocated engine has room for, and `kv_wanted`."""
 
     parts: Mapping[str, Mapping[Phase, float]]
