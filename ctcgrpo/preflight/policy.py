@@ -145,12 +145,10 @@ def _last_prompt(s: Subject, opening: Sequence[Message]) -> tuple[int, int]:
     dialogue = s.contexts.start(opening)
     reply = Completion((0,) * min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens), (), (), "stop")
     for turn in range(s.recipe.rollout.max_turns - 1):
-        if s.recipe.environment is None:
-            heard: Heard = "word " * LINE_TOKENS
-        elif not s.heard:  # the episode that was played has one turn
+        own = s.recipe.environment is not None
+        if own and not s.heard:  # the episode that was played has one turn
             break
-        else:
-            heard = s.heard[min(turn, len(s.heard) - 1)]
+        heard: Heard = s.heard[min(turn, len(s.heard) - 1)] if own else "word " * LINE_TOKENS
         dialogue = s.contexts.extend(dialogue, reply, heard)
     ids, dropped = s.contexts.prompt(dialogue)
     return len(ids), dropped

@@ -6,6 +6,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ctcgrpo.environments.eibench.records import Anchors as Anchors
+from ctcgrpo.environments.eibench.records import UserState as UserState
+from ctcgrpo.environments.eibench.scoring import outcome_score as outcome_score
+from ctcgrpo.environments.eibench.scoring import turn_score as turn_score
 from ctcgrpo.util.lazy import lazy
 
 if TYPE_CHECKING:
@@ -15,15 +19,7 @@ if TYPE_CHECKING:
     from ctcgrpo.environments.eibench.environment import opening_messages as opening_messages
     from ctcgrpo.environments.eibench.environment import scenario_tasks as scenario_tasks
     from ctcgrpo.environments.eibench.environment import task_of as task_of
-    from ctcgrpo.environments.eibench.records import Anchors as Anchors
-    from ctcgrpo.environments.eibench.records import UserState as UserState
-    from ctcgrpo.environments.eibench.scoring import outcome_score as outcome_score
-    from ctcgrpo.environments.eibench.scoring import turn_score as turn_score
 
 # Simulators read the records, and the environment asks a simulator.
-_HOMES = {
-    "environment": ("EIBench", "EIBenchEpisodes", "User", "opening_messages", "scenario_tasks", "task_of"),
-    "records": ("Anchors", "UserState"),
-    "scoring": ("outcome_score", "turn_score"),
-}
-__getattr__ = lazy(__name__, {name: home for home, names in _HOMES.items() for name in names})
+_LAZY = ("EIBench", "EIBenchEpisodes", "User", "opening_messages", "scenario_tasks", "task_of")
+__getattr__ = lazy(__name__, dict.fromkeys(_LAZY, "environment"))

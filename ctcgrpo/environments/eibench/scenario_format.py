@@ -148,7 +148,8 @@ def check_record(record: Mapping[str, Any], place: str, split: Split = "train") 
         id=parsed.id,
         title=parsed.title,
         scene=scene,
-        language=parsed.language or _language(user.system_prompt),
+        language=parsed.language
+        or ("zh" if len(_HAN.findall(user.system_prompt)) > 0.2 * len(user.system_prompt) else "en"),
         user_persona=user.system_prompt.strip(),
         opening_line="" if rules.policy_opens else user.opening_line.strip(),
         policy_persona=policy.system_prompt.strip(),
@@ -174,6 +175,7 @@ def scene_problem(scene: str) -> str | None:
     return None
 
 
+_HAN = re.compile(r"[\u4e00-\u9fff]")
 _MISSPELT_SCENE = 0.75
 _TAKEN = ("all", "failed", "overall")
 _INITIAL = "initial_calibration"
@@ -256,10 +258,3 @@ def _misspelt(record: Mapping[str, Any], model: type[BaseModel], path: str = "")
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, _Part) and isinstance(record.get(key), dict):
             yield from _misspelt(record[key], kind, f"{path}{key}.")
-
-
-_HAN = re.compile(r"[\u4e00-\u9fff]")
-
-
-def _language(text: str) -> str:
-    return "zh" if len(_HAN.findall(text)) > 0.2 * len(text) else "en"
