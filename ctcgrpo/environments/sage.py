@@ -93,7 +93,6 @@ class Sage(Environment):
         return self.emotion / 100
 
     async def _ask(self, turn: int, name: str, read: Callable[[str], _T], **told: Any) -> tuple[str, _T]:
-        """An answer, and what was read in it."""
         dialogue = "\n".join(f"{who}：{text}" for who, text in self._lines)
         template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(prompt(name))
         asked = template.render(profile=self._profile, dialogue=dialogue, **told)

@@ -117,8 +117,7 @@ async def _laid_out(cleaned: Cleaned, config: FactoryConfig, answers: Answers) -
 
 
 def unkept(before: str, after: str, language: str) -> list[str]:
-    """What a new layout did to the sentences, which it may put in another order and nothing else. Titles that a layout knows and
-    marks of lists are its own; an unknown title is a sentence like any other."""
+    """What a new layout did to the sentences, beside their order. Titles that it knows and marks of lists are its own."""
     old, new = (Counter(_sentences(text, language)) for text in (before, after))
     lost = [f"{sentence[:60]!r} is lost" for sentence in old - new]
     return lost + [f"{sentence[:60]!r} comes in" for sentence in new - old]

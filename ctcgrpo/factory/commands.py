@@ -16,14 +16,7 @@ from rich.table import Table
 
 from ctcgrpo.environments.eibench.records import SCENES, Scenario, in_order
 from ctcgrpo.environments.eibench.scenario_format import Split
-from ctcgrpo.environments.eibench.scenarios import (
-    by_scene,
-    has_splits,
-    load_scenarios,
-    load_set,
-    read_records,
-    read_scenarios,
-)
+from ctcgrpo.environments.eibench.scenarios import by_scene, has_splits, load_scenarios, load_set, read_records
 from ctcgrpo.errors import RecipeError, RunFailed, ScenarioError
 from ctcgrpo.run.startup import announce_loading
 from ctcgrpo.util.terminal import Terminal, say
@@ -72,6 +65,8 @@ def validate(
 
 def _consequence(source: str, split: Split) -> str:
     """What training and evaluation make of the invalid records of a source."""
+    from ctcgrpo.environments.eibench.scenarios import read_scenarios
+
     found = read_scenarios(source, split)
     if found.refusals:
         return "; a run refuses the set"

@@ -21,6 +21,10 @@ from ctcgrpo.factory.sampling import Wanted
 _THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
 _MOST, _MOST_BRACES = 40_000, 200
 """Of an answer that is looked at: characters (a record has some 4,000), and opening braces and brackets (some 60)."""
+_SCRIPTED: Mapping[str, Mapping[str, str]] = {
+    "boundary": {"words": "limit", "offer": "offer"},
+    "repair": {"fault": "fault", "remedy": "remedy"},
+}  # by the part of a script that a scene has, and its keys: the fields of a draft
 _Lines = Annotated[list[str], Field(min_length=1)]
 
 
@@ -138,12 +142,6 @@ def json_object(text: str) -> dict[str, Any] | str:
     except ValueError:
         found = json_repair.loads(text[start:])
     return found if isinstance(found, dict) else "the answer is no JSON object"
-
-
-_SCRIPTED: Mapping[str, Mapping[str, str]] = {
-    "boundary": {"words": "limit", "offer": "offer"},
-    "repair": {"fault": "fault", "remedy": "remedy"},
-}  # by the part of a script that a scene has, and its keys: the fields of a draft
 
 
 def _own_faults(draft: Draft, asked: Wanted) -> Iterator[str]:

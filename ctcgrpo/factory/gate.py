@@ -22,6 +22,7 @@ from ctcgrpo.simulator.protocol import ScenarioCard
 from ctcgrpo.simulator.scripted import ScriptedBackend
 from ctcgrpo.util.strict_yaml import load_yaml
 
+Candidates = Sequence[Sequence[str]]  # by turn: the replies that a policy has for it; the one that does most good is said
 ROUNDS = 6
 MARGIN = 0.3  # outcome (in [-1, 1]) by which the good policy has to be ahead of both others
 
@@ -61,9 +62,6 @@ def gate(scenario: Scenario) -> Verdict:
 def canned() -> Mapping[str, Mapping[str, list[str]]]:
     """By language: what the three policies say."""
     return dict(load_yaml((files("ctcgrpo.factory") / "canned.yaml").read_text(encoding="utf-8")))
-
-
-Candidates = Sequence[Sequence[str]]  # by turn: the replies that a policy has for it; the one that does most good is said
 
 
 async def played(scenario: Scenario, turns: Candidates) -> float:

@@ -77,8 +77,7 @@ def layout_problems(persona: str, role: Role, language: str) -> Iterator[str]:
 
 
 def mended(persona: str, role: Role, language: str) -> str:
-    """The persona with what a rule can mend: how titles are marked and which of their names is used, their order, how facts are
-    numbered, stray blank lines. No word of the text changes. Unknown sections stay, so that nothing is lost."""
+    """The persona with what a rule can mend: marks, names and order of titles, numbers of facts, blank lines. No word changes."""
     if language not in layouts():
         return persona
     layout = layouts()[language]

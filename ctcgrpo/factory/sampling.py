@@ -72,7 +72,7 @@ def wanted(
     prefix: str,
     seed: int = 0,
 ) -> list[Wanted]:
-    """`count` scenarios, as evenly over the scenes, and within a scene over its themes, as the numbers allow. A longer list begins
+    """`count` scenarios, as evenly over scenes, and within a scene over themes, as the numbers allow. A longer list begins
     with the shorter one. Raises ScenarioError for a scene without seeds, and where there are fewer combinations than scenarios."""
     told = []
     makers = {scene: _of_scene(found, scene, seed) for scene in scenes}

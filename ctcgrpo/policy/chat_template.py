@@ -28,6 +28,8 @@ Roles = tuple[str, ...]
 USUAL: Roles = ("system", "user")  # how most dialogues begin
 
 FOLD = "\n\n"  # between system message and first line where both stand in the first user turn
+_MARKUP = re.compile(r"\s*[<\[{|].+[>\]}|]\s*", re.DOTALL)
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _RENDER_SECONDS = 30.0
 _MANY = 16  # exchanges of the longest dialogue that is probed: some templates keep the last messages only
 _TODAY = "PROBE-TODAY"
@@ -113,10 +115,9 @@ class ChatTemplate:
         if parts != expected:
             shorter, longer = next((a, b) for a, b in zip(expected, parts, strict=True) if a != b)
             was, now = next((a, b) for a, b in zip(shorter, longer, strict=True) if a != b)
-            raise PolicyError(
-                f"{self.name} does not render message by message: where it wrote {was[-60:]!r} it writes {now[-60:]!r} once the "
-                "dialogue is longer; set policy.chat_template to a file with another one"
-            )
+            change = f"where it wrote {was[-60:]!r} it writes {now[-60:]!r} once the dialogue is longer"
+            advice = "set policy.chat_template to a file with another one"
+            raise PolicyError(f"{self.name} does not render message by message: {change}; {advice}")
         return Layout(tuple(opens), before_first, first_prompt, tuple(between), before, prompt, folded)
 
     def _parts(self, first: list[Message], heard: Roles, exchanges: int, folded: bool) -> list[str]:
@@ -174,10 +175,6 @@ def _exchanged(exchanges: Sequence[tuple[str, Sequence[Message]]]) -> list[Messa
 
 def _role(content: str, messages: list[Message]) -> str:
     return next(m["role"] for m in messages if content in m["content"])
-
-
-_MARKUP = re.compile(r"\s*[<\[{|].+[>\]}|]\s*", re.DOTALL)
-_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class ControlTokens:

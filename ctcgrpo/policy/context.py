@@ -121,10 +121,8 @@ class ContextBuilder:
             ends = "only the model's end-of-sequence token ends one, which earlier turns in prompts do not show"
             notes.append(f"ends replies with plain text: {ends}")
         if self._template.uses_today():
-            notes.append(
-                "puts today's date into prompts, so the same dialogue has another prompt tomorrow; fix the date, for example with "
-                "policy.template_kwargs={date_string: 26 Jul 2024}"
-            )
+            advice = "fix the date, for example with policy.template_kwargs={date_string: 26 Jul 2024}"
+            notes.append(f"puts today's date into prompts, so the same dialogue has another prompt tomorrow; {advice}")
         return [f"{self._template.name} {note}" for note in notes]
 
     def start(self, messages: Sequence[Message]) -> Dialogue:
@@ -134,9 +132,8 @@ class ContextBuilder:
         roles = [message["role"] for message in messages]
         if not roles or roles[-1] == "assistant":
             begins = f"messages of {', '.join(roles)}" if roles else "no message"
-            raise PolicyEngineError(
-                f"an episode begins with {begins}; expected the last one to be of user or system, since the policy replies to it"
-            )
+            expected = "expected the last one to be of user or system, since the policy replies to it"
+            raise PolicyEngineError(f"an episode begins with {begins}; {expected}")
         self._layout(tuple(roles))
         lines = tuple(map(_line, messages))
         return Dialogue(lines[0], lines[1:]) if roles[0] == "system" else Dialogue(None, lines)

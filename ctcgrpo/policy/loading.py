@@ -115,10 +115,9 @@ def check_fits(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, lon
     beyond = sorted((k, token) for token, k in tokenizer.get_vocab().items() if rows is not None and k >= rows)
     if beyond:
         some = ", ".join(f"{token!r} ({k})" for k, token in beyond[:3])
-        raise PolicyError(
-            f"policy.model {name!r}: its tokenizer has {len(beyond)} tokens beyond its embedding of {rows} rows: {some}; resize "
-            "the model's embeddings (resize_token_embeddings), or use the tokenizer that belongs to it"
-        )
+        problem = f"its tokenizer has {len(beyond)} tokens beyond its embedding of {rows} rows: {some}"
+        advice = "resize the model's embeddings (resize_token_embeddings), or use the tokenizer that belongs to it"
+        raise PolicyError(f"policy.model {name!r}: {problem}; {advice}")
 
 
 def refuse_tied_targets(config: PretrainedConfig, adapter: LoraConfig) -> None:
@@ -136,7 +135,8 @@ def refuse_tied_targets(config: PretrainedConfig, adapter: LoraConfig) -> None:
     tied = [name for name, module in model.named_modules() if getattr(module, "weight", None) is shared]
     hit = [name for name in tied if len(tied) > 1 and check_target_module_exists(adapter, name)]
     if hit:
-        raise PolicyError(
-            f"policy.lora.target_modules = {adapter.target_modules!r} takes in {hit[0]}, which this model ties to "
-            f"{next(name for name in tied if name != hit[0])}: a merged adapter would change both; leave it out (all-linear does)"
+        other = next(name for name in tied if name != hit[0])
+        problem = (
+            f"policy.lora.target_modules = {adapter.target_modules!r} takes in {hit[0]}, which this model ties to {other}"
         )
+        raise PolicyError(f"{problem}: a merged adapter would change both; leave it out (all-linear does)")

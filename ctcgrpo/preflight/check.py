@@ -24,7 +24,6 @@ from ctcgrpo.preflight.subject import Check, Finding, Subject, failed
 from ctcgrpo.run.recipe import Recipe
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
-_EIBENCH: Sequence[Check] = (eibench.scenarios, eibench.validation)
 _OWN: Sequence[Check] = (
     environment.environment, environment.tasks, environment.validation, environment.episode, environment.replies,
 )  # fmt: skip
@@ -34,7 +33,7 @@ def checks_of(recipe: Recipe) -> Sequence[Check]:
     """The checks of a recipe, in order."""
     own = recipe.environment is not None
     return (
-        *(_OWN if own else _EIBENCH),
+        *(_OWN if own else (eibench.scenarios, eibench.validation)),
         policy.credit, launch.sharding, launch.libraries, policy.model, policy.adapter, policy.attention, policy.reasoning_tags,
         policy.context, launch.processes, policy.precision, launch.launcher, cost.memory, launch.policy_servers,
         *(() if own else (eibench.simulator,)),

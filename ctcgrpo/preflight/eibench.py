@@ -76,7 +76,6 @@ async def _canary(client: SimulatorClient, scenario: Scenario) -> tuple[dict[str
 
 
 async def played(user: User, scenario: Scenario, replies: Sequence[str], rounds: int) -> EIBench:
-    """The dialogue after these replies."""
     dialogue = EIBench(user, max_turns=rounds)
     dialogue.name = f"check/{scenario.id}"
     await dialogue.reset(task_of(scenario).data, seed=0)

@@ -67,10 +67,8 @@ def launcher(s: Subject) -> Iterator[Finding]:
         return
     kind = str(config.get("distributed_type", "NO"))
     if kind == "DEEPSPEED" or (kind == "FSDP" and sharding != FSDP2):
-        yield failed(
-            f"{file} makes accelerate launch with {kind}, and the recipe says training.sharding={sharding}; launch with "
-            "--config_file configs/accelerate/one_node.yaml"
-        )
+        problem = f"{file} makes accelerate launch with {kind}, and the recipe says training.sharding={sharding}"
+        yield failed(f"{problem}; launch with --config_file configs/accelerate/one_node.yaml")
     else:
         yield ok(f"accelerate's default is {kind}; a --config-file decides otherwise" if config else "plain")
 
@@ -122,10 +120,8 @@ def stopping(s: Subject) -> Iterator[Finding]:
 def threads(s: Subject) -> Iterator[Finding]:
     """Whether an optimizer on the CPU has more than one thread."""
     if offloads(s.recipe.training.sharding) and s.variables.get("OMP_NUM_THREADS", "1") == "1":
-        yield warning(
-            f"{s.recipe.training.sharding} updates on the CPU, and launchers give each process one thread; set OMP_NUM_THREADS to "
-            "the cores of a machine / its processes"
-        )
+        problem = f"{s.recipe.training.sharding} updates on the CPU, and launchers give each process one thread"
+        yield warning(f"{problem}; set OMP_NUM_THREADS to the cores of a machine / its processes")
 
 
 def _checkpoint_bytes(recipe: Recipe, shape: Shape) -> float:

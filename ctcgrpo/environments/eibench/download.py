@@ -22,8 +22,7 @@ def download(
     url: str, target: Path, *, largest: int, patience: float, hosts: tuple[str, ...] = (), accept: str = "*/*"
 ) -> None:
     """Write the content of `url` to `target`: at most `largest` bytes, in `patience` seconds. Redirects are followed to where `url`
-    is, and over https to `hosts`. Raises ScenarioError for what cannot be downloaded, comes incomplete, is too large or too slow.
-    """
+    is, and over https to `hosts`. Raises ScenarioError for what cannot be had, comes incomplete, is too large or too slow."""
     request = urllib.request.Request(url, headers={"Accept": accept})
     try:
         with urllib.request.build_opener(_Redirects(url, hosts)).open(request, timeout=_TIMEOUT) as response:

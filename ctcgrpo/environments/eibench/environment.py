@@ -46,9 +46,8 @@ class _ScriptedUser:
 class EIBench(Environment):
     """One dialogue with `user`, the scripted one where absent. A task's `scenario` is a Scenario (`scenario_tasks`).
 
-    `briefing`: what the policy is told of its role; `max_turns`: replies of the policy at most, which the user is told;
-    `turn_weights`: weights of the change in anger and in trust in a turn's reward, by scene. After `reset`, `state` is the user's
-    current one; after a step, `answer` is the user's last one, and `copy.copy` gives a dialogue that continues on its own."""
+    `briefing`: what the policy is told of its role; `max_turns`: its replies at most, which the user is told; `turn_weights`: of
+    anger and trust in a turn's reward, by scene. After a step `state` and `answer` are the user's, and `copy.copy` branches off."""
 
     def __init__(
         self,

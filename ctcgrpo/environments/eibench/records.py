@@ -25,6 +25,7 @@ _PUBLISHED: Mapping[str, SceneRules] = {
     "charm": SceneRules(policy_opens=True, anger_may_rise=False),
 }
 SCENES = tuple(_PUBLISHED)  # the scenes of the published set. A set may have others: any name of SCENE_NAME's form
+MAX_DELTA = 10  # a turn changes each axis by at most this much
 SCENE_NAME = r"^[^\W_][\w-]{0,39}$"
 
 
@@ -36,9 +37,6 @@ def in_order(scenes: Iterable[str]) -> list[str]:
     """Each scene once: those of the published set in its order, then others by name."""
     found = set(scenes)
     return [*(scene for scene in SCENES if scene in found), *sorted(found - set(SCENES))]
-
-
-MAX_DELTA = 10  # a turn changes each axis by at most this much
 
 
 class UserState(NamedTuple):

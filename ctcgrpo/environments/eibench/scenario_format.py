@@ -19,6 +19,23 @@ from ctcgrpo.util.naming import cut, nearest, quoted
 from ctcgrpo.util.strict_yaml import load_yaml
 
 Split = Literal["train", "test"]
+_HAN = re.compile(r"[\u4e00-\u9fff]")
+_MISSPELT_SCENE = 0.75
+_TAKEN = ("all", "failed", "overall")
+_INITIAL = "initial_calibration"
+_ANCHORS = {
+    _INITIAL: ("initial_anger", "initial_trust"),
+    "rub_goals": ("target_anger", "target_trust"),
+    "worst_case": ("worst_anger_min", "worst_trust_min"),
+}
+_STAND_INS: Mapping[str, Any] = {
+    "id": "?",
+    "scene_tag": "charm",
+    "aggressor_profile": {"system_prompt": "?", "opening_line": "?"},
+    "defender_profile": {"system_prompt": "?"},
+}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_MISSPELT = 0.84
 _LONGEST_MESSAGE = 600  # characters of what is wrong with a record: it may quote the record
 
 
@@ -175,23 +192,6 @@ def scene_problem(scene: str) -> str | None:
     return None
 
 
-_HAN = re.compile(r"[\u4e00-\u9fff]")
-_MISSPELT_SCENE = 0.75
-_TAKEN = ("all", "failed", "overall")
-_INITIAL = "initial_calibration"
-_ANCHORS = {
-    _INITIAL: ("initial_anger", "initial_trust"),
-    "rub_goals": ("target_anger", "target_trust"),
-    "worst_case": ("worst_anger_min", "worst_trust_min"),
-}
-_STAND_INS: Mapping[str, Any] = {
-    "id": "?",
-    "scene_tag": "charm",
-    "aggressor_profile": {"system_prompt": "?", "opening_line": "?"},
-    "defender_profile": {"system_prompt": "?"},
-}
-
-
 def _without(record: Mapping[str, Any], places: Iterable[tuple[int | str, ...]]) -> _Record:
     """The record with stand-ins that have no fault where its fields cannot be read, so that the others can be checked."""
     kept = {key: dict(value) if isinstance(value, Mapping) else value for key, value in record.items()}
@@ -228,9 +228,6 @@ def _anchors(parsed: _Record, split: Split, fault: Callable[[str, str], None], o
     return Anchors(UserState(a0, t0), UserState(a1, t1), UserState(a2, t2))
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
 def _lone_surrogates(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """(field, what is wrong) of every text that holds half a character: no model and no file can take it."""
     if isinstance(value, str):
@@ -243,9 +240,6 @@ def _lone_surrogates(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
                 yield f"{path}.{key!r}".strip("."), "is a key that holds a lone surrogate; rename it"
             else:
                 yield from _lone_surrogates(inner, f"{path}.{key}".strip("."))
-
-
-_MISSPELT = 0.84
 
 
 def _misspelt(record: Mapping[str, Any], model: type[BaseModel], path: str = "") -> Iterator[tuple[str, str]]:

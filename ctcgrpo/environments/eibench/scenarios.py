@@ -21,16 +21,14 @@ from ctcgrpo.util.naming import did_you_mean, is_path, quoted
 Invalid = Literal["skip", "refuse"]
 PACKS = Path(__file__).parent / "packs"
 BUNDLED = ("english", "chinese")
+_SHOWN = 20  # faults that a report of a set names, at most
+_MOST_INVALID = 0.5  # the share of a set beyond which skipping would hide that it is another format, or damaged
 EIBENCH_DATA = "EIBench"  # how `described` calls the published data set, and no other
 
 
 def data_home() -> Path:
     """Where datasets that do not come with the package live: $CTCGRPO_DATA, by default ~/.cache/ctcgrpo."""
     return Path(os.environ.get("CTCGRPO_DATA") or Path.home() / ".cache" / "ctcgrpo")
-
-
-_SHOWN = 20  # faults that a report of a set names, at most
-_MOST_INVALID = 0.5  # the share of a set beyond which skipping would hide that it is another format, or damaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,6 @@ class ScenarioSet:
 
     @property
     def skipped(self) -> int:
-        """The number of records that are no scenarios."""
         return len({fault.place for fault in self.faults})
 
     def report(self) -> list[str]:
@@ -74,8 +71,7 @@ def load_set(source: str | Path, split: Split = "train", invalid: Invalid = "ski
 
     An invalid record is a line without a JSON object, a field that is missing, malformed or out of range, anchors out of order, or
     a repetition. Raises ScenarioError for a source that cannot be read or holds no record; with `refuse` for any invalid record;
-    with `skip` for two different records with one id, a file without a valid record, and a set more than half of which is invalid.
-    """
+    with `skip` for two different records with one id, a file without a valid record, and a set of which over half is invalid."""
     found = read_scenarios(source, split)
     if wrong := found.faults if invalid == "refuse" else found.refusals:
         others = len(found.faults) - 1
@@ -128,10 +124,8 @@ def read_scenarios(source: str | Path, split: Split = "train") -> ScenarioSet:
             refusals.append(f"{of_file[0]} ({file.name}: {told})")
     found = ScenarioSet(str(source), scenarios, faults, records, refusals)
     if found.skipped > _MOST_INVALID * records and not refusals:
-        refusals.append(
-            f"{source}: {found.skipped} of {records} records are invalid, more than half: the set is damaged, or of another "
-            f"format, and is refused with `skip` too; the first problem: {faults[0]}"
-        )
+        why = f"{found.skipped} of {records} records are invalid, more than half: the set is damaged, or of another format"
+        refusals.append(f"{source}: {why}, and is refused with `skip` too; the first problem: {faults[0]}")
     return found
 
 
