@@ -333,7 +333,6 @@ def _records(source: str, split: Split) -> list[Record]:
 
 
 def _counted(results: Sequence[Any]) -> str:
-    """How many there are of each status, in words."""
     return ", ".join(f"{n} {status}" for status, n in sorted(Counter(result.status for result in results).items()))
 
 
