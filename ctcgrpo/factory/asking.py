@@ -18,9 +18,8 @@ from ctcgrpo.types import Message
 class Answers(contextlib.AbstractAsyncContextManager["Answers"]):
     """The answers of a configuration's writer; `pool` counts what they cost. `say` hears when no endpoint is available."""
 
-    def __init__(self, config: FactoryConfig, say: Callable[[str], None]) -> None:
-        self._store = Store(config.store)
-        self.pool = EndpointPool(config.writer, Account(config.budget, self._store), say=say)
+    def __init__(self, config: FactoryConfig, store: Store, say: Callable[[str], None]) -> None:
+        self._store, self.pool = store, EndpointPool(config.writer, Account(config.budget, store), say=say)
         self._seconds = config.writer.deadline
         self._room = asyncio.Semaphore(sum(endpoint.concurrency for endpoint in config.writer.endpoints))
 
@@ -43,4 +42,3 @@ class Answers(contextlib.AbstractAsyncContextManager["Answers"]):
 
     async def __aexit__(self, *error: object) -> None:
         await self.pool.close()
-        self._store.close()

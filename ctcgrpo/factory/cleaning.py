@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from ctcgrpo.factory.asking import Answers
 from ctcgrpo.factory.config import FactoryConfig
 from ctcgrpo.factory.drafts import json_object
 from ctcgrpo.factory.layout import Role, layout_problems, layouts, mended, without_mark
-from ctcgrpo.llm_client.store import content_key
+from ctcgrpo.llm_client.store import Store, content_key
 from ctcgrpo.types import Message
 
 Status = Literal["clean", "mended", "laid out anew", "left", "no scenario"]
@@ -76,11 +77,12 @@ def _kind(record: Mapping[str, Any], place: str) -> tuple[str, str]:
 def by_model(left: Sequence[Cleaned], config: FactoryConfig) -> list[Cleaned]:
     """Have the personas that no rule could mend laid out again; an answer that loses words, or brings in others, is not taken."""
 
-    async def every() -> list[Cleaned]:
-        async with Answers(config, print) as answers:
+    async def every(store: Store) -> list[Cleaned]:
+        async with Answers(config, store, print) as answers:
             return list(await asyncio.gather(*(_laid_out(cleaned, config, answers) for cleaned in left)))
 
-    return asyncio.run(every())
+    with closing(Store(config.store)) as store:
+        return asyncio.run(every(store))
 
 
 async def _laid_out(cleaned: Cleaned, config: FactoryConfig, answers: Answers) -> Cleaned:
@@ -147,8 +149,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
 
 
 def _replace(record: dict[str, Any], profile: str, persona: str) -> None:
-    """In the profile, and in the prompt that repeats it."""
-    before = record[profile]["system_prompt"]
+    before = record[profile]["system_prompt"]  # which the prompt repeats
     record[profile]["system_prompt"] = persona
     prompt = record.get("prompt")
     for message in prompt if profile == "defender_profile" and isinstance(prompt, list) else ():

@@ -315,8 +315,7 @@ def convert(
 
 
 def _valid(source: str, split: Split) -> list[Scenario]:
-    """The scenarios of a source; its invalid records are named on standard error."""
-    found = load_set(source, split)
+    found = load_set(source, split)  # whose invalid records are named on standard error
     for line in found.report():
         say(line, sys.stderr)
     return found.scenarios

@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -23,10 +24,11 @@ from ctcgrpo.factory.drafts import Written, read_draft, schema, shown
 from ctcgrpo.factory.duplicates import duplicates, to_drop
 from ctcgrpo.factory.sampling import Wanted, pools, wanted
 from ctcgrpo.factory.storage import check_new, write_layout, writing
-from ctcgrpo.llm_client.store import content_key
+from ctcgrpo.llm_client.store import Store, content_key
 from ctcgrpo.types import Message
 from ctcgrpo.util.files import write_whole
 
+Say = Callable[[str], None]
 Status = Literal["valid", "repaired", "rejected", "unanswered"]
 REPORT = "report.json"
 _LONGEST_BACK = 12_000  # characters of a faulty answer that its writer is shown again
@@ -49,7 +51,7 @@ class Outcome:
 
 
 def generate(
-    config: FactoryConfig, *, count: int, held_out: Sequence[Mapping[str, Any]] = (), say: Callable[[str], None] = print
+    config: FactoryConfig, *, count: int, held_out: Sequence[Mapping[str, Any]] = (), say: Say = print
 ) -> tuple[list[Outcome], Mapping[str, Any]]:
     """An outcome for each of `count` requests, and what all answers in the store have cost. None may be like one of `held_out`.
 
@@ -58,12 +60,13 @@ def generate(
     examples = _examples(config)
     draws = config.model_dump(include={"scenes", "shots", "prefix", "seed"})
     asked = wanted(pools(config.seeds or config.language), count=count, examples=examples, **draws)
-    written, spent = asyncio.run(_all(config, asked, examples, say))
+    with closing(Store(config.store)) as store:
+        written, spent = asyncio.run(_all(config, store, asked, examples, say))
     return _without_duplicates(written, held_out), spent
 
 
 def _examples(config: FactoryConfig) -> dict[str, dict[str, str]]:
-    """By scene and id: how each example is shown. Raises ScenarioError for a scene that the set shows nothing of."""
+    """By scene and id, as shown. Raises ScenarioError for a scene that the set shows nothing of."""
     if config.examples is None or not config.shots:
         return {}
     found: dict[str, dict[str, str]] = {scene: {} for scene in config.scenes}
@@ -79,10 +82,10 @@ def _examples(config: FactoryConfig) -> dict[str, dict[str, str]]:
 
 
 async def _all(
-    config: FactoryConfig, asked: Sequence[Wanted], examples: Mapping[str, Mapping[str, str]], say: Callable[[str], None]
+    config: FactoryConfig, store: Store, asked: Sequence[Wanted], examples: Mapping[str, Mapping[str, str]], say: Say
 ) -> tuple[list[Outcome], Mapping[str, Any]]:
     done = 0
-    async with Answers(config, say) as answers:
+    async with Answers(config, store, say) as answers:
 
         async def one(request: Wanted) -> Outcome:
             nonlocal done
