@@ -101,8 +101,7 @@ def check(
     announce_loading(f"checking {settings.run.name}")
     from transformers.utils import logging as transformers_logging
 
-    from ctcgrpo.preflight.check import findings
-    from ctcgrpo.preflight.report import print_findings
+    from ctcgrpo.preflight.check import findings, print_findings
 
     transformers_logging.disable_progress_bar()
     found, subject = findings(settings)

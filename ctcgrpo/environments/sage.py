@@ -21,17 +21,8 @@ from typing import Any, Protocol, TypeVar
 
 import jinja2
 
-from ctcgrpo.environments.sage_protocol import (
-    START,
-    USER_TURNS,
-    Unreadable,
-    analysis,
-    is_over,
-    letter,
-    planned_change,
-    profile_of,
-    spoken,
-)
+from ctcgrpo.environments import sage_protocol as rules
+from ctcgrpo.environments.sage_protocol import START, USER_TURNS, Unreadable, profile_of
 from ctcgrpo.errors import RecipeError, SimulatorReplyError
 from ctcgrpo.llm_client.account import Account
 from ctcgrpo.llm_client.endpoints import Deadline, EndpointPool
@@ -40,8 +31,7 @@ from ctcgrpo.rollout.engine import request_seed
 from ctcgrpo.simulator.config import load_simulator_config
 from ctcgrpo.types import Environment, Message, Step
 
-ATTEMPTS = 3
-"""How often the simulator is asked for an answer that can be read."""
+ATTEMPTS = 3  # how often the simulator is asked for an answer that can be read
 _FOLDER = files("ctcgrpo.environments") / "prompts" / "sage"
 _T = TypeVar("_T")
 
@@ -77,10 +67,8 @@ class Sage(Environment):
         self._lines = [("人物", self._profile.first_talk)]
         self.emotion = START
         self.info = {"emotion": START}
-        return [
-            {"role": "system", "content": prompt("model").strip()},
-            {"role": "user", "content": self._profile.first_talk},
-        ]
+        line: Message = {"role": "user", "content": self._profile.first_talk}
+        return [{"role": "system", "content": prompt("model").strip()}, line]
 
     async def step(self, reply: str) -> Step:
         """Raises SimulatorReplyError where none of three answers could be read."""
@@ -89,15 +77,15 @@ class Sage(Environment):
         if turn == USER_TURNS:
             return Step(None, done=True, info={"emotion": self.emotion})
         before = self.emotion
-        plan, change = await self._ask(turn, "plan", planned_change, emotion=before)
+        plan, change = await self._ask(turn, "plan", rules.planned_change, emotion=before)
         self.emotion = max(0, min(100, before + change))
-        why = analysis(plan)
-        _, line = await self._ask(turn, "reply", spoken, feeling=why, letter=letter(self.emotion))
+        why = rules.analysis(plan)
+        _, line = await self._ask(turn, "reply", rules.spoken, feeling=why, letter=rules.letter(self.emotion))
         self._lines.append(("人物", line))
         return Step(
             line,
             reward=(self.emotion - before) / 100,
-            done=is_over(self.emotion, line),
+            done=rules.is_over(self.emotion, line),
             info={"emotion": self.emotion, "change": change, "why": why},
         )
 
@@ -105,9 +93,9 @@ class Sage(Environment):
         return self.emotion / 100
 
     async def _ask(self, turn: int, name: str, read: Callable[[str], _T], **told: Any) -> tuple[str, _T]:
-        """An answer, and what was read in it."""
         dialogue = "\n".join(f"{who}：{text}" for who, text in self._lines)
-        asked = _template(name).render(profile=self._profile, dialogue=dialogue, **told)
+        template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(prompt(name))
+        asked = template.render(profile=self._profile, dialogue=dialogue, **told)
         problem = ""
         for attempt in range(ATTEMPTS):
             seed = request_seed(self._seed, turn, name, attempt)
@@ -117,11 +105,6 @@ class Sage(Environment):
             except Unreadable as error:
                 problem = str(error)
         raise SimulatorReplyError(f"{self._user} gave no usable answer, asked {ATTEMPTS} times (last problem: {problem})")
-
-
-@lru_cache
-def _template(name: str) -> jinja2.Template:
-    return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(prompt(name))
 
 
 class SageEpisodes(contextlib.AbstractAsyncContextManager["SageEpisodes"]):
@@ -144,13 +127,9 @@ class SageEpisodes(contextlib.AbstractAsyncContextManager["SageEpisodes"]):
 
     async def ask(self, prompt: str, *, dialogue: str, seed: int) -> str:
         assert self._pool is not None, "within `async with`"
-        answer = await self._pool.complete(
-            [{"role": "user", "content": prompt}],
-            dialogue=dialogue,
-            seed=seed,
-            schema={},
-            deadline=Deadline(self._llm.deadline),
-        )
+        message: Message = {"role": "user", "content": prompt}
+        deadline = Deadline(self._llm.deadline)
+        answer = await self._pool.complete([message], dialogue=dialogue, seed=seed, schema={}, deadline=deadline)
         if answer.ended == "length":
             raise Unreadable("cut off by llm.max_tokens")
         if not answer.text:

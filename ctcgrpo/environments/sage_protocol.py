@@ -3,16 +3,14 @@
 The user opens; emotion starts at 40. After each reply of the model a simulator first plans (labels Content, TargetCompletion,
 Activity, Analyse, Change; the first signed number after Change, clipped to 10 either way, moves the emotion), then speaks (labels
 Thinking, Origin, Change, Response), told only the emotion's letter. It ends at a goodbye, at 100, below 10, or with the model's
-reply to the tenth line of the user. Source: SAGE (Tencent/digitalhuman), whose data is the user's own copy.
-"""
+reply to the tenth line of the user. Source: SAGE (Tencent/digitalhuman), whose data is the user's own copy."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.util.files import read_json_lines
@@ -33,48 +31,31 @@ class Unreadable(Exception):
     """An answer of the simulator without what was asked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Profile:
+class Profile(NamedTuple):
+    """The fields of a SAGE record that are read."""
+
     id: str
     player: str
     scene: str
-    character: str
+    main_cha: str
     task: str
     first_talk: str
 
 
-_FIELDS = {
-    "id": "id",
-    "player": "player",
-    "scene": "scene",
-    "character": "main_cha",
-    "task": "task",
-    "first_talk": "first_talk",
-}
-"""The names that SAGE's records have for a profile's fields."""
-
-
 def profile_of(record: Mapping[str, Any], place: str) -> Profile:
     """Raises ScenarioError, naming `place` and the field."""
-    theirs = _FIELDS.values()
-    if missing := [name for name in theirs if not isinstance(record.get(name), str) or not record[name].strip()]:
-        raise ScenarioError(f"{place}: {missing[0]} is missing or no text; a profile has {', '.join(theirs)}")
-    return Profile(**{ours: record[name] for ours, name in _FIELDS.items()})
-
-
-def record_of(profile: Profile) -> dict[str, str]:
-    """What `profile_of` reads."""
-    return {theirs: getattr(profile, ours) for ours, theirs in _FIELDS.items()}
+    names = Profile._fields
+    if missing := [name for name in names if not isinstance(record.get(name), str) or not record[name].strip()]:
+        raise ScenarioError(f"{place}: {missing[0]} is missing or no text; a profile has {', '.join(names)}")
+    return Profile(*(record[name] for name in names))
 
 
 def load_profiles(path: Path) -> list[Profile]:
     """The profiles of a file, or of the folder that holds it. Raises ScenarioError naming file, line and field."""
     file = path / PROFILES if path.is_dir() else path
     if not file.is_file():
-        raise ScenarioError(
-            f"{file} not found: SAGE's profiles are in the folder SAGE of Tencent/digitalhuman (MIT); name your copy of it, or of "
-            f"{PROFILES}, with --data"
-        )
+        where = "SAGE's profiles are in the folder SAGE of Tencent/digitalhuman (MIT)"
+        raise ScenarioError(f"{file} not found: {where}; name your copy of it, or of {PROFILES}, with --data")
     found: dict[str, Profile] = {}
     for place, record in read_json_lines(file, ScenarioError):
         profile = profile_of(record, place)
@@ -93,7 +74,7 @@ def letter(emotion: int) -> str:
 
 def planned_change(text: str) -> int:
     """The change of a plan, within [-10, 10]. Raises Unreadable for a plan without one."""
-    after = (_after_label(text, "Change") or "").translate(_DASHES)
+    after = _after_label(text, "Change").translate(_DASHES)
     # Without a sign a number is a change only where nothing stands before it: "from 40 to 45, +5" is 5.
     number = re.search(r"[+-]\s*\d+", after) or re.match(r"[\s*]*\d+(?!\d|\s*(?:/|到|至|to\b|->|→))", after)
     if number is None:
@@ -103,25 +84,21 @@ def planned_change(text: str) -> int:
 
 def analysis(text: str) -> str:
     """Why the emotion moves, as a plan says it."""
-    after = _after_label(text, "Analyse")
-    return (after or "").strip()
+    return _after_label(text, "Analyse").strip()
 
 
 def spoken(text: str) -> str:
     """What the user says in an answer with labels. Raises Unreadable for one that says nothing."""
-    after = _after_label(text, "Response")
-    said = (after or "").strip().strip('"“”').strip()
-    if not said:
+    if not (said := _after_label(text, "Response").strip().strip('"“”').strip()):
         raise Unreadable("nothing after Response")
     return said
 
 
-def _after_label(text: str, name: str) -> str | None:
+def _after_label(text: str, name: str) -> str:
     """The text behind the last label of that name, up to the next label."""
-    labels = list(_LABELS.finditer(text))
-    ends = [*(match.start() for match in labels[1:]), len(text)]
-    found = [text[match.end() : ends[k]] for k, match in enumerate(labels) if match[1].lower() == name.lower()]
-    return found[-1] if found else None
+    _, *parts = _LABELS.split(text)  # label, text, label, text, ...
+    found = [part for label, part in zip(parts[::2], parts[1::2], strict=True) if label.lower() == name.lower()]
+    return found[-1] if found else ""
 
 
 def is_over(emotion: int, said: str) -> bool:

@@ -19,7 +19,7 @@ from inspect_ai.util import span
 
 from ctcgrpo.environments.eibench.scenarios import data_home
 from ctcgrpo.environments.sage import Sage, prompt, prompts_name
-from ctcgrpo.environments.sage_protocol import Unreadable, load_profiles, measures, record_of
+from ctcgrpo.environments.sage_protocol import Unreadable, load_profiles, measures
 from ctcgrpo.evaluation.generation import SAMPLING, Unset, config_of, names_of
 from ctcgrpo.evaluation.record import Record
 from ctcgrpo.evaluation.speaking import played_by, say, temperature_of
@@ -45,14 +45,14 @@ def sage(data: str | None = None, repeats: int = 1, seed: int = 0, unset: Unset 
         Sample(
             id=p.id,
             input=[ChatMessageSystem(content=prompt("model").strip()), ChatMessageUser(content=p.first_talk)],
-            metadata={"group": p.character},
+            metadata={"group": p.main_cha},
         )
         for p in profiles
     ]
     return Task(
         name="sage",
         dataset=MemoryDataset(samples, name="sage"),
-        solver=_conversing({p.id: record_of(p) for p in profiles}, simulator, seed, left_out),
+        solver=_conversing({p.id: p._asdict() for p in profiles}, simulator, seed, left_out),
         scorer=_judging(),
         config=config_of("model", left_out, **SAMPLING.model_dump(exclude_none=True)),
         epochs=Epochs(repeats, "mean"),

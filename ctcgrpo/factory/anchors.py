@@ -2,8 +2,7 @@
 
 every value    a multiple of 5 in [0, 100]
 anger          target < initial < worst    (target and initial below worst where anger may rise: defense, scenes of your own)
-trust          worst < initial < target
-"""
+trust          worst < initial < target"""
 
 from __future__ import annotations
 
@@ -15,26 +14,16 @@ from typing import Any, NamedTuple
 from ctcgrpo.environments.eibench.records import scene_rules
 
 STEP = 5
-_FAR_OFF = 1000
-"""Beyond this a number is no level that went astray."""
+_FAR_OFF = 1000  # beyond this a number is no level that went astray
 _LEVELS = tuple(range(0, 101, STEP))
+_MISSING = "is missing, or no number near [0, 100]"
 
 FIELDS: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "anger": (
-        ("initial_calibration", "initial_anger"),
-        ("rub_goals", "target_anger"),
-        ("worst_case", "worst_anger_min"),
-    ),
-    "trust": (
-        ("initial_calibration", "initial_trust"),
-        ("rub_goals", "target_trust"),
-        ("worst_case", "worst_trust_min"),
-    ),
-}
-"""By axis: where a record holds initial, target and worst."""
+    "anger": (("initial_calibration", "initial_anger"), ("rub_goals", "target_anger"), ("worst_case", "worst_anger_min")),
+    "trust": (("initial_calibration", "initial_trust"), ("rub_goals", "target_trust"), ("worst_case", "worst_trust_min")),
+}  # by axis: the fields of initial, target and worst
 
-Levels = tuple[float, float, float]
-"""Initial, target, worst of one axis."""
+Levels = tuple[float, float, float]  # initial, target, worst of one axis
 
 
 class Move(NamedTuple):
@@ -48,37 +37,35 @@ class Move(NamedTuple):
 
 def anchor_problems(record: Mapping[str, Any], scene: str) -> Iterator[tuple[str, str]]:
     """(field, what is wrong) for each rule that a record breaks; for an axis with a value missing, that alone."""
-    for axis, places in FIELDS.items():
-        values = _levels(record, places)
-        missing = [f"{a}.{b}" for (a, b), value in zip(places, values, strict=True) if value is None]
+    for axis in FIELDS:
+        values, missing = _levels(record, axis)
         for field in missing:
-            yield field, "is missing, or no number near [0, 100]"
+            yield field, _MISSING
         if missing:
             continue
-        for (a, b), value in zip(places, values, strict=True):
+        for field, value in values.items():
             if value not in _LEVELS:
-                yield f"{a}.{b}", f"is {value:g}; it must be a multiple of {STEP} in [0, 100]"
-        initial, target, worst = values
+                yield field, f"is {value:g}; it must be a multiple of {STEP} in [0, 100]"
+        initial, target, worst = values.values()
         may_rise = scene_rules(scene).anger_may_rise
-        if not _in_order(axis, may_rise, (initial, target, worst)):  # type: ignore[arg-type]
+        if not _in_order(axis, may_rise, (initial, target, worst)):
             yield axis, f"initial {initial:g}, target {target:g}, worst {worst:g}; {_order(axis, may_rise)}"
 
 
 def repaired(record: Mapping[str, Any], scene: str) -> tuple[dict[str, Any], list[Move]]:
-    """The record with anchors that keep the rules, moved as little as possible (the sum of all moves), and the moves. Raises
-    ValueError for a value that is missing or no number: what was meant cannot be known."""
+    """The record with anchors (whole numbers) that keep the rules, moved as little as possible (the sum of all moves), and the
+    moves. Raises ValueError for a value that is missing or no number: what was meant cannot be known."""
     told = dict(record)
     moves = []
     for axis, places in FIELDS.items():
-        values = _levels(record, places)
-        if any(value is None for value in values):
-            lacking = next(f"{a}.{b}" for (a, b), value in zip(places, values, strict=True) if value is None)
-            raise ValueError(f"{lacking} is missing, or no number near [0, 100]")
-        after = nearest_levels(axis, scene, values)  # type: ignore[arg-type]
-        for (section, field), old, new in zip(places, values, after, strict=True):
+        values, missing = _levels(record, axis)
+        if missing:
+            raise ValueError(f"{missing[0]} {_MISSING}")
+        after = nearest_levels(axis, scene, tuple(values.values()))  # type: ignore[arg-type]
+        for (section, field), old, new in zip(places, values.values(), after, strict=True):
+            told[section] = {**told[section], field: new}
             if old != new:
-                told[section] = {**told[section], field: new}
-                moves.append(Move(f"{section}.{field}", old or 0, new))
+                moves.append(Move(f"{section}.{field}", old, new))
     return told, moves
 
 
@@ -94,8 +81,7 @@ def nearest_levels(axis: str, scene: str, values: Levels) -> tuple[int, int, int
 
 @cache
 def _allowed(axis: str, anger_may_rise: bool) -> Sequence[tuple[int, int, int]]:
-    every = product(_LEVELS, _LEVELS, _LEVELS)
-    return [levels for levels in every if _in_order(axis, anger_may_rise, levels)]
+    return [levels for levels in product(_LEVELS, _LEVELS, _LEVELS) if _in_order(axis, anger_may_rise, levels)]
 
 
 def _in_order(axis: str, anger_may_rise: bool, levels: Levels) -> bool:
@@ -111,12 +97,14 @@ def _order(axis: str, anger_may_rise: bool) -> str:
     return "both below worst are needed" if anger_may_rise else "target < initial < worst is needed"
 
 
-def _levels(record: Mapping[str, Any], places: Sequence[tuple[str, str]]) -> list[float | None]:
-    """None for what is no number that a level could have been."""
-    found: list[float | None] = []
-    for section, field in places:
+def _levels(record: Mapping[str, Any], axis: str) -> tuple[dict[str, float], list[str]]:
+    """The values of an axis by field, and the fields that hold no number that a level could have been."""
+    values, missing = {}, []
+    for section, field in FIELDS[axis]:
         part = record.get(section)
         value = part.get(field) if isinstance(part, Mapping) else None
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _FAR_OFF
-        found.append(value if is_number else None)
-    return found
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _FAR_OFF:
+            values[f"{section}.{field}"] = value
+        else:
+            missing.append(f"{section}.{field}")
+    return values, missing

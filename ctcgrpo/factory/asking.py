@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ctcgrpo.errors import SimulatorReplyError
-from ctcgrpo.llm_client.endpoints import Deadline
+from ctcgrpo.factory.config import FactoryConfig
+from ctcgrpo.llm_client.account import Account
+from ctcgrpo.llm_client.endpoints import Deadline, EndpointPool
 from ctcgrpo.llm_client.store import Store
-from ctcgrpo.simulator.llm.backend import ChatModel
 from ctcgrpo.types import Message
 
 
-async def answer_once(
-    llm: ChatModel,
-    store: Store,
-    key: bytes,
-    messages: Sequence[Message],
-    *,
-    dialogue: str,
-    schema: dict[str, Any],
-    seconds: float,
-) -> str:
-    """The text of an answer, within so many seconds; `key` says what is asked, and decides the seed. Raises what `llm` raises, and
-    SimulatorReplyError for an answer without a text."""
-    if (kept := store.get(key)) is not None:
-        return kept.decode()
-    seed = int.from_bytes(key[:4], "big") >> 1
-    answer = await llm.complete(messages, dialogue=dialogue, seed=seed, schema=schema, deadline=Deadline(seconds))
-    if answer.ended in ("content_filter", "refusal"):
-        raise SimulatorReplyError(
-            f"{answer.endpoint} refused the request ({answer.ended}): {answer.note or 'without a reason'}"
-        )
-    if answer.note:
-        raise SimulatorReplyError(f"{answer.endpoint} gave no usable answer: {answer.note}")
-    store.put(key, answer.text.encode("utf-8", "replace"))
-    return answer.text
+class Answers(contextlib.AbstractAsyncContextManager["Answers"]):
+    """The answers of a configuration's writer; `pool` counts what they cost. `say` hears when no endpoint is available."""
+
+    def __init__(self, config: FactoryConfig, store: Store, say: Callable[[str], None]) -> None:
+        self._store, self.pool = store, EndpointPool(config.writer, Account(config.budget, store), say=say)
+        self._seconds = config.writer.deadline
+        self._room = asyncio.Semaphore(sum(endpoint.concurrency for endpoint in config.writer.endpoints))
+
+    async def ask(self, key: bytes, messages: Sequence[Message], *, dialogue: str, schema: dict[str, Any]) -> str:
+        """The text of an answer; `key` says what is asked, and decides the seed. Raises SimulatorTransportError where there is
+        none, BudgetSpent where none can be paid for, SimulatorReplyError for a refusal and for an answer without a text."""
+        async with self._room:
+            if (kept := self._store.get(key)) is not None:
+                return kept.decode()
+            seed = int.from_bytes(key[:4], "big") >> 1
+            deadline = Deadline(self._seconds)
+            answer = await self.pool.complete(messages, dialogue=dialogue, seed=seed, schema=schema, deadline=deadline)
+        if answer.ended in ("content_filter", "refusal"):
+            why = answer.note or "without a reason"
+            raise SimulatorReplyError(f"{answer.endpoint} refused the request ({answer.ended}): {why}")
+        if answer.note:
+            raise SimulatorReplyError(f"{answer.endpoint} gave no usable answer: {answer.note}")
+        self._store.put(key, answer.text.encode("utf-8", "replace"))
+        return answer.text
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.pool.close()

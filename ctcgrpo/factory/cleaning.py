@@ -1,6 +1,4 @@
-"""Cleaning a set: anchors by the smallest move; the layout of personas by rule where a rule can, and by a model where none can. No
-word may be lost or come in.
-"""
+"""Cleaning a set: anchors by the smallest move; the layout of personas by rule or else by a model. No word is lost or comes in."""
 
 from __future__ import annotations
 
@@ -10,25 +8,29 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ctcgrpo.environments.eibench.scenario_format import read_record
 from ctcgrpo.errors import ScenarioError, SimulatorReplyError, SimulatorTransportError
-from ctcgrpo.factory.anchors import repaired
-from ctcgrpo.factory.asking import answer_once
+from ctcgrpo.factory.anchors import Move, repaired
+from ctcgrpo.factory.asking import Answers
 from ctcgrpo.factory.config import FactoryConfig
 from ctcgrpo.factory.drafts import json_object
 from ctcgrpo.factory.layout import Role, layout_problems, layouts, mended, without_mark
-from ctcgrpo.llm_client.account import Account
-from ctcgrpo.llm_client.endpoints import EndpointPool
 from ctcgrpo.llm_client.store import Store, content_key
-from ctcgrpo.simulator.llm.backend import ChatModel
 from ctcgrpo.types import Message
 
 Status = Literal["clean", "mended", "laid out anew", "left", "no scenario"]
 _ROLES: tuple[tuple[Role, str], ...] = (("user", "aggressor_profile"), ("policy", "defender_profile"))
 _SENTENCE = re.compile(r"(?<=[.!?。！？…])\s*|\n+")
+_PROMPT = (
+    "You put the text of a persona under section titles. The titles are: {titles}. Every sentence of the text goes, word by "
+    "word, under the title that it belongs to; nothing is added, left out or said differently. Facts are numbered lines: "
+    "1. ..., 2. ... . "
+    "Answer with one JSON object whose keys are the titles, and nothing else."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,10 @@ def by_rule(record: Mapping[str, Any], place: str) -> Cleaned:
         language, scene = _kind(record, place)
     except ScenarioError as error:
         return Cleaned(told, "no scenario", reasons=[str(error)])
-    reasons, moved = [], []
+    reasons: list[str] = []
+    moves: list[Move] = []
     try:
         told, moves = repaired(told, scene)
-        moved = [str(move) for move in moves]
     except ValueError as error:
         reasons.append(str(error))
     for role, profile in _ROLES:
@@ -61,7 +63,7 @@ def by_rule(record: Mapping[str, Any], place: str) -> Cleaned:
             after = before
         _replace(told, profile, after)
         reasons += [f"{profile}: {problem}" for problem in layout_problems(after, role, language)]
-    changed = [*moved, *differences(record, told)]
+    changed = [*map(str, moves), *differences(record, told)]
     return Cleaned(told, "left" if reasons else "mended" if changed else "clean", changed, reasons)
 
 
@@ -73,28 +75,17 @@ def _kind(record: Mapping[str, Any], place: str) -> tuple[str, str]:
 
 
 def by_model(left: Sequence[Cleaned], config: FactoryConfig) -> list[Cleaned]:
-    """Have the personas that no rule could mend laid out anew; an answer that loses words, or brings in others, is not taken.
-    Answers are paid for once: they are kept in the configuration's store."""
+    """Have the personas that no rule could mend laid out again; an answer that loses words, or brings in others, is not taken."""
 
-    async def every() -> list[Cleaned]:
-        store = Store(config.store)
-        pool = EndpointPool(config.writer, Account(config.budget, store))
-        room = asyncio.Semaphore(sum(endpoint.concurrency for endpoint in config.writer.endpoints))
+    async def every(store: Store) -> list[Cleaned]:
+        async with Answers(config, store, print) as answers:
+            return list(await asyncio.gather(*(_laid_out(cleaned, config, answers) for cleaned in left)))
 
-        async def one(cleaned: Cleaned) -> Cleaned:
-            async with room:
-                return await _laid_out(cleaned, config, pool, store)
-
-        try:
-            return list(await asyncio.gather(*(one(cleaned) for cleaned in left)))
-        finally:
-            await pool.close()
-            store.close()
-
-    return asyncio.run(every())
+    with closing(Store(config.store)) as store:
+        return asyncio.run(every(store))
 
 
-async def _laid_out(cleaned: Cleaned, config: FactoryConfig, llm: ChatModel, store: Store) -> Cleaned:
+async def _laid_out(cleaned: Cleaned, config: FactoryConfig, answers: Answers) -> Cleaned:
     record = json.loads(json.dumps(cleaned.record))
     language, _ = _kind(record, "record")
     reasons = [reason for reason in cleaned.reasons if not reason.startswith(tuple(profile for _, profile in _ROLES))]
@@ -102,69 +93,36 @@ async def _laid_out(cleaned: Cleaned, config: FactoryConfig, llm: ChatModel, sto
         persona = record[profile]["system_prompt"]
         if not list(layout_problems(persona, role, language)):
             continue
-        messages = _messages(persona, role, language)
-        key = content_key(
-            "clean", *sorted(e.model for e in config.writer.endpoints), json.dumps(messages, ensure_ascii=False)
-        )
+        titles = [names[0] for names in layouts()[language].titles[role]]
+        prompt = _PROMPT.format(titles=", ".join(map(repr, titles)))
+        messages: list[Message] = [{"role": "system", "content": prompt}, {"role": "user", "content": persona}]
+        models = sorted(e.model for e in config.writer.endpoints)
+        key = content_key("clean", *models, json.dumps(messages, ensure_ascii=False))
+        texts: dict[str, Any] = {title: {"type": "string"} for title in titles}
+        schema = {"type": "object", "properties": texts, "required": titles, "additionalProperties": False}
         try:
-            text = await answer_once(
-                llm,
-                store,
-                key,
-                messages,
-                dialogue=str(record.get("id")),
-                schema=_schema(role, language),
-                seconds=config.writer.deadline,
-            )
+            text = await answers.ask(key, messages, dialogue=str(record.get("id")), schema=schema)
         except (SimulatorTransportError, SimulatorReplyError) as error:
             reasons.append(f"{profile}: {error}")
             continue
         found = json_object(text)
-        titles = _titles(role, language)
         if isinstance(found, str) or not all(isinstance(found.get(title, ""), str) for title in titles):
             reasons.append(f"{profile}: {found if isinstance(found, str) else 'the answer holds something else than texts'}")
             continue
         after = mended("\n\n".join(f"### {title}\n{found.get(title, '')}" for title in titles), role, language)
         problems = [*layout_problems(after, role, language), *unkept(persona, after, language)]
-        if problems:
-            reasons += [f"{profile}: {problem}" for problem in problems]
-        else:
+        reasons += [f"{profile}: {problem}" for problem in problems]
+        if not problems:
             _replace(record, profile, after)
     status: Status = "left" if reasons else "laid out anew"
     return Cleaned(record, status, [*cleaned.differences, *differences(cleaned.record, record)], reasons)
 
 
-def _messages(persona: str, role: Role, language: str) -> list[Message]:
-    titles = ", ".join(repr(title) for title in _titles(role, language))
-    system = (
-        f"You put the text of a persona under section titles. The titles are: {titles}. Every sentence of the text goes, word by "
-        "word, under the title that it belongs to; nothing is added, left out or said differently. Facts are numbered lines: "
-        "1. ..., 2. ... . Answer with one JSON object whose keys are the titles, and nothing else."
-    )
-    return [{"role": "system", "content": system}, {"role": "user", "content": persona}]
-
-
-def _schema(role: Role, language: str) -> dict[str, Any]:
-    titles = _titles(role, language)
-    return {
-        "type": "object",
-        "properties": {title: {"type": "string"} for title in titles},
-        "required": titles,
-        "additionalProperties": False,
-    }
-
-
-def _titles(role: Role, language: str) -> list[str]:
-    return [names[0] for names in layouts()[language].titles[role]]
-
-
 def unkept(before: str, after: str, language: str) -> list[str]:
-    """What a new layout did to the sentences, which it may put in another order and nothing else. Titles that a layout knows and
-    marks of lists are its own; an unknown title is a sentence like any other."""
+    """What a new layout did to the sentences, beside their order. Titles that it knows and marks of lists are its own."""
     old, new = (Counter(_sentences(text, language)) for text in (before, after))
-    lost, come = old - new, new - old
-    told = [f"{sentence[:60]!r} is lost" for sentence in lost]
-    return told + [f"{sentence[:60]!r} comes in" for sentence in come]
+    lost = [f"{sentence[:60]!r} is lost" for sentence in old - new]
+    return lost + [f"{sentence[:60]!r} comes in" for sentence in new - old]
 
 
 def _sentences(persona: str, language: str) -> list[str]:
@@ -185,23 +143,16 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     told = []
     for _, profile in _ROLES:
         old, new = (record[profile]["system_prompt"].splitlines() for record in (before, after))
-        told += [
-            f"{profile}: {line}"
-            for line in difflib.unified_diff(old, new, n=0, lineterm="")
-            if line[:1] in "+-" and line[:3] not in ("+++", "---") and line[1:].strip()
-        ]
+        changes = (line for line in difflib.unified_diff(old, new, n=0, lineterm="") if line[:3] not in ("+++", "---"))
+        told += [f"{profile}: {line}" for line in changes if line[:1] in "+-" and line[1:].strip()]
     return told
 
 
 def _replace(record: dict[str, Any], profile: str, persona: str) -> None:
-    """In the profile, and in the prompt that repeats it."""
-    before = record[profile]["system_prompt"]
+    before = record[profile]["system_prompt"]  # which the prompt repeats
     record[profile]["system_prompt"] = persona
     prompt = record.get("prompt")
     for message in prompt if profile == "defender_profile" and isinstance(prompt, list) else ():
-        if (
-            isinstance(message, dict)
-            and message.get("role") == "system"
-            and str(message.get("content")).strip() == before.strip()
-        ):
+        is_system = isinstance(message, dict) and message.get("role") == "system"
+        if is_system and str(message.get("content")).strip() == before.strip():
             message["content"] = persona

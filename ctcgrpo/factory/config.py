@@ -28,13 +28,9 @@ class FactoryConfig(Section):
     store: Path = Field(description="the folder for answers already paid for, and the account")
     budget: Budget = Budget()  # type: ignore[call-arg]
     language: str = Field("en", description="of the scenarios: one that factory/layout.yaml has the sections of (en, zh)")
-    seeds: Path | None = Field(
-        None, description="pools of seeds; those that come with the package, of the language, where absent"
-    )
+    seeds: Path | None = Field(None, description="pools of seeds; left out: the package's own of the language")
     scenes: tuple[str, ...] = Field(SCENES, min_length=1, description="the scenes that are written")
-    examples: str | None = Field(
-        None, description="a set whose scenarios show how one looks: english/train, chinese/train, a path"
-    )
+    examples: str | None = Field(None, description="a set whose scenarios are shown: english/train, chinese/train, a path")
     shots: int = Field(2, ge=0, description="examples that each request holds")
     attempts: int = Field(3, ge=1, description="answers that are asked for, the faults of the one before told")
     prefix: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]*$", description="of ids: PREFIX-SCENE-0001")
@@ -48,8 +44,8 @@ class FactoryConfig(Section):
             raise ValueError(f"language: {did_you_mean(self.language, layouts())}; layout.yaml has the sections of each")
         if self.shots and self.examples is None:
             raise ValueError(f"shots is {self.shots}, but examples names no set to take them from; shots: 0 asks without")
-        money = self.budget.money is not None
-        if money and not all(e.price.prompt or e.price.completion for e in self.writer.endpoints):
+        priced = all(e.price.prompt or e.price.completion for e in self.writer.endpoints)
+        if self.budget.money is not None and not priced:
             raise ValueError("budget.money needs the price of every endpoint")
         return self
 

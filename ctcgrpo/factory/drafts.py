@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Annotated, Any
 
 import json_repair
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,6 +21,11 @@ from ctcgrpo.factory.sampling import Wanted
 _THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
 _MOST, _MOST_BRACES = 40_000, 200
 """Of an answer that is looked at: characters (a record has some 4,000), and opening braces and brackets (some 60)."""
+_SCRIPTED: Mapping[str, Mapping[str, str]] = {
+    "boundary": {"words": "limit", "offer": "offer"},
+    "repair": {"fault": "fault", "remedy": "remedy"},
+}  # by the part of a script that a scene has, and its keys: the fields of a draft
+_Lines = Annotated[list[str], Field(min_length=1)]
 
 
 class _Part(BaseModel):
@@ -59,11 +65,11 @@ class _Detail(_Part):
 
 
 class _Reactions(_Part):
-    warmer: list[str] = Field(min_length=1)
-    flat: list[str] = Field(min_length=1)
-    colder: list[str] = Field(min_length=1)
-    thanks: list[str] = Field(min_length=1)
-    leaves: list[str] = Field(min_length=1)
+    warmer: _Lines
+    flat: _Lines
+    colder: _Lines
+    thanks: _Lines
+    leaves: _Lines
 
 
 class Draft(_Part):
@@ -88,14 +94,14 @@ class Draft(_Part):
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What became of an answer: a `record` that keeps every rule, with the `moves` of its anchors, or the `faults` that another
-    answer should not have."""
+    """What became of an answer: a `record` that keeps every rule, with the `moves` of its anchors, or its `faults`."""
 
     record: dict[str, Any] | None = None
     moves: list[Move] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
 
+@cache
 def schema() -> dict[str, Any]:
     """The JSON schema of a draft as endpoints take it: every field required, nothing else allowed, no defaults."""
     told = Draft.model_json_schema()
@@ -117,12 +123,6 @@ def read_draft(text: str, asked: Wanted, *, language: str, licence: str, source:
         return Written(faults=[f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors()[:8]])
     record = record_of(draft, asked, language=language, licence=licence, source=source)
     record, moves = repaired(record, asked.scene)
-    for section, fields in (
-        ("initial_calibration", ("initial_anger", "initial_trust")),
-        ("rub_goals", ("target_anger", "target_trust")),
-        ("worst_case", ("worst_anger_min", "worst_trust_min")),
-    ):
-        record[section] = {k: int(v) if k in fields else v for k, v in record[section].items()}
     faults = [*_own_faults(draft, asked), *(f"{p.field}: {p.message}" for p in problems([("answer", record)]))]
     return Written(faults=faults) if faults else Written(record, moves)
 
@@ -144,45 +144,25 @@ def json_object(text: str) -> dict[str, Any] | str:
     return found if isinstance(found, dict) else "the answer is no JSON object"
 
 
-_SCRIPTED: Mapping[str, Mapping[str, str]] = {
-    "boundary": {"words": "limit", "offer": "offer"},
-    "repair": {"fault": "fault", "remedy": "remedy"},
-}
-"""By the part of a script that a scene has, and its keys: the fields of a draft."""
-
-
-def _own_faults(draft: Draft, asked: Wanted) -> list[str]:
+def _own_faults(draft: Draft, asked: Wanted) -> Iterator[str]:
     """What no rule of finished records says."""
-    told = []
     rules = scene_rules(asked.scene)
     if rules.policy_opens and draft.opening_line:
-        told.append("opening_line: the policy speaks first here, so it must be empty")
+        yield "opening_line: the policy speaks first here, so it must be empty"
     for name in _SCRIPTED.get(rules.script or "", {}).values():
         if len(getattr(draft, name)) < 4:
-            told.append(f"{name}: at least four words are needed")
+            yield f"{name}: at least four words are needed"
     for k, detail in enumerate(draft.details):
-        line = detail.line.lower()
-        if not any(word.lower() in line for word in detail.words):
-            told.append(f"details.{k}.words: none of them stands in the line")
-    return told
+        if not any(word.lower() in detail.line.lower() for word in detail.words):
+            yield f"details.{k}.words: none of them stands in the line"
 
 
 def record_of(draft: Draft, asked: Wanted, *, language: str, licence: str, source: str) -> dict[str, Any]:
     """A draft in EIBench's layout, with its seeds, licence and source."""
-    user = _persona(
-        language,
-        "user",
-        (draft.user.background, draft.user.stance, draft.user.style, draft.user.facts, draft.user.behaviour, draft.user.aim),
-    )
-    policy = _persona(
-        language, "policy", (draft.policy.background, draft.policy.stance, draft.policy.facts, draft.policy.core_goal)
-    )
+    user, policy = _persona(language, "user", draft.user), _persona(language, "policy", draft.policy)
     opening = draft.opening_line
     a = draft.anchors
-    script: dict[str, Any] = {
-        "details": [d.model_dump() for d in draft.details],
-        "lines": draft.reactions.model_dump(),
-    }
+    script: dict[str, Any] = draft.model_dump(include={"details"}) | {"lines": draft.reactions.model_dump()}
     if part := scene_rules(asked.scene).script:
         script[part] = {key: getattr(draft, name) for key, name in _SCRIPTED[part].items()}
     return {
@@ -201,14 +181,14 @@ def record_of(draft: Draft, asked: Wanted, *, language: str, licence: str, sourc
         "prompt": [{"role": "system", "content": policy}, *([{"role": "user", "content": opening}] if opening else [])],
         "data_source": source,
         "licence": licence,
-        "seed": asked.as_dict,
+        "seed": asked.seed._asdict(),
         "script": script,
     }
 
 
-def _persona(language: str, role: Role, parts: tuple[str | list[str], ...]) -> str:
+def _persona(language: str, role: Role, parts: BaseModel) -> str:
     told = []
-    for names, part in zip(layouts()[language].titles[role], parts, strict=True):
+    for names, (_, part) in zip(layouts()[language].titles[role], parts, strict=True):
         text = part if isinstance(part, str) else "\n".join(f"{k}. {without_mark(fact)}" for k, fact in enumerate(part, 1))
         told.append(f"### {names[0]}\n{text}")
     return "\n\n".join(told)
@@ -221,7 +201,7 @@ def shown(record: Mapping[str, Any], scenario: Scenario) -> str:
         return ""
     titles = layouts()[scenario.language].titles
 
-    def parts(persona: str, role: Role, keys: tuple[str, ...]) -> dict[str, Any]:
+    def parts(persona: str, role: Role, keys: Iterable[str]) -> dict[str, Any]:
         found = dict(sections(persona))
         told: dict[str, Any] = {}
         for key, names in zip(keys, titles[role], strict=True):
@@ -229,23 +209,16 @@ def shown(record: Mapping[str, Any], scenario: Scenario) -> str:
             told[key] = [without_mark(line) for line in text.splitlines()] if key == "facts" else text
         return told
 
-    a = scenario.anchors
+    states = scenario.anchors._asdict().items()
     draft = {
         "title": scenario.title,
-        "user": parts(scenario.user_persona, "user", ("background", "stance", "style", "facts", "behaviour", "aim")),
+        "user": parts(scenario.user_persona, "user", _User.model_fields),
         "opening_line": scenario.opening_line,
-        "policy": parts(scenario.policy_persona, "policy", ("background", "stance", "facts", "core_goal")),
+        "policy": parts(scenario.policy_persona, "policy", _Policy.model_fields),
         "goal": scenario.goal,
         "success_criteria": scenario.success_criteria,
         "must_avoid": scenario.must_avoid,
-        "anchors": {
-            "initial_anger": a.initial.anger,
-            "initial_trust": a.initial.trust,
-            "target_anger": a.target.anger,
-            "target_trust": a.target.trust,
-            "worst_anger": a.worst.anger,
-            "worst_trust": a.worst.trust,
-        },
+        "anchors": {f"{name}_{axis}": level for name, state in states for axis, level in state._asdict().items()},
         "worst_reason": (record.get("worst_case") or {}).get("reason", ""),
         "details": [{k: d[k] for k in ("about", "words", "sense", "line")} for d in script["details"]],
         "reactions": script["lines"],

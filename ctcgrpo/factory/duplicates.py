@@ -1,25 +1,26 @@
-"""Near-duplicates: within a set, and against held-out sets.
+"""Near-duplicates: within a set, and against held-out sets; and splitting a set without them on both sides.
 
 Two records are alike by text, the cosine of their TF-IDF vectors over words (pairs of characters in Chinese): the order of
 sentences does not matter, and words exchanged for others of the same meaning cost no more than their share. Or they are alike by
 seed: made from the same combination of theme, keyword, relationship and place.
 
-Vectors are hashed (scikit-learn), so memory grows with the number of records alone, and compared in blocks.
-"""
+Vectors are hashed (scikit-learn), so memory grows with the number of records alone, and compared in blocks."""
 
 from __future__ import annotations
 
+import random
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
+from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
+from ctcgrpo.environments.eibench.scenario_format import Split
 from ctcgrpo.environments.eibench.scenarios import BUNDLED, read_records
 from ctcgrpo.factory.layout import sections
 from ctcgrpo.simulator.scripted.language import stem
@@ -37,8 +38,7 @@ _WORD = re.compile(rf"(?:(?![{_UNSPACED}])[^\W_])+")
 _RUN = re.compile(rf"[{_UNSPACED}]+")
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(NamedTuple):
     """Two records that are one: `a` and `b` are their places in the two lists that were compared; `similarity` in [0, 1]."""
 
     a: int
@@ -54,10 +54,8 @@ def duplicates(records: Sequence[Record], held_out: Sequence[Record] = (), *, th
     """Pairs of `records` (a) with `held_out` (b); without held-out ones, pairs within `records` (a < b). The most alike first."""
     if not records:
         return []
-    ours = [text_of(record) for record in records]
-    theirs = [text_of(record) for record in held_out] if held_out else ours
     found = {(p.a, p.b): p for p in _same_seeds(records, held_out)}
-    for a, b, similarity in _alike(ours, theirs, threshold, within=not held_out):
+    for a, b, similarity in _alike([*map(text_of, records)], [*map(text_of, held_out)], threshold):
         level: Level = "copy" if similarity >= _COPY else "close paraphrase" if similarity >= _CLOSE else "paraphrase"
         found[a, b] = Pair(a, b, similarity, level)
     return sorted(found.values(), key=lambda p: (-p.similarity, p.a, p.b))
@@ -66,8 +64,7 @@ def duplicates(records: Sequence[Record], held_out: Sequence[Record] = (), *, th
 def to_drop(
     records: Sequence[Record], within: Sequence[Pair], held_out: Sequence[Record] = (), leaks: Sequence[Pair] = ()
 ) -> dict[int, str]:
-    """Which records have to go, and why: those like a held-out one (`leaks`), and of those that are alike (`within`) all but the
-    first. What went already takes nothing with it."""
+    """Which records go, and why: those like a held-out one (`leaks`), and of those alike (`within`) all but the first."""
     told: dict[int, str] = {}
     for pair in leaks:
         told.setdefault(pair.a, f"is like {held_out[pair.b].get('id')} of a held-out set ({pair})")
@@ -79,26 +76,18 @@ def to_drop(
 
 def clusters(pairs: Sequence[Pair], size: int) -> list[int]:
     """For each of `size` records the smallest index of those that it is connected with over pairs within the set."""
-    parent = list(range(size))
-
-    def root(k: int) -> int:
-        while parent[k] != k:
-            parent[k] = parent[parent[k]]
-            k = parent[k]
-        return k
-
-    for pair in pairs:
-        a, b = sorted((root(pair.a), root(pair.b)))
-        parent[b] = a
-    return [root(k) for k in range(size)]
+    edges = ([pair.a for pair in pairs], [pair.b for pair in pairs])
+    _, labels = connected_components(csr_matrix((np.ones(len(pairs)), edges), shape=(size, size)), directed=False)
+    first: dict[int, int] = {}
+    return [first.setdefault(int(label), k) for k, label in enumerate(labels)]
 
 
 def text_of(record: Record) -> str:
     """What a record tells, without titles of sections, which all records share."""
     user, policy = record.get("aggressor_profile") or {}, record.get("defender_profile") or {}
-    personas = [str(profile.get("system_prompt") or "") for profile in (user, policy)]
-    parts = [str(record.get("title") or ""), str(user.get("opening_line") or ""), str(record.get("goal_one_liner") or "")]
-    parts += [text for persona in personas for _, text in sections(persona)]
+    parts = [str(text or "") for text in (record.get("title"), user.get("opening_line"), record.get("goal_one_liner"))]
+    for profile in (user, policy):
+        parts += [text for _, text in sections(str(profile.get("system_prompt") or ""))]
     return "\n".join(parts)
 
 
@@ -111,8 +100,8 @@ def _tokens(text: str) -> list[str]:
 @cache
 def _background() -> csr_matrix:
     """Counts of the bundled packs: with them, how rare a word is does not depend on a small set alone."""
-    packs = [(name, split) for name in BUNDLED for split in ("train", "test")]
-    return _counts([text_of(record) for name, split in packs for _, record in read_records(name, split)])  # type: ignore[arg-type]
+    splits: tuple[Split, ...] = get_args(Split)
+    return _counts([text_of(r) for name in BUNDLED for split in splits for _, r in read_records(name, split)])
 
 
 def _counts(texts: Sequence[str]) -> csr_matrix:
@@ -120,36 +109,69 @@ def _counts(texts: Sequence[str]) -> csr_matrix:
     return hashing.transform(texts)
 
 
-def _alike(
-    ours: Sequence[str], theirs: Sequence[str], threshold: float, *, within: bool
-) -> Iterator[tuple[int, int, float]]:
-    counts = _counts(ours)
-    others = counts if within else _counts(theirs)
-    weighing = TfidfTransformer(sublinear_tf=True).fit(vstack([_background(), counts, *([] if within else [others])]))
-    left = weighing.transform(counts).astype(np.float32)
-    right = (left if within else weighing.transform(others).astype(np.float32)).T.tocsr()
+def _alike(ours: Sequence[str], theirs: Sequence[str], threshold: float) -> Iterator[tuple[int, int, float]]:
+    """Pairs of both, or, where there are no others, within our own."""
+    sides = [_counts(texts) for texts in (ours, theirs) if texts]
+    weighing = TfidfTransformer(sublinear_tf=True).fit(vstack([_background(), *sides]))
+    weighted = [weighing.transform(counts).astype(np.float32) for counts in sides]
+    left, right = weighted[0], weighted[-1].T.tocsr()
     for start in range(0, left.shape[0], _BLOCK):
         block = (left[start : start + _BLOCK] @ right).tocoo()
         near = block.data >= threshold
         for a, b, similarity in zip(block.row[near] + start, block.col[near], block.data[near], strict=True):
-            if not within or a < b:
+            if theirs or a < b:
                 yield int(a), int(b), min(1.0, float(similarity))
 
 
 def _same_seeds(records: Sequence[Record], held_out: Sequence[Record]) -> Iterator[Pair]:
     places: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for b, record in enumerate(held_out or records):
-        if combination := _combination(record):
-            places[combination].append(b)
+        places[_combination(record)].append(b)
     for a, record in enumerate(records):
-        for b in places.get(_combination(record) or (), ()):
-            if held_out or a < b:
-                yield Pair(a, b, 0.0, "same seeds")
+        if combination := _combination(record):
+            others = places.get(combination, ())
+            yield from (Pair(a, b, 0.0, "same seeds") for b in others if held_out or a < b)
 
 
-def _combination(record: Record) -> tuple[str, ...] | None:
-    """The seeds of a record with its scene; None where it does not say all of them."""
+def _combination(record: Record) -> tuple[str, ...]:
+    """The seeds of a record with its scene; empty where it does not say all of them."""
     seed = record.get("seed")
     if not isinstance(seed, Mapping) or not all(seed.get(field) for field in SEED_FIELDS):
-        return None
+        return ()
     return (str(record.get("scene_tag")).lower(), *(str(seed[field]).strip().lower() for field in SEED_FIELDS))
+
+
+def held_out(records: Sequence[Record], *, share: float, seed: int = 0, threshold: float) -> list[bool]:
+    """Which records are held out. Records that are alike (`duplicates`), directly or over others, stay together; of each scene the
+    groups whose sizes sum up nearest to `share` of its records, at least one and not all where there are two."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for k, root in enumerate(clusters(duplicates(records, threshold=threshold), len(records))):
+        groups[root].append(k)
+    by_scene: dict[str, list[list[int]]] = defaultdict(list)
+    for members in groups.values():
+        by_scene[str(records[members[0]]["scene_tag"]).strip().lower()].append(members)
+    chosen = [False] * len(records)
+    for scene, of_scene in sorted(by_scene.items()):
+        if not share or len(of_scene) < 2:
+            continue
+        random.Random(f"split/{seed}/{scene}").shuffle(of_scene)
+        for k in (k for group in _nearest_sum(of_scene, share * sum(map(len, of_scene))) for k in of_scene[group]):
+            chosen[k] = True
+    return chosen
+
+
+def _nearest_sum(groups: Sequence[Sequence[int]], wanted: float) -> list[int]:
+    """The groups, at least one and not all, whose sizes sum up nearest to `wanted`."""
+    total = sum(map(len, groups))
+    most = min(total - 1, round(2 * wanted) + max(map(len, groups)))
+    last: dict[int, tuple[int, int]] = {0: (-1, 0)}  # sum -> the group that it was first reached with, and the sum before
+    for k, group in enumerate(groups):
+        for reached in sorted(last, reverse=True):
+            if (more := reached + len(group)) <= most and more not in last:
+                last[more] = (k, reached)
+    size = min((size for size in last if size), key=lambda size: (abs(size - wanted), size))
+    told = []
+    while size:
+        k, size = last[size]
+        told.append(k)
+    return told

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ctcgrpo.util.naming import nearest
 from ctcgrpo.util.strict_yaml import load_yaml
@@ -20,24 +19,18 @@ _MARK = re.compile(r"^\s*(?:[-*•·](?=\s)|[（(]?\d+[.、)）](?!\d))\s*")
 """Of a list. Before a digit it is a number or a time: 3.5 million, 08.15."""
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """Of one language: for each role the accepted titles of its sections in order, and those of sections of facts."""
 
-    titles: Mapping[Role, tuple[tuple[str, ...], ...]]
-    facts: frozenset[str]
+    titles: Mapping[Role, list[list[str]]]
+    facts: list[str]
 
 
 @cache
 def layouts() -> Mapping[str, Layout]:
     """By language code, from layout.yaml."""
     data = load_yaml((files("ctcgrpo.factory") / "layout.yaml").read_text(encoding="utf-8"))
-    return {
-        code: Layout(
-            {role: tuple(tuple(names) for names in entry[role]) for role in ("user", "policy")}, frozenset(entry["facts"])
-        )
-        for code, entry in data.items()
-    }
+    return {code: Layout({role: entry[role] for role in ("user", "policy")}, entry["facts"]) for code, entry in data.items()}
 
 
 def sections(persona: str) -> list[tuple[str, str]]:
@@ -58,6 +51,7 @@ def layout_problems(persona: str, role: Role, language: str) -> Iterator[str]:
         return
     layout = layouts()[language]
     wanted, found = layout.titles[role], sections(persona)
+    known = [name for names in wanted for name in names]
     if found and found[0][0] == "":
         yield f"text stands before the first section ({found[0][1][:30]!r})"
         found = found[1:]
@@ -65,14 +59,14 @@ def layout_problems(persona: str, role: Role, language: str) -> Iterator[str]:
     for names in wanted:
         there = [title for title in titles if title in names]
         if not there:
-            near = nearest(names[0], [title for title in titles if not _known(title, wanted)])
+            near = nearest(names[0], [title for title in titles if title not in known])
             yield f"section {names[0]!r} is missing" + (f" ({near!r} is there)" if near else "")
         elif len(there) > 1:
             yield f"duplicate section {names[0]!r}"
     for title in titles:
-        if not _known(title, wanted):
+        if title not in known:
             yield f"section {title!r} is unknown"
-    order = [_place(title, wanted) for title in titles if _known(title, wanted)]
+    order = [_place(title, wanted) for title in titles if title in known]
     if order != sorted(order):
         yield f"the sections are out of order: {', '.join(titles)}"
     for title, text in found:
@@ -83,8 +77,7 @@ def layout_problems(persona: str, role: Role, language: str) -> Iterator[str]:
 
 
 def mended(persona: str, role: Role, language: str) -> str:
-    """The persona with what a rule can mend: how titles are marked and which of their names is used, their order, how facts are
-    numbered, stray blank lines. No word of the text changes. Unknown sections stay, so that nothing is lost."""
+    """The persona with what a rule can mend: marks, names and order of titles, numbers of facts, blank lines. No word changes."""
     if language not in layouts():
         return persona
     layout = layouts()[language]
@@ -96,12 +89,10 @@ def mended(persona: str, role: Role, language: str) -> str:
         known = by_name.get(title[1]) if title else None
         lines.append(f"### {known}" if known else line.rstrip())
     found = sections("\n".join(lines))
-    if any(title and not _known(title, wanted) for title, _ in found):
-        ordered = found
-    else:
-        ordered = sorted(found, key=lambda section: _place(section[0], wanted) if section[0] else -1)
+    if all(title in by_name for title, _ in found if title):
+        found.sort(key=lambda section: _place(section[0], wanted) if section[0] else -1)
     told = []
-    for name, text in ordered:
+    for name, text in found:
         body = _numbered(text) if name in layout.facts else text
         told.append(f"### {name}\n{body}" if name else body)
     return "\n\n".join(told)
@@ -119,9 +110,5 @@ def without_mark(line: str) -> str:
     return _MARK.sub("", line)
 
 
-def _known(title: str, wanted: tuple[tuple[str, ...], ...]) -> bool:
-    return any(title in names for names in wanted)
-
-
-def _place(title: str, wanted: tuple[tuple[str, ...], ...]) -> int:
+def _place(title: str, wanted: Sequence[Sequence[str]]) -> int:
     return next(k for k, names in enumerate(wanted) if title in names)

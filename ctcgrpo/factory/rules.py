@@ -1,46 +1,42 @@
 """What makes a record fit to train on: one small function a rule, each problem with its field.
 
-A rule takes a raw record and yields (field, what is wrong); a new one is a few lines and a decorator. `format` comes first: a
-record that cannot be read as a Scenario is not looked at further.
-"""
+A rule takes a raw record and yields (field, what is wrong); a new one is a few lines, and its name in RULES. `format` comes first:
+a record that cannot be read as a Scenario is not looked at further."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.environments.eibench.scenario_format import Split, check_record
 from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.factory.anchors import anchor_problems
-from ctcgrpo.factory.layout import layout_problems
+from ctcgrpo.factory.layout import Role, layout_problems
 from ctcgrpo.simulator.scripted.knowledge import script_problems
 from ctcgrpo.simulator.scripted.language import load_language
 
 Record = Mapping[str, Any]
 Found = Iterator[tuple[str, str]]
-Rule = Callable[[Record, Scenario], Found]
-RULES: dict[str, Rule] = {}
 
-SHORTEST, LONGEST = 60, 6000
-"""Characters of a persona."""
-_LEFT_OVER = re.compile(
-    r"\{\{|\}\}|\bTODO\b|\bTBD\b|lorem ipsum|<[a-z_]+>|\[(?:name|place|age|insert[^\]]*)\]|［?(?:此处|在此)填写", re.I
-)
-_FENCE = re.compile(r"```|</?think>")
-_REFUSAL = re.compile(
-    r"\bas an ai\b|\b(?:i am|i'm) (?:sorry|unable)[^.]{0,40}\b(?:assist|help|create|generate|comply)|"
-    r"作为(?:一个|一名)?(?:AI|人工智能)|我(?:无法|不能)(?:协助|提供|生成|创作)",
-    re.I,
-)
-_NO_TEXT = re.compile(r"[\ud800-\udfff\ufffd\x00-\x08\x0b\x0c\x0e-\x1f]")
+SHORTEST, LONGEST = 60, 6000  # characters of a persona
+_FOREIGN = {
+    "holds a placeholder": re.compile(
+        r"\{\{|\}\}|\bTODO\b|\bTBD\b|lorem ipsum|<[a-z_]+>|\[(?:name|place|age|insert[^\]]*)\]|［?(?:此处|在此)填写", re.I
+    ),
+    "holds markup of a model's answer": re.compile(r"```|</?think>"),
+    "reads like a refusal": re.compile(
+        r"\bas an ai\b|\b(?:i am|i'm) (?:sorry|unable)[^.]{0,40}\b(?:assist|help|create|generate|comply)|"
+        r"作为(?:一个|一名)?(?:AI|人工智能)|我(?:无法|不能)(?:协助|提供|生成|创作)",
+        re.I,
+    ),
+    "holds characters that are no text": re.compile(r"[\ud800-\udfff\ufffd\x00-\x08\x0b\x0c\x0e-\x1f]"),
+}
 _HAN, _LATIN = re.compile(r"[\u4e00-\u9fff]"), re.compile(r"[A-Za-z]")
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """A rule that a record breaks; `place` is its file and line."""
 
     place: str
@@ -54,11 +50,6 @@ class Problem:
         name = self.id.encode(errors="backslashreplace").decode()  # a lone surrogate cannot be printed
         who = "" if name == "?" else f"{name}: "
         return f"{self.place}: {who}{field}{self.message} [{self.rule}]"
-
-
-def rule(function: Rule) -> Rule:
-    RULES[function.__name__] = function
-    return function
 
 
 def problems(records: Iterable[tuple[str, Record]], split: Split = "train") -> Iterator[Problem]:
@@ -75,30 +66,25 @@ def problems(records: Iterable[tuple[str, Record]], split: Split = "train") -> I
             seen.setdefault(name, place)
         if scenario is None:
             continue
-        for title, broken_by in RULES.items():
-            for field, message in broken_by(record, scenario):
-                yield Problem(place, scenario.id, title, field, message)
+        for rule in RULES:
+            for field, message in rule(record, scenario):
+                yield Problem(place, scenario.id, rule.__name__, field, message)
 
 
-@rule
 def anchors(record: Record, scenario: Scenario) -> Found:
     yield from anchor_problems(record, scenario.scene)
 
 
-@rule
 def layout(record: Record, scenario: Scenario) -> Found:
-    for message in layout_problems(scenario.user_persona, "user", scenario.language):
-        yield "aggressor_profile.system_prompt", message
-    for message in layout_problems(scenario.policy_persona, "policy", scenario.language):
-        yield "defender_profile.system_prompt", message
+    for profile, role, persona in _personas(scenario):
+        for message in layout_problems(persona, role, scenario.language):
+            yield f"{profile}.system_prompt", message
 
 
-@rule
 def whole(record: Record, scenario: Scenario) -> Found:
     """Everything that the simulator's prompt, a card or a reader needs."""
-    for field in ("title", "goal_one_liner", "data_source", "language"):
-        if field == "language" and field not in record:
-            continue  # told by the text
+    # A language that a record leaves out is told by its text.
+    for field in ("title", "goal_one_liner", "data_source", *({"language"} & record.keys())):
         if not str(record.get(field) or "").strip():
             yield field, "is missing or empty"
     for field in ("success_criteria", "must_avoid"):
@@ -106,14 +92,12 @@ def whole(record: Record, scenario: Scenario) -> Found:
             yield field, "is missing or empty"
 
 
-@rule
 def length(record: Record, scenario: Scenario) -> Found:
-    for field, text in (("aggressor_profile", scenario.user_persona), ("defender_profile", scenario.policy_persona)):
-        if not SHORTEST <= len(text) <= LONGEST:
-            yield f"{field}.system_prompt", f"has {len(text)} characters; {SHORTEST} to {LONGEST} are right"
+    for profile, _, persona in _personas(scenario):
+        if not SHORTEST <= len(persona) <= LONGEST:
+            yield f"{profile}.system_prompt", f"has {len(persona)} characters; {SHORTEST} to {LONGEST} are right"
 
 
-@rule
 def prompt(record: Record, scenario: Scenario) -> Found:
     """`prompt` says the same as the profiles that it is made of."""
     if "prompt" not in record:
@@ -124,44 +108,33 @@ def prompt(record: Record, scenario: Scenario) -> Found:
         yield "prompt", f"is {record['prompt']!r}; it is a list of chat messages"
         return
     found = [(m.get("role"), str(m.get("content", "")).strip()) for m in record["prompt"] if isinstance(m, Mapping)]
-    if [role for role, _ in found] != [role for role, _ in wanted]:
-        yield (
-            "prompt",
-            f"has the roles {[role for role, _ in found]}; in {scenario.scene} it has {[role for role, _ in wanted]}",
-        )
+    roles, right = ([role for role, _ in messages] for messages in (found, wanted))
+    if roles != right:
+        yield "prompt", f"has the roles {roles}; in {scenario.scene} it has {right}"
         return
     for (role, text), (_, meant) in zip(found, wanted, strict=True):
         if text != meant:
             yield "prompt", f"its {role} message is not what the profile says"
 
 
-@rule
 def written(record: Record, scenario: Scenario) -> Found:
     """Nothing is left over from a template, or from a model that talked of something else."""
     for field, text in texts(record):
-        for pattern, message in (
-            (_LEFT_OVER, "holds a placeholder"),
-            (_FENCE, "holds markup of a model's answer"),
-            (_REFUSAL, "reads like a refusal"),
-            (_NO_TEXT, "holds characters that are no text"),
-        ):
+        for message, pattern in _FOREIGN.items():
             if match := pattern.search(text):
                 yield field, f"{message} ({match[0]!r})"
 
 
-@rule
 def language(record: Record, scenario: Scenario) -> Found:
     """The texts are in the record's language."""
-    han = scenario.language == "zh"
     if scenario.language not in ("zh", "en"):
         return
     for field, text in texts(record):
-        ours, other = len(_HAN.findall(text)), len(_LATIN.findall(text)) / 3
-        if ours + other >= 10 and (ours > other) != han:
+        han, latin = len(_HAN.findall(text)), len(_LATIN.findall(text)) / 3
+        if han + latin >= 10 and (han > latin) != (scenario.language == "zh"):
             yield field, f"is not in {scenario.language!r}"
 
 
-@rule
 def script(record: Record, scenario: Scenario) -> Found:
     """The scripted user can play it, where it has rules for the language."""
     if not scenario.script:
@@ -173,16 +146,20 @@ def script(record: Record, scenario: Scenario) -> Found:
         yield "script", str(error)
 
 
+def _personas(scenario: Scenario) -> tuple[tuple[str, Role, str], ...]:
+    return ("aggressor_profile", "user", scenario.user_persona), ("defender_profile", "policy", scenario.policy_persona)
+
+
+RULES = (anchors, layout, whole, length, prompt, written, language, script)
+
+
 def texts(record: Record) -> Iterator[tuple[str, str]]:
     """(field, text) of all that models and people read in a record."""
     for field in ("title", "goal_one_liner"):
         yield field, str(record.get(field) or "")
-    for profile, fields in (
-        ("aggressor_profile", ("system_prompt", "opening_line")),
-        ("defender_profile", ("system_prompt",)),
-    ):
-        for field in fields:
-            yield f"{profile}.{field}", str((record.get(profile) or {}).get(field) or "")
+    for field in ("aggressor_profile.system_prompt", "aggressor_profile.opening_line", "defender_profile.system_prompt"):
+        profile, _, name = field.partition(".")
+        yield field, str((record.get(profile) or {}).get(name) or "")
     for field in ("success_criteria", "must_avoid"):
         for k, text in enumerate(record.get(field) or ()):
             yield f"{field}.{k}", str(text)

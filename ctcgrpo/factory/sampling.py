@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field
 
 from ctcgrpo.environments.eibench.records import SCENES
 from ctcgrpo.errors import ScenarioError
@@ -18,31 +18,26 @@ from ctcgrpo.util.sections import Section, parse_mapping, read_text, validated
 _SEEDS = files("ctcgrpo.factory") / "seeds"
 
 
+def _is_a_choice(values: tuple[str, ...]) -> tuple[str, ...]:
+    if twice := next((value for k, value in enumerate(values) if value in values[:k]), None):
+        raise ValueError(f"it holds {twice!r} twice")
+    return values
+
+
+Choice = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_is_a_choice)]
+
+
 class Pools(Section):
     """seeds/CODE.yaml: themes with their keywords, and relationships, by scene; and what all scenes share."""
 
-    themes: dict[str, dict[str, tuple[str, ...]]]
-    relationships: dict[str, tuple[str, ...]]
-    places: tuple[str, ...] = Field(min_length=1)
-    intensity: tuple[str, ...] = Field(min_length=1)
-    personalities: tuple[str, ...] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _every_list_is_a_choice(self) -> Pools:
-        lists: dict[str, Sequence[str]] = {f"relationships.{scene}": names for scene, names in self.relationships.items()}
-        lists |= {f"themes.{scene}": tuple(themes) for scene, themes in self.themes.items()}
-        lists |= {f"themes.{s}.{theme}": words for s, themes in self.themes.items() for theme, words in themes.items()}
-        lists |= {name: getattr(self, name) for name in ("places", "intensity", "personalities")}
-        for name, values in lists.items():
-            if not values:
-                raise ValueError(f"{name} is empty")
-            if twice := next((value for k, value in enumerate(values) if value in values[:k]), None):
-                raise ValueError(f"{name} holds {twice!r} twice")
-        return self
+    themes: dict[str, Annotated[dict[str, Choice], Field(min_length=1)]]
+    relationships: dict[str, Choice]
+    places: Choice
+    intensity: Choice
+    personalities: Choice
 
 
-@dataclass(frozen=True, slots=True)
-class Seed:
+class Seed(NamedTuple):
     theme: str
     keyword: str
     relationship: str
@@ -51,18 +46,13 @@ class Seed:
     personality: str
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """One scenario to be written. `examples`: ids of scenarios of the scene that show how one looks."""
 
     id: str
     scene: str
     seed: Seed
     examples: tuple[str, ...]
-
-    @property
-    def as_dict(self) -> dict[str, str]:
-        return asdict(self.seed)
 
 
 def pools(source: str | Path) -> Pools:
@@ -77,19 +67,17 @@ def wanted(
     *,
     count: int,
     scenes: Sequence[str] = SCENES,
-    examples: Mapping[str, Sequence[str]],
+    examples: Mapping[str, Iterable[str]],
     shots: int = 2,
     prefix: str,
     seed: int = 0,
 ) -> list[Wanted]:
-    """`count` scenarios, as evenly over the scenes, and within a scene over its themes, as the numbers allow. A longer list begins
+    """`count` scenarios, as evenly over scenes, and within a scene over themes, as the numbers allow. A longer list begins
     with the shorter one. Raises ScenarioError for a scene without seeds, and where there are fewer combinations than scenarios."""
     told = []
     makers = {scene: _of_scene(found, scene, seed) for scene in scenes}
-    for k in range(count):
-        scene = scenes[k % len(scenes)]
-        combination = next(makers[scene], None)
-        if combination is None:
+    for k, scene in enumerate(islice(cycle(scenes), count)):
+        if (combination := next(makers[scene], None)) is None:
             raise ScenarioError(f"scene {scene!r} has fewer combinations of seeds than are asked for; add themes or places")
         name = f"{prefix}-{scene}-{k // len(scenes) + 1:04d}"
         known = list(examples.get(scene, ()))
@@ -98,7 +86,7 @@ def wanted(
     return told
 
 
-def _of_scene(found: Pools, scene: str, seed: int) -> Any:
+def _of_scene(found: Pools, scene: str, seed: int) -> Iterator[Seed]:
     """The seeds of a scene, one after the other: themes in turn, everything else drawn."""
     if scene not in found.themes or scene not in found.relationships:
         raise ScenarioError(f"seeds: no themes or relationships for scene {scene!r}; they have {', '.join(found.themes)}")

@@ -6,13 +6,14 @@ import io
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
+from scipy.stats import entropy
 
 from ctcgrpo.environments.eibench.records import Scenario, in_order
 
@@ -31,10 +32,9 @@ DISTANCES: Mapping[str, Callable[[Scenario], int]] = {
 _COLORS = ("#0969da", "#cf222e", "#8250df", "#1a7f37")
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """`seeds`: how often each value of a seed field occurs, where records have seeds. `lengths` (in tokens, or characters where no
-    tokenizer was given) and `distances` (levels): for each scene the values of its records."""
+class Stats(NamedTuple):
+    """`seeds`: how often each value of a seed field occurs, where records have seeds. `lengths` (in `unit`: tokens, or characters
+    where no tokenizer was given) and `distances` (levels): for each scene the values of its records."""
 
     scenes: Mapping[str, int]
     languages: Mapping[str, int]
@@ -43,90 +43,75 @@ class Stats:
     distances: Mapping[str, Mapping[str, list[int]]]
     unit: str
 
+    def panels(self) -> dict[str, Mapping[str, list[int]]]:
+        """Lengths and distances by name and unit."""
+        lengths = {f"{name}, {self.unit}": by_scene for name, by_scene in self.lengths.items()}
+        return lengths | {f"{name}, levels": by_scene for name, by_scene in self.distances.items()}
+
 
 def stats_of(scenarios: Sequence[Scenario], count: Callable[[str], int] | None = None) -> Stats:
     """`count`: the tokens of a text."""
     measure = count or len
     by_scene = {scene: [s for s in scenarios if s.scene == scene] for scene in in_order(s.scene for s in scenarios)}
-
-    def lengths(text: Callable[[Scenario], str]) -> dict[str, list[int]]:
-        return {scene: [measure(text(s)) for s in found if text(s)] for scene, found in by_scene.items()}
-
-    def distances(distance: Callable[[Scenario], int]) -> dict[str, list[int]]:
-        return {scene: [distance(s) for s in found] for scene, found in by_scene.items()}
-
-    counted = {field: Counter(_seeds(scenarios, field)) for field in SEEDS}
+    seeds = [seed for s in scenarios if isinstance(seed := s.extras.get("seed"), Mapping)]
+    counted = {field: Counter(str(seed[field]) for seed in seeds if seed.get(field)) for field in SEEDS}
     return Stats(
         scenes={scene: len(found) for scene, found in by_scene.items()},
         languages=Counter(s.language for s in scenarios),
         seeds={field: counts for field, counts in counted.items() if counts},
-        lengths={name: lengths(text) for name, text in LENGTHS.items()},
-        distances={name: distances(distance) for name, distance in DISTANCES.items()},
+        lengths={
+            name: {scene: [measure(text(s)) for s in found if text(s)] for scene, found in by_scene.items()}
+            for name, text in LENGTHS.items()
+        },
+        distances={name: {scene: [*map(of, found)] for scene, found in by_scene.items()} for name, of in DISTANCES.items()},
         unit="tokens" if count else "characters",
     )
 
 
-def _seeds(scenarios: Sequence[Scenario], field: str) -> list[str]:
-    found = (s.extras.get("seed") for s in scenarios)
-    return [str(seed[field]) for seed in found if isinstance(seed, Mapping) and seed.get(field)]
-
-
 def tables_of(stats: Stats, title: str) -> list[Table]:
     """By scene; and by seed, where records have seeds."""
-    table = Table(
-        title=f"{title}: {sum(stats.scenes.values())} scenarios ({', '.join(f'{n} {c}' for c, n in stats.languages.items())})"
-    )
-    table.add_column("")
+    languages = ", ".join(f"{n} {code}" for code, n in stats.languages.items())
+    table = Table("", title=f"{title}: {sum(stats.scenes.values())} scenarios ({languages})")
     for scene, n in stats.scenes.items():
         table.add_column(f"{scene} ({n})", justify="right")
-    for name, by_scene in {**stats.lengths, **stats.distances}.items():
-        unit = stats.unit if name in stats.lengths else "levels"
-        table.add_row(f"{name}, {unit}", *(_spread(by_scene[scene]) for scene in stats.scenes))
-    tables = [table]
-    if stats.seeds:
-        seeds = Table(title="seeds", caption="effective: as many values, equally frequent, would be as varied")
-        for name in ("seed", "values", "effective", "most frequent"):
-            seeds.add_column(name, justify="left" if name in ("seed", "most frequent") else "right")
-        for field, counts in stats.seeds.items():
-            often = ", ".join(f"{value} {n}" for value, n in counts.most_common(3))
-            seeds.add_row(field, str(len(counts)), f"{effective(counts):.1f}", escape(often))
-        tables.append(seeds)
-    return tables
+    for name, by_scene in stats.panels().items():
+        table.add_row(name, *(_spread(by_scene[scene]) for scene in stats.scenes))
+    if not stats.seeds:
+        return [table]
+    seeds = Table(title="seeds", caption="effective: as many values, equally frequent, would be as varied")
+    for name in ("seed", "values", "effective", "most frequent"):
+        seeds.add_column(name, justify="left" if name in ("seed", "most frequent") else "right")
+    for field, counts in stats.seeds.items():
+        often = ", ".join(f"{value} {n}" for value, n in counts.most_common(3))
+        seeds.add_row(field, str(len(counts)), f"{effective(counts):.1f}", escape(often))
+    return [table, seeds]
 
 
 def effective(counts: Mapping[str, int]) -> float:
     """The exponential of the entropy of a distribution: how many equally frequent values would be as varied."""
-    shares = np.array(list(counts.values()), dtype=float) / sum(counts.values())
-    return float(np.exp(-(shares * np.log(shares)).sum()))
+    return float(np.exp(entropy(list(counts.values()))))
 
 
 def _spread(values: Sequence[int]) -> str:
-    if not values:
-        return "-"
-    low, median, high = np.percentile(values, [0, 50, 100])
-    return f"{median:.0f} ({low:.0f} to {high:.0f})"
+    return f"{np.median(values):.0f} ({min(values)} to {max(values)})" if values else "-"
 
 
 def write_picture(stats: Stats, file: Path) -> None:
     """PNG: a panel for each length and distance, a box for each scene."""
-    panels = {**stats.lengths, **stats.distances}
-    colors = list(itertools.islice(itertools.cycle(_COLORS), len(stats.scenes)))
+    scenes = list(stats.scenes)
+    colors = list(itertools.islice(itertools.cycle(_COLORS), len(scenes)))
     figure = Figure(figsize=(12, 5.4), layout="constrained", dpi=130)
-    for axes, (name, by_scene) in zip(figure.subplots(2, 4).flat, panels.items(), strict=False):
-        boxes = axes.boxplot(
-            [by_scene[scene] for scene in stats.scenes], tick_labels=list(stats.scenes), patch_artist=True, widths=0.6
-        )
-        for box, color in zip(boxes["boxes"], colors, strict=True):
+    *boxes, last = figure.subplots(2, 4).flat
+    for axes, (name, by_scene) in zip(boxes, stats.panels().items(), strict=True):
+        found = axes.boxplot([by_scene[scene] for scene in scenes], tick_labels=scenes, patch_artist=True, widths=0.6)
+        for box, color in zip(found["boxes"], colors, strict=True):
             box.set(facecolor=color, alpha=0.35)
-        axes.set_title(f"{name}, {stats.unit if name in stats.lengths else 'levels'}", fontsize=9)
+        axes.set_title(name, fontsize=9)
+    last.bar(scenes, list(stats.scenes.values()), color=colors)
+    last.set_title("scenarios", fontsize=9)
+    for axes in figure.axes:
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-    last = figure.axes[-1]
-    last.clear()
-    last.bar(list(stats.scenes), list(stats.scenes.values()), color=colors)
-    last.set_title("scenarios", fontsize=9)
-    last.tick_params(labelsize=7)
-    last.spines[["top", "right"]].set_visible(False)
     out = io.BytesIO()
     figure.savefig(out, format="png")
     file.write_bytes(out.getvalue())

@@ -1,8 +1,7 @@
 """Where sets of scenarios are written: EIBench's layout (a JSONL file a scene), and `datasets` (Arrow on disk, or the Hub).
 
-Arrow gives every row the same columns and types, which records do not have, so a row carries its record whole, as the JSON of its
-line (column `record`), beside columns to filter by. Reading takes `record` alone: every value comes back as it was.
-"""
+Arrow gives every row the same columns and types, which records do not have, so a row carries its record as JSON (column `record`),
+beside columns to filter by. Reading takes `record` alone: every value comes back as it was."""
 
 from __future__ import annotations
 
@@ -29,8 +28,7 @@ HUB = "hf://datasets/"
 
 
 def with_origin(record: Record, *, licence: str | None, source: str | None) -> dict[str, Any]:
-    """The record with its licence and source; what it says itself stays. Raises ScenarioError where neither it nor the caller
-    says one: texts of nobody knows whom are not passed on."""
+    """The record with its licence and source; what it says itself stays. Raises ScenarioError where neither it nor they say one."""
     told = dict(record)
     for field, given in (("licence", licence), ("data_source", source)):
         if not told.get(field):
@@ -41,22 +39,20 @@ def with_origin(record: Record, *, licence: str | None, source: str | None) -> d
 
 
 def write_layout(records: Iterable[Record], folder: Path) -> list[Path]:
-    """One `SCENE_final.jsonl` a scene. Raises ScenarioError for a name that no scene can have, OutputError where a file is there
-    already or the folder cannot be written."""
-    by_scene: dict[str, list[Record]] = defaultdict(list)
+    """One `SCENE_final.jsonl` a scene. Raises ScenarioError for a scene's name, OutputError for a file that is there already."""
+    files: dict[Path, str] = defaultdict(str)
     for record in records:
         scene = str(record.get("scene_tag")).strip().lower()
         if problem := scene_problem(scene):
             raise ScenarioError(f"scenario {record.get('id')!r}: scene_tag is {scene!r}; {problem}")
-        by_scene[scene].append(record)
-    files = {folder / f"{scene}_final.jsonl": found for scene, found in sorted(by_scene.items())}
-    if there := next((file for file in files if file.exists()), None):
+        files[folder / f"{scene}_final.jsonl"] += _line(record) + "\n"
+    if there := next((file for file in sorted(files) if file.exists()), None):
         raise OutputError(f"{there} is there already; name another folder")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for file, found in files.items():
-            write_whole(file, "".join(_line(record) + "\n" for record in found))
-    return list(files)
+        for file in sorted(files):
+            write_whole(file, files[file])
+    return sorted(files)
 
 
 @contextlib.contextmanager
@@ -76,25 +72,15 @@ def check_new(folder: Path) -> None:
 
 
 def to_dataset(records: Sequence[Record]) -> Dataset:
-    """Columns id, scene, language, title, licence, source, prompt (chat messages for the policy) and record (JSON)."""
+    """Columns id, scene, language, title, source, licence, prompt (chat messages for the policy) and record (JSON)."""
     rows = []
     for k, record in enumerate(records):
         scenario = read_record(record, f"record {k + 1}")
-        messages = [{"role": "system", "content": scenario.policy_persona}]
-        if scenario.opening_line:
-            messages.append({"role": "user", "content": scenario.opening_line})
-        rows.append(
-            {
-                "id": scenario.id,
-                "scene": scenario.scene,
-                "language": scenario.language,
-                "title": scenario.title,
-                "licence": str(record.get("licence", "")),
-                "source": scenario.source,
-                "prompt": messages,
-                "record": _line(record),
-            }
-        )
+        opening = [{"role": "user", "content": scenario.opening_line}] if scenario.opening_line else []
+        row = {name: getattr(scenario, name) for name in ("id", "scene", "language", "title", "source")}
+        row["licence"] = str(record.get("licence", ""))
+        row["prompt"] = [{"role": "system", "content": scenario.policy_persona}, *opening]
+        rows.append(row | {"record": _line(record)})
     return Dataset.from_list(rows)
 
 
@@ -117,8 +103,7 @@ def from_dataset(rows: Iterable[Mapping[str, Any]], place: str) -> list[dict[str
 
 
 def save_dataset(splits: Mapping[str, Sequence[Record]], target: str) -> None:
-    """To a folder, or to the Hub (hf://datasets/OWNER/NAME, private). Raises OutputError for a folder that is there, and for what
-    the Hub refuses."""
+    """To a folder, or to the Hub (private). Raises OutputError for a folder that is there, and for what the Hub refuses."""
     data = DatasetDict({split: to_dataset(records) for split, records in splits.items()})
     if not target.startswith(HUB):
         check_new(Path(target))

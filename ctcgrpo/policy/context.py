@@ -4,15 +4,13 @@ A context is laid out segment by segment, each encoded once, in one piece, as th
 
     head (system, first user line) | reply | user line | reply | user line | ... | generation prompt
 
-A dialogue may lack the system message, and a "line" may be several messages, as far as the chat template renders such dialogues.
-
-so the unchanged part of a turn's prompt equals the earlier turn's, id by id. Replies are the sampled ids themselves, as long as
-they read in the dialogue as the template writes them. With `reasoning="strip"` (the paper) earlier turns keep their visible reply
+so the unchanged part of a turn's prompt equals the earlier turn's, id by id. A dialogue may lack the system message, and a "line"
+may be several messages, as far as the chat template renders them. Replies are the sampled ids themselves, as long as they read in
+the dialogue as the template writes them. With `reasoning="strip"` (the paper) earlier turns keep their visible reply
 only, as the model is deployed; with "keep" they keep every sampled token. What persons and policies say never becomes a control
 token, whatever it spells.
 
-A prompt that is too long drops the oldest exchange, never the system prompt and never what the policy heard last.
-"""
+A prompt that is too long drops the oldest exchange, never the system prompt and never what the policy heard last."""
 
 from __future__ import annotations
 
@@ -37,8 +35,6 @@ Ids = tuple[int, ...]
 
 _ANCHORS = ("a", ".", "1", "Q", "。", "\n")
 """What a text in the middle of a dialogue is encoded behind: the first of these that merges with nothing of it."""
-
-
 _ODD_REPLY = 'I hear you. "Quite" & <i>so</i>:\n\n- it\'s {1}\n  100 %'
 _ODD_LINE = 'It is "so" & <i>so</i>, ' + "and so on, " * 60 + "as I said."
 """Words that a template which escapes, shortens or re-formats contents would change."""
@@ -57,8 +53,7 @@ class Line(NamedTuple):
         return together(self.content, self.instructions)
 
 
-@dataclass(frozen=True, slots=True)
-class Exchange:
+class Exchange(NamedTuple):
     """A reply of the policy as context ids, and what the policy heard then."""
 
     reply_ids: Ids
@@ -67,8 +62,7 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A conversation so far, from the policy's side. `opening` is what it heard first beside the system message; it is empty where
-    the policy opens."""
+    """A conversation so far, from the policy's side. `opening`: what it heard first; empty where the policy opens."""
 
     system: Line | None
     opening: tuple[Line, ...]
@@ -76,7 +70,6 @@ class Dialogue:
 
     @property
     def opening_text(self) -> str:
-        """As a person reads it."""
         return "\n\n".join(line.text for line in self.opening)
 
 
@@ -103,10 +96,8 @@ class ContextBuilder:
         before = self._template.layout(USUAL).before_reply
         self._sampled_lead = before[len(self._prompt) :] if before.startswith(self._prompt) else ""
         if unsaid := self._sampled_lead.replace(OPEN, "").replace(CLOSE, "").strip():
-            raise PolicyError(
-                f"{self._template.name} writes {unsaid!r} before a reply in history, but not in the prompt for one; set "
-                "another chat_template (in a recipe policy.chat_template)"
-            )
+            problem = f"{self._template.name} writes {unsaid!r} before a reply in history, but not in the prompt for one"
+            raise PolicyError(f"{problem}; set another chat_template (in a recipe policy.chat_template)")
         self._remember()
 
     def _remember(self) -> None:
@@ -125,20 +116,14 @@ class ContextBuilder:
         notes = []
         if folded:
             which = "every dialogue" if any("user" in each for each in folded) else "dialogues that the policy opens"
-            notes.append(
-                f"{self._template.name} takes no system message: in {which} the persona is part of the first user turn"
-            )
+            notes.append(f"takes no system message: in {which} the persona is part of the first user turn")
         if self._control.first(self._template.layout(USUAL).between[0]) is None:
-            notes.append(
-                f"{self._template.name} ends replies with plain text: only the model's end-of-sequence token ends one, which "
-                "earlier turns in prompts do not show"
-            )
+            ends = "only the model's end-of-sequence token ends one, which earlier turns in prompts do not show"
+            notes.append(f"ends replies with plain text: {ends}")
         if self._template.uses_today():
-            notes.append(
-                f"{self._template.name} puts today's date into prompts, so the same dialogue has another prompt tomorrow; fix the "
-                "date, for example with policy.template_kwargs={date_string: 26 Jul 2024}"
-            )
-        return notes
+            advice = "fix the date, for example with policy.template_kwargs={date_string: 26 Jul 2024}"
+            notes.append(f"puts today's date into prompts, so the same dialogue has another prompt tomorrow; {advice}")
+        return [f"{self._template.name} {note}" for note in notes]
 
     def start(self, messages: Sequence[Message]) -> Dialogue:
         """The dialogue that begins with these messages: a system message or none, then mostly a user's line, or nothing where the
@@ -147,16 +132,14 @@ class ContextBuilder:
         roles = [message["role"] for message in messages]
         if not roles or roles[-1] == "assistant":
             begins = f"messages of {', '.join(roles)}" if roles else "no message"
-            raise PolicyEngineError(
-                f"an episode begins with {begins}; expected the last one to be of user or system, since the policy replies to it"
-            )
+            expected = "expected the last one to be of user or system, since the policy replies to it"
+            raise PolicyEngineError(f"an episode begins with {begins}; {expected}")
         self._layout(tuple(roles))
         lines = tuple(map(_line, messages))
         return Dialogue(lines[0], lines[1:]) if roles[0] == "system" else Dialogue(None, lines)
 
     def extend(self, dialogue: Dialogue, completion: Completion, heard: Heard) -> Dialogue:
-        """The dialogue after the policy's completion and what the policy heard then: a line of the user, or messages. Raises
-        PolicyEngineError for roles in an order that the chat template cannot render."""
+        """The dialogue after a completion and what the policy heard then. Raises PolicyEngineError as `start` does for roles."""
         ids = completion.token_ids
         if ids and ids[-1] in self.stop_ids:
             ids = ids[:-1]
@@ -173,7 +156,7 @@ class ContextBuilder:
         # Where the policy opens, what it heard last lives in the last exchange, which therefore has to stay.
         last_droppable = len(exchanges) - (0 if dialogue.opening else 1)
         for dropped in range(max(0, last_droppable) + 1):
-            opening = dialogue.opening if not dropped or not dialogue.opening else exchanges[dropped - 1].lines
+            opening = exchanges[dropped - 1].lines if dropped and dialogue.opening else dialogue.opening
             head = opening if dialogue.system is None else (dialogue.system, *opening)
             kept = exchanges[dropped:]
             ids = list(self._head_ids(head, not kept))
@@ -182,10 +165,8 @@ class ContextBuilder:
                 ids += self._line_ids(_roles(None, head), exchange.lines, k == len(kept))
             if len(ids) <= self._max_prompt_tokens:
                 return tuple(ids), dropped
-        raise PolicyEngineError(
-            f"system prompt and latest user line take {len(ids)} tokens; "
-            f"max_prompt_length (in a recipe rollout.max_prompt_tokens) is {self._max_prompt_tokens}"
-        )
+        limit = f"max_prompt_length (in a recipe rollout.max_prompt_tokens) is {self._max_prompt_tokens}"
+        raise PolicyEngineError(f"system prompt and latest user line take {len(ids)} tokens; {limit}")
 
     def _layout(self, head: Roles, heard: Roles = ("user",)) -> Layout:
         """Raises PolicyEngineError for roles that the template cannot render: an episode brought them."""
@@ -194,19 +175,15 @@ class ContextBuilder:
         except PolicyError as error:
             raise PolicyEngineError(str(error)) from None
 
-    # --- what is refused -----------------------------------------------------------------------------------------------
-
     def check(self, openings: Mapping[str, Sequence[Message]], noun: str = "scenario") -> None:
         """Refuse, before any rollout, tasks (their first messages, by id; errors call one a `noun`) whose first prompt does not
         fit, and a template or tokenizer under which the ids of a dialogue are not those of the template's own text."""
         for name, messages in openings.items():
             try:
                 self.prompt(self.start(messages))
-            except PolicyEngineError as error:
+            except (PolicyError, PolicyEngineError) as error:
                 advice = f"; raise it or drop the {noun}" if "max_prompt_tokens" in str(error) else ""
                 raise PolicyError(f"{noun} {name!r}: {error}{advice}") from None
-            except PolicyError as error:
-                raise PolicyError(f"{noun} {name!r}: {error}") from None
             self._rendered.check_dialogue(f"{noun} {name!r}", messages)
 
     @cached_property
@@ -232,20 +209,16 @@ class ContextBuilder:
             # Behind a reply a tokenizer may merge what was sampled with what follows; the text is the same all the same.
             if ids != own and (self._text(ids) != self._text(own) or not (said or spelled)):
                 raise PolicyError(self._difference(name, len(said) + 1, ids, own))
-            line = f"{last}\n{_ODD_LINE}"
-            said.append((reply, line))
-            heard = (Line("user", line),)
-            dialogue = replace(dialogue, exchanges=(*dialogue.exchanges, Exchange(self._encode_reply(reply), heard)))
+            said.append((reply, f"{last}\n{_ODD_LINE}"))
+            heard = Exchange(self._encode_reply(reply), (Line("user", said[-1][1]),))
+            dialogue = replace(dialogue, exchanges=(*dialogue.exchanges, heard))
 
     def _difference(self, name: str, turn: int, ids: Ids, own: Ids) -> str:
         at = next((k for k, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
         here, there = (self._tokenizer.convert_ids_to_tokens(list(part[max(0, at - 2) : at + 4])) for part in (ids, own))
-        return (
-            f"{name}: the prompt of turn {turn} is not what {self._template.name} renders: at token {at} it has "
-            f"{here}, the template's own text {there}; set policy.chat_template to a file whose template keeps messages as they are"
-        )
-
-    # --- pieces --------------------------------------------------------------------------------------------------------
+        what = f"{name}: the prompt of turn {turn} is not what {self._template.name} renders: at token {at} it has {here}"
+        advice = "set policy.chat_template to a file whose template keeps messages as they are"
+        return f"{what}, the template's own text {there}; {advice}"
 
     def _encode_head(self, head: tuple[Line, ...], last: bool) -> Ids:
         layout = self._layout(_roles(None, head))
@@ -253,8 +226,7 @@ class ContextBuilder:
         return self._encode(_around(head, layout.opens, ending))
 
     def _encode_lines(self, head: Roles, lines: tuple[Line, ...], last: bool) -> Ids:
-        """What the policy hears after a reply, with what the template writes around it: the end of the reply before, the start of
-        the next one."""
+        """What the policy hears after a reply, with the end of that reply and the start of the next one."""
         layout = self._layout(head, _roles(None, lines))
         ending = self._ending(layout.prompt, layout.before_reply, last)
         return self._encode(_around(lines, layout.between, ending), behind=_ANCHORS)
@@ -276,10 +248,8 @@ class ContextBuilder:
 
     def _tail(self, ids: Ids, wanted: str) -> Ids:
         """The shortest end of the ids that is at least as long a text as `wanted`."""
-        for cut in range(len(ids) - 1, -1, -1):
-            if len(self._text(ids[cut:])) >= len(wanted):
-                return ids[cut:]
-        return ids
+        ends = (ids[cut:] for cut in range(len(ids) - 1, -1, -1))
+        return next((end for end in ends if len(self._text(end)) >= len(wanted)), ids)
 
     def _encode_reply(self, reply: str) -> Ids:
         return self._encode([self._sampled_lead, reply], behind=(self._prompt, *_ANCHORS))
@@ -299,17 +269,13 @@ class ContextBuilder:
         spelled = [start + at + 1 for start, part in words for at, _ in self._control.find(part)]
         each_character = [start + k for start, part in words for k in range(1, len(part))]
         for cuts in (spelled, each_character):  # tokenizers that normalise may see control tokens that are not spelled out
-            ids = self._encode_cut(text, cuts, behind)
+            first, *pieces = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
+            ids = self._encode_behind(first, behind) if behind else self._plainly(first)
+            for piece in pieces:
+                ids += self._encode_behind(piece, _ANCHORS)
             if sum(k in self._control.ids for k in ids) == literal:
                 return ids
         raise PolicyEngineError(f"a line reads as control tokens to this tokenizer, however it is cut: {text[:80]!r}")
-
-    def _encode_cut(self, text: str, cuts: Sequence[int], behind: Sequence[str]) -> Ids:
-        pieces = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
-        ids = self._encode_behind(pieces[0], behind) if behind else self._plainly(pieces[0])
-        for piece in pieces[1:]:
-            ids += self._encode_behind(piece, _ANCHORS)
-        return ids
 
     def _encode_behind(self, text: str, anchors: Sequence[str]) -> Ids:
         """A text in the middle of a dialogue: encoded behind another one, whose ids are taken away."""
@@ -327,12 +293,10 @@ def _line(message: Message) -> Line:
     """Raises PolicyEngineError for instructions that are not the end of the content."""
     content, instructions = message["content"].strip(), message.get("instructions", "")
     if not content.endswith(instructions):
-        raise PolicyEngineError(
-            f"a message of {message['role']} has the instructions {instructions[:40]!r}, which are not the end of its content"
-        )
-    return Line(
-        message["role"], content.removesuffix(instructions).removesuffix(BETWEEN if instructions else ""), instructions
-    )
+        found = f"a message of {message['role']} has the instructions {instructions[:40]!r}"
+        raise PolicyEngineError(f"{found}, which are not the end of its content")
+    words = content.removesuffix(instructions).removesuffix(BETWEEN) if instructions else content
+    return Line(message["role"], words, instructions)
 
 
 def _roles(system: Line | None, lines: Sequence[Line]) -> Roles:
@@ -343,6 +307,5 @@ def _around(lines: Sequence[Line], before: Sequence[str], ending: str) -> list[s
     """Texts of the template (even places) and words of persons (odd places) by turns."""
     parts = [before[0]]
     for line, literal in zip(lines, (*before[1:], ending), strict=True):
-        behind = line.text.removeprefix(line.content)
-        parts += [line.content, behind + literal]
+        parts += [line.content, line.text.removeprefix(line.content) + literal]
     return parts

@@ -1,8 +1,7 @@
 """What a policy is told beside its role: how to reply. It is appended to the role in training, validation, evaluation and chat.
 
 A text is a Jinja template for each language (`instruction_texts/NAME/LANGUAGE.j2`); `reasons` is true in it where the policy
-reasons before it replies.
-"""
+reasons before it replies."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
@@ -50,10 +50,9 @@ class Instructions:
             return ""
         template = self.texts.get(_ANY) or self.texts.get(language)
         if template is None:
-            raise PolicyError(
-                f"policy.instructions {self.name} has no text for language {language!r}, only {', '.join(sorted(self.texts))}; "
-                f"name a file or folder of your own, or {NO_INSTRUCTIONS}"
-            )
+            known = f"has no text for language {language!r}, only {', '.join(sorted(self.texts))}"
+            advice = f"name a file or folder of your own, or {NO_INSTRUCTIONS}"
+            raise PolicyError(f"policy.instructions {self.name} {known}; {advice}")
         return _rendered(template, reasons)
 
 
@@ -71,38 +70,28 @@ def load_instructions(setting: str) -> Instructions:
     if setting == NO_INSTRUCTIONS:
         return WITHOUT
     names = sorted(entry.name for entry in _PACKAGED.iterdir() if entry.is_dir())
-    path = Path(setting).expanduser()
+    path = Path(str(_PACKAGED / setting)) if setting in names else Path(setting).expanduser()
     try:
-        if setting in names:
-            found = {e.name.removesuffix(_SUFFIX): e.read_text(encoding="utf-8") for e in (_PACKAGED / setting).iterdir()}
-        elif path.is_file():
+        if path.is_file():
             found = {_ANY: path.read_text(encoding="utf-8")}
         elif path.is_dir():
             found = {file.stem: file.read_text(encoding="utf-8") for file in sorted(path.glob(f"*{_SUFFIX}"))}
         else:
-            raise PolicyError(
-                f"policy.instructions is {setting!r}: there is no such file or folder; "
-                f"{did_you_mean(setting, [*names, NO_INSTRUCTIONS])}"
-            )
+            hint = did_you_mean(setting, [*names, NO_INSTRUCTIONS])
+            raise PolicyError(f"policy.instructions is {setting!r}: there is no such file or folder; {hint}")
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"policy.instructions {setting!r} cannot be read: {error}") from None
     if not found:
         raise PolicyError(f"policy.instructions: folder {setting!r} holds no LANGUAGE{_SUFFIX}, for example en{_SUFFIX}")
     instructions = Instructions(setting, found)
-    for language in found:
-        _check(instructions, language)
-    return instructions
-
-
-def _check(instructions: Instructions, language: str) -> None:
-    where = f"policy.instructions {instructions.name}" + (f", {language}{_SUFFIX}" if language else "")
-    for reasons in (False, True):
+    for language, reasons in product(found, (False, True)):
+        where = f"policy.instructions {instructions.name}" + (f", {language}{_SUFFIX}" if language else "")
         try:
             text = instructions.text(language, reasons)
         except TemplateError as error:
             line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
             raise PolicyError(f"{where}: {line}{error.message}; a template knows one variable, reasons") from None
         if not text:
-            raise PolicyError(
-                f"{where} gives an empty text with reasons={reasons}; say {NO_INSTRUCTIONS} for no instructions"
-            )
+            empty = f"gives an empty text with reasons={reasons}"
+            raise PolicyError(f"{where} {empty}; say {NO_INSTRUCTIONS} for no instructions")
+    return instructions

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
@@ -18,11 +18,13 @@ from ctcgrpo.policy.builtin import is_builtin
 from ctcgrpo.policy.chat_template import end_of_turn
 from ctcgrpo.policy.hub import hub_reason
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 LOAD_ERRORS = (OSError, ValueError, SafetensorError, pickle.UnpicklingError, StrictDataclassError)
 """What transformers raises for a model or tokenizer that is not there, or whose files are damaged."""
 _ODD_FILES = (*LOAD_ERRORS, TypeError, AttributeError, LookupError)
 """And where a file is JSON of another shape: only configurations and tokenizers are read when these are caught."""
-_OTHER_SIZES = "ignore_mismatched_sizes"
 
 
 @contextlib.contextmanager
@@ -31,13 +33,12 @@ def loading_weights(what: str) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError:
-        raise PolicyError(
-            f"{what}: its pickled weights hold more than weights, and were not loaded; convert them to safetensors"
-        ) from None
+        why = "its pickled weights hold more than weights, and were not loaded; convert them to safetensors"
+        raise PolicyError(f"{what}: {why}") from None
     except LOAD_ERRORS as error:
         raise PolicyError(f"{what}: {hub_reason(error)}") from None
     except RuntimeError as error:
-        if _OTHER_SIZES not in str(error):
+        if "ignore_mismatched_sizes" not in str(error):
             raise
         raise PolicyError(f"{what}: its weights have other sizes than its config.json says") from None
 
@@ -55,12 +56,10 @@ def pinned(model: str, revision: str | None) -> str:
 def load_tokenizer(
     model: str, revision: str | None = None, chat_template: Path | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer, padding on the left, with a pad token, and with the template of a file in place of its own. Raises
-    PolicyError for a tokenizer or a file that cannot be read."""
+    """The policy's tokenizer, padding on the left, with a pad token and the template of a file. Raises PolicyError."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model, revision=revision, padding_side="left", trust_remote_code=trust_remote_code
-        )
+        options = {"revision": revision, "padding_side": "left", "trust_remote_code": trust_remote_code}
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, **options)
     except Exception as error:  # noqa: BLE001 - what tokenizers raises for a file that it cannot parse
         raise PolicyError(f"model {model!r}: its tokenizer cannot be loaded: {hub_reason(error)}") from None
     if tokenizer.pad_token is None:
@@ -77,7 +76,7 @@ def stop_ids(
     model: str,
     tokenizer: PreTrainedTokenizerBase,
     revision: str | None = None,
-    template_kwargs: Mapping[str, Any] | None = None,
+    template_kwargs: dict[str, Any] | None = None,
 ) -> frozenset[int]:
     """Every id that ends a reply: the tokenizer's end of sequence, what the model's generation config adds, and what the chat
     template writes behind a reply (base models often declare the first alone). Raises PolicyError where there is none, and for a
@@ -107,19 +106,37 @@ def load_config(model: str, revision: str | None = None) -> PretrainedConfig:
 
 
 def check_fits(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, longest: int, name: str) -> None:
-    """Raises PolicyError where a model of this configuration has no positions for `longest` tokens, or no embedding for one of the
-    tokenizer's tokens."""
+    """Raises PolicyError where a model of `config` lacks positions for `longest` tokens, or embeddings of the tokenizer's."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
-        raise PolicyError(
-            f"rollout.max_prompt_tokens + rollout.max_new_tokens is {longest}, but {name!r} has {limit} positions; "
-            "lower one of them"
-        )
+        asked = f"rollout.max_prompt_tokens + rollout.max_new_tokens is {longest}"
+        raise PolicyError(f"{asked}, but {name!r} has {limit} positions; lower one of them")
     rows = getattr(config.get_text_config(), "vocab_size", None)
     beyond = sorted((k, token) for token, k in tokenizer.get_vocab().items() if rows is not None and k >= rows)
     if beyond:
         some = ", ".join(f"{token!r} ({k})" for k, token in beyond[:3])
-        raise PolicyError(
-            f"policy.model {name!r}: its tokenizer has {len(beyond)} tokens beyond its embedding of {rows} rows: {some}; resize "
-            "the model's embeddings (resize_token_embeddings), or use the tokenizer that belongs to it"
+        problem = f"its tokenizer has {len(beyond)} tokens beyond its embedding of {rows} rows: {some}"
+        advice = "resize the model's embeddings (resize_token_embeddings), or use the tokenizer that belongs to it"
+        raise PolicyError(f"policy.model {name!r}: {problem}; {advice}")
+
+
+def refuse_tied_targets(config: PretrainedConfig, adapter: LoraConfig) -> None:
+    """Raises PolicyError where an adapter would change one of two modules that share a weight (a head tied to the embedding): once
+    merged, it would change the other as well, which makes another policy."""
+    if not config.get_text_config().tie_word_embeddings:
+        return
+    import torch
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shared = model.get_input_embeddings().weight
+    tied = [name for name, module in model.named_modules() if getattr(module, "weight", None) is shared]
+    hit = [name for name in tied if len(tied) > 1 and check_target_module_exists(adapter, name)]
+    if hit:
+        other = next(name for name in tied if name != hit[0])
+        problem = (
+            f"policy.lora.target_modules = {adapter.target_modules!r} takes in {hit[0]}, which this model ties to {other}"
         )
+        raise PolicyError(f"{problem}: a merged adapter would change both; leave it out (all-linear does)")

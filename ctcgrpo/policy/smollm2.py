@@ -49,11 +49,8 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def _byte_level(read: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that SmolLM2 was trained with, from the vocabulary and merges that transformers reads.
-
-    What transformers puts around them depends on its version (a fallback to bytes, spaces that are removed when decoding), and
-    never has that digits are taken one by one, which decides how spaces before a number are cut.
-    """
+    """The tokenizer that SmolLM2 was trained with, from the vocabulary and merges that transformers reads: what transformers puts
+    around them depends on its version, and never takes digits one by one, which decides how spaces before a number are cut."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     merges = [(left, right) for left, right in read["model"]["merges"]]

@@ -1,7 +1,6 @@
 """A random Qwen3 of about a million parameters with a tokenizer and chat template of its own, built without any download.
 
-It speaks noise. It exists so that the whole line can run in seconds on any machine: tests, demonstrations, load.
-"""
+It speaks noise. It exists so that the whole line can run in seconds on any machine: tests, demonstrations, load."""
 
 from __future__ import annotations
 
@@ -29,10 +28,9 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedT
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [END, TURN_START, TURN_END]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 2,
-        special_tokens=special,
+        special_tokens=[END, TURN_START, TURN_END],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -50,17 +48,16 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedT
     )
 
 
-def build_model(
-    tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, hidden_size: int = 64, layers: int = 2, heads: int = 2
-) -> Qwen3ForCausalLM:
-    """A randomly initialised Qwen3 in float32; the same seed gives the same weights."""
+def build_tiny(folder: Path, texts: Iterable[str], *, seed: int = 0) -> None:
+    """Write model (float32) and tokenizer to `folder`, as `from_pretrained` reads them; determined by seed and texts."""
+    tokenizer = build_tokenizer(texts)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
@@ -72,11 +69,6 @@ def build_model(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Qwen3ForCausalLM(config)
-
-
-def build_tiny(folder: Path, texts: Iterable[str], *, seed: int = 0) -> None:
-    """Write model and tokenizer to `folder`, in the form that `AutoModelForCausalLM.from_pretrained` reads."""
-    tokenizer = build_tokenizer(texts)
-    build_model(tokenizer, seed=seed).save_pretrained(folder)
+        model = Qwen3ForCausalLM(config)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,27 +1,35 @@
-"""What a run asks of the simulator or the environment, and what that costs: arithmetic on counts and prices."""
+"""What a run needs: memory of the GPU that its recipe names, calls of the simulator or the environment, tokens, money, hours."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
 
-from ctcgrpo.preflight.simulator import Verbose, played
-from ctcgrpo.preflight.subject import LINE_TOKENS, REPLY_TOKENS, Finding, Subject, sample
+from ctcgrpo.errors import RecipeError
+from ctcgrpo.model.shapes import GIB
+from ctcgrpo.model.sharding import FSDP2, deepspeed_stage, offloads
+from ctcgrpo.preflight.eibench import Verbose, played
+from ctcgrpo.preflight.memory import PHASES, Load, memory_plan
+from ctcgrpo.preflight.subject import LINE_TOKENS, REPLY_TOKENS, Finding, Subject, failed, ok, sample, warning
+from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.simulator.config import BACKENDS
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
+from ctcgrpo.util.naming import did_you_mean
+from ctcgrpo.util.strict_yaml import load_yaml
 
-VERDICT_TOKENS = 250
-"""What an answer of the simulating LLM is assumed to have on average."""
+VERDICT_TOKENS = 250  # what an answer of the simulating LLM is assumed to have on average
 _CHARACTERS_PER_TOKEN = {"zh": 1.6}
 _OTHER_LANGUAGES = 4.0
-_PLAYED = 4
-"""Scenarios of each scene whose dialogues are laid out for the simulator, at most."""
+_FULL_AT_WAKE = 0.9  # the share of a card beyond which a colocated vLLM may find no room to wake, for fragmentation
+_PLAYED = 4  # scenarios of each scene whose dialogues are laid out for the simulator, at most
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """How much is asked for, at most: dialogues that end early cost less. `validations` counts those before and after training."""
 
     steps: int
@@ -41,8 +49,7 @@ class Asked:
         return self.steps * self.calls_per_step + validation
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(NamedTuple):
     """Mean tokens of a simulator call over a dialogue of full length."""
 
     prompt: float
@@ -74,35 +81,28 @@ def cost(s: Subject) -> Iterator[Finding]:
         calls_per_turn=llm.samples if llm else 1,
     )
     what = "simulator calls" if own is None else "environment steps"
-    yield Finding(what, "ok", f"up to {asked.calls_per_step:,} a step, {asked.calls:,} in all, validation included")
-    if own is not None:
-        yield Finding("cost", "ok", f"what {own.factory} itself asks for (LLM calls, services) is not known here")
-    elif s.simulator is not None and s.simulator.backend not in BACKENDS:
-        yield Finding("cost", "ok", f"what {s.simulator.backend} itself asks for (LLM calls, services) is not known here")
+    yield ok(f"up to {asked.calls_per_step:,} a step, {asked.calls:,} in all, validation included", what)
+    backend = own.factory if own else s.simulator.backend if s.simulator else None
+    if backend is not None and backend not in BACKENDS:
+        yield ok(f"what {backend} itself asks for (LLM calls, services) is not known here")
     elif llm is None and recipe.simulator.url == "embedded":
-        yield Finding("cost", "ok", "the scripted user costs nothing")
+        yield ok("the scripted user costs nothing")
     else:
         yield _simulator_cost(s, asked)
-    if recipe.hardware.tokens_per_second:
-        reply = min(REPLY_TOKENS, recipe.rollout.max_new_tokens)
-        took = hours(asked, reply, recipe.hardware.tokens_per_second)
-        yield Finding(
-            "hours",
-            "ok",
-            f"{took:.1f} of sampling at {recipe.hardware.tokens_per_second:,.0f} tokens/s; updates come on top",
-        )
+    if rate := recipe.hardware.tokens_per_second:
+        took = hours(asked, min(REPLY_TOKENS, recipe.rollout.max_new_tokens), rate)
+        yield ok(f"{took:.1f} of sampling at {rate:,.0f} tokens/s; updates come on top", "hours")
 
 
 def _simulator_cost(s: Subject, asked: Asked) -> Finding:
     config = s.simulator
     llm = config.llm if config else None
     tokens = _simulator_tokens(s)
-    total = asked.calls * (tokens.prompt + tokens.completion)
-    step = asked.calls_per_step * (tokens.prompt + tokens.completion)
+    millions = (tokens.prompt + tokens.completion) / 1e6
     text = (
-        f"some {step / 1e6:.1f} million tokens a step, {total / 1e6:,.0f} million in all ({tokens.prompt:.0f} to read and "
-        f"{VERDICT_TOKENS} to write a call, replies of {REPLY_TOKENS} tokens, lines of {LINE_TOKENS}"
-        f"{'' if s.scenarios else ', by the bundled English scenarios'})"
+        f"some {asked.calls_per_step * millions:.1f} million tokens a step, {asked.calls * millions:,.0f} million in all "
+        f"({tokens.prompt:.0f} to read and {VERDICT_TOKENS} to write a call, replies of {REPLY_TOKENS} tokens, lines of "
+        f"{LINE_TOKENS}{'' if s.scenarios else ', by the bundled English scenarios'})"
     )
     prices = [e.price for e in llm.endpoints if e.price.prompt or e.price.completion] if llm else []
     if prices and config is not None:
@@ -110,10 +110,10 @@ def _simulator_cost(s: Subject, asked: Asked) -> Finding:
         text += f"; up to {worst:,.0f} {config.budget.currency} at the dearest endpoint's prices"
         limit = config.budget.money
         if limit is not None and worst > limit:
-            return Finding("cost", "warning", f"{text}, and budget.money is {limit:g}: the run will pause there")
+            return warning(f"{text}, and budget.money is {limit:g}: the run will pause there")
     elif llm is not None:
         text += "; no prices are configured (llm.endpoints: price)"
-    return Finding("cost", "ok", text)
+    return ok(text)
 
 
 def _simulator_tokens(s: Subject) -> Tokens:
@@ -123,18 +123,74 @@ def _simulator_tokens(s: Subject) -> Tokens:
     counts = []
     for scenario in sample(s.examples, _PLAYED):
         rate = _CHARACTERS_PER_TOKEN.get(scenario.language, _OTHER_LANGUAGES)
-        thought = "x" * _rounded_up((VERDICT_TOKENS - LINE_TOKENS) * rate) if thinks else ""
-        user = Verbose("x" * _rounded_up(LINE_TOKENS * rate), thought)
-        asyncio.run(played(user, scenario, ["x" * _rounded_up(REPLY_TOKENS * rate)] * rounds, rounds))
+        thought_tokens = VERDICT_TOKENS - LINE_TOKENS if thinks else 0
+        line, reply, thought = ("x" * math.ceil(n * rate) for n in (LINE_TOKENS, REPLY_TOKENS, thought_tokens))
+        user = Verbose(line, thought)
+        asyncio.run(played(user, scenario, [reply] * rounds, rounds))
         for request in user.asked:
             text = "".join(m["content"] for m in prompts.messages(request))
-            exact = s.tokenizer is not None and scenario.language == "en"
+            if s.tokenizer is None or scenario.language != "en":
+                counts.append(len(text) / rate)
+                continue
             said = request.history[1:] if scenario.opening_line else request.history
             words = sum(len(line.text) + len(line.reflection) for line in said)
-            standing = len(s.tokenizer.encode(text.replace("x" * 40, ""))) if exact and s.tokenizer is not None else 0
-            counts.append(standing + words / rate if exact else len(text) / rate)
+            counts.append(len(s.tokenizer.encode(text.replace("x" * 40, ""))) + words / rate)
     return Tokens(statistics.mean(counts), VERDICT_TOKENS)
 
 
-def _rounded_up(number: float) -> int:
-    return -int(-number // 1)
+@cache
+def cards() -> dict[str, float]:
+    """GiB by card."""
+    return dict(load_yaml((files("ctcgrpo.preflight") / "cards.yaml").read_text(encoding="utf-8")))
+
+
+def memory(s: Subject) -> Iterator[Finding]:
+    gpu = s.recipe.hardware.gpu
+    if s.shape is None or gpu is None:
+        return
+    known = cards()
+    if gpu not in known:
+        raise RecipeError(f"hardware.gpu is {gpu!r}; {did_you_mean(gpu, known)}")
+    load = load_of(s.recipe)
+    s.memory = plan = memory_plan(s.shape, load, known[gpu] * GIB)
+    worst = max(PHASES, key=plan.total)
+    text = f"{plan.total(worst) / GIB:.1f} of {gpu}'s {plan.card / GIB:.1f} GiB, most in the {worst}"
+    if not plan.fits:
+        what = "rollout.vllm.gpu_memory" if worst == "rollout" else "training.tokens_per_row"
+        yield failed(f"{text}; lower {what}, shard more (training.sharding), use more GPUs, or policy.lora")
+        return
+    if plan.kv_tokens is not None and plan.total("rollout") > _FULL_AT_WAKE * plan.card:
+        share = f"{plan.total('rollout') / plan.card:.0%} in rollouts; vLLM wakes into what the update has left in pieces"
+        yield warning(f"{text}, {share}; lower rollout.vllm.gpu_memory to stay below {_FULL_AT_WAKE:.0%}")
+    else:
+        yield ok(text)
+    if plan.kv_tokens is None:
+        return
+    wanted = f"{load.rollouts} rollouts of full length want {plan.kv_wanted:,}"
+    room = f"vLLM has room for keys and values of {plan.kv_tokens:,} tokens, and {wanted}"
+    if plan.kv_tokens < s.longest:
+        yield failed(f"{room}: not even one fits; raise rollout.vllm.gpu_memory")
+    else:
+        yield warning(f"{room}: some will wait for others") if plan.kv_tokens < plan.kv_wanted else ok(room)
+
+
+def load_of(recipe: Recipe) -> Load:
+    rollout, training, policy = recipe.rollout, recipe.training, recipe.policy
+    stage = deepspeed_stage(training.sharding)
+    here = recipe.tasks_per_step * rollout.group_size // recipe.hardware.processes
+    return Load(
+        processes=recipe.hardware.processes,
+        sharding="fsdp2" if training.sharding == FSDP2 else ("none", "zero1", "zero2", "zero3")[stage],
+        offload=offloads(training.sharding),
+        weight_bytes=4 if policy.dtype == "float32" else 2,
+        quantized=policy.quantization != "none",
+        bf16=training.bf16,
+        lora_rank=policy.lora.rank if policy.lora else None,
+        reference=training.kl > 0,
+        checkpointing=training.gradient_checkpointing,
+        tokens_per_row=training.tokens_per_row,
+        longest=rollout.max_prompt_tokens + rollout.max_new_tokens,
+        rollouts=min(rollout.max_batch, max(1, here)),
+        gpu_memory=rollout.vllm.gpu_memory if rollout.engine == "vllm_colocated" else 0.0,
+        samples_here=rollout.engine == "transformers",
+    )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ctcgrpo.errors import CtcGrpoError, RecipeError
-from ctcgrpo.preflight.subject import Finding, Subject
+from ctcgrpo.preflight.subject import NO_VALIDATION, Finding, Subject, ok, warning
 from ctcgrpo.rollout.session import Answer, Session
 from ctcgrpo.run.data_digest import tasks_digest
 from ctcgrpo.run.recipe import OwnEnvironment
@@ -15,14 +15,13 @@ from ctcgrpo.run.run_tasks import environment_factory, read_tasks, refuse_uneven
 from ctcgrpo.types import Message, Task
 
 _REPLY, _EMOJI = "I see.", "\U0001f642\U0001f44d\U0001f3fd"
-_RESETS = 8
-"""Tasks of each set whose first messages are looked at, at most."""
+_RESETS = 8  # tasks of each set whose first messages are looked at, at most
 
 
 def environment(s: Subject) -> Iterator[Finding]:
     settings = _settings(s)
     s.factory = environment_factory(settings)
-    yield Finding("environment", "ok", settings.factory)
+    yield ok(settings.factory)
 
 
 def tasks(s: Subject) -> Iterator[Finding]:
@@ -30,51 +29,46 @@ def tasks(s: Subject) -> Iterator[Finding]:
     s.tasks = read_tasks(settings.tasks, "environment.tasks", settings.folder)
     refuse_uneven_tags(settings, s.tasks)
     tags = len({task.tag for task in s.tasks})
-    yield Finding("tasks", "ok", f"{len(s.tasks)} to train on" + (f", of {tags} tags" if tags > 1 else ""))
+    yield ok(f"{len(s.tasks)} to train on" + (f", of {tags} tags" if tags > 1 else ""))
 
 
 def validation(s: Subject) -> Iterator[Finding]:
     if s.recipe.validation is None:
-        yield Finding("validation", "warning", "none: the run will not say whether it got better (section validation)")
+        yield NO_VALIDATION
         return
     s.held_out_tasks = read_tasks(s.recipe.validation_source(), "validation.tasks", _settings(s).folder)
     trained = {*_contents(s.tasks).values(), *_named(s.tasks)}
     both = [name for name, said in _contents(s.held_out_tasks).items() if said in trained]
     both = list(dict.fromkeys([*both, *(name for name in _named(s.held_out_tasks) if name in trained)]))
     if both:
-        yield Finding(
-            "validation",
-            "warning",
+        yield warning(
             f"{len(both)} of {len(s.held_out_tasks)} held-out tasks (validation.tasks) are among those that are trained on, "
-            f"{both[0]!r} for one: scores do not show what the policy does on other tasks",
+            f"{both[0]!r} for one: scores do not show what the policy does on other tasks"
         )
     else:
-        yield Finding("validation", "ok", f"{len(s.held_out_tasks)} held out")
+        yield ok(f"{len(s.held_out_tasks)} held out")
 
 
 def episode(s: Subject) -> Iterator[Finding]:
     """One with the same reply in every turn, and the first messages of some tasks: they cost what the environment costs."""
     if s.factory is None or not s.tasks:
         return
-    openings = {task.id: _played(s, task, ()).opening for task in _evenly(s.tasks)}
-    openings |= {f"{task.id} (held out)": _played(s, task, ()).opening for task in _evenly(s.held_out_tasks)}
-    played = _played(s, s.tasks[0], [_REPLY] * s.recipe.rollout.max_turns)
+    openings = {task.id: _played(s, task, ())[0] for task in _evenly(s.tasks)}
+    openings |= {f"{task.id} (held out)": _played(s, task, ())[0] for task in _evenly(s.held_out_tasks)}
+    _, answers, outcome = _played(s, s.tasks[0], [_REPLY] * s.recipe.rollout.max_turns)
     s.openings = openings
-    s.heard = [answer.messages for answer in played.answers if answer.messages]
-    rewards = [answer.reward for answer in played.answers]
+    s.heard = [answer.messages for answer in answers if answer.messages]
+    rewards = [answer.reward for answer in answers]
     turns = len(rewards)
-    over = "the environment was done" if played.answers[-1].done else f"not done after rollout.max_turns = {turns}"
+    over = "the environment was done" if answers[-1].done else f"not done after rollout.max_turns = {turns}"
     earned = ", ".join("not scored" if reward is None else f"{reward:+.3f}" for reward in rewards[:5])
     text = (
         f"task {s.tasks[0].id!r} with the reply {_REPLY!r}: {turns} {'turn' if turns == 1 else 'turns'} ({over}), rewards "
-        f"{earned}{', ...' if turns > 5 else ''}, outcome {played.outcome:+.3f}"
+        f"{earned}{', ...' if turns > 5 else ''}, outcome {outcome:+.3f}"
     )
-    if rewards and all(reward is None for reward in rewards) and not played.outcome:
-        yield Finding(
-            "episode", "warning", f"{text}: no turn is scored and the outcome is 0, so nothing can be learned from it"
-        )
-        return
-    yield Finding("episode", "ok", text)
+    blank = all(reward is None for reward in rewards) and not outcome
+    nothing = f"{text}: no turn is scored and the outcome is 0, so nothing can be learned from it"
+    yield warning(nothing) if blank else ok(text)
 
 
 def replies(s: Subject) -> Iterator[Finding]:
@@ -83,33 +77,24 @@ def replies(s: Subject) -> Iterator[Finding]:
         return
     long = 4 * s.recipe.rollout.max_new_tokens
     odd = {"an empty reply": "", f"a reply of {long:,} characters": ("word " * long)[:long], "a reply of emoji": _EMOJI}
-    failed = False
+    bad = []
     for what, reply in odd.items():
         try:
             _played(s, s.tasks[0], [reply])
         except CtcGrpoError as error:
-            failed = True
-            yield Finding("replies", "warning", f"{what} makes a failed episode: {error}")
-    if not failed:
-        yield Finding("replies", "ok", f"{', '.join(odd)} are answered")
+            bad.append(warning(f"{what} makes a failed episode: {error}"))
+    yield from bad or [ok(f"{', '.join(odd)} are answered")]
 
 
-@dataclass(frozen=True, slots=True)
-class _Played:
-    opening: Sequence[Message]
-    answers: Sequence[Answer]
-    outcome: float
-
-
-def _played(s: Subject, task: Task, said: Sequence[str]) -> _Played:
-    """An episode, over after these replies at the latest. Raises RecipeError with the task and what went wrong."""
+def _played(s: Subject, task: Task, said: Sequence[str]) -> tuple[Sequence[Message], Sequence[Answer], float]:
+    """First messages, answers and outcome of an episode of at most these replies. Raises RecipeError that names the task."""
     try:
         return asyncio.run(_play(s, task, said))
     except CtcGrpoError as error:
         raise RecipeError(f"{_settings(s).factory}, task {task.id!r}: {error}") from error
 
 
-async def _play(s: Subject, task: Task, said: Sequence[str]) -> _Played:
+async def _play(s: Subject, task: Task, said: Sequence[str]) -> tuple[Sequence[Message], Sequence[Answer], float]:
     assert s.factory is not None
     session = Session(s.factory, f"check/{task.id}", _settings(s).timeout)
     answers: list[Answer] = []
@@ -125,7 +110,7 @@ async def _play(s: Subject, task: Task, said: Sequence[str]) -> _Played:
         await session.close_or_fail()
     finally:
         await session.close()
-    return _Played(opening, answers, outcome)
+    return opening, answers, outcome
 
 
 def _settings(s: Subject) -> OwnEnvironment:

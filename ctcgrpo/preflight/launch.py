@@ -1,16 +1,25 @@
-"""How the run is launched: libraries, processes, sharding, accelerate, the policy's servers."""
+"""How the run is launched: libraries, processes, sharding, accelerate, the policy's servers; and this machine: its disk, the run's
+folder, the account of W&B."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import netrc
+import shutil
 from collections.abc import Iterator
 
 import yaml
 
-from ctcgrpo.model.sharding import FSDP2, NONE, check_launcher, deepspeed_stage
-from ctcgrpo.preflight.subject import Finding, Subject
+from ctcgrpo.model.shapes import GIB, Shape
+from ctcgrpo.model.sharding import FSDP2, NONE, check_launcher, deepspeed_stage, offloads
+from ctcgrpo.preflight.subject import Finding, Subject, failed, ok, warning
 from ctcgrpo.rollout.vllm_adapter import base_url
+from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.run.saving import checkpoint_bytes, notice_seconds, save_seconds, too_little_time
+from ctcgrpo.run.startup import SHUTDOWN_TIMEOUT
 from ctcgrpo.util.proxies import open_url
 
 
@@ -18,7 +27,7 @@ def sharding(s: Subject) -> Iterator[Finding]:
     s.recipe.check_sharding()
     chosen = s.recipe.training.sharding
     stage = deepspeed_stage(chosen)
-    yield Finding("sharding", "ok", f"DeepSpeed ZeRO-{stage}" if stage else {NONE: "none", FSDP2: "FSDP2"}[chosen])
+    yield ok(f"DeepSpeed ZeRO-{stage}" if stage else {NONE: "none", FSDP2: "FSDP2"}[chosen])
 
 
 def libraries(s: Subject) -> Iterator[Finding]:
@@ -27,13 +36,13 @@ def libraries(s: Subject) -> Iterator[Finding]:
         "deepspeed": deepspeed_stage(s.recipe.training.sharding) > 0,
         "bitsandbytes": s.recipe.policy.quantization != "none",
     }
-    missing = [name for name, wanted in needed.items() if wanted and importlib.util.find_spec(name) is None]
+    used = [name for name, wanted in needed.items() if wanted]
+    missing = [name for name in used if importlib.util.find_spec(name) is None]
     for name in missing:
         extra = {"bitsandbytes": "qlora"}.get(name, name)
-        yield Finding("libraries", "failed", f"{name} is not installed here: pip install 'ctcgrpo[{extra}]'")
+        yield failed(f"{name} is not installed here: pip install 'ctcgrpo[{extra}]'")
     if not missing:
-        used = [name for name, wanted in needed.items() if wanted]
-        yield Finding("libraries", "ok", ", ".join(used) if used else "none beyond the base")
+        yield ok(", ".join(used) or "none beyond the base")
 
 
 def processes(s: Subject) -> Iterator[Finding]:
@@ -41,38 +50,27 @@ def processes(s: Subject) -> Iterator[Finding]:
     s.recipe.check_processes(wanted)
     episodes = s.recipe.tasks_per_step * s.recipe.rollout.group_size // wanted
     text = f"{wanted} with {episodes} episodes a step each (hardware.processes)"
-    if episodes % s.recipe.rollout.group_size:
-        yield Finding("processes", "warning", f"{text}: groups are split over processes, and share no prefix cache")
-    else:
-        yield Finding("processes", "ok", text)
+    split = episodes % s.recipe.rollout.group_size > 0
+    yield warning(f"{text}: groups are split over processes, and share no prefix cache") if split else ok(text)
 
 
 def launcher(s: Subject) -> Iterator[Finding]:
-    sharding = s.recipe.training.sharding
+    sharding, file = s.recipe.training.sharding, s.accelerate_config
     check_launcher(sharding, s.variables)
-    file = s.accelerate_config
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (yaml.YAMLError, ValueError) as error:
-        yield Finding("launcher", "failed", f"{file}, accelerate's default, is not valid YAML: {error}")
+        yield failed(f"{file}, accelerate's default, is not valid YAML: {error}")
         return
     if not isinstance(config, dict):
-        yield Finding(
-            "launcher", "failed", f"{file}, accelerate's default, is no mapping; `accelerate config default` writes one"
-        )
+        yield failed(f"{file}, accelerate's default, is no mapping; `accelerate config default` writes one")
         return
     kind = str(config.get("distributed_type", "NO"))
-    if (kind == "DEEPSPEED") or (kind == "FSDP" and sharding != FSDP2):
-        yield Finding(
-            "launcher",
-            "failed",
-            f"{file} makes accelerate launch with {kind}, and the recipe says training.sharding={sharding}; launch with "
-            "--config_file configs/accelerate/one_node.yaml",
-        )
-        return
-    yield Finding(
-        "launcher", "ok", f"accelerate's default is {kind}; a --config-file decides otherwise" if config else "plain"
-    )
+    if kind == "DEEPSPEED" or (kind == "FSDP" and sharding != FSDP2):
+        problem = f"{file} makes accelerate launch with {kind}, and the recipe says training.sharding={sharding}"
+        yield failed(f"{problem}; launch with --config_file configs/accelerate/one_node.yaml")
+    else:
+        yield ok(f"accelerate's default is {kind}; a --config-file decides otherwise" if config else "plain")
 
 
 def policy_servers(s: Subject) -> Iterator[Finding]:
@@ -84,12 +82,69 @@ def policy_servers(s: Subject) -> Iterator[Finding]:
                 transfer = json.load(response).get("vllm_config", {}).get("weight_transfer_config")
         except (OSError, ValueError, KeyError, IndexError) as error:
             why = f"{url} does not answer as a vLLM server with development endpoints ({error})"
-            yield Finding("policy servers", "failed", f"{why}; launch/serve_policy.sh and launch/slurm.sbatch start such")
+            yield failed(f"{why}; launch/serve_policy.sh and launch/slurm.sbatch start such")
             continue
         if transfer is None:
-            why = f"{url} cannot take weights: it needs --weight-transfer-config"
-            yield Finding("policy servers", "failed", f"{why} (launch/serve_policy.sh)")
+            yield failed(f"{url} cannot take weights: it needs --weight-transfer-config (launch/serve_policy.sh)")
         elif (length := served.get("max_model_len") or s.longest) < s.longest:
-            yield Finding("policy servers", "failed", f"{url} has max_model_len {length}, and the recipe needs {s.longest}")
+            yield failed(f"{url} has max_model_len {length}, and the recipe needs {s.longest}")
         else:
-            yield Finding("policy servers", "ok", f"{url} serves {served['id']}")
+            yield ok(f"{url} serves {served['id']}")
+
+
+def disk(s: Subject) -> Iterator[Finding]:
+    if s.shape is None:
+        return
+    recipe, size = s.recipe, _checkpoint_bytes(s.recipe, s.shape)
+    # One more than are kept stands beside them while it is written; of best and final there are weights alone, at most a third.
+    needed = (recipe.training.keep_checkpoints + 1) * size + 2 * size / 3
+    where = next(p for p in [recipe.folder, *recipe.folder.absolute().parents] if p.exists())
+    free = shutil.disk_usage(where).free
+    text = f"{needed / GIB:.1f} GiB for {recipe.training.keep_checkpoints} checkpoints, best and final; {free / GIB:.0f} are free"
+    advice = f"{text} at {where}; lower training.keep_checkpoints, or set run.output_dir"
+    yield ok(text) if needed < free else failed(advice)
+
+
+def stopping(s: Subject) -> Iterator[Finding]:
+    """How long Ctrl-C and a scheduler's end have to wait."""
+    if s.shape is None:
+        return
+    size = _checkpoint_bytes(s.recipe, s.shape)
+    if told := too_little_time(size, s.variables):
+        yield warning(told)
+    elif s.recipe.hardware.processes > 1:
+        told = f"{SHUTDOWN_TIMEOUT}=3600 for accelerate and torchrun, sbatch --signal=B:TERM@{notice_seconds(size)}"
+        yield ok(f"a checkpoint of {size / GIB:.1f} GiB is saved in about {save_seconds(size):.0f} s; {told}")
+
+
+def threads(s: Subject) -> Iterator[Finding]:
+    """Whether an optimizer on the CPU has more than one thread."""
+    if offloads(s.recipe.training.sharding) and s.variables.get("OMP_NUM_THREADS", "1") == "1":
+        problem = f"{s.recipe.training.sharding} updates on the CPU, and launchers give each process one thread"
+        yield warning(f"{problem}; set OMP_NUM_THREADS to the cores of a machine / its processes")
+
+
+def _checkpoint_bytes(recipe: Recipe, shape: Shape) -> float:
+    lora = recipe.policy.lora
+    return checkpoint_bytes(recipe, shape.parameters if lora is None else shape.lora_parameters(lora.rank))
+
+
+def output(s: Subject) -> Iterator[Finding]:
+    folder = RunFolder(s.recipe.folder)
+    resumed = folder.open(s.recipe)
+    if resumed is None:
+        yield ok(f"{folder.path} is free")
+    else:
+        extended = folder.extended_from(s.recipe)
+        more = f", with training.max_steps {extended} -> {s.recipe.training.max_steps}" if extended else ""
+        yield ok(f"resumes from {resumed}{more}")
+
+
+def weights_and_biases(s: Subject) -> Iterator[Finding]:
+    if s.recipe.run.wandb != "online":
+        return
+    known = "WANDB_API_KEY" in s.variables
+    with contextlib.suppress(FileNotFoundError, netrc.NetrcParseError):
+        known = known or netrc.netrc().authenticators("api.wandb.ai") is not None
+    missing = "run.wandb is 'online' and there is no key: wandb login, or run.wandb=offline"
+    yield ok("a key is there", "W&B") if known else failed(missing, "W&B")

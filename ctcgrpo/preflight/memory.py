@@ -3,15 +3,13 @@
 Per parameter, with bfloat16 compute: DeepSpeed keeps 2 bytes of weights, 4 of summed gradients and 12 of optimizer (float32 master,
 two moments), of which ZeRO-1 spreads the optimizer over the processes, ZeRO-2 the gradients too, ZeRO-3 all of it; FSDP2
 spreads 4 of weights, 4 of gradients, 8 of moments. Activations are those of a dense decoder with gated MLP and an attention that
-keeps no scores. Arithmetic, not a measurement: compare `memory/peak_gib` in a run's metrics with the
-update's total.
-"""
+keeps no scores. Arithmetic, not a measurement: compare `memory/peak_gib` in a run's metrics with the update's total."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ctcgrpo.model.shapes import GIB, Shape
 from ctcgrpo.training.planning import kept_per_token
@@ -19,12 +17,9 @@ from ctcgrpo.training.planning import kept_per_token
 Phase = Literal["rollout", "update"]
 PHASES: tuple[Phase, ...] = ("rollout", "update")
 _NF4_BYTES = 0.52
-_RUNTIME = 2 * GIB
-"""CUDA's context, NCCL's buffers, and what fragmentation loses."""
-_VLLM_RUNTIME = 2 * GIB
-"""vLLM's activations and CUDA graphs, inside its share."""
-_BUCKETS = 2 * GIB
-"""DeepSpeed's communication buffers under ZeRO-1 and -2, and the parameters that ZeRO-3 holds gathered."""
+_RUNTIME = 2 * GIB  # CUDA's context, NCCL's buffers, and what fragmentation loses
+_VLLM_RUNTIME = 2 * GIB  # vLLM's activations and CUDA graphs, inside its share
+_BUCKETS = 2 * GIB  # DeepSpeed's communication buffers under ZeRO-1 and -2, and the parameters that ZeRO-3 holds gathered
 _FLOAT32_BUCKET = 4 * 500_000_000
 """The copy of a bucket in which ZeRO-1 and -2 sum gradients over the processes (communication_data_type)."""
 
@@ -38,8 +33,7 @@ class Load:
     sharding: Literal["none", "zero1", "zero2", "zero3", "fsdp2"]
     offload: bool
     weight_bytes: int
-    quantized: bool
-    """Whether the layers' frozen weights are held in 4 bits (half a byte, and what undoes the rounding)."""
+    quantized: bool  # whether the layers' frozen weights are held in 4 bits (half a byte, and what undoes the rounding)
     bf16: bool
     lora_rank: int | None
     reference: bool
@@ -48,12 +42,10 @@ class Load:
     longest: int
     rollouts: int
     gpu_memory: float
-    samples_here: bool
-    """Whether the policy itself samples (transformers), and keeps its keys and values here."""
+    samples_here: bool  # whether the policy itself samples (transformers), and keeps its keys and values here
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
+class MemoryPlan(NamedTuple):
     """Bytes a GPU by part and phase; `kv_tokens` that a colocated engine has room for, and `kv_wanted`."""
 
     parts: Mapping[str, Mapping[Phase, float]]
@@ -90,39 +82,37 @@ def memory_plan(shape: Shape, load: Load, card: float) -> MemoryPlan:
         weights = (layers * _NF4_BYTES + (frozen - layers) * load.weight_bytes + trained * each) / split
         gradients, optimizer = trained * each / split, trained * 2 * each / split
         gathered = 2 * shape.per_layer * compute + 2 * shape.vocabulary * shape.hidden * compute if split > 1 else 0.0
-    copies = total * 2 if not deepspeed and load.sharding == "none" and load.bf16 and load.weight_bytes == 4 else 0
-    parts: dict[str, Mapping[Phase, float]] = {
-        "weights": {"rollout": weights, "update": weights},
-        "gradients": {"rollout": gradients if deepspeed and not load.offload else 0.0, "update": gradients},
-        "optimizer": {"rollout": 0.0, "update": 0.0} if load.offload else {"rollout": optimizer, "update": optimizer},
-        "activations": {"rollout": 0.0, "update": _activations(shape, load, compute)},
+    parts: dict[str, tuple[float, float]] = {  # in rollouts, in the update
+        "weights": (weights, weights),
+        "gradients": (gradients if deepspeed and not load.offload else 0.0, gradients),
+        "optimizer": (0.0, 0.0) if load.offload else (optimizer, optimizer),
+        "activations": (0.0, _activations(shape, load, compute)),
     }
     if load.lora_rank is None:
-        parts["gradient of the output layer"] = {"rollout": 0.0, "update": _head_gradient(shape, load)}
-    if copies:
-        parts["bfloat16 copies (autocast)"] = {"rollout": float(copies), "update": float(copies)}
+        parts["gradient of the output layer"] = 0.0, _head_gradient(shape, load)
+    if load.sharding == "none" and load.bf16 and load.weight_bytes == 4:
+        parts["bfloat16 copies (autocast)"] = total * 2.0, total * 2.0
     if gathered:
-        parts["gathered and buffers"] = {"rollout": gathered, "update": gathered}
+        parts["gathered and buffers"] = gathered, gathered
     if load.sharding == "none" and n > 1:  # DistributedDataParallel's buckets
-        parts["DDP buckets"] = {"rollout": gradients, "update": gradients}
+        parts["DDP buckets"] = gradients, gradients
     if load.lora_rank is not None and load.sharding in ("zero3", "fsdp2") and load.gpu_memory:
-        parts["gathered to merge the adapter"] = {"rollout": float(total * load.weight_bytes), "update": 0.0}
+        parts["gathered to merge the adapter"] = float(total * load.weight_bytes), 0.0
     if load.reference and load.lora_rank is None:
         whole = total * compute if load.sharding == "fsdp2" else weights  # FSDP2 gathers it at every forward pass
-        parts["reference policy"] = {"rollout": weights, "update": float(whole)}
+        parts["reference policy"] = weights, float(whole)
     wanted = load.rollouts * load.longest
     room = None
     if load.gpu_memory:
-        share = load.gpu_memory * card
-        served = total * 2
-        cache = share - served - _VLLM_RUNTIME
-        room = max(0, int(cache / shape.kv_bytes))
-        parts["vLLM: weights"] = {"rollout": float(served), "update": 0.0}
-        parts["vLLM: keys, values, buffers"] = {"rollout": max(share - served, float(_VLLM_RUNTIME)), "update": 0.0}
+        share, served = load.gpu_memory * card, total * 2
+        room = max(0, int((share - served - _VLLM_RUNTIME) / shape.kv_bytes))
+        parts["vLLM: weights"] = float(served), 0.0
+        parts["vLLM: keys, values, buffers"] = max(share - served, float(_VLLM_RUNTIME)), 0.0
     elif load.samples_here:
-        parts["keys and values"] = {"rollout": wanted * shape.kv_bytes * compute / 2, "update": 0.0}
-    parts["CUDA and NCCL"] = {"rollout": float(_RUNTIME), "update": float(_RUNTIME)}
-    return MemoryPlan(parts, card, room, wanted)
+        parts["keys and values"] = wanted * shape.kv_bytes * compute / 2, 0.0
+    parts["CUDA and NCCL"] = float(_RUNTIME), float(_RUNTIME)
+    by_phase = {part: dict(zip(PHASES, both, strict=True)) for part, both in parts.items()}
+    return MemoryPlan(by_phase, card, room, wanted)
 
 
 def _head_gradient(shape: Shape, load: Load) -> float:
@@ -138,14 +128,8 @@ def _head_gradient(shape: Shape, load: Load) -> float:
 def _activations(shape: Shape, load: Load, compute: int) -> float:
     """Of one row, forward and backward."""
     tokens = max(load.tokens_per_row, load.longest)
-    kept = kept_per_token(
-        hidden=shape.hidden,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        intermediate=shape.intermediate,
-    )
-    layer = tokens * compute * kept
+    widths = {name: getattr(shape, name) for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate")}
+    layer = tokens * compute * kept_per_token(**widths)
     mask = tokens * load.longest
     head = tokens * shape.hidden * 4 * 2
     if load.checkpointing:  # inputs of all layers, and one layer at a time with its gradients

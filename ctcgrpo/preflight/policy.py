@@ -1,56 +1,63 @@
-"""The policy: model, adapter, attention, tags, precision."""
+"""The policy and its training: credit, model, adapter, attention, tags, precision; whether the prompts of an episode fit."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from transformers import AutoConfig
 
+from ctcgrpo.environments.eibench import opening_messages
 from ctcgrpo.errors import PolicyError
 from ctcgrpo.model.attention import refuse_layouts
 from ctcgrpo.model.shapes import published_shapes, shape_of
 from ctcgrpo.model.sharding import deepspeed_stage
 from ctcgrpo.model.tree_attention import how_to_attend
-from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.builtin import build_builtin, wheel_of
-from ctcgrpo.policy.loading import check_fits, load_tokenizer, stop_ids
+from ctcgrpo.policy.loading import check_fits, load_tokenizer, refuse_tied_targets, stop_ids
 from ctcgrpo.policy.model_wheel import refuse_unfetchable
 from ctcgrpo.policy.reasoning import CLOSE, OPEN
-from ctcgrpo.preflight.subject import Finding, Subject
+from ctcgrpo.preflight.subject import LINE_TOKENS, REPLY_TOKENS, Finding, Subject, failed, ok, sample, warning
 from ctcgrpo.run.folders import check_model
-from ctcgrpo.run.settings import context_builder, lora_config, template_kwargs
+from ctcgrpo.run.settings import briefing, context_builder, lora_config, template_kwargs
+from ctcgrpo.training.samples import try_credit
+from ctcgrpo.types import Completion, Heard, Message
 
 _ROUNDED_AWAY = 1e-4
 """AdamW moves a weight by about the learning rate; bfloat16 keeps 8 bits, so weights of the usual 0.02 need steps of 1e-4."""
+_MEASURED = 48  # scenarios of each scene whose prompts are measured, at most
+
+
+def credit(s: Subject) -> Iterator[Finding]:
+    options = s.recipe.credit_options()
+    try_credit(options)
+    yield ok(f"{options.credit}, centered on {options.centering}, scale {options.scale_rewards}")
 
 
 def model(s: Subject) -> Iterator[Finding]:
-    name = s.recipe.policy.model
+    policy, name = s.recipe.policy, s.recipe.policy.model
     check_model(name, "policy.model")
     if (wheel := wheel_of(name)) and not wheel.is_here:
         s.shape = published_shapes()[wheel.hub_id]
         refuse_unfetchable(wheel)
-        yield Finding(
-            "model",
-            "warning",
-            f"{name}, {s.shape.parameters / 1e6:,.1f} million parameters, is not here yet: the run will first {wheel.plan}; "
-            "prompts are measured once it is here",
+        size = f"{s.shape.parameters / 1e6:,.1f} million parameters"
+        yield warning(
+            f"{name}, {size}, is not here yet: the run will first {wheel.plan}; prompts are measured once it is here"
         )
         return
     path = build_builtin(name, s.folder / "base", s.recipe.run.seed)
     try:
-        config = AutoConfig.from_pretrained(path, revision=s.recipe.policy.revision)
+        config = AutoConfig.from_pretrained(path, revision=policy.revision)
     except (OSError, ValueError) as error:
         s.shape = published_shapes().get(name)
         plan = "; the plan below takes its published shape" if s.shape else ""
         raise PolicyError(f"policy.model {name!r} cannot be loaded here ({str(error).splitlines()[0]}){plan}") from None
     s.shape, s.config = shape_of(config), config
-    policy = s.recipe.policy
     s.tokenizer = load_tokenizer(path, policy.revision, policy.chat_template)
     check_fits(config, s.tokenizer, s.longest, name)
-    yield Finding("model", "ok", f"{name}, {s.shape.parameters / 1e6:,.1f} million parameters")
+    yield ok(f"{name}, {s.shape.parameters / 1e6:,.1f} million parameters")
     ends = stop_ids(path, s.tokenizer, policy.revision, template_kwargs(s.recipe))
     s.contexts = context_builder(s.recipe, s.tokenizer, ends)
 
@@ -66,7 +73,7 @@ def adapter(s: Subject) -> Iterator[Finding]:
     if missing := [t for t in lora.target_modules if not any(name == t or name.endswith(f".{t}") for name in names)]:
         known = sorted({name.rpartition(".")[2] for name in names if name.endswith("_proj")})
         raise PolicyError(f"policy.lora.target_modules: the model has no {', '.join(missing)}; it has {', '.join(known)}")
-    yield Finding("adapter", "ok", f"LoRA on {', '.join(lora.target_modules)}")
+    yield ok(f"LoRA on {', '.join(lora.target_modules)}")
 
 
 def attention(s: Subject) -> Iterator[Finding]:
@@ -80,39 +87,67 @@ def attention(s: Subject) -> Iterator[Finding]:
         how_to_attend(packing, torch.device("cuda" if torch.cuda.is_available() else "cpu"), half=half)
     if s.config is not None and (packing != "none" or s.recipe.rollout.engine == "transformers"):
         refuse_layouts(s.skeleton)
-    yield Finding("attention", "ok", f"{wanted}, packing {packing}")
+    yield ok(f"{wanted}, packing {packing}")
 
 
 def reasoning_tags(s: Subject) -> Iterator[Finding]:
     if s.tokenizer is None or not s.recipe.policy.reasons:
         return
     long = [tag for tag in (OPEN, CLOSE) if len(s.tokenizer.encode(tag, add_special_tokens=False)) != 1]
-    if long:
-        yield Finding(
-            "reasoning tags",
-            "warning",
-            f"{' and '.join(long)} are several tokens to this tokenizer: was it taught to reason so?",
-        )
-    else:
-        yield Finding("reasoning tags", "ok", f"{OPEN} and {CLOSE} are a token each")
+    several = f"{' and '.join(long)} are several tokens to this tokenizer: was it taught to reason so?"
+    yield warning(several) if long else ok(f"{OPEN} and {CLOSE} are a token each")
 
 
 def precision(s: Subject) -> Iterator[Finding]:
     policy, training = s.recipe.policy, s.recipe.training
-    whole = policy.lora is None
-    masters = policy.dtype == "float32" or not whole or (deepspeed_stage(training.sharding) and training.bf16)
+    masters = policy.dtype == "float32" or policy.lora or (deepspeed_stage(training.sharding) and training.bf16)
     if not masters and 0 < training.learning_rate < _ROUNDED_AWAY:
-        yield Finding(
-            "precision",
-            "failed",
-            f"policy.dtype bfloat16 without float32 masters rounds updates of training.learning_rate {training.learning_rate:g} "
-            "away; use policy.dtype=float32 with training.bf16=true, or a DeepSpeed configuration",
-        )
-        return
-    if policy.dtype == "float32" and not training.bf16 and s.recipe.hardware.gpu:
-        yield Finding(
-            "precision", "warning", "training.bf16 is off: float32 throughout takes twice the memory and time on a GPU"
-        )
+        rate = f"training.learning_rate {training.learning_rate:g}"
+        advice = "use policy.dtype=float32 with training.bf16=true, or a DeepSpeed configuration"
+        yield failed(f"policy.dtype bfloat16 without float32 masters rounds updates of {rate} away; {advice}")
+    elif policy.dtype == "float32" and not training.bf16 and s.recipe.hardware.gpu:
+        yield warning("training.bf16 is off: float32 throughout takes twice the memory and time on a GPU")
     else:
-        trained = "adapters" if not whole else f"{policy.dtype} weights"
-        yield Finding("precision", "ok", f"{trained}, compute in {'bfloat16' if training.bf16 else policy.dtype}")
+        trained = "adapters" if policy.lora else f"{policy.dtype} weights"
+        yield ok(f"{trained}, compute in {'bfloat16' if training.bf16 else policy.dtype}")
+
+
+def context(s: Subject) -> Iterator[Finding]:
+    """Whether contexts stay a prefix under the template was found out when they were made; whether they fit is found out here."""
+    if s.contexts is None:
+        return
+    openings: Mapping[str, Sequence[Message]]
+    if s.recipe.environment is None:
+        told, noun, lines = briefing(s.recipe), "scenario", f"lines of {LINE_TOKENS}"
+        openings = {scenario.id: opening_messages(scenario, told) for scenario in [*s.scenarios, *s.held_out]}
+        measured = [x.id for x in sample(s.scenarios, _MEASURED)]
+    else:
+        noun, lines, openings = "task", "lines as in the episode that was played", s.openings
+        measured = list(openings)
+    if not measured:
+        return
+    s.contexts.check(openings, noun)
+    yield from map(warning, s.contexts.notes(openings.values()))
+    last = [_last_prompt(s, openings[name]) for name in measured]
+    dropped = sum(n > 0 for _, n in last) / len(last)
+    reply = min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens)
+    text = (
+        f"the last of {s.recipe.rollout.max_turns} turns has a prompt of {max(n for n, _ in last)} tokens at most, "
+        f"{statistics.mean(n for n, _ in last):.0f} on the average (replies of {reply} tokens, {lines})"
+    )
+    share = f"{dropped:.0%} of the {noun}s would drop exchanges by then; raise rollout.max_prompt_tokens"
+    yield warning(f"{text}; {share}") if dropped else ok(text)
+
+
+def _last_prompt(s: Subject, opening: Sequence[Message]) -> tuple[int, int]:
+    assert s.contexts is not None
+    dialogue = s.contexts.start(opening)
+    reply = Completion((0,) * min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens), (), (), "stop")
+    for turn in range(s.recipe.rollout.max_turns - 1):
+        own = s.recipe.environment is not None
+        if own and not s.heard:  # the episode that was played has one turn
+            break
+        heard: Heard = s.heard[min(turn, len(s.heard) - 1)] if own else "word " * LINE_TOKENS
+        dialogue = s.contexts.extend(dialogue, reply, heard)
+    ids, dropped = s.contexts.prompt(dialogue)
+    return len(ids), dropped

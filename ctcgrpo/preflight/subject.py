@@ -1,11 +1,11 @@
-"""What the checks pass on to each other: the recipe, what was loaded of it so far, and what they find."""
+"""What the checks share: the recipe, what was loaded of it so far, and what they find."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,36 +30,36 @@ REPLY_TOKENS, LINE_TOKENS = 150, 60
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check says: of what, how bad, and what is so or would have to change."""
+    """What a check says: how bad it is, what is so or would have to change, and of what (the check's name where empty)."""
 
-    about: str
     level: Level
     text: str
+    about: str = ""
+
+
+ok = partial(Finding, "ok")
+warning = partial(Finding, "warning")
+failed = partial(Finding, "failed")
+NO_VALIDATION = warning("none: the run will not say whether it got better (section validation)")
 
 
 @dataclass
 class Subject:
-    """The recipe, and what checks have loaded of it so far."""
+    """The recipe, and what checks have loaded of it so far. `factory` to `heard` are of an environment of one's own."""
 
     recipe: Recipe
-    folder: Path
-    """For what is built in passing; gone after the check."""
+    folder: Path  # for what is built in passing; gone after the check
     variables: Mapping[str, str] = field(default_factory=lambda: os.environ)
-    """Those of the environment that the command runs in."""
     accelerate_config: Path = Path(default_config_file)
     scenarios: list[Scenario] = field(default_factory=list)
     held_out: list[Scenario] = field(default_factory=list)
     factory: Callable[[], Environment] | None = None
-    """Of an environment of one's own, as are tasks, held_out_tasks, openings and heard."""
     tasks: Sequence[Task] = ()
     held_out_tasks: Sequence[Task] = ()
-    openings: dict[str, Sequence[Message]] = field(default_factory=dict)
-    """The first messages of some tasks, by id."""
-    heard: list[Sequence[Message]] = field(default_factory=list)
-    """What the policy heard after each of its replies, in the episode that was played."""
+    openings: dict[str, Sequence[Message]] = field(default_factory=dict)  # the first messages of some tasks, by id
+    heard: list[Sequence[Message]] = field(default_factory=list)  # after each of the policy's replies, in the episode played
     shape: Shape | None = None
-    config: Any = None
-    """The model's own configuration, where it is at hand."""
+    config: Any = None  # the model's own configuration, where it is at hand
     tokenizer: PreTrainedTokenizerBase | None = None
     contexts: ContextBuilder | None = None
     simulator: SimulatorConfig | None = None
@@ -74,7 +74,7 @@ class Subject:
 
     @property
     def examples(self) -> list[Scenario]:
-        """Of what is played: the run's own scenarios, or the bundled ones while those are not here."""
+        """The run's own scenarios, or the bundled ones while those are not here."""
         return self.scenarios or load_scenarios("english/train")
 
     @property

@@ -31,11 +31,18 @@ from ctcgrpo.errors import (
     TrainingDiverged,
 )
 from ctcgrpo.model.sharding import check_launcher, deepspeed_stage, sharding_arguments
-from ctcgrpo.policy.adapter import refuse_tied_targets
 from ctcgrpo.policy.builtin import build_builtin, is_built, is_builtin, wheel_of
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.instructions import load_instructions
-from ctcgrpo.policy.loading import check_fits, load_config, load_tokenizer, loading_weights, pinned, stop_ids
+from ctcgrpo.policy.loading import (
+    check_fits,
+    load_config,
+    load_tokenizer,
+    loading_weights,
+    pinned,
+    refuse_tied_targets,
+    stop_ids,
+)
 from ctcgrpo.policy.model_wheel import fetch_model
 from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.run.data_digest import data_changes, folder_digest

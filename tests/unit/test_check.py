@@ -182,8 +182,8 @@ def test_scenarios_that_the_scripted_user_knows_nothing_of_are_warned_of(tmp_pat
 
 
 def test_room_to_wake_and_threads_for_an_optimizer_on_the_cpu(tmp_path: Path) -> None:
-    from ctcgrpo.preflight.gpu import memory
-    from ctcgrpo.preflight.machine import threads
+    from ctcgrpo.preflight.cost import memory
+    from ctcgrpo.preflight.launch import threads
     from ctcgrpo.preflight.subject import Subject
 
     recipes = {file: load_recipe(file) for file in (ROOT / "recipes").glob("qwen3_8b*.yaml")}

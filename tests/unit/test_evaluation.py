@@ -312,7 +312,7 @@ def test_eibench_scores_what_the_dialogues_come_to(tmp_path: Path) -> None:
         final = type(anchors.initial)(**states[-1])
         assert r.score == outcome_score(final, anchors, "evaluation") and r.measures["escalated"] == (r.score < 0)
         assert len([line for line in r.lines if line.speaker == "model"]) <= 3 and "<think>" not in str(r.lines)
-        assert (r.lines[0].speaker == "model") == scenarios[r.scenario].policy_opens
+        assert (r.lines[0].speaker == "model") == (not scenarios[r.scenario].opening_line)
     means = {name: sum(r.score or 0 for r in results if r.scenario == name) / 2 for name in scenarios}
     assert summary["scenarios"] == pytest.approx(means)
     assert summary["score"]["mean"] == pytest.approx(sum(means.values()) / 16) and summary["score"]["n"] == 16

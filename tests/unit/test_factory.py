@@ -20,12 +20,11 @@ from ctcgrpo.environments.eibench.scenarios import PACKS as PACK_FOLDER
 from ctcgrpo.environments.eibench.scenarios import load_scenarios, read_records
 from ctcgrpo.errors import OutputError, RecipeError, ScenarioError
 from ctcgrpo.factory.anchors import anchor_problems, nearest_levels, repaired
-from ctcgrpo.factory.duplicates import clusters, duplicates, text_of, to_drop
+from ctcgrpo.factory.duplicates import clusters, duplicates, held_out, text_of, to_drop
 from ctcgrpo.factory.example import write_example
 from ctcgrpo.factory.gate import gate
 from ctcgrpo.factory.layout import layout_problems, mended, sections
 from ctcgrpo.factory.rules import problems
-from ctcgrpo.factory.splitting import held_out
 from ctcgrpo.factory.stats import effective, stats_of, tables_of, write_picture
 from ctcgrpo.factory.storage import from_dataset, load_splits, save_dataset, to_dataset, with_origin, write_layout
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning

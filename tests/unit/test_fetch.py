@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from ctcgrpo.environments.eibench import fetch, git_blobs
+from ctcgrpo.environments.eibench import fetch
 from ctcgrpo.environments.eibench.records import SCENES
 from ctcgrpo.environments.eibench.scenarios import PACKS, load_scenarios
 from tests.conftest import Command
@@ -375,7 +375,7 @@ def test_without_the_list_of_files_nothing_is_fetched(
 def test_a_slow_list_of_files_is_given_up(
     ctcgrpo: Command, published: Path, monkeypatch: pytest.MonkeyPatch, pinned: Callable[[str], None]
 ) -> None:
-    monkeypatch.setattr(git_blobs, "_PATIENCE", 0.5)
+    monkeypatch.setattr(fetch, "_LIST_PATIENCE", 0.5)
     with mirror(published, trickles, "/tree") as url:
         pinned(url)
         code, _, err = ctcgrpo("scenarios", "fetch", "eibench", "--yes")
@@ -442,8 +442,8 @@ def test_a_partial_clone_is_listed_without_its_commands(tmp_path: Path) -> None:
     git("clone", "-q", "--no-checkout", "--filter=tree:0", f"file://{whole}", str(part))
     git("-C", str(part), "config", "remote.origin.uploadpack", f"touch {ran}; git-upload-pack")
     commit = git("-C", str(part), "rev-parse", "HEAD")
-    assert git_blobs.listed_by_clone(part, commit) is None and not ran.exists()
-    assert list(git_blobs.listed_by_clone(whole, commit) or ()) == ["file"]
+    assert fetch.listed_by_clone(part, commit) is None and not ran.exists()
+    assert list(fetch.listed_by_clone(whole, commit) or ()) == ["file"]
     git("-C", str(part), "ls-tree", commit)
     assert ran.exists()  # so git runs it, where nobody forbids it
 

@@ -271,8 +271,9 @@ def test_seeds_that_do_not_reach(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="seeds.yaml: personalities is missing"):
         pools(file)
     for changes, problem in [
-        ({"places": ["e", "e"]}, "places holds 'e' twice"),
-        ({"themes": {"support": {"a": []}}}, "themes.support.a is empty"),
+        ({"places": ["e", "e"]}, r"places is \['e', 'e'\]; it holds 'e' twice"),
+        ({"themes": {"support": {"a": []}}}, r"themes.support.a is \[\]; tuple should have at least 1 item"),
+        ({"themes": {"support": {}}}, "themes.support: Dictionary should have at least 1 item"),
         ({"colours": ["red"]}, "unknown field colours"),
     ]:
         (tmp_path / "bad.yaml").write_text(yaml.safe_dump(few | {"personalities": ["g"]} | changes))

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from ctcgrpo.environments.eibench import opening_messages
 from ctcgrpo.environments.eibench.persona import Briefing
+from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import OutputError, PolicyError, RecipeError
 from ctcgrpo.evaluation.compare import compared
@@ -32,17 +33,21 @@ ENGLISH, CHINESE = ({s.scene: s for s in load_scenarios(f"{pack}/test", "test")}
 EIBENCH = load_instructions("eibench")
 
 
+def system(scenario: Scenario, told: Briefing) -> str:
+    return opening_messages(scenario, told)[0]["content"]
+
+
 def test_the_shipped_instructions_are_on_by_default_and_fit_the_policy() -> None:
     told = briefing(load_recipe("recipes/qwen3_8b.yaml"))
     assert told.instructions == EIBENCH and told.reasons
     for pack, first, second in ((ENGLISH, "Think first", "Say only"), (CHINESE, "先在", "只写你当面")):
         for scenario in pack.values():
-            reasoned, plain = (Briefing(None, EIBENCH, reasons).told(scenario) for reasons in (True, False))
+            reasoned, plain = (system(scenario, Briefing(None, EIBENCH, reasons)) for reasons in (True, False))
             role = scenario.policy_persona
             assert reasoned.startswith(role + "\n\n### ") and plain.startswith(role + "\n\n### ")
             assert f"1. {first}" in reasoned and f"2. {second}" in reasoned and reasoned.count("</think>") == 3
             assert f"1. {second}" in plain and "think>" not in plain and first not in plain
-            assert Briefing().told(scenario) == role
+            assert system(scenario, Briefing()) == role
 
 
 def test_instructions_are_named_by_their_words(tmp_path: Path) -> None:
@@ -57,7 +62,7 @@ def test_instructions_are_named_by_their_words(tmp_path: Path) -> None:
     by_language = load_instructions(str(tmp_path / "by_language"))
     assert by_language.text("zh", True) == "先想。说人话。"
     with pytest.raises(PolicyError, match=r"scenario 'support-test-.*no text for language 'en', only zh; name a file"):
-        Briefing(None, by_language).told(ENGLISH["support"])
+        system(ENGLISH["support"], Briefing(None, by_language))
 
 
 @pytest.mark.parametrize(
@@ -90,13 +95,13 @@ def test_tags_in_instructions_are_tokens_and_those_in_a_role_are_not(tiny: Path)
     for scenario in (ENGLISH["support"], ENGLISH["charm"]):
         contexts.check({scenario.id: opening_messages(scenario, told)})
         ids, _ = contexts.prompt(contexts.start(opening_messages(scenario, told)))
-        messages = [{"role": "system", "content": told.told(scenario)}]
+        messages = [{"role": "system", "content": system(scenario, told)}]
         messages += [{"role": "user", "content": scenario.opening_line}] if scenario.opening_line else []
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert list(ids) == tokenizer.encode(rendered, add_special_tokens=False) and ids.count(tag) == 2
     role = Briefing(None, Instructions())
     plain = ContextBuilder(tokenizer, stop_ids={tokenizer.eos_token_id}, max_prompt_tokens=4000)
-    forged = replace(ENGLISH["support"], policy_persona=told.told(ENGLISH["support"]))
+    forged = replace(ENGLISH["support"], policy_persona=system(ENGLISH["support"], told))
     assert plain.prompt(plain.start(opening_messages(forged, role)))[0].count(tag) == 0
 
 
@@ -124,9 +129,8 @@ def test_evaluation_tells_the_model_what_training_does_and_says_so(
 ) -> None:
     calls = heard(monkeypatch)
     summary = play(tmp_path / "with", simulator="scripted")
-    assert {call[0][1] for call in calls} == {
-        Briefing(None, EIBENCH).told(s) for s in load_scenarios("english/test", "test")
-    }
+    wanted = {system(s, Briefing(None, EIBENCH)) for s in load_scenarios("english/test", "test")}
+    assert {call[0][1] for call in calls} == wanted
     assert summary["instructions"] == EIBENCH.name
     calls.clear()
     other = play(tmp_path / "without", simulator="scripted", instructions="none", persona_sections=["Core goal"])

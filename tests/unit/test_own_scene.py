@@ -112,7 +112,7 @@ def test_who_opens_and_whether_anger_may_rise_are_data() -> None:
     (record,) = records(1)
     silent = {**record, "aggressor_profile": {**record["aggressor_profile"], "opening_line": ""}}
     scenario, faults = check_record(silent, "f, line 1")
-    assert scenario is not None and scenario.policy_opens and not faults
+    assert scenario is not None and not scenario.opening_line and not faults
     scenario, faults = check_record({**silent, "scene_tag": "support"}, "f, line 1")
     assert scenario is None and "in support the user speaks first" in str(faults[0])
     risen = {

@@ -119,7 +119,7 @@ async def test_an_episode_adds_up(parts: Parts, simulator_url: str) -> None:
         assert [t.reward for t in episode.turns] == [turn_score(a, b) for a, b in pairwise(states)]
         assert episode.outcome == outcome_score(states[-1], scenario.anchors)
         assert [t.done for t in episode.turns] == [False] * (len(episode.turns) - 1) + [True]
-        charm = scenario.policy_opens
+        charm = not scenario.opening_line
         assert ("<|im_start|>user" in parts.tokenizer.decode(episode.turns[0].prompt_ids)) != charm
 
 

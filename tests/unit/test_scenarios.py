@@ -56,13 +56,13 @@ def test_a_record_becomes_a_scenario(tmp_path: Path, record: dict[str, Any]) -> 
     assert (scenario.id, scenario.scene, scenario.opening_line) == ("support-1", "support", "I lost it.")
     assert scenario.anchors == (UserState(70, 40), UserState(20, 80), UserState(90, 10))
     assert scenario.extras["something_else"] == 7
-    assert scenario.language == "en" and not scenario.policy_opens
+    assert scenario.language == "en" and scenario.opening_line
 
 
 def test_records_may_be_wrapped_and_the_policy_opens_in_charm(tmp_path: Path, record: dict[str, Any]) -> None:
     record |= {"scene_tag": "Charm"}
     (scenario,) = load_scenarios(write(tmp_path, {"row": record}))
-    assert scenario.scene == "charm" and scenario.policy_opens
+    assert scenario.scene == "charm" and not scenario.opening_line
 
 
 def test_initial_values_may_stand_under_meta_config(record: dict[str, Any]) -> None:
@@ -335,7 +335,7 @@ def test_the_bundled_pack() -> None:
     for s in everything:
         assert sections(s.user_persona) == USER_SECTIONS, s.id
         assert sections(s.policy_persona) == POLICY_SECTIONS, s.id
-        assert s.policy_opens == (s.scene == "charm"), s.id
+        assert (not s.opening_line) == (s.scene == "charm"), s.id
         initial, target, worst = s.anchors
         assert target.anger + 20 <= initial.anger <= worst.anger - 15, s.id
         assert worst.trust + 15 <= initial.trust <= target.trust - 20, s.id

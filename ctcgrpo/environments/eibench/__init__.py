@@ -1,12 +1,15 @@
 """EIBench: a simulated user whose anger and trust each reply of the policy moves; its scenarios and their scoring.
 
-`EIBench` is the environment; `UserState`, `Anchors`, `outcome_score` and `turn_score` are the benchmark's records and formulas.
-"""
+`EIBench` is the environment; `UserState`, `Anchors`, `outcome_score` and `turn_score` are the benchmark's records and formulas."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ctcgrpo.environments.eibench.records import Anchors as Anchors
+from ctcgrpo.environments.eibench.records import UserState as UserState
+from ctcgrpo.environments.eibench.scoring import outcome_score as outcome_score
+from ctcgrpo.environments.eibench.scoring import turn_score as turn_score
 from ctcgrpo.util.lazy import lazy
 
 if TYPE_CHECKING:
@@ -16,24 +19,7 @@ if TYPE_CHECKING:
     from ctcgrpo.environments.eibench.environment import opening_messages as opening_messages
     from ctcgrpo.environments.eibench.environment import scenario_tasks as scenario_tasks
     from ctcgrpo.environments.eibench.environment import task_of as task_of
-    from ctcgrpo.environments.eibench.records import Anchors as Anchors
-    from ctcgrpo.environments.eibench.records import UserState as UserState
-    from ctcgrpo.environments.eibench.scoring import outcome_score as outcome_score
-    from ctcgrpo.environments.eibench.scoring import turn_score as turn_score
 
 # Simulators read the records, and the environment asks a simulator.
-__getattr__ = lazy(
-    __name__,
-    {
-        "EIBench": "environment",
-        "EIBenchEpisodes": "environment",
-        "User": "environment",
-        "opening_messages": "environment",
-        "scenario_tasks": "environment",
-        "task_of": "environment",
-        "Anchors": "records",
-        "UserState": "records",
-        "outcome_score": "scoring",
-        "turn_score": "scoring",
-    },
-)
+_LAZY = ("EIBench", "EIBenchEpisodes", "User", "opening_messages", "scenario_tasks", "task_of")
+__getattr__ = lazy(__name__, dict.fromkeys(_LAZY, "environment"))

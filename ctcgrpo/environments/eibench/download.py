@@ -6,16 +6,15 @@ import http.client
 import time
 import urllib.error
 import urllib.request
-from io import BufferedReader
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.util.naming import cut
 
-_TIMEOUT = 60.0
-"""Seconds that a server may be silent."""
+_TIMEOUT = 60.0  # seconds that a server may be silent
 _PART = 1 << 16
 
 
@@ -23,18 +22,15 @@ def download(
     url: str, target: Path, *, largest: int, patience: float, hosts: tuple[str, ...] = (), accept: str = "*/*"
 ) -> None:
     """Write the content of `url` to `target`: at most `largest` bytes, in `patience` seconds. Redirects are followed to where `url`
-    is, and over https to `hosts`. Raises ScenarioError for what cannot be downloaded, comes incomplete, is too large or too slow.
-    """
+    is, and over https to `hosts`. Raises ScenarioError for what cannot be had, comes incomplete, is too large or too slow."""
     request = urllib.request.Request(url, headers={"Accept": accept})
     try:
         with urllib.request.build_opener(_Redirects(url, hosts)).open(request, timeout=_TIMEOUT) as response:
             length: int | None = response.length
             if length is None and not response.chunked:
-                raise ScenarioError(
-                    f"{url} comes without a length (Content-Length), so a cut file would look like a whole one"
-                )
-            if length is not None and length > largest:
-                raise _too_large(url, length, largest)
+                why = "so a cut file would look like a whole one"
+                raise ScenarioError(f"{url} comes without a length (Content-Length), {why}")
+            _check_size(url, length or 0, largest)
             with target.open("wb") as out:
                 size = _pour(response, out, url, largest, patience, length)
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -63,28 +59,21 @@ def _reason(error: Exception) -> str:
     return said
 
 
-def _pour(
-    found: BufferedReader | http.client.HTTPResponse,
-    out: BinaryIO,
-    place: str,
-    largest: int,
-    patience: float,
-    length: int | None = None,
-) -> int:
+def _pour(found: BufferedIOBase, out: BinaryIO, place: str, largest: int, patience: float, length: int | None = None) -> int:
     """Copy a file of acceptable size, in acceptable time, up to `length`; gives how much there was."""
     size, deadline = 0, time.monotonic() + patience
     while size != length and (part := found.read1(_PART if length is None else min(_PART, length - size))):
         size += len(part)
-        if size > largest:
-            raise _too_large(place, size, largest)
+        _check_size(place, size, largest)
         if time.monotonic() > deadline:
             raise ScenarioError(f"{place} is not whole after {patience:g} s")
         out.write(part)
     return size
 
 
-def _too_large(place: str, size: int, largest: int) -> ScenarioError:
-    return ScenarioError(f"{place} has {size} bytes or more; expected at most {largest} bytes")
+def _check_size(place: str, size: int, largest: int) -> None:
+    if size > largest:
+        raise ScenarioError(f"{place} has {size} bytes or more; expected at most {largest} bytes")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -94,19 +83,12 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         self._source, self._hosts = urlsplit(source), hosts
 
     def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: object,
-        code: int,
-        msg: str,
-        headers: http.client.HTTPMessage,
-        newurl: str,
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
-        there = urlsplit(newurl)
-        here = self._source.netloc
-        same = (there.scheme, there.netloc) == (self._source.scheme, here)
-        if not same and not (there.scheme == "https" and there.netloc in (here, *self._hosts)):
-            raise ScenarioError(
-                f"{req.full_url} redirects to {newurl[:200]!r}; expected {' or, over https, '.join((here, *self._hosts))}"
-            )
-        return super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
+        there, here = urlsplit(newurl), self._source
+        allowed = (here.netloc, *self._hosts)
+        same = (there.scheme, there.netloc) == (here.scheme, here.netloc)
+        if not same and not (there.scheme == "https" and there.netloc in allowed):
+            expected = " or, over https, ".join(allowed)
+            raise ScenarioError(f"{req.full_url} redirects to {newurl[:200]!r}; expected {expected}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)

@@ -1,8 +1,7 @@
 """EIBench's task as an environment: a simulated user, whose anger and trust each reply of the policy moves.
 
 The reward of a turn is the turn score of the change that it made, the outcome the score of the state that the user is left in.
-Source: EIBench (arXiv 2606.15532).
-"""
+Source: EIBench (arXiv 2606.15532)."""
 
 from __future__ import annotations
 
@@ -17,21 +16,12 @@ from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.environments.eibench.scoring import Variant, outcome_score, turn_score
 from ctcgrpo.options import RolloutOptions
 from ctcgrpo.rollout.engine import request_seed
-from ctcgrpo.simulator.protocol import (
-    ScenarioCard,
-    SimulatorBackend,
-    TurnReply,
-    TurnRequest,
-    Utterance,
-    turn_request,
-)
+from ctcgrpo.simulator.protocol import ScenarioCard, TurnReply, TurnRequest, Utterance, turn_request
 from ctcgrpo.simulator.scripted import ScriptedBackend
 from ctcgrpo.simulator.service import answer
 from ctcgrpo.types import Environment, Message, Step, Task
 
-_EVEN = (0.5, 0.5)
-_PERSONA = Briefing()
-"""The whole role, and no instructions."""
+_PERSONA = Briefing()  # the whole role, and no instructions
 
 
 class User(Protocol):
@@ -48,22 +38,16 @@ class SharedUser(User, Protocol):
     async def __aexit__(self, *error: Any) -> Any: ...
 
 
-class LocalUser:
-    """A simulator backend in this process, without a server."""
-
-    def __init__(self, backend: SimulatorBackend) -> None:
-        self._backend = backend
-
+class _ScriptedUser:
     async def turn(self, request: TurnRequest) -> TurnReply:
-        return await answer(self._backend, request)
+        return await answer(ScriptedBackend(), request)
 
 
 class EIBench(Environment):
     """One dialogue with `user`, the scripted one where absent. A task's `scenario` is a Scenario (`scenario_tasks`).
 
-    `briefing`: what the policy is told of its role; `max_turns`: replies of the policy at most, which the user is told;
-    `turn_weights`: weights of the change in anger and in trust in a turn's reward, by scene. After `reset`, `state` is the user's
-    current one; after a step, `answer` is the user's last one, and `copy.copy` gives a dialogue that continues on its own."""
+    `briefing`: what the policy is told of its role; `max_turns`: its replies at most, which the user is told; `turn_weights`: of
+    anger and trust in a turn's reward, by scene. After a step `state` and `answer` are the user's, and `copy.copy` branches off."""
 
     def __init__(
         self,
@@ -74,7 +58,7 @@ class EIBench(Environment):
         variant: Variant = "training",
         turn_weights: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
-        self._user: User = LocalUser(ScriptedBackend()) if user is None else user
+        self._user: User = _ScriptedUser() if user is None else user
         self._briefing = briefing
         self._max_turns = max_turns
         self._variant: Variant = variant
@@ -94,21 +78,20 @@ class EIBench(Environment):
         """Raises the simulator's errors where it has no answer."""
         self._history = (*self._history, Utterance(speaker="policy", text=reply))
         round = sum(utterance.speaker == "policy" for utterance in self._history)
-        self.answer = answer = await self._user.turn(
-            turn_request(
-                self._card,
-                self._history,
-                self.state,
-                request_id=f"{self.name}/{self._seed:x}/{round}",
-                max_rounds=self._max_turns,
-                seed=request_seed(self._seed, round),
-            )
+        request = turn_request(
+            self._card,
+            self._history,
+            self.state,
+            request_id=f"{self.name}/{self._seed:x}/{round}",
+            max_rounds=self._max_turns,
+            seed=request_seed(self._seed, round),
         )
+        self.answer = answer = await self._user.turn(request)
         before, self.state = self.state, UserState(answer.state.anger, answer.state.trust)
         self._history = (*self._history, Utterance(speaker="user", text=answer.reply, reflection=answer.reflection))
         return Step(
             message=answer.reply,
-            reward=turn_score(before, self.state, self._turn_weights.get(self._scenario.scene, _EVEN)),
+            reward=turn_score(before, self.state, self._turn_weights.get(self._scenario.scene, (0.5, 0.5))),
             done=not answer.goes_on,
             info={**self.state._asdict(), "why": answer.why},
         )
@@ -118,8 +101,7 @@ class EIBench(Environment):
 
 
 class EIBenchEpisodes(contextlib.AbstractAsyncContextManager["EIBenchEpisodes"]):
-    """Makes the environment of each episode; all of them ask one `user`, which is entered while a batch is played. `options` are
-    those of `EIBench`."""
+    """Makes the environment of each episode; all ask one `user`, entered while a batch is played. `options`: of `EIBench`."""
 
     def __init__(self, user: SharedUser, **options: Any) -> None:
         self._user, self._options = user, options
@@ -136,8 +118,7 @@ class EIBenchEpisodes(contextlib.AbstractAsyncContextManager["EIBenchEpisodes"])
 
 
 def opening_messages(scenario: Scenario, briefing: Briefing) -> list[Message]:
-    """What the policy hears first. Raises PolicyError for a section that the role does not have, or a language without
-    instructions."""
+    """What the policy hears first. Raises as `Briefing.parts`."""
     role, instructions = briefing.parts(scenario)
     system: Message = {"role": "system", "content": together(role, instructions), "instructions": instructions}
     line = scenario.opening_line.strip()
@@ -149,6 +130,5 @@ def task_of(scenario: Scenario) -> Task:
 
 
 def scenario_tasks(source: str, split: Split = "train") -> list[Task]:
-    """The scenarios of a file, a folder or a pack (english/train) as tasks, with the scene as tag. Raises ScenarioError for those
-    that cannot be read."""
+    """The scenarios of a file, a folder or a pack (english/train) as tasks, with the scene as tag. Raises as `load_scenarios`."""
     return [task_of(scenario) for scenario in load_scenarios(source, split)]

@@ -1,22 +1,34 @@
-"""Fetching a dataset that does not come with this package: from its public repository, after its licence was agreed to."""
+"""Fetching a dataset that does not come with this package: from its public repository, after its licence was agreed to.
+
+Its files are compared with the blob ids of the published commit, from GitHub's API or from a clone. A blob id is a SHA-1 of a
+file's length and content; for a file in Git LFS it is that of a pointer, and never that of the file."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ctcgrpo.environments.eibench.download import copy, download
-from ctcgrpo.environments.eibench.git_blobs import blob_id, listed_by_clone, listed_by_github
+from ctcgrpo.environments.eibench.records import SCENES
 from ctcgrpo.environments.eibench.scenario_format import Split
 from ctcgrpo.environments.eibench.scenarios import by_scene, data_home, load_set
 from ctcgrpo.errors import OutputError, ScenarioError
+from ctcgrpo.util.files import explained
 from ctcgrpo.util.naming import did_you_mean
+from ctcgrpo.util.terminal import say
 
 _LARGEST, _PATIENCE = 50_000_000, 900.0
 """Bytes of a file at most, where those of EIBench have some 2 to 6 million; and seconds that it may take."""
+_LIST_LARGEST, _LIST_PATIENCE = 10_000_000, 60.0
+"""Of a list of files, where GitHub truncates those above 7 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,34 +58,20 @@ DATASETS = {
         commit=_COMMIT,
         folder="EIBench/data",
         listing=f"https://api.github.com/repos/Tongyi-ConvAI/Qwen-Character/git/trees/{_COMMIT}?recursive=1",
-        names=tuple(
-            f"{split}/{scene}_final.jsonl"
-            for split in ("train", "test")
-            for scene in ("support", "defense", "repair", "charm")
-        ),
+        names=tuple(f"{split}/{scene}_final.jsonl" for split in ("train", "test") for scene in SCENES),
         counts={"train": 2009, "test": 213},
         hosts=("github.com", "raw.githubusercontent.com", "media.githubusercontent.com"),
     )
 }
 
 
-def fetch(
-    name: str,
-    agree: Callable[[DataSet], bool],
-    *,
-    source: str | None = None,
-    verify: bool = True,
-    say: Callable[[str], None] = print,
-) -> Path:
+def fetch(name: str, agree: Callable[[DataSet], bool], *, source: str | None = None, verify: bool = True) -> Path:
     """Put a dataset under `data_home()`, complete or not at all; gives its folder. Each file is compared with the published commit,
-    whose list of files GitHub's API gives. `verify=False` leaves that out, which is said and recorded.
-
-    `source`: another URL, or a folder with the files. Its files are compared where the folder is in a clone that has the commit.
-    They may differ from the published ones, in content and number, which is said and recorded too.
+    whose list of files GitHub's API gives. `verify=False` leaves that out, which is said and recorded. Files of another `source` (a
+    URL or a folder) are compared where it is in a clone that has the commit; that they differ is said and recorded too.
 
     Raises ScenarioError for a dataset nobody knows, for files that cannot be downloaded, are cut, altered, too large or cannot be
-    read, and where the list of files is not available; OutputError where the licence is not agreed to, or the folder exists.
-    """
+    read, and where the list of files is not available; OutputError where the licence is not agreed to, or the folder exists."""
     if name not in DATASETS:
         raise ScenarioError(f"there is no dataset {name!r} to fetch; {did_you_mean(name, DATASETS)}")
     dataset, target = DATASETS[name], data_home() / name
@@ -93,14 +91,16 @@ def fetch(
             say(f"fetching {file}")
             content = _fetch_file(dataset, source, file, partial / file)
             digests.append(f"{hashlib.sha256(content).hexdigest()}  {file}")
-            if listed is not None and (problem := _difference(content, listed.get(f"{dataset.folder}/{file}"))):
-                if source is None:
-                    raise ScenarioError(
-                        f"{dataset.source}/{file}: {problem} by commit {dataset.commit}: it was altered on the way, or the commit "
-                        "has only a pointer to Git LFS; try again"
-                    )
-                differing.append(f"{file} is not that of the commit: {problem}")
-        notes = [*differing, *_differing_counts(dataset, partial, say)]
+            blob = blob_id(content)
+            wanted = blob if listed is None else listed.get(f"{dataset.folder}/{file}", "no such file")
+            if blob == wanted:
+                continue
+            problem = f"git blob id = {blob}; expected {wanted}"
+            if source is None:
+                why = "it was altered on the way, or the commit has only a pointer to Git LFS; try again"
+                raise ScenarioError(f"{dataset.source}/{file}: {problem} by commit {dataset.commit}: {why}")
+            differing.append(f"{file} is not that of the commit: {problem}")
+        notes = [*differing, *_differing_counts(dataset, partial)]
         if notes and source is None:
             raise ScenarioError(f"{dataset.source}: {'; '.join(notes)}; the download is not complete, try again")
         for note in notes:
@@ -118,16 +118,17 @@ def _listed(dataset: DataSet, source: str | None, verify: bool, scratch: Path) -
     """The blob ids of the commit by path, None where there is nothing to compare with; and how files are compared, or why not."""
     commit = f"commit {dataset.commit}"
     unknown = f"the files are NOT compared with {commit}, only their format and number are checked"
-    if source is None and not verify:
+    if not verify:
         return None, f"{unknown} (--unverified)"
     if source is None:
         try:
             return listed_by_github(dataset.listing, scratch), f"compared with {commit} by {dataset.listing}"
         except ScenarioError as error:
-            raise ScenarioError(
-                f"{error}; without it the files cannot be compared with {commit}. Try again later, pass the {dataset.folder} "
-                "folder of a clone with --source, or take the files without this check with --unverified"
-            ) from None
+            advice = (
+                f"pass the {dataset.folder} folder of a clone with --source, or take the files unchecked with --unverified"
+            )
+            problem = f"{error}; without it the files cannot be compared with {commit}"
+            raise ScenarioError(f"{problem}. Try again later, {advice}") from None
     if _is_url(source):
         return None, f"{unknown}: {source} is not the published source"
     listed = listed_by_clone(Path(source), dataset.commit)
@@ -136,34 +137,26 @@ def _listed(dataset: DataSet, source: str | None, verify: bool, scratch: Path) -
     return listed, f"compared with {commit} by the clone that {source} is in"
 
 
-def _difference(content: bytes, expected: str | None) -> str | None:
-    found = blob_id(content)
-    return None if found == expected else f"git blob id = {found}; expected {expected or 'no such file'}"
-
-
 def _fetch_file(dataset: DataSet, source: str | None, file: str, target: Path) -> bytes:
     """Copy or download a file; gives its content."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    place = f"{(source or dataset.source).rstrip('/')}/{file}"
     if source is not None and not _is_url(source):
-        place = str(Path(source) / file)
         copy(Path(place), target, largest=_LARGEST, patience=_PATIENCE)
     else:
-        place = f"{(source or dataset.source).rstrip('/')}/{file}"
         try:
             download(place, target, largest=_LARGEST, patience=_PATIENCE, hosts=dataset.hosts)
         except ScenarioError as error:
-            raise ScenarioError(
-                f"{error}; try again, or clone the repository elsewhere and pass its {dataset.folder} folder with --source"
-            ) from None
+            advice = f"try again, or clone the repository elsewhere and pass its {dataset.folder} folder with --source"
+            raise ScenarioError(f"{error}; {advice}") from None
     content = target.read_bytes()
     if content.startswith(b"version https://git-lfs"):
-        raise ScenarioError(
-            f"{place} is a pointer to a file in Git LFS; clone the repository with LFS and pass its folder with --source"
-        )
+        advice = "clone the repository with LFS and pass its folder with --source"
+        raise ScenarioError(f"{place} is a pointer to a file in Git LFS; {advice}")
     return content
 
 
-def _differing_counts(dataset: DataSet, folder: Path, say: Callable[[str], None]) -> list[str]:
+def _differing_counts(dataset: DataSet, folder: Path) -> list[str]:
     """A note for each split that has not the published number of scenarios. Raises ScenarioError for files that cannot be read."""
     notes = []
     for split, count in dataset.counts.items():
@@ -182,3 +175,58 @@ def _differing_counts(dataset: DataSet, folder: Path, say: Callable[[str], None]
 
 def _is_url(source: str) -> bool:
     return source.startswith(("http://", "https://"))
+
+
+def blob_id(content: bytes) -> str:
+    """Git's id of a content: the SHA-1 of "blob", the length, a zero byte and the content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True)
+    path: str
+    type: str
+    sha: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+
+
+class _Tree(BaseModel):
+    model_config = ConfigDict(strict=True)
+    truncated: bool
+    tree: list[_Entry]
+
+
+def listed_by_github(url: str, scratch: Path) -> dict[str, str]:
+    """The blob ids of a commit by path, from GitHub's API at `url` (.../git/trees/COMMIT?recursive=1), by way of a file in
+    `scratch`. Raises ScenarioError where there is no answer, or no complete one."""
+    answer = scratch / "tree.json"
+    download(url, answer, largest=_LIST_LARGEST, patience=_LIST_PATIENCE, accept="application/vnd.github+json")
+    try:
+        tree = _Tree.model_validate_json(answer.read_bytes())
+    except ValidationError as error:
+        raise ScenarioError(f"{url}: {explained(error)}; expected a list of files as GitHub's API gives it") from None
+    if tree.truncated:
+        raise ScenarioError(f"{url}: truncated = true; expected a complete list of files")
+    return {e.path: e.sha for e in tree.tree if e.type == "blob"}
+
+
+def listed_by_clone(place: Path, commit: str) -> dict[str, str] | None:
+    """The same from the git repository that `place` is in; None where there is none, it lacks the commit, or git is missing."""
+    try:
+        entries = subprocess.run(
+            ["git", "-C", str(place), "ls-tree", "-r", "-z", "--full-tree", commit],
+            # No transport is allowed: a partial clone would run commands of its own configuration to fetch what it lacks. And no
+            # object stands in for another (git replace).
+            env={**os.environ, "GIT_ALLOW_PROTOCOL": "none", "GIT_NO_REPLACE_OBJECTS": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_LIST_PATIENCE,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    blobs = {}
+    for about, _, path in (entry.partition(b"\t") for entry in entries.split(b"\0") if entry):
+        _, kind, name = about.split()
+        if kind == b"blob":
+            blobs[os.fsdecode(path)] = name.decode()
+    return blobs

@@ -10,8 +10,7 @@ from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.errors import PolicyError
 from ctcgrpo.policy.instructions import WITHOUT, Instructions
 
-BETWEEN = "\n\n"
-"""Between a role and the instructions behind it."""
+BETWEEN = "\n\n"  # between a role and the instructions behind it
 _HEADING = re.compile(r"^#+ *(.+?) *$", re.MULTILINE)
 
 
@@ -33,25 +32,19 @@ class Briefing:
         except PolicyError as error:
             raise PolicyError(f"scenario {scenario.id!r}: {error}") from None
 
-    def told(self, scenario: Scenario) -> str:
-        """Both as one text. Raises as `parts` does."""
-        return together(*self.parts(scenario))
-
 
 def together(role: str, instructions: str) -> str:
     return BETWEEN.join(part for part in (role, instructions) if part)
 
 
 def told(persona: str, sections: Sequence[str] | None) -> str:
-    """The named sections of a persona (`### Heading` and the lines below it) in the persona's own order, or, for None, all of
-    it. Raises PolicyError naming a section that is not there."""
+    """The named sections of a persona (`### Heading` and the lines below) in its own order; for None all. Raises PolicyError."""
     if sections is None:
         return persona
     headings = list(_HEADING.finditer(persona))
     ends = [match.start() for match in headings[1:]] + [len(persona)]
     parts = {match[1]: persona[match.start() : end].strip() for match, end in zip(headings, ends, strict=False)}
     if missing := [name for name in sections if name not in parts]:
-        raise PolicyError(
-            f"policy.persona_sections names {missing[0]!r}; this persona has {', '.join(parts) or 'no sections'}"
-        )
+        has = ", ".join(parts) or "no sections"
+        raise PolicyError(f"policy.persona_sections names {missing[0]!r}; this persona has {has}")
     return "\n\n".join(text for name, text in parts.items() if name in sections)

@@ -24,8 +24,8 @@ _PUBLISHED: Mapping[str, SceneRules] = {
     "repair": SceneRules(policy_opens=False, anger_may_rise=False, script="repair"),
     "charm": SceneRules(policy_opens=True, anger_may_rise=False),
 }
-SCENES = tuple(_PUBLISHED)
-"""The scenes of the published set. A set may have others: any name of SCENE_NAME's form."""
+SCENES = tuple(_PUBLISHED)  # the scenes of the published set. A set may have others: any name of SCENE_NAME's form
+MAX_DELTA = 10  # a turn changes each axis by at most this much
 SCENE_NAME = r"^[^\W_][\w-]{0,39}$"
 
 
@@ -39,10 +39,6 @@ def in_order(scenes: Iterable[str]) -> list[str]:
     return [*(scene for scene in SCENES if scene in found), *sorted(found - set(SCENES))]
 
 
-MAX_DELTA = 10
-"""A turn changes each axis by at most this much."""
-
-
 class UserState(NamedTuple):
     """The user's emotional state: two integers in [0, 100] whose meaning the scene sets (higher anger is worse)."""
 
@@ -51,11 +47,8 @@ class UserState(NamedTuple):
 
     def plus(self, anger_delta: int, trust_delta: int) -> UserState:
         """The state after a turn: each delta is clipped to [-10, 10], the result is clamped to [0, 100]."""
-        return UserState(_moved(self.anger, anger_delta), _moved(self.trust, trust_delta))
-
-
-def _moved(value: int, delta: int) -> int:
-    return min(100, max(0, value + min(MAX_DELTA, max(-MAX_DELTA, delta))))
+        deltas = (min(MAX_DELTA, max(-MAX_DELTA, delta)) for delta in (anger_delta, trust_delta))
+        return UserState(*(min(100, max(0, value + delta)) for value, delta in zip(self, deltas, strict=True)))
 
 
 class Anchors(NamedTuple):
@@ -72,8 +65,7 @@ class Scenario:
 
     `opening_line` is the user's first line; it is empty where the policy opens (as in charm). `script` is what the
     scripted simulator knows beyond the personas (empty for records without it); `extras` holds every further key of
-    the source record, unread and kept.
-    """
+    the source record, unread and kept."""
 
     id: str
     title: str
@@ -89,7 +81,3 @@ class Scenario:
     source: str = ""
     script: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     extras: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-
-    @property
-    def policy_opens(self) -> bool:
-        return not self.opening_line

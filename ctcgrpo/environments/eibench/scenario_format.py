@@ -1,25 +1,42 @@
 """The record format of EIBench, and a record as a Scenario; the dataset's own words (aggressor, defender, rub_goals) stay in here.
 
 Strict where it matters (identity, scene, personas, anchors), tolerant of keys it does not know: they are kept in `Scenario.extras`.
-Format: EIBench (Tongyi-ConvAI/Qwen-Character).
-"""
+Format: EIBench (Tongyi-ConvAI/Qwen-Character)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.resources import files
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ctcgrpo.environments.eibench.records import SCENE_NAME, SCENES, Anchors, Scenario, UserState, scene_rules
 from ctcgrpo.errors import ScenarioError
 from ctcgrpo.util.naming import cut, nearest, quoted
+from ctcgrpo.util.strict_yaml import load_yaml
 
 Split = Literal["train", "test"]
-_LONGEST_MESSAGE = 600
-"""Characters of what is wrong with a record: it may quote the record."""
+_HAN = re.compile(r"[\u4e00-\u9fff]")
+_MISSPELT_SCENE = 0.75
+_TAKEN = ("all", "failed", "overall")
+_INITIAL = "initial_calibration"
+_ANCHORS = {
+    _INITIAL: ("initial_anger", "initial_trust"),
+    "rub_goals": ("target_anger", "target_trust"),
+    "worst_case": ("worst_anger_min", "worst_trust_min"),
+}
+_STAND_INS: Mapping[str, Any] = {
+    "id": "?",
+    "scene_tag": "charm",
+    "aggressor_profile": {"system_prompt": "?", "opening_line": "?"},
+    "defender_profile": {"system_prompt": "?"},
+}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_MISSPELT = 0.84
+_LONGEST_MESSAGE = 600  # characters of what is wrong with a record: it may quote the record
 
 
 class Fault(NamedTuple):
@@ -39,74 +56,56 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-def _told(description: str, default: Any = ...) -> Any:
-    """A field with what it is for, which `ctcgrpo scenarios new` prints."""
-    return Field(default, description=description)
-
-
 class _User(_Part):
-    system_prompt: str = _told("Persona of the user. The simulator plays it; the policy never sees it.")
-    opening_line: str = _told(
-        "First line of the user. Required in support, defense and repair; in charm the policy speaks first, and in a scene of your "
-        "own where this is left out.",
-        "",
-    )
+    system_prompt: str
+    opening_line: str = ""
 
 
 class _Policy(_Part):
-    system_prompt: str = _told("Role of the policy: its system prompt.")
+    system_prompt: str
 
 
 class _Initial(_Part):
-    initial_anger: int = _told("Anger of the user at the start, 0 to 100. Left out: 50.", 50)
-    initial_trust: int = _told("Trust of the user at the start, 0 to 100. Left out: 50.", 50)
-
-
-_BEST = "at the best end, which scores +1"
-_LOWEST = "at the worst end, which scores -1"
+    initial_anger: int = 50
+    initial_trust: int = 50
 
 
 class _Target(_Part):
-    target_anger: int | None = _told(f"Anger {_BEST}. Left out: 0 in training, the initial anger in a held-out set.", None)
-    target_trust: int | None = _told(f"Trust {_BEST}. Left out: 100 in training, the initial trust in a held-out set.", None)
+    target_anger: int | None = None
+    target_trust: int | None = None
 
 
 class _Worst(_Part):
-    worst_anger_min: int | None = _told(f"Anger {_LOWEST}. Left out: 100 in training, initial + 25 in a held-out set.", None)
-    worst_trust_min: int | None = _told(f"Trust {_LOWEST}. Left out: 0 in training, initial - 20 in a held-out set.", None)
+    worst_anger_min: int | None = None
+    worst_trust_min: int | None = None
 
 
 class _Record(_Part):
-    id: str = _told("Name of the scenario, unique in the set. Traces and reports use it.")
-    scene_tag: str = _told(
-        "What kind of situation it is: support, defense, repair or charm, as in the published set, or a name of your own."
-    )
-    title: str = _told("A few words for tables and reports.", "")
-    language: str = _told("Code of the language, for example en or zh. Left out: told by the characters of the persona.", "")
+    id: str
+    scene_tag: str
+    title: str = ""
+    language: str = ""
     aggressor_profile: _User
     defender_profile: _Policy
-    goal_one_liner: str = _told("What a good outcome is, in one sentence.", "")
-    success_criteria: list[str] = _told("Signs that it went well. An LLM that plays the user reads them.", [])
-    must_avoid: list[str] = _told("What hurts this user. An LLM that plays the user reads it.", [])
+    goal_one_liner: str = ""
+    success_criteria: list[str] = []
+    must_avoid: list[str] = []
     initial_calibration: _Initial = _Initial()
     rub_goals: _Target = _Target()
     worst_case: _Worst = _Worst()
-    data_source: str = _told("Where the record comes from.", "")
-    script: dict[str, Any] = _told(
-        "What the scripted user knows of this user's life. Left out: derived from the opening line and the numbered facts of the "
-        "persona, which tells good replies from bad ones poorly. An LLM that plays the user does not read it.",
-        {},
-    )
+    data_source: str = ""
+    script: dict[str, Any] = {}
 
 
 def record_fields(model: type[BaseModel] = _Record, path: str = "") -> Iterator[tuple[str, bool, str]]:
     """(field, whether it is required, what it is for) of a record, in order, without `script`'s own."""
+    texts = load_yaml((files("ctcgrpo.environments.eibench") / "record_fields.yaml").read_text(encoding="utf-8"))
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, _Part):
             yield from record_fields(kind, f"{path}{name}.")
         else:
-            yield f"{path}{name}", field.is_required(), field.description or ""
+            yield f"{path}{name}", field.is_required(), texts[f"{path}{name}"]
 
 
 def read_record(record: Mapping[str, Any], place: str, split: Split = "train") -> Scenario:
@@ -128,24 +127,23 @@ def check_record(record: Mapping[str, Any], place: str, split: Split = "train") 
 
     meta = record.get("meta_config")
     if isinstance(meta, Mapping) and _INITIAL in meta:  # the other place in which EIBench's records have it
-        if record.get(_INITIAL, meta[_INITIAL]) != meta[_INITIAL]:
-            fault(
-                _INITIAL, f"is {quoted(record[_INITIAL])}, and meta_config.{_INITIAL} is {quoted(meta[_INITIAL])}; keep one"
-            )
-        record = {**record, _INITIAL: meta[_INITIAL]}
-    for field, message in (*_lone_surrogates(record), *_misspelt(record, _Record)):
+        own, other = record.get(_INITIAL, meta[_INITIAL]), meta[_INITIAL]
+        if own != other:
+            fault(_INITIAL, f"is {quoted(own)}, and meta_config.{_INITIAL} is {quoted(other)}; keep one")
+        record = {**record, _INITIAL: other}
+    misspelt = dict(_misspelt(record, _Record))
+    for field, message in (*_lone_surrogates(record), *misspelt.items()):
         fault(field, message)
     ordered = True
     try:
         parsed = _Record.model_validate(record)
     except ValidationError as error:
-        meant = {field for field, _ in _misspelt(record, _Record)}
         for one in error.errors():
             field = ".".join(map(str, one["loc"]))
             ordered = ordered and one["loc"][0] not in _ANCHORS
             if one["type"] != "missing":
                 fault(field, f"is {quoted(one['input'])}; {one['msg'].lower()}")
-            elif not any(nearest(other, [field], cutoff=_MISSPELT) for other in meant):
+            elif not any(nearest(other, [field], cutoff=_MISSPELT) for other in misspelt):
                 fault(field, "is missing")
         parsed = _without(record, [one["loc"] for one in error.errors()])
     if not parsed.id.strip():
@@ -163,12 +161,12 @@ def check_record(record: Mapping[str, Any], place: str, split: Split = "train") 
     anchors = _anchors(parsed, split, fault, ordered)
     if faults or anchors is None:
         return None, faults
-    known = set(_Record.model_fields)
     scenario = Scenario(
         id=parsed.id,
         title=parsed.title,
         scene=scene,
-        language=parsed.language or _language(user.system_prompt),
+        language=parsed.language
+        or ("zh" if len(_HAN.findall(user.system_prompt)) > 0.2 * len(user.system_prompt) else "en"),
         user_persona=user.system_prompt.strip(),
         opening_line="" if rules.policy_opens else user.opening_line.strip(),
         policy_persona=policy.system_prompt.strip(),
@@ -178,7 +176,7 @@ def check_record(record: Mapping[str, Any], place: str, split: Split = "train") 
         anchors=anchors,
         source=parsed.data_source,
         script=MappingProxyType(parsed.script),
-        extras=MappingProxyType({key: value for key, value in record.items() if key not in known}),
+        extras=MappingProxyType({key: value for key, value in record.items() if key not in _Record.model_fields}),
     )
     return scenario, []
 
@@ -194,101 +192,54 @@ def scene_problem(scene: str) -> str | None:
     return None
 
 
-_MISSPELT_SCENE = 0.75
-_TAKEN = ("all", "failed", "overall")
-_INITIAL = "initial_calibration"
-_ANCHORS = (_INITIAL, "rub_goals", "worst_case")
-_STAND_INS: Mapping[str, Any] = {
-    "id": "?",
-    "scene_tag": "charm",
-    "aggressor_profile": {"system_prompt": "?", "opening_line": "?"},
-    "defender_profile": {"system_prompt": "?"},
-}
-
-
 def _without(record: Mapping[str, Any], places: Iterable[tuple[int | str, ...]]) -> _Record:
     """The record with stand-ins that have no fault where its fields cannot be read, so that the others can be checked."""
     kept = {key: dict(value) if isinstance(value, Mapping) else value for key, value in record.items()}
     for section, *fields in places:
-        key, stand_in = str(section), _STAND_INS.get(str(section))
-        if fields and isinstance(kept.get(key), dict):
-            kept[key].pop(fields[0], None)
-            if isinstance(stand_in, Mapping) and fields[0] in stand_in:
-                kept[key][fields[0]] = stand_in[str(fields[0])]
-        else:
-            kept.pop(key, None)
-            if stand_in is not None:
-                kept[key] = stand_in
+        part, stand_ins, key = kept, _STAND_INS, section
+        if fields and isinstance(kept.get(str(section)), dict):
+            part, stand_ins, key = kept[str(section)], _STAND_INS.get(str(section), {}), fields[0]
+        part.pop(str(key), None)
+        if key in stand_ins:
+            part[str(key)] = stand_ins[str(key)]
     return _Record.model_validate(kept)
 
 
 def _anchors(parsed: _Record, split: Split, fault: Callable[[str, str], None], ordered: bool) -> Anchors | None:
     """The three anchors, in range and, where all could be read (`ordered`), in order: worst <= initial <= target on trust; on anger
     both initial and target lie at or below worst (a target above the initial value is a boundary that may cost some anger)."""
-    start, target, worst = parsed.initial_calibration, parsed.rub_goals, parsed.worst_case
-    given = {
-        "initial_calibration.initial_anger": start.initial_anger,
-        "initial_calibration.initial_trust": start.initial_trust,
-        "rub_goals.target_anger": target.target_anger,
-        "rub_goals.target_trust": target.target_trust,
-        "worst_case.worst_anger_min": worst.worst_anger_min,
-        "worst_case.worst_trust_min": worst.worst_trust_min,
-    }
+    fields = [(section, name) for section, names in _ANCHORS.items() for name in names]
+    given = {f"{section}.{name}": getattr(getattr(parsed, section), name) for section, name in fields}
     beyond = {field: value for field, value in given.items() if value is not None and not 0 <= value <= 100}
     for field, value in beyond.items():
         fault(field, f"is {value!r}; it must lie in [0, 100]")
     if beyond or not ordered:
         return None
-    a0, t0 = start.initial_anger, start.initial_trust
+    a0, t0, *_ = given.values()
     # Anchors that a record leaves out: the extremes in training, the authors' evaluation defaults in testing.
-    best_default, worst_default = {
-        "train": (UserState(0, 100), UserState(100, 0)),
-        "test": (UserState(a0, t0), UserState(a0 + 25, max(0, t0 - 20))),
-    }[split]
-    anchors = Anchors(
-        UserState(a0, t0),
-        UserState(_or(target.target_anger, best_default.anger), _or(target.target_trust, best_default.trust)),
-        UserState(_or(worst.worst_anger_min, worst_default.anger), _or(worst.worst_trust_min, worst_default.trust)),
-    )
-    if anchors.worst.anger < max(anchors.initial.anger, anchors.target.anger):
-        fault(
-            "worst_case.worst_anger_min",
-            f"is {anchors.worst.anger}; it must not lie below the initial ({a0}) or the target anger ({anchors.target.anger})",
-        )
-    if not anchors.worst.trust <= anchors.initial.trust <= anchors.target.trust:
-        three = (anchors.worst.trust, anchors.initial.trust, anchors.target.trust)
-        fault("trust (worst, initial, target)", f"is {three}; the three must not decrease in this order")
-    return anchors
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
+    defaults = {"train": (a0, t0, 0, 100, 100, 0), "test": (a0, t0, a0, t0, a0 + 25, max(0, t0 - 20))}[split]
+    found = (default if value is None else value for value, default in zip(given.values(), defaults, strict=True))
+    a0, t0, a1, t1, a2, t2 = found
+    if a2 < max(a0, a1):
+        lowest = f"it must not lie below the initial ({a0}) or the target anger ({a1})"
+        fault("worst_case.worst_anger_min", f"is {a2}; {lowest}")
+    if not t2 <= t0 <= t1:
+        fault("trust (worst, initial, target)", f"is {(t2, t0, t1)}; the three must not decrease in this order")
+    return Anchors(UserState(a0, t0), UserState(a1, t1), UserState(a2, t2))
 
 
 def _lone_surrogates(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """(field, what is wrong) of every text that holds half a character: no model and no file can take it."""
     if isinstance(value, str):
         if half := _SURROGATE.search(value):
-            yield (
-                path,
-                f"holds a lone surrogate ({half[0]!r}, character {half.start() + 1}), which is half a character; write the whole "
-                "character, or remove it",
-            )
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            if _SURROGATE.search(key):
+            where = f"({half[0]!r}, character {half.start() + 1})"
+            yield path, f"holds a lone surrogate {where}, which is half a character; write the whole character, or remove it"
+    elif isinstance(value, Mapping | list):
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            if _SURROGATE.search(str(key)):
                 yield f"{path}.{key!r}".strip("."), "is a key that holds a lone surrogate; rename it"
             else:
                 yield from _lone_surrogates(inner, f"{path}.{key}".strip("."))
-    elif isinstance(value, list):
-        for k, inner in enumerate(value):
-            yield from _lone_surrogates(inner, f"{path}.{k}".strip("."))
-
-
-_MISSPELT = 0.84
 
 
 def _misspelt(record: Mapping[str, Any], model: type[BaseModel], path: str = "") -> Iterator[tuple[str, str]]:
@@ -301,10 +252,3 @@ def _misspelt(record: Mapping[str, Any], model: type[BaseModel], path: str = "")
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, _Part) and isinstance(record.get(key), dict):
             yield from _misspelt(record[key], kind, f"{path}{key}.")
-
-
-_HAN = re.compile(r"[\u4e00-\u9fff]")
-
-
-def _language(text: str) -> str:
-    return "zh" if len(_HAN.findall(text)) > 0.2 * len(text) else "en"

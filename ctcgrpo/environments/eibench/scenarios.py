@@ -1,8 +1,7 @@
 """Sets of scenarios: where they are, and what is played of them.
 
 A source is a JSONL file, a folder of JSONL files, or a folder with `train/` and `test/`: one JSON object a line in EIBench's record
-format (scenario_format.py), optionally wrapped as {"row": {...}}.
-"""
+format (scenario_format.py), optionally wrapped as {"row": {...}}."""
 
 from __future__ import annotations
 
@@ -22,8 +21,9 @@ from ctcgrpo.util.naming import did_you_mean, is_path, quoted
 Invalid = Literal["skip", "refuse"]
 PACKS = Path(__file__).parent / "packs"
 BUNDLED = ("english", "chinese")
-EIBENCH_DATA = "EIBench"
-"""How `described` calls the published data set, and no other."""
+_SHOWN = 20  # faults that a report of a set names, at most
+_MOST_INVALID = 0.5  # the share of a set beyond which skipping would hide that it is another format, or damaged
+EIBENCH_DATA = "EIBench"  # how `described` calls the published data set, and no other
 
 
 def data_home() -> Path:
@@ -31,19 +31,12 @@ def data_home() -> Path:
     return Path(os.environ.get("CTCGRPO_DATA") or Path.home() / ".cache" / "ctcgrpo")
 
 
-_SHOWN = 20
-"""Faults that a report of a set names, at most."""
-_MOST_INVALID = 0.5
-"""The share of a set beyond which skipping would hide that it is another format, or damaged."""
-
-
 @dataclass(frozen=True, slots=True)
 class ScenarioSet:
     """The scenarios of a source in file order (files by name), and what is wrong with its other records.
 
     `records` counts all records of the source, `faults` lists what keeps some of them from being scenarios, and `refusals` says why
-    the set cannot be played without them. `unasked` counts by scene those that a recipe leaves out, of scenes of one's own.
-    """
+    the set cannot be played without them. `unasked` counts by scene those that a recipe leaves out, of scenes of one's own."""
 
     source: str
     scenarios: list[Scenario]
@@ -54,22 +47,19 @@ class ScenarioSet:
 
     @property
     def skipped(self) -> int:
-        """The number of records that are no scenarios."""
         return len({fault.place for fault in self.faults})
 
     def report(self) -> list[str]:
         """Lines that name what is left out: invalid records, and scenes of one's own that a recipe does not ask for."""
-        told = f"{self.source}: {self.unasked} left out; scenarios.scenes names the scenes that are trained on"
-        unasked = [told] if self.unasked else []
-        if not self.faults:
-            return unasked
-        told = (
-            f"{self.source}: {self.skipped} of {self.records} records are invalid and left out (skip; refuse stops instead)"
-        )
-        lines = [told, *(f"  {fault}" for fault in self.faults[:_SHOWN])]
+        lines = []
+        if self.unasked:
+            lines.append(f"{self.source}: {self.unasked} left out; scenarios.scenes names the scenes that are trained on")
+        if self.faults:
+            count = f"{self.skipped} of {self.records} records are invalid and left out"
+            lines += [f"{self.source}: {count} (skip; refuse stops instead)", *(f"  {f}" for f in self.faults[:_SHOWN])]
         if (more := len(self.faults) - _SHOWN) > 0:
             lines.append(f"  and {more} more; `ctcgrpo scenarios validate {self.source}` lists all")
-        return [*unasked, *lines]
+        return lines
 
 
 def load_set(source: str | Path, split: Split = "train", invalid: Invalid = "skip") -> ScenarioSet:
@@ -79,20 +69,14 @@ def load_set(source: str | Path, split: Split = "train", invalid: Invalid = "ski
     `split` chooses the folder where the source has both, and the defaults for missing anchors: in training the best
     and the worst possible state, in testing those of the authors' evaluation code.
 
-    An invalid record is a line without a JSON object, a field that is missing, malformed or out of range, anchors that are out of
-    order, or a repetition of an earlier record. Raises ScenarioError for a source that cannot be read or holds no record. With
-    `refuse` any invalid record raises it, with the first fault and the number of others. With `skip` these still raise it: two
-    different records with one id, since nobody knows which is meant; a file of which no record is valid; and a set of which more
-    than half is invalid.
-    """
+    An invalid record is a line without a JSON object, a field that is missing, malformed or out of range, anchors out of order, or
+    a repetition. Raises ScenarioError for a source that cannot be read or holds no record; with `refuse` for any invalid record;
+    with `skip` for two different records with one id, a file without a valid record, and a set of which over half is invalid."""
     found = read_scenarios(source, split)
-    first = found.refusals[0] if found.refusals else None
-    if invalid == "refuse" and found.faults:
-        first = str(found.faults[0])
-    if first is not None:
+    if wrong := found.faults if invalid == "refuse" else found.refusals:
         others = len(found.faults) - 1
         more = f" ({others} more; `ctcgrpo scenarios validate {source}` lists all)" if others else ""
-        raise ScenarioError(f"{first}{more}")
+        raise ScenarioError(f"{wrong[0]}{more}")
     if not found.scenarios:
         raise ScenarioError(f"{source}: holds no scenarios; expected one JSON object a line in *.jsonl")
     return found
@@ -140,10 +124,8 @@ def read_scenarios(source: str | Path, split: Split = "train") -> ScenarioSet:
             refusals.append(f"{of_file[0]} ({file.name}: {told})")
     found = ScenarioSet(str(source), scenarios, faults, records, refusals)
     if found.skipped > _MOST_INVALID * records and not refusals:
-        refusals.append(
-            f"{source}: {found.skipped} of {records} records are invalid, more than half: the set is damaged, or of another "
-            f"format, and is refused with `skip` too; the first problem: {faults[0]}"
-        )
+        why = f"{found.skipped} of {records} records are invalid, more than half: the set is damaged, or of another format"
+        refusals.append(f"{source}: {why}, and is refused with `skip` too; the first problem: {faults[0]}")
     return found
 
 
@@ -167,12 +149,9 @@ def load_scenes(source: str | Path, scenes: Sequence[str], invalid: Invalid = "s
     found = [s for s in every.scenarios if s.scene in scenes]
     if missing := set(scenes) - {s.scene for s in found}:
         left_out = f"; {every.skipped} invalid records are left out" if every.skipped else ""
-        raise ScenarioError(
-            f"scenarios.scenes asks for {', '.join(sorted(missing))}, which {source} has none of{left_out}; it has "
-            f"{by_scene(every.scenarios)}"
-        )
-    unasked = [s for s in every.scenarios if s.scene not in (*scenes, *SCENES)]
-    return replace(every, scenarios=found, unasked=by_scene(unasked))
+        asked = f"scenarios.scenes asks for {', '.join(sorted(missing))}, which {source} has none of"
+        raise ScenarioError(f"{asked}{left_out}; it has {by_scene(every.scenarios)}")
+    return replace(every, scenarios=found, unasked=by_scene(s for s in every.scenarios if s.scene not in (*scenes, *SCENES)))
 
 
 def by_scene(scenarios: Iterable[Scenario]) -> str:
@@ -187,15 +166,11 @@ def has_splits(source: str | Path) -> bool:
 
 def described(source: str | Path) -> str:
     """A source in words: EIBench's own data under `data_home()`, a bundled pack, or the path or name as it is."""
-    found = next((path for path in _tried(source) if path.exists()), None)
-    published = data_home() / "eibench"
-    if (found or data_home() / source).resolve().is_relative_to(published.resolve()):
+    found = next((path for path in _tried(source) if path.exists()), data_home() / source).resolve()
+    if found.is_relative_to((data_home() / "eibench").resolve()):
         return f"{EIBENCH_DATA} ({source})"
-    if found is None:
-        return str(source)
-    if found.resolve().is_relative_to(PACKS.resolve()):
-        return f"the bundled pack {found.resolve().relative_to(PACKS.resolve())}"
-    return str(source)
+    packs = PACKS.resolve()
+    return f"the bundled pack {found.relative_to(packs)}" if found.is_relative_to(packs) else str(source)
 
 
 def _tried(source: str | Path) -> list[Path]:

@@ -4,8 +4,7 @@ An outcome score maps each axis through three anchors, worst -> -1, initial -> 0
 beyond, and averages the two axes: R = (S_anger + S_trust) / 2, in [-1, 1] (published figures are 100 R).
 
 Source: EIBench (arXiv 2606.15532). The paper's training code and its evaluation code differ where a scenario's target
-anger is not below its initial anger (a boundary that may cost some anger); both are here as variants.
-"""
+anger is not below its initial anger (a boundary that may cost some anger); both are here as variants."""
 
 from __future__ import annotations
 
@@ -23,12 +22,10 @@ def outcome_score(state: UserState, anchors: Anchors, variant: Variant = "traini
     """The outcome R in [-1, 1] of a dialogue that ended in `state`.
 
     `variant`: "training" lets anger rise up to a target above the initial value and punishes it beyond; "evaluation"
-    takes the direction from the anchors alone, so anger far above such a target still scores +1.
-    """
+    takes the direction from the anchors alone, so anger far above such a target still scores +1."""
     if variant not in get_args(Variant):
         raise ValueError(f"scoring variant {variant!r} is unknown; it is one of {', '.join(get_args(Variant))}")
-    anger_axis = (state.anger, anchors.initial.anger, anchors.target.anger, anchors.worst.anger)
-    trust_axis = (state.trust, anchors.initial.trust, anchors.target.trust, anchors.worst.trust)
+    anger_axis, trust_axis = zip(state, *anchors, strict=True)
     if variant == "evaluation":
         return 0.5 * _by_direction(*anger_axis) + 0.5 * _by_direction(*trust_axis)
     return 0.5 * _anger(*anger_axis) + 0.5 * _upwards(*trust_axis)
@@ -47,13 +44,7 @@ def _upwards(c: float, i: float, t: float, w: float, eps: float = 0.0) -> float:
 
 def _downwards(c: float, i: float, t: float, w: float, eps: float = 0.0) -> float:
     """An axis that improves downwards."""
-    if c <= t:
-        return 1.0
-    if c <= i:
-        return (i - c) / max(i - t, eps)
-    if c <= w:
-        return (i - c) / max(w - i, eps)
-    return -1.0
+    return _upwards(-c, -i, -t, -w, eps)
 
 
 def _anger(c: float, i: float, t: float, w: float) -> float:
@@ -77,8 +68,7 @@ def _by_direction(c: float, i: float, t: float, w: float) -> float:
 def turn_score(before: UserState, after: UserState, weights: Sequence[float] = (0.5, 0.5)) -> float:
     """r = w_anger * (-d_anger / 100) + w_trust * (d_trust / 100): the change that really happened, after clamping.
 
-    Within [-0.1, 0.1] for weights that sum to 1.
-    """
+    Within [-0.1, 0.1] for weights that sum to 1."""
     w_anger, w_trust = weights
     return w_anger * (before.anger - after.anger) / 100 + w_trust * (after.trust - before.trust) / 100
 
@@ -97,8 +87,7 @@ def shaped_outcome(
 
     Minus `no_reasoning` x the share of turns without proper reasoning; minus `fault` once if the form of any turn is bad. For a
     policy that does not reason, do not call this: a constant penalty, distorted by the clip, is no signal. NaN (a failed
-    episode) stays NaN. One turn without reasoning in eight costs 0.2 / 8 + 0.05.
-    """
+    episode) stays NaN. One turn without reasoning in eight costs 0.2 / 8 + 0.05."""
     share = sum(unreasoned for unreasoned, _ in forms) / len(forms) if forms else 0.0
     shaped = outcome - no_reasoning * share - fault * any(bad for _, bad in forms)
     return max(-1.0, min(1.0, shaped)) if shaped == shaped else shaped

@@ -1,4 +1,4 @@
-"""The simulated user: whether a canary turn is answered, and what the scripted user knows of the scenarios."""
+"""EIBench: its scenarios, whether validation is of others, and whether the simulated user answers a canary turn."""
 
 from __future__ import annotations
 
@@ -7,28 +7,49 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ctcgrpo.environments.eibench import EIBench, User, task_of
-from ctcgrpo.environments.eibench.persona import Briefing
 from ctcgrpo.environments.eibench.records import Scenario
+from ctcgrpo.environments.eibench.scenarios import load_scenes, load_set
 from ctcgrpo.errors import RecipeError, SimulatorTransportError
-from ctcgrpo.preflight.subject import Finding, Subject
+from ctcgrpo.preflight.subject import NO_VALIDATION, Finding, Subject, failed, ok, warning
 from ctcgrpo.simulator.choice import SCRIPTED, check_patience, simulator_of
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import bearer_token
 from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 
-_PATIENCE = 20.0
-"""Seconds for a canary turn."""
+_PATIENCE = 20.0  # seconds for a canary turn
+
+
+def scenarios(s: Subject) -> Iterator[Finding]:
+    wanted = s.recipe.eibench_scenarios()
+    found = load_scenes(wanted.train, wanted.scenes, wanted.invalid)
+    s.scenarios = found.scenarios
+    if lines := found.report():
+        yield warning("\n".join(lines))
+    yield ok(f"{len(s.scenarios)} to train on")
+
+
+def validation(s: Subject) -> Iterator[Finding]:
+    if s.recipe.validation is None:
+        yield NO_VALIDATION
+        return
+    found = load_set(s.recipe.validation_source(), "test", s.recipe.eibench_scenarios().invalid)
+    s.held_out = found.scenarios
+    if lines := found.report():
+        yield warning("\n".join(lines))
+    if both := {x.id for x in s.held_out} & {x.id for x in s.scenarios}:
+        yield failed(f"validation.scenarios holds {len(both)} that are trained on, {min(both)!r} among them")
+    else:
+        yield ok(f"{len(s.held_out)} held out")
 
 
 def simulator(s: Subject) -> Iterator[Finding]:
     """One canary turn, on the real simulator: it costs a call."""
     settings = s.recipe.simulator
     if settings.url == "embedded" and s.recipe.hardware.nodes > 1:
-        raise RecipeError(
-            f"simulator.url is 'embedded', which the others of {s.recipe.hardware.nodes} nodes cannot reach; start "
-            "`ctcgrpo serve CONFIG --host 0.0.0.0` and name it, or leave it to launch/slurm.sbatch"
-        )
+        problem = f"simulator.url is 'embedded', which the others of {s.recipe.hardware.nodes} nodes cannot reach"
+        advice = "start `ctcgrpo serve CONFIG --host 0.0.0.0` and name it, or leave it to launch/slurm.sbatch"
+        raise RecipeError(f"{problem}; {advice}")
     choice = simulator_of(settings)
     s.simulator = None if choice.urls else choice.config
     with choice.served([*s.scenarios, *s.held_out]) as urls:
@@ -37,11 +58,11 @@ def simulator(s: Subject) -> Iterator[Finding]:
         says, reply = asyncio.run(_canary(client, s.examples[0]))
     check_patience(says, settings.timeout)
     who = ", ".join(map(str, says.get("models") or [says.get("backend")]))
-    yield Finding("simulator", "ok", f"{who} answered a canary turn: {reply!r}")
+    yield ok(f"{who} answered a canary turn: {reply!r}")
     if says.get("backend") == SCRIPTED:
         for known, what in ((s.scenarios, "training scenarios"), (s.held_out, "held-out scenarios")):
-            if warning := unscripted_warning(known, what):
-                yield Finding("scripts", "warning", warning)
+            if told := unscripted_warning(known, what):
+                yield warning(told, "scripts")
 
 
 async def _canary(client: SimulatorClient, scenario: Scenario) -> tuple[dict[str, Any], str]:
@@ -55,8 +76,7 @@ async def _canary(client: SimulatorClient, scenario: Scenario) -> tuple[dict[str
 
 
 async def played(user: User, scenario: Scenario, replies: Sequence[str], rounds: int) -> EIBench:
-    """The dialogue after these replies."""
-    dialogue = EIBench(user, briefing=Briefing(), max_turns=rounds)
+    dialogue = EIBench(user, max_turns=rounds)
     dialogue.name = f"check/{scenario.id}"
     await dialogue.reset(task_of(scenario).data, seed=0)
     for reply in replies:
