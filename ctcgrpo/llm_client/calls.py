@@ -18,14 +18,7 @@ from urllib.parse import urljoin, urlsplit
 import aiohttp
 import certifi
 
-from ctcgrpo.llm_client.reasons import (
-    CallFailed,
-    error_body,
-    error_object,
-    failure_of,
-    is_html,
-    without_secrets,
-)
+from ctcgrpo.llm_client.reasons import CallFailed, error_body, error_object, failure_of, is_html, without_secrets
 from ctcgrpo.simulator.config import Calls, Endpoint
 from ctcgrpo.types import Message
 from ctcgrpo.util.proxies import proxy_of, through_proxy

@@ -18,15 +18,7 @@ from pydantic import ValidationError
 from ctcgrpo.environments.eibench.records import UserState
 from ctcgrpo.errors import BudgetSpent, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.llm_client.reasons import retry_after
-from ctcgrpo.simulator.protocol import (
-    ACCOUNT_PATH,
-    HEALTH_PATH,
-    TURN_PATH,
-    UNAVAILABLE,
-    TurnProblem,
-    TurnReply,
-    TurnRequest,
-)
+from ctcgrpo.simulator.protocol import ACCOUNT_PATH, HEALTH_PATH, TURN_PATH, UNAVAILABLE, TurnProblem, TurnReply, TurnRequest
 from ctcgrpo.util.naming import cut
 from ctcgrpo.util.proxies import proxy_of, through_proxy
 

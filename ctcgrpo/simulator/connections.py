@@ -205,11 +205,7 @@ def bounded_http(
     request_seconds: float, max_connections: int, on_refusal: Callable[[int], None] = lambda status: None
 ) -> type[BoundedHttp]:
     """The protocol for `uvicorn.Config(http=...)`. `on_refusal` gets the status of each refusal."""
-    limits = {
-        "request_seconds": request_seconds,
-        "max_connections": max_connections,
-        "on_refusal": staticmethod(on_refusal),
-    }
+    limits = {"request_seconds": request_seconds, "max_connections": max_connections, "on_refusal": staticmethod(on_refusal)}
     return type("BoundedHttp", (BoundedHttp,), limits)
 
 

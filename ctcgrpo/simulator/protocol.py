@@ -190,11 +190,7 @@ class SimulatorBackend(ABC):
 
     @classmethod
     def configured(
-        cls,
-        config: SimulatorConfig,
-        store: Store | None,
-        on_call: Callable[[CallRecord], None],
-        say: Callable[[str], None],
+        cls, config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None], say: Callable[[str], None]
     ) -> Self:
         """The one that a configuration describes: `on_call` sees every call to an LLM, `say` hears when none can be asked. Raises
         RecipeError for what cannot work here."""

@@ -78,10 +78,7 @@ class TemplatePrompts:
             for u in request.history
         ]
         dialogue = _environment(card.language).get_template("dialogue.j2").render(lines=lines)
-        return [
-            {"role": "system", "content": _standing(_told_of(card))},
-            {"role": "user", "content": f"{dialogue}\n{now}"},
-        ]
+        return [{"role": "system", "content": _standing(_told_of(card))}, {"role": "user", "content": f"{dialogue}\n{now}"}]
 
     def correction(self, card: ScenarioCard, problem: Unreadable) -> str:
         return _environment(card.language).get_template("correction.j2").render(problem=problem)

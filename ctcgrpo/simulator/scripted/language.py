@@ -246,13 +246,6 @@ def _any_of(patterns: Sequence[str]) -> re.Pattern[str]:
 
 def _patterns(table: Mapping[str, Mapping[str, Any]]) -> tuple[Pattern, ...]:
     return tuple(
-        Pattern(
-            name,
-            _any_of(entry["patterns"]),
-            entry["anger"],
-            entry["trust"],
-            entry["why"],
-            entry.get("spoils", False),
-        )
+        Pattern(name, _any_of(entry["patterns"]), entry["anger"], entry["trust"], entry["why"], entry.get("spoils", False))
         for name, entry in table.items()
     )
