@@ -13,7 +13,7 @@ import operator
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 from ctcgrpo.errors import BudgetSpent, OutputError
@@ -67,8 +67,8 @@ def _allows(budget: Budget, spent: Spent) -> bool:
 class _Book:
     """What was spent, and by process what its calls under way can cost at most."""
 
-    spent: Spent
-    booked: dict[str, Spent]
+    spent: Spent = Spent()
+    booked: dict[str, Spent] = field(default_factory=dict)
 
     @property
     def under_way(self) -> Spent:
@@ -95,21 +95,16 @@ class Account:
 
     def __init__(self, budget: Budget, store: Store | None) -> None:
         self._budget = budget
+        self.is_limited = budget.is_limited
         self._store = store
-        self._here = _Book(Spent(), {})  # where there is no store
+        self._here = _Book()  # where there is no store
         self._unsettled: list[tuple[Spent, Spent]] = []  # most and cost of calls that ended, until the store has them
         self._queue = asyncio.Lock()
 
     @property
     def spent(self) -> Spent:
         """By calls that ended. Raises OutputError for a store that cannot be read."""
-        if self._store is None:
-            return self._here.spent
-        return Spent(**self._store.counter(_SPENT))
-
-    @property
-    def is_limited(self) -> bool:
-        return self._budget.money is not None or self._budget.tokens is not None
+        return self._here.spent if self._store is None else Spent(**self._store.counters().get(_SPENT, {}))
 
     @asynccontextmanager
     async def booking(self, most: Spent, seconds: float = 60.0) -> AsyncIterator[Booking]:
@@ -150,16 +145,14 @@ class Account:
             yield self._here, ""
         else:
             try:
-                with self._store.counters() as counters:
-                    before = {name: counters.get(name) for name in (_SPENT, _BOOKED)}
-                    book = _Book(Spent(**before[_SPENT]), {name: Spent(**most) for name, most in before[_BOOKED].items()})
-                    self._settle(book, counters.owner.name)
-                    book.settle_lost(counters.owner.is_alive)
-                    yield book, counters.owner.name
-                    booked = {name: asdict(most) for name, most in book.booked.items()}
-                    for name, after in ((_SPENT, asdict(book.spent)), (_BOOKED, booked)):
-                        if after != before[name]:
-                            counters.put(name, after)
+                with self._store.changing_counters() as (counters, owner):
+                    booked = {name: Spent(**most) for name, most in counters.get(_BOOKED, {}).items()}
+                    book = _Book(Spent(**counters.get(_SPENT, {})), booked)
+                    self._settle(book, owner.name)
+                    book.settle_lost(owner.is_alive)
+                    yield book, owner.name
+                    counters[_SPENT] = asdict(book.spent)
+                    counters[_BOOKED] = {name: asdict(most) for name, most in book.booked.items()}
             except OutputError as error:
                 raise BudgetSpent(f"what calls cost cannot be kept: {error}") from None
         self._unsettled.clear()
@@ -177,29 +170,21 @@ class Account:
         spent, under_way, budget = book.spent, book.under_way, self._budget
         limits = [f"{budget.money:g} {budget.currency}"] if budget.money is not None else []
         limits += [f"{budget.tokens} tokens"] if budget.tokens is not None else []
+
+        def took(verb: str, what: Spent) -> str:
+            return f"{verb} {what.tokens} tokens and {what.money / MICRO:.2f} {budget.currency}"
+
         state = "has no room for another call now" if under_way.calls else "is spent"
-        booked = (
-            f"{under_way.calls} calls under way may take {under_way.tokens} tokens and "
-            f"{under_way.money / MICRO:.2f} {budget.currency}, "
-            if under_way.calls
-            else ""
-        )
+        booked = f"{under_way.calls} calls under way {took('may take', under_way)}, " if under_way.calls else ""
         return (
-            f"the budget of {' and '.join(limits)} {state}: {spent.calls} calls took {spent.tokens} tokens and "
-            f"{spent.money / MICRO:.2f} {budget.currency}, {booked}and another call could exceed it; "
-            "raise it in the configuration that sets it (budget)"
+            f"the budget of {' and '.join(limits)} {state}: {spent.calls} calls {took('took', spent)}, {booked}and another call "
+            "could exceed it; raise it in the configuration that sets it (budget)"
         )
 
     def summary(self) -> Mapping[str, Any]:
         """Raises OutputError for a store that cannot be read."""
-        spent = self.spent
-        return {
-            "calls": spent.calls,
-            "prompt_tokens": spent.prompt_tokens,
-            "completion_tokens": spent.completion_tokens,
-            "money": spent.money / MICRO,
-            "currency": self._budget.currency,
-        }
+        spent = asdict(self.spent)
+        return spent | {"money": spent["money"] / MICRO, "currency": self._budget.currency}
 
 
 class Booking:

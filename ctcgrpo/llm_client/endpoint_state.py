@@ -58,10 +58,6 @@ class EndpointState:
         return "open" if self.opened else "ready" if self.ready else "cooling_down"
 
     @property
-    def full(self) -> bool:
-        return self.slots.locked()
-
-    @property
     def out_of_quota(self) -> bool:
         return self._result == "quota"
 
@@ -78,7 +74,7 @@ class EndpointState:
     async def within_limits(self) -> None:
         if self._requests is not None:
             await self._requests.acquire()
-        if self._tokens is not None:
+        if self._tokens is not None:  # the whole minute's share at most
             await self._tokens.acquire(min(self._mean_tokens, self._tokens.max_rate))
 
     def succeeded(self, tokens: int) -> None:

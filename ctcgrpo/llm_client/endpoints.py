@@ -133,13 +133,14 @@ class EndpointPool:
             rounds = min(tries[line.name] for line in lines)
             if rounds and any(line.ready for line in lines):
                 pause = min(_LONGEST_PAUSE, 0.25 * 2 ** min(rounds, 8)) * self._random.uniform(0.5, 1.5)
-                await self._sleep(pause, deadline, problems)
+                self._mind_the_time(pause, deadline, problems)
+                await asyncio.sleep(pause)
             line = await self._choose(lines, dialogue, tries, deadline, problems)
             # Nothing is awaited between the choice and this: of an open breaker one call finds out whether it may close.
             probe = line.probing = bool(line.opened)
             tries[line.name] += 1
             try:
-                return await self._attempt(line, messages, seed, schema, deadline, probe=probe)
+                return await self._attempt(line, messages, seed, schema, deadline, probe)
             except CallFailed as problem:
                 line.failed(problem, dialogue=dialogue, probe=probe)
                 if problem.result == "waiting":  # it was not asked
@@ -163,7 +164,7 @@ class EndpointPool:
         while True:
             ready = [line for line in order if line.ready]
             if ready:
-                return next((line for line in ready if not line.full), ready[0])
+                return next((line for line in ready if not line.slots.locked()), ready[0])
             awaited = [line for line in order if not line.hopeless]
             if not awaited:
                 self._give_up(order)
@@ -203,10 +204,6 @@ class EndpointPool:
     def _reasons(self) -> str:
         return "; ".join(f"{line.name}: {line.problem}" for line in self._lines if line.problem)
 
-    async def _sleep(self, seconds: float, deadline: Deadline, problems: Sequence[str]) -> None:
-        self._mind_the_time(seconds, deadline, problems)
-        await asyncio.sleep(seconds)
-
     def _mind_the_time(self, seconds: float, deadline: Deadline, problems: Sequence[str]) -> None:
         """Raises SimulatorTransportError where so many seconds leave no time for a call."""
         if seconds + _SHORTEST_CALL >= deadline.left():
@@ -221,10 +218,11 @@ class EndpointPool:
         seed: int,
         schema: dict[str, Any],
         deadline: Deadline,
-        *,
         probe: bool,
     ) -> ChatCompletion:
-        most = self._most(messages, line.settings.price)
+        # No byte-level vocabulary makes more tokens than bytes.
+        size = sum(len(message["content"].encode("utf-8", "replace")) + 16 for message in messages)
+        most = _spent(size, self._calls.most_tokens, line.settings.price)
         async with contextlib.AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(deadline.left() - _SHORTEST_CALL):
@@ -268,11 +266,6 @@ class EndpointPool:
                 raise
             finally:
                 self._on_call(CallRecord(line.name, result, time.monotonic() - started, booking.cost))
-
-    def _most(self, messages: Sequence[Message], price: Price) -> Spent:
-        """The most that a call can cost: no byte-level vocabulary makes more tokens than bytes."""
-        size = sum(len(message["content"].encode("utf-8", "replace")) + 16 for message in messages)
-        return _spent(size, self._calls.most_tokens, price)
 
 
 def _plausible(answer: ChatCompletion, most: Spent) -> bool:

@@ -1,4 +1,5 @@
-"""Who plays the user: servers that run already, or a server of this process for a configuration. The one place that chooses.
+"""Who plays the user: servers that run already, or a server of this process for a configuration. The one place that chooses, and
+names who it was (`who_played`).
 
 By a name (`named_simulator`: scripted, a configuration's file, a URL), by a recipe's section `simulator` (`simulator_of`), or by
 the options --config and --url (`chosen_simulator`).
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.simulator.config import SCRIPTED_USER, TOKEN_ENV, Llm, SimulatorConfig, bearer_token, load_simulator_config
+from ctcgrpo.util.terminal import printable
 
 if TYPE_CHECKING:  # both take a while to import, and names are read before anything is asked
     from ctcgrpo.environments.eibench.records import Scenario
@@ -118,6 +120,21 @@ async def introduced(simulator: SimulatorClient) -> dict[str, Any]:
     """What the simulator says of itself. Raises SimulatorTransportError at once where none answers."""
     async with simulator:
         return await simulator.health()
+
+
+def who_played(about: Mapping[str, Any] | None) -> str:
+    """Who played the user (or the judge), by what a server or an evaluation said of it (`GET /health`): the models, or the backend
+    where it has none, and its prompts; "unknown" where neither is said. A server of somebody else may say anything: what is not
+    text is left out."""
+    about = about or {}
+    models = about.get("models")
+    names = [name for name in models if isinstance(name, str) and name] if isinstance(models, list | tuple) else []
+    backend, prompts = (about[key] if isinstance(about.get(key), str) else "" for key in ("backend", "prompts"))
+    told = ", ".join(names) or backend or "unknown"
+    told += f", prompts {prompts}" if prompts else ""
+    reluctance = about.get("reluctance")
+    told += f", reluctance {reluctance:g}" if isinstance(reluctance, int | float) else ""
+    return " ".join(printable(told).split())
 
 
 def _is_url(name: str) -> bool:

@@ -9,13 +9,12 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
 from pydantic import ValidationError
 
-from ctcgrpo.environments.eibench.records import UserState
 from ctcgrpo.errors import BudgetSpent, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.llm_client.reasons import retry_after
 from ctcgrpo.simulator.protocol import ACCOUNT_PATH, HEALTH_PATH, TURN_PATH, UNAVAILABLE, TurnProblem, TurnReply, TurnRequest
@@ -28,6 +27,10 @@ _log = logging.getLogger(__name__)
 _NO_SIMULATOR = "what answers is no simulator server"
 _LARGEST = 4_000_000
 """Bytes of a response at most."""
+
+
+class _NoAnswer(Exception):
+    """An attempt that another one may mend."""
 
 
 class SimulatorClient:
@@ -64,9 +67,7 @@ class SimulatorClient:
         self._session = aiohttp.ClientSession(timeout=self._timeout, connector=connector, headers=self._headers)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -78,13 +79,13 @@ class SimulatorClient:
         problems = []
         for url in self._urls:
             try:
-                answers[url] = await self._get(url, HEALTH_PATH)
-                if not _is_health(answers[url]):
-                    del answers[url]
-                    raise ValueError(_NO_SIMULATOR)
-            except (*_TRANSPORT_ERRORS, ValueError, SimulatorReplyError) as error:
+                answer = await self._get(url, HEALTH_PATH)
+                if not _is_health(answer):
+                    raise _NoAnswer(_NO_SIMULATOR)
+                answers[url] = answer
+            except _NoAnswer as error:
                 problems.append(
-                    f"simulator.url {url!r}: no simulator server answers there ({_describe(error)}){through_proxy(url)}; "
+                    f"simulator.url {url!r}: no simulator server answers there ({error}){through_proxy(url)}; "
                     "start one with `ctcgrpo serve`, or set simulator.url=embedded"
                 )
         if not answers:
@@ -98,10 +99,8 @@ class SimulatorClient:
     async def account(self) -> dict[str, Any]:
         """What the simulator has spent; empty where nothing, or nobody answers any more."""
         for url in self._urls:
-            try:
+            with suppress(_NoAnswer):
                 return await self._get(url, ACCOUNT_PATH)
-            except (*_TRANSPORT_ERRORS, ValueError, SimulatorReplyError):
-                continue
         return {}
 
     async def turn(self, request: TurnRequest) -> TurnReply:
@@ -166,15 +165,16 @@ class SimulatorClient:
         return self._urls[start:] + self._urls[:start]
 
     async def _get(self, url: str, path: str) -> dict[str, Any]:
-        async with self._open.get(url + path, proxy=self._proxies[url]) as response:
-            response.raise_for_status()
-            payload = await _body(url, response)
         try:
-            answer = json.loads(payload)
+            async with self._open.get(url + path, proxy=self._proxies[url]) as response:
+                response.raise_for_status()
+                answer = json.loads(await _body(url, response))
+        except (*_TRANSPORT_ERRORS, SimulatorReplyError) as error:
+            raise _NoAnswer(_describe(error)) from None
         except (ValueError, RecursionError):
-            raise ValueError(_NO_SIMULATOR) from None
+            answer = None
         if not isinstance(answer, dict):
-            raise ValueError(_NO_SIMULATOR)
+            raise _NoAnswer(_NO_SIMULATOR)
         return answer
 
     @property
@@ -200,23 +200,13 @@ async def _body(url: str, response: aiohttp.ClientResponse) -> bytes:
 
 def _checked(url: str, request: TurnRequest, reply: TurnReply) -> TurnReply:
     """The reply, if its state is the request's plus the deltas: outcomes and rewards are computed from it."""
-    before = UserState(request.state.anger, request.state.trust)
-    expected = before.plus(reply.anger_delta, reply.trust_delta)
-    state = UserState(reply.state.anger, reply.state.trust)
-    if state != expected:
+    expected = request.state.plus(reply.anger_delta, reply.trust_delta)
+    if reply.state != expected:
         raise SimulatorReplyError(
-            f"{url}: the response's state is {_said(state)}; expected {_said(expected)}: the request's {_said(before)} and the "
+            f"{url}: the response's state is {reply.state}; expected {expected}: the request's {request.state} and the "
             f"deltas {reply.anger_delta:+d} and {reply.trust_delta:+d}"
         )
     return reply
-
-
-def _said(state: UserState) -> str:
-    return f"anger {state.anger}, trust {state.trust}"
-
-
-class _NoAnswer(Exception):
-    """An attempt that another one may mend."""
 
 
 def _describe(error: BaseException) -> str:

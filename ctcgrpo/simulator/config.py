@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qsl, urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.util.importing import is_reference
 from ctcgrpo.util.naming import did_you_mean
+from ctcgrpo.util.proxies import is_loopback
 from ctcgrpo.util.sections import Section, environment_name, parse_mapping, read_text, validated
 
 TOKEN_ENV = "CTCGRPO_SIMULATOR_TOKEN"
@@ -29,6 +29,10 @@ _CHAT = "/chat/completions"
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _SECRET_NAME = re.compile(r"auth|key|token|secret|password|cookie|sig$|^code$", re.IGNORECASE)
 """Names of headers and of parameters in URLs whose values are secrets."""
+
+
+_VariableName = Annotated[str, AfterValidator(environment_name)]
+_HomePath = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class Price(Section):
@@ -45,7 +49,9 @@ class Endpoint(Section):
         description="as its documentation gives it: most end with /v1, or with /v1/chat/completions; ?query allowed"
     )
     model: str = Field(description="the model's name at this endpoint")
-    key_env: str | None = Field(None, description="the environment variable that holds the key; none for an open endpoint")
+    key_env: _VariableName | None = Field(
+        None, description="the environment variable that holds the key; none for an open endpoint"
+    )
     headers: dict[str, str] = Field(
         {},
         description="further headers; ${NAME} in a value is replaced by that environment variable: api-key: ${AZURE_API_KEY}",
@@ -77,11 +83,6 @@ class Endpoint(Section):
             raise ValueError("an endpoint's URL holds no secrets; name the variable with the key in key_env, or in headers")
         path = parts.path.rstrip("/").removesuffix(_CHAT)
         return parts._replace(path=path.rstrip("/"), fragment="").geturl()
-
-    @field_validator("key_env")
-    @classmethod
-    def _is_a_name(cls, value: str | None) -> str | None:
-        return None if value is None else environment_name(value)
 
     @field_validator("headers")
     @classmethod
@@ -159,7 +160,7 @@ class Calls(Section):
 class Llm(Calls):
     """An LLM that plays the user."""
 
-    official: Path | None = Field(
+    official: _HomePath | None = Field(
         None, description="the folder with the authors' EIBench code: its prompts instead of ours (runs third-party code)"
     )
     reflections: bool = Field(True, description="the user's own earlier reflections stand in its prompt")
@@ -188,11 +189,17 @@ class Budget(Section):
     tokens: int | None = Field(None, gt=0, description="tokens of prompts and answers together")
     currency: str = Field("USD", description="of prices and of `money`; a name, nothing is converted")
 
+    @property
+    def is_limited(self) -> bool:
+        return self.money is not None or self.tokens is not None
+
 
 class ServerSection(Section):
     """How `ctcgrpo serve` answers."""
 
-    token_env: str = Field(TOKEN_ENV, description="the variable with the bearer token; a token is required beyond loopback")
+    token_env: _VariableName = Field(
+        TOKEN_ENV, description="the variable with the bearer token; a token is required beyond loopback"
+    )
     max_body_mb: float = Field(
         16.0, gt=0, description="a larger request is refused with status 413 (megabytes of 10^6 bytes)"
     )
@@ -206,11 +213,6 @@ class ServerSection(Section):
     )
     drain_seconds: int = Field(60, ge=1, description="how long turns under way may take after a signal to stop")
     log_level: Literal["debug", "info", "warning"] = Field("info", description="only debug shows texts")
-
-    @field_validator("token_env")
-    @classmethod
-    def _is_a_name(cls, value: str) -> str:
-        return environment_name(value)
 
     def token(self) -> str | None:
         """Raises RecipeError for one that no header can carry."""
@@ -231,7 +233,7 @@ class SimulatorConfig(Section):
     )
     scripted: Scripted = Scripted()  # type: ignore[call-arg]
     llm: Llm | None = None
-    store: Path | None = Field(
+    store: _HomePath | None = Field(
         None, description="the folder for answers already paid for and the account; none keeps nothing"
     )
     cache: bool = Field(True, description="answer a turn from the store that it has answered before")
@@ -253,16 +255,12 @@ class SimulatorConfig(Section):
             raise ValueError(f"section scripted belongs to backend 'scripted', and backend is {self.backend!r}")
         if self.backend in BACKENDS and self.options:
             raise ValueError(f"options are for a backend of your own (my_module:MyUser), and backend is {self.backend!r}")
-        limited = self.budget.money is not None or self.budget.tokens is not None
-        if limited and self.store is None:
+        if self.budget.is_limited and self.store is None:
             raise ValueError("a budget needs a store, to know after a restart what was spent")
-        if limited and self.llm is None:
+        if self.budget.is_limited and self.llm is None:
             raise ValueError("a budget is for backend 'llm', whose calls are counted")
-        if (
-            self.budget.money is not None
-            and self.llm
-            and not all(e.price.prompt or e.price.completion for e in self.llm.endpoints)
-        ):
+        priced = all(e.price.prompt or e.price.completion for e in self.llm.endpoints) if self.llm else True
+        if self.budget.money is not None and not priced:
             raise ValueError("budget.money needs the price of every endpoint")
         return self
 
@@ -294,30 +292,16 @@ def load_simulator_config(file: str | Path) -> SimulatorConfig:
     config = validated(parse_mapping(text, path, SimulatorConfig, "simulator configuration"), SimulatorConfig, path)
     if is_reference(config.backend) and config.folder is None:
         config = config.model_copy(update={"folder": path.parent})
-    if config.store is not None:
-        config = config.model_copy(update={"store": config.store.expanduser()})
-    if config.llm is not None and config.llm.official is not None:
-        llm = config.llm.model_copy(update={"official": config.llm.official.expanduser()})
-        config = config.model_copy(update={"llm": llm})
     return config
 
 
 def check_listening(host: str, token: str | None, token_env: str) -> None:
     """Refuse to listen beyond loopback without a token."""
-    if token is None and not _is_loopback(host):
+    if token is None and not is_loopback(host):
         raise RecipeError(
             f"listening on {host!r} needs a bearer token, and {token_env} is blank or not set: set {token_env} "
             "(openssl rand -hex 32), or use 127.0.0.1"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, which may resolve to anything
-        return False
 
 
 def bearer_token(name: str, environment: Mapping[str, str] = os.environ) -> str | None:

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Self
 
-from ctcgrpo.environments.eibench.records import UserState
 from ctcgrpo.simulator.config import SimulatorConfig
-from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, SimulatorBackend, TurnRequest, Utterance
+from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, SimulatorBackend, State, TurnRequest, Utterance
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge, read_knowledge
 from ctcgrpo.simulator.scripted.language import Language, load_language
 from ctcgrpo.simulator.scripted.reading import Reading, read
@@ -25,8 +24,7 @@ _LONGEST_LINE = 20_000
 
 
 class ScriptedBackend(SimulatorBackend):
-    """Plays any scenario in a language that `languages/` has; the same request always gets the same reaction. `reluctance`: see
-    `_deferred`; 0 is a user who shows at once what a reply did."""
+    """Plays any scenario in a language that `languages/` has; the same request always gets the same reaction."""
 
     name = "scripted"
 
@@ -50,26 +48,20 @@ class ScriptedBackend(SimulatorBackend):
 
 def react(request: TurnRequest, reluctance: float = 0.0) -> Reaction:
     """The reaction to the last reply in the history. Raises SimulatorReplyError for a language without rules."""
-    card = request.scenario
-    language = load_language(card.language)
-    card_json = card.model_dump_json()
-    knowledge = _knowledge(card_json)
+    card, card_json = request.scenario, request.scenario.model_dump_json()
+    language, knowledge = load_language(card.language), _knowledge(card_json)
     readings = _readings(card_json, request.history)
+    last = len(readings) - 1
 
     def made_of(reply: int) -> list[Finding]:
-        heard = Heard(
-            readings[reply], tuple(readings[:reply]), knowledge, language, card.scene, request.round - last + reply
-        )
-        return findings(heard)
+        round = request.round - last + reply
+        return findings(Heard(readings[reply], tuple(readings[:reply]), knowledge, language, card.scene, round))
 
-    last = len(readings) - 1
     found = made_of(last)
     if reluctance:
         found = _deferred(found, made_of(last - 1) if last else [], reluctance)
-    before = UserState(request.state.anger, request.state.trust)
-    anger_delta, trust_delta = _temper(found, before)
-    after = before.plus(anger_delta, trust_delta)
-    mood = _mood(found, after, request)
+    anger_delta, trust_delta = _temper(found, request.state)
+    mood = _mood(found, request.state.plus(anger_delta, trust_delta), request)
     return Reaction(
         reply=_line(mood, card, knowledge, language, request.round),
         anger_delta=anger_delta,
@@ -128,9 +120,8 @@ def _reading(card_json: str, said: tuple[tuple[str, str], ...], reply: int) -> R
 
 
 def _deferred(now: Sequence[Finding], before: Sequence[Finding], reluctance: float) -> list[Finding]:
-    """A user who at first resists what does them good: a share `reluctance` of what a reply earns goes the wrong way at once;
-    with the next turn that comes back, and all of what was earned. What offends does so at once. Constructed, to see
-    what becomes of credit where a turn pays off only later; nothing of the last reply is paid."""
+    """A user who at first resists what does them good (config.Scripted). What offends does so at once; nothing of the last reply is
+    paid."""
     resisted = [
         Finding(-reluctance * f.anger, -reluctance * f.trust, f"{f.why}, which is hard to hear") if f.is_credit else f
         for f in now
@@ -140,7 +131,7 @@ def _deferred(now: Sequence[Finding], before: Sequence[Finding], reluctance: flo
     return sorted(resisted + sunk_in, key=lambda f: f.trust - f.anger)
 
 
-def _temper(found: Sequence[Finding], before: UserState) -> tuple[int, int]:
+def _temper(found: Sequence[Finding], before: State) -> tuple[int, int]:
     """Findings as a change of state: credit is capped, and a user in a bad state takes offence more easily."""
     temper = _SHORT_TEMPER if before.anger > 60 or before.trust < 20 else 1.0
     anger = max(-_MOST_CREDIT, sum(min(0.0, f.anger) for f in found)) + temper * sum(max(0.0, f.anger) for f in found)
@@ -148,13 +139,13 @@ def _temper(found: Sequence[Finding], before: UserState) -> tuple[int, int]:
     return max(-10, min(10, round(anger))), max(-10, min(10, round(trust)))
 
 
-def _mood(found: Sequence[Finding], after: UserState, request: TurnRequest) -> str:
+def _mood(found: Sequence[Finding], after: State, request: TurnRequest) -> str:
     """Which kind of line comes next; "thanks" and "leaves" end the dialogue."""
-    anchors = request.scenario.initial_target_worst
-    if after.anger <= anchors.target.anger and after.trust >= anchors.target.trust:
+    initial, target, worst = request.scenario.anchors
+    if after.anger <= target.anger and after.trust >= target.trust:
         return "thanks"
-    patience_gone = request.round > request.max_rounds / 2 and after.trust < anchors.initial.trust - 15
-    if after.anger >= anchors.worst.anger or after.trust <= anchors.worst.trust or patience_gone:
+    patience_gone = request.round > request.max_rounds / 2 and after.trust < initial.trust - 15
+    if after.anger >= worst.anger or after.trust <= worst.trust or patience_gone:
         return "leaves"
     if any(f.why == "I cannot make sense of it" for f in found):
         return "puzzled"
@@ -163,14 +154,12 @@ def _mood(found: Sequence[Finding], after: UserState, request: TurnRequest) -> s
 
 
 def _line(mood: str, card: ScenarioCard, knowledge: Knowledge, language: Language, round: int) -> str:
-    own = knowledge.lines.get(mood) or language.lines[mood]
-    reaction = own[_pick(len(own), card.id, mood, round)]
+    def one_of(lines: Sequence[str], name: str) -> str:
+        digest = hashlib.sha256(f"{card.id}/{name}/{round}".encode()).digest()
+        return lines[int.from_bytes(digest[:4], "big") % len(lines)]
+
+    reaction = one_of(knowledge.lines.get(mood) or language.lines[mood], mood)
     if mood in ("thanks", "leaves"):
         return reaction
     following = _raised(knowledge, bool(card.opening_line), round + 1)
-    more = language.lines["raise"]
-    return f"{reaction} {(following and following.line) or more[_pick(len(more), card.id, 'raise', round)]}"
-
-
-def _pick(n: int, *where: object) -> int:
-    return int.from_bytes(hashlib.sha256("/".join(map(str, where)).encode()).digest()[:4], "big") % n
+    return f"{reaction} {(following and following.line) or one_of(language.lines['raise'], 'raise')}"
