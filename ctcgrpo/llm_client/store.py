@@ -145,8 +145,8 @@ class Store:
 
 def _read_counters(transaction: lmdb.Transaction) -> dict[str, dict[str, Any]]:
     counters = {}
-    for key, sealed in transaction.cursor():
-        value = unseal(key, bytes(sealed))
+    for key, sealed in ((bytes(key), bytes(value)) for key, value in transaction.cursor()):
+        value = unseal(key, sealed)
         if value is None:
             raise OutputError(f"store: data.mdb is damaged: {key.decode(errors='replace')} cannot be read; {_MOVE_AWAY}")
         counters[key.decode()] = json.loads(value)
