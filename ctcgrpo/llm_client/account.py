@@ -18,7 +18,7 @@ from typing import Any
 
 from ctcgrpo.errors import BudgetSpent, OutputError
 from ctcgrpo.llm_client.store import Store
-from ctcgrpo.simulator.config import Budget, Price
+from ctcgrpo.simulator.config import Budget
 
 MICRO = 1_000_000
 _SPENT, _BOOKED = "account", "booked"
@@ -28,7 +28,7 @@ _LOOK_SECONDS = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Sums over all calls that were ever booked. `money` is in millionths of the currency unit."""
+    """Sums over calls. `money` is in millionths of the currency unit, which add up exactly."""
 
     calls: int = 0
     prompt_tokens: int = 0
@@ -50,11 +50,6 @@ class Spent:
         """What so many calls cost on average, at most `most`."""
         each = max(1, self.calls)
         return Spent(calls, *(min(calls * n // each, m) for n, m in zip(astuple(self)[1:], astuple(most)[1:], strict=True)))
-
-
-def cost(price: Price, prompt_tokens: int, completion_tokens: int) -> int:
-    """In millionths of the currency unit, which add up exactly."""
-    return round(prompt_tokens * price.prompt + completion_tokens * price.completion)
 
 
 def _allows(budget: Budget, spent: Spent) -> bool:

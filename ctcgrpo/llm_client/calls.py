@@ -55,9 +55,9 @@ class ChatClient:
         self._proxy = proxy_of(settings.url)
         self._via = through_proxy(settings.url)
         self._session: aiohttp.ClientSession | None = None
-        named = [f"key_env: {settings.key_env}"] if settings.key_env else []
-        named += [f"headers: {', '.join(settings.headers)}"] if settings.headers else []
-        self._key = ", ".join(named) or "no key_env is set for this endpoint"
+        named = {"key_env": settings.key_env, "headers": ", ".join(settings.headers)}
+        shown = [f"{field}: {value}" for field, value in named.items() if value]
+        self._key = ", ".join(shown) or "no key_env is set for this endpoint"
 
     async def close(self) -> None:
         if self._session is not None:
@@ -108,8 +108,7 @@ class ChatClient:
             context.load_verify_locations(certifi.where())
             connector = aiohttp.TCPConnector(limit=0, ssl=context)
             self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
-        url = self._settings.chat_url
-        started, answered = time.monotonic(), False
+        url, started, answered = self._settings.chat_url, time.monotonic(), False
         try:
             for _ in range(_REDIRECTS):
                 async with self._session.post(
@@ -180,13 +179,11 @@ def _malformed(message: str) -> CallFailed:
 
 
 async def _text(response: aiohttp.ClientResponse) -> str:
-    parts, size = [], 0
+    raw, charset = bytearray(), (response.charset or "utf-8").lower()
     async for part in response.content.iter_chunked(1 << 16):
-        size += len(part)
-        if size > MOST_BYTES:
+        raw += part
+        if len(raw) > MOST_BYTES:
             raise _malformed(f"HTTP {response.status}: its answer is larger than {MOST_BYTES // 1_000_000} MB")
-        parts.append(part)
-    raw, charset = b"".join(parts), (response.charset or "utf-8").lower()
     try:
         return raw.decode("utf-8-sig" if charset in ("utf-8", "utf8") else charset)
     except (UnicodeDecodeError, LookupError):
@@ -196,8 +193,7 @@ async def _text(response: aiohttp.ClientResponse) -> str:
 def _first(choices: Any) -> Mapping[str, Any]:
     """The choice with the lowest index; nothing where there is none."""
     found = [choice for choice in choices if isinstance(choice, Mapping)] if isinstance(choices, list) else []
-    numbered = [choice for choice in found if choice.get("index") == 0]
-    return next(iter([*numbered, *found]), {})
+    return min(found, key=lambda choice: choice.get("index") != 0, default={})
 
 
 def _content(content: Any) -> str:

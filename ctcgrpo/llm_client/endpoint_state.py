@@ -28,8 +28,8 @@ class EndpointState:
         self.name = settings.label
         self.client = ChatClient(settings, calls)
         self.slots = asyncio.Semaphore(settings.concurrency)
-        self._requests = _limiter(settings.requests_per_minute)
-        self._tokens = _limiter(settings.tokens_per_minute)
+        limits = (settings.requests_per_minute, settings.tokens_per_minute)
+        self._requests, self._tokens = (AsyncLimiter(most, 60) if most else None for most in limits)
         self._mean_tokens = 2000.0
         self.unavailable_until = 0.0
         """On time.monotonic()'s clock."""
@@ -74,7 +74,7 @@ class EndpointState:
     async def within_limits(self) -> None:
         if self._requests is not None:
             await self._requests.acquire()
-        if self._tokens is not None:  # the whole minute's share at most
+        if self._tokens is not None:
             await self._tokens.acquire(min(self._mean_tokens, self._tokens.max_rate))
 
     def succeeded(self, tokens: int) -> None:
@@ -116,7 +116,3 @@ class EndpointState:
 
     def _cool_down(self, seconds: float) -> None:
         self.unavailable_until = max(self.unavailable_until, time.monotonic() + seconds)
-
-
-def _limiter(per_minute: int | None) -> AsyncLimiter | None:
-    return None if per_minute is None else AsyncLimiter(per_minute, 60)

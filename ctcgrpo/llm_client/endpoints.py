@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ctcgrpo.errors import BudgetSpent, SimulatorReplyError, SimulatorTransportError
-from ctcgrpo.llm_client.account import Account, Spent, cost
+from ctcgrpo.llm_client.account import Account, Spent
 from ctcgrpo.llm_client.calls import ChatCompletion
 from ctcgrpo.llm_client.endpoint_state import EndpointState, State
 from ctcgrpo.llm_client.reasons import CallFailed
@@ -247,10 +247,12 @@ class EndpointPool:
             try:
                 async with asyncio.timeout(timeout):
                     answer = await line.client.complete(messages, seed, schema)
-                if not _plausible(answer, most):
+                read, written = answer.prompt_tokens, answer.completion_tokens
+                # Templates and reasoning may take more than was reckoned with; a count beyond this cannot be true.
+                if read > 2 * most.prompt_tokens + 10_000 or written > 10 * most.completion_tokens + 100_000:
                     answer = replace(answer, prompt_tokens=0, completion_tokens=0)
-                elif answer.prompt_tokens:
-                    booking.cost = _spent(answer.prompt_tokens, answer.completion_tokens, line.settings.price)
+                elif read:  # else it is booked with the most that it can have cost
+                    booking.cost = _spent(read, written, line.settings.price)
                 line.succeeded(booking.cost.tokens)
                 result = "ok"
                 return answer
@@ -268,13 +270,6 @@ class EndpointPool:
                 self._on_call(CallRecord(line.name, result, time.monotonic() - started, booking.cost))
 
 
-def _plausible(answer: ChatCompletion, most: Spent) -> bool:
-    """Whether an endpoint's count of tokens can be true; templates and reasoning may take more than what was reckoned with. Where
-    it cannot, or there is none, a call is booked with the most that it can have cost."""
-    return answer.prompt_tokens <= 2 * most.prompt_tokens + 10_000 and (
-        answer.completion_tokens <= 10 * most.completion_tokens + 100_000
-    )
-
-
 def _spent(prompt_tokens: int, completion_tokens: int, price: Price) -> Spent:
-    return Spent(1, prompt_tokens, completion_tokens, cost(price, prompt_tokens, completion_tokens))
+    money = round(prompt_tokens * price.prompt + completion_tokens * price.completion)
+    return Spent(1, prompt_tokens, completion_tokens, money)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # both take a while to import, and names are read before anyt
 
 SCRIPTED = "scripted"
 EMBEDDED = "embedded"
+_URL = ("http://", "https://")
 _TIMEOUT = 240.0
 _PATIENCE = 20.0
 """Seconds: a person waits."""
@@ -72,14 +73,14 @@ class SimulatorChoice:
 
 def names_a_simulator(name: str) -> bool:
     """Whether a name is one for `named_simulator`, and not a model's."""
-    return name == SCRIPTED or _is_url(name) or name.endswith((".yaml", ".yml"))
+    return name == SCRIPTED or name.startswith(_URL) or name.endswith((".yaml", ".yml"))
 
 
 def named_simulator(name: str) -> SimulatorChoice:
     """scripted, the URL of a server, or the file of a configuration. Raises RecipeError for a configuration that cannot be read."""
     if name == SCRIPTED:
         return SimulatorChoice()
-    return SimulatorChoice(urls=(name,)) if _is_url(name) else SimulatorChoice(config=load_simulator_config(name))
+    return SimulatorChoice((name,)) if name.startswith(_URL) else SimulatorChoice(config=load_simulator_config(name))
 
 
 def simulator_of(section: Simulator) -> SimulatorChoice:
@@ -135,7 +136,3 @@ def who_played(about: Mapping[str, Any] | None) -> str:
     reluctance = about.get("reluctance")
     told += f", reluctance {reluctance:g}" if isinstance(reluctance, int | float) else ""
     return " ".join(printable(told).split())
-
-
-def _is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))

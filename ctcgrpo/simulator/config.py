@@ -88,9 +88,7 @@ class Endpoint(Section):
     @classmethod
     def _hold_no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
         for name, text in value.items():
-            variables = _VARIABLE.findall(text)
-            for variable in variables:
-                environment_name(variable)
+            variables = [environment_name(variable) for variable in _VARIABLE.findall(text)]
             if _SECRET_NAME.search(name) and not variables:
                 raise ValueError(f"{name} is a secret: write ${{NAME}}, the environment variable that holds it")
         return value
@@ -101,21 +99,17 @@ class Endpoint(Section):
         return parts._replace(path=parts.path + _CHAT).geturl()
 
     @property
-    def secrets(self) -> tuple[str, ...]:
+    def secrets(self) -> list[str]:
         """The environment variables that key and headers come from."""
-        return (
-            *([self.key_env] if self.key_env else []),
-            *(v for text in self.headers.values() for v in _VARIABLE.findall(text)),
-        )
+        key = [self.key_env] if self.key_env else []
+        return key + [v for text in self.headers.values() for v in _VARIABLE.findall(text)]
 
     def sent_headers(self, environment: Mapping[str, str]) -> dict[str, str]:
         """Key and headers, with values from the environment. Raises RecipeError for a variable that is not set."""
         for name in self.secrets:
             if not environment.get(name):
-                field = "key_env" if name == self.key_env else "headers"
-                raise RecipeError(
-                    f"llm.endpoints {self.url!r}: the environment variable {name} ({field}) is empty or not set"
-                )
+                variable = f"the environment variable {name} ({'key_env' if name == self.key_env else 'headers'})"
+                raise RecipeError(f"llm.endpoints {self.url!r}: {variable} is empty or not set")
         key = {"Authorization": f"Bearer {environment[self.key_env]}"} if self.key_env else {}
         return key | {k: _VARIABLE.sub(lambda found: environment[found[1]], text) for k, text in self.headers.items()}
 
@@ -214,10 +208,6 @@ class ServerSection(Section):
     drain_seconds: int = Field(60, ge=1, description="how long turns under way may take after a signal to stop")
     log_level: Literal["debug", "info", "warning"] = Field("info", description="only debug shows texts")
 
-    def token(self) -> str | None:
-        """Raises RecipeError for one that no header can carry."""
-        return _token(self.token_env, os.environ)
-
 
 class SimulatorConfig(Section):
     """Who plays the user. The default is the scripted user."""
@@ -267,18 +257,16 @@ class SimulatorConfig(Section):
     @property
     def digest(self) -> str:
         """Of all that decides the user's answers. How fast they come and what they cost does not."""
+        if self.backend == "scripted" and not self.scripted.reluctance:
+            return ""
         if self.llm is None:
-            own = {"backend": self.backend, "options": self.options, "scripted": self.scripted.model_dump()}
-            return "" if self.backend == "scripted" and not self.scripted.reluctance else _digest(own)
-        told = self.llm.model_dump(mode="json", include={"temperature", "top_p", "samples"})
-        told["max_tokens"] = self.llm.most_tokens
-        deciding = ("url", "model", "output", "bounded_strings", "seed", "extra_body")
-        told["endpoints"] = [{name: getattr(endpoint, name) for name in deciding} for endpoint in self.llm.endpoints]
-        return _digest(told)
-
-
-def _digest(told: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
+            deciding = {"backend": self.backend, "options": self.options, "scripted": self.scripted.model_dump()}
+        else:
+            deciding = self.llm.model_dump(mode="json", include={"temperature", "top_p", "samples"})
+            deciding["max_tokens"] = self.llm.most_tokens
+            names = ("url", "model", "output", "bounded_strings", "seed", "extra_body")
+            deciding["endpoints"] = [{name: getattr(endpoint, name) for name in names} for endpoint in self.llm.endpoints]
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 SCRIPTED_USER = SimulatorConfig()  # type: ignore[call-arg]
@@ -290,9 +278,8 @@ def load_simulator_config(file: str | Path) -> SimulatorConfig:
     path = Path(file)
     text = read_text(path, "simulator configuration")
     config = validated(parse_mapping(text, path, SimulatorConfig, "simulator configuration"), SimulatorConfig, path)
-    if is_reference(config.backend) and config.folder is None:
-        config = config.model_copy(update={"folder": path.parent})
-    return config
+    own_folder = is_reference(config.backend) and config.folder is None
+    return config.model_copy(update={"folder": path.parent}) if own_folder else config
 
 
 def check_listening(host: str, token: str | None, token_env: str) -> None:
@@ -307,13 +294,14 @@ def check_listening(host: str, token: str | None, token_env: str) -> None:
 def bearer_token(name: str, environment: Mapping[str, str] = os.environ) -> str | None:
     """The token that a client sends: what the environment variable holds, without white space around it; None where it is blank or
     not set. Raises RecipeError for one that no client here can send."""
-    token = _token(name, environment)
+    token = server_token(name, environment)
     if token is not None and not token.isprintable():  # what is not UTF-8 arrives as lone surrogates
         raise RecipeError(f"the token in {name} is not printable UTF-8 text; make one with openssl rand -hex 32")
     return token
 
 
-def _token(name: str, environment: Mapping[str, str]) -> str | None:
+def server_token(name: str, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The token that a server requires. Raises RecipeError for one that no header can carry."""
     token = environment.get(name, "").strip()
     if any(ord(character) < 32 or ord(character) == 127 for character in token):
         raise RecipeError(f"the token in {name} holds a control character; make one with openssl rand -hex 32")

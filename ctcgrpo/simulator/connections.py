@@ -42,10 +42,6 @@ _REASONS = {
 }
 
 
-class _HeadTooLarge(Exception):
-    pass
-
-
 class BoundedHttp(HttpToolsProtocol):
     """One connection. Made by `bounded_http`, which sets the limits."""
 
@@ -80,8 +76,6 @@ class BoundedHttp(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
-
-    # --- what arrives ------------------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         if self._refused or (self.cycle is not None and self.cycle.response_complete and not self._complete):
@@ -122,7 +116,8 @@ class BoundedHttp(HttpToolsProtocol):
     def _count(self, size: int) -> None:
         self._fields += size
         if self._fields > MAX_HEAD:
-            raise _HeadTooLarge  # httptools ends its parsing with an HttpParserError, and uvicorn calls send_400_response
+            # httptools ends its parsing with an HttpParserError, and uvicorn calls send_400_response.
+            raise ValueError("the head is too large")
 
     def on_headers_complete(self) -> None:
         self._in_head, self._advanced = False, True
@@ -135,8 +130,6 @@ class BoundedHttp(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._complete = self._advanced = True
         super().on_message_complete()
-
-    # --- what is refused ---------------------------------------------------------------------------------------------------------
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(431 if self._fields > MAX_HEAD else 400)
@@ -171,8 +164,6 @@ class BoundedHttp(HttpToolsProtocol):
         self.transport.write_eof()
         self.flow.resume_reading()
         self._leaving = self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
-
-    # --- what leaves -------------------------------------------------------------------------------------------------------------
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -214,9 +205,8 @@ def allow_open_files(connections: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * connections if hard == resource.RLIM_INFINITY else min(2 * connections, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # macOS allows fewer than it says; `within_open_files` sees what was got
+        # macOS allows fewer than it says; `within_open_files` sees what was got.
+        with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 

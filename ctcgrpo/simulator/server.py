@@ -39,22 +39,11 @@ from ctcgrpo.environments.eibench.records import SCENES, Scenario
 from ctcgrpo.errors import BudgetSpent, OutputError, ScenarioError, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.llm_client.endpoints import CallRecord
 from ctcgrpo.llm_client.store import Store
-from ctcgrpo.simulator.config import SimulatorConfig, check_listening
+from ctcgrpo.simulator import protocol
+from ctcgrpo.simulator.config import SimulatorConfig, check_listening, server_token
 from ctcgrpo.simulator.connections import allow_open_files, bounded_http, within_open_files
 from ctcgrpo.simulator.logs import Log, json_log
-from ctcgrpo.simulator.protocol import (
-    ACCOUNT_PATH,
-    HEALTH_PATH,
-    METRICS_PATH,
-    READY_PATH,
-    TURN_PATH,
-    UNAVAILABLE,
-    ScenarioCard,
-    SimulatorBackend,
-    TurnProblem,
-    TurnReply,
-    TurnRequest,
-)
+from ctcgrpo.simulator.protocol import UNAVAILABLE, ScenarioCard, SimulatorBackend, TurnProblem, TurnReply, TurnRequest
 from ctcgrpo.simulator.service import TurnService, make_backend
 from ctcgrpo.util.naming import cut
 
@@ -149,11 +138,11 @@ class SimulatorServer:
 
     def app(self) -> Starlette:
         routes = [
-            Route(TURN_PATH, self._turn, methods=["POST"]),
-            Route(ACCOUNT_PATH, self._account),
-            Route(HEALTH_PATH, self._health),
-            Route(READY_PATH, self._ready),
-            Route(METRICS_PATH, self._metrics),
+            Route(protocol.TURN_PATH, self._turn, methods=["POST"]),
+            Route(protocol.ACCOUNT_PATH, self._account),
+            Route(protocol.HEALTH_PATH, self._health),
+            Route(protocol.READY_PATH, self._ready),
+            Route(protocol.METRICS_PATH, self._metrics),
         ]
         handlers = {_Refused: _refused, HTTPException: _no_such_route, Exception: self._defect}
         app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers)
@@ -172,8 +161,6 @@ class SimulatorServer:
                 self.log.error("stopped", error=str(error))
             if self._store is not None:
                 self._store.close()
-
-    # --- routes ----------------------------------------------------------------------------------------------------------------
 
     async def _turn(self, request: Request) -> Response:
         started = time.perf_counter()
@@ -257,8 +244,6 @@ class SimulatorServer:
         self._check_token(request)
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    # --- who may ask, and how much -----------------------------------------------------------------------------------------------
-
     def _check_token(self, request: Request) -> None:
         """In constant time."""
         given = next((value for name, value in request.scope["headers"] if name == b"authorization"), b"")
@@ -333,7 +318,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def serve_forever(config: SimulatorConfig, host: str, port: int) -> None:
     """Run a server in the foreground. A signal to stop lets the turns under way end first (server.drain_seconds)."""
-    token = config.server.token()
+    token = server_token(config.server.token_env)
     check_listening(host, token, config.server.token_env)
     server = SimulatorServer(config, log=json_log(sys.stderr, config.server.log_level), token=token)
     listener = bind(host, port)

@@ -91,9 +91,6 @@ def read_answer(text: str, state: UserState | State) -> Answer:
     return Answer(reply, anger, trust, _goes_on(fields), _text(fields, REFLECTION), _text(fields, STOP_REASON))
 
 
-# --- from text to fields -------------------------------------------------------------------------------------------------
-
-
 def _fields(text: str) -> Mapping[str, Any]:
     """The fields of the one JSON object."""
     text = text.strip()
@@ -158,9 +155,6 @@ def _as_written(text: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     if CONTINUE in fields or verdict:
         written[CONTINUE] = (verdict[2] or verdict[3]) if verdict else "cut off, or more than one word"
     return written
-
-
-# --- from fields to values -----------------------------------------------------------------------------------------------
 
 
 def _number(fields: Mapping[str, Any], field: str) -> tuple[int, bool]:

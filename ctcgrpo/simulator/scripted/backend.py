@@ -48,8 +48,8 @@ class ScriptedBackend(SimulatorBackend):
 
 def react(request: TurnRequest, reluctance: float = 0.0) -> Reaction:
     """The reaction to the last reply in the history. Raises SimulatorReplyError for a language without rules."""
-    card, card_json = request.scenario, request.scenario.model_dump_json()
-    language, knowledge = load_language(card.language), _knowledge(card_json)
+    card_json = request.scenario.model_dump_json()
+    card, language, knowledge = _known(card_json)
     readings = _readings(card_json, request.history)
     last = len(readings) - 1
 
@@ -72,14 +72,10 @@ def react(request: TurnRequest, reluctance: float = 0.0) -> Reaction:
 
 
 @lru_cache(maxsize=4096)
-def _card(card_json: str) -> ScenarioCard:
-    return ScenarioCard.model_validate_json(card_json)
-
-
-@lru_cache(maxsize=4096)
-def _knowledge(card_json: str) -> Knowledge:
-    card = _card(card_json)
-    return read_knowledge(card, load_language(card.language))
+def _known(card_json: str) -> tuple[ScenarioCard, Language, Knowledge]:
+    card = ScenarioCard.model_validate_json(card_json)
+    language = load_language(card.language)
+    return card, language, read_knowledge(card, language)
 
 
 def _raised(knowledge: Knowledge, user_opens: bool, round: int) -> Detail | None:
@@ -103,8 +99,7 @@ def _heard(text: str) -> str:
 def _reading(card_json: str, said: tuple[tuple[str, str], ...], reply: int) -> Reading:
     """The reading of the last line in `said`, the policy's `reply`-th from 1. Kept, since the next request of a dialogue needs all
     earlier ones again."""
-    card, knowledge = _card(card_json), _knowledge(card_json)
-    language = load_language(card.language)
+    card, language, knowledge = _known(card_json)
     heard = [text for speaker, text in said[:-1] if speaker == "user"]
     earlier = [text for speaker, text in said[:-1] if speaker == "policy"]
     return read(

@@ -54,14 +54,10 @@ def is_sound(tokens: Sequence[str], lexicon: Mapping[str, str]) -> bool:
         return False
     longest = max((len(list(run)) for is_function, run in groupby(function) if not is_function), default=0)
     repeated = any(a == b and a not in ("very", "that", "had", "really", "so", ",") for a, b in pairwise(tokens))
-    return longest <= _LONGEST_CONTENT_RUN and not repeated and _verbal(words, lexicon) and _agrees(tokens, lexicon)
-
-
-def _verbal(words: Sequence[str], lexicon: Mapping[str, str]) -> bool:
-    """Whether it has a verb, or is short enough to do without."""
-    return len(words) <= _LONGEST_FRAGMENT or any(
+    verbal = len(words) <= _LONGEST_FRAGMENT or any(
         set("XMV") & set(lexicon.get(word, "V" if word.endswith(("ed", "s")) else "")) for word in words
     )
+    return longest <= _LONGEST_CONTENT_RUN and not repeated and verbal and _agrees(tokens, lexicon)
 
 
 def _agrees(tokens: Sequence[str], lexicon: Mapping[str, str]) -> bool:
@@ -98,9 +94,9 @@ def is_spliced(tokens: Sequence[str], lexicon: Mapping[str, str], takes_clause: 
         return False
     has_pause = tokens[0] == ","
     for k in range(2, len(tokens)):
-        if _subordinates(tokens[k - 1], lexicon):
-            return False
         before, after = tokens[k - 1], _verb_group(tokens, k, lexicon)
+        if lexicon.get(before) == "C" and before not in ("and", "or", "nor"):  # it opens a subordinate clause
+            return False
         has_pause = has_pause or before == ","
         if not after or before in takes_clause:
             continue
@@ -128,10 +124,6 @@ def _is_noun(tokens: Sequence[str], at: int, lexicon: Mapping[str, str]) -> bool
     """Whether a word with an article or the like before it stands there, so that it can be nothing else."""
     before = set(lexicon.get(tokens[at - 1], "")) if at else set()
     return "D" in before and before <= set("DUON") and not _FUNCTION_TAGS & set(_tags_of(tokens[at], lexicon))
-
-
-def _subordinates(token: str, lexicon: Mapping[str, str]) -> bool:
-    return lexicon.get(token) == "C" and token not in ("and", "or", "nor")
 
 
 def _verb_group(tokens: Sequence[str], k: int, lexicon: Mapping[str, str]) -> int:

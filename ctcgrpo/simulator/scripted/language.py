@@ -1,12 +1,5 @@
-"""What the scripted user knows of a language: `languages/CODE.yaml`. A language is added by adding a file.
-
-A file holds: `script` (latin or han), `lexicon` (tag -> words, latin only), `things` (concrete everyday words), `takes_clause`
-and `takes_two` (latin only: see `grammar.is_spliced`), `binding` (han only: characters that bind words into a clause),
-`misplaced` (han only, may be absent: what no clause holds), `mine` (a pattern: what a speaker calls its own), `pronouns`
-(those of one third person each), `speakers` (words for whoever speaks or is spoken to), `empathy` and `responses`
-(patterns: what somebody who listens does with what was said), `faults` and `moves` (name -> patterns and effect; moves
-per scene, `other_scenes` names the one whose moves count in scenes that are not here), `lines` (what the user says
-where the scenario has no words of its own).
+"""What the scripted user knows of a language: `languages/CODE.yaml`, whose comments say what each field is. A language is added by
+adding a file; `script` is latin or han.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, islice, takewhile
@@ -113,7 +113,7 @@ def read(
 ) -> Reading:
     """`heard`: what the user said and what the policy's role was told; `latest`: the user's last line, "" where the policy
     opens; `earlier`: the policy's earlier replies."""
-    sources = _all_runs(heard, language)
+    sources = frozenset().union(*(_runs(_words(text, language)) for text in heard))
     words = sorted(frozenset().union(*(_words(text, language) for text in heard)))
     spoken = language.sentences(text)[:_MOST_SENTENCES]
     sentences = tuple(_sentence(s, knowledge, language, sources, words) for s in spoken)
@@ -145,7 +145,7 @@ def read(
         moves=tuple(m for m in moves if any(m.matches(s.text.lower()) for s in counting)),
         answers=bool((said - called) & of_latest & (knowledge.matter | language.thing_stems)),
         musts=frozenset(name for name, words in knowledge.musts.items() if any(s.content & words for s in counting)),
-        frames=frozenset(f for s in sentences if len(f := _frame(s.text, language)) >= _SHORTEST_FRAME),
+        frames=frozenset(_frame(w, language) for s in sentences if len(w := _words(s.text, language)) >= _SHORTEST_FRAME),
         questions=sum(s.asks for s in sentences),
         echo=_coverage(said_words, sources),
         repetition=max((_similarity(content, said_words, other, language) for other in earlier), default=0.0),
@@ -164,8 +164,7 @@ def _mixes_up(text: str, latest: str, knowledge: Knowledge, language: Language) 
     words, heard = _words(text, language), _words(latest, language)
     starts = [(k, j) for k, word in enumerate(words) if language.is_speaker(word) for j, h in enumerate(heard) if h == word]
     for k, j in starts:
-        shared = takewhile(lambda pair: pair[0] == pair[1], zip(words[k:], heard[j:], strict=False))
-        run = [word for word, _ in shared]
+        run = [word for word, _ in takewhile(lambda pair: pair[0] == pair[1], zip(words[k:], heard[j:], strict=False))]
         content = frozenset().union(*(language.content(word) for word in run))
         if len(run) >= _SHORTEST_MIX_UP and len(content) >= 2 and content & knowledge.matter:
             return True
@@ -194,7 +193,7 @@ def _touches(content: frozenset[str], detail: Detail, just_raised: bool) -> bool
 def _sentence(
     text: str, knowledge: Knowledge, language: Language, sources: frozenset[tuple[str, ...]], heard: Sequence[str]
 ) -> Sentence:
-    words = [t for t in language.tokens(text) if t != ","]
+    words = _words(text, language)
     names = {word.lower() for word in _NAME.findall(text)}
     content = language.content(text)
     talk = {stem(w) for w in words if language.is_common(w)} - language.thing_stems
@@ -202,7 +201,7 @@ def _sentence(
     return Sentence(
         text=text,
         sound=language.is_sound(text) and not any(_is_cut(w, heard, knowledge, language) for w in words if w not in names),
-        own=_coverage(_words(text, language), sources) <= 0.5,
+        own=_coverage(words, sources) <= 0.5,
         sensible=language.han or len(strange) <= max(1, len(content) // 3),
         content=content,
         yours=content - language.possessed(text),
@@ -230,8 +229,8 @@ def _alike(a: Sentence, b: Sentence, language: Language) -> bool:
     return language.tokens(a.text) == language.tokens(b.text) or 2 * len(shared) > len(both)
 
 
-def _frame(text: str, language: Language) -> tuple[str, ...]:
-    return tuple("_" if language.content(word) else word for word in _words(text, language))
+def _frame(words: Sequence[str], language: Language) -> tuple[str, ...]:
+    return tuple("_" if language.content(word) else word for word in words)
 
 
 def _words(text: str, language: Language) -> tuple[str, ...]:
@@ -241,10 +240,6 @@ def _words(text: str, language: Language) -> tuple[str, ...]:
 @lru_cache(maxsize=8192)
 def _runs(words: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
     return frozenset(words[k : k + _RUN] for k in range(len(words) - _RUN + 1))
-
-
-def _all_runs(texts: Iterable[str], language: Language) -> frozenset[tuple[str, ...]]:
-    return frozenset().union(*(_runs(_words(text, language)) for text in texts))
 
 
 def _coverage(words: tuple[str, ...], sources: frozenset[tuple[str, ...]]) -> float:

@@ -1,8 +1,8 @@
 """What a reply does to the scripted user: one small function a rule, each with its reason in words.
 
-A rule takes what the user heard and returns Findings; a new one is a few lines and a decorator. Points are changes of anger
-and trust before the user's temper is applied (`backend.py`). Credit is conditional: a reply has to be about this user's own
-matters before manner counts for anything, and it gets none at all when it is broken, copied or repeated.
+A rule takes what the user heard and returns Findings; a new one is a row (`_row`), or a few lines and a decorator. Points are
+changes of anger and trust before the user's temper is applied (`backend.py`). Credit is conditional: a reply has to be about this
+user's own matters before manner counts for anything, and it gets none at all when it is broken, copied or repeated.
 """
 
 from __future__ import annotations
@@ -87,6 +87,17 @@ def spoiler(function: Rule) -> Rule:
     return function
 
 
+def _row(registry: list[Rule], name: str, holds: Callable[[Heard], object], finding: Finding) -> None:
+    """A rule that always finds the same."""
+
+    def found(h: Heard) -> Iterator[Finding]:
+        if holds(h):
+            yield finding
+
+    found.__name__ = name
+    registry.append(found)
+
+
 def findings(heard: Heard) -> list[Finding]:
     """Everything this user makes of a reply, worst first."""
     spoiled = [f for rule in SPOILERS for f in rule(heard)]
@@ -130,36 +141,15 @@ def rearranging(h: Heard) -> Iterator[Finding]:
         yield Finding(0, 0, "says back to me what I said")
 
 
-@spoiler
-def mixing_up(h: Heard) -> Iterator[Finding]:
-    """Who keeps the user's "I" speaks as if they were the user: "I forgot to cancel the debit" to the one who forgot."""
-    if h.reading.mixes_up:
-        yield Finding(3, -3, "mixes up who did what")
-
-
-@spoiler
-def repeating(h: Heard) -> Iterator[Finding]:
-    if h.reading.repetition > 0.6:
-        yield Finding(4, -4, "has said that before")
-
-
-@spoiler
-def formulaic(h: Heard) -> Iterator[Finding]:
-    """Filling other words into the sentence of before is a formula, however well each word fits."""
-    if any(h.reading.frames & earlier.frames for earlier in h.earlier):
-        yield Finding(3, -3, "the same sentence as before with other words in it")
-
-
-@spoiler
-def stammering(h: Heard) -> Iterator[Finding]:
-    if h.reading.twice:
-        yield Finding(4, -4, "says the same thing twice")
-
-
-@spoiler
-def breaking_off(h: Heard) -> Iterator[Finding]:
-    if h.reading.sentences and h.reading.breaks_off:
-        yield Finding(3, -3, "breaks off in the middle of a sentence")
+# Who keeps the user's "I" speaks as if they were the user: "I forgot to cancel the debit" to the one who forgot.
+_row(SPOILERS, "mixing_up", lambda h: h.reading.mixes_up, Finding(3, -3, "mixes up who did what"))
+_row(SPOILERS, "repeating", lambda h: h.reading.repetition > 0.6, Finding(4, -4, "has said that before"))
+# Filling other words into the sentence of before is a formula, however well each word fits.
+_same_sentence = Finding(3, -3, "the same sentence as before with other words in it")
+_row(SPOILERS, "formulaic", lambda h: any(h.reading.frames & r.frames for r in h.earlier), _same_sentence)
+_row(SPOILERS, "stammering", lambda h: h.reading.twice, Finding(4, -4, "says the same thing twice"))
+_unfinished = Finding(3, -3, "breaks off in the middle of a sentence")
+_row(SPOILERS, "breaking_off", lambda h: h.reading.sentences and h.reading.breaks_off, _unfinished)
 
 
 @spoiler
@@ -186,16 +176,8 @@ def breathless(h: Heard) -> Iterator[Finding]:
         yield Finding(excess, -excess, "one sentence after the other")
 
 
-@rule
-def curt(h: Heard) -> Iterator[Finding]:
-    if h.reading.length < CURT:
-        yield Finding(2, -2, "hardly says a word")
-
-
-@rule
-def interrogating(h: Heard) -> Iterator[Finding]:
-    if h.reading.questions > 3:
-        yield Finding(1, -1, "questions me like a form")
+_row(RULES, "curt", lambda h: h.reading.length < CURT, Finding(2, -2, "hardly says a word"))
+_row(RULES, "interrogating", lambda h: h.reading.questions > 3, Finding(1, -1, "questions me like a form"))
 
 
 def _faults(h: Heard, spoils: bool) -> Iterator[Finding]:
