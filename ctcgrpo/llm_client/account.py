@@ -12,8 +12,8 @@ import asyncio
 import operator
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, astuple, dataclass, field
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 from ctcgrpo.errors import BudgetSpent, OutputError
@@ -62,8 +62,8 @@ def _allows(budget: Budget, spent: Spent) -> bool:
 class _Book:
     """What was spent, and by process what its calls under way can cost at most."""
 
-    spent: Spent = Spent()
-    booked: dict[str, Spent] = field(default_factory=dict)
+    spent: Spent
+    booked: dict[str, Spent]
 
     @property
     def under_way(self) -> Spent:
@@ -92,14 +92,14 @@ class Account:
         self._budget = budget
         self.is_limited = budget.is_limited
         self._store = store
-        self._here = _Book()  # where there is no store
+        self._here: dict[str, dict[str, Any]] = {}  # counters, where there is no store
         self._unsettled: list[tuple[Spent, Spent]] = []  # most and cost of calls that ended, until the store has them
         self._queue = asyncio.Lock()
 
     @property
     def spent(self) -> Spent:
         """By calls that ended. Raises OutputError for a store that cannot be read."""
-        return self._here.spent if self._store is None else Spent(**self._store.counters().get(_SPENT, {}))
+        return Spent(**(self._store.counters() if self._store else self._here).get(_SPENT, {}))
 
     @asynccontextmanager
     async def booking(self, most: Spent, seconds: float = 60.0) -> AsyncIterator[Booking]:
@@ -135,26 +135,21 @@ class Account:
     def _open(self) -> Iterator[tuple[_Book, str]]:
         """The book, to change it, and the name of this process in it. Raises BudgetSpent, which pauses the run, where it cannot be
         kept."""
-        if self._store is None:
-            self._settle(self._here, "")
-            yield self._here, ""
-        else:
-            try:
-                with self._store.changing_counters() as (counters, owner):
-                    booked = {name: Spent(**most) for name, most in counters.get(_BOOKED, {}).items()}
-                    book = _Book(Spent(**counters.get(_SPENT, {})), booked)
-                    self._settle(book, owner.name)
+        try:
+            with self._store.changing_counters() if self._store else nullcontext((self._here, None)) as (counters, owner):
+                name = owner.name if owner else ""
+                booked = {other: Spent(**most) for other, most in counters.get(_BOOKED, {}).items()}
+                book = _Book(Spent(**counters.get(_SPENT, {})), booked)
+                for most, cost in self._unsettled:
+                    book.settle(name, most, cost)
+                if owner:
                     book.settle_lost(owner.is_alive)
-                    yield book, owner.name
-                    counters[_SPENT] = asdict(book.spent)
-                    counters[_BOOKED] = {name: asdict(most) for name, most in book.booked.items()}
-            except OutputError as error:
-                raise BudgetSpent(f"what calls cost cannot be kept: {error}") from None
+                yield book, name
+                counters[_SPENT] = asdict(book.spent)
+                counters[_BOOKED] = {other: asdict(most) for other, most in book.booked.items()}
+        except OutputError as error:
+            raise BudgetSpent(f"what calls cost cannot be kept: {error}") from None
         self._unsettled.clear()
-
-    def _settle(self, book: _Book, owner: str) -> None:
-        for most, cost in self._unsettled:
-            book.settle(owner, most, cost)
 
     def explain(self) -> str:
         """Why another call cannot be made, for an error."""

@@ -140,7 +140,7 @@ class EndpointPool:
             probe = line.probing = bool(line.opened)
             tries[line.name] += 1
             try:
-                return await self._attempt(line, messages, seed, schema, deadline, probe)
+                return await self._attempt(line, (messages, seed, schema), deadline, probe)
             except CallFailed as problem:
                 line.failed(problem, dialogue=dialogue, probe=probe)
                 if problem.result == "waiting":  # it was not asked
@@ -173,9 +173,7 @@ class EndpointPool:
             if deadline.left() > pause + _SHORTEST_CALL:
                 await self._wait(pause)
             elif (
-                soonest > _MOMENT
-                and any(line.may_return for line in awaited)
-                and deadline.waited + pause <= self._calls.patience
+                soonest > _MOMENT and deadline.waited + pause <= self._calls.patience and any(e.may_return for e in awaited)
             ):
                 deadline.wait(pause, then=min(deadline.seconds, max(line.settings.timeout for line in awaited)))
                 await self._wait(pause)
@@ -212,16 +210,11 @@ class EndpointPool:
             raise SimulatorTransportError(f"no endpoint answered within {deadline.seconds:g} s ({attempts}, last: {last})")
 
     async def _attempt(
-        self,
-        line: EndpointState,
-        messages: Sequence[Message],
-        seed: int,
-        schema: dict[str, Any],
-        deadline: Deadline,
-        probe: bool,
+        self, line: EndpointState, request: tuple[Sequence[Message], int, dict[str, Any]], deadline: Deadline, probe: bool
     ) -> ChatCompletion:
+        """`request`: messages, seed, schema."""
         # No byte-level vocabulary makes more tokens than bytes.
-        size = sum(len(message["content"].encode("utf-8", "replace")) + 16 for message in messages)
+        size = sum(len(message["content"].encode("utf-8", "replace")) + 16 for message in request[0])
         most = _spent(size, self._calls.most_tokens, line.settings.price)
         async with contextlib.AsyncExitStack() as stack:
             try:
@@ -246,7 +239,7 @@ class EndpointPool:
             result = "cancelled"
             try:
                 async with asyncio.timeout(timeout):
-                    answer = await line.client.complete(messages, seed, schema)
+                    answer = await line.client.complete(*request)
                 read, written = answer.prompt_tokens, answer.completion_tokens
                 # Templates and reasoning may take more than was reckoned with; a count beyond this cannot be true.
                 if read > 2 * most.prompt_tokens + 10_000 or written > 10 * most.completion_tokens + 100_000:

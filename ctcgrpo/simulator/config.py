@@ -45,16 +45,13 @@ class Price(Section):
 class Endpoint(Section):
     """One OpenAI-compatible endpoint."""
 
-    url: str = Field(
-        description="as its documentation gives it: most end with /v1, or with /v1/chat/completions; ?query allowed"
-    )
+    url: str = Field(description="as its documentation gives it: most end with /v1 or /v1/chat/completions; ?query allowed")
     model: str = Field(description="the model's name at this endpoint")
     key_env: _VariableName | None = Field(
         None, description="the environment variable that holds the key; none for an open endpoint"
     )
     headers: dict[str, str] = Field(
-        {},
-        description="further headers; ${NAME} in a value is replaced by that environment variable: api-key: ${AZURE_API_KEY}",
+        {}, description="further headers; ${NAME} in a value becomes that environment variable: api-key: ${AZURE_API_KEY}"
     )
     weight: float = Field(1.0, gt=0, description="its share of the dialogues")
     concurrency: int = Field(64, ge=1, description="calls at a time")
@@ -128,9 +125,7 @@ class Calls(Section):
     temperature: float | None = Field(0.7, ge=0, description="sampling temperature; null sends none")
     top_p: float | None = Field(None, gt=0, le=1, description="sent where it is given")
     max_tokens: int = Field(1024, ge=1, description="tokens of an answer at most")
-    max_completion_tokens: int | None = Field(
-        None, ge=1, description="in place of max_tokens, for providers that call it so"
-    )
+    max_completion_tokens: int | None = Field(None, ge=1, description="max_tokens, for providers that call it so")
     deadline: float = Field(180.0, gt=0, description="seconds that an answer may take, retries included")
     patience: float = Field(
         600.0, ge=0, description="seconds that an answer is waited for, beyond deadline, while every endpoint is unavailable"
@@ -158,21 +153,16 @@ class Llm(Calls):
         None, description="the folder with the authors' EIBench code: its prompts instead of ours (runs third-party code)"
     )
     reflections: bool = Field(True, description="the user's own earlier reflections stand in its prompt")
-    tries: int = Field(
-        3, ge=1, description="answers asked for until one can be read; published: 8 in training, 3 in evaluation"
-    )
+    tries: int = Field(3, ge=1, description="answers asked for until one can be read; published: 8, in evaluation 3")
     samples: int = Field(1, ge=1, description="k: answers whose state changes are averaged; costs k times as much")
 
 
 class Scripted(Section):
     """The scripted user."""
 
+    # For studies of credit: with the next turn the share comes back, and all that was earned.
     reluctance: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="for studies of credit: the share of what a reply earns that goes the wrong way at first; with the next turn "
-        "it comes back, and all that was earned",
+        0.0, ge=0, le=1, description="the share of what a reply earns that goes the wrong way at first"
     )
 
 
@@ -194,12 +184,8 @@ class ServerSection(Section):
     token_env: _VariableName = Field(
         TOKEN_ENV, description="the variable with the bearer token; a token is required beyond loopback"
     )
-    max_body_mb: float = Field(
-        16.0, gt=0, description="a larger request is refused with status 413 (megabytes of 10^6 bytes)"
-    )
-    request_seconds: float = Field(
-        30.0, gt=0, description="how long a request may take to arrive; a later one gets status 408"
-    )
+    max_body_mb: float = Field(16.0, gt=0, description="a larger request gets status 413 (megabytes of 10^6 bytes)")
+    request_seconds: float = Field(30.0, gt=0, description="a request that takes longer to arrive gets status 408")
     max_connections: int = Field(
         4096,
         ge=1,
@@ -218,14 +204,10 @@ class SimulatorConfig(Section):
         json_schema_extra={"enum": [*BACKENDS, "my_module:MyUser"]},
     )
     options: dict[str, Any] = Field({}, description="keyword arguments of a backend of your own")
-    folder: Path | None = Field(
-        None, description="where a backend of your own is looked for first; the configuration's folder where absent"
-    )
+    folder: Path | None = Field(None, description="of a backend of your own; the configuration's folder where absent")
     scripted: Scripted = Scripted()  # type: ignore[call-arg]
     llm: Llm | None = None
-    store: _HomePath | None = Field(
-        None, description="the folder for answers already paid for and the account; none keeps nothing"
-    )
+    store: _HomePath | None = Field(None, description="the folder for answers already paid for and the account")
     cache: bool = Field(True, description="answer a turn from the store that it has answered before")
     budget: Budget = Budget()  # type: ignore[call-arg]
     server: ServerSection = ServerSection()  # type: ignore[call-arg]

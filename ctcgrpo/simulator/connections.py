@@ -23,8 +23,6 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from ctcgrpo.simulator.protocol import TurnProblem
-
 MAX_HEAD = 32_768
 """Bytes of the request line and the headers together."""
 _SURPLUS = 256
@@ -192,9 +190,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._leaving = self.loop.call_later(self.request_seconds, self.transport.abort)
 
 
-def bounded_http(
-    request_seconds: float, max_connections: int, on_refusal: Callable[[int], None] = lambda status: None
-) -> type[BoundedHttp]:
+def bounded_http(request_seconds: float, max_connections: int, on_refusal: Callable[[int], None]) -> type[BoundedHttp]:
     """The protocol for `uvicorn.Config(http=...)`. `on_refusal` gets the status of each refusal."""
     limits = {"request_seconds": request_seconds, "max_connections": max_connections, "on_refusal": staticmethod(on_refusal)}
     return type("BoundedHttp", (BoundedHttp,), limits)
@@ -218,11 +214,10 @@ def within_open_files(connections: int) -> int:
 
 
 def _response(status: int) -> bytes:
-    reason = _REASONS[status]
-    if status in (408, 503):  # without a kind: sending it again may help
-        body = json.dumps({"error": reason}).encode()
-    else:
-        body = TurnProblem(kind="simulator_reply", error=reason).model_dump_json().encode()
+    problem = {"error": _REASONS[status]}
+    if status not in (408, 503):  # where sending it again may help
+        problem["kind"] = "simulator_reply"
+    body = json.dumps(problem).encode()
     head = (
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
     )

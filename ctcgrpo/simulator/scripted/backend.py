@@ -12,7 +12,7 @@ from ctcgrpo.simulator.config import SimulatorConfig
 from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, SimulatorBackend, State, TurnRequest, Utterance
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge, read_knowledge
 from ctcgrpo.simulator.scripted.language import Language, load_language
-from ctcgrpo.simulator.scripted.reading import Reading, read
+from ctcgrpo.simulator.scripted.reading import Reading
 from ctcgrpo.simulator.scripted.rules import Finding, Heard, findings
 
 _MOST_CREDIT = 9
@@ -102,7 +102,7 @@ def _reading(card_json: str, said: tuple[tuple[str, str], ...], reply: int) -> R
     card, language, knowledge = _known(card_json)
     heard = [text for speaker, text in said[:-1] if speaker == "user"]
     earlier = [text for speaker, text in said[:-1] if speaker == "policy"]
-    return read(
+    return Reading(
         said[-1][1],
         knowledge=knowledge,
         language=language,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, islice, takewhile
 
@@ -30,18 +29,25 @@ TELLING = 2
 """A sentence speaks of a fact from this much in common on: two words, or one that is not everyday talk."""
 
 
-@dataclass(frozen=True, slots=True)
 class Sentence:
     """`sound`: it hangs together, of whole words. `own`: it is not taken over from what was said before. `sensible`: most of its
     content is everyday talk or belongs to this scenario. `yours` is the content without what the speaker calls its
     own: "my own mother" is not the user's."""
 
-    text: str
-    sound: bool
-    own: bool
-    sensible: bool
-    content: frozenset[str]
-    yours: frozenset[str]
+    def __init__(
+        self, text: str, knowledge: Knowledge, language: Language, sources: frozenset[tuple[str, ...]], heard: Sequence[str]
+    ) -> None:
+        """`sources`: runs of words, and `heard` the words, sorted, of what was said before."""
+        words = _words(text, language)
+        names = {word.lower() for word in _NAME.findall(text)}
+        talk = {stem(w) for w in words if language.is_common(w)} - language.thing_stems
+        self.text, self.content = text, language.content(text)
+        strange = self.content - knowledge.vocabulary - talk
+        whole = (not _is_cut(w, heard, knowledge, language) for w in words if w not in names)
+        self.sound = language.is_sound(text) and all(whole)
+        self.own = _coverage(words, sources) <= 0.5
+        self.sensible = language.han or len(strange) <= max(1, len(self.content) // 3)
+        self.yours = self.content - language.possessed(text)
 
     @property
     def counts(self) -> bool:
@@ -52,7 +58,6 @@ class Sentence:
         return "?" in self.text or "？" in self.text
 
 
-@dataclass(frozen=True, slots=True)
 class Reading:
     """One reply, as heard by this user at this point of the dialogue.
 
@@ -72,91 +77,65 @@ class Reading:
     themselves ("I forgot the debit" to one who says so), or "you" where the user meant the policy.
     """
 
-    length: int
-    sentences: tuple[Sentence, ...]
-    touched: tuple[Detail, ...]
-    engaged: tuple[Detail, ...]
-    brings: bool
-    raised: Detail | None
-    tells: frozenset[str]
-    follows: bool
-    moves: tuple[Pattern, ...]
-    musts: frozenset[str]
-    answers: bool
-    frames: frozenset[tuple[str, ...]]
-    questions: int
-    echo: float
-    repetition: float
-    twice: bool
-    breaks_off: bool
-    borrowed: int
-    added: int
-    feels: bool
-    responds: bool
-    mixes_up: bool
+    def __init__(
+        self,
+        text: str,
+        *,
+        knowledge: Knowledge,
+        language: Language,
+        moves: Sequence[Pattern],
+        heard: Sequence[str],
+        latest: str,
+        earlier: Sequence[str],
+        raised: Detail | None,
+    ) -> None:
+        """`heard`: what the user said and what the policy's role was told; `latest`: the user's last line, "" where the policy
+        opens; `earlier`: the policy's earlier replies."""
+        sources = frozenset().union(*(_runs(_words(text, language)) for text in heard))
+        words = sorted(frozenset().union(*(_words(text, language) for text in heard)))
+        spoken = language.sentences(text)[:_MOST_SENTENCES]
+        self.sentences = sentences = tuple(Sentence(s, knowledge, language, sources, words) for s in spoken)
+        counting = [s for s in sentences if s.counts]
+        said = frozenset().union(*(s.yours for s in counting))
+        known = frozenset().union(*(language.content(text) for text in heard))
+        brings = said - known - language.thing_stems
+        listens = bool(said & known & (knowledge.matter | language.thing_stems)) or len(said & language.content(latest)) >= 2
+
+        def engages(detail: Detail) -> bool:
+            own = brings & (knowledge.matter | detail.field | detail.words)
+            return len(own) >= (1 if listens else 2)
+
+        self.touched = tuple(d for d in knowledge.details if _touches(said, d, just_raised=d == raised))
+        content, said_words, of_latest = language.content(text), _words(text, language), language.content(latest)
+        called = frozenset().union(*(language.content(name) for s in spoken for name in _VOCATIVE.findall(s)))
+        self.feels = any(language.empathy.search(s.text.lower()) for s in counting)
+        says, hears = language.substance(text) - called, language.substance(latest)
+        word = _CHARACTERS_A_WORD if language.han else 1
+        self.length = language.length(text)
+        self.brings = bool(brings & knowledge.matter)
+        self.engaged = tuple(d for d in self.touched if engages(d))
+        self.raised = raised
+        self.tells = frozenset().union(*(_told(s, knowledge, language) for s in sentences if s.sound and s.own))
+        self.follows = any(_follows(s.text, latest, language) for s in counting)
+        self.moves = tuple(m for m in moves if any(m.matches(s.text.lower()) for s in counting))
+        self.answers = bool((said - called) & of_latest & (knowledge.matter | language.thing_stems))
+        self.musts = frozenset(name for name, words in knowledge.musts.items() if any(s.content & words for s in counting))
+        self.frames = frozenset(
+            _frame(w, language) for s in sentences if len(w := _words(s.text, language)) >= _SHORTEST_FRAME
+        )
+        self.questions = sum(s.asks for s in sentences)
+        self.echo = _coverage(said_words, sources)
+        self.repetition = max((_similarity(content, said_words, other, language) for other in earlier), default=0.0)
+        self.twice = any(_alike(a, b, language) for a, b in combinations(sentences, 2))
+        self.breaks_off = not language.ends(text)
+        self.borrowed = len(says & hears) // word
+        self.added = len(says - hears) // word
+        self.responds = self.feels or any(language.responses.search(s.text.lower()) for s in counting)
+        self.mixes_up = any(_mixes_up(s.text, latest, knowledge, language) for s in sentences)
 
     def share(self, predicate: str) -> float:
         """The share of sentences for which the named property does not hold."""
         return sum(not getattr(s, predicate) for s in self.sentences) / len(self.sentences) if self.sentences else 1.0
-
-
-def read(
-    text: str,
-    *,
-    knowledge: Knowledge,
-    language: Language,
-    moves: Sequence[Pattern],
-    heard: Sequence[str],
-    latest: str,
-    earlier: Sequence[str],
-    raised: Detail | None,
-) -> Reading:
-    """`heard`: what the user said and what the policy's role was told; `latest`: the user's last line, "" where the policy
-    opens; `earlier`: the policy's earlier replies."""
-    sources = frozenset().union(*(_runs(_words(text, language)) for text in heard))
-    words = sorted(frozenset().union(*(_words(text, language) for text in heard)))
-    spoken = language.sentences(text)[:_MOST_SENTENCES]
-    sentences = tuple(_sentence(s, knowledge, language, sources, words) for s in spoken)
-    counting = [s for s in sentences if s.counts]
-    said = frozenset().union(*(s.yours for s in counting))
-    known = frozenset().union(*(language.content(text) for text in heard))
-    brings = said - known - language.thing_stems
-    listens = bool(said & known & (knowledge.matter | language.thing_stems)) or len(said & language.content(latest)) >= 2
-
-    def engages(detail: Detail) -> bool:
-        own = brings & (knowledge.matter | detail.field | detail.words)
-        return len(own) >= (1 if listens else 2)
-
-    touched = tuple(d for d in knowledge.details if _touches(said, d, just_raised=d == raised))
-    content, said_words, of_latest = language.content(text), _words(text, language), language.content(latest)
-    called = frozenset().union(*(language.content(name) for s in spoken for name in _VOCATIVE.findall(s)))
-    feels = any(language.empathy.search(s.text.lower()) for s in counting)
-    says, hears = language.substance(text) - called, language.substance(latest)
-    word = _CHARACTERS_A_WORD if language.han else 1
-    return Reading(
-        length=language.length(text),
-        sentences=sentences,
-        touched=touched,
-        brings=bool(brings & knowledge.matter),
-        engaged=tuple(d for d in touched if engages(d)),
-        raised=raised,
-        tells=frozenset().union(*(_told(s, knowledge, language) for s in sentences if s.sound and s.own)),
-        follows=any(_follows(s.text, latest, language) for s in counting),
-        moves=tuple(m for m in moves if any(m.matches(s.text.lower()) for s in counting)),
-        answers=bool((said - called) & of_latest & (knowledge.matter | language.thing_stems)),
-        musts=frozenset(name for name, words in knowledge.musts.items() if any(s.content & words for s in counting)),
-        frames=frozenset(_frame(w, language) for s in sentences if len(w := _words(s.text, language)) >= _SHORTEST_FRAME),
-        questions=sum(s.asks for s in sentences),
-        echo=_coverage(said_words, sources),
-        repetition=max((_similarity(content, said_words, other, language) for other in earlier), default=0.0),
-        twice=any(_alike(a, b, language) for a, b in combinations(sentences, 2)),
-        breaks_off=not language.ends(text),
-        borrowed=len(says & hears) // word,
-        added=len(says - hears) // word,
-        feels=feels,
-        responds=feels or any(language.responses.search(s.text.lower()) for s in counting),
-        mixes_up=any(_mixes_up(s.text, latest, knowledge, language) for s in sentences),
-    )
 
 
 def _mixes_up(text: str, latest: str, knowledge: Knowledge, language: Language) -> bool:
@@ -188,24 +167,6 @@ def _touches(content: frozenset[str], detail: Detail, just_raised: bool) -> bool
     has just raised it, since then the rest of a sentence is about it anyway."""
     named, around = content & detail.words, content & (detail.words | detail.field)
     return (bool(named) and len(content - named) >= 3) or len(around) >= (1 if just_raised else 2)
-
-
-def _sentence(
-    text: str, knowledge: Knowledge, language: Language, sources: frozenset[tuple[str, ...]], heard: Sequence[str]
-) -> Sentence:
-    words = _words(text, language)
-    names = {word.lower() for word in _NAME.findall(text)}
-    content = language.content(text)
-    talk = {stem(w) for w in words if language.is_common(w)} - language.thing_stems
-    strange = content - knowledge.vocabulary - talk
-    return Sentence(
-        text=text,
-        sound=language.is_sound(text) and not any(_is_cut(w, heard, knowledge, language) for w in words if w not in names),
-        own=_coverage(words, sources) <= 0.5,
-        sensible=language.han or len(strange) <= max(1, len(content) // 3),
-        content=content,
-        yours=content - language.possessed(text),
-    )
 
 
 def _is_cut(word: str, heard: Sequence[str], knowledge: Knowledge, language: Language) -> bool:
