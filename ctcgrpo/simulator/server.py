@@ -59,12 +59,12 @@ _NAMESPACE = "ctcgrpo_simulator"
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 80, 160)
 
 
-class _Refused(Exception):
+class _Refused(HTTPException):
     """A request that gets an error."""
 
     def __init__(self, status: int, kind: str, error: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(error)
-        self.status, self.kind, self.headers = status, kind, headers
+        super().__init__(status, error, headers)
+        self.kind = kind
 
 
 class ServerMetrics:
@@ -132,9 +132,8 @@ class SimulatorServer:
             try:
                 self.backend.check(ScenarioCard.of(scenario))
             except SimulatorReplyError as error:
-                raise ScenarioError(
-                    f"scenario {scenario.id!r} cannot be played by the embedded simulator: {error}"
-                ) from None
+                reason = f"cannot be played by the embedded simulator: {error}"
+                raise ScenarioError(f"scenario {scenario.id!r} {reason}") from None
 
     def app(self) -> Starlette:
         routes = [
@@ -144,7 +143,7 @@ class SimulatorServer:
             Route(protocol.READY_PATH, self._ready),
             Route(protocol.METRICS_PATH, self._metrics),
         ]
-        handlers = {_Refused: _refused, HTTPException: _no_such_route, Exception: self._defect}
+        handlers = {HTTPException: _refused, Exception: self._defect}
         app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers)
         app.router.redirect_slashes = False
         return app
@@ -184,9 +183,8 @@ class SimulatorServer:
         self.metrics.turns.labels(card.scene if card.scene in SCENES else "other", result).inc()
         turned = {"request": turn.request_id, "scenario": card.id, "scene": card.scene, "round": turn.round}
         self.log.info("turn", **turned, result=result, ms=round(1000 * seconds, 1))
-        self.log.debug(
-            "texts", history=[f"{u.speaker}: {u.text}" for u in turn.history], answer=bytes(response.body).decode()
-        )
+        history = [f"{u.speaker}: {u.text}" for u in turn.history]
+        self.log.debug("texts", history=history, answer=bytes(response.body).decode())
         return response
 
     async def _answer(self, turn: TurnRequest) -> tuple[Response, str]:
@@ -194,8 +192,8 @@ class SimulatorServer:
         try:
             reply = await self._reply(turn)
             return Response(reply.model_dump_json(), media_type="application/json"), "ok"
-        except _Refused as unavailable:
-            return await _refused(None, unavailable), unavailable.kind
+        except _Refused as error:
+            return _problem(error.status_code, error.kind, error.detail, error.headers), error.kind
         except (SimulatorReplyError, SimulatorTransportError, BudgetSpent) as error:
             if not isinstance(error, SimulatorReplyError):  # that one may quote what was said
                 self.log.warning("failed", kind=error.kind, error=str(error))
@@ -287,14 +285,11 @@ def _problem(status: int, kind: str, error: str, headers: Mapping[str, str] | No
     return Response(problem.model_dump_json(), status_code=status, headers=headers, media_type="application/json")
 
 
-async def _refused(request: Request | None, error: Exception) -> Response:
-    assert isinstance(error, _Refused)
-    return _problem(error.status, error.kind, str(error), error.headers)
-
-
-async def _no_such_route(request: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    reason = f"{request.method} {request.url.path[:100]}: {error.detail}"
+    if isinstance(error, _Refused):
+        return _problem(error.status_code, error.kind, error.detail, error.headers)
+    reason = f"{request.method} {request.url.path[:100]}: {error.detail}"  # no such route
     return _problem(error.status_code, "simulator_reply", reason, error.headers)
 
 

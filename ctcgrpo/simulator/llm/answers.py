@@ -191,9 +191,7 @@ def _goes_on(fields: Mapping[str, Any]) -> bool:
     value = fields.get(CONTINUE)
     if value is None:
         raise Unreadable("missing", CONTINUE)
-    if isinstance(value, bool):
-        return value
-    meant = _VERDICTS.get(value.strip().lower().rstrip(".")) if isinstance(value, str) else None
+    meant = _VERDICTS.get(str(value).strip().lower().rstrip("."))
     if meant is None:
         raise Unreadable("not_yes_or_no", CONTINUE, _shown(value))
     return meant

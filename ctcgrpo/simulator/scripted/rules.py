@@ -87,12 +87,12 @@ def spoiler(function: Rule) -> Rule:
     return function
 
 
-def _row(registry: list[Rule], name: str, holds: Callable[[Heard], object], finding: Finding) -> None:
-    """A rule that always finds the same."""
+def _row(registry: list[Rule], name: str, points: Callable[[Heard], float], why: str) -> None:
+    """A rule that raises anger and lowers trust by so many points; it finds nothing where they are 0."""
 
     def found(h: Heard) -> Iterator[Finding]:
-        if holds(h):
-            yield finding
+        if bad := points(h):
+            yield Finding(bad, -bad, why)
 
     found.__name__ = name
     registry.append(found)
@@ -117,12 +117,12 @@ def senseless(h: Heard) -> Iterator[Finding]:
         yield Finding(3, -3, "broken sentences")
 
 
-@spoiler
-def echoing(h: Heard) -> Iterator[Finding]:
+def _echoes(r: Reading) -> bool:
     # To name what was said and then say what it is like is reflective listening, if the echo is the smaller part.
-    in_part = h.reading.share("own") >= 0.5 and not h.reading.feels
-    if h.reading.echo > _ECHO or in_part:
-        yield Finding(4, -4, "gives me my own words back")
+    return r.echo > _ECHO or (r.share("own") >= 0.5 and not r.feels)
+
+
+_row(SPOILERS, "echoing", lambda h: 4 * _echoes(h.reading), "gives me my own words back")
 
 
 @spoiler
@@ -142,14 +142,14 @@ def rearranging(h: Heard) -> Iterator[Finding]:
 
 
 # Who keeps the user's "I" speaks as if they were the user: "I forgot to cancel the debit" to the one who forgot.
-_row(SPOILERS, "mixing_up", lambda h: h.reading.mixes_up, Finding(3, -3, "mixes up who did what"))
-_row(SPOILERS, "repeating", lambda h: h.reading.repetition > 0.6, Finding(4, -4, "has said that before"))
+_row(SPOILERS, "mixing_up", lambda h: 3 * h.reading.mixes_up, "mixes up who did what")
+_row(SPOILERS, "repeating", lambda h: 4 * (h.reading.repetition > 0.6), "has said that before")
 # Filling other words into the sentence of before is a formula, however well each word fits.
-_same_sentence = Finding(3, -3, "the same sentence as before with other words in it")
-_row(SPOILERS, "formulaic", lambda h: any(h.reading.frames & r.frames for r in h.earlier), _same_sentence)
-_row(SPOILERS, "stammering", lambda h: h.reading.twice, Finding(4, -4, "says the same thing twice"))
-_unfinished = Finding(3, -3, "breaks off in the middle of a sentence")
-_row(SPOILERS, "breaking_off", lambda h: h.reading.sentences and h.reading.breaks_off, _unfinished)
+_formula = "the same sentence as before with other words in it"
+_row(SPOILERS, "formulaic", lambda h: 3 * any(h.reading.frames & r.frames for r in h.earlier), _formula)
+_row(SPOILERS, "stammering", lambda h: 4 * h.reading.twice, "says the same thing twice")
+_unfinished = "breaks off in the middle of a sentence"
+_row(SPOILERS, "breaking_off", lambda h: 3 * (bool(h.reading.sentences) and h.reading.breaks_off), _unfinished)
 
 
 @spoiler
@@ -169,15 +169,9 @@ def long_winded(h: Heard) -> Iterator[Finding]:
         yield Finding(excess, -excess, "goes on and on")
 
 
-@rule
-def breathless(h: Heard) -> Iterator[Finding]:
-    if len(h.reading.sentences) > MANY:
-        excess = min(5.0, len(h.reading.sentences) - MANY)
-        yield Finding(excess, -excess, "one sentence after the other")
-
-
-_row(RULES, "curt", lambda h: h.reading.length < CURT, Finding(2, -2, "hardly says a word"))
-_row(RULES, "interrogating", lambda h: h.reading.questions > 3, Finding(1, -1, "questions me like a form"))
+_row(RULES, "breathless", lambda h: max(0, min(5.0, len(h.reading.sentences) - MANY)), "one sentence after the other")
+_row(RULES, "curt", lambda h: 2 * (h.reading.length < CURT), "hardly says a word")
+_row(RULES, "interrogating", lambda h: 1 * (h.reading.questions > 3), "questions me like a form")
 
 
 def _faults(h: Heard, spoils: bool) -> Iterator[Finding]:
