@@ -22,7 +22,7 @@ from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.simulator.protocol import ScenarioCard, TurnReply, TurnRequest
 from ctcgrpo.simulator.scripted.backend import react
-from ctcgrpo.simulator.scripted.knowledge import read_knowledge
+from ctcgrpo.simulator.scripted.knowledge import Knowledge
 from ctcgrpo.simulator.scripted.language import load_language
 from ctcgrpo.simulator.service import turn_reply
 from ctcgrpo.util.strict_yaml import load_yaml
@@ -53,7 +53,7 @@ def gate(scenario: Scenario) -> Verdict:
         return Verdict(scenario.id, nothing, nothing, nothing, "its record has no script that a good policy could know")
     lines = canned()[scenario.language]
     try:
-        read_knowledge(ScenarioCard.of(scenario), load_language(scenario.language))
+        Knowledge(ScenarioCard.of(scenario), load_language(scenario.language))
         good = asyncio.run(played(scenario, _fillings(scenario, details, lines["good"])))
         mediocre, bad = (asyncio.run(played(scenario, _in_turn(lines[name]))) for name in ("mediocre", "bad"))
     except SimulatorReplyError as error:

@@ -52,12 +52,6 @@ class Spent:
         return Spent(calls, *(min(calls * n // each, m) for n, m in zip(astuple(self)[1:], astuple(most)[1:], strict=True)))
 
 
-def _allows(budget: Budget, spent: Spent) -> bool:
-    return (budget.money is None or spent.money <= budget.money * MICRO) and (
-        budget.tokens is None or spent.tokens <= budget.tokens
-    )
-
-
 @dataclass
 class _Book:
     """What was spent, and by process what its calls under way can cost at most."""
@@ -68,9 +62,6 @@ class _Book:
     @property
     def under_way(self) -> Spent:
         return sum(self.booked.values(), Spent())
-
-    def book(self, owner: str, most: Spent) -> None:
-        self.booked[owner] = self.booked.get(owner, Spent()) + most
 
     def settle(self, owner: str, most: Spent, cost: Spent) -> None:
         self.spent += cost
@@ -124,8 +115,9 @@ class Account:
     def _book(self, most: Spent) -> bool:
         """Whether the call may be made now. Raises BudgetSpent where it never may."""
         with self._open() as (book, owner):
-            if _allows(self._budget, book.spent + book.under_way + most):
-                book.book(owner, most)
+            total, money, tokens = book.spent + book.under_way + most, self._budget.money, self._budget.tokens
+            if (money is None or total.money <= money * MICRO) and (tokens is None or total.tokens <= tokens):
+                book.booked[owner] = book.booked.get(owner, Spent()) + most
                 return True
             if not book.under_way.calls:
                 raise BudgetSpent(self._explain(book))

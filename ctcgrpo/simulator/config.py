@@ -242,7 +242,11 @@ class SimulatorConfig(Section):
         if self.backend == "scripted" and not self.scripted.reluctance:
             return ""
         if self.llm is None:
-            deciding = {"backend": self.backend, "options": self.options, "scripted": self.scripted.model_dump()}
+            deciding: dict[str, Any] = {
+                "backend": self.backend,
+                "options": self.options,
+                "scripted": self.scripted.model_dump(),
+            }
         else:
             deciding = self.llm.model_dump(mode="json", include={"temperature", "top_p", "samples"})
             deciding["max_tokens"] = self.llm.most_tokens

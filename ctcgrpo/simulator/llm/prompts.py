@@ -122,5 +122,5 @@ def _standing(language: str, scene: str, user_persona: str) -> str:
     """What stays the same throughout a dialogue: rules, then the scene, then the persona. The rest of a card is the policy's: in
     defense its goal is the opposite of what the user wants."""
     templates = _environment(language)
-    parts = ("rules.j2", [f"scenes/{scene}.j2", "scenes/other.j2"], "persona.j2")
-    return "\n".join(templates.get_or_select_template(part).render(scene=scene, user_persona=user_persona) for part in parts)
+    parts = (["rules.j2"], [f"scenes/{scene}.j2", "scenes/other.j2"], ["persona.j2"])
+    return "\n".join(templates.select_template(part).render(scene=scene, user_persona=user_persona) for part in parts)

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from ctcgrpo.simulator.config import SimulatorConfig
 from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, SimulatorBackend, State, TurnRequest, Utterance
-from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge, read_knowledge
+from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
 from ctcgrpo.simulator.scripted.language import Language, load_language
 from ctcgrpo.simulator.scripted.reading import Reading
 from ctcgrpo.simulator.scripted.rules import Finding, Heard, findings
@@ -37,7 +37,7 @@ class ScriptedBackend(SimulatorBackend):
 
     def check(self, card: ScenarioCard) -> None:
         """Raises SimulatorReplyError for a scenario that it cannot play: its language, or the form of its `script`."""
-        read_knowledge(card, load_language(card.language))
+        Knowledge(card, load_language(card.language))
 
     def about(self) -> dict[str, Any]:
         return {"backend": self.name, **({"reluctance": self._reluctance} if self._reluctance else {})}
@@ -75,7 +75,7 @@ def react(request: TurnRequest, reluctance: float = 0.0) -> Reaction:
 def _known(card_json: str) -> tuple[ScenarioCard, Language, Knowledge]:
     card = ScenarioCard.model_validate_json(card_json)
     language = load_language(card.language)
-    return card, language, read_knowledge(card, language)
+    return card, language, Knowledge(card, language)
 
 
 def _raised(knowledge: Knowledge, user_opens: bool, round: int) -> Detail | None:

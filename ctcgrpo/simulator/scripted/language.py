@@ -25,7 +25,6 @@ _HAN_RUN = re.compile(r"[\u4e00-\u9fff]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"')\]]*(?:\s+|(?<=[。！？]))|\n+")
 _CLAUSE = re.compile(r"[，、；：,]")
 _BREAK = re.compile(r"[;:()\"“”—–]| - |--")
-_ENDED = re.compile(r"[.!?…。！？][\"')\]”’」]*\s*$")
 _LONGEST_SENTENCE = 500
 """In characters; a longer stretch without an end is read in pieces of this length, so that no pattern meets more at once."""
 _KEPT = 8192
@@ -90,10 +89,6 @@ class Language:
     def sentences(self, text: str) -> list[str]:
         sentences = (s.strip() for s in _SENTENCE_END.split(text) if s)
         return [s[k : k + _LONGEST_SENTENCE] for s in sentences for k in range(0, len(s), _LONGEST_SENTENCE)]
-
-    def ends(self, text: str) -> bool:
-        """Whether the last sentence is brought to its end."""
-        return bool(_ENDED.search(text))
 
     @lru_cache(maxsize=_KEPT)  # noqa: B019 - a language lives as long as the process
     def tokens(self, text: str) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ _CHARACTERS_A_WORD = 2
 """Most words of Chinese have two."""
 _SHORTEST_MIX_UP = 3
 """In words (pairs of characters in Han script)."""
+_ENDED = re.compile(r"[.!?…。！？][\"')\]”’」]*\s*$")
 _NAME = re.compile(r"\b[A-Z][a-z]+\b(?=[,.!?])")
 """Somebody is called by a name; people shorten names."""
 _VOCATIVE = re.compile(r"^(?:[A-Z][\w.]* ?){1,3}(?=,)|(?<=, )(?:[A-Z][\w.]* ?){1,3}(?=[,.!?])")
@@ -127,7 +128,7 @@ class Reading:
         self.echo = _coverage(said_words, sources)
         self.repetition = max((_similarity(content, said_words, other, language) for other in earlier), default=0.0)
         self.twice = any(_alike(a, b, language) for a, b in combinations(sentences, 2))
-        self.breaks_off = not language.ends(text)
+        self.breaks_off = not _ENDED.search(text)
         self.borrowed = len(says & hears) // word
         self.added = len(says - hears) // word
         self.responds = self.feels or any(language.responses.search(s.text.lower()) for s in counting)

@@ -55,11 +55,6 @@ class Heard:
     round: int
 
     @property
-    def known(self) -> frozenset[Detail]:
-        """Details that earlier replies engaged with already."""
-        return frozenset(d for r in self.earlier for d in r.engaged)
-
-    @property
     def tells(self) -> bool:
         """Whether it comes with something of its own persona that it has not told yet."""
         told = frozenset().union(*(r.tells for r in self.earlier))
@@ -67,7 +62,9 @@ class Heard:
 
     @property
     def fresh(self) -> list[Detail]:
-        return [d for d in self.reading.engaged if d not in self.known]
+        """Details that no earlier reply engaged with."""
+        known = frozenset(d for r in self.earlier for d in r.engaged)
+        return [d for d in self.reading.engaged if d not in known]
 
 
 Rule = Callable[[Heard], Iterator[Finding]]
