@@ -7,7 +7,6 @@ import asyncio
 import hashlib
 import math
 import time
-from typing import Literal
 
 from aiolimiter import AsyncLimiter
 
@@ -15,7 +14,6 @@ from ctcgrpo.llm_client.calls import ChatClient
 from ctcgrpo.llm_client.reasons import LONGEST_WAIT, CallFailed, Result
 from ctcgrpo.simulator.config import Calls, Endpoint
 
-State = Literal["ready", "cooling_down", "open"]
 _DIALOGUES_FORBIDDEN = 3
 """Dialogues that were refused with 403, none answered between them: then it is not what they say that is refused."""
 
@@ -52,10 +50,6 @@ class EndpointState:
     def ready(self) -> bool:
         """Whether it may be asked now; of an open breaker, once its time is over, by one call at a time."""
         return time.monotonic() >= self.unavailable_until and not (self.opened and self.probing)
-
-    @property
-    def state(self) -> State:
-        return "open" if self.opened else "ready" if self.ready else "cooling_down"
 
     @property
     def out_of_quota(self) -> bool:

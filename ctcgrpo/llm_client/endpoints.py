@@ -20,7 +20,7 @@ from typing import Any
 from ctcgrpo.errors import BudgetSpent, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.llm_client.account import Account, Spent
 from ctcgrpo.llm_client.calls import ChatCompletion
-from ctcgrpo.llm_client.endpoint_state import EndpointState, State
+from ctcgrpo.llm_client.endpoint_state import EndpointState
 from ctcgrpo.llm_client.reasons import CallFailed
 from ctcgrpo.simulator.config import Calls, Price
 from ctcgrpo.types import Message
@@ -86,7 +86,7 @@ class EndpointPool:
         on_call: Callable[[CallRecord], None] = lambda record: None,
         say: Callable[[str], None] = _log.warning,
     ) -> None:
-        self._lines = [EndpointState(settings, calls) for settings in calls.endpoints]
+        self.lines = [EndpointState(settings, calls) for settings in calls.endpoints]
         self._calls = calls
         self._account = account
         self._on_call, self._say = on_call, say
@@ -94,24 +94,20 @@ class EndpointPool:
         self._random = random.Random()  # of its own: training's random state must not depend on retries
 
     async def close(self) -> None:
-        for line in self._lines:
+        for line in self.lines:
             await line.client.close()
 
     def is_ready(self) -> bool:
         """Whether any endpoint may be asked now."""
-        return any(line.ready for line in self._lines)
+        return any(line.ready for line in self.lines)
 
     def spent(self) -> Mapping[str, Any]:
         return self._account.summary()
 
-    def states(self) -> dict[str, State]:
-        """How each endpoint is: open says that its breaker keeps calls from it."""
-        return {line.name: line.state for line in self._lines}
-
     def outage(self) -> Outage | None:
         """None while one may be asked, or is being asked whether it is back."""
         now = time.monotonic()
-        seconds = min((line.unavailable_until for line in self._lines if not line.hopeless), default=now) - now
+        seconds = min((line.unavailable_until for line in self.lines if not line.hopeless), default=now) - now
         return None if seconds <= 0 or self.is_ready() else Outage(seconds, self._reasons())
 
     async def complete(
@@ -125,8 +121,8 @@ class EndpointPool:
         problems: list[str] = []
         tries: Counter[str] = Counter()
         refused: dict[str, str] = {}
-        while len(refused) < len(self._lines):
-            lines = [line for line in self._lines if line.name not in refused]
+        while len(refused) < len(self.lines):
+            lines = [line for line in self.lines if line.name not in refused]
             if problems and all(line.hopeless for line in lines):
                 self._give_up(lines)
             self._mind_the_time(0, deadline, problems)
@@ -200,7 +196,7 @@ class EndpointPool:
         raise SimulatorTransportError(f"no endpoint can be used: {self._reasons()}")
 
     def _reasons(self) -> str:
-        return "; ".join(f"{line.name}: {line.problem}" for line in self._lines if line.problem)
+        return "; ".join(f"{line.name}: {line.problem}" for line in self.lines if line.problem)
 
     def _mind_the_time(self, seconds: float, deadline: Deadline, problems: Sequence[str]) -> None:
         """Raises SimulatorTransportError where so many seconds leave no time for a call."""

@@ -110,11 +110,9 @@ def chosen_simulator(config: Path | None, urls: Sequence[str]) -> Iterator[Simul
 
 def check_patience(says: Mapping[str, Any], timeout: float) -> None:
     """Refuse to wait for a turn no longer than the simulator may take for it, by what it says of itself."""
-    if (says.get("deadline") or 0) >= timeout:
-        raise RecipeError(
-            f"simulator.timeout is {timeout:g} s, but the simulator may take {says['deadline']:g} s for a turn (llm.deadline); it "
-            "must be larger"
-        )
+    if (most := says.get("deadline") or 0) >= timeout:
+        taken = f"the simulator may take {most:g} s for a turn (llm.deadline)"
+        raise RecipeError(f"simulator.timeout is {timeout:g} s, but {taken}; it must be larger")
 
 
 async def introduced(simulator: SimulatorClient) -> dict[str, Any]:

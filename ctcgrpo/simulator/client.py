@@ -24,7 +24,6 @@ from ctcgrpo.util.proxies import proxy_of, through_proxy
 _TRANSPORT_ERRORS = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 _LONGEST_PAUSE = 15.0
 _log = logging.getLogger(__name__)
-_NO_SIMULATOR = "what answers is no simulator server"
 _LARGEST = 4_000_000
 """Bytes of a response at most."""
 
@@ -76,20 +75,18 @@ class SimulatorClient:
         """What the replicas that answer say of themselves. Raises SimulatorTransportError at once where none does, and where they
         play different users."""
         answers: dict[str, dict[str, Any]] = {}
-        problems = []
+        problems: dict[str, _NoAnswer] = {}
         for url in self._urls:
             try:
-                answer = await self._get(url, HEALTH_PATH)
-                if not _is_health(answer):
-                    raise _NoAnswer(_NO_SIMULATOR)
-                answers[url] = answer
+                answers[url] = await self._get(url, HEALTH_PATH)
             except _NoAnswer as error:
-                problems.append(
-                    f"simulator.url {url!r}: no simulator server answers there ({error}){through_proxy(url)}; "
-                    "start one with `ctcgrpo serve`, or set simulator.url=embedded"
-                )
+                problems[url] = error
         if not answers:
-            raise SimulatorTransportError(problems[0])
+            url, problem = next(iter(problems.items()))
+            raise SimulatorTransportError(
+                f"simulator.url {url!r}: no simulator server answers there ({problem}){through_proxy(url)}; start one with "
+                "`ctcgrpo serve`, or set simulator.url=embedded"
+            )
         (first, said), *others = answers.items()
         for url, other in others:
             if other != said:
@@ -173,8 +170,8 @@ class SimulatorClient:
             raise _NoAnswer(_describe(error)) from None
         except (ValueError, RecursionError):
             answer = None
-        if not isinstance(answer, dict):
-            raise _NoAnswer(_NO_SIMULATOR)
+        if not isinstance(answer, dict) or (path == HEALTH_PATH and not _is_health(answer)):
+            raise _NoAnswer("what answers is no simulator server")
         return answer
 
     @property

@@ -10,8 +10,8 @@ from typing import Any, Self
 
 from ctcgrpo.simulator.config import SimulatorConfig
 from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, SimulatorBackend, State, TurnRequest, Utterance
-from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
-from ctcgrpo.simulator.scripted.language import Language, load_language
+from ctcgrpo.simulator.scripted.knowledge import Knowledge
+from ctcgrpo.simulator.scripted.language import load_language
 from ctcgrpo.simulator.scripted.reading import Reading
 from ctcgrpo.simulator.scripted.rules import Finding, Heard, findings
 
@@ -49,13 +49,11 @@ class ScriptedBackend(SimulatorBackend):
 def react(request: TurnRequest, reluctance: float = 0.0) -> Reaction:
     """The reaction to the last reply in the history. Raises SimulatorReplyError for a language without rules."""
     card_json = request.scenario.model_dump_json()
-    card, language, knowledge = _known(card_json)
-    readings = _readings(card_json, request.history)
+    knowledge, readings = _known(card_json), _readings(card_json, request.history)
     last = len(readings) - 1
 
     def made_of(reply: int) -> list[Finding]:
-        round = request.round - last + reply
-        return findings(Heard(readings[reply], tuple(readings[:reply]), knowledge, language, card.scene, round))
+        return findings(Heard(readings[reply], tuple(readings[:reply]), knowledge, request.round - last + reply))
 
     found = made_of(last)
     if reluctance:
@@ -63,7 +61,7 @@ def react(request: TurnRequest, reluctance: float = 0.0) -> Reaction:
     anger_delta, trust_delta = _temper(found, request.state)
     mood = _mood(found, request.state.plus(anger_delta, trust_delta), request)
     return Reaction(
-        reply=_line(mood, card, knowledge, language, request.round),
+        reply=_line(mood, knowledge, request.round),
         anger_delta=anger_delta,
         trust_delta=trust_delta,
         goes_on=mood not in ("thanks", "leaves"),
@@ -72,16 +70,9 @@ def react(request: TurnRequest, reluctance: float = 0.0) -> Reaction:
 
 
 @lru_cache(maxsize=4096)
-def _known(card_json: str) -> tuple[ScenarioCard, Language, Knowledge]:
+def _known(card_json: str) -> Knowledge:
     card = ScenarioCard.model_validate_json(card_json)
-    language = load_language(card.language)
-    return card, language, Knowledge(card, language)
-
-
-def _raised(knowledge: Knowledge, user_opens: bool, round: int) -> Detail | None:
-    """The detail that the user brought up before the policy's reply of this round; one after the other, then none."""
-    index = round - 1 if user_opens else round - 2
-    return knowledge.details[index] if 0 <= index < len(knowledge.details) else None
+    return Knowledge(card, load_language(card.language))
 
 
 def _readings(card_json: str, history: Sequence[Utterance]) -> list[Reading]:
@@ -99,18 +90,16 @@ def _heard(text: str) -> str:
 def _reading(card_json: str, said: tuple[tuple[str, str], ...], reply: int) -> Reading:
     """The reading of the last line in `said`, the policy's `reply`-th from 1. Kept, since the next request of a dialogue needs all
     earlier ones again."""
-    card, language, knowledge = _known(card_json)
+    knowledge = _known(card_json)
     heard = [text for speaker, text in said[:-1] if speaker == "user"]
     earlier = [text for speaker, text in said[:-1] if speaker == "policy"]
     return Reading(
         said[-1][1],
         knowledge=knowledge,
-        language=language,
-        moves=language.of_scene(language.moves, card.scene),
-        heard=[_heard(card.policy_persona), *heard],
+        heard=[_heard(knowledge.card.policy_persona), *heard],
         latest=heard[-1] if heard else "",
         earlier=list(dict.fromkeys(earlier)),
-        raised=_raised(knowledge, bool(card.opening_line), reply),
+        raised=knowledge.raised(reply),
     )
 
 
@@ -148,13 +137,14 @@ def _mood(found: Sequence[Finding], after: State, request: TurnRequest) -> str:
     return "warmer" if balance >= 5 else "colder" if balance <= -4 else "flat"
 
 
-def _line(mood: str, card: ScenarioCard, knowledge: Knowledge, language: Language, round: int) -> str:
+def _line(mood: str, knowledge: Knowledge, round: int) -> str:
     def one_of(lines: Sequence[str], name: str) -> str:
-        digest = hashlib.sha256(f"{card.id}/{name}/{round}".encode()).digest()
+        digest = hashlib.sha256(f"{knowledge.card.id}/{name}/{round}".encode()).digest()
         return lines[int.from_bytes(digest[:4], "big") % len(lines)]
 
+    language = knowledge.language
     reaction = one_of(knowledge.lines.get(mood) or language.lines[mood], mood)
     if mood in ("thanks", "leaves"):
         return reaction
-    following = _raised(knowledge, bool(card.opening_line), round + 1)
+    following = knowledge.raised(round + 1)
     return f"{reaction} {(following and following.line) or one_of(language.lines['raise'], 'raise')}"

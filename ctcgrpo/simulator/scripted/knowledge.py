@@ -51,6 +51,7 @@ class Knowledge:
         def stems(words: list[str]) -> frozenset[str]:
             return frozenset().union(*(language.content(word) for word in words))
 
+        self.card, self.language = card, language
         self.details = tuple(
             Detail(d.about, stems(d.words), stems(d.sense) | language.uncommon(d.line), d.line) for d in script.details
         ) or _derived_details(card, language)
@@ -63,6 +64,11 @@ class Knowledge:
         self.matter = frozenset().union(*(language.uncommon(text) for text in texts))
         self.facts, self.subjects = (_stems_by_sentence(text, language) for text in (policy_persona, card.goal))
         self.lines = {mood: lines for mood, lines in script.lines.items() if lines}
+
+    def raised(self, round: int) -> Detail | None:
+        """The detail that the user brought up before the policy's reply of this round; one after the other, then none."""
+        index = round - 1 if self.card.opening_line else round - 2
+        return self.details[index] if 0 <= index < len(self.details) else None
 
 
 class _Detail(BaseModel):

@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import combinations, islice, takewhile
 
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
-from ctcgrpo.simulator.scripted.language import Language, Pattern, stem
+from ctcgrpo.simulator.scripted.language import Language, stem
 
 _RUN = 4
 _SHORTEST_FRAME = 5
@@ -83,8 +83,6 @@ class Reading:
         text: str,
         *,
         knowledge: Knowledge,
-        language: Language,
-        moves: Sequence[Pattern],
         heard: Sequence[str],
         latest: str,
         earlier: Sequence[str],
@@ -92,6 +90,7 @@ class Reading:
     ) -> None:
         """`heard`: what the user said and what the policy's role was told; `latest`: the user's last line, "" where the policy
         opens; `earlier`: the policy's earlier replies."""
+        language = knowledge.language
         sources = frozenset().union(*(_runs(_words(text, language)) for text in heard))
         words = sorted(frozenset().union(*(_words(text, language) for text in heard)))
         spoken = language.sentences(text)[:_MOST_SENTENCES]
@@ -118,6 +117,7 @@ class Reading:
         self.raised = raised
         self.tells = frozenset().union(*(_told(s, knowledge, language) for s in sentences if s.sound and s.own))
         self.follows = any(_follows(s.text, latest, language) for s in counting)
+        moves = language.of_scene(language.moves, knowledge.card.scene)
         self.moves = tuple(m for m in moves if any(m.matches(s.text.lower()) for s in counting))
         self.answers = bool((said - called) & of_latest & (knowledge.matter | language.thing_stems))
         self.musts = frozenset(name for name, words in knowledge.musts.items() if any(s.content & words for s in counting))

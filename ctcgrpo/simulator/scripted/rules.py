@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
-from ctcgrpo.simulator.scripted.language import Language
 from ctcgrpo.simulator.scripted.reading import TELLING, Reading
 
 _MERE_MENTION = 0.25
@@ -50,15 +49,13 @@ class Heard:
     reading: Reading
     earlier: tuple[Reading, ...]
     knowledge: Knowledge
-    language: Language
-    scene: str
     round: int
 
     @property
     def tells(self) -> bool:
         """Whether it comes with something of its own persona that it has not told yet."""
         told = frozenset().union(*(r.tells for r in self.earlier))
-        return self.language.weight(self.reading.tells - told) >= TELLING
+        return self.knowledge.language.weight(self.reading.tells - told) >= TELLING
 
     @property
     def fresh(self) -> list[Detail]:
@@ -172,7 +169,8 @@ _row(RULES, "interrogating", lambda h: 1 * (h.reading.questions > 3), "questions
 
 
 def _faults(h: Heard, spoils: bool) -> Iterator[Finding]:
-    for fault in (*h.language.faults, *h.language.of_scene(h.language.scene_faults, h.scene)):
+    language = h.knowledge.language
+    for fault in (*language.faults, *language.of_scene(language.scene_faults, h.knowledge.card.scene)):
         if fault.spoils == spoils and any(fault.matches(s.text.lower()) for s in h.reading.sentences):
             yield Finding(fault.anger, fault.trust, fault.why)
 
