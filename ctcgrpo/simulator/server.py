@@ -120,8 +120,7 @@ class SimulatorServer:
         )
         self.service = TurnService(
             self.backend,
-            store=self._store,
-            cache=config.cache and config.backend != "scripted",
+            self._store if config.cache and config.backend != "scripted" else None,
             on_source=lambda source: self.metrics.source.labels(source).inc(),
             on_error=lambda message: self.log.error("store", error=message),
         )

@@ -66,20 +66,17 @@ def turn_reply(request: TurnRequest, reaction: Reaction) -> TurnReply:
 
 
 class TurnService:
-    """Answers turns with one backend. `store` keeps answers of an LLM where `cache` says so; `on_source` hears where each answer
-    came from: backend, store, or joined (an earlier request for the same turn); `on_error` of a store that could not keep one."""
+    """Answers turns with one backend. `store`: where its answers are kept; `on_source` hears where each answer came from: backend,
+    store, or joined (an earlier request for the same turn); `on_error` of a store that could not keep one."""
 
     def __init__(
         self,
         backend: SimulatorBackend,
-        *,
-        store: Store | None = None,
-        cache: bool = False,
-        on_source: Callable[[str], None] = lambda source: None,
-        on_error: Callable[[str], None] = lambda message: None,
+        store: Store | None,
+        on_source: Callable[[str], None],
+        on_error: Callable[[str], None],
     ) -> None:
-        self.backend = backend
-        self._store = store if cache else None
+        self.backend, self._store = backend, store
         self._on_source, self._on_error = on_source, on_error
         self._identity = json.dumps(backend.about(), sort_keys=True)
         self._under_way: dict[bytes, asyncio.Task[TurnReply]] = {}
