@@ -29,8 +29,6 @@ _CHAT = "/chat/completions"
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _SECRET_NAME = re.compile(r"auth|key|token|secret|password|cookie|sig$|^code$", re.IGNORECASE)
 """Names of headers and of parameters in URLs whose values are secrets."""
-
-
 _VariableName = Annotated[str, AfterValidator(environment_name)]
 _HomePath = Annotated[Path, AfterValidator(Path.expanduser)]
 
@@ -48,7 +46,7 @@ class Endpoint(Section):
     url: str = Field(description="as its documentation gives it: most end with /v1 or /v1/chat/completions; ?query allowed")
     model: str = Field(description="the model's name at this endpoint")
     key_env: _VariableName | None = Field(
-        None, description="the environment variable that holds the key; none for an open endpoint"
+        None, description="the environment variable with the key; none for an open endpoint"
     )
     headers: dict[str, str] = Field(
         {}, description="further headers; ${NAME} in a value becomes that environment variable: api-key: ${AZURE_API_KEY}"
@@ -242,11 +240,7 @@ class SimulatorConfig(Section):
         if self.backend == "scripted" and not self.scripted.reluctance:
             return ""
         if self.llm is None:
-            deciding: dict[str, Any] = {
-                "backend": self.backend,
-                "options": self.options,
-                "scripted": self.scripted.model_dump(),
-            }
+            deciding = self.model_dump(include={"backend", "options", "scripted"})
         else:
             deciding = self.llm.model_dump(mode="json", include={"temperature", "top_p", "samples"})
             deciding["max_tokens"] = self.llm.most_tokens
