@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ctcgrpo.evaluation.benches import FAULTS, Bench, named
 from ctcgrpo.evaluation.played import in_words, settings_of, title_of
-from ctcgrpo.simulator.about import described
+from ctcgrpo.simulator.choice import who_played
 
 _MOST_REASONS, _MOST_CHARACTERS = 8, 500
 
@@ -33,7 +33,7 @@ def _preset(summary: Mapping[str, Any]) -> list[str]:
 
 def other_of(summary: Mapping[str, Any]) -> str:
     """Who played the simulator or the judge, in words."""
-    return described(summary["other"])
+    return who_played(summary["other"])
 
 
 def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:

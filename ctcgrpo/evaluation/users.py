@@ -27,13 +27,12 @@ from ctcgrpo.evaluation.presets import TRIES
 from ctcgrpo.evaluation.speaking import generated, played_by, temperature_of, tokens_of, why_empty
 from ctcgrpo.llm_client.calls import ChatCompletion
 from ctcgrpo.llm_client.endpoints import Deadline, Outage
-from ctcgrpo.simulator.backends import make_backend
 from ctcgrpo.simulator.choice import SimulatorChoice, named_simulator
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, SimulatorConfig
 from ctcgrpo.simulator.llm.backend import LlmBackend, chosen_prompts
 from ctcgrpo.simulator.protocol import SimulatorBackend, TurnReply, TurnRequest
-from ctcgrpo.simulator.service import answer
+from ctcgrpo.simulator.service import answer, make_backend
 from ctcgrpo.types import Message
 
 TEMPERATURE = 0.7

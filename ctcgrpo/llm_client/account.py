@@ -12,13 +12,13 @@ import asyncio
 import operator
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 from ctcgrpo.errors import BudgetSpent, OutputError
 from ctcgrpo.llm_client.store import Store
-from ctcgrpo.simulator.config import Budget, Price
+from ctcgrpo.simulator.config import Budget
 
 MICRO = 1_000_000
 _SPENT, _BOOKED = "account", "booked"
@@ -28,7 +28,7 @@ _LOOK_SECONDS = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Sums over all calls that were ever booked. `money` is in millionths of the currency unit."""
+    """Sums over calls. `money` is in millionths of the currency unit, which add up exactly."""
 
     calls: int = 0
     prompt_tokens: int = 0
@@ -52,17 +52,6 @@ class Spent:
         return Spent(calls, *(min(calls * n // each, m) for n, m in zip(astuple(self)[1:], astuple(most)[1:], strict=True)))
 
 
-def cost(price: Price, prompt_tokens: int, completion_tokens: int) -> int:
-    """In millionths of the currency unit, which add up exactly."""
-    return round(prompt_tokens * price.prompt + completion_tokens * price.completion)
-
-
-def _allows(budget: Budget, spent: Spent) -> bool:
-    return (budget.money is None or spent.money <= budget.money * MICRO) and (
-        budget.tokens is None or spent.tokens <= budget.tokens
-    )
-
-
 @dataclass
 class _Book:
     """What was spent, and by process what its calls under way can cost at most."""
@@ -73,9 +62,6 @@ class _Book:
     @property
     def under_way(self) -> Spent:
         return sum(self.booked.values(), Spent())
-
-    def book(self, owner: str, most: Spent) -> None:
-        self.booked[owner] = self.booked.get(owner, Spent()) + most
 
     def settle(self, owner: str, most: Spent, cost: Spent) -> None:
         self.spent += cost
@@ -95,21 +81,16 @@ class Account:
 
     def __init__(self, budget: Budget, store: Store | None) -> None:
         self._budget = budget
+        self.is_limited = budget.is_limited
         self._store = store
-        self._here = _Book(Spent(), {})  # where there is no store
+        self._here: dict[str, dict[str, Any]] = {}  # counters, where there is no store
         self._unsettled: list[tuple[Spent, Spent]] = []  # most and cost of calls that ended, until the store has them
         self._queue = asyncio.Lock()
 
     @property
     def spent(self) -> Spent:
         """By calls that ended. Raises OutputError for a store that cannot be read."""
-        if self._store is None:
-            return self._here.spent
-        return Spent(**self._store.counter(_SPENT))
-
-    @property
-    def is_limited(self) -> bool:
-        return self._budget.money is not None or self._budget.tokens is not None
+        return Spent(**(self._store.counters() if self._store else self._here).get(_SPENT, {}))
 
     @asynccontextmanager
     async def booking(self, most: Spent, seconds: float = 60.0) -> AsyncIterator[Booking]:
@@ -134,8 +115,9 @@ class Account:
     def _book(self, most: Spent) -> bool:
         """Whether the call may be made now. Raises BudgetSpent where it never may."""
         with self._open() as (book, owner):
-            if _allows(self._budget, book.spent + book.under_way + most):
-                book.book(owner, most)
+            total, money, tokens = book.spent + book.under_way + most, self._budget.money, self._budget.tokens
+            if (money is None or total.money <= money * MICRO) and (tokens is None or total.tokens <= tokens):
+                book.booked[owner] = book.booked.get(owner, Spent()) + most
                 return True
             if not book.under_way.calls:
                 raise BudgetSpent(self._explain(book))
@@ -145,28 +127,21 @@ class Account:
     def _open(self) -> Iterator[tuple[_Book, str]]:
         """The book, to change it, and the name of this process in it. Raises BudgetSpent, which pauses the run, where it cannot be
         kept."""
-        if self._store is None:
-            self._settle(self._here, "")
-            yield self._here, ""
-        else:
-            try:
-                with self._store.counters() as counters:
-                    before = {name: counters.get(name) for name in (_SPENT, _BOOKED)}
-                    book = _Book(Spent(**before[_SPENT]), {name: Spent(**most) for name, most in before[_BOOKED].items()})
-                    self._settle(book, counters.owner.name)
-                    book.settle_lost(counters.owner.is_alive)
-                    yield book, counters.owner.name
-                    booked = {name: asdict(most) for name, most in book.booked.items()}
-                    for name, after in ((_SPENT, asdict(book.spent)), (_BOOKED, booked)):
-                        if after != before[name]:
-                            counters.put(name, after)
-            except OutputError as error:
-                raise BudgetSpent(f"what calls cost cannot be kept: {error}") from None
+        try:
+            with self._store.changing_counters() if self._store else nullcontext((self._here, None)) as (counters, owner):
+                name = owner.name if owner else ""
+                booked = {other: Spent(**most) for other, most in counters.get(_BOOKED, {}).items()}
+                book = _Book(Spent(**counters.get(_SPENT, {})), booked)
+                for most, cost in self._unsettled:
+                    book.settle(name, most, cost)
+                if owner:
+                    book.settle_lost(owner.is_alive)
+                yield book, name
+                counters[_SPENT] = asdict(book.spent)
+                counters[_BOOKED] = {other: asdict(most) for other, most in book.booked.items()}
+        except OutputError as error:
+            raise BudgetSpent(f"what calls cost cannot be kept: {error}") from None
         self._unsettled.clear()
-
-    def _settle(self, book: _Book, owner: str) -> None:
-        for most, cost in self._unsettled:
-            book.settle(owner, most, cost)
 
     def explain(self) -> str:
         """Why another call cannot be made, for an error."""
@@ -177,29 +152,21 @@ class Account:
         spent, under_way, budget = book.spent, book.under_way, self._budget
         limits = [f"{budget.money:g} {budget.currency}"] if budget.money is not None else []
         limits += [f"{budget.tokens} tokens"] if budget.tokens is not None else []
+
+        def took(verb: str, what: Spent) -> str:
+            return f"{verb} {what.tokens} tokens and {what.money / MICRO:.2f} {budget.currency}"
+
         state = "has no room for another call now" if under_way.calls else "is spent"
-        booked = (
-            f"{under_way.calls} calls under way may take {under_way.tokens} tokens and "
-            f"{under_way.money / MICRO:.2f} {budget.currency}, "
-            if under_way.calls
-            else ""
-        )
+        booked = f"{under_way.calls} calls under way {took('may take', under_way)}, " if under_way.calls else ""
         return (
-            f"the budget of {' and '.join(limits)} {state}: {spent.calls} calls took {spent.tokens} tokens and "
-            f"{spent.money / MICRO:.2f} {budget.currency}, {booked}and another call could exceed it; "
-            "raise it in the configuration that sets it (budget)"
+            f"the budget of {' and '.join(limits)} {state}: {spent.calls} calls {took('took', spent)}, {booked}and another call "
+            "could exceed it; raise it in the configuration that sets it (budget)"
         )
 
     def summary(self) -> Mapping[str, Any]:
         """Raises OutputError for a store that cannot be read."""
-        spent = self.spent
-        return {
-            "calls": spent.calls,
-            "prompt_tokens": spent.prompt_tokens,
-            "completion_tokens": spent.completion_tokens,
-            "money": spent.money / MICRO,
-            "currency": self._budget.currency,
-        }
+        spent = asdict(self.spent)
+        return spent | {"money": spent["money"] / MICRO, "currency": self._budget.currency}
 
 
 class Booking:

@@ -18,14 +18,7 @@ from urllib.parse import urljoin, urlsplit
 import aiohttp
 import certifi
 
-from ctcgrpo.llm_client.reasons import (
-    CallFailed,
-    error_body,
-    error_object,
-    failure_of,
-    is_html,
-    without_secrets,
-)
+from ctcgrpo.llm_client.reasons import CallFailed, error_body, error_object, failure_of, is_html, without_secrets
 from ctcgrpo.simulator.config import Calls, Endpoint
 from ctcgrpo.types import Message
 from ctcgrpo.util.proxies import proxy_of, through_proxy
@@ -62,9 +55,9 @@ class ChatClient:
         self._proxy = proxy_of(settings.url)
         self._via = through_proxy(settings.url)
         self._session: aiohttp.ClientSession | None = None
-        named = [f"key_env: {settings.key_env}"] if settings.key_env else []
-        named += [f"headers: {', '.join(settings.headers)}"] if settings.headers else []
-        self._key = ", ".join(named) or "no key_env is set for this endpoint"
+        named = {"key_env": settings.key_env, "headers": ", ".join(settings.headers)}
+        shown = [f"{field}: {value}" for field, value in named.items() if value]
+        self._key = ", ".join(shown) or "no key_env is set for this endpoint"
 
     async def close(self) -> None:
         if self._session is not None:
@@ -115,8 +108,7 @@ class ChatClient:
             context.load_verify_locations(certifi.where())
             connector = aiohttp.TCPConnector(limit=0, ssl=context)
             self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
-        url = self._settings.chat_url
-        started, answered = time.monotonic(), False
+        url, started, answered = self._settings.chat_url, time.monotonic(), False
         try:
             for _ in range(_REDIRECTS):
                 async with self._session.post(
@@ -135,28 +127,22 @@ class ChatClient:
             raise CallFailed("disconnected", f"its answer broke off or cannot be decoded: {error}", paid=True) from None
         except (aiohttp.ClientError, OSError) as error:
             late = answered or time.monotonic() - started > _AT_ONCE
-            what = str(error) or type(error).__name__
-            raise CallFailed(
-                "disconnected", f"it closed the connection without an answer{self._via} ({what})", paid=late
-            ) from None
+            what = f"it closed the connection without an answer{self._via} ({str(error) or type(error).__name__})"
+            raise CallFailed("disconnected", what, paid=late) from None
 
     def _completion(self, text: str, headers: Mapping[str, str], sent: Mapping[str, Any]) -> ChatCompletion:
         if is_html(text):
             raise CallFailed("malformed", f"it answered with {error_body(text).message}")
-        streamed = "event-stream" in headers.get("content-type", "") or text.lstrip().startswith("data:")
-        if streamed:
-            raise CallFailed("malformed", "it answered with a stream, which was not asked for", paid=True)
+        if "event-stream" in headers.get("content-type", "") or text.lstrip().startswith("data:"):
+            raise _malformed("it answered with a stream, which was not asked for")
         try:
             data = json.loads(text)
         except (ValueError, RecursionError):
-            raise CallFailed(
-                "malformed", f"its answer is not JSON: {error_body(text).message or 'empty'}", paid=True
-            ) from None
+            raise _malformed(f"its answer is not JSON: {error_body(text).message or 'empty'}") from None
         if not isinstance(data, Mapping):
-            raise CallFailed("malformed", f"expected a chat completion, got {error_object(data).message}", paid=True)
-        choices = data.get("choices")
+            raise _malformed(f"expected a chat completion, got {error_object(data).message}")
+        choices, usage = data.get("choices"), data.get("usage")
         choice = _first(choices)
-        usage = data.get("usage")
         for error in (data.get("error"), choice.get("error")):
             if error:
                 said = error_object(error)
@@ -164,31 +150,22 @@ class ChatClient:
                 raise CallFailed(failed.result, f"an error within HTTP 200: {failed}", wait=failed.wait, paid=bool(usage))
         if not choice:
             got = error_object(data).message if "choices" not in data else f"choices: {json.dumps(choices)[:100]}"
-            raise CallFailed("malformed", f"expected a chat completion, got {got}", paid=True)
+            raise _malformed(f"expected a chat completion, got {got}")
         message = choice.get("message")
         if not isinstance(message, Mapping):
-            raise CallFailed("malformed", f"expected choices[0].message, got {json.dumps(choice)[:200]}", paid=True)
-        ended = str(choice.get("finish_reason"))
-        said_text = _content(message.get("content"))
-        refusal = message.get("refusal")
-        note = ""
+            raise _malformed(f"expected choices[0].message, got {json.dumps(choice)[:200]}")
+        ended, note = str(choice.get("finish_reason")), ""
+        said_text, refusal = _content(message.get("content")), message.get("refusal")
         if not said_text.strip():
             if isinstance(refusal, str) and refusal.strip():
                 ended, note = "refusal", error_body(refusal).message
             else:
                 note = _why_empty(message, ended)
         counted = usage if isinstance(usage, Mapping) else {}
-        tokens = [_count(counted.get(name)) for name in ("prompt_tokens", "completion_tokens")]
-        if None in tokens or not tokens[0]:
-            tokens = [0, 0]
-        return ChatCompletion(
-            text=self._without_key(said_text.encode("utf-8", "replace").decode()),
-            ended=ended,
-            prompt_tokens=tokens[0] or 0,
-            completion_tokens=tokens[1] or 0,
-            endpoint=self._settings.label,
-            note=self._without_key(note),
-        )
+        prompt, completion = (_count(counted.get(name)) for name in ("prompt_tokens", "completion_tokens"))
+        tokens = (prompt, completion) if prompt and completion is not None else (0, 0)
+        shown = self._without_key(said_text.encode("utf-8", "replace").decode())
+        return ChatCompletion(shown, ended, *tokens, self._settings.label, self._without_key(note))
 
     def _without_key(self, text: str) -> str:
         """A model's own words: they go into traces and pages. A short secret stands for none (EMPTY), and may be a word."""
@@ -197,20 +174,18 @@ class ChatClient:
         return text
 
 
+def _malformed(message: str) -> CallFailed:
+    return CallFailed("malformed", message, paid=True)
+
+
 async def _text(response: aiohttp.ClientResponse) -> str:
-    parts, size = [], 0
+    raw, charset = bytearray(), (response.charset or "utf-8").lower()
     async for part in response.content.iter_chunked(1 << 16):
-        size += len(part)
-        if size > MOST_BYTES:
-            raise CallFailed(
-                "malformed", f"HTTP {response.status}: its answer is larger than {MOST_BYTES // 1_000_000} MB", paid=True
-            )
-        parts.append(part)
-    raw = b"".join(parts)
+        raw += part
+        if len(raw) > MOST_BYTES:
+            raise _malformed(f"HTTP {response.status}: its answer is larger than {MOST_BYTES // 1_000_000} MB")
     try:
-        return raw.decode(
-            "utf-8-sig" if (response.charset or "utf-8").lower() in ("utf-8", "utf8") else response.charset or ""
-        )
+        return raw.decode("utf-8-sig" if charset in ("utf-8", "utf8") else charset)
     except (UnicodeDecodeError, LookupError):
         return raw.decode("utf-8-sig", "replace")
 
@@ -218,8 +193,7 @@ async def _text(response: aiohttp.ClientResponse) -> str:
 def _first(choices: Any) -> Mapping[str, Any]:
     """The choice with the lowest index; nothing where there is none."""
     found = [choice for choice in choices if isinstance(choice, Mapping)] if isinstance(choices, list) else []
-    numbered = [choice for choice in found if choice.get("index") == 0]
-    return next(iter([*numbered, *found]), {})
+    return min(found, key=lambda choice: choice.get("index") != 0, default={})
 
 
 def _content(content: Any) -> str:

@@ -7,7 +7,6 @@ import asyncio
 import hashlib
 import math
 import time
-from typing import Literal
 
 from aiolimiter import AsyncLimiter
 
@@ -15,7 +14,6 @@ from ctcgrpo.llm_client.calls import ChatClient
 from ctcgrpo.llm_client.reasons import LONGEST_WAIT, CallFailed, Result
 from ctcgrpo.simulator.config import Calls, Endpoint
 
-State = Literal["ready", "cooling_down", "open"]
 _DIALOGUES_FORBIDDEN = 3
 """Dialogues that were refused with 403, none answered between them: then it is not what they say that is refused."""
 
@@ -28,8 +26,8 @@ class EndpointState:
         self.name = settings.label
         self.client = ChatClient(settings, calls)
         self.slots = asyncio.Semaphore(settings.concurrency)
-        self._requests = _limiter(settings.requests_per_minute)
-        self._tokens = _limiter(settings.tokens_per_minute)
+        limits = (settings.requests_per_minute, settings.tokens_per_minute)
+        self._requests, self._tokens = (AsyncLimiter(most, 60) if most else None for most in limits)
         self._mean_tokens = 2000.0
         self.unavailable_until = 0.0
         """On time.monotonic()'s clock."""
@@ -52,14 +50,6 @@ class EndpointState:
     def ready(self) -> bool:
         """Whether it may be asked now; of an open breaker, once its time is over, by one call at a time."""
         return time.monotonic() >= self.unavailable_until and not (self.opened and self.probing)
-
-    @property
-    def state(self) -> State:
-        return "open" if self.opened else "ready" if self.ready else "cooling_down"
-
-    @property
-    def full(self) -> bool:
-        return self.slots.locked()
 
     @property
     def out_of_quota(self) -> bool:
@@ -120,7 +110,3 @@ class EndpointState:
 
     def _cool_down(self, seconds: float) -> None:
         self.unavailable_until = max(self.unavailable_until, time.monotonic() + seconds)
-
-
-def _limiter(per_minute: int | None) -> AsyncLimiter | None:
-    return None if per_minute is None else AsyncLimiter(per_minute, 60)

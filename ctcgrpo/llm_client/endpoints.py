@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ctcgrpo.errors import BudgetSpent, SimulatorReplyError, SimulatorTransportError
-from ctcgrpo.llm_client.account import Account, Spent, cost
+from ctcgrpo.llm_client.account import Account, Spent
 from ctcgrpo.llm_client.calls import ChatCompletion
-from ctcgrpo.llm_client.endpoint_state import EndpointState, State
+from ctcgrpo.llm_client.endpoint_state import EndpointState
 from ctcgrpo.llm_client.reasons import CallFailed
 from ctcgrpo.simulator.config import Calls, Price
 from ctcgrpo.types import Message
@@ -86,7 +86,7 @@ class EndpointPool:
         on_call: Callable[[CallRecord], None] = lambda record: None,
         say: Callable[[str], None] = _log.warning,
     ) -> None:
-        self._lines = [EndpointState(settings, calls) for settings in calls.endpoints]
+        self.lines = [EndpointState(settings, calls) for settings in calls.endpoints]
         self._calls = calls
         self._account = account
         self._on_call, self._say = on_call, say
@@ -94,24 +94,20 @@ class EndpointPool:
         self._random = random.Random()  # of its own: training's random state must not depend on retries
 
     async def close(self) -> None:
-        for line in self._lines:
+        for line in self.lines:
             await line.client.close()
 
     def is_ready(self) -> bool:
         """Whether any endpoint may be asked now."""
-        return any(line.ready for line in self._lines)
+        return any(line.ready for line in self.lines)
 
     def spent(self) -> Mapping[str, Any]:
         return self._account.summary()
 
-    def states(self) -> dict[str, State]:
-        """How each endpoint is: open says that its breaker keeps calls from it."""
-        return {line.name: line.state for line in self._lines}
-
     def outage(self) -> Outage | None:
         """None while one may be asked, or is being asked whether it is back."""
         now = time.monotonic()
-        seconds = min((line.unavailable_until for line in self._lines if not line.hopeless), default=now) - now
+        seconds = min((line.unavailable_until for line in self.lines if not line.hopeless), default=now) - now
         return None if seconds <= 0 or self.is_ready() else Outage(seconds, self._reasons())
 
     async def complete(
@@ -125,21 +121,22 @@ class EndpointPool:
         problems: list[str] = []
         tries: Counter[str] = Counter()
         refused: dict[str, str] = {}
-        while len(refused) < len(self._lines):
-            lines = [line for line in self._lines if line.name not in refused]
+        while len(refused) < len(self.lines):
+            lines = [line for line in self.lines if line.name not in refused]
             if problems and all(line.hopeless for line in lines):
                 self._give_up(lines)
             self._mind_the_time(0, deadline, problems)
             rounds = min(tries[line.name] for line in lines)
             if rounds and any(line.ready for line in lines):
                 pause = min(_LONGEST_PAUSE, 0.25 * 2 ** min(rounds, 8)) * self._random.uniform(0.5, 1.5)
-                await self._sleep(pause, deadline, problems)
+                self._mind_the_time(pause, deadline, problems)
+                await asyncio.sleep(pause)
             line = await self._choose(lines, dialogue, tries, deadline, problems)
             # Nothing is awaited between the choice and this: of an open breaker one call finds out whether it may close.
             probe = line.probing = bool(line.opened)
             tries[line.name] += 1
             try:
-                return await self._attempt(line, messages, seed, schema, deadline, probe=probe)
+                return await self._attempt(line, (messages, seed, schema), deadline, probe)
             except CallFailed as problem:
                 line.failed(problem, dialogue=dialogue, probe=probe)
                 if problem.result == "waiting":  # it was not asked
@@ -163,7 +160,7 @@ class EndpointPool:
         while True:
             ready = [line for line in order if line.ready]
             if ready:
-                return next((line for line in ready if not line.full), ready[0])
+                return next((line for line in ready if not line.slots.locked()), ready[0])
             awaited = [line for line in order if not line.hopeless]
             if not awaited:
                 self._give_up(order)
@@ -172,9 +169,7 @@ class EndpointPool:
             if deadline.left() > pause + _SHORTEST_CALL:
                 await self._wait(pause)
             elif (
-                soonest > _MOMENT
-                and any(line.may_return for line in awaited)
-                and deadline.waited + pause <= self._calls.patience
+                soonest > _MOMENT and deadline.waited + pause <= self._calls.patience and any(e.may_return for e in awaited)
             ):
                 deadline.wait(pause, then=min(deadline.seconds, max(line.settings.timeout for line in awaited)))
                 await self._wait(pause)
@@ -201,11 +196,7 @@ class EndpointPool:
         raise SimulatorTransportError(f"no endpoint can be used: {self._reasons()}")
 
     def _reasons(self) -> str:
-        return "; ".join(f"{line.name}: {line.problem}" for line in self._lines if line.problem)
-
-    async def _sleep(self, seconds: float, deadline: Deadline, problems: Sequence[str]) -> None:
-        self._mind_the_time(seconds, deadline, problems)
-        await asyncio.sleep(seconds)
+        return "; ".join(f"{line.name}: {line.problem}" for line in self.lines if line.problem)
 
     def _mind_the_time(self, seconds: float, deadline: Deadline, problems: Sequence[str]) -> None:
         """Raises SimulatorTransportError where so many seconds leave no time for a call."""
@@ -215,16 +206,12 @@ class EndpointPool:
             raise SimulatorTransportError(f"no endpoint answered within {deadline.seconds:g} s ({attempts}, last: {last})")
 
     async def _attempt(
-        self,
-        line: EndpointState,
-        messages: Sequence[Message],
-        seed: int,
-        schema: dict[str, Any],
-        deadline: Deadline,
-        *,
-        probe: bool,
+        self, line: EndpointState, request: tuple[Sequence[Message], int, dict[str, Any]], deadline: Deadline, probe: bool
     ) -> ChatCompletion:
-        most = self._most(messages, line.settings.price)
+        """`request`: messages, seed, schema."""
+        # No byte-level vocabulary makes more tokens than bytes.
+        size = sum(len(message["content"].encode("utf-8", "replace")) + 16 for message in request[0])
+        most = _spent(size, self._calls.most_tokens, line.settings.price)
         async with contextlib.AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(deadline.left() - _SHORTEST_CALL):
@@ -248,11 +235,13 @@ class EndpointPool:
             result = "cancelled"
             try:
                 async with asyncio.timeout(timeout):
-                    answer = await line.client.complete(messages, seed, schema)
-                if not _plausible(answer, most):
+                    answer = await line.client.complete(*request)
+                read, written = answer.prompt_tokens, answer.completion_tokens
+                # Templates and reasoning may take more than was reckoned with; a count beyond this cannot be true.
+                if read > 2 * most.prompt_tokens + 10_000 or written > 10 * most.completion_tokens + 100_000:
                     answer = replace(answer, prompt_tokens=0, completion_tokens=0)
-                elif answer.prompt_tokens:
-                    booking.cost = _spent(answer.prompt_tokens, answer.completion_tokens, line.settings.price)
+                elif read:  # else it is booked with the most that it can have cost
+                    booking.cost = _spent(read, written, line.settings.price)
                 line.succeeded(booking.cost.tokens)
                 result = "ok"
                 return answer
@@ -269,19 +258,7 @@ class EndpointPool:
             finally:
                 self._on_call(CallRecord(line.name, result, time.monotonic() - started, booking.cost))
 
-    def _most(self, messages: Sequence[Message], price: Price) -> Spent:
-        """The most that a call can cost: no byte-level vocabulary makes more tokens than bytes."""
-        size = sum(len(message["content"].encode("utf-8", "replace")) + 16 for message in messages)
-        return _spent(size, self._calls.most_tokens, price)
-
-
-def _plausible(answer: ChatCompletion, most: Spent) -> bool:
-    """Whether an endpoint's count of tokens can be true; templates and reasoning may take more than what was reckoned with. Where
-    it cannot, or there is none, a call is booked with the most that it can have cost."""
-    return answer.prompt_tokens <= 2 * most.prompt_tokens + 10_000 and (
-        answer.completion_tokens <= 10 * most.completion_tokens + 100_000
-    )
-
 
 def _spent(prompt_tokens: int, completion_tokens: int, price: Price) -> Spent:
-    return Spent(1, prompt_tokens, completion_tokens, cost(price, prompt_tokens, completion_tokens))
+    money = round(prompt_tokens * price.prompt + completion_tokens * price.completion)
+    return Spent(1, prompt_tokens, completion_tokens, money)

@@ -16,36 +16,16 @@ from email.utils import parsedate_to_datetime
 from html import unescape
 from typing import Any, Literal
 
-Result = Literal[
-    "rate_limited",
-    "quota",
-    "http_5xx",
-    "key_refused",
-    "not_found",
-    "refused",
-    "forbidden",
-    "unreachable",
-    "disconnected",
-    "timeout",
-    "malformed",
-    "waiting",
-]
+_ByStatus = Literal["rate_limited", "quota", "http_5xx", "key_refused", "not_found", "refused", "forbidden"]
+Result = Literal[_ByStatus, "unreachable", "disconnected", "timeout", "malformed", "waiting"]
 """What went wrong in a word, for metrics. refused: this request is refused; forbidden: so it is, and it may be for this request's
 content or for whoever asks (403); waiting: its limits left no room, and it was not asked."""
 LONGEST_WAIT = 300.0
 """Seconds: an endpoint is asked again after so long, whatever it says."""
 _MOST_WORDS = 400
 _RETRIED = frozenset({408, 409, 425, 429})
-_QUOTA = frozenset(
-    {
-        "insufficient_quota",
-        "exceeded_current_quota_error",
-        "billing_hard_limit_reached",
-        "billing_not_active",
-        "insufficient_balance",
-        "insufficient_credits",
-        "arrearage",
-    }
+_QUOTA = re.compile(
+    r"insufficient_(?:quota|balance|credits)|exceeded_current_quota_error|billing_(?:hard_limit_reached|not_active)|arrearage"
 )
 _QUOTA_WORDS = re.compile(
     r"insufficient (?:account )?(?:balance|credits?|funds|quota)|credit balance is too low|exceeded your current quota(?!.*retry)"
@@ -87,7 +67,9 @@ def failure_of(status: int, headers: Mapping[str, str], body: ErrorBody, *, sent
     endpoint's key comes from."""
     shown = f"HTTP {status}: {body.message or 'no reason given'}"
     named = f" ({key})" if key else ""
-    if status == 402 or (status in (400, 403, 429) and (_QUOTA & set(body.codes) or _QUOTA_WORDS.search(body.message))):
+    if status == 402 or (
+        status in (400, 403, 429) and (any(map(_QUOTA.fullmatch, body.codes)) or _QUOTA_WORDS.search(body.message))
+    ):
         return CallFailed("quota", f"{shown} (no quota is left)")
     if status == 401:
         return CallFailed("key_refused", shown + named)
@@ -99,9 +81,8 @@ def failure_of(status: int, headers: Mapping[str, str], body: ErrorBody, *, sent
         wait = retry_after(headers) if status in (429, 503) else None
         return CallFailed("rate_limited" if status == 429 else "http_5xx", shown, wait=wait)
     if 300 <= status < 400:
-        return CallFailed(
-            "refused", f"HTTP {status}: it redirects to {headers.get('location', '?')}; use that address as its url"
-        )
+        onward = headers.get("location", "?")
+        return CallFailed("refused", f"HTTP {status}: it redirects to {onward}; use that address as its url")
     return CallFailed("refused", shown + _hint(body.message, sent))
 
 
@@ -159,19 +140,15 @@ def _problem(part: Any) -> str:
     if not isinstance(part, Mapping):
         return str(part)
     where = part.get("loc")
-    at = ".".join(map(str, where)) if isinstance(where, list) else ""
-    return f"{at}: {_words(part)}" if at else _words(part)
+    return f"{'.'.join(map(str, where))}: {_words(part)}" if where and isinstance(where, list) else _words(part)
 
 
 def _status(error: Mapping[str, Any]) -> int | None:
-    for name in ("code", "status", "type"):
-        value = error.get(name)
-        if isinstance(value, bool) or value is None:
-            continue
-        if re.fullmatch(r"[45]\d\d", str(value)):
+    for value in (str(error[name]) for name in ("code", "status", "type") if error.get(name) is not None):
+        if re.fullmatch(r"[45]\d\d", value):
             return int(value)
         for pattern, status in _STATUS_OF:
-            if pattern.search(str(value)):
+            if pattern.search(value):
                 return status
     return None
 

@@ -4,6 +4,7 @@ processes of a machine (not over a network file system)."""
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -11,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,6 @@ import lmdb
 
 from ctcgrpo.errors import OutputError
 from ctcgrpo.llm_client import store_check
-from ctcgrpo.llm_client.owners import Owner
 from ctcgrpo.llm_client.store_check import seal, unseal
 
 _MOVE_AWAY = (
@@ -35,20 +36,36 @@ _SLOWEST = 5_000_000
 _log = logging.getLogger(__name__)
 
 
-class Counters:
-    """JSON values by name, within one transaction. `owner` is this process among those that share the store."""
+class Owner:
+    """This process among those that share a folder, also across containers of one machine. Each locks a file of its own; the kernel
+    releases the lock when the process ends, however it ends. (With filelock's exclusive locks, two processes that look at the same
+    moment would each take the other for the owner.) Make one only while no other process makes or removes one in that folder.
+    Raises OSError where the file cannot be made."""
 
-    def __init__(self, transaction: lmdb.Transaction, owner: Owner) -> None:
-        self._transaction = transaction
-        self.owner = owner
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self.name = uuid.uuid4().hex
+        self._folder = folder
+        for file in folder.iterdir():
+            if not self.is_alive(file.name):
+                file.unlink(missing_ok=True)
+        self._file = (folder / self.name).open("xb")
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    def get(self, name: str) -> dict[str, Any]:
-        """Empty for one that was never put. Raises OutputError for one that is damaged."""
-        return _read_counter(self._transaction, name)
+    def is_alive(self, name: str) -> bool:
+        """Whether the process of that name runs. Raises OSError where that cannot be found out."""
+        try:
+            with (self._folder / name).open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
-    def put(self, name: str, value: dict[str, Any]) -> None:
-        key = name.encode()
-        self._transaction.put(key, seal(key, json.dumps(value).encode()))
+    def close(self) -> None:
+        (self._folder / self.name).unlink(missing_ok=True)
+        self._file.close()
 
 
 class Store:
@@ -88,19 +105,24 @@ class Store:
         with self._errors("write to"), self._env.begin(db=self._answers, write=True) as transaction:
             transaction.put(key, seal(key, value))
 
-    def counter(self, name: str) -> dict[str, Any]:
-        """Empty for one that was never kept. Raises OutputError for a store that cannot be read."""
+    def counters(self) -> dict[str, dict[str, Any]]:
+        """JSON objects by name. Raises OutputError for a store that cannot be read."""
         with self._errors("read"), self._env.begin(db=self._counters) as transaction:
-            return _read_counter(transaction, name)
+            return _read_counters(transaction)
 
     @contextmanager
-    def counters(self) -> Iterator[Counters]:
-        """To read and change counters: one transaction over all processes, undone by an error. Raises OutputError where they cannot
-        be read or kept."""
+    def changing_counters(self) -> Iterator[tuple[dict[str, dict[str, Any]], Owner]]:
+        """The counters, to be replaced by name, and this process among those that share the store: one transaction over all
+        processes, undone by an error. Raises OutputError where they cannot be read or kept."""
         with self._errors("write to"), self._env.begin(db=self._counters, write=True) as transaction:
             if self._owner is None:  # within the transaction: one process at a time
                 self._owner = Owner(self._folder / "owners")
-            yield Counters(transaction, self._owner)
+            counters = _read_counters(transaction)
+            before = dict(counters)
+            yield counters, self._owner
+            for name, value in counters.items():
+                if value != before.get(name):
+                    transaction.put(name.encode(), seal(name.encode(), json.dumps(value).encode()))
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -121,15 +143,14 @@ class Store:
             self._owner = None
 
 
-def _read_counter(transaction: lmdb.Transaction, name: str) -> dict[str, Any]:
-    found = transaction.get(name.encode())
-    if found is None:
-        return {}
-    value = unseal(name.encode(), bytes(found))
-    if value is None:
-        raise OutputError(f"store: data.mdb is damaged: {name} cannot be read; {_MOVE_AWAY}")
-    read: dict[str, Any] = json.loads(value)
-    return read
+def _read_counters(transaction: lmdb.Transaction) -> dict[str, dict[str, Any]]:
+    counters = {}
+    for key, sealed in ((bytes(key), bytes(value)) for key, value in transaction.cursor()):
+        value = unseal(key, sealed)
+        if value is None:
+            raise OutputError(f"store: data.mdb is damaged: {key.decode(errors='replace')} cannot be read; {_MOVE_AWAY}")
+        counters[key.decode()] = json.loads(value)
+    return counters
 
 
 def _check(folder: Path) -> None:
@@ -143,7 +164,7 @@ def _check(folder: Path) -> None:
     if checked.returncode == 0:
         return
     said = " ".join(checked.stdout.split())
-    if checked.returncode < 0:  # a signal
+    if checked.returncode < 0:
         said = said or f"data.mdb is damaged: reading it ended a process with {signal.Signals(-checked.returncode).name}"
     elif checked.returncode != store_check.DAMAGED:
         raise OutputError(f"store: {folder}: cannot be opened: {said or checked.stderr.strip()[-300:]}; {_ADVICE}")

@@ -23,7 +23,7 @@ from ctcgrpo.environments.eibench.records import in_order
 from ctcgrpo.report.reading import Run, Trace, credit_of
 from ctcgrpo.run.recipe import OwnEnvironment
 from ctcgrpo.run.run_records import Validation, improvement, numbers_by_turn
-from ctcgrpo.simulator.about import described
+from ctcgrpo.simulator.choice import who_played
 from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.files import write_whole
 from ctcgrpo.util.intervals import interval
@@ -89,7 +89,7 @@ def _facts(run: Run) -> dict[str, str]:
     repeat = shlex.join(["ctcgrpo", "train", str(run.path / "recipe.yaml"), f"run.name={recipe.run.name}-again"])
     return {
         "model": recipe.policy.model + (f", LoRA of rank {lora.rank}" if lora else ", all weights"),
-        **({"simulated user": described(run.simulator)} if own is None else {"environment": _named(own)}),
+        **({"simulated user": who_played(run.simulator)} if own is None else {"environment": _named(own)}),
         "trained on": recipe.eibench_scenarios().train if own is None else own.tasks,
         "validated on": "nothing" if recipe.validation is None else recipe.validation_source(),
         "recipe": f"{recipe.run.name}, seed {recipe.run.seed}",

@@ -35,7 +35,7 @@ from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.run_records import Summary, checked_summary
 from ctcgrpo.run.settings import template_kwargs
-from ctcgrpo.simulator import about
+from ctcgrpo.simulator.choice import who_played
 from ctcgrpo.training.checkpoint_pickles import weights_only
 from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.files import checkpoints, disk_problem, is_complete, missing_in
@@ -210,5 +210,5 @@ def model_card(recipe: Recipe, summary: Summary | None, *, which: str) -> str:
     if summary is not None and own is None:
         settings = validation_settings(recipe)
         told |= {"measured": eibench_on(settings.pop("data_set")), "settings": in_words(settings)}
-        told["user"] = about.described(summary.simulator)
+        told["user"] = who_played(summary.simulator)
     return str(template.render(recipe=recipe, summary=summary, which=which, version=__version__, no_tag=NO_TAG, **told))

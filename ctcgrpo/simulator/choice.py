@@ -1,4 +1,5 @@
-"""Who plays the user: servers that run already, or a server of this process for a configuration. The one place that chooses.
+"""Who plays the user: servers that run already, or a server of this process for a configuration. The one place that chooses, and
+names who it was (`who_played`).
 
 By a name (`named_simulator`: scripted, a configuration's file, a URL), by a recipe's section `simulator` (`simulator_of`), or by
 the options --config and --url (`chosen_simulator`).
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.simulator.config import SCRIPTED_USER, TOKEN_ENV, Llm, SimulatorConfig, bearer_token, load_simulator_config
+from ctcgrpo.util.terminal import printable
 
 if TYPE_CHECKING:  # both take a while to import, and names are read before anything is asked
     from ctcgrpo.environments.eibench.records import Scenario
@@ -23,6 +25,7 @@ if TYPE_CHECKING:  # both take a while to import, and names are read before anyt
 
 SCRIPTED = "scripted"
 EMBEDDED = "embedded"
+_URL = ("http://", "https://")
 _TIMEOUT = 240.0
 _PATIENCE = 20.0
 """Seconds: a person waits."""
@@ -70,14 +73,14 @@ class SimulatorChoice:
 
 def names_a_simulator(name: str) -> bool:
     """Whether a name is one for `named_simulator`, and not a model's."""
-    return name == SCRIPTED or _is_url(name) or name.endswith((".yaml", ".yml"))
+    return name == SCRIPTED or name.startswith(_URL) or name.endswith((".yaml", ".yml"))
 
 
 def named_simulator(name: str) -> SimulatorChoice:
     """scripted, the URL of a server, or the file of a configuration. Raises RecipeError for a configuration that cannot be read."""
     if name == SCRIPTED:
         return SimulatorChoice()
-    return SimulatorChoice(urls=(name,)) if _is_url(name) else SimulatorChoice(config=load_simulator_config(name))
+    return SimulatorChoice((name,)) if name.startswith(_URL) else SimulatorChoice(config=load_simulator_config(name))
 
 
 def simulator_of(section: Simulator) -> SimulatorChoice:
@@ -107,11 +110,9 @@ def chosen_simulator(config: Path | None, urls: Sequence[str]) -> Iterator[Simul
 
 def check_patience(says: Mapping[str, Any], timeout: float) -> None:
     """Refuse to wait for a turn no longer than the simulator may take for it, by what it says of itself."""
-    if (says.get("deadline") or 0) >= timeout:
-        raise RecipeError(
-            f"simulator.timeout is {timeout:g} s, but the simulator may take {says['deadline']:g} s for a turn (llm.deadline); it "
-            "must be larger"
-        )
+    if (most := says.get("deadline") or 0) >= timeout:
+        taken = f"the simulator may take {most:g} s for a turn (llm.deadline)"
+        raise RecipeError(f"simulator.timeout is {timeout:g} s, but {taken}; it must be larger")
 
 
 async def introduced(simulator: SimulatorClient) -> dict[str, Any]:
@@ -120,5 +121,16 @@ async def introduced(simulator: SimulatorClient) -> dict[str, Any]:
         return await simulator.health()
 
 
-def _is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
+def who_played(about: Mapping[str, Any] | None) -> str:
+    """Who played the user (or the judge), by what a server or an evaluation said of it (`GET /health`): the models, or the backend
+    where it has none, and its prompts; "unknown" where neither is said. A server of somebody else may say anything: what is not
+    text is left out."""
+    about = about or {}
+    models = about.get("models")
+    names = [name for name in models if isinstance(name, str) and name] if isinstance(models, list | tuple) else []
+    backend, prompts = (about[key] if isinstance(about.get(key), str) else "" for key in ("backend", "prompts"))
+    told = ", ".join(names) or backend or "unknown"
+    told += f", prompts {prompts}" if prompts else ""
+    reluctance = about.get("reluctance")
+    told += f", reluctance {reluctance:g}" if isinstance(reluctance, int | float) else ""
+    return " ".join(printable(told).split())

@@ -9,33 +9,27 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
 from pydantic import ValidationError
 
-from ctcgrpo.environments.eibench.records import UserState
 from ctcgrpo.errors import BudgetSpent, SimulatorReplyError, SimulatorTransportError
 from ctcgrpo.llm_client.reasons import retry_after
-from ctcgrpo.simulator.protocol import (
-    ACCOUNT_PATH,
-    HEALTH_PATH,
-    TURN_PATH,
-    UNAVAILABLE,
-    TurnProblem,
-    TurnReply,
-    TurnRequest,
-)
+from ctcgrpo.simulator.protocol import ACCOUNT_PATH, HEALTH_PATH, TURN_PATH, UNAVAILABLE, TurnProblem, TurnReply, TurnRequest
 from ctcgrpo.util.naming import cut
 from ctcgrpo.util.proxies import proxy_of, through_proxy
 
 _TRANSPORT_ERRORS = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 _LONGEST_PAUSE = 15.0
 _log = logging.getLogger(__name__)
-_NO_SIMULATOR = "what answers is no simulator server"
 _LARGEST = 4_000_000
 """Bytes of a response at most."""
+
+
+class _NoAnswer(Exception):
+    """An attempt that another one may mend."""
 
 
 class SimulatorClient:
@@ -72,9 +66,7 @@ class SimulatorClient:
         self._session = aiohttp.ClientSession(timeout=self._timeout, connector=connector, headers=self._headers)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -83,20 +75,18 @@ class SimulatorClient:
         """What the replicas that answer say of themselves. Raises SimulatorTransportError at once where none does, and where they
         play different users."""
         answers: dict[str, dict[str, Any]] = {}
-        problems = []
+        problems: dict[str, _NoAnswer] = {}
         for url in self._urls:
             try:
                 answers[url] = await self._get(url, HEALTH_PATH)
-                if not _is_health(answers[url]):
-                    del answers[url]
-                    raise ValueError(_NO_SIMULATOR)
-            except (*_TRANSPORT_ERRORS, ValueError, SimulatorReplyError) as error:
-                problems.append(
-                    f"simulator.url {url!r}: no simulator server answers there ({_describe(error)}){through_proxy(url)}; "
-                    "start one with `ctcgrpo serve`, or set simulator.url=embedded"
-                )
+            except _NoAnswer as error:
+                problems[url] = error
         if not answers:
-            raise SimulatorTransportError(problems[0])
+            url, problem = next(iter(problems.items()))
+            raise SimulatorTransportError(
+                f"simulator.url {url!r}: no simulator server answers there ({problem}){through_proxy(url)}; start one with "
+                "`ctcgrpo serve`, or set simulator.url=embedded"
+            )
         (first, said), *others = answers.items()
         for url, other in others:
             if other != said:
@@ -106,10 +96,8 @@ class SimulatorClient:
     async def account(self) -> dict[str, Any]:
         """What the simulator has spent; empty where nothing, or nobody answers any more."""
         for url in self._urls:
-            try:
+            with suppress(_NoAnswer):
                 return await self._get(url, ACCOUNT_PATH)
-            except (*_TRANSPORT_ERRORS, ValueError, SimulatorReplyError):
-                continue
         return {}
 
     async def turn(self, request: TurnRequest) -> TurnReply:
@@ -174,15 +162,16 @@ class SimulatorClient:
         return self._urls[start:] + self._urls[:start]
 
     async def _get(self, url: str, path: str) -> dict[str, Any]:
-        async with self._open.get(url + path, proxy=self._proxies[url]) as response:
-            response.raise_for_status()
-            payload = await _body(url, response)
         try:
-            answer = json.loads(payload)
+            async with self._open.get(url + path, proxy=self._proxies[url]) as response:
+                response.raise_for_status()
+                answer = json.loads(await _body(url, response))
+        except (*_TRANSPORT_ERRORS, SimulatorReplyError) as error:
+            raise _NoAnswer(_describe(error)) from None
         except (ValueError, RecursionError):
-            raise ValueError(_NO_SIMULATOR) from None
-        if not isinstance(answer, dict):
-            raise ValueError(_NO_SIMULATOR)
+            answer = None
+        if not isinstance(answer, dict) or (path == HEALTH_PATH and not _is_health(answer)):
+            raise _NoAnswer("what answers is no simulator server")
         return answer
 
     @property
@@ -208,23 +197,13 @@ async def _body(url: str, response: aiohttp.ClientResponse) -> bytes:
 
 def _checked(url: str, request: TurnRequest, reply: TurnReply) -> TurnReply:
     """The reply, if its state is the request's plus the deltas: outcomes and rewards are computed from it."""
-    before = UserState(request.state.anger, request.state.trust)
-    expected = before.plus(reply.anger_delta, reply.trust_delta)
-    state = UserState(reply.state.anger, reply.state.trust)
-    if state != expected:
+    expected = request.state.plus(reply.anger_delta, reply.trust_delta)
+    if reply.state != expected:
         raise SimulatorReplyError(
-            f"{url}: the response's state is {_said(state)}; expected {_said(expected)}: the request's {_said(before)} and the "
+            f"{url}: the response's state is {reply.state}; expected {expected}: the request's {request.state} and the "
             f"deltas {reply.anger_delta:+d} and {reply.trust_delta:+d}"
         )
     return reply
-
-
-def _said(state: UserState) -> str:
-    return f"anger {state.anger}, trust {state.trust}"
-
-
-class _NoAnswer(Exception):
-    """An attempt that another one may mend."""
 
 
 def _describe(error: BaseException) -> str:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qsl, urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.util.importing import is_reference
 from ctcgrpo.util.naming import did_you_mean
+from ctcgrpo.util.proxies import is_loopback
 from ctcgrpo.util.sections import Section, environment_name, parse_mapping, read_text, validated
 
 TOKEN_ENV = "CTCGRPO_SIMULATOR_TOKEN"
@@ -29,6 +29,8 @@ _CHAT = "/chat/completions"
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _SECRET_NAME = re.compile(r"auth|key|token|secret|password|cookie|sig$|^code$", re.IGNORECASE)
 """Names of headers and of parameters in URLs whose values are secrets."""
+_VariableName = Annotated[str, AfterValidator(environment_name)]
+_HomePath = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class Price(Section):
@@ -41,14 +43,13 @@ class Price(Section):
 class Endpoint(Section):
     """One OpenAI-compatible endpoint."""
 
-    url: str = Field(
-        description="as its documentation gives it: most end with /v1, or with /v1/chat/completions; ?query allowed"
-    )
+    url: str = Field(description="as its documentation gives it: most end with /v1 or /v1/chat/completions; ?query allowed")
     model: str = Field(description="the model's name at this endpoint")
-    key_env: str | None = Field(None, description="the environment variable that holds the key; none for an open endpoint")
+    key_env: _VariableName | None = Field(
+        None, description="the environment variable with the key; none for an open endpoint"
+    )
     headers: dict[str, str] = Field(
-        {},
-        description="further headers; ${NAME} in a value is replaced by that environment variable: api-key: ${AZURE_API_KEY}",
+        {}, description="further headers; ${NAME} in a value becomes that environment variable: api-key: ${AZURE_API_KEY}"
     )
     weight: float = Field(1.0, gt=0, description="its share of the dialogues")
     concurrency: int = Field(64, ge=1, description="calls at a time")
@@ -78,18 +79,11 @@ class Endpoint(Section):
         path = parts.path.rstrip("/").removesuffix(_CHAT)
         return parts._replace(path=path.rstrip("/"), fragment="").geturl()
 
-    @field_validator("key_env")
-    @classmethod
-    def _is_a_name(cls, value: str | None) -> str | None:
-        return None if value is None else environment_name(value)
-
     @field_validator("headers")
     @classmethod
     def _hold_no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
         for name, text in value.items():
-            variables = _VARIABLE.findall(text)
-            for variable in variables:
-                environment_name(variable)
+            variables = [environment_name(variable) for variable in _VARIABLE.findall(text)]
             if _SECRET_NAME.search(name) and not variables:
                 raise ValueError(f"{name} is a secret: write ${{NAME}}, the environment variable that holds it")
         return value
@@ -100,21 +94,17 @@ class Endpoint(Section):
         return parts._replace(path=parts.path + _CHAT).geturl()
 
     @property
-    def secrets(self) -> tuple[str, ...]:
+    def secrets(self) -> list[str]:
         """The environment variables that key and headers come from."""
-        return (
-            *([self.key_env] if self.key_env else []),
-            *(v for text in self.headers.values() for v in _VARIABLE.findall(text)),
-        )
+        key = [self.key_env] if self.key_env else []
+        return key + [v for text in self.headers.values() for v in _VARIABLE.findall(text)]
 
     def sent_headers(self, environment: Mapping[str, str]) -> dict[str, str]:
         """Key and headers, with values from the environment. Raises RecipeError for a variable that is not set."""
         for name in self.secrets:
             if not environment.get(name):
-                field = "key_env" if name == self.key_env else "headers"
-                raise RecipeError(
-                    f"llm.endpoints {self.url!r}: the environment variable {name} ({field}) is empty or not set"
-                )
+                variable = f"the environment variable {name} ({'key_env' if name == self.key_env else 'headers'})"
+                raise RecipeError(f"llm.endpoints {self.url!r}: {variable} is empty or not set")
         key = {"Authorization": f"Bearer {environment[self.key_env]}"} if self.key_env else {}
         return key | {k: _VARIABLE.sub(lambda found: environment[found[1]], text) for k, text in self.headers.items()}
 
@@ -133,9 +123,7 @@ class Calls(Section):
     temperature: float | None = Field(0.7, ge=0, description="sampling temperature; null sends none")
     top_p: float | None = Field(None, gt=0, le=1, description="sent where it is given")
     max_tokens: int = Field(1024, ge=1, description="tokens of an answer at most")
-    max_completion_tokens: int | None = Field(
-        None, ge=1, description="in place of max_tokens, for providers that call it so"
-    )
+    max_completion_tokens: int | None = Field(None, ge=1, description="max_tokens, for providers that call it so")
     deadline: float = Field(180.0, gt=0, description="seconds that an answer may take, retries included")
     patience: float = Field(
         600.0, ge=0, description="seconds that an answer is waited for, beyond deadline, while every endpoint is unavailable"
@@ -159,25 +147,20 @@ class Calls(Section):
 class Llm(Calls):
     """An LLM that plays the user."""
 
-    official: Path | None = Field(
+    official: _HomePath | None = Field(
         None, description="the folder with the authors' EIBench code: its prompts instead of ours (runs third-party code)"
     )
     reflections: bool = Field(True, description="the user's own earlier reflections stand in its prompt")
-    tries: int = Field(
-        3, ge=1, description="answers asked for until one can be read; published: 8 in training, 3 in evaluation"
-    )
+    tries: int = Field(3, ge=1, description="answers asked for until one can be read; published: 8, in evaluation 3")
     samples: int = Field(1, ge=1, description="k: answers whose state changes are averaged; costs k times as much")
 
 
 class Scripted(Section):
     """The scripted user."""
 
+    # For studies of credit: with the next turn the share comes back, and all that was earned.
     reluctance: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="for studies of credit: the share of what a reply earns that goes the wrong way at first; with the next turn "
-        "it comes back, and all that was earned",
+        0.0, ge=0, le=1, description="the share of what a reply earns that goes the wrong way at first"
     )
 
 
@@ -188,17 +171,19 @@ class Budget(Section):
     tokens: int | None = Field(None, gt=0, description="tokens of prompts and answers together")
     currency: str = Field("USD", description="of prices and of `money`; a name, nothing is converted")
 
+    @property
+    def is_limited(self) -> bool:
+        return self.money is not None or self.tokens is not None
+
 
 class ServerSection(Section):
     """How `ctcgrpo serve` answers."""
 
-    token_env: str = Field(TOKEN_ENV, description="the variable with the bearer token; a token is required beyond loopback")
-    max_body_mb: float = Field(
-        16.0, gt=0, description="a larger request is refused with status 413 (megabytes of 10^6 bytes)"
+    token_env: _VariableName = Field(
+        TOKEN_ENV, description="the variable with the bearer token; a token is required beyond loopback"
     )
-    request_seconds: float = Field(
-        30.0, gt=0, description="how long a request may take to arrive; a later one gets status 408"
-    )
+    max_body_mb: float = Field(16.0, gt=0, description="a larger request gets status 413 (megabytes of 10^6 bytes)")
+    request_seconds: float = Field(30.0, gt=0, description="a request that takes longer to arrive gets status 408")
     max_connections: int = Field(
         4096,
         ge=1,
@@ -206,15 +191,6 @@ class ServerSection(Section):
     )
     drain_seconds: int = Field(60, ge=1, description="how long turns under way may take after a signal to stop")
     log_level: Literal["debug", "info", "warning"] = Field("info", description="only debug shows texts")
-
-    @field_validator("token_env")
-    @classmethod
-    def _is_a_name(cls, value: str) -> str:
-        return environment_name(value)
-
-    def token(self) -> str | None:
-        """Raises RecipeError for one that no header can carry."""
-        return _token(self.token_env, os.environ)
 
 
 class SimulatorConfig(Section):
@@ -226,14 +202,10 @@ class SimulatorConfig(Section):
         json_schema_extra={"enum": [*BACKENDS, "my_module:MyUser"]},
     )
     options: dict[str, Any] = Field({}, description="keyword arguments of a backend of your own")
-    folder: Path | None = Field(
-        None, description="where a backend of your own is looked for first; the configuration's folder where absent"
-    )
+    folder: Path | None = Field(None, description="of a backend of your own; the configuration's folder where absent")
     scripted: Scripted = Scripted()  # type: ignore[call-arg]
     llm: Llm | None = None
-    store: Path | None = Field(
-        None, description="the folder for answers already paid for and the account; none keeps nothing"
-    )
+    store: _HomePath | None = Field(None, description="the folder for answers already paid for and the account")
     cache: bool = Field(True, description="answer a turn from the store that it has answered before")
     budget: Budget = Budget()  # type: ignore[call-arg]
     server: ServerSection = ServerSection()  # type: ignore[call-arg]
@@ -253,34 +225,28 @@ class SimulatorConfig(Section):
             raise ValueError(f"section scripted belongs to backend 'scripted', and backend is {self.backend!r}")
         if self.backend in BACKENDS and self.options:
             raise ValueError(f"options are for a backend of your own (my_module:MyUser), and backend is {self.backend!r}")
-        limited = self.budget.money is not None or self.budget.tokens is not None
-        if limited and self.store is None:
+        if self.budget.is_limited and self.store is None:
             raise ValueError("a budget needs a store, to know after a restart what was spent")
-        if limited and self.llm is None:
+        if self.budget.is_limited and self.llm is None:
             raise ValueError("a budget is for backend 'llm', whose calls are counted")
-        if (
-            self.budget.money is not None
-            and self.llm
-            and not all(e.price.prompt or e.price.completion for e in self.llm.endpoints)
-        ):
+        priced = all(e.price.prompt or e.price.completion for e in self.llm.endpoints) if self.llm else True
+        if self.budget.money is not None and not priced:
             raise ValueError("budget.money needs the price of every endpoint")
         return self
 
     @property
     def digest(self) -> str:
         """Of all that decides the user's answers. How fast they come and what they cost does not."""
+        if self.backend == "scripted" and not self.scripted.reluctance:
+            return ""
         if self.llm is None:
-            own = {"backend": self.backend, "options": self.options, "scripted": self.scripted.model_dump()}
-            return "" if self.backend == "scripted" and not self.scripted.reluctance else _digest(own)
-        told = self.llm.model_dump(mode="json", include={"temperature", "top_p", "samples"})
-        told["max_tokens"] = self.llm.most_tokens
-        deciding = ("url", "model", "output", "bounded_strings", "seed", "extra_body")
-        told["endpoints"] = [{name: getattr(endpoint, name) for name in deciding} for endpoint in self.llm.endpoints]
-        return _digest(told)
-
-
-def _digest(told: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
+            deciding = self.model_dump(include={"backend", "options", "scripted"})
+        else:
+            deciding = self.llm.model_dump(mode="json", include={"temperature", "top_p", "samples"})
+            deciding["max_tokens"] = self.llm.most_tokens
+            names = ("url", "model", "output", "bounded_strings", "seed", "extra_body")
+            deciding["endpoints"] = [{name: getattr(endpoint, name) for name in names} for endpoint in self.llm.endpoints]
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 SCRIPTED_USER = SimulatorConfig()  # type: ignore[call-arg]
@@ -292,44 +258,30 @@ def load_simulator_config(file: str | Path) -> SimulatorConfig:
     path = Path(file)
     text = read_text(path, "simulator configuration")
     config = validated(parse_mapping(text, path, SimulatorConfig, "simulator configuration"), SimulatorConfig, path)
-    if is_reference(config.backend) and config.folder is None:
-        config = config.model_copy(update={"folder": path.parent})
-    if config.store is not None:
-        config = config.model_copy(update={"store": config.store.expanduser()})
-    if config.llm is not None and config.llm.official is not None:
-        llm = config.llm.model_copy(update={"official": config.llm.official.expanduser()})
-        config = config.model_copy(update={"llm": llm})
-    return config
+    own_folder = is_reference(config.backend) and config.folder is None
+    return config.model_copy(update={"folder": path.parent}) if own_folder else config
 
 
 def check_listening(host: str, token: str | None, token_env: str) -> None:
     """Refuse to listen beyond loopback without a token."""
-    if token is None and not _is_loopback(host):
+    if token is None and not is_loopback(host):
         raise RecipeError(
             f"listening on {host!r} needs a bearer token, and {token_env} is blank or not set: set {token_env} "
             "(openssl rand -hex 32), or use 127.0.0.1"
         )
 
 
-def _is_loopback(host: str) -> bool:
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, which may resolve to anything
-        return False
-
-
 def bearer_token(name: str, environment: Mapping[str, str] = os.environ) -> str | None:
     """The token that a client sends: what the environment variable holds, without white space around it; None where it is blank or
     not set. Raises RecipeError for one that no client here can send."""
-    token = _token(name, environment)
+    token = server_token(name, environment)
     if token is not None and not token.isprintable():  # what is not UTF-8 arrives as lone surrogates
         raise RecipeError(f"the token in {name} is not printable UTF-8 text; make one with openssl rand -hex 32")
     return token
 
 
-def _token(name: str, environment: Mapping[str, str]) -> str | None:
+def server_token(name: str, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The token that a server requires. Raises RecipeError for one that no header can carry."""
     token = environment.get(name, "").strip()
     if any(ord(character) < 32 or ord(character) == 127 for character in token):
         raise RecipeError(f"the token in {name} holds a control character; make one with openssl rand -hex 32")

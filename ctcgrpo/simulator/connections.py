@@ -23,8 +23,6 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from ctcgrpo.simulator.protocol import TurnProblem
-
 MAX_HEAD = 32_768
 """Bytes of the request line and the headers together."""
 _SURPLUS = 256
@@ -40,10 +38,6 @@ _REASONS = {
     431: f"the request's head is larger than {MAX_HEAD} bytes",
     503: "too many connections (server.max_connections); try again later",
 }
-
-
-class _HeadTooLarge(Exception):
-    pass
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -80,8 +74,6 @@ class BoundedHttp(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
-
-    # --- what arrives ------------------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         if self._refused or (self.cycle is not None and self.cycle.response_complete and not self._complete):
@@ -122,7 +114,8 @@ class BoundedHttp(HttpToolsProtocol):
     def _count(self, size: int) -> None:
         self._fields += size
         if self._fields > MAX_HEAD:
-            raise _HeadTooLarge  # httptools ends its parsing with an HttpParserError, and uvicorn calls send_400_response
+            # httptools ends its parsing with an HttpParserError, and uvicorn calls send_400_response.
+            raise ValueError("the head is too large")
 
     def on_headers_complete(self) -> None:
         self._in_head, self._advanced = False, True
@@ -135,8 +128,6 @@ class BoundedHttp(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._complete = self._advanced = True
         super().on_message_complete()
-
-    # --- what is refused ---------------------------------------------------------------------------------------------------------
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(431 if self._fields > MAX_HEAD else 400)
@@ -172,8 +163,6 @@ class BoundedHttp(HttpToolsProtocol):
         self.flow.resume_reading()
         self._leaving = self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
 
-    # --- what leaves -------------------------------------------------------------------------------------------------------------
-
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
@@ -201,15 +190,9 @@ class BoundedHttp(HttpToolsProtocol):
             self._leaving = self.loop.call_later(self.request_seconds, self.transport.abort)
 
 
-def bounded_http(
-    request_seconds: float, max_connections: int, on_refusal: Callable[[int], None] = lambda status: None
-) -> type[BoundedHttp]:
+def bounded_http(request_seconds: float, max_connections: int, on_refusal: Callable[[int], None]) -> type[BoundedHttp]:
     """The protocol for `uvicorn.Config(http=...)`. `on_refusal` gets the status of each refusal."""
-    limits = {
-        "request_seconds": request_seconds,
-        "max_connections": max_connections,
-        "on_refusal": staticmethod(on_refusal),
-    }
+    limits = {"request_seconds": request_seconds, "max_connections": max_connections, "on_refusal": staticmethod(on_refusal)}
     return type("BoundedHttp", (BoundedHttp,), limits)
 
 
@@ -218,9 +201,8 @@ def allow_open_files(connections: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * connections if hard == resource.RLIM_INFINITY else min(2 * connections, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # macOS allows fewer than it says; `within_open_files` sees what was got
+        # macOS allows fewer than it says; `within_open_files` sees what was got.
+        with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
@@ -232,11 +214,10 @@ def within_open_files(connections: int) -> int:
 
 
 def _response(status: int) -> bytes:
-    reason = _REASONS[status]
-    if status in (408, 503):  # without a kind: sending it again may help
-        body = json.dumps({"error": reason}).encode()
-    else:
-        body = TurnProblem(kind="simulator_reply", error=reason).model_dump_json().encode()
+    problem = {"error": _REASONS[status]}
+    if status not in (408, 503):  # where sending it again may help
+        problem["kind"] = "simulator_reply"
+    body = json.dumps(problem).encode()
     head = (
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ctcgrpo.environments.eibench.records import SCENE_NAME, Anchors, Scenario, UserState
+from ctcgrpo.environments.eibench.records import SCENE_NAME, Scenario, UserState
 from ctcgrpo.errors import SimulatorReplyError
 
 if TYPE_CHECKING:
@@ -44,6 +44,16 @@ class State(_Message):
     anger: int = Field(ge=0, le=100)
     trust: int = Field(ge=0, le=100)
 
+    @classmethod
+    def of(cls, state: UserState) -> Self:
+        return cls(anger=state.anger, trust=state.trust)
+
+    def plus(self, anger_delta: int, trust_delta: int) -> State:
+        return State.of(UserState(self.anger, self.trust).plus(anger_delta, trust_delta))
+
+    def __str__(self) -> str:
+        return f"anger {self.anger}, trust {self.trust}"
+
 
 class Anchor(_Message):
     """A state that outcomes are measured against; the evaluation defaults may put one beyond 100."""
@@ -69,23 +79,10 @@ class ScenarioCard(_Message):
 
     @classmethod
     def of(cls, scenario: Scenario) -> ScenarioCard:
+        fields = {name: getattr(scenario, name) for name in cls.model_fields}
         return cls(
-            id=scenario.id,
-            scene=scenario.scene,
-            language=scenario.language,
-            user_persona=scenario.user_persona,
-            opening_line=scenario.opening_line,
-            policy_persona=scenario.policy_persona,
-            goal=scenario.goal,
-            success_criteria=scenario.success_criteria,
-            must_avoid=scenario.must_avoid,
-            anchors=tuple(Anchor(anger=s.anger, trust=s.trust) for s in scenario.anchors),  # type: ignore[arg-type]
-            script=dict(scenario.script),
+            **fields | {"anchors": [anchor._asdict() for anchor in scenario.anchors], "script": dict(scenario.script)}
         )
-
-    @property
-    def initial_target_worst(self) -> Anchors:
-        return Anchors(*(UserState(s.anger, s.trust) for s in self.anchors))
 
 
 class TurnRequest(_Message):
@@ -100,13 +97,9 @@ class TurnRequest(_Message):
     seed: int = Field(ge=0)
 
     @model_validator(mode="after")
-    def _policy_spoke_last(self) -> TurnRequest:
+    def _can_be_answered(self) -> TurnRequest:
         if self.history[-1].speaker != "policy":
             raise ValueError("history must end with the policy's reply")
-        return self
-
-    @model_validator(mode="after")
-    def _is_not_too_long(self) -> TurnRequest:
         card = self.scenario
         size = sum(len(u.text) + len(u.reflection) for u in self.history)
         size += sum(map(len, (card.user_persona, card.policy_persona, card.opening_line, card.goal, *card.success_criteria)))
@@ -127,7 +120,7 @@ def turn_request(
             request_id=request_id,
             scenario=card,
             history=tuple(history),
-            state=State(anger=state.anger, trust=state.trust),
+            state=State.of(state),
             round=sum(utterance.speaker == "policy" for utterance in history),
             max_rounds=max_rounds,
             seed=seed,
@@ -182,19 +175,14 @@ class Reaction:
 
 
 class SimulatorBackend(ABC):
-    """One class plays the user. Subclass it with a `name` and `react`, and name it in a configuration (configs/simulator):
-    `backend: my_module:MyUser`, with its keyword arguments as `options`."""
+    """One class plays the user. Subclass it with a `name` and `react`, and name it in a configuration (README.md)."""
 
     name: ClassVar[str]
     options: Mapping[str, Any] = {}
 
     @classmethod
     def configured(
-        cls,
-        config: SimulatorConfig,
-        store: Store | None,
-        on_call: Callable[[CallRecord], None],
-        say: Callable[[str], None],
+        cls, config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None], say: Callable[[str], None]
     ) -> Self:
         """The one that a configuration describes: `on_call` sees every call to an LLM, `say` hears when none can be asked. Raises
         RecipeError for what cannot work here."""

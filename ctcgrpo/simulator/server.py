@@ -6,10 +6,7 @@
     GET  /ready        200 while turns can be answered
     GET  /metrics      for Prometheus
 
-Errors carry a TurnProblem where asking again is no use: 400 no TurnRequest, or one that is too long, 401 the token, 402 the
-budget is spent, 413 a body that is too large, 422 the user's answer could not be had, 431 a head that is too large, 502 no endpoint
-answered. 503 with one: every LLM endpoint is unavailable; ask again after Retry-After, and the turn, which waits meanwhile, is
-joined. 408, 5xx without one, and no answer at all: try again. README.md has the whole contract, connections.py the limits that hold
+Errors carry a TurnProblem where asking again is no use. README.md has the whole contract, connections.py the limits that hold
 before the token is checked.
 """
 
@@ -25,11 +22,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -40,27 +37,14 @@ from starlette.routing import Route
 from ctcgrpo import __version__
 from ctcgrpo.environments.eibench.records import SCENES, Scenario
 from ctcgrpo.errors import BudgetSpent, OutputError, ScenarioError, SimulatorReplyError, SimulatorTransportError
-from ctcgrpo.llm_client.endpoints import Outage
+from ctcgrpo.llm_client.endpoints import CallRecord
 from ctcgrpo.llm_client.store import Store
-from ctcgrpo.simulator.backends import make_backend
-from ctcgrpo.simulator.config import SimulatorConfig, check_listening
+from ctcgrpo.simulator import protocol
+from ctcgrpo.simulator.config import SimulatorConfig, check_listening, server_token
 from ctcgrpo.simulator.connections import allow_open_files, bounded_http, within_open_files
 from ctcgrpo.simulator.logs import Log, json_log
-from ctcgrpo.simulator.metrics import ServerMetrics
-from ctcgrpo.simulator.protocol import (
-    ACCOUNT_PATH,
-    HEALTH_PATH,
-    METRICS_PATH,
-    READY_PATH,
-    TURN_PATH,
-    UNAVAILABLE,
-    ScenarioCard,
-    SimulatorBackend,
-    TurnProblem,
-    TurnReply,
-    TurnRequest,
-)
-from ctcgrpo.simulator.service import TurnService
+from ctcgrpo.simulator.protocol import UNAVAILABLE, ScenarioCard, SimulatorBackend, TurnProblem, TurnReply, TurnRequest
+from ctcgrpo.simulator.service import TurnService, make_backend
 from ctcgrpo.util.naming import cut
 
 _STATUS = {SimulatorReplyError.kind: 422, SimulatorTransportError.kind: 502, BudgetSpent.kind: 402}
@@ -68,23 +52,49 @@ _LOOK_SECONDS = 1.0
 """How often a turn under way looks for an outage."""
 _SHORT_OUTAGE = 5.0
 """Seconds: for less, nobody is sent away."""
-
-
 _DRAIN_AFTER_ERROR = 5
 """Seconds that turns in progress get where what started a server ends with an error, Ctrl-C included."""
-
-
 _MOST_QUOTED, _LONGEST_REASON = 20, 2000
+_NAMESPACE = "ctcgrpo_simulator"
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 80, 160)
 
 
-class _TooLarge(Exception):
-    pass
+class _Refused(HTTPException):
+    """A request that gets an error."""
+
+    def __init__(self, status: int, kind: str, error: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(status, error, headers)
+        self.kind = kind
 
 
-class _Unavailable(Exception):
-    def __init__(self, outage: Outage) -> None:
-        super().__init__(str(outage))
-        self.seconds = math.ceil(outage.seconds)
+class ServerMetrics:
+    """A registry of its own for each server, so that several live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+
+        def counter(name: str, what: str, *labels: str) -> Counter:
+            return Counter(name, what, labels, namespace=_NAMESPACE, registry=registry)
+
+        def seconds(name: str, what: str, *labels: str) -> Histogram:
+            return Histogram(name, what, labels, namespace=_NAMESPACE, registry=registry, buckets=_SECONDS)
+
+        self.turns = counter("turns", "Turns by scene and result (ok, or the kind of error)", "scene", "result")
+        self.refused = counter("refused", "Requests refused before the token was checked, by status", "status")
+        self.source = counter("answers", "Answers by where they came from", "source")
+        self.seconds = seconds("turn_seconds", "From a request to its answer")
+        self.under_way = Gauge("turns_under_way", "Turns being answered", namespace=_NAMESPACE, registry=registry)
+        self.calls = counter("calls", "Calls to endpoints by result", "endpoint", "result")
+        self.call_seconds = seconds("call_seconds", "A call to an endpoint", "endpoint")
+        self.tokens = counter("tokens", "Tokens booked", "endpoint", "kind")
+        self.money = counter("money", "Money booked, in the budget's currency", "endpoint")
+
+    def on_call(self, record: CallRecord) -> None:
+        self.calls.labels(record.endpoint, record.result).inc()
+        self.call_seconds.labels(record.endpoint).observe(record.seconds)
+        self.tokens.labels(record.endpoint, "prompt").inc(record.spent.prompt_tokens)
+        self.tokens.labels(record.endpoint, "completion").inc(record.spent.completion_tokens)
+        self.money.labels(record.endpoint).inc(record.spent.money / 1e6)
 
 
 class SimulatorServer:
@@ -110,8 +120,7 @@ class SimulatorServer:
         )
         self.service = TurnService(
             self.backend,
-            store=self._store,
-            cache=config.cache and config.backend != "scripted",
+            self._store if config.cache and config.backend != "scripted" else None,
             on_source=lambda source: self.metrics.source.labels(source).inc(),
             on_error=lambda message: self.log.error("store", error=message),
         )
@@ -122,23 +131,19 @@ class SimulatorServer:
             try:
                 self.backend.check(ScenarioCard.of(scenario))
             except SimulatorReplyError as error:
-                raise ScenarioError(
-                    f"scenario {scenario.id!r} cannot be played by the embedded simulator: {error}"
-                ) from None
+                reason = f"cannot be played by the embedded simulator: {error}"
+                raise ScenarioError(f"scenario {scenario.id!r} {reason}") from None
 
     def app(self) -> Starlette:
         routes = [
-            Route(TURN_PATH, self._turn, methods=["POST"]),
-            Route(ACCOUNT_PATH, self._account),
-            Route(HEALTH_PATH, self._health),
-            Route(READY_PATH, self._ready),
-            Route(METRICS_PATH, self._metrics),
+            Route(protocol.TURN_PATH, self._turn, methods=["POST"]),
+            Route(protocol.ACCOUNT_PATH, self._account),
+            Route(protocol.HEALTH_PATH, self._health),
+            Route(protocol.READY_PATH, self._ready),
+            Route(protocol.METRICS_PATH, self._metrics),
         ]
-        app = Starlette(
-            routes=routes,
-            lifespan=self._lifespan,
-            exception_handlers={HTTPException: _no_such_route, Exception: self._defective},
-        )
+        handlers = {HTTPException: _refused, Exception: self._defect}
+        app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers)
         app.router.redirect_slashes = False
         return app
 
@@ -155,43 +160,30 @@ class SimulatorServer:
             if self._store is not None:
                 self._store.close()
 
-    # --- routes ----------------------------------------------------------------------------------------------------------------
-
     async def _turn(self, request: Request) -> Response:
         started = time.perf_counter()
-        if refusal := self._refusal(request):
-            return refusal
+        self._check_token(request)
         with self.metrics.under_way.track_inprogress():
             try:
-                body = await self._body(request)
-            except _TooLarge:
-                most = self.config.server.max_body_mb
-                return _problem(413, "simulator_reply", f"the request is larger than {most:g} MB (server.max_body_mb)")
+                turn = TurnRequest.model_validate_json(await self._body(request))
             except ClientDisconnect:
                 return Response(status_code=400)
-            try:
-                turn = TurnRequest.model_validate_json(body)
             except ValidationError as error:
                 self.metrics.turns.labels("unknown", "no_request").inc()
                 self.log.warning("turn", result="no_request")
-                return _problem(400, "simulator_reply", f"this is no TurnRequest: {_few(error)}")
+                few = error.error_count() <= _MOST_QUOTED  # a body of megabytes may hold a mistake every few bytes
+                said = str(error) if few else f"it has {error.error_count()} errors"
+                raise _Refused(400, "simulator_reply", f"this is no TurnRequest: {said}") from None
             response, result = await self._answer(turn)
         seconds = time.perf_counter() - started
         self.metrics.seconds.observe(seconds)
-        scene = turn.scenario.scene if turn.scenario.scene in SCENES else "other"  # a label keeps its series for good
-        self.metrics.turns.labels(scene, result).inc()
-        self.log.info(
-            "turn",
-            request=turn.request_id,
-            scenario=turn.scenario.id,
-            scene=turn.scenario.scene,
-            round=turn.round,
-            result=result,
-            ms=round(1000 * seconds, 1),
-        )
-        self.log.debug(
-            "texts", history=[f"{u.speaker}: {u.text}" for u in turn.history], answer=bytes(response.body).decode()
-        )
+        card = turn.scenario
+        # A label keeps its series for good.
+        self.metrics.turns.labels(card.scene if card.scene in SCENES else "other", result).inc()
+        turned = {"request": turn.request_id, "scenario": card.id, "scene": card.scene, "round": turn.round}
+        self.log.info("turn", **turned, result=result, ms=round(1000 * seconds, 1))
+        history = [f"{u.speaker}: {u.text}" for u in turn.history]
+        self.log.debug("texts", history=history, answer=bytes(response.body).decode())
         return response
 
     async def _answer(self, turn: TurnRequest) -> tuple[Response, str]:
@@ -199,29 +191,24 @@ class SimulatorServer:
         try:
             reply = await self._reply(turn)
             return Response(reply.model_dump_json(), media_type="application/json"), "ok"
-        except _Unavailable as outage:
-            response = _problem(503, UNAVAILABLE, str(outage))
-            response.headers["Retry-After"] = str(outage.seconds)
-            return response, UNAVAILABLE
+        except _Refused as error:
+            return _problem(error.status_code, error.kind, error.detail, error.headers), error.kind
         except (SimulatorReplyError, SimulatorTransportError, BudgetSpent) as error:
             if not isinstance(error, SimulatorReplyError):  # that one may quote what was said
                 self.log.warning("failed", kind=error.kind, error=str(error))
             return _problem(_STATUS[error.kind], error.kind, str(error)), error.kind
         except Exception as error:  # noqa: BLE001 - a defect of this program: it is logged, and the server stays up
-            return self._defect(error), "defect"
+            return await self._defect(None, error), "defect"
 
-    def _defect(self, error: Exception) -> Response:
+    async def _defect(self, request: Request | None, error: Exception) -> Response:
         where = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)][-6:]
         self.log.error("defect", error=type(error).__name__, where=where)
         self.log.debug("defect", message=str(error))
         # Asking again would fail again, and may cost again.
         return _problem(500, "simulator_reply", f"a defect of the simulator: {type(error).__name__}; see its log")
 
-    async def _defective(self, request: Request, error: Exception) -> Response:
-        return self._defect(error)
-
     async def _reply(self, turn: TurnRequest) -> TurnReply:
-        """Raises _Unavailable where the turn has to wait for an LLM for long: it still waits, and is joined when asked again."""
+        """Raises _Refused where the turn has to wait for an LLM for long: it still waits, and is joined when asked again."""
         task = asyncio.ensure_future(self.service.turn(turn))
         try:
             while True:
@@ -230,18 +217,17 @@ class SimulatorServer:
                     return task.result()
                 outage = self.backend.outage()
                 if outage is not None and outage.seconds > _SHORT_OUTAGE:
-                    raise _Unavailable(outage)
+                    raise _Refused(503, UNAVAILABLE, str(outage), {"Retry-After": str(math.ceil(outage.seconds))})
         finally:
             task.cancel()
 
     async def _account(self, request: Request) -> Response:
-        if refusal := self._refusal(request):
-            return refusal
+        self._check_token(request)
         try:
             return JSONResponse(dict(self.backend.spent()))
         except OutputError as error:
             self.log.error("store", error=str(error))
-            return _problem(500, error.kind, str(error))
+            raise _Refused(500, error.kind, str(error)) from None
 
     async def _health(self, request: Request) -> Response:
         deadline = self.config.llm.deadline if self.config.llm is not None else None
@@ -252,69 +238,58 @@ class SimulatorServer:
         return JSONResponse({"ready": ready}, status_code=200 if ready else 503)
 
     async def _metrics(self, request: Request) -> Response:
-        return self._refusal(request) or Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        self._check_token(request)
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    # --- who may ask, and how much -----------------------------------------------------------------------------------------------
-
-    def _refusal(self, request: Request) -> Response | None:
-        """An answer to whoever does not know the token; compared in constant time."""
-        if self._authorization is None:
-            return None
+    def _check_token(self, request: Request) -> None:
+        """In constant time."""
         given = next((value for name, value in request.scope["headers"] if name == b"authorization"), b"")
-        if hmac.compare_digest(given, self._authorization):
-            return None
-        return _problem(401, "simulator_transport", "the bearer token is missing or wrong")
+        if self._authorization is not None and not hmac.compare_digest(given, self._authorization):
+            raise _Refused(401, "simulator_transport", "the bearer token is missing or wrong")
 
     async def _body(self, request: Request) -> bytes:
-        most = int(self.config.server.max_body_mb * 1_000_000)
-        if int(request.headers.get("content-length") or 0) > most:
-            raise _TooLarge
-        parts, size = [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size > most:
-                raise _TooLarge
-            parts.append(part)
-        return b"".join(parts)
+        most = self.config.server.max_body_mb
+        announced, body = int(request.headers.get("content-length") or 0), bytearray()
+        if announced <= int(most * 1_000_000):
+            async for part in request.stream():
+                body += part
+                if len(body) > int(most * 1_000_000):
+                    break
+            else:
+                return bytes(body)
+        raise _Refused(413, "simulator_reply", f"the request is larger than {most:g} MB (server.max_body_mb)")
 
     def uvicorn(self) -> uvicorn.Server:
         limits = self.config.server
         allow_open_files(limits.max_connections)
-        return uvicorn.Server(
-            uvicorn.Config(
-                self.app(),
-                log_level="critical",  # ours is the log; its own is text
-                access_log=False,
-                lifespan="on",
-                http=bounded_http(
-                    limits.request_seconds,
-                    within_open_files(limits.max_connections),
-                    lambda status: self.metrics.refused.labels(str(status)).inc(),
-                ),
-                ws="none",
-                timeout_graceful_shutdown=limits.drain_seconds,
-            )
+        http = bounded_http(
+            limits.request_seconds,
+            within_open_files(limits.max_connections),
+            lambda status: self.metrics.refused.labels(str(status)).inc(),
         )
+        config = uvicorn.Config(
+            self.app(),
+            log_level="critical",  # ours is the log; its own is text
+            access_log=False,
+            lifespan="on",
+            http=http,
+            ws="none",
+            timeout_graceful_shutdown=limits.drain_seconds,
+        )
+        return uvicorn.Server(config)
 
 
-def _few(error: ValidationError) -> str:
-    """What is wrong: a body of megabytes may hold a mistake every few bytes."""
-    if error.error_count() > _MOST_QUOTED:
-        return f"it has {error.error_count()} errors"
-    return str(error)
-
-
-def _problem(status: int, kind: str, error: str) -> Response:
+def _problem(status: int, kind: str, error: str, headers: Mapping[str, str] | None = None) -> Response:
     problem = TurnProblem(kind=kind, error=cut(error, _LONGEST_REASON))  # it may quote what the request holds
-    return Response(problem.model_dump_json(), status_code=status, media_type="application/json")
+    return Response(problem.model_dump_json(), status_code=status, headers=headers, media_type="application/json")
 
 
-async def _no_such_route(request: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    reason = f"{request.method} {request.url.path[:100]}: {error.detail}"
-    response = _problem(error.status_code, "simulator_reply", reason)
-    response.headers.update(error.headers or {})
-    return response
+    if isinstance(error, _Refused):
+        return _problem(error.status_code, error.kind, error.detail, error.headers)
+    reason = f"{request.method} {request.url.path[:100]}: {error.detail}"  # no such route
+    return _problem(error.status_code, "simulator_reply", reason, error.headers)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -337,7 +312,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def serve_forever(config: SimulatorConfig, host: str, port: int) -> None:
     """Run a server in the foreground. A signal to stop lets the turns under way end first (server.drain_seconds)."""
-    token = config.server.token()
+    token = server_token(config.server.token_env)
     check_listening(host, token, config.server.token_env)
     server = SimulatorServer(config, log=json_log(sys.stderr, config.server.log_level), token=token)
     listener = bind(host, port)

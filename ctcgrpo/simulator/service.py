@@ -1,4 +1,5 @@
-"""One turn, from a request to its answer: from the store, together with the same request already under way, or from the backend.
+"""The configured backend, and one turn with it, from a request to its answer: from the store, together with the same request
+already under way, or from the backend.
 
 The service alone computes the user's new state. A request that comes again costs nothing: the first one goes on even when whoever
 asked has gone, and its answer is kept.
@@ -10,15 +11,39 @@ import asyncio
 import json
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
-from ctcgrpo.environments.eibench.records import MAX_DELTA, UserState
-from ctcgrpo.errors import OutputError
+from ctcgrpo.environments.eibench.records import MAX_DELTA
+from ctcgrpo.errors import CtcGrpoError, OutputError, RecipeError
+from ctcgrpo.llm_client.endpoints import CallRecord
 from ctcgrpo.llm_client.store import Store, content_key
-from ctcgrpo.simulator.protocol import Reaction, SimulatorBackend, State, TurnReply, TurnRequest, Usage
+from ctcgrpo.simulator.config import BACKENDS, SimulatorConfig
+from ctcgrpo.simulator.protocol import Reaction, SimulatorBackend, TurnReply, TurnRequest
+from ctcgrpo.util.importing import blame, load_object
 
 _REMEMBERED = 4096
+
+
+def make_backend(
+    config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None], say: Callable[[str], None]
+) -> SimulatorBackend:
+    """The backend that a configuration describes; see SimulatorBackend.configured. Raises RecipeError for a class that cannot be
+    loaded, is no backend, or cannot be made."""
+    where = f"backend = {config.backend!r}"
+    found: Any = load_object(BACKENDS.get(config.backend, config.backend), "backend", config.folder)
+    if not (isinstance(found, type) and issubclass(found, SimulatorBackend)):
+        raise RecipeError(f"{where}; expected a subclass of ctcgrpo.simulator.protocol.SimulatorBackend")
+    if not hasattr(found, "name"):
+        raise RecipeError(f"{where}: {found.__name__} has no `name`, which health answers and summaries give")
+    try:
+        return found.configured(config, store, on_call, say)
+    except CtcGrpoError:
+        raise
+    except Exception as error:  # whatever a class of one's own does, abstract methods and wrong options included
+        if config.backend in BACKENDS:
+            raise
+        raise RecipeError(f"{where}: cannot be made with options {dict(config.options)}: {blame(error)}") from error
 
 
 async def answer(backend: SimulatorBackend, request: TurnRequest) -> TurnReply:
@@ -28,12 +53,11 @@ async def answer(backend: SimulatorBackend, request: TurnRequest) -> TurnReply:
 
 def turn_reply(request: TurnRequest, reaction: Reaction) -> TurnReply:
     anger_delta, trust_delta = (max(-MAX_DELTA, min(MAX_DELTA, d)) for d in (reaction.anger_delta, reaction.trust_delta))
-    after = UserState(request.state.anger, request.state.trust).plus(anger_delta, trust_delta)
     return TurnReply(
         reply=reaction.reply,
         anger_delta=anger_delta,
         trust_delta=trust_delta,
-        state=State(anger=after.anger, trust=after.trust),
+        state=request.state.plus(anger_delta, trust_delta),
         goes_on=reaction.goes_on and request.round < request.max_rounds,
         why=reaction.why,
         reflection=reaction.reflection,
@@ -42,20 +66,17 @@ def turn_reply(request: TurnRequest, reaction: Reaction) -> TurnReply:
 
 
 class TurnService:
-    """Answers turns with one backend. `store` keeps answers of an LLM where `cache` says so; `on_source` hears where each answer
-    came from: backend, store, or joined (an earlier request for the same turn); `on_error` of a store that could not keep one."""
+    """Answers turns with one backend. `store`: where its answers are kept; `on_source` hears where each answer came from: backend,
+    store, or joined (an earlier request for the same turn); `on_error` of a store that could not keep one."""
 
     def __init__(
         self,
         backend: SimulatorBackend,
-        *,
-        store: Store | None = None,
-        cache: bool = False,
-        on_source: Callable[[str], None] = lambda source: None,
-        on_error: Callable[[str], None] = lambda message: None,
+        store: Store | None,
+        on_source: Callable[[str], None],
+        on_error: Callable[[str], None],
     ) -> None:
-        self.backend = backend
-        self._store = store if cache else None
+        self.backend, self._store = backend, store
         self._on_source, self._on_error = on_source, on_error
         self._identity = json.dumps(backend.about(), sort_keys=True)
         self._under_way: dict[bytes, asyncio.Task[TurnReply]] = {}
@@ -64,44 +85,37 @@ class TurnService:
     async def turn(self, request: TurnRequest) -> TurnReply:
         """Raises what the backend raises."""
         key = content_key(request.model_dump_json())
-        if key in self._recent:
+        if key in self._recent or key in self._under_way:
             self._on_source("joined")
+        if key in self._recent:
             self._recent.move_to_end(key)
             return self._recent[key]
-        task = self._under_way.get(key)
-        if task is not None:
-            self._on_source("joined")
-        else:
-            task = asyncio.create_task(self._answer(request))
-            self._under_way[key] = task
+        if key not in self._under_way:
+            task = self._under_way[key] = asyncio.create_task(self._answer(request))
             task.add_done_callback(lambda done: self._finished(key, done))
-        return await asyncio.shield(task)
+        return await asyncio.shield(self._under_way[key])
 
     async def _answer(self, request: TurnRequest) -> TurnReply:
         if self._store is None:
             self._on_source("backend")
             return await answer(self.backend, request)
         key = content_key(self._identity, request.model_dump_json(exclude={"request_id"}))
-        if (kept := self._kept_reaction(key)) is not None:
-            self._on_source("store")
-            return turn_reply(request, kept)
+        try:
+            if (kept := self._store.get(key)) is not None:
+                reaction = Reaction(**json.loads(kept))
+                self._on_source("store")
+                return turn_reply(request, reaction)
+        except (OutputError, ValueError, TypeError) as error:
+            self._on_error(f"an answer in the store cannot be read, and is asked for again: {error}")
         self._on_source("backend")
         reaction = await self.backend.react(request)
+        # Without what it cost: whoever is answered from the store pays nothing.
+        kept_fields = {name: value for name, value in asdict(reaction).items() if name != "usage"}
         try:
-            self._store.put(key, json.dumps(_kept(reaction)).encode())
+            self._store.put(key, json.dumps(kept_fields).encode())
         except OutputError as error:  # what is paid for is answered all the same
             self._on_error(str(error))
         return turn_reply(request, reaction)
-
-    def _kept_reaction(self, key: bytes) -> Reaction | None:
-        """From the store; None for an answer that is not there, or is damaged."""
-        assert self._store is not None
-        try:
-            kept = self._store.get(key)
-            return None if kept is None else Reaction(**json.loads(kept))
-        except (OutputError, ValueError, TypeError) as error:
-            self._on_error(f"an answer in the store cannot be read, and is asked for again: {error}")
-            return None
 
     def _finished(self, key: bytes, task: asyncio.Task[TurnReply]) -> None:
         del self._under_way[key]
@@ -110,10 +124,3 @@ class TurnService:
             self._recent[key] = task.result()
             while len(self._recent) > _REMEMBERED:
                 self._recent.popitem(last=False)
-
-
-def _kept(reaction: Reaction) -> dict[str, Any]:
-    """Without what it cost: whoever is answered from the store pays nothing."""
-    fields = asdict(replace(reaction, usage=Usage()))
-    del fields["usage"]
-    return fields

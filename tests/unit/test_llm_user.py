@@ -109,7 +109,7 @@ def test_three_hundred_episodes_against_an_endpoint_that_misbehaves(tiny: Path) 
         runner.environment, runner.shared = lambda: EIBench(client, briefing=Briefing(), max_turns=3), client
         slots = [Slot(task_of(SCENARIOS[k % 60]), 1, k // 5, k % 5) for k in range(300)]
         episodes = asyncio.run(runner.run(slots))
-        states = server.backend.llm.states()  # type: ignore[attr-defined]
+        [line] = server.backend.llm.lines  # type: ignore[attr-defined]
     assert len(episodes) == 300 and set(llm.faults) == set(rates)
     failures = Counter(e.failure.kind for e in episodes if e.failure)
     for episode in episodes:
@@ -124,7 +124,7 @@ def test_three_hundred_episodes_against_an_endpoint_that_misbehaves(tiny: Path) 
     # A malformed answer fails a turn only when its correction is malformed as well: some 4 % of the turns at these rates.
     assert set(failures) <= {"simulator_reply"} and 0 < failures["simulator_reply"] < 60
     assert all(e.failure is None or "no usable answer in 2 tries (last problem:" in e.failure.message for e in episodes)
-    assert states == {"fake-0 at " + llm.url.split("/")[2]: "ready"}
+    assert line.name == "fake-0 at " + llm.url.split("/")[2] and line.ready and not line.opened
 
 
 async def test_a_malformed_answer_is_asked_for_again_precisely() -> None:
@@ -231,8 +231,8 @@ async def test_endpoints_share_the_load_and_stand_in_for_each_other() -> None:
             a.down = True
             replies = await asyncio.gather(*(client.turn(turn.model_copy(update={"seed": 9})) for turn in turns[::2]))
             assert all(reply.reply in b.answered for reply in replies)
-            states = server.backend.llm.states()  # type: ignore[attr-defined]
-            assert states[f"fake-0 at {a.url.split('/')[2]}"] == "open"
+            opened = [line.name for line in server.backend.llm.lines if line.opened]  # type: ignore[attr-defined]
+            assert opened == [f"fake-0 at {a.url.split('/')[2]}"]
             before = len(a.requests)
             await asyncio.gather(*(client.turn(turn.model_copy(update={"seed": 10})) for turn in turns[:20]))
             assert len(a.requests) - before <= 2  # an open breaker lets a call through now and then

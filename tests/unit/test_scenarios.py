@@ -195,7 +195,7 @@ def test_evaluation_defaults_beyond_the_scale_can_be_played(tmp_path: Path, reco
     record["initial_calibration"]["initial_anger"] = 85
     (scenario,) = load_scenarios(write(tmp_path, record), "test")
     assert scenario.anchors.worst.anger == 110
-    assert ScenarioCard.of(scenario).initial_target_worst == scenario.anchors
+    assert tuple((anchor.anger, anchor.trust) for anchor in ScenarioCard.of(scenario).anchors) == scenario.anchors
 
 
 def test_a_duplicate_id_names_both_places(tmp_path: Path, record: dict[str, Any]) -> None:

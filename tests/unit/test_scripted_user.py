@@ -19,7 +19,7 @@ from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.simulator.protocol import ScenarioCard, State, TurnRequest, Utterance
 from ctcgrpo.simulator.scripted.backend import react
-from ctcgrpo.simulator.scripted.knowledge import read_knowledge
+from ctcgrpo.simulator.scripted.knowledge import Knowledge
 from ctcgrpo.simulator.scripted.language import load_language, stem
 from tests.conftest import ROOT, SHARED_DATA
 from tests.dialogue import ROUNDS, Speaker, converse
@@ -149,7 +149,7 @@ def test_good_replies_score_well(split: str) -> None:
 def test_headings_and_everyday_words_are_nobodys_matter() -> None:
     """A persona's layout and small words once counted as substance, so that "I would prefer" engaged with any detail."""
     for scenario in SCENARIOS.values():
-        matter = read_knowledge(ScenarioCard.of(scenario), LANGUAGE).matter
+        matter = Knowledge(ScenarioCard.of(scenario), LANGUAGE).matter
         assert not matter & LANGUAGE.content(
             "Behaviour, preferences, aim, style, speaking, get, never, not, ago, aloud, exactly"
         )

@@ -23,15 +23,10 @@ from typing import Any, Literal
 import json_repair
 
 from ctcgrpo.environments.eibench.records import MAX_DELTA, UserState
+from ctcgrpo.simulator.protocol import State
 
-ANGER, TRUST, REPLY, CONTINUE, REFLECTION, STOP_REASON = (
-    "anger_delta",
-    "trust_delta",
-    "reply",
-    "continue",
-    "reflection",
-    "stop_reason",
-)
+ANGER, TRUST, REPLY = "anger_delta", "trust_delta", "reply"
+CONTINUE, REFLECTION, STOP_REASON = "continue", "reflection", "stop_reason"
 
 ProblemKind = Literal["empty", "no_object", "several", "missing", "not_a_number", "out_of_range", "not_yes_or_no", "leak"]
 _BEYOND = 2 * MAX_DELTA
@@ -85,23 +80,25 @@ class Answer:
     stop_reason: str
 
 
-def read_answer(text: str, state: UserState) -> Answer:
+def read_answer(text: str, state: UserState | State) -> Answer:
     """The user's answer in a completion. `state` is the one that the answer changes: it tells a new level from a change.
     Raises Unreadable, and nothing else, for whatever it is given."""
     fields = _fields(text)
-    anger, trust = _deltas(_number(fields, ANGER), _number(fields, TRUST), state)
+    anger, trust = _deltas(fields, state)
     reply = _SPOKEN_THOUGHT.sub("", _text(fields, REPLY)).strip()
     if not reply:
         raise Unreadable("missing", REPLY)
     return Answer(reply, anger, trust, _goes_on(fields), _text(fields, REFLECTION), _text(fields, STOP_REASON))
 
 
-# --- from text to fields -------------------------------------------------------------------------------------------------
-
-
 def _fields(text: str) -> Mapping[str, Any]:
     """The fields of the one JSON object."""
-    text = _without_thoughts(text.strip())
+    text = text.strip()
+    if not text.startswith(
+        ("{", "`")
+    ):  # reasoning may open it; a thought that is never closed leaves nothing: it may hold drafts
+        closed = _END_OF_THOUGHT.search(text)
+        text = text[closed.end() :].strip() if closed else "" if text.startswith("<think") else text
     if not text:
         raise Unreadable("empty")
     start = text.find("{")
@@ -114,20 +111,9 @@ def _fields(text: str) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _without_thoughts(text: str) -> str:
-    """What follows the reasoning that opens an answer. A thought that is never closed leaves nothing: it may hold drafts."""
-    if text.startswith(("{", "`")):
-        return text
-    closed = _END_OF_THOUGHT.search(text)
-    if closed:
-        return text[closed.end() :].strip()
-    return "" if text.startswith("<think") else text
-
-
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    named = [(_key(key), value) for key, value in pairs]
-    fields = dict(named)
-    if len(fields) < len(named):
+    fields = {_key(key): value for key, value in pairs}
+    if len(fields) < len(pairs):
         raise Unreadable("several")
     return fields
 
@@ -171,47 +157,30 @@ def _as_written(text: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     return written
 
 
-# --- from fields to values -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Number:
-    field: str
-    value: int
-    signed: bool
-
-    def is_change(self) -> bool:
-        return abs(self.value) <= _BEYOND
-
-    def is_level(self, now: int) -> bool:
-        """A sign says that it is a change."""
-        return not self.signed and 0 <= self.value <= 100 and abs(self.value - now) <= _BEYOND
-
-
-def _number(fields: Mapping[str, Any], field: str) -> _Number:
+def _number(fields: Mapping[str, Any], field: str) -> tuple[int, bool]:
+    """The number, and whether it has a sign."""
     value = fields.get(field)
     if value is None:
         raise Unreadable("missing", field)
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    match = _NUMBER.fullmatch(str(value).translate(_MINUS).strip()) if isinstance(value, int | float | str) else None
+    if match is None or not match[2].isascii():  # True and False are none, either
         raise Unreadable("not_a_number", field, _shown(value))
-    match = _NUMBER.fullmatch(str(value).translate(_MINUS).strip())
-    if match is None or not match[2].isascii():
-        raise Unreadable("not_a_number", field, _shown(value))
-    return _Number(field, int(match[1] + match[2]), bool(match[1]))
+    return int(match[1] + match[2]), bool(match[1])
 
 
-def _deltas(anger: _Number, trust: _Number, state: UserState) -> tuple[int, int]:
+def _deltas(fields: Mapping[str, Any], state: UserState | State) -> tuple[int, int]:
     """Both as changes; or both as new levels, where they cannot be changes. What can be both is refused."""
-    both = (anger, trust)
-    changes = all(n.is_change() for n in both)
-    levels = anger.is_level(state.anger) and trust.is_level(state.trust)
-    inside = all(abs(n.value) <= MAX_DELTA for n in both)
-    if not inside and (changes == levels):
-        worst = max(both, key=lambda n: abs(n.value))
-        raise Unreadable("out_of_range", worst.field, str(worst.value))
-    if inside or changes:
-        return _clipped(anger.value), _clipped(trust.value)
-    return _clipped(anger.value - state.anger), _clipped(trust.value - state.trust)
+    (anger, anger_signed), (trust, trust_signed) = _number(fields, ANGER), _number(fields, TRUST)
+    largest, worst = max((abs(anger), ANGER), (abs(trust), TRUST), key=lambda size: size[0])
+    changes = largest <= _BEYOND
+    levels = not (anger_signed or trust_signed) and all(
+        0 <= level <= 100 and abs(level - now) <= _BEYOND for level, now in ((anger, state.anger), (trust, state.trust))
+    )
+    if largest > MAX_DELTA and changes == levels:
+        raise Unreadable("out_of_range", worst, str(anger if worst == ANGER else trust))
+    if changes:
+        return _clipped(anger), _clipped(trust)
+    return _clipped(anger - state.anger), _clipped(trust - state.trust)
 
 
 def _clipped(delta: int) -> int:
@@ -222,9 +191,7 @@ def _goes_on(fields: Mapping[str, Any]) -> bool:
     value = fields.get(CONTINUE)
     if value is None:
         raise Unreadable("missing", CONTINUE)
-    if isinstance(value, bool):
-        return value
-    meant = _VERDICTS.get(value.strip().lower().rstrip(".")) if isinstance(value, str) else None
+    meant = _VERDICTS.get(str(value).strip().lower().rstrip("."))
     if meant is None:
         raise Unreadable("not_yes_or_no", CONTINUE, _shown(value))
     return meant

@@ -11,26 +11,17 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
-from ctcgrpo.environments.eibench.records import MAX_DELTA, UserState
+from ctcgrpo.environments.eibench.records import MAX_DELTA
 from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.llm_client.account import Account
 from ctcgrpo.llm_client.calls import ChatCompletion
 from ctcgrpo.llm_client.endpoints import CallRecord, Deadline, EndpointPool, Outage
 from ctcgrpo.llm_client.store import Store
 from ctcgrpo.simulator.config import SimulatorConfig
-from ctcgrpo.simulator.llm.answers import (
-    ANGER,
-    CONTINUE,
-    REFLECTION,
-    REPLY,
-    STOP_REASON,
-    TRUST,
-    Answer,
-    Unreadable,
-    read_answer,
-)
+from ctcgrpo.simulator.llm import answers as fields
+from ctcgrpo.simulator.llm.answers import Answer, Unreadable, read_answer
 from ctcgrpo.simulator.llm.official import OfficialPrompts
-from ctcgrpo.simulator.llm.prompts import Prompts, TemplatePrompts, gives_away
+from ctcgrpo.simulator.llm.prompts import TemplatePrompts, gives_away
 from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, SimulatorBackend, TurnRequest, Usage
 from ctcgrpo.types import Message
 
@@ -46,23 +37,14 @@ class ChatModel(Protocol):
     async def complete(
         self, messages: Sequence[Message], *, dialogue: str, seed: int, schema: dict[str, Any], deadline: Deadline
     ) -> ChatCompletion:
-        """A completion before `deadline`, held to a JSON schema where that is possible.
-
-        Raises SimulatorTransportError where there was none, SimulatorReplyError for a request that is refused for good,
-        BudgetSpent where it cannot be paid for.
-        """
+        """A completion before `deadline`, held to a JSON schema where that is possible. Raises SimulatorTransportError where there
+        was none, SimulatorReplyError for a request that is refused for good, BudgetSpent where it cannot be paid for."""
         ...
 
+    # As in SimulatorBackend.
     def is_ready(self) -> bool: ...
-
-    def outage(self) -> Outage | None:
-        """While nothing can be asked: until when, and why."""
-        ...
-
-    def spent(self) -> Mapping[str, Any]:
-        """Over all calls: of every run, where they share a store."""
-        ...
-
+    def outage(self) -> Outage | None: ...
+    def spent(self) -> Mapping[str, Any]: ...
     async def close(self) -> None: ...
 
 
@@ -75,7 +57,7 @@ class LlmBackend(SimulatorBackend):
     def __init__(
         self,
         llm: ChatModel,
-        prompts: Prompts,
+        prompts: TemplatePrompts,
         *,
         about: Mapping[str, Any],
         samples: int = 1,
@@ -86,7 +68,7 @@ class LlmBackend(SimulatorBackend):
         self.llm, self.prompts = llm, prompts
         self._about = about
         self._samples, self._tries, self._deadline = samples, tries, deadline
-        self._schema = answer_schema(bounded=bounded_strings)
+        self._schema = _answer_schema(bounded=bounded_strings)
 
     @classmethod
     def configured(
@@ -98,16 +80,12 @@ class LlmBackend(SimulatorBackend):
     ) -> Self:
         """Raises RecipeError for what cannot work here: a key that is not set, a folder without the official code."""
         llm = config.llm
-        if llm is None:
-            raise ValueError("the configuration has no llm section")
+        assert llm is not None, "the configuration requires it"
+        models = sorted({endpoint.model for endpoint in llm.endpoints})
         return cls(
             EndpointPool(llm, Account(config.budget, store), on_call, say),
             chosen_prompts(llm.official, reflections=llm.reflections),
-            about={
-                "models": sorted({endpoint.model for endpoint in llm.endpoints}),
-                "temperature": llm.temperature,
-                "settings": config.digest,
-            },
+            about={"models": models, "temperature": llm.temperature, "settings": config.digest},
             samples=llm.samples,
             tries=llm.tries,
             deadline=llm.deadline,
@@ -136,19 +114,16 @@ class LlmBackend(SimulatorBackend):
         messages = self.prompts.messages(request)
         seeds = [request.seed + k for k in range(self._samples)]
         results = await _together([self._answer(request, messages, seed, Deadline(self._deadline)) for seed in seeds])
-        answers = [answer for answer, _ in results]
-        usage = Usage(
-            prompt_tokens=sum(c.prompt_tokens for _, calls in results for c in calls),
-            completion_tokens=sum(c.completion_tokens for _, calls in results for c in calls),
-            calls=sum(len(calls) for _, calls in results),
-        )
-        return averaged(answers, usage)
+        calls = [call for _, made in results for call in made]
+        prompt, completion = sum(c.prompt_tokens for c in calls), sum(c.completion_tokens for c in calls)
+        usage = Usage(prompt_tokens=prompt, completion_tokens=completion, calls=len(calls))
+        return averaged([answer for answer, _ in results], usage)
 
     async def _answer(
         self, request: TurnRequest, messages: list[Message], seed: int, deadline: Deadline
     ) -> tuple[Answer, list[ChatCompletion]]:
         """One answer, and the calls that it took: `tries` at most."""
-        card, state = request.scenario, UserState(request.state.anger, request.state.trust)
+        card = request.scenario
         calls: list[ChatCompletion] = []
         problem: Unreadable | None = None
         for attempt in range(self._tries):
@@ -165,9 +140,9 @@ class LlmBackend(SimulatorBackend):
             if last.ended == "refusal":
                 raise SimulatorReplyError(f"{last.endpoint}: the model refused to answer as the user: {last.note}")
             try:
-                answer = read_answer(last.text, state)
+                answer = read_answer(last.text, request.state)
                 if gives_away(messages, card.user_persona, answer.reply):
-                    raise Unreadable("leak", REPLY)
+                    raise Unreadable("leak", fields.REPLY)
                 return answer, calls
             except Unreadable as error:
                 problem = error
@@ -183,7 +158,7 @@ def _excerpt(text: str) -> str:
     return line if len(line) <= 200 else f"{line[:120]} ... {line[-80:]}"
 
 
-def chosen_prompts(official: Path | None, *, reflections: bool = True) -> Prompts:
+def chosen_prompts(official: Path | None, *, reflections: bool = True) -> TemplatePrompts:
     """The project's own, or the authors' out of a copy of their code (which is executed; they always hold earlier reflections)."""
     return TemplatePrompts(reflections=reflections) if official is None else OfficialPrompts(official)
 
@@ -208,15 +183,7 @@ def averaged(answers: Sequence[Answer], usage: Usage) -> Reaction:
     fitting = [a for a in answers if a.goes_on == goes_on]
     spoken = min(fitting, key=lambda a: abs(a.anger_delta - anger) + abs(a.trust_delta - trust))
     why = spoken.stop_reason if not goes_on and spoken.stop_reason else spoken.reflection
-    return Reaction(
-        reply=spoken.reply,
-        anger_delta=_rounded(anger),
-        trust_delta=_rounded(trust),
-        goes_on=goes_on,
-        why=why,
-        reflection=spoken.reflection,
-        usage=usage,
-    )
+    return Reaction(spoken.reply, _rounded(anger), _rounded(trust), goes_on, why, spoken.reflection, usage)
 
 
 def _rounded(mean: float) -> int:
@@ -224,7 +191,7 @@ def _rounded(mean: float) -> int:
     return int(mean + 0.5) if mean >= 0 else -int(-mean + 0.5)
 
 
-def answer_schema(*, bounded: bool) -> dict[str, Any]:
+def _answer_schema(*, bounded: bool) -> dict[str, Any]:
     """The JSON schema of an answer, in the order in which it is to be written."""
 
     def text(most: int) -> dict[str, Any]:
@@ -232,11 +199,11 @@ def answer_schema(*, bounded: bool) -> dict[str, Any]:
 
     change = {"type": "integer", "minimum": -MAX_DELTA, "maximum": MAX_DELTA}
     properties = {
-        REFLECTION: text(600),
-        ANGER: change,
-        TRUST: change,
-        REPLY: text(400),
-        CONTINUE: {"type": "string", "enum": ["yes", "no"]},
-        STOP_REASON: text(120),
+        fields.REFLECTION: text(600),
+        fields.ANGER: change,
+        fields.TRUST: change,
+        fields.REPLY: text(400),
+        fields.CONTINUE: {"type": "string", "enum": ["yes", "no"]},
+        fields.STOP_REASON: text(120),
     }
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}

@@ -8,15 +8,13 @@ nothing in it can pass for a message, a role or a control token.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
-from importlib.resources import files
-from importlib.resources.abc import Traversable
-from typing import Any, Protocol
+from hashlib import sha256
+from pathlib import Path
 
 import jinja2
 
@@ -25,7 +23,7 @@ from ctcgrpo.simulator.llm.answers import Unreadable
 from ctcgrpo.simulator.protocol import ScenarioCard, TurnRequest
 from ctcgrpo.types import Message
 
-_FOLDER = files("ctcgrpo.simulator.llm") / "prompts"
+_FOLDER = Path(__file__).parent / "prompts"
 _LONGEST_LINE = 6000
 """Characters of an utterance that the simulator reads: far more than 1,024 tokens of talk."""
 _LEAK_WORDS, _LEAK_CHARACTERS = 9, 16
@@ -33,42 +31,27 @@ _UNSPACED = r"[\u3040-\u30ff\u3400-\u9fff]"
 _CONTROL = re.compile(r"[<>]|\[(?=/?g?s?[A-Z_]{3,}\])")
 
 
-class Prompts(Protocol):
-    """How a turn is put to an LLM. `name` says which prompts these are, down to their wording."""
-
-    name: str
-
-    def check(self, card: ScenarioCard) -> None:
-        """Raises SimulatorReplyError for a scenario that there are no prompts for."""
-        ...
-
-    def messages(self, request: TurnRequest) -> list[Message]: ...
-
-    def correction(self, card: ScenarioCard, problem: Unreadable) -> str:
-        """What is said to an LLM whose answer could not be read."""
-        ...
-
-
 class TemplatePrompts:
-    """The project's own prompts. `reflections`: the user's own earlier ones stand in the history."""
+    """The project's own prompts; `name` says which these are, down to their wording. `reflections`: the user's own earlier ones
+    are part of the history."""
 
     def __init__(self, *, reflections: bool = True) -> None:
         self._reflections = reflections
-        self.name = f"ctcgrpo/{_digest()}{'' if reflections else '/no-reflections'}"
+        texts = [
+            f"{p.relative_to(_FOLDER).as_posix()}\n{p.read_text(encoding='utf-8')}" for p in sorted(_FOLDER.rglob("*.j2"))
+        ]
+        digest = sha256("\0".join(texts).encode()).hexdigest()[:8]
+        self.name = f"ctcgrpo/{digest}{'' if reflections else '/no-reflections'}"
 
     def check(self, card: ScenarioCard) -> None:
-        _environment(card.language)
+        """Raises SimulatorReplyError for a scenario that there are no prompts for."""
         try:
-            _standing(_told_of(card))
+            _standing(card.language, card.scene, card.user_persona)
         except jinja2.TemplateError as error:
             raise SimulatorReplyError(f"the prompts for {card.scene} in {card.language!r} are broken: {error}") from None
 
     def messages(self, request: TurnRequest) -> list[Message]:
-        card = request.scenario
-        moment = _environment(card.language).get_template("moment.j2")
-        now = moment.render(
-            anger=request.state.anger, trust=request.state.trust, round=request.round, max_rounds=request.max_rounds
-        )
+        card, templates = request.scenario, _environment(request.scenario.language)
         lines = [
             {
                 "speaker": u.speaker,
@@ -77,13 +60,15 @@ class TemplatePrompts:
             }
             for u in request.history
         ]
-        dialogue = _environment(card.language).get_template("dialogue.j2").render(lines=lines)
-        return [
-            {"role": "system", "content": _standing(_told_of(card))},
-            {"role": "user", "content": f"{dialogue}\n{now}"},
-        ]
+        dialogue = templates.get_template("dialogue.j2").render(lines=lines)
+        now = templates.get_template("moment.j2").render(
+            anger=request.state.anger, trust=request.state.trust, round=request.round, max_rounds=request.max_rounds
+        )
+        system = _standing(card.language, card.scene, card.user_persona)
+        return [{"role": "system", "content": system}, {"role": "user", "content": f"{dialogue}\n{now}"}]
 
     def correction(self, card: ScenarioCard, problem: Unreadable) -> str:
+        """The message to an LLM whose answer could not be read."""
         return _environment(card.language).get_template("correction.j2").render(problem=problem)
 
 
@@ -110,74 +95,32 @@ def _escaped(char: str) -> str:
 def gives_away(messages: Sequence[Message], persona: str, reply: str) -> bool:
     """Whether a reply quotes what the LLM was told about its task, in nine words on end or sixteen characters of a script without
     spaces. Its persona is its own to speak of."""
-    return bool(_word_runs(reply) & _told_runs(messages[0]["content"].replace(persona, "\n")))
+    return bool(_word_runs(reply) & _word_runs(messages[0]["content"].replace(persona, "\n")))
 
 
 @lru_cache(maxsize=1024)
-def _told_runs(text: str) -> frozenset[tuple[str, ...]]:
-    return _word_runs(text)
-
-
 def _word_runs(text: str) -> frozenset[tuple[str, ...]]:
     unspaced = re.findall(_UNSPACED, text)
     words = re.findall(r"[^\W_]+", re.sub(_UNSPACED, " ", text).lower())
-    return _runs(words, _LEAK_WORDS) | _runs(unspaced, _LEAK_CHARACTERS)
-
-
-def _runs(words: Sequence[str], n: int) -> frozenset[tuple[str, ...]]:
-    return frozenset(tuple(words[k : k + n]) for k in range(len(words) - n + 1))
+    runs = ((words, _LEAK_WORDS), (unspaced, _LEAK_CHARACTERS))
+    return frozenset(tuple(parts[k : k + n]) for parts, n in runs for k in range(len(parts) - n + 1))
 
 
 @cache
 def _environment(language: str) -> jinja2.Environment:
-    folder = _FOLDER / language
-    if not re.fullmatch(r"[A-Za-z-]+", language) or not folder.is_dir():
-        raise SimulatorReplyError(f"there are no prompts in {language!r}; there are {', '.join(_languages())}")
+    languages = sorted(entry.name for entry in _FOLDER.iterdir() if entry.is_dir())
+    if language not in languages:
+        raise SimulatorReplyError(f"there are no prompts in {language!r}; there are {', '.join(languages)}")
+    loader = jinja2.FileSystemLoader(_FOLDER / language)
     return jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: _read(folder, name)),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-        autoescape=False,
+        loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False, auto_reload=False
     )
 
 
-def _read(folder: Traversable, name: str) -> str | None:
-    path = folder
-    for part in name.split("/"):
-        path = path / part
-    return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def _languages() -> list[str]:
-    return sorted(entry.name for entry in _FOLDER.iterdir() if entry.is_dir())
-
-
-def _told_of(card: ScenarioCard) -> str:
-    """The user's side of a card. Goal, success criteria and what to avoid are the policy's: in defense they are the opposite of
-    what the user wants."""
-    return card.model_dump_json(include={"language", "scene", "user_persona"})
-
-
 @lru_cache(maxsize=4096)
-def _standing(card_json: str) -> str:
-    """What stays the same throughout a dialogue. Rules come before the scene, the scene before the persona."""
-    card: dict[str, Any] = json.loads(card_json)
-    environment = _environment(card["language"])
-    scene = environment.select_template([f"scenes/{card['scene']}.j2", "scenes/other.j2"])
-    parts = (environment.get_template("rules.j2"), scene, environment.get_template("persona.j2"))
-    return "\n".join(part.render(card) for part in parts)
-
-
-def _digest() -> str:
-    parts: list[bytes] = []
-    for path in _walk(_FOLDER, ""):
-        parts.append(path.encode())
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:8]
-
-
-def _walk(folder: Traversable, path: str) -> Iterator[str]:
-    for entry in sorted(folder.iterdir(), key=lambda e: e.name):
-        if entry.is_dir():
-            yield from _walk(entry, f"{path}{entry.name}/")
-        elif entry.name.endswith(".j2"):
-            yield f"{path}{entry.name}\n{entry.read_text(encoding='utf-8')}"
+def _standing(language: str, scene: str, user_persona: str) -> str:
+    """What stays the same throughout a dialogue: rules, then the scene, then the persona. The rest of a card is the policy's: in
+    defense its goal is the opposite of what the user wants."""
+    templates = _environment(language)
+    parts = (["rules.j2"], [f"scenes/{scene}.j2", "scenes/other.j2"], ["persona.j2"])
+    return "\n".join(templates.select_template(part).render(scene=scene, user_persona=user_persona) for part in parts)

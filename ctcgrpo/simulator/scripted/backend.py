@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Self
 
-from ctcgrpo.environments.eibench.records import UserState
 from ctcgrpo.simulator.config import SimulatorConfig
-from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, SimulatorBackend, TurnRequest, Utterance
-from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge, read_knowledge
-from ctcgrpo.simulator.scripted.language import Language, load_language
-from ctcgrpo.simulator.scripted.reading import Reading, read
+from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, SimulatorBackend, State, TurnRequest, Utterance
+from ctcgrpo.simulator.scripted.knowledge import Knowledge
+from ctcgrpo.simulator.scripted.language import load_language
+from ctcgrpo.simulator.scripted.reading import Reading
 from ctcgrpo.simulator.scripted.rules import Finding, Heard, findings
 
 _MOST_CREDIT = 9
@@ -25,8 +24,7 @@ _LONGEST_LINE = 20_000
 
 
 class ScriptedBackend(SimulatorBackend):
-    """Plays any scenario in a language that `languages/` has; the same request always gets the same reaction. `reluctance`: see
-    `_deferred`; 0 is a user who shows at once what a reply did."""
+    """Plays any scenario in a language that `languages/` has; the same request always gets the same reaction."""
 
     name = "scripted"
 
@@ -39,7 +37,7 @@ class ScriptedBackend(SimulatorBackend):
 
     def check(self, card: ScenarioCard) -> None:
         """Raises SimulatorReplyError for a scenario that it cannot play: its language, or the form of its `script`."""
-        read_knowledge(card, load_language(card.language))
+        Knowledge(card, load_language(card.language))
 
     def about(self) -> dict[str, Any]:
         return {"backend": self.name, **({"reluctance": self._reluctance} if self._reluctance else {})}
@@ -50,28 +48,20 @@ class ScriptedBackend(SimulatorBackend):
 
 def react(request: TurnRequest, reluctance: float = 0.0) -> Reaction:
     """The reaction to the last reply in the history. Raises SimulatorReplyError for a language without rules."""
-    card = request.scenario
-    language = load_language(card.language)
-    card_json = card.model_dump_json()
-    knowledge = _knowledge(card_json)
-    readings = _readings(card_json, request.history)
+    card_json = request.scenario.model_dump_json()
+    knowledge, readings = _known(card_json), _readings(card_json, request.history)
+    last = len(readings) - 1
 
     def made_of(reply: int) -> list[Finding]:
-        heard = Heard(
-            readings[reply], tuple(readings[:reply]), knowledge, language, card.scene, request.round - last + reply
-        )
-        return findings(heard)
+        return findings(Heard(readings[reply], tuple(readings[:reply]), knowledge, request.round - last + reply))
 
-    last = len(readings) - 1
     found = made_of(last)
     if reluctance:
         found = _deferred(found, made_of(last - 1) if last else [], reluctance)
-    before = UserState(request.state.anger, request.state.trust)
-    anger_delta, trust_delta = _temper(found, before)
-    after = before.plus(anger_delta, trust_delta)
-    mood = _mood(found, after, request)
+    anger_delta, trust_delta = _temper(found, request.state)
+    mood = _mood(found, request.state.plus(anger_delta, trust_delta), request)
     return Reaction(
-        reply=_line(mood, card, knowledge, language, request.round),
+        reply=_line(mood, knowledge, request.round),
         anger_delta=anger_delta,
         trust_delta=trust_delta,
         goes_on=mood not in ("thanks", "leaves"),
@@ -80,20 +70,9 @@ def react(request: TurnRequest, reluctance: float = 0.0) -> Reaction:
 
 
 @lru_cache(maxsize=4096)
-def _card(card_json: str) -> ScenarioCard:
-    return ScenarioCard.model_validate_json(card_json)
-
-
-@lru_cache(maxsize=4096)
-def _knowledge(card_json: str) -> Knowledge:
-    card = _card(card_json)
-    return read_knowledge(card, load_language(card.language))
-
-
-def _raised(knowledge: Knowledge, user_opens: bool, round: int) -> Detail | None:
-    """The detail that the user brought up before the policy's reply of this round; one after the other, then none."""
-    index = round - 1 if user_opens else round - 2
-    return knowledge.details[index] if 0 <= index < len(knowledge.details) else None
+def _known(card_json: str) -> Knowledge:
+    card = ScenarioCard.model_validate_json(card_json)
+    return Knowledge(card, load_language(card.language))
 
 
 def _readings(card_json: str, history: Sequence[Utterance]) -> list[Reading]:
@@ -111,26 +90,22 @@ def _heard(text: str) -> str:
 def _reading(card_json: str, said: tuple[tuple[str, str], ...], reply: int) -> Reading:
     """The reading of the last line in `said`, the policy's `reply`-th from 1. Kept, since the next request of a dialogue needs all
     earlier ones again."""
-    card, knowledge = _card(card_json), _knowledge(card_json)
-    language = load_language(card.language)
+    knowledge = _known(card_json)
     heard = [text for speaker, text in said[:-1] if speaker == "user"]
     earlier = [text for speaker, text in said[:-1] if speaker == "policy"]
-    return read(
+    return Reading(
         said[-1][1],
         knowledge=knowledge,
-        language=language,
-        moves=language.of_scene(language.moves, card.scene),
-        heard=[_heard(card.policy_persona), *heard],
+        heard=[_heard(knowledge.card.policy_persona), *heard],
         latest=heard[-1] if heard else "",
         earlier=list(dict.fromkeys(earlier)),
-        raised=_raised(knowledge, bool(card.opening_line), reply),
+        raised=knowledge.raised(reply),
     )
 
 
 def _deferred(now: Sequence[Finding], before: Sequence[Finding], reluctance: float) -> list[Finding]:
-    """A user who at first resists what does them good: a share `reluctance` of what a reply earns goes the wrong way at once;
-    with the next turn that comes back, and all of what was earned. What offends does so at once. Constructed, to see
-    what becomes of credit where a turn pays off only later; nothing of the last reply is paid."""
+    """A user who at first resists what does them good (config.Scripted). What offends does so at once; nothing of the last reply is
+    paid."""
     resisted = [
         Finding(-reluctance * f.anger, -reluctance * f.trust, f"{f.why}, which is hard to hear") if f.is_credit else f
         for f in now
@@ -140,7 +115,7 @@ def _deferred(now: Sequence[Finding], before: Sequence[Finding], reluctance: flo
     return sorted(resisted + sunk_in, key=lambda f: f.trust - f.anger)
 
 
-def _temper(found: Sequence[Finding], before: UserState) -> tuple[int, int]:
+def _temper(found: Sequence[Finding], before: State) -> tuple[int, int]:
     """Findings as a change of state: credit is capped, and a user in a bad state takes offence more easily."""
     temper = _SHORT_TEMPER if before.anger > 60 or before.trust < 20 else 1.0
     anger = max(-_MOST_CREDIT, sum(min(0.0, f.anger) for f in found)) + temper * sum(max(0.0, f.anger) for f in found)
@@ -148,13 +123,13 @@ def _temper(found: Sequence[Finding], before: UserState) -> tuple[int, int]:
     return max(-10, min(10, round(anger))), max(-10, min(10, round(trust)))
 
 
-def _mood(found: Sequence[Finding], after: UserState, request: TurnRequest) -> str:
+def _mood(found: Sequence[Finding], after: State, request: TurnRequest) -> str:
     """Which kind of line comes next; "thanks" and "leaves" end the dialogue."""
-    anchors = request.scenario.initial_target_worst
-    if after.anger <= anchors.target.anger and after.trust >= anchors.target.trust:
+    initial, target, worst = request.scenario.anchors
+    if after.anger <= target.anger and after.trust >= target.trust:
         return "thanks"
-    patience_gone = request.round > request.max_rounds / 2 and after.trust < anchors.initial.trust - 15
-    if after.anger >= anchors.worst.anger or after.trust <= anchors.worst.trust or patience_gone:
+    patience_gone = request.round > request.max_rounds / 2 and after.trust < initial.trust - 15
+    if after.anger >= worst.anger or after.trust <= worst.trust or patience_gone:
         return "leaves"
     if any(f.why == "I cannot make sense of it" for f in found):
         return "puzzled"
@@ -162,15 +137,14 @@ def _mood(found: Sequence[Finding], after: UserState, request: TurnRequest) -> s
     return "warmer" if balance >= 5 else "colder" if balance <= -4 else "flat"
 
 
-def _line(mood: str, card: ScenarioCard, knowledge: Knowledge, language: Language, round: int) -> str:
-    own = knowledge.lines.get(mood) or language.lines[mood]
-    reaction = own[_pick(len(own), card.id, mood, round)]
+def _line(mood: str, knowledge: Knowledge, round: int) -> str:
+    def one_of(lines: Sequence[str], name: str) -> str:
+        digest = hashlib.sha256(f"{knowledge.card.id}/{name}/{round}".encode()).digest()
+        return lines[int.from_bytes(digest[:4], "big") % len(lines)]
+
+    language = knowledge.language
+    reaction = one_of(knowledge.lines.get(mood) or language.lines[mood], mood)
     if mood in ("thanks", "leaves"):
         return reaction
-    following = _raised(knowledge, bool(card.opening_line), round + 1)
-    more = language.lines["raise"]
-    return f"{reaction} {(following and following.line) or more[_pick(len(more), card.id, 'raise', round)]}"
-
-
-def _pick(n: int, *where: object) -> int:
-    return int.from_bytes(hashlib.sha256("/".join(map(str, where)).encode()).digest()[:4], "big") % n
+    following = knowledge.raised(round + 1)
+    return f"{reaction} {(following and following.line) or one_of(language.lines['raise'], 'raise')}"

@@ -3,48 +3,21 @@
 Every word has a set of possible tags; a sentence is sound when tags can be chosen so that no two neighbours are a pair
 that English does not allow ("the of", "to the." with nothing after it), it has a verb, and function words and content
 words alternate as they do in talk. It does not parse, and it lets odd but grammatical sentences pass; two sentences run
-into one are looked for by themselves (`is_spliced`).
-
-Tags: D determiner, P subject pronoun, O object pronoun, X auxiliary, M modal, Z "n't", V verb, G -ing form, N noun, J adjective,
-R adverb, I preposition, T "to", C conjunction, W question word, U interjection, "." the end, "," a pause, "^" the beginning.
-Some are other tags in a certain place (`_BY_PLACE`): Q is an object pronoun after a preposition, which a verb may follow ("one
-call from me would do"); S a subject after its verb ("is he alone"); H an adjective asked for ("how old is she"); K a preposition
-with nothing after it ("what are you afraid of").
+into one are looked for by themselves (`is_spliced`). Tags: see grammar.yaml.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from functools import lru_cache
-from itertools import pairwise
+from importlib.resources import files
+from itertools import groupby, pairwise
 
-# For each tag, the tags that cannot follow it.
-_CANNOT_FOLLOW: dict[str, str] = {
-    "^": "OZ,",
-    "D": "DPOXMZVICTWU.,",
-    "P": "DPOJTUNGIZ",
-    "O": "OXMZ",
-    "Q": "OZ",
-    "S": "OXMZ",
-    "H": "DOZ",
-    "K": "DPOXMZVGNJRITCWU",
-    "X": "XM",
-    "M": "XMI",
-    "Z": "XMZ",
-    "V": "MZ",
-    "G": "MZ",
-    "N": "Z",
-    "J": "DOXMZ",
-    "R": "Z",
-    "I": "PXMZVCIU.,",
-    "T": "PXMZTICU",
-    "C": "Z.",
-    "W": "OZ",
-    "U": "Z",
-    ",": "Z.,",
-}
-_BY_PLACE = (("O", "IT", "Q"), ("P", "XMZ", "S"), ("J", "W", "H"), ("I", "VGJS", "K"))
-"""Tag, what it stands after, and what it may then be instead."""
+from ctcgrpo.util.strict_yaml import load_yaml
+
+_RULES = load_yaml((files("ctcgrpo.simulator.scripted") / "grammar.yaml").read_text(encoding="utf-8"))
+_CANNOT_FOLLOW: dict[str, str] = _RULES["cannot_follow"]
+_BY_PLACE: list[tuple[str, str, str]] = _RULES["by_place"]
 _FUNCTION_TAGS = frozenset("DPOXMZITCW")
 _LONGEST_CONTENT_RUN = 5
 _LONGEST_FRAGMENT = 9
@@ -59,20 +32,13 @@ _OPENS_CLAUSE = frozenset("IWC")
 
 
 def _tags_of(word: str, lexicon: Mapping[str, str]) -> str:
-    known = lexicon.get(word)
-    if known:
+    if known := lexicon.get(word):
         return known
     if word.isdigit():
         return "NJ"
-    if word.endswith("ly"):
-        return "RJ"
-    if word.endswith("ing"):
-        return "GNJV"
     if word.endswith("ed"):
         return "VJ" if len(word) > 5 else "VJN"
-    if word.endswith("s"):
-        return "NV"
-    return "NJV"
+    return next((tags for ending, tags in (("ly", "RJ"), ("ing", "GNJV"), ("s", "NV")) if word.endswith(ending)), "NJV")
 
 
 def is_sound(tokens: Sequence[str], lexicon: Mapping[str, str]) -> bool:
@@ -86,19 +52,12 @@ def is_sound(tokens: Sequence[str], lexicon: Mapping[str, str]) -> bool:
     function = [bool(_FUNCTION_TAGS & set(t)) for t in tags]
     if sum(function) < _LEAST_FUNCTION * len(words):
         return False
-    run = longest = 0
-    for is_function in function:
-        run = 0 if is_function else run + 1
-        longest = max(longest, run)
+    longest = max((len(list(run)) for is_function, run in groupby(function) if not is_function), default=0)
     repeated = any(a == b and a not in ("very", "that", "had", "really", "so", ",") for a, b in pairwise(tokens))
-    return longest <= _LONGEST_CONTENT_RUN and not repeated and _verbal(words, lexicon) and _agrees(tokens, lexicon)
-
-
-def _verbal(words: Sequence[str], lexicon: Mapping[str, str]) -> bool:
-    """Whether it has a verb, or is short enough to do without."""
-    return len(words) <= _LONGEST_FRAGMENT or any(
+    verbal = len(words) <= _LONGEST_FRAGMENT or any(
         set("XMV") & set(lexicon.get(word, "V" if word.endswith(("ed", "s")) else "")) for word in words
     )
+    return longest <= _LONGEST_CONTENT_RUN and not repeated and verbal and _agrees(tokens, lexicon)
 
 
 def _agrees(tokens: Sequence[str], lexicon: Mapping[str, str]) -> bool:
@@ -135,9 +94,9 @@ def is_spliced(tokens: Sequence[str], lexicon: Mapping[str, str], takes_clause: 
         return False
     has_pause = tokens[0] == ","
     for k in range(2, len(tokens)):
-        if _subordinates(tokens[k - 1], lexicon):
-            return False
         before, after = tokens[k - 1], _verb_group(tokens, k, lexicon)
+        if lexicon.get(before) == "C" and before not in ("and", "or", "nor"):  # it opens a subordinate clause
+            return False
         has_pause = has_pause or before == ","
         if not after or before in takes_clause:
             continue
@@ -165,10 +124,6 @@ def _is_noun(tokens: Sequence[str], at: int, lexicon: Mapping[str, str]) -> bool
     """Whether a word with an article or the like before it stands there, so that it can be nothing else."""
     before = set(lexicon.get(tokens[at - 1], "")) if at else set()
     return "D" in before and before <= set("DUON") and not _FUNCTION_TAGS & set(_tags_of(tokens[at], lexicon))
-
-
-def _subordinates(token: str, lexicon: Mapping[str, str]) -> bool:
-    return lexicon.get(token) == "C" and token not in ("and", "or", "nor")
 
 
 def _verb_group(tokens: Sequence[str], k: int, lexicon: Mapping[str, str]) -> int:

@@ -33,20 +33,42 @@ class Detail:
     line: str
 
 
-@dataclass(frozen=True, slots=True)
 class Knowledge:
-    """`musts` name what the scene asks for in this scenario: boundary and offer, or fault and remedy. `vocabulary` is all
-    content of the scenario's texts; `matter` the part of it that is not everyday talk. `facts` are what the policy's role knows of
-    itself and of the place, and `subjects` what the dialogue is about: the stems of one sentence of its persona, or of the
-    goal, each."""
+    """What the user of a scenario cares about. `musts` name what the scene asks for in this scenario: boundary and offer, or fault
+    and remedy. `vocabulary` is all content of the scenario's texts; `matter` the part of it that is not everyday talk. `facts` are
+    what the policy's role knows of itself and of the place, and `subjects` what the dialogue is about: the stems of one sentence of
+    its persona, or of the goal, each."""
 
-    details: tuple[Detail, ...]
-    musts: Mapping[str, frozenset[str]]
-    vocabulary: frozenset[str]
-    matter: frozenset[str]
-    facts: tuple[frozenset[str], ...]
-    subjects: tuple[frozenset[str], ...]
-    lines: Mapping[str, list[str]]
+    def __init__(self, card: ScenarioCard, language: Language) -> None:
+        """Raises SimulatorReplyError for a `script` that is not of this form."""
+        try:
+            script = _Script.model_validate(card.script)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, ("script", *first["loc"])))
+            raise SimulatorReplyError(f"scenario {card.id!r}: {field}: {first['msg'].lower()}") from None
+
+        def stems(words: list[str]) -> frozenset[str]:
+            return frozenset().union(*(language.content(word) for word in words))
+
+        self.card, self.language = card, language
+        self.details = tuple(
+            Detail(d.about, stems(d.words), stems(d.sense) | language.uncommon(d.line), d.line) for d in script.details
+        ) or _derived_details(card, language)
+        self.musts = {name: stems(words) for name, words in (script.boundary or script.repair).items()}
+        user_persona, policy_persona = (_HEADING.sub("", text) for text in (card.user_persona, card.policy_persona))
+        texts = [user_persona, policy_persona, card.opening_line, card.goal, *card.success_criteria]
+        texts += [d.line for d in self.details]
+        fields = (d.field for d in self.details)
+        self.vocabulary = frozenset().union(*(language.content(text) for text in texts), *fields)
+        self.matter = frozenset().union(*(language.uncommon(text) for text in texts))
+        self.facts, self.subjects = (_stems_by_sentence(text, language) for text in (policy_persona, card.goal))
+        self.lines = {mood: lines for mood, lines in script.lines.items() if lines}
+
+    def raised(self, round: int) -> Detail | None:
+        """The detail that the user brought up before the policy's reply of this round; one after the other, then none."""
+        index = round - 1 if self.card.opening_line else round - 2
+        return self.details[index] if 0 <= index < len(self.details) else None
 
 
 class _Detail(BaseModel):
@@ -72,41 +94,6 @@ class _Script(BaseModel):
     lines: dict[str, list[str]] = Field(
         {},
         description="What this user says, by mood: warmer, flat, colder, thanks, leaves. Left out: lines of the language.",
-    )
-
-
-def read_knowledge(card: ScenarioCard, language: Language) -> Knowledge:
-    """Raises SimulatorReplyError for a `script` that is not of this form."""
-    try:
-        script = _Script.model_validate(card.script)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, ("script", *first["loc"])))
-        raise SimulatorReplyError(f"scenario {card.id!r}: {field}: {first['msg'].lower()}") from None
-
-    def stems(words: list[str]) -> frozenset[str]:
-        return frozenset().union(*(language.content(word) for word in words))
-
-    if script.details:
-        details = tuple(
-            Detail(d.about, stems(d.words), stems(d.sense) | language.uncommon(d.line), d.line) for d in script.details
-        )
-    else:
-        details = _derived_details(card, language)
-    parts = script.boundary or script.repair
-    user_persona, policy_persona = (_HEADING.sub("", text) for text in (card.user_persona, card.policy_persona))
-    texts = [user_persona, policy_persona, card.opening_line, card.goal, *card.success_criteria]
-    texts += [d.line for d in details]
-    vocabulary = frozenset().union(*(language.content(text) for text in texts), *(d.field for d in details))
-    matter = frozenset().union(*(language.uncommon(text) for text in texts))
-    return Knowledge(
-        details=details,
-        musts={name: stems(words) for name, words in parts.items()},
-        vocabulary=vocabulary,
-        matter=matter,
-        facts=_stems_by_sentence(policy_persona, language),
-        subjects=_stems_by_sentence(card.goal, language),
-        lines={mood: lines for mood, lines in script.lines.items() if lines},
     )
 
 

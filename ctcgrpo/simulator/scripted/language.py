@@ -1,25 +1,19 @@
-"""What the scripted user knows of a language: `languages/CODE.yaml`. A language is added by adding a file.
-
-A file holds: `script` (latin or han), `lexicon` (tag -> words, latin only), `things` (concrete everyday words), `takes_clause`
-and `takes_two` (latin only: see `grammar.is_spliced`), `binding` (han only: characters that bind words into a clause),
-`misplaced` (han only, may be absent: what no clause holds), `mine` (a pattern: what a speaker calls its own), `pronouns`
-(those of one third person each), `speakers` (words for whoever speaks or is spoken to), `empathy` and `responses`
-(patterns: what somebody who listens does with what was said), `faults` and `moves` (name -> patterns and effect; moves
-per scene, `other_scenes` names the one whose moves count in scenes that are not here), `lines` (what the user says
-where the scenario has no words of its own).
+"""What the scripted user knows of a language: `languages/CODE.yaml`, whose comments say what each field is. A language is added by
+adding a file; `script` is latin or han.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache, cached_property, lru_cache
 from importlib.resources import files
-from typing import Any
+from typing import Annotated
 
 import snowballstemmer
+from pydantic import BeforeValidator
+from pydantic.dataclasses import dataclass
 
 from ctcgrpo.errors import SimulatorReplyError
 from ctcgrpo.simulator.scripted.grammar import is_sound, is_spliced
@@ -31,51 +25,62 @@ _HAN_RUN = re.compile(r"[\u4e00-\u9fff]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"')\]]*(?:\s+|(?<=[。！？]))|\n+")
 _CLAUSE = re.compile(r"[，、；：,]")
 _BREAK = re.compile(r"[;:()\"“”—–]| - |--")
-_ENDED = re.compile(r"[.!?…。！？][\"')\]”’」]*\s*$")
 _LONGEST_SENTENCE = 500
 """In characters; a longer stretch without an end is read in pieces of this length, so that no pattern meets more at once."""
 _KEPT = 8192
-"""Texts whose reading is kept."""
+"""Texts whose reading is kept: personas and earlier lines are read again at every turn of a dialogue."""
 _stemmers = threading.local()
 """A stemmer keeps state while it works: one for each thread."""
 
+_Words = Annotated[frozenset[str], BeforeValidator(lambda words: str(words).split())]
+_AnyOf = Annotated[re.Pattern[str], BeforeValidator(lambda patterns: "|".join(f"(?:{p})" for p in patterns))]
+_Persons = Annotated[
+    Mapping[str, str], BeforeValidator(lambda lines: {w: line.split()[0] for line in lines for w in line.split()})
+]
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class Pattern:
     """A way of speaking: any of `patterns` found in a sentence (lower case); what it does to the user, and why.
     One that `spoils` takes away all credit of the reply that it stands in."""
 
     name: str
-    patterns: re.Pattern[str]
+    patterns: _AnyOf
     anger: float
     trust: float
     why: str
-    spoils: bool
+    spoils: bool = False
 
     def matches(self, sentence: str) -> bool:
         return self.patterns.search(sentence) is not None
 
 
-@dataclass(frozen=True)
+_Patterns = Annotated[
+    tuple[Pattern, ...], BeforeValidator(lambda table: [{"name": name} | entry for name, entry in table.items()])
+]
+
+
+@dataclass(frozen=True, eq=False)
 class Language:
-    code: str
+    """The fields of a file, read; of `lexicon` the tags of each word."""
+
     han: bool
     lexicon: Mapping[str, str]
-    things: frozenset[str]
-    takes_clause: frozenset[str]
-    takes_two: frozenset[str]
-    binding: frozenset[str]
-    misplaced: re.Pattern[str] | None
+    things: _Words
     mine: re.Pattern[str]
-    pronouns: Mapping[str, str]
-    speakers: frozenset[str]
-    empathy: re.Pattern[str]
-    responses: re.Pattern[str]
-    faults: tuple[Pattern, ...]
-    scene_faults: Mapping[str, tuple[Pattern, ...]]
-    moves: Mapping[str, tuple[Pattern, ...]]
+    pronouns: _Persons
+    speakers: _Words
+    empathy: _AnyOf
+    responses: _AnyOf
+    faults: _Patterns
+    scene_faults: Mapping[str, _Patterns]
+    moves: Mapping[str, _Patterns]
     other_scenes: str
     lines: Mapping[str, list[str]]
+    takes_clause: _Words = frozenset()
+    takes_two: _Words = frozenset()
+    binding: _Words = frozenset()
+    misplaced: _AnyOf | None = None
 
     def of_scene(self, table: Mapping[str, tuple[Pattern, ...]], scene: str) -> tuple[Pattern, ...]:
         """The `moves` or `scene_faults` of a scene; of one that has none, those of `other_scenes`."""
@@ -85,15 +90,9 @@ class Language:
         sentences = (s.strip() for s in _SENTENCE_END.split(text) if s)
         return [s[k : k + _LONGEST_SENTENCE] for s in sentences for k in range(0, len(s), _LONGEST_SENTENCE)]
 
-    def ends(self, text: str) -> bool:
-        """Whether the last sentence is brought to its end."""
-        return bool(_ENDED.search(text))
-
+    @lru_cache(maxsize=_KEPT)  # noqa: B019 - a language lives as long as the process
     def tokens(self, text: str) -> tuple[str, ...]:
         """Words and commas in lower case; for Han script, overlapping pairs of characters."""
-        return self._kept_tokens(text)
-
-    def _tokens(self, text: str) -> tuple[str, ...]:
         if self.han:
             return tuple(run[k : k + 2] for run in _HAN_RUN.findall(text) for k in range(max(1, len(run) - 1)))
         return tuple(_LATIN_TOKEN.findall(text.lower().replace("\u2019", "'")))
@@ -104,11 +103,9 @@ class Language:
             return round(sum(map(len, _HAN_RUN.findall(text))) / 1.6) + len(re.findall(r"[A-Za-z]+", text))
         return sum(token[0].isalnum() for token in self.tokens(text))
 
+    @lru_cache(maxsize=_KEPT)  # noqa: B019
     def content(self, text: str) -> frozenset[str]:
         """The stems of the words that carry content."""
-        return self._kept_content(text)
-
-    def _content(self, text: str) -> frozenset[str]:
         return frozenset(stem(t) if not self.han else t for t in self.tokens(text) if self._is_content(t))
 
     def substance(self, text: str) -> frozenset[str]:
@@ -134,15 +131,6 @@ class Language:
         """How much it tells that two texts share these stems: 1 for a word of everyday talk, 2 for any other. Pairs of
         characters are too short to tell as much, and count 1."""
         return len(stems) if self.han else len(stems) + len(stems - self.everyday)
-
-    # Personas and earlier lines are read anew at every turn of a dialogue.
-    @cached_property
-    def _kept_tokens(self) -> Callable[[str], tuple[str, ...]]:
-        return lru_cache(maxsize=_KEPT)(self._tokens)
-
-    @cached_property
-    def _kept_content(self) -> Callable[[str], frozenset[str]]:
-        return lru_cache(maxsize=_KEPT)(self._content)
 
     @cached_property
     def everyday(self) -> frozenset[str]:
@@ -205,54 +193,12 @@ def stem(word: str) -> str:
 @cache
 def load_language(code: str) -> Language:
     """Raises SimulatorReplyError for a language without a file."""
-    file = _LANGUAGES / f"{code}.yaml"
-    if not file.is_file():
-        known = sorted(f.name.removesuffix(".yaml") for f in _LANGUAGES.iterdir() if f.name.endswith(".yaml"))
-        raise SimulatorReplyError(f"the scripted simulator does not speak {code!r}; it speaks {', '.join(known)}")
-    data = load_yaml(file.read_text(encoding="utf-8"))
+    known = {file.name.removesuffix(".yaml"): file for file in _LANGUAGES.iterdir() if file.name.endswith(".yaml")}
+    if code not in known:
+        raise SimulatorReplyError(f"the scripted simulator does not speak {code!r}; it speaks {', '.join(sorted(known))}")
+    data = load_yaml(known[code].read_text(encoding="utf-8"))
     lexicon: dict[str, str] = {}
-    for tags, words in data["lexicon"].items():
-        for word in str(words).split():
-            lexicon[word] = lexicon.get(word, "") + str(tags)
-    things = frozenset(str(data["things"]).split())
-    for word in things:
-        lexicon[word] = lexicon.get(word, "") + "N"
-    scenes: list[str] = list(data["moves"])
-    return Language(
-        code=code,
-        han=data["script"] == "han",
-        lexicon=lexicon,
-        things=things,
-        takes_clause=frozenset(str(data.get("takes_clause", "")).split()),
-        takes_two=frozenset(str(data.get("takes_two", "")).split()),
-        binding=frozenset(str(data.get("binding", "")).split()),
-        mine=re.compile(data["mine"]),
-        pronouns={word: words.split()[0] for words in data["pronouns"] for word in words.split()},
-        speakers=frozenset(str(data["speakers"]).split()),
-        empathy=_any_of(data["empathy"]),
-        responses=_any_of(data["responses"]),
-        misplaced=_any_of(data["misplaced"]) if "misplaced" in data else None,
-        faults=_patterns(data["faults"]),
-        scene_faults={scene: _patterns(data["scene_faults"].get(scene, {})) for scene in scenes},
-        moves={scene: _patterns(data["moves"][scene]) for scene in scenes},
-        other_scenes=data["other_scenes"],
-        lines=data["lines"],
-    )
-
-
-def _any_of(patterns: Sequence[str]) -> re.Pattern[str]:
-    return re.compile("|".join(f"(?:{p})" for p in patterns))
-
-
-def _patterns(table: Mapping[str, Mapping[str, Any]]) -> tuple[Pattern, ...]:
-    return tuple(
-        Pattern(
-            name,
-            _any_of(entry["patterns"]),
-            entry["anger"],
-            entry["trust"],
-            entry["why"],
-            entry.get("spoils", False),
-        )
-        for name, entry in table.items()
-    )
+    for tags, words in (*data.pop("lexicon").items(), ("N", data["things"])):
+        for word in words.split():
+            lexicon[word] = lexicon.get(word, "") + tags
+    return Language(han=data.pop("script") == "han", lexicon=lexicon, **data)

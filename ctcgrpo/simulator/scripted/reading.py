@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import combinations, islice, takewhile
 
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
-from ctcgrpo.simulator.scripted.language import Language, Pattern, stem
+from ctcgrpo.simulator.scripted.language import Language, stem
 
 _RUN = 4
 _SHORTEST_FRAME = 5
@@ -20,6 +19,7 @@ _CHARACTERS_A_WORD = 2
 """Most words of Chinese have two."""
 _SHORTEST_MIX_UP = 3
 """In words (pairs of characters in Han script)."""
+_ENDED = re.compile(r"[.!?…。！？][\"')\]”’」]*\s*$")
 _NAME = re.compile(r"\b[A-Z][a-z]+\b(?=[,.!?])")
 """Somebody is called by a name; people shorten names."""
 _VOCATIVE = re.compile(r"^(?:[A-Z][\w.]* ?){1,3}(?=,)|(?<=, )(?:[A-Z][\w.]* ?){1,3}(?=[,.!?])")
@@ -30,18 +30,25 @@ TELLING = 2
 """A sentence speaks of a fact from this much in common on: two words, or one that is not everyday talk."""
 
 
-@dataclass(frozen=True, slots=True)
 class Sentence:
     """`sound`: it hangs together, of whole words. `own`: it is not taken over from what was said before. `sensible`: most of its
     content is everyday talk or belongs to this scenario. `yours` is the content without what the speaker calls its
     own: "my own mother" is not the user's."""
 
-    text: str
-    sound: bool
-    own: bool
-    sensible: bool
-    content: frozenset[str]
-    yours: frozenset[str]
+    def __init__(
+        self, text: str, knowledge: Knowledge, language: Language, sources: frozenset[tuple[str, ...]], heard: Sequence[str]
+    ) -> None:
+        """`sources`: runs of words, and `heard` the words, sorted, of what was said before."""
+        words = _words(text, language)
+        names = {word.lower() for word in _NAME.findall(text)}
+        talk = {stem(w) for w in words if language.is_common(w)} - language.thing_stems
+        self.text, self.content = text, language.content(text)
+        strange = self.content - knowledge.vocabulary - talk
+        whole = (not _is_cut(w, heard, knowledge, language) for w in words if w not in names)
+        self.sound = language.is_sound(text) and all(whole)
+        self.own = _coverage(words, sources) <= 0.5
+        self.sensible = language.han or len(strange) <= max(1, len(self.content) // 3)
+        self.yours = self.content - language.possessed(text)
 
     @property
     def counts(self) -> bool:
@@ -52,7 +59,6 @@ class Sentence:
         return "?" in self.text or "？" in self.text
 
 
-@dataclass(frozen=True, slots=True)
 class Reading:
     """One reply, as heard by this user at this point of the dialogue.
 
@@ -72,91 +78,65 @@ class Reading:
     themselves ("I forgot the debit" to one who says so), or "you" where the user meant the policy.
     """
 
-    length: int
-    sentences: tuple[Sentence, ...]
-    touched: tuple[Detail, ...]
-    engaged: tuple[Detail, ...]
-    brings: bool
-    raised: Detail | None
-    tells: frozenset[str]
-    follows: bool
-    moves: tuple[Pattern, ...]
-    musts: frozenset[str]
-    answers: bool
-    frames: frozenset[tuple[str, ...]]
-    questions: int
-    echo: float
-    repetition: float
-    twice: bool
-    breaks_off: bool
-    borrowed: int
-    added: int
-    feels: bool
-    responds: bool
-    mixes_up: bool
+    def __init__(
+        self,
+        text: str,
+        *,
+        knowledge: Knowledge,
+        heard: Sequence[str],
+        latest: str,
+        earlier: Sequence[str],
+        raised: Detail | None,
+    ) -> None:
+        """`heard`: what the user said and what the policy's role was told; `latest`: the user's last line, "" where the policy
+        opens; `earlier`: the policy's earlier replies."""
+        language = knowledge.language
+        sources = frozenset().union(*(_runs(_words(text, language)) for text in heard))
+        words = sorted(frozenset().union(*(_words(text, language) for text in heard)))
+        spoken = language.sentences(text)[:_MOST_SENTENCES]
+        self.sentences = sentences = tuple(Sentence(s, knowledge, language, sources, words) for s in spoken)
+        counting = [s for s in sentences if s.counts]
+        said = frozenset().union(*(s.yours for s in counting))
+        known = frozenset().union(*(language.content(text) for text in heard))
+        brings = said - known - language.thing_stems
+        listens = bool(said & known & (knowledge.matter | language.thing_stems)) or len(said & language.content(latest)) >= 2
+
+        def engages(detail: Detail) -> bool:
+            own = brings & (knowledge.matter | detail.field | detail.words)
+            return len(own) >= (1 if listens else 2)
+
+        self.touched = tuple(d for d in knowledge.details if _touches(said, d, just_raised=d == raised))
+        content, said_words, of_latest = language.content(text), _words(text, language), language.content(latest)
+        called = frozenset().union(*(language.content(name) for s in spoken for name in _VOCATIVE.findall(s)))
+        self.feels = any(language.empathy.search(s.text.lower()) for s in counting)
+        says, hears = language.substance(text) - called, language.substance(latest)
+        word = _CHARACTERS_A_WORD if language.han else 1
+        self.length = language.length(text)
+        self.brings = bool(brings & knowledge.matter)
+        self.engaged = tuple(d for d in self.touched if engages(d))
+        self.raised = raised
+        self.tells = frozenset().union(*(_told(s, knowledge, language) for s in sentences if s.sound and s.own))
+        self.follows = any(_follows(s.text, latest, language) for s in counting)
+        moves = language.of_scene(language.moves, knowledge.card.scene)
+        self.moves = tuple(m for m in moves if any(m.matches(s.text.lower()) for s in counting))
+        self.answers = bool((said - called) & of_latest & (knowledge.matter | language.thing_stems))
+        self.musts = frozenset(name for name, words in knowledge.musts.items() if any(s.content & words for s in counting))
+        self.frames = frozenset(
+            _frame(w, language) for s in sentences if len(w := _words(s.text, language)) >= _SHORTEST_FRAME
+        )
+        self.questions = sum(s.asks for s in sentences)
+        self.echo = _coverage(said_words, sources)
+        self.repetition = max((_similarity(content, said_words, other, language) for other in earlier), default=0.0)
+        self.twice = any(_alike(a, b, language) for a, b in combinations(sentences, 2))
+        self.breaks_off = not _ENDED.search(text)
+        self.borrowed = len(says & hears) // word
+        self.added = len(says - hears) // word
+        self.responds = self.feels or any(language.responses.search(s.text.lower()) for s in counting)
+        self.mixes_up = any(_mixes_up(s.text, latest, knowledge, language) for s in sentences)
 
     def share(self, predicate: str) -> float:
         """The share of sentences for which the named property does not hold."""
         return sum(not getattr(s, predicate) for s in self.sentences) / len(self.sentences) if self.sentences else 1.0
-
-
-def read(
-    text: str,
-    *,
-    knowledge: Knowledge,
-    language: Language,
-    moves: Sequence[Pattern],
-    heard: Sequence[str],
-    latest: str,
-    earlier: Sequence[str],
-    raised: Detail | None,
-) -> Reading:
-    """`heard`: what the user said and what the policy's role was told; `latest`: the user's last line, "" where the policy
-    opens; `earlier`: the policy's earlier replies."""
-    sources = _all_runs(heard, language)
-    words = sorted(frozenset().union(*(_words(text, language) for text in heard)))
-    spoken = language.sentences(text)[:_MOST_SENTENCES]
-    sentences = tuple(_sentence(s, knowledge, language, sources, words) for s in spoken)
-    counting = [s for s in sentences if s.counts]
-    said = frozenset().union(*(s.yours for s in counting))
-    known = frozenset().union(*(language.content(text) for text in heard))
-    brings = said - known - language.thing_stems
-    listens = bool(said & known & (knowledge.matter | language.thing_stems)) or len(said & language.content(latest)) >= 2
-
-    def engages(detail: Detail) -> bool:
-        own = brings & (knowledge.matter | detail.field | detail.words)
-        return len(own) >= (1 if listens else 2)
-
-    touched = tuple(d for d in knowledge.details if _touches(said, d, just_raised=d == raised))
-    content, said_words, of_latest = language.content(text), _words(text, language), language.content(latest)
-    called = frozenset().union(*(language.content(name) for s in spoken for name in _VOCATIVE.findall(s)))
-    feels = any(language.empathy.search(s.text.lower()) for s in counting)
-    says, hears = language.substance(text) - called, language.substance(latest)
-    word = _CHARACTERS_A_WORD if language.han else 1
-    return Reading(
-        length=language.length(text),
-        sentences=sentences,
-        touched=touched,
-        brings=bool(brings & knowledge.matter),
-        engaged=tuple(d for d in touched if engages(d)),
-        raised=raised,
-        tells=frozenset().union(*(_told(s, knowledge, language) for s in sentences if s.sound and s.own)),
-        follows=any(_follows(s.text, latest, language) for s in counting),
-        moves=tuple(m for m in moves if any(m.matches(s.text.lower()) for s in counting)),
-        answers=bool((said - called) & of_latest & (knowledge.matter | language.thing_stems)),
-        musts=frozenset(name for name, words in knowledge.musts.items() if any(s.content & words for s in counting)),
-        frames=frozenset(f for s in sentences if len(f := _frame(s.text, language)) >= _SHORTEST_FRAME),
-        questions=sum(s.asks for s in sentences),
-        echo=_coverage(said_words, sources),
-        repetition=max((_similarity(content, said_words, other, language) for other in earlier), default=0.0),
-        twice=any(_alike(a, b, language) for a, b in combinations(sentences, 2)),
-        breaks_off=not language.ends(text),
-        borrowed=len(says & hears) // word,
-        added=len(says - hears) // word,
-        feels=feels,
-        responds=feels or any(language.responses.search(s.text.lower()) for s in counting),
-        mixes_up=any(_mixes_up(s.text, latest, knowledge, language) for s in sentences),
-    )
 
 
 def _mixes_up(text: str, latest: str, knowledge: Knowledge, language: Language) -> bool:
@@ -164,8 +144,7 @@ def _mixes_up(text: str, latest: str, knowledge: Knowledge, language: Language) 
     words, heard = _words(text, language), _words(latest, language)
     starts = [(k, j) for k, word in enumerate(words) if language.is_speaker(word) for j, h in enumerate(heard) if h == word]
     for k, j in starts:
-        shared = takewhile(lambda pair: pair[0] == pair[1], zip(words[k:], heard[j:], strict=False))
-        run = [word for word, _ in shared]
+        run = [word for word, _ in takewhile(lambda pair: pair[0] == pair[1], zip(words[k:], heard[j:], strict=False))]
         content = frozenset().union(*(language.content(word) for word in run))
         if len(run) >= _SHORTEST_MIX_UP and len(content) >= 2 and content & knowledge.matter:
             return True
@@ -191,24 +170,6 @@ def _touches(content: frozenset[str], detail: Detail, just_raised: bool) -> bool
     return (bool(named) and len(content - named) >= 3) or len(around) >= (1 if just_raised else 2)
 
 
-def _sentence(
-    text: str, knowledge: Knowledge, language: Language, sources: frozenset[tuple[str, ...]], heard: Sequence[str]
-) -> Sentence:
-    words = [t for t in language.tokens(text) if t != ","]
-    names = {word.lower() for word in _NAME.findall(text)}
-    content = language.content(text)
-    talk = {stem(w) for w in words if language.is_common(w)} - language.thing_stems
-    strange = content - knowledge.vocabulary - talk
-    return Sentence(
-        text=text,
-        sound=language.is_sound(text) and not any(_is_cut(w, heard, knowledge, language) for w in words if w not in names),
-        own=_coverage(_words(text, language), sources) <= 0.5,
-        sensible=language.han or len(strange) <= max(1, len(content) // 3),
-        content=content,
-        yours=content - language.possessed(text),
-    )
-
-
 def _is_cut(word: str, heard: Sequence[str], knowledge: Knowledge, language: Language) -> bool:
     """Whether it is the beginning of a word that was heard ("stri" for stride) and no word by itself that anybody here knows;
     `heard` is sorted."""
@@ -230,8 +191,8 @@ def _alike(a: Sentence, b: Sentence, language: Language) -> bool:
     return language.tokens(a.text) == language.tokens(b.text) or 2 * len(shared) > len(both)
 
 
-def _frame(text: str, language: Language) -> tuple[str, ...]:
-    return tuple("_" if language.content(word) else word for word in _words(text, language))
+def _frame(words: Sequence[str], language: Language) -> tuple[str, ...]:
+    return tuple("_" if language.content(word) else word for word in words)
 
 
 def _words(text: str, language: Language) -> tuple[str, ...]:
@@ -241,10 +202,6 @@ def _words(text: str, language: Language) -> tuple[str, ...]:
 @lru_cache(maxsize=8192)
 def _runs(words: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
     return frozenset(words[k : k + _RUN] for k in range(len(words) - _RUN + 1))
-
-
-def _all_runs(texts: Iterable[str], language: Language) -> frozenset[tuple[str, ...]]:
-    return frozenset().union(*(_runs(_words(text, language)) for text in texts))
 
 
 def _coverage(words: tuple[str, ...], sources: frozenset[tuple[str, ...]]) -> float:

@@ -1,8 +1,8 @@
 """What a reply does to the scripted user: one small function a rule, each with its reason in words.
 
-A rule takes what the user heard and returns Findings; a new one is a few lines and a decorator. Points are changes of anger
-and trust before the user's temper is applied (`backend.py`). Credit is conditional: a reply has to be about this user's own
-matters before manner counts for anything, and it gets none at all when it is broken, copied or repeated.
+A rule takes what the user heard and returns Findings; a new one is a row (`_row`), or a few lines and a decorator. Points are
+changes of anger and trust before the user's temper is applied (`backend.py`). Credit is conditional: a reply has to be about this
+user's own matters before manner counts for anything, and it gets none at all when it is broken, copied or repeated.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
-from ctcgrpo.simulator.scripted.language import Language
 from ctcgrpo.simulator.scripted.reading import TELLING, Reading
 
 _MERE_MENTION = 0.25
@@ -50,24 +49,19 @@ class Heard:
     reading: Reading
     earlier: tuple[Reading, ...]
     knowledge: Knowledge
-    language: Language
-    scene: str
     round: int
-
-    @property
-    def known(self) -> frozenset[Detail]:
-        """Details that earlier replies engaged with already."""
-        return frozenset(d for r in self.earlier for d in r.engaged)
 
     @property
     def tells(self) -> bool:
         """Whether it comes with something of its own persona that it has not told yet."""
         told = frozenset().union(*(r.tells for r in self.earlier))
-        return self.language.weight(self.reading.tells - told) >= TELLING
+        return self.knowledge.language.weight(self.reading.tells - told) >= TELLING
 
     @property
     def fresh(self) -> list[Detail]:
-        return [d for d in self.reading.engaged if d not in self.known]
+        """Details that no earlier reply engaged with."""
+        known = frozenset(d for r in self.earlier for d in r.engaged)
+        return [d for d in self.reading.engaged if d not in known]
 
 
 Rule = Callable[[Heard], Iterator[Finding]]
@@ -85,6 +79,17 @@ def spoiler(function: Rule) -> Rule:
     """A rule whose finding also takes away all credit that the reply would otherwise have."""
     SPOILERS.append(function)
     return function
+
+
+def _row(registry: list[Rule], name: str, points: Callable[[Heard], float], why: str) -> None:
+    """A rule that raises anger and lowers trust by so many points; it finds nothing where they are 0."""
+
+    def found(h: Heard) -> Iterator[Finding]:
+        if bad := points(h):
+            yield Finding(bad, -bad, why)
+
+    found.__name__ = name
+    registry.append(found)
 
 
 def findings(heard: Heard) -> list[Finding]:
@@ -106,12 +111,12 @@ def senseless(h: Heard) -> Iterator[Finding]:
         yield Finding(3, -3, "broken sentences")
 
 
-@spoiler
-def echoing(h: Heard) -> Iterator[Finding]:
+def _echoes(r: Reading) -> bool:
     # To name what was said and then say what it is like is reflective listening, if the echo is the smaller part.
-    in_part = h.reading.share("own") >= 0.5 and not h.reading.feels
-    if h.reading.echo > _ECHO or in_part:
-        yield Finding(4, -4, "gives me my own words back")
+    return r.echo > _ECHO or (r.share("own") >= 0.5 and not r.feels)
+
+
+_row(SPOILERS, "echoing", lambda h: 4 * _echoes(h.reading), "gives me my own words back")
 
 
 @spoiler
@@ -130,36 +135,15 @@ def rearranging(h: Heard) -> Iterator[Finding]:
         yield Finding(0, 0, "says back to me what I said")
 
 
-@spoiler
-def mixing_up(h: Heard) -> Iterator[Finding]:
-    """Who keeps the user's "I" speaks as if they were the user: "I forgot to cancel the debit" to the one who forgot."""
-    if h.reading.mixes_up:
-        yield Finding(3, -3, "mixes up who did what")
-
-
-@spoiler
-def repeating(h: Heard) -> Iterator[Finding]:
-    if h.reading.repetition > 0.6:
-        yield Finding(4, -4, "has said that before")
-
-
-@spoiler
-def formulaic(h: Heard) -> Iterator[Finding]:
-    """Filling other words into the sentence of before is a formula, however well each word fits."""
-    if any(h.reading.frames & earlier.frames for earlier in h.earlier):
-        yield Finding(3, -3, "the same sentence as before with other words in it")
-
-
-@spoiler
-def stammering(h: Heard) -> Iterator[Finding]:
-    if h.reading.twice:
-        yield Finding(4, -4, "says the same thing twice")
-
-
-@spoiler
-def breaking_off(h: Heard) -> Iterator[Finding]:
-    if h.reading.sentences and h.reading.breaks_off:
-        yield Finding(3, -3, "breaks off in the middle of a sentence")
+# Who keeps the user's "I" speaks as if they were the user: "I forgot to cancel the debit" to the one who forgot.
+_row(SPOILERS, "mixing_up", lambda h: 3 * h.reading.mixes_up, "mixes up who did what")
+_row(SPOILERS, "repeating", lambda h: 4 * (h.reading.repetition > 0.6), "has said that before")
+# Filling other words into the sentence of before is a formula, however well each word fits.
+_formula = "the same sentence as before with other words in it"
+_row(SPOILERS, "formulaic", lambda h: 3 * any(h.reading.frames & r.frames for r in h.earlier), _formula)
+_row(SPOILERS, "stammering", lambda h: 4 * h.reading.twice, "says the same thing twice")
+_unfinished = "breaks off in the middle of a sentence"
+_row(SPOILERS, "breaking_off", lambda h: 3 * (bool(h.reading.sentences) and h.reading.breaks_off), _unfinished)
 
 
 @spoiler
@@ -179,27 +163,14 @@ def long_winded(h: Heard) -> Iterator[Finding]:
         yield Finding(excess, -excess, "goes on and on")
 
 
-@rule
-def breathless(h: Heard) -> Iterator[Finding]:
-    if len(h.reading.sentences) > MANY:
-        excess = min(5.0, len(h.reading.sentences) - MANY)
-        yield Finding(excess, -excess, "one sentence after the other")
-
-
-@rule
-def curt(h: Heard) -> Iterator[Finding]:
-    if h.reading.length < CURT:
-        yield Finding(2, -2, "hardly says a word")
-
-
-@rule
-def interrogating(h: Heard) -> Iterator[Finding]:
-    if h.reading.questions > 3:
-        yield Finding(1, -1, "questions me like a form")
+_row(RULES, "breathless", lambda h: max(0, min(5.0, len(h.reading.sentences) - MANY)), "one sentence after the other")
+_row(RULES, "curt", lambda h: 2 * (h.reading.length < CURT), "hardly says a word")
+_row(RULES, "interrogating", lambda h: 1 * (h.reading.questions > 3), "questions me like a form")
 
 
 def _faults(h: Heard, spoils: bool) -> Iterator[Finding]:
-    for fault in (*h.language.faults, *h.language.of_scene(h.language.scene_faults, h.scene)):
+    language = h.knowledge.language
+    for fault in (*language.faults, *language.of_scene(language.scene_faults, h.knowledge.card.scene)):
         if fault.spoils == spoils and any(fault.matches(s.text.lower()) for s in h.reading.sentences):
             yield Finding(fault.anger, fault.trust, fault.why)
 
