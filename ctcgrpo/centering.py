@@ -90,32 +90,57 @@ def make_centering(name: str) -> Centering:
 def _center_rollout(group: Group) -> Sequence[float]:
     """Mean over the rollout's own turns (the paper). Turn terms sum to zero over a rollout (weighted by w): they move
     credit between its turns and leave the outcome term to compare rollouts. A rollout that is good throughout gains
-    nothing by it."""
+    nothing by it. It scales `immediate` by 1 - 1 / T where turns have nothing to do with each other; where they have, it is biased,
+    and with `reward_to_go` it can point away from what pays off: what all turns of a rollout share is taken out."""
     return [float(np.average(c, weights=w)) for c, w in zip(group.c, group.w, strict=True)]
 
 
 def _center_group(group: Group) -> Sequence[float]:
     """Mean over all turns of all valid rollouts of the group: a rollout whose turns are better than its siblings' gains on
-    every turn. The rollout's own turns are in the mean, which shrinks its terms by about 1 / G."""
+    every turn. The rollout's own turns are in the mean, which shrinks its terms by about 1 / G and biases them a little."""
     return [float(np.average(np.concatenate(group.c), weights=np.concatenate(group.w)))] * len(group.c)
 
 
 def _center_group_turn(group: Group) -> Sequence[Array]:
     """Mean over the group's valid rollouts that reached turn tau; alone there, the turn's credit is 0.
 
-    Takes out what a turn's position explains. Biased where the policy influences when the dialogue ends: with as many
-    baseline terms as the rollout has turns, each further turn earns minus the mean credit there (verl#7244)."""
-    longest = max(map(len, group.c))
-    c, w = np.zeros((2, len(group.c), longest))
-    for i, (credits, weights) in enumerate(zip(group.c, group.w, strict=True)):
-        c[i, : len(credits)], w[i, : len(credits)] = credits, weights
+    Takes out what a turn's position explains. With `reward_to_go` biased by the rollout's own share in the mean alone: a factor
+    1 - 1 / G where all dialogues are equally long, and a little more where few reach a turn. The bias of verl#7244, where longer
+    dialogues pay for their length, is that of rewards that are centered first and summed afterwards; here they are summed first."""
+    c, w = _by_turn(group)
     mean = (c * w).sum(axis=0) / w.sum(axis=0)
     return [mean[: len(credits)] for credits in group.c]
 
 
+def _center_group_loo(group: Group) -> Sequence[float]:
+    """Mean over all turns of the siblings, without the rollout's own (leave-one-out, as RLOO does for outcomes): unbiased with
+    `reward_to_go`, where `group` is only nearly so."""
+    sums = np.array([np.dot(c, w) for c, w in zip(group.c, group.w, strict=True)])
+    weights = np.array([np.sum(w) for w in group.w])
+    return list((sums.sum() - sums) / (weights.sum() - weights))
+
+
+def _center_group_turn_loo(group: Group) -> Sequence[Array]:
+    """Mean over the siblings that reached turn tau, without the rollout's own; 0 where none did, so that a rollout that is alone
+    there has its whole credit. Unbiased with `reward_to_go`, whoever decides when a dialogue ends."""
+    c, w = _by_turn(group)
+    siblings = w.sum(axis=0) - w
+    with np.errstate(invalid="ignore"):
+        mean = np.where(siblings > 0, ((c * w).sum(axis=0) - c * w) / siblings, 0.0)
+    return [mean[i, : len(credits)] for i, credits in enumerate(group.c)]
+
+
+def _by_turn(group: Group) -> tuple[Array, Array]:
+    """Credits and weights (G, longest), 0 beyond a rollout's last turn."""
+    c, w = np.zeros((2, len(group.c), max(map(len, group.c))))
+    for i, (credits, weights) in enumerate(zip(group.c, group.w, strict=True)):
+        c[i, : len(credits)], w[i, : len(credits)] = credits, weights
+    return c, w
+
+
 class SceneBaseline(Centering):
-    """Running mean per scene (the group's tag) and turn over earlier steps: no rollout is in its own baseline, so none shrinks;
-    it lags behind a policy that improves, and shares the bias of `group_turn` in when a dialogue ends."""
+    """Running mean per scene (the group's tag) and turn over earlier steps: no rollout is in its own baseline, so with
+    `reward_to_go` it is unbiased; it lags behind a policy that improves."""
 
     def __init__(self, means: Mapping[Any, Sequence[float]] | None = None) -> None:
         """`means`: what it knows from the start, by tag and turn."""
@@ -170,6 +195,8 @@ CENTERINGS: dict[str, Callable[[Group], Baselines] | type[Centering]] = {
     "rollout": _center_rollout,
     "group": _center_group,
     "group_turn": _center_group_turn,
+    "group_loo": _center_group_loo,
+    "group_turn_loo": _center_group_turn_loo,
     "scene": SceneBaseline,
     "none": _center_not,
 }

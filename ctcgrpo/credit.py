@@ -4,10 +4,13 @@ A scenario s has a group of rollouts i = 1..G, each with turns tau = 1..T_i and 
 
     A_i       = (R_i - mean_s R) / (max(std_s R, std_min) + 1e-6)             outcome advantage, `scale`
     c_{i,tau} = r_{i,tau}   or   sum_{k >= tau} gamma^{k - tau} r_{i,k}       credit of a turn, `credit`
-    A_{i,tau} = A_i + alpha * (c_{i,tau} - b_{i,tau})                         turn advantage, `centering`
+    A_{i,tau} = A_i + alpha * (c_{i,tau} - b_{i,tau}) / d                     turn advantage; b: `centering`, d: `turn_scale`
 
-r is within +-0.1, so alpha = 15 gives turn terms up to about +-1.5, beside outcome advantages of the order of 1 (alpha is not
-rescaled with `scale`; reward-to-go sums up to T turns, so its terms are larger).
+`smeared` is a third c; d = 1 without a `turn_scale`. r is within +-0.1, so alpha = 15 gives turn terms up to about +-1.5, beside
+outcome advantages of the order of 1 (alpha is not rescaled with `scale`; reward-to-go sums up to T turns, so its terms are
+larger). With `turn_scale: group` turn terms are of the order of alpha whatever the rewards are: begin with alpha = 1.
+
+`python -m tests.exact_credit` computes the bias and the noise of each choice exactly, on small decision processes.
 
 A turn that is not scored has for r its share of the next reward of its rollout (`types.turn_rewards`).
 
@@ -58,15 +61,12 @@ def outcome_advantages(outcomes: ArrayLike, group_ids: ArrayLike, *, std_min: fl
     Returns (N,): finite for valid rollouts (0 in a group with fewer than two of them), NaN for failed ones. Stds are
     unbiased; `std_min` is their floor, so that near-agreement does not explode.
     """
-    scaled = choose("scale", SCALES, scale)
     R, groups = _checked(outcomes, group_ids)
     advantages = np.where(np.isnan(R), np.nan, 0.0)
     comparable = _comparable_groups(R, groups)
     deviations = [R[members] - R[members].mean() for members in comparable]
-    where = f"credit.scale = {scale!r}"
-    of_groups = listed(where, called(where, scaled, deviations, std_min), len(comparable), "groups")
-    for members, a in zip(comparable, of_groups, strict=True):
-        advantages[members] = numbers(where, a, len(members))
+    for members, a in zip(comparable, _scaled("scale", scale, deviations, std_min), strict=True):
+        advantages[members] = a
     return advantages
 
 
@@ -81,13 +81,16 @@ def turn_advantages(
     gamma: float = 1.0,
     std_min: float = 0.1,
     scale: str = "group",
+    turn_scale: str = "none",
+    turn_std_min: float = 0.01,
     center_weights: Sequence[ArrayLike] | None = None,
     scene_baseline: Mapping[Any, Sequence[float]] | None = None,
 ) -> list[Array]:
     """A_{i,tau} for every turn of every rollout.
 
     outcomes (N,), group_ids (N,) as in `outcome_advantages`; turn_scores: N sequences, the i-th of length T_i >= 0.
-    gamma in [0, 1] discounts `reward_to_go`. center_weights: as turn_scores, how much each turn weighs in the means that
+    gamma in [0, 1] discounts `reward_to_go` and `smeared`. turn_scale, turn_std_min: what c - b is divided by, as `scale` and
+    `std_min` for outcomes. center_weights: as turn_scores, how much each turn weighs in the means that
     make a baseline, for example its trained tokens; None weighs all alike. scene_baseline: for centering `scene`, the
     baseline of a group's turns by group id, 0 for groups and turns that it lacks (`SceneBaseline.of` gives it).
     Returns N arrays, the i-th (T_i,). Raises ValueError for an unknown option, for sequences that do not match, and for a
@@ -104,6 +107,8 @@ def turn_advantages(
         gamma=gamma,
         std_min=std_min,
         scale=scale,
+        turn_scale=turn_scale,
+        turn_std_min=turn_std_min,
         center_weights=center_weights,
     )
     return [of_rollout.advantage for of_rollout in terms]
@@ -120,6 +125,8 @@ def credit_terms(
     gamma: float = 1.0,
     std_min: float = 0.1,
     scale: str = "group",
+    turn_scale: str = "none",
+    turn_std_min: float = 0.01,
     center_weights: Sequence[ArrayLike] | None = None,
     tags: Sequence[Hashable] | None = None,
 ) -> list[CreditTerms]:
@@ -137,7 +144,7 @@ def credit_terms(
     r = [np.asarray(scores, dtype=np.float64) for scores in turn_scores]
     w = _weights(center_weights, r)
     turn = [np.zeros(len(scores)) for scores in r]
-    valid = []
+    valid, compared_groups, deviations = [], [], []
     for members in _valid_groups(R, groups):
         compared = len(members) >= 2
         if compared and (empty := [i for i in members if not len(r[i])]):
@@ -146,8 +153,11 @@ def credit_terms(
         c = turn_credits([r[i] for i in members], credit=credit, gamma=gamma)
         valid.append(Group(c, [w[i] for i in members], tag))
         if compared:
-            for i, c_i, b in zip(members, c, center.baselines(valid[-1]), strict=True):
-                turn[i] = alpha * (c_i - b)
+            compared_groups.append(members)
+            deviations.append(np.concatenate([c_i - b for c_i, b in zip(c, center.baselines(valid[-1]), strict=True)]))
+    for members, d in zip(compared_groups, _scaled("turn_scale", turn_scale, deviations, turn_std_min), strict=True):
+        for i, d_i in zip(members, np.split(d, np.cumsum([len(r[i]) for i in members])[:-1]), strict=True):
+            turn[i] = alpha * d_i
     called(center.where, center.update, valid)
     return [CreditTerms(float(a), terms) for a, terms in zip(A, turn, strict=True)]
 
@@ -185,7 +195,7 @@ def shuffled(by_turn: Sequence[Array], seed: int | Sequence[int]) -> list[Array]
     return np.split(dealt, np.cumsum([len(a) for a in by_turn])[:-1])
 
 
-# --- scale: from R - mean_s R of each group's valid rollouts to their outcome advantages ---------------------------------
+# --- scale: from R - mean_s R of each group's valid rollouts, or c - b of its turns, to the terms ------------------------
 
 
 def _scale_by_group(deviations: list[Array], std_min: float) -> list[Array]:
@@ -208,7 +218,8 @@ def _scale_not(deviations: list[Array], std_min: float) -> list[Array]:
 
 
 def _immediate(r: Array, gamma: float) -> Array:
-    """c = r: what the turn itself did to the user. Blind to a turn that pays off only later."""
+    """c = r: what the turn itself changed. Biased where a turn pays off only later: whatever the centering, it then teaches the
+    opposite."""
     return r
 
 
@@ -220,15 +231,40 @@ def _reward_to_go(r: Array, gamma: float) -> Array:
     return c
 
 
+def _smeared(r: Array, gamma: float) -> Array:
+    """c_tau = sum_{k >= tau} r_k gamma^{k - tau} / sum_{d <= k} gamma^d: each reward is shared out over its own turn and those
+    before it, and the credits of a rollout sum to its rewards. gamma = 0 is `immediate`, gamma = 1 shares alike. Biased: a turn
+    gets only a share of what it caused, the smaller the later it came. Source: prime-rl#3282."""
+    if not len(r):
+        return r
+    lag = np.subtract.outer(np.arange(len(r)), np.arange(len(r)))  # (k, tau)
+    shares = np.where(lag >= 0, np.power(gamma, np.maximum(lag, 0), dtype=np.float64), 0.0)
+    shares /= shares.sum(axis=1, keepdims=True)
+    return np.asarray(r @ shares, dtype=np.float64)
+
+
 SCALES: dict[str, Callable[[list[Array], float], list[Array]]] = {
     "group": _scale_by_group,
     "batch": _scale_by_batch,
     "none": _scale_not,
 }
-CREDITS: dict[str, Callable[[Array, float], Array]] = {"immediate": _immediate, "reward_to_go": _reward_to_go}
+CREDITS: dict[str, Callable[[Array, float], Array]] = {
+    "immediate": _immediate,
+    "reward_to_go": _reward_to_go,
+    "smeared": _smeared,
+}
+DISCOUNTED = ("reward_to_go", "smeared")
+"""The credits that read gamma."""
 
 
 # --- helpers -------------------------------------------------------------------------------------------------------------
+
+
+def _scaled(field: str, name: str, deviations: list[Array], std_min: float) -> list[Array]:
+    """The deviations of each group, scaled by the function that `field` names; checked."""
+    where, scale = f"credit.{field} = {name!r}", choose(field, SCALES, name)
+    found = listed(where, called(where, scale, deviations, std_min), len(deviations), "groups")
+    return [numbers(where, scaled, len(d)) for scaled, d in zip(found, deviations, strict=True)]
 
 
 def _std(values: Array) -> float:

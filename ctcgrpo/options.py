@@ -40,19 +40,19 @@ class CreditOptions:
         default="rollout",
         metadata=_says(
             "the mean that is taken off a turn's credit: over the rollout, the group, the group's turns at that position, "
-            "earlier steps of the tag at that position, or none",
+            "the same two without the rollout itself (loo), earlier steps of the tag at that position, or none",
             known=tuple(CENTERINGS),
         ),
     )
     credit: str = field(
         default="immediate",
         metadata=_says(
-            "a turn's credit: its own reward, or the discounted sum of its own and all later ones",
+            "a turn's credit: its own reward, the discounted sum of its own and all later ones, or its shares of them (smeared)",
             known=tuple(CREDITS),
         ),
     )
     gamma: float = field(
-        default=1.0, metadata=_says("reward_to_go, or a credit of your own: the discount for each turn", ge=0, le=1)
+        default=1.0, metadata=_says("reward_to_go, smeared, or a credit of your own: the discount for each turn", ge=0, le=1)
     )
     center_weights: Literal["turn", "token"] = field(
         default="turn",
@@ -66,6 +66,17 @@ class CreditOptions:
         ),
     )
     std_min: float = field(default=0.1, metadata=_says("the smallest standard deviation that outcomes are divided by", gt=0))
+    turn_scale: str = field(
+        default="none",
+        metadata=_says(
+            "the standard deviation that centered turn credits are divided by: of the group, of the batch, or none; with one, "
+            "begin with alpha = 1",
+            known=tuple(SCALES),
+        ),
+    )
+    turn_std_min: float = field(
+        default=0.01, metadata=_says("the smallest standard deviation that turn credits are divided by", gt=0)
+    )
     shuffle_credit: Literal["nothing", "turn_scores", "advantages"] = field(
         default="nothing",
         metadata=_says(

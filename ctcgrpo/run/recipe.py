@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from ctcgrpo.centering import CENTERINGS
-from ctcgrpo.credit import CREDITS, SCALES
+from ctcgrpo.credit import CREDITS, DISCOUNTED, SCALES
 from ctcgrpo.environments.eibench.records import SCENES
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.model.sharding import splits_weights
@@ -243,12 +243,19 @@ class Credit(Section):
     center_weights: Literal["turn", "token"] = recipe_field("center_weights")
     scale: str = recipe_field("scale_rewards")
     std_min: float = recipe_field("std_min")
+    turn_scale: str = recipe_field("turn_scale")
+    turn_std_min: float = recipe_field("turn_std_min")
     shuffle: Literal["nothing", "turn_scores", "advantages"] = recipe_field("shuffle_credit")
 
-    @field_validator("centering", "credit", "scale")
+    @field_validator("centering", "credit", "scale", "turn_scale")
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
-        tables: dict[str, Iterable[str]] = {"centering": CENTERINGS, "credit": CREDITS, "scale": SCALES}
+        tables: dict[str, Iterable[str]] = {
+            "centering": CENTERINGS,
+            "credit": CREDITS,
+            "scale": SCALES,
+            "turn_scale": SCALES,
+        }
         options = tables[info.field_name]
         if value not in options and not is_reference(value):
             raise ValueError(f"{did_you_mean(value, options)} (one of your own: my_module:my_function)")
@@ -256,12 +263,14 @@ class Credit(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Credit:
-        if self.gamma != 1.0 and self.credit != "reward_to_go" and not is_reference(self.credit):
-            raise ValueError(f"gamma is {self.gamma} and credit {self.credit!r}; only credit=reward_to_go discounts")
+        if self.gamma != 1.0 and self.credit not in DISCOUNTED and not is_reference(self.credit):
+            raise ValueError(f"gamma is {self.gamma} and credit {self.credit!r}; only {' and '.join(DISCOUNTED)} discount")
         if self.center_weights == "token" and self.centering == "none":
             raise ValueError("center_weights is 'token' and centering 'none', which weighs nothing")
         if self.std_min != CreditOptions.std_min and self.scale == "none":
             raise ValueError(f"std_min is {self.std_min} and scale 'none', which divides by nothing")
+        if self.turn_std_min != CreditOptions.turn_std_min and self.turn_scale == "none":
+            raise ValueError(f"turn_std_min is {self.turn_std_min} and turn_scale 'none', which divides by nothing")
         return self
 
 
@@ -445,6 +454,8 @@ class Recipe(Section):
             center_weights=credit.center_weights,
             scale_rewards=credit.scale,
             std_min=credit.std_min,
+            turn_scale=credit.turn_scale,
+            turn_std_min=credit.turn_std_min,
             shuffle_credit=credit.shuffle,
             reasons=self.policy.reasons,
             no_reasoning_penalty=scoring.no_reasoning_penalty,

@@ -109,6 +109,8 @@ def step_credit(
         center_weights=[s.turn_tokens for s in summaries] if options.center_weights == "token" else None,
         std_min=options.std_min,
         scale=options.scale_rewards,
+        turn_scale=options.turn_scale,
+        turn_std_min=options.turn_std_min,
         tags=[s.tag for s in summaries],
     )
     terms = [every[k] for k in trained]

@@ -140,6 +140,45 @@ def test_reward_to_go_by_hand() -> None:
     assert first == pytest.approx([-a + 0.45, -a + 0.15, -a - 0.6])
 
 
+def test_leave_one_out_by_hand() -> None:
+    a = 0.5 / (math.sqrt(0.5) + 1e-6)
+    scores = [[0.02, 0.05, -0.01], [0.04]]
+    first, second = turn_advantages([0.0, 1.0], [0, 0], scores, centering="group_loo")
+    # The other's mean: 0.04 for the first, (0.02 + 0.05 - 0.01) / 3 = 0.02 for the second.
+    assert first == pytest.approx([-a - 0.3, -a + 0.15, -a - 0.75]) and second == pytest.approx([a + 0.3])
+    first, second = turn_advantages([0.0, 1.0], [0, 0], scores, centering="group_turn_loo")
+    # The first is alone in turns 1 and 2: no baseline.
+    assert first == pytest.approx([-a - 0.3, -a + 0.75, -a - 0.15]) and second == pytest.approx([a + 0.3])
+    tokens = [[30, 10, 10], [40], [20]]
+    first, *_ = turn_advantages(
+        [0.0, 1.0, 1.0], [0] * 3, [*scores, [0.1]], centering="group_loo", center_weights=tokens, alpha=1
+    )
+    assert np.diff(first) == pytest.approx([0.03, -0.06])
+    assert first[0] - turn_advantages([0.0, 1.0, 1.0], [0] * 3, [*scores, [0.1]], alpha=0)[0][0] == pytest.approx(
+        0.02 - (40 * 0.04 + 20 * 0.1) / 60
+    )
+
+
+def test_smeared_by_hand() -> None:
+    spread = turn_credits([[0.02, 0.06, -0.03], []], credit="smeared", gamma=0.5)
+    # r_0 stays; r_1 is shared as 2 : 1 over turns 1 and 0; r_2 as 4 : 2 : 1 over turns 2, 1 and 0.
+    assert spread[0] == pytest.approx([0.02 + 0.02 - 0.03 / 7, 0.04 - 0.06 / 7, -0.12 / 7]) and len(spread[1]) == 0
+    alike = turn_credits([[0.02, 0.06, -0.03]], credit="smeared", gamma=1.0)[0]
+    assert alike == pytest.approx([0.02 + 0.03 - 0.01, 0.03 - 0.01, -0.01])
+    assert turn_credits([[0.02, 0.06]], credit="smeared", gamma=0.0)[0] == pytest.approx([0.02, 0.06])
+
+
+def test_turn_scale_by_hand() -> None:
+    scores = [[0.02, 0.06], [0.04]]
+    plain = turn_advantages([0.5, 0.5], [0, 0], scores, alpha=1, centering="group")
+    assert np.concatenate(plain) == pytest.approx([-0.02, 0.02, 0.0])
+    scaled = turn_advantages([0.5, 0.5], [0, 0], scores, alpha=1, centering="group", turn_scale="group")
+    std = 0.02  # of -0.02, 0.02, 0 (unbiased)
+    assert np.concatenate(scaled) == pytest.approx([-0.02 / (std + 1e-6), 0.02 / (std + 1e-6), 0.0])
+    floored = turn_advantages([0.5, 0.5], [0, 0], scores, alpha=1, centering="group", turn_scale="batch", turn_std_min=0.5)
+    assert np.concatenate(floored) == pytest.approx([-0.02 / (0.5 + 1e-6), 0.02 / (0.5 + 1e-6), 0.0])
+
+
 def test_token_weights_by_hand() -> None:
     a = 0.5 / (math.sqrt(0.5) + 1e-6)
     scores, tokens = [[0.02, 0.05], [0.04]], [[30, 10], [40]]

@@ -81,7 +81,7 @@ def test_overrides() -> None:
         ("credits.alpha=10", r"unknown field credits; did you mean 'credit'\?"),
         ("rollout.group_size=1", "rollout.group_size is 1; input should be greater than or equal to 2"),
         ("credit.alpha=much", "credit.alpha is 'much'; input should be a valid number"),
-        ("credit.gamma=0.9", "credit: gamma is 0.9 and credit 'immediate'; only credit=reward_to_go discounts"),
+        ("credit.gamma=0.9", "credit: gamma is 0.9 and credit 'immediate'; only reward_to_go and smeared discount"),
         ("credit.gamma=1.5", "credit.gamma is 1.5; input should be less than or equal to 1"),
         ("credit.centering=rolout", r"credit.centering is 'rolout'; did you mean 'rollout'\?"),
         ("credit.scale=batches", r"credit.scale is 'batches'; did you mean 'batch'\?"),

@@ -77,7 +77,9 @@ def test_defaults_ranges_and_choices_are_those_of_the_model() -> None:
             assert json.loads(shown[f"{section}.{name}"].default) == value
     assert shown["training.clip"].allowed == "number > 0, < 1"
     assert shown["rollout.group_size"].allowed == "integer >= 2"
-    assert shown["credit.centering"].allowed == "one of rollout, group, group_turn, scene, none, my_module:my_function"
+    assert shown["credit.centering"].allowed == (
+        "one of rollout, group, group_turn, group_loo, group_turn_loo, scene, none, my_module:my_function"
+    )
     assert shown["scenarios.scenes"].allowed == "list (1 or more) of text"
     assert shown["policy.model"].default == "required" and shown["policy.revision"].allowed == "text, or null"
     in_lists = {field.path for section in sections_of("simulator-config") for field in section.fields}
