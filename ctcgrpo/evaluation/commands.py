@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +15,7 @@ from typer.core import TyperGroup
 
 from ctcgrpo.errors import GateFailed, OutputError, RecipeError, TooManyFailures, too_many_failed
 from ctcgrpo.evaluation.benches import named
-from ctcgrpo.evaluation.compare import compared, most_changed
-from ctcgrpo.evaluation.leaderboard import ranked
+from ctcgrpo.evaluation.compare import compared, most_changed, ranked
 from ctcgrpo.evaluation.options import (
     EIBenchOptions,
     EQBench3Options,
@@ -22,14 +23,11 @@ from ctcgrpo.evaluation.options import (
     ModelOptions,
     RunOptions,
     SageOptions,
-    generation_of,
+    asked,
     option_name,
-    roles_of,
-    task_of,
     wanted_evaluation,
 )
-from ctcgrpo.evaluation.played import Trained, title_of, trained_as, validated_as
-from ctcgrpo.evaluation.presets import with_preset
+from ctcgrpo.evaluation.played import Trained, title_of, trained_as
 from ctcgrpo.evaluation.report import print_comparison, print_leaderboard, print_summary
 from ctcgrpo.evaluation.rescoring import rescored
 from ctcgrpo.evaluation.results import summarise, write_results
@@ -42,7 +40,7 @@ from ctcgrpo.util.terminal import Terminal, say
 if TYPE_CHECKING:
     from ctcgrpo.evaluation.run import Evaluation
 
-_OUT = Path("checkpoints") / "evaluations"
+_OUT = Path("checkpoints/evaluations")
 _MAX_FAILED = 0.5
 _AS_TRAINED = "-as-trained"
 """What an evaluation's folder ends with that takes a run's settings: the same policy with others has a folder too."""
@@ -85,13 +83,9 @@ def _evaluate(options: RunOptions | ModelOptions) -> None:
 app = typer.Typer(
     cls=_Evaluate, result_callback=_evaluate, no_args_is_help=True, subcommand_metavar="RUN_FOLDER | COMMAND [ARGS]..."
 )
-for _command, _options in {
-    "run": RunOptions,
-    "eibench": EIBenchOptions,
-    "sage": SageOptions,
-    "eqbench3": EQBench3Options,
-}.items():
-    app.command(_command)(_options)
+app.command("run")(RunOptions)
+for _options in (EIBenchOptions, SageOptions, EQBench3Options):
+    app.command(_options.bench)(_options)
 
 
 @app.callback()
@@ -121,10 +115,6 @@ def leaderboard(
     print_leaderboard(ranked(folder), Terminal(120))
 
 
-def _slug(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text).strip("-")
-
-
 def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
     announce_loading("evaluating", "Inspect AI")
     try:
@@ -132,30 +122,24 @@ def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
     except ImportError as error:
         raise RecipeError(f"evaluating needs the extra eval: pip install 'ctcgrpo[eval]' ({error})") from None
 
-    def play(wanted: Evaluation, folder: Path) -> dict[str, Any]:
-        return played(
-            wanted,
-            folder,
-            display=given.get("display") or ("rich" if sys.stdout.isatty() else "plain"),
-            connections=given.get("connections"),
-            price=given.get("price"),
-            say=lambda text: say(text, sys.stderr),
-        )
-
-    return play
+    return partial(
+        played,
+        display=given.get("display") or ("rich" if sys.stdout.isatty() else "plain"),
+        connections=given.get("connections"),
+        price=given.get("price"),
+        say=partial(say, file=sys.stderr),
+    )
 
 
-def _announce(trained: Trained, wanted: Evaluation, given: Given, console: Terminal) -> None:
+def _announce(trained: Trained, wanted: Evaluation, given: Given) -> None:
     """Print how a run's policy was trained; and, where it is not evaluated so, what differs and the command that does."""
-    lines = [trained.told]
+    say(trained.told)
     if wanted.bench == "eibench":
         from ctcgrpo.evaluation.run import settings_before
 
         if unlike := trained.differences(settings_before(wanted)):
-            lines.append(f"this evaluation is not comparable with its validations: {'; '.join(unlike)}")
-            lines.append(f"with the run's settings: {_command_as_trained(trained, given)}")
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+            say(f"this evaluation is not comparable with its validations: {'; '.join(unlike)}")
+            say(f"with the run's settings: {_command_as_trained(trained, given)}")
 
 
 def _command_as_trained(trained: Trained, given: Given) -> str:
@@ -178,10 +162,8 @@ def _judge(summary: Mapping[str, Any], fail_under: float | None, *, again: bool 
         raise TooManyFailures(f"{summary['failed']} of {summary['results']} failed: what is left says too little{told}")
     mean = summary["score"]["mean"]
     if fail_under is not None and mean < fail_under:
-        bench = named(summary["bench"])
-        raise GateFailed(
-            f"{summary['model']} has {bench.shown(mean)} ({title_of(summary)}), below {bench.shown(fail_under)}"
-        )
+        shown = named(summary["bench"]).shown
+        raise GateFailed(f"{summary['model']} has {shown(mean)} ({title_of(summary)}), below {shown(fail_under)}")
 
 
 def _evaluate_model(options: ModelOptions, given: Given, console: Terminal) -> None:
@@ -193,9 +175,10 @@ def _evaluate_model(options: ModelOptions, given: Given, console: Terminal) -> N
     trained = trained_as(Path(options.model))
     wanted = wanted_evaluation(options.bench, options.model, given, trained)
     if trained is not None:
-        _announce(trained, wanted, given, console)
+        _announce(trained, wanted, given)
     kind = f"{_AS_TRAINED if 'as_trained' in given else ''}{f'-{wanted.preset}' if wanted.preset else ''}"
-    summary = play(wanted, options.out or _OUT / options.bench / f"{_slug(wanted.model)}{kind}")
+    slug = re.sub(r"[^\w.-]", "-", wanted.model).strip("-")
+    summary = play(wanted, options.out or _OUT / options.bench / f"{slug}{kind}")
     print_summary(summary, console)
     _judge(summary, options.fail_under)
 
@@ -207,24 +190,15 @@ def _evaluate_run(run: Path, given: Given, console: Terminal) -> None:
     folder = require_run(run)
     resolved_recipe(folder.recipe_file).eibench_scenarios("evaluating a run as it validated")
     play = _play(given)
-    from ctcgrpo.evaluation.of_run import evaluations_of
+    from ctcgrpo.evaluation.run import evaluations_of
 
-    roles, played = roles_of("eibench", given)
-    task = {**task_of("eibench", given), **played}
-    generation, role_generation = generation_of(given), dict[str, dict[str, Any]]()
-    if (preset := given.get("preset")) is not None:
-        simulator = (
-            None if roles else task.get("simulator", validated_as(resolved_recipe(folder.recipe_file))[0]["simulator"])
-        )
-        task, generation, role_generation, unset = with_preset(preset, simulator, task, generation, {}, [], roles)
-        task["unset"] = ",".join(unset)
-    wanted = evaluations_of(folder, task, generation, roles, role_generation, given.get("limit"), preset, say)
+    task, generation, roles = asked("eibench", given)
+    preset = given.get("preset")
+    wanted = evaluations_of(folder, task, generation, roles, limit=given.get("limit"), preset=preset, say=say)
     if (trained := trained_as(folder.final)) is not None:
-        console.print(trained.told, markup=False, highlight=False, soft_wrap=True)
+        say(trained.told)
     out = given.get("out") or run / "evaluations"
-    folders = {
-        which: out / f"{evaluation.bench}-{which}{f'-{preset}' if preset else ''}" for which, evaluation in wanted.items()
-    }
+    folders = {which: out / f"eibench-{which}{f'-{preset}' if preset else ''}" for which in wanted}
     summaries = [play(evaluation, folders[which]) for which, evaluation in wanted.items()]
     for summary in summaries:
         print_summary(summary, console)
@@ -237,10 +211,10 @@ def _compare(found: Mapping[str, Any], out: Path, dialogues: int, console: Termi
     try:
         from ctcgrpo.evaluation.forest import write_comparison
     except ImportError:
-        console.print("the picture and the page need the extra eval: pip install 'ctcgrpo[eval]'", markup=False)
+        say("the picture and the page need the extra eval: pip install 'ctcgrpo[eval]'")
         return
     written = write_comparison(found, most_changed(found, dialogues) if dialogues else [], out)
-    console.print(f"picture and page: {', '.join(map(str, written))}", markup=False, highlight=False, soft_wrap=True)
+    say(f"picture and page: {', '.join(map(str, written))}")
 
 
 def _rescore(bench: str, given: Given, console: Terminal) -> None:

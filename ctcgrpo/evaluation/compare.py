@@ -1,7 +1,10 @@
-"""Two or more evaluations of one benchmark, scenario by scenario: the paired difference to the first, with its interval."""
+"""Two or more evaluations of one benchmark, scenario by scenario: the paired difference to the first, with its interval; and many
+of them ranked, apart where they are of other data, under another simulator or judge, or with other settings.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,9 @@ from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.played import in_words, settings_of, shown_name, shown_value, title_of
 from ctcgrpo.evaluation.report import other_of
 from ctcgrpo.evaluation.results import RESULTS, SUMMARY, Result, read_results, read_summary
+from ctcgrpo.run.folders import require_folder
 from ctcgrpo.util.intervals import interval, paired
+from ctcgrpo.util.naming import cut
 
 _DECIDING = ("other", "data")
 """What of a summary figures depend on, beside the model and the settings: who plays or judges, and a digest of the data."""
@@ -20,32 +25,30 @@ _MEANING = ("variant", "rounds", "instructions")
 
 def compared(folders: Sequence[Path], names: Sequence[str] | None = None, *, mixed: bool = False) -> dict[str, Any]:
     """The comparison of evaluations with the first: `baseline`, `others` (each with what it was and is over the scenarios that
-    both have, the paired difference, its 95 % interval, and the same by group), `other` (who played the simulator or the judge),
-    `title` with the data set, `settings` that all of them share, and `warnings` of what else differs between them.
-
-    Raises OutputError for fewer than two, for folders that hold no evaluation, for different benchmarks or no scenario in common,
-    and, unless they may be `mixed`, for another simulator, judge, scoring variant, number of rounds or instructions: such scores
-    mean other things.
-    """
+    both have, the paired difference, its 95 % interval, and the same by group), `other` (simulator or judge), `title` with the data
+    set, `settings` that all share, and `warnings` of what else differs. Raises OutputError for fewer than two, folders without an
+    evaluation, different benchmarks, no scenario in common, and, unless they may be `mixed`, for another simulator, judge, scoring
+    variant, number of rounds or instructions: such scores mean other things."""
     if len(folders) < 2:
         raise OutputError("name at least two evaluations to compare")
     summaries = [read_summary(folder) for folder in folders]
-    names = list(names or _names(folders, summaries))
+    if names is None:  # models where they differ, else folders
+        models = [summary["model"] for summary in summaries]
+        names = models if len(set(models)) == len(models) else [str(folder) for folder in folders]
     first, *others = summaries
     for folder, summary in zip(folders, summaries, strict=True):
         if summary["bench"] != first["bench"]:
-            raise OutputError(
-                f"{folders[0]} is of {first['bench']}, {folder} of {summary['bench']}: their scores mean other things"
-            )
-        if not mixed and (told := _meaning(summary)) != _meaning(first):
-            raise OutputError(
-                f"{folders[0]} was scored by {_meaning(first)}, {folder} by {told}: their scores mean other things (--mixed "
-                "compares them all the same)"
-            )
+            unlike = f"{folders[0]} is of {first['bench']}, {folder} of {summary['bench']}"
+            raise OutputError(f"{unlike}: their scores mean other things")
+        if not mixed and (meant := _meaning(summary)) != _meaning(first):
+            unlike = f"{folders[0]} was scored by {_meaning(first)}, {folder} by {meant}"
+            raise OutputError(f"{unlike}: their scores mean other things (--mixed compares them all the same)")
+    settings, *theirs = map(settings_of, summaries)
+    shared = {key: value for key, value in settings.items() if all(key in o and o[key] == value for o in theirs)}
     return {
         "bench": first["bench"],
         "title": " / ".join(dict.fromkeys(map(title_of, summaries))),
-        "settings": in_words(_shared(summaries)) or "none in common",
+        "settings": in_words(shared) or "none in common",
         "other": " / ".join(dict.fromkeys(map(other_of, summaries))),
         "baseline": {"name": names[0], "folder": str(folders[0])},
         "others": [
@@ -59,12 +62,6 @@ def compared(folders: Sequence[Path], names: Sequence[str] | None = None, *, mix
 def _meaning(summary: Mapping[str, Any]) -> str:
     settings = settings_of(summary)
     return ", ".join([other_of(summary), *(f"{name} {settings[name]}" for name in _MEANING if name in settings)])
-
-
-def _shared(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings that are the same in all."""
-    first, *others = map(settings_of, summaries)
-    return {name: value for name, value in first.items() if all(name in o and o[name] == value for o in others)}
 
 
 def _against(first: Mapping[str, Any], other: Mapping[str, Any], a: Path, b: Path, name: str) -> dict[str, Any]:
@@ -94,73 +91,93 @@ def _against(first: Mapping[str, Any], other: Mapping[str, Any], a: Path, b: Pat
     }
 
 
-def _names(folders: Sequence[Path], summaries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Models where they differ, else folders."""
-    models = [summary["model"] for summary in summaries]
-    return models if len(set(models)) == len(models) else [str(folder) for folder in folders]
-
-
 def _warnings(names: Sequence[str], summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     first = summaries[0]
+    ours = settings_of(first)
     for name, summary in zip(names[1:], summaries[1:], strict=True):
-        for part in _DECIDING:
-            if summary.get(part) != first.get(part):
-                found.append(f"{part} differs: {names[0]} has {_short(first.get(part))}, {name} {_short(summary.get(part))}")
-        ours, theirs = settings_of(first), settings_of(summary)
-        found += [
-            f"{shown_name(key)} differs: {names[0]} has {_short(shown_value(key, ours.get(key)))}, "
-            f"{name} {_short(shown_value(key, theirs.get(key)))}"
+        theirs = settings_of(summary)
+        pairs = [(part, first.get(part), summary.get(part)) for part in _DECIDING if summary.get(part) != first.get(part)]
+        pairs += [
+            (shown_name(key), shown_value(key, ours.get(key)), shown_value(key, theirs.get(key)))
             for key in dict.fromkeys([*ours, *theirs])
             if ours.get(key) != theirs.get(key)
         ]
-        missing = len(set(first["scenarios"]) ^ set(summary["scenarios"]))
-        if missing:
+        found += [f"{part} differs: {names[0]} has {cut(str(a))}, {name} {cut(str(b))}" for part, a, b in pairs]
+        if missing := len(set(first["scenarios"]) ^ set(summary["scenarios"])):
             found.append(f"{missing} scenarios are scored in one of {names[0]} and {name} only, and are left out")
     return found
-
-
-def _short(value: Any) -> str:
-    return str(value) if len(str(value)) < 200 else str(value)[:200] + "..."
 
 
 def most_changed(found: Mapping[str, Any], most: int = 3) -> list[dict[str, Any]]:
     """For each evaluation beside the first, the scenarios that changed most, in both directions, and a dialogue of each side: the
     one whose score is closest to its scenario's mean. Raises OutputError where results are missing."""
     shown = []
-    before = _by_scenario(read_results(Path(found["baseline"]["folder"])))
+    baseline = found["baseline"]["folder"]
+    before = read_results(Path(baseline))
     for other in found["others"]:
-        after = _by_scenario(read_results(Path(other["folder"])))
-        ranked = sorted(other["by_scenario"], key=lambda s: other["by_scenario"][s])
-        worst = [s for s in ranked[:most] if other["by_scenario"][s] < 0]
-        best = [s for s in reversed(ranked[-most:]) if other["by_scenario"][s] > 0]
-        for scenario in dict.fromkeys([*best, *worst]):
-            shown.append(
-                {
-                    "other": other["name"],
-                    "scenario": scenario,
-                    "difference": other["by_scenario"][scenario],
-                    "before": _typical(before, scenario, found["baseline"]["folder"]),
-                    "after": _typical(after, scenario, other["folder"]),
-                }
-            )
+        after = read_results(Path(other["folder"]))
+        difference = other["by_scenario"]
+        ranked = sorted(difference, key=lambda scenario: difference[scenario])
+        worst = [scenario for scenario in ranked[:most] if difference[scenario] < 0]
+        best = [scenario for scenario in reversed(ranked[-most:]) if difference[scenario] > 0]
+        shown += [
+            {
+                "other": other["name"],
+                "scenario": scenario,
+                "difference": difference[scenario],
+                "before": _typical(before, scenario, baseline),
+                "after": _typical(after, scenario, other["folder"]),
+            }
+            for scenario in dict.fromkeys([*best, *worst])
+        ]
     return shown
 
 
-def _by_scenario(results: Sequence[Result]) -> dict[str, list[Result]]:
-    found: dict[str, list[Result]] = {}
-    for result in results:
-        if result.score is not None:
-            found.setdefault(result.scenario, []).append(result)
-    return found
-
-
-def _typical(by_scenario: Mapping[str, Sequence[Result]], scenario: str, folder: str) -> Result:
-    results = by_scenario.get(scenario)
-    if not results:
+def _typical(results: Sequence[Result], scenario: str, folder: str) -> Result:
+    scored = [(result, result.score) for result in results if result.scenario == scenario and result.score is not None]
+    if not scored:
         raise OutputError(
             f"{folder}: {RESULTS} holds no scored dialogue of {scenario!r}, which {SUMMARY} has; one is damaged"
         )
-    scores = [r.score or 0.0 for r in results]
-    mean = sum(scores) / len(scores)
-    return min(results, key=lambda r: abs((r.score or 0.0) - mean))
+    mean = sum(score for _, score in scored) / len(scored)
+    return min(scored, key=lambda pair: abs(pair[1] - mean))[0]
+
+
+def ranked(folder: Path) -> list[dict[str, Any]]:
+    """A board for each benchmark and way of playing it: its `bench`, `title` (with the data set), `other` (simulator or judge),
+    `settings`, `groups`, and `entries` from the best to the worst. Raises OutputError where there is no evaluation below the
+    folder, and for one that cannot be read."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(require_folder(folder).rglob(SUMMARY)):
+        if not (file.parent / RESULTS).exists():
+            continue  # of a run's training, and the like
+        summary = read_summary(file.parent)
+        if summary["score"]["mean"] is not None:
+            data = summary.get("data") or summary.get("data_set")
+            settings = {name: value for name, value in settings_of(summary).items() if name != "rescored"}
+            key = json.dumps([summary["bench"], summary["other"], data, settings], sort_keys=True)
+            found.setdefault(key, []).append(summary)
+    if not found:
+        raise OutputError(f"there is no evaluation below {folder}; `ctcgrpo evaluate` makes them")
+    return [_board(entries) for _, entries in sorted(found.items())]
+
+
+def _board(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    best, *_ = ordered = sorted(summaries, key=lambda summary: -summary["score"]["mean"])
+    return {
+        "bench": best["bench"],
+        "other": other_of(best),
+        "title": title_of(best),
+        "settings": in_words(settings_of(best)),
+        "groups": list(dict.fromkeys(group for summary in ordered for group in summary["groups"])),
+        "entries": [
+            {
+                "model": summary["model"],
+                "score": summary["score"],
+                "groups": {g: f["mean"] for g, f in summary["groups"].items() if f["mean"] is not None},
+                "failed": summary["failed"],
+            }
+            for summary in ordered
+        ],
+    }

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from inspect_ai import Epochs, Task, task
+from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.log import transcript
 from inspect_ai.model import ChatMessage, ChatMessageSystem, ChatMessageUser, get_model
-from inspect_ai.scorer import Score, Scorer, Target, grouped, mean, scorer
-from inspect_ai.solver import Generate, Solver, TaskState, solver
+from inspect_ai.scorer import Score
+from inspect_ai.solver import TaskState
 from inspect_ai.util import span
 
 from ctcgrpo.environments.eibench import EIBench, opening_messages, task_of
@@ -29,9 +30,9 @@ from ctcgrpo.environments.eibench.scenarios import Invalid, load_set
 from ctcgrpo.environments.eibench.scoring import Variant, outcome_score
 from ctcgrpo.errors import PolicyEngineError, RecipeError
 from ctcgrpo.evaluation.generation import SAMPLING, Unset, config_of, names_of
-from ctcgrpo.evaluation.record import Record
+from ctcgrpo.evaluation.record import Record, recorded_task
 from ctcgrpo.evaluation.speaking import say
-from ctcgrpo.evaluation.users import MESSAGES, User, chosen_user
+from ctcgrpo.evaluation.users import MESSAGES, chosen_user
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS, load_instructions
 from ctcgrpo.rollout.engine import request_seed
 from ctcgrpo.simulator.llm.official import OfficialPolicyPrompts
@@ -69,30 +70,27 @@ def eibench(
 
     Args:
       scenarios: a path, a bundled pack (english/test) or a dataset under $CTCGRPO_DATA (eibench/test: the 213 published ones).
-      simulator: who plays the user: nothing for the model with the role `simulator`; scripted; the file of a configuration
-        (configs/simulator); or the URL of a server.
+      simulator: the user: nothing for the model with the role `simulator`; scripted; a configuration's file; a server's URL.
       rounds: replies of the model at most.
       variant: how a final state is scored: evaluation (as published figures are) or training.
       repeats: dialogues a scenario; a scenario counts with their mean.
       seed: of what is sampled, where providers heed it.
       official: a folder with the authors' code (it is executed), whose prompts simulator and model are given.
-      opener: what a user's message says where the model speaks first (charm), for providers that take no dialogue without one
-        (anthropic, google) and for figures beside published ones, which have one.
-      instructions: how to reply, appended to the model's role: eibench (by default), short, none, a template file, or a folder with
-        LANGUAGE.j2.
+      opener: what a user's message says where the model speaks first (charm): some providers (anthropic, google) need one, and
+        published figures have one.
+      instructions: how to reply, after the model's role: eibench (default), short, none, a template, or a folder of LANGUAGE.j2.
       reasons: word them for a model that reasons between <think> and </think> before it replies.
       persona_sections: the sections of its role (### headings) that the model is told; all of it where absent.
       unset: settings that are not sent, where providers refuse them: temperature,top_p,max_tokens,seed; simulator.NAME for those
         of the simulator.
       invalid: what becomes of records that are no scenarios: left out with a warning (skip), or an error (refuse).
       tries: calls to the user's LLM a turn, until its answer can be read; nothing for 3, or what the configuration says.
-      reasoning: whether the model's own reasoning of earlier turns stays in its messages (keep) or is left out (strip); nothing for
-        strip, and for a policy in a run's folder for what its recipe says.
+      reasoning: whether the model's reasoning of earlier turns stays in its messages: keep, or strip, the default; for a policy in
+        a run's folder as its recipe says.
     """
     loaded = load_set(scenarios, "test", invalid)
     for line in loaded.report():
         _log.warning("%s", line)
-    found = loaded.scenarios
     left_out = names_of(unset)
     folder = None if official is None else Path(official).expanduser()
     user = chosen_user(simulator, folder, left_out, tries)
@@ -100,66 +98,16 @@ def eibench(
         raise RecipeError(
             "the official mode words what the model is told: leave out instructions, reasons, persona_sections, opener"
         )
-    briefing = Briefing(
-        None if persona_sections is None else tuple(persona_sections),
-        load_instructions(instructions or DEFAULT_INSTRUCTIONS),
-        reasons,
-    )
+    sections = None if persona_sections is None else tuple(persona_sections)
+    briefing = Briefing(sections, load_instructions(instructions or DEFAULT_INSTRUCTIONS), reasons)
     prompts = None if folder is None else OfficialPolicyPrompts(folder)
     if rounds < 1 or repeats < 1:
         raise RecipeError(f"rounds is {rounds} and repeats {repeats}; both are at least 1")
-    samples = [
-        Sample(id=s.id, input=_opening(s, briefing, opener), metadata={"group": s.scene, "title": s.title, "position": k})
-        for k, s in enumerate(found)
-    ]
-    return Task(
-        name="eibench",
-        dataset=MemoryDataset(samples, name=scenarios),
-        solver=_conversing({s.id: s for s in found}, user, briefing, prompts, rounds, seed, left_out, reasoning),
-        scorer=_judging({s.id: s for s in found}, variant),
-        config=config_of("model", left_out, **SAMPLING.model_dump(exclude_none=True)),
-        epochs=Epochs(repeats, "mean"),
-        fail_on_error=False,
-    )
+    by_id = {scenario.id: scenario for scenario in loaded.scenarios}
 
-
-def _opening(scenario: Scenario, briefing: Briefing, opener: str | None) -> list[ChatMessage]:
-    told, *said = opening_messages(scenario, briefing)
-    system = ChatMessageSystem(content=told["content"], metadata={INSTRUCTIONS: told["instructions"]})
-    line = said[0]["content"] if said else opener
-    return [system, *([ChatMessageUser(content=line)] if line else [])]
-
-
-def _officially(prompts: OfficialPolicyPrompts, scenario: Scenario, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """What the authors' evaluation sends in place of `messages`; those that it leaves as they are stay the same objects."""
-    said = messages[1:]
-    system, *wanted = prompts.messages(scenario, [(m.role, m.text) for m in said])
-    kept = [
-        old if (old.role, old.text) == (new["role"], new["content"]) else MESSAGES[new["role"]](content=new["content"])
-        for old, new in zip(said, wanted, strict=False)
-    ]
-    return [
-        ChatMessageSystem(content=system["content"]),
-        *kept,
-        *(MESSAGES[m["role"]](content=m["content"]) for m in wanted[len(said) :]),
-    ]
-
-
-def _conversing(
-    scenarios: Mapping[str, Scenario],
-    user: User,
-    briefing: Briefing,
-    prompts: OfficialPolicyPrompts | None,
-    rounds: int,
-    seed: int,
-    left_out: frozenset[str],
-    reasoning: Reasoning | None,
-) -> Solver:
-    """Model and environment take turns until the user leaves or the rounds are over."""
-
-    async def solve(state: TaskState, generate: Generate) -> TaskState:
-        scenario = scenarios[str(state.sample_id)]
-        record = state.store_as(Record)
+    async def converse(state: TaskState, record: Record) -> None:
+        """Model and environment take turns until the user leaves or the rounds are over."""
+        scenario = by_id[str(state.sample_id)]
         record.about = await user.about()
         place = (0, state.metadata["position"], scenario.id, state.epoch - 1)
         environment = EIBench(user, briefing=briefing, max_turns=rounds)
@@ -181,40 +129,56 @@ def _conversing(
                 reply = await say(told, role="model", config=config, keep_reasoning=reasoning == "keep")
                 state.messages.append(reply.message)
                 record.model_said(reply)
-                before = environment.state
+                before = environment.state._asdict()
                 await environment.step(reply.text)
-                answer = environment.answer
-                heard: dict[str, Any] = {
-                    "before": before._asdict(),
-                    "after": environment.state._asdict(),
-                    "why": answer.why,
-                    "goes_on": answer.goes_on,
-                }
+                answer, after = environment.answer, environment.state._asdict()
+                heard = {"before": before, "after": after, "why": answer.why, "goes_on": answer.goes_on}
                 state.messages.append(ChatMessageUser(content=answer.reply, metadata=heard))
                 transcript().info(heard, source="simulator")
-                record.user_said(answer.reply, environment.state._asdict(), answer.why)
+                record.user_said(answer.reply, after, answer.why)
                 record.spend("simulator", (answer.usage.prompt_tokens, answer.usage.completion_tokens))
             if not answer.goes_on:
                 break
-        record.over = True
-        return state
 
-    # What a solver is made with goes into the log: the scenarios stay out of it.
-    return solver(name="converse")(lambda: solve)()
-
-
-def _judging(scenarios: Mapping[str, Scenario], variant: Variant) -> Scorer:
-    """The outcome of the state that the user is left in."""
-
-    async def score(state: TaskState, target: Target) -> Score:
-        record, scenario = state.store_as(Record), scenarios[str(state.sample_id)]
-        if not record.over:
-            raise RuntimeError("the dialogue was cut off by a limit; what it had come to is no outcome")
+    async def outcome(state: TaskState, record: Record) -> Score:
+        """Of the state that the user is left in."""
+        scenario = by_id[str(state.sample_id)]
         heard = [UserState(**line["state"]) for line in record.lines if line["speaker"] == "user"]
         found = measured(heard if scenario.opening_line else [scenario.anchors.initial, *heard], scenario, variant)
         return Score(value=found.pop("outcome"), metadata=found)
 
-    return scorer(metrics=[grouped(mean(), "group", all_label="all")], name="outcome")(lambda: score)()
+    samples = [
+        Sample(id=s.id, input=_opening(s, briefing, opener), metadata={"group": s.scene, "title": s.title, "position": k})
+        for k, s in enumerate(loaded.scenarios)
+    ]
+    return recorded_task(
+        "eibench",
+        MemoryDataset(samples, name=scenarios),
+        converse,
+        outcome,
+        measure="outcome",
+        config=config_of("model", left_out, **SAMPLING.model_dump(exclude_none=True)),
+        repeats=repeats,
+    )
+
+
+def _opening(scenario: Scenario, briefing: Briefing, opener: str | None) -> list[ChatMessage]:
+    told, *said = opening_messages(scenario, briefing)
+    system = ChatMessageSystem(content=told["content"], metadata={INSTRUCTIONS: told["instructions"]})
+    line = said[0]["content"] if said else opener
+    return [system, *([ChatMessageUser(content=line)] if line else [])]
+
+
+def _officially(prompts: OfficialPolicyPrompts, scenario: Scenario, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """What the authors' evaluation sends in place of `messages`; those that it leaves as they are stay the same objects."""
+    said = messages[1:]
+    system, *wanted = prompts.messages(scenario, [(m.role, m.text) for m in said])
+
+    told: list[ChatMessage] = [ChatMessageSystem(content=system["content"])]
+    for old, new in zip_longest(said[: len(wanted)], wanted):
+        kept = old is not None and (old.role, old.text) == (new["role"], new["content"])
+        told.append(old if kept else MESSAGES[new["role"]](content=new["content"]))
+    return told
 
 
 def measured(states: Sequence[UserState], scenario: Scenario, variant: Variant) -> dict[str, float]:

@@ -7,20 +7,17 @@ The judge reads the model's answers as they were given; the authors' code puts t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
-from inspect_ai import Epochs, Task, task
+from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
-from inspect_ai.model import ChatMessageUser, Model
-from inspect_ai.scorer import Score, Scorer, Target, grouped, mean, scorer
-from inspect_ai.solver import Generate, Solver, TaskState, solver
+from inspect_ai.model import ChatMessageUser
+from inspect_ai.scorer import Score
+from inspect_ai.solver import TaskState
 
-from ctcgrpo.environments.eibench.scenarios import data_home
 from ctcgrpo.errors import JudgeReplyError
-from ctcgrpo.evaluation.eqbench3_protocol import EqBench, EqScenario, Unreadable, load_eqbench, read_scores, task_score
+from ctcgrpo.evaluation.benches import data_folder
+from ctcgrpo.evaluation.eqbench3_protocol import Unreadable, load_eqbench, read_scores, task_score
 from ctcgrpo.evaluation.generation import Unset, config_of, names_of
-from ctcgrpo.evaluation.record import Record
+from ctcgrpo.evaluation.record import Record, recorded_task
 from ctcgrpo.evaluation.speaking import played_by, say, temperature_of
 from ctcgrpo.rollout.engine import request_seed
 
@@ -40,36 +37,20 @@ def eqbench3(data: str | None = None, repeats: int = 1, seed: int = 0, unset: Un
       unset: settings that are not sent, where providers refuse them: temperature,top_p,max_tokens,seed; judge.NAME for those of
         the judge.
     """
-    bench = load_eqbench(data_home() / "eqbench3" if data is None else Path(data).expanduser())
+    bench = load_eqbench(data_folder("eqbench3", data))
     judge, left_out = played_by("judge"), names_of(unset)
-    samples = [
-        Sample(id=s.id, input=bench.asked(s)[0], metadata={"group": s.kind, "title": s.title, "category": s.category})
-        for s in bench.scenarios
-    ]
-    by_id = {s.id: s for s in bench.scenarios}
-    return Task(
-        name="eqbench3",
-        dataset=MemoryDataset(samples, name="eqbench3"),
-        solver=_answering(bench, by_id, judge, seed, left_out),
-        scorer=_judging(bench, by_id, judge, seed, left_out),
-        config=config_of("model", left_out, temperature=_TEMPERATURE, max_tokens=12000),
-        epochs=Epochs(repeats, "mean"),
-        fail_on_error=False,
-    )
+    temperature = temperature_of(judge, _OF_JUDGE)
+    about = {
+        "models": [str(judge)],
+        "prompts": f"eqbench3/{bench.digest}",
+        "temperature": None if "judge.temperature" in left_out else temperature,
+    }
+    scenarios = {scenario.id: scenario for scenario in bench.scenarios}
 
-
-def _answering(
-    bench: EqBench, scenarios: Mapping[str, EqScenario], judge: Model, seed: int, left_out: frozenset[str]
-) -> Solver:
-    """The user's lines are canned: the model answers each, whatever it said before."""
-
-    async def solve(state: TaskState, generate: Generate) -> TaskState:
-        scenario, record = scenarios[str(state.sample_id)], state.store_as(Record)
-        record.about = {
-            "models": [str(judge)],
-            "prompts": f"eqbench3/{bench.digest}",
-            "temperature": None if "judge.temperature" in left_out else temperature_of(judge, _OF_JUDGE),
-        }
+    async def answer(state: TaskState, record: Record) -> None:
+        """The user's lines are canned: the model answers each, whatever it said before."""
+        scenario = scenarios[str(state.sample_id)]
+        record.about = about
         state.messages = []
         asked = bench.asked(scenario)
         for turn, line in enumerate(asked):
@@ -85,41 +66,42 @@ def _answering(
             said = await say(state.messages, role="model", config=config)
             state.messages.append(said.message)
             record.model_said(said)
-        record.over = True
-        return state
 
-    return solver(name="answer")(lambda: solve)()
-
-
-def _judging(
-    bench: EqBench, scenarios: Mapping[str, EqScenario], judge: Model, seed: int, left_out: frozenset[str]
-) -> Scorer:
-    """The judge's verdict. An answer that cannot be read is asked for again; without one, the sample fails."""
-
-    async def score(state: TaskState, target: Target) -> Score:
-        scenario, record = scenarios[str(state.sample_id)], state.store_as(Record)
-        if not record.over:
-            raise RuntimeError("the answers were cut off by a limit; what there is cannot be judged")
-        said = {who: [line["text"] for line in record.lines if line["speaker"] == who] for who in ("user", "model")}
-        prompt = bench.judged(scenario, said["user"], said["model"])
+    async def verdict(state: TaskState, record: Record) -> Score:
+        """The judge's. An answer that cannot be read is asked for again; without one, the sample fails."""
+        scenario = scenarios[str(state.sample_id)]
+        lines = {who: [line["text"] for line in record.lines if line["speaker"] == who] for who in ("user", "model")}
+        prompt = bench.judged(scenario, lines["user"], lines["model"])
         problem = ""
         for attempt in range(_ATTEMPTS):
             config = config_of(
                 "judge",
                 left_out,
                 seed=request_seed("judge", seed, scenario.id, state.epoch, attempt),
-                temperature=temperature_of(judge, _OF_JUDGE),
+                temperature=temperature,
                 max_tokens=_JUDGE_TOKENS,
             )
-            verdict = await say([ChatMessageUser(content=prompt)], role="judge", model=judge, config=config)
-            record.spend("judge", verdict.tokens)
+            said = await say([ChatMessageUser(content=prompt)], role="judge", model=judge, config=config)
+            record.spend("judge", said.tokens)
             try:
-                if verdict.cut:
+                if said.cut:
                     raise Unreadable("cut off by max_tokens")
-                found = read_scores(verdict.text, scenario.kind)
-                return Score(value=task_score(found, scenario.kind), explanation=verdict.text, metadata=found)
+                found = read_scores(said.text, scenario.kind)
+                return Score(value=task_score(found, scenario.kind), explanation=said.text, metadata=found)
             except Unreadable as error:
                 problem = str(error)
         raise JudgeReplyError(f"{judge} gave no usable verdict, asked {_ATTEMPTS} times (last problem: {problem})")
 
-    return scorer(metrics=[grouped(mean(), "group", all_label="all")], name="rubric")(lambda: score)()
+    samples = [
+        Sample(id=s.id, input=bench.asked(s)[0], metadata={"group": s.kind, "title": s.title, "category": s.category})
+        for s in bench.scenarios
+    ]
+    return recorded_task(
+        "eqbench3",
+        MemoryDataset(samples, name="eqbench3"),
+        answer,
+        verdict,
+        measure="rubric",
+        config=config_of("model", left_out, temperature=_TEMPERATURE, max_tokens=12000),
+        repeats=repeats,
+    )

@@ -13,23 +13,30 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import json_repair
 
 from ctcgrpo.errors import ScenarioError
-from ctcgrpo.evaluation.benches import COUNTED, MOST, Kind
-from ctcgrpo.evaluation.results import Line, Result
 
-_ANALYSIS = "analytical interpretation"
-_DRAFTING = frozenset(map(str, range(201, 210)))
-"""The scenarios that ask for a message to be written, by their numbers: their file does not say so."""
-_MASTER = {
-    "role-play": "scenario_master_prompt.txt",
-    "drafting": "scenario_master_prompt_message_drafting.txt",
-    "analysis": "scenario_master_prompt_analysis.txt",
+Kind = Literal["role-play", "drafting", "analysis"]
+MOST = 20
+"""What a judge gives a criterion at most."""
+_OF_TALKS = "demonstrated_empathy pragmatic_ei depth_of_insight social_dexterity emotional_reasoning message_tailoring"
+_OF_READINGS = (
+    "depth_of_insight emotional_reasoning theory_of_mind subtext_identification intellectual_grounding correctness"
+)
+COUNTED: Mapping[Kind, Sequence[str]] = {
+    "role-play": _OF_TALKS.split(),
+    "drafting": _OF_TALKS.split(),
+    "analysis": _OF_READINGS.split(),
 }
-_RUBRIC = {"role-play": "", "drafting": "", "analysis": "_analysis"}
+"""The criteria whose mean is a task's score; the others describe a style."""
+DRAFTING = frozenset(map(str, range(201, 210)))
+"""The scenarios that ask for a message to be written, by their numbers: their file does not say so."""
+_FRAME = {"role-play": "", "drafting": "_message_drafting", "analysis": "_analysis"}
+_RUBRIC = {**_FRAME, "drafting": ""}
+"""How the names of a kind's files end."""
 
 
 class Unreadable(Exception):
@@ -49,8 +56,7 @@ class EqScenario:
 
 @dataclass(frozen=True, slots=True)
 class EqBench:
-    """What a copy of the benchmark's data holds: the scenarios, and by kind the frame of a line, the judge's prompt and its
-    criteria."""
+    """A copy of the benchmark's data: the scenarios, and by kind the frame of a line, the judge's prompt and its criteria."""
 
     scenarios: tuple[EqScenario, ...]
     frames: Mapping[Kind, str]
@@ -61,7 +67,7 @@ class EqBench:
     @property
     def digest(self) -> str:
         """Of what the judge is told, down to its wording."""
-        told = json.dumps([dict(self.rubrics), {kind: list(names) for kind, names in self.criteria.items()}], sort_keys=True)
+        told = json.dumps([self.rubrics, self.criteria], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:8]
 
     def asked(self, scenario: EqScenario) -> list[str]:
@@ -75,9 +81,7 @@ class EqBench:
         are left out."""
         said = list(zip(asked, answers, strict=True))
         debrief = "" if scenario.kind == "analysis" else said.pop()[1]
-        transcript = "---\n".join(
-            f"{who}:\n{text}\n" for pair in said for who, text in zip(("User", "Assistant"), pair, strict=True)
-        )
+        transcript = "---\n".join(f"User:\n{line}\n---\nAssistant:\n{answer}\n" for line, answer in said)
         form: dict[str, Any] = {"chain_of_thought_reasoning": "detailed reasoning about the scores that follow"}
         form |= dict.fromkeys(self.criteria[scenario.kind], 0)
         parts = {
@@ -113,26 +117,23 @@ def load_eqbench(folder: Path) -> EqBench:
             raise ScenarioError(f"{folder / name}: it lacks {', '.join(sorted(missing))}, which the score is made of")
         return found
 
-    kinds: tuple[Kind, ...] = ("role-play", "drafting", "analysis")
-    rubric_parts = {
-        "role-play": ("{transcript}", "{debrief}"),
-        "drafting": ("{transcript}", "{debrief}"),
-        "analysis": ("{transcript}",),
-    }
+    def rubric(kind: Kind) -> str:
+        debrief = () if kind == "analysis" else ("{debrief}",)
+        return read(f"rubric_scoring_prompt{_RUBRIC[kind]}.txt", "{transcript}", *debrief, "{output_format}")
+
+    kinds: tuple[Kind, ...] = get_args(Kind)
     return EqBench(
         scenarios=tuple(parse_scenarios(read("scenario_prompts.txt"), str(folder / "scenario_prompts.txt"))),
-        frames={kind: read(_MASTER[kind], "{scenario_prompt}") for kind in kinds},
-        rubrics={
-            kind: read(f"rubric_scoring_prompt{_RUBRIC[kind]}.txt", *rubric_parts[kind], "{output_format}") for kind in kinds
-        },
+        frames={kind: read(f"scenario_master_prompt{_FRAME[kind]}.txt", "{scenario_prompt}") for kind in kinds},
+        rubrics={kind: rubric(kind) for kind in kinds},
         criteria={kind: criteria(kind) for kind in kinds},
         debrief=read("debrief_prompt.txt").strip(),
     )
 
 
-def parse_scenarios(text: str, place: str = "scenario_prompts.txt") -> list[EqScenario]:
+def parse_scenarios(text: str, place: str) -> list[EqScenario]:
     """`######## id | category | title`, then blocks of `####### PromptN`. A scenario without prompts is left out, as the authors'
-    code does. Raises ScenarioError for a text without scenarios and for an duplicate id."""
+    code does. Raises ScenarioError for a text without scenarios and for a duplicate id."""
     found: dict[str, EqScenario] = {}
     for block in re.split(r"^########(?!#)", text, flags=re.MULTILINE)[1:]:
         heading, _, rest = block.partition("\n")
@@ -143,7 +144,9 @@ def parse_scenarios(text: str, place: str = "scenario_prompts.txt") -> list[EqSc
         lines = tuple(part.strip() for part in re.split(r"^#######(?!#)\s*Prompt\d+[^\n]*\n", rest, flags=re.MULTILINE)[1:])
         if id in found:
             raise ScenarioError(f"{place}: duplicate scenario {id}")
-        kind: Kind = "analysis" if category.lower() == _ANALYSIS else "drafting" if id in _DRAFTING else "role-play"
+        kind: Kind = (
+            "analysis" if category.lower() == "analytical interpretation" else "drafting" if id in DRAFTING else "role-play"
+        )
         if lines and all(lines):
             found[id] = EqScenario(id, category, title, kind, lines)
     if not found:
@@ -182,58 +185,3 @@ def task_score(scores: Mapping[str, float], kind: Kind) -> float:
     """5 x the mean of the criteria that count: from 0 to 100. The benchmark's score is the mean of these."""
     counted = COUNTED[kind]
     return 5 * sum(scores[name] for name in counted) / len(counted)
-
-
-def read_judgements(file: Path, run: str | None = None) -> tuple[list[Result], dict[str, Any]]:
-    """A runs file of the authors' code: results of one run in it, and its model and judge.
-
-    `run` is the key of the run, or its model's name; it may be left out where there is one. Judgements that lack a criterion are
-    failed results. Raises ScenarioError for a file or a run that is not there.
-    """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ScenarioError(f"{file} not found") from None
-    except (OSError, ValueError) as error:
-        raise ScenarioError(f"{file} is no JSON file: {error}") from None
-    runs = (
-        {key: r for key, r in data.items() if isinstance(r, dict) and "scenario_tasks" in r}
-        if isinstance(data, dict)
-        else {}
-    )
-    chosen = {key: r for key, r in runs.items() if run is None or run in (key, r.get("model_name"))}
-    if len(chosen) != 1:
-        problem = (
-            "no runs with scenario_tasks" if not runs else f"{len(chosen)} runs by that name" if run else f"{len(runs)} runs"
-        )
-        raise ScenarioError(f"{file} holds {problem}; name one with --run: {', '.join(runs) or 'none'}")
-    [found] = chosen.values()
-    results = []
-    for iteration, tasks in found["scenario_tasks"].items():
-        if not str(iteration).isdigit() or not isinstance(tasks, dict):
-            raise ScenarioError(f"{file}: scenario_tasks holds {iteration!r}; it maps iterations (numbers) to tasks by id")
-        for id, task in tasks.items():
-            results.append(_judged(str(id), int(iteration), task))
-    judge = found.get("rubric_judge_model") or found.get("judge_model") or "not named"
-    return results, {"model": found.get("model_name", "not named"), "judge": judge}
-
-
-def _judged(id: str, iteration: int, task: Mapping[str, Any]) -> Result:
-    kind: Kind = "analysis" if not task.get("debrief_prompt") else "drafting" if id in _DRAFTING else "role-play"
-    said = [Line("user" if m["role"] == "user" else "model", m["content"]) for m in task.get("conversation_history") or []]
-    debrief = [Line("model", task["debrief_response"])] if task.get("debrief_response") else []
-    scores: dict[str, float] = {}
-    failure = None
-    try:
-        scores = checked_scores(task.get("rubric_scores") or {}, kind)
-    except Unreadable as error:
-        failure = ("judge", str(task.get("error") or error))
-    return Result(
-        scenario=id,
-        repeat=iteration,
-        group=kind,
-        score=None if failure else task_score(scores, kind),
-        measures=scores,
-        failure=failure,
-        lines=(*said, *debrief),
-    )

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ctcgrpo.evaluation.benches import Bench, named
+from ctcgrpo.evaluation.benches import named
 from ctcgrpo.util.terminal import printable
 
-PNG, HTML = "comparison.png", "comparison.html"
 _COLORS = {"better": "#1a7f37", "worse": "#b42318", "unsure": "#57606a"}
+_CHINESE = ("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei", "WenQuanYi Zen Hei")
 
 
 def write_comparison(found: Mapping[str, Any], changed: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
@@ -37,41 +36,39 @@ def write_comparison(found: Mapping[str, Any], changed: Sequence[Mapping[str, An
         (files("ctcgrpo.evaluation") / "comparison.html.j2").read_text(encoding="utf-8")
     )
     bench = named(found["bench"])
-    page = template.render(found=found, changed=changed, bench=bench, plot=_plot(found), change=_change(bench))
-    (folder / PNG).write_bytes(picture)
-    (folder / HTML).write_text(page, encoding="utf-8")
-    return [folder / PNG, folder / HTML]
+    change = partial(bench.shown, change=True)
+    page = template.render(found=found, changed=changed, bench=bench, plot=_plot(found), change=change)
+    png, html = folder / "comparison.png", folder / "comparison.html"
+    png.write_bytes(picture)
+    html.write_text(page, encoding="utf-8")
+    return [png, html]
 
 
-def _change(bench: Bench) -> Any:
-    return lambda value: bench.shown(value, change=True)
+def _rows(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], bool]]:
+    """The plot's: one for each evaluation beside the first, whole, and one for each of its groups."""
+    return [
+        (name, row, row is other)
+        for other in found["others"]
+        for name, row in ((other["name"], other), *other["groups"].items())
+    ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    """A row of the plot. Places are in percent of its width; `verdict` is better, worse or unsure."""
-
-    name: str
-    row: Mapping[str, Any]
-    whole: bool
-    low: float
-    middle: float
-    high: float
-    verdict: str
+def _range(row: Mapping[str, Any]) -> tuple[float, float]:
+    low, high = row["ci95"] or (row["difference"], row["difference"])
+    return low, high
 
 
-@dataclass(frozen=True, slots=True)
-class _Plot:
-    marks: Sequence[_Mark]
-    ticks: Sequence[tuple[float, float]]
-    """Value and place, at round values."""
-    zero: float
+def _verdict(row: Mapping[str, Any]) -> str:
+    """Whether there is an interval that excludes zero, and on which side."""
+    low, high = row["ci95"] or (0.0, 0.0)
+    return "better" if low > 0 else "worse" if high < 0 else "unsure"
 
 
-def _plot(found: Mapping[str, Any]) -> _Plot:
-    """A row for each evaluation beside the first, and one for each of its groups."""
-    rows = [(name, row, not k) for other in found["others"] for k, (name, row) in enumerate(_rows(other))]
-    values = [0.0] + [x for _, row, _ in rows for x in (row["difference"], *(row["ci95"] or ()))]
+def _plot(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page draws: `marks` (a row each), `ticks` (value and place, at round values), `zero`. Places are in percent of the
+    plot's width."""
+    rows = _rows(found)
+    values = [0.0] + [x for _, row, _ in rows for x in (row["difference"], *_range(row))]
     least, most = min(values), max(values)
     pad = (most - least or 1.0) * 0.08
     left, width = least - pad, most - least + 2 * pad
@@ -81,38 +78,25 @@ def _plot(found: Mapping[str, Any]) -> _Plot:
 
     marks = []
     for name, row, whole in rows:
-        low, high = row["ci95"] or (row["difference"], row["difference"])
-        marks.append(_Mark(name, row, whole, place(low), place(row["difference"]), place(high), _verdict(row)))
+        low, high = map(place, _range(row))
+        mark = {"low": low, "middle": place(row["difference"]), "high": high, "verdict": _verdict(row)}
+        marks.append({"name": name, "row": row, "whole": whole, **mark})
     ticks = [float(x) for x in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(least, most)]
-    return _Plot(marks, [(x, place(x)) for x in ticks if left <= x <= left + width], place(0.0))
-
-
-def _rows(other: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    return [(other["name"], other), *other["groups"].items()]
-
-
-def _verdict(row: Mapping[str, Any]) -> str:
-    """Whether the interval excludes zero, and on which side."""
-    if row["ci95"] is None:
-        return "unsure"
-    low, high = row["ci95"]
-    return "better" if low > 0 else "worse" if high < 0 else "unsure"
+    return {"marks": marks, "ticks": [(x, place(x)) for x in ticks if left <= x <= left + width], "zero": place(0.0)}
 
 
 def _picture(found: Mapping[str, Any]) -> bytes:
-    """PNG: a row for each evaluation beside the first, and one for each of its groups."""
+    """The rows of the plot as PNG."""
     bench = named(found["bench"])
-    rows = []
-    for other in found["others"]:
-        rows.append((other["name"], other, True))
-        rows += [(f"{group} (n = {row['n']})", row, False) for group, row in other["groups"].items()]
-    rows = [(_drawable(name, k), row, whole) for k, (name, row, whole) in enumerate(rows)]
+    rows = [
+        (_drawable(name if whole else f"{name} (n = {row['n']})", k), row, whole)
+        for k, (name, row, whole) in enumerate(_rows(found))
+    ]
     figure = Figure(figsize=(8.5, 1.3 + 0.34 * len(rows)), layout="constrained", dpi=150)
     axes: Axes = figure.add_subplot()
     for place, (_, row, whole) in enumerate(rows):
-        low, high = row["ci95"] or (row["difference"], row["difference"])
         color = _COLORS[_verdict(row)]
-        axes.plot([low, high], [place, place], color=color, linewidth=2.4 if whole else 1.3, solid_capstyle="butt")
+        axes.plot(_range(row), [place, place], color=color, linewidth=2.4 if whole else 1.3, solid_capstyle="butt")
         axes.plot([row["difference"]], [place], marker="D" if whole else "o", color=color, markersize=7 if whole else 4.5)
     axes.axvline(0, color="#8c959f", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
@@ -140,11 +124,7 @@ def _picture(found: Mapping[str, Any]) -> bytes:
 def _fonts() -> list[str]:
     """Fonts of this machine that have Chinese."""
     known = set(font_manager.get_font_names())
-    return [
-        name
-        for name in ("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei", "WenQuanYi Zen Hei")
-        if name in known
-    ]
+    return [name for name in _CHINESE if name in known]
 
 
 def _drawable(name: str, place: int) -> str:

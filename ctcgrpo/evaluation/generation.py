@@ -27,15 +27,11 @@ Unset = str | Sequence[str]
 
 def names_of(unset: Unset) -> frozenset[str]:
     """As ROLE.NAME. Raises RecipeError for what is no setting."""
-    given = unset.split(",") if isinstance(unset, str) else list(unset)
-    found = set()
-    for name in (part.strip() for part in given if part.strip()):
-        role, dot, setting = name.rpartition(".")
-        if setting not in NAMES or (dot and role not in ROLES):
-            known = [*NAMES, *(f"{role}.{setting}" for role in ROLES[1:] for setting in NAMES)]
-            raise RecipeError(f"unset is {name!r}; {did_you_mean(name, known)}")
-        found.add(f"{role or 'model'}.{setting}")
-    return frozenset(found)
+    given = [part.strip() for part in (unset.split(",") if isinstance(unset, str) else unset) if part.strip()]
+    known = [*NAMES, *(f"{role}.{setting}" for role in ROLES for setting in NAMES)]
+    if wrong := next((name for name in given if name not in known), None):
+        raise RecipeError(f"unset is {wrong!r}; {did_you_mean(wrong, known)}")
+    return frozenset(name if "." in name else f"model.{name}" for name in given)
 
 
 def config_of(role: str, unset: Collection[str], **settings: Any) -> GenerateConfig:
@@ -50,10 +46,10 @@ def split_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     know."""
     ours: dict[str, dict[str, Any]] = {}
     unset: list[str] = []
+    known = [*GenerateConfig.model_fields, "max_completion_tokens"]
     for name, value in given.items():
         role, dot, setting = name.rpartition(".")
         role = role or "model"
-        known = [*GenerateConfig.model_fields, "max_completion_tokens"]
         if (dot and role not in ROLES) or setting not in known:
             raise RecipeError(f"-G {name!r}: {did_you_mean(name, known)}; of another role ROLE.NAME (judge.temperature)")
         if value is None:
@@ -62,8 +58,8 @@ def split_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
             unset.append(name)
         elif setting == "max_completion_tokens":
             unset.append(f"{role}.max_tokens" if dot else "max_tokens")
-            body = {setting: value} | ours.setdefault(role, {}).get("extra_body", {})
-            ours[role]["extra_body"] = body
+            sent = ours.setdefault(role, {})
+            sent["extra_body"] = {setting: value, **sent.get("extra_body", {})}
         else:
             ours.setdefault(role, {})[setting] = value
     return ours.pop("model", {}), ours, unset

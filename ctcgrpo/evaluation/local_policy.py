@@ -1,31 +1,24 @@
 """A policy in a folder as an Inspect model: --model ctcgrpo/checkpoints/RUN/final (or best, base, an export, any model's folder).
 
-Contexts and sampling are those of training, id by id: what was sampled in earlier turns stands in later prompts as it was
-sampled, a prompt that grows too long drops its oldest exchange, and requests of all dialogues are batched while they go on.
-Within a run's folder its recipe says how contexts are made (reasoning, length). What the policy is told is the task's to say.
+Contexts and sampling are those of training, id by id: earlier turns stand in later prompts as they were sampled, a prompt that
+grows too long drops its oldest exchange, and requests of all dialogues are batched. Within a run's folder its recipe says how
+contexts are made (reasoning, length). What the policy is told is the task's to say.
 """
 
 from __future__ import annotations
 
 import secrets
+import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from inspect_ai.model import (
-    ChatMessage,
-    ChatMessageAssistant,
-    GenerateConfig,
-    ModelAPI,
-    ModelOutput,
-    ModelUsage,
-)
+from inspect_ai.model import ChatMessage, ChatMessageAssistant, GenerateConfig, ModelAPI, ModelOutput, ModelUsage
 from inspect_ai.tool import ToolChoice, ToolInfo
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ctcgrpo.environments.eibench.persona import BETWEEN
 from ctcgrpo.errors import PolicyEngineError, PolicyError
@@ -38,6 +31,7 @@ from ctcgrpo.policy.reasoning import OPEN
 from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
+from ctcgrpo.run.folders import is_model
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
@@ -50,13 +44,43 @@ _KEPT: Mapping[str, ReasoningPolicy] = {"none": "strip", "all": "keep"}
 """What Inspect's reasoning_history asks for."""
 
 
-@dataclass(frozen=True, slots=True)
 class _Parts:
-    tokenizer: PreTrainedTokenizerBase
-    stop_ids: frozenset[int]
-    contexts: Callable[[ReasoningPolicy | None], ContextBuilder]
-    positions: int | None
-    engine: ContinuousEngine
+    """A loaded model."""
+
+    def __init__(self, name: str, recipe: Recipe | None, max_batch: int) -> None:
+        """Raises PolicyError for what cannot be loaded."""
+        self._recipe = recipe
+        self.tokenizer = load_tokenizer(name)
+        self.stop_ids = stop_ids(name, self.tokenizer, template_kwargs=None if recipe is None else template_kwargs(recipe))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        with loading_weights(f"{name} cannot be loaded"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+        refuse_nonfinite(model, name)
+        self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        # Of each kind one: a template that cannot serve is refused before anything is played.
+        asked: tuple[ReasoningPolicy | None, ...] = (None, *_KEPT.values())
+        self.contexts = {reasoning: self._contexts(reasoning) for reasoning in asked}
+        batcher = TransformersBatcher(model, pad_id=self.tokenizer.pad_token_id, stop_ids=self.stop_ids, max_batch=max_batch)
+        self.engine = ContinuousEngine(batcher)
+        self.engine.take_weights(0)
+
+    def room_after(self, prompt: int) -> int:
+        """Tokens that a reply may have within the positions that the model knows."""
+        return sys.maxsize if self.positions is None else max(1, self.positions - prompt)
+
+    def _contexts(self, reasoning: ReasoningPolicy | None) -> ContextBuilder:
+        """As the recipe makes contexts, unless something else is asked for. Without one, a reply has room behind its prompt."""
+        if self._recipe is None:
+            positions = self.positions or 32768
+            room = max(positions // 2, positions - 4096)
+            return ContextBuilder(
+                self.tokenizer, stop_ids=self.stop_ids, max_prompt_tokens=room, reasoning=reasoning or "strip"
+            )
+        policy = self._recipe.policy
+        if reasoning is not None:
+            policy = policy.model_copy(update={"reasoning_context": reasoning})
+        return context_builder(self._recipe.model_copy(update={"policy": policy}), self.tokenizer, self.stop_ids)
 
 
 _MADE: weakref.WeakSet[LocalPolicy] = weakref.WeakSet()
@@ -84,25 +108,26 @@ class LocalPolicy(ModelAPI):
         super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
         folder = Path(model_name).expanduser()
         self._model = str(folder) if folder.exists() else model_name
-        if folder.exists() and not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        if folder.exists() and not is_model(folder):
             raise PolicyError(f"{model_name} holds no model; name a folder with its config.json (checkpoints/RUN/final)")
-        self._recipe = resolved_recipe(recipe) if recipe is not None else recipe_of(folder)
+        of_run = RunFolder(folder.resolve().parent).recipe_file
+        file = of_run if recipe is None and of_run.exists() else recipe
+        self._recipe = None if file is None else resolved_recipe(file)
         self._max_batch = max_batch
         _MADE.add(self)
-        self._made: dict[ReasoningPolicy | None, ContextBuilder] = {}
         self._sampled: OrderedDict[str, Completion] = OrderedDict()
 
     @cached_property
     def _parts(self) -> _Parts:
         """Loaded when it is first asked: Inspect makes models only to look at them, too."""
-        return _parts(self._model, self._recipe, self._max_batch)
+        return _Parts(self._model, self._recipe, self._max_batch)
 
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
         if tools:
             raise PolicyEngineError("a policy of this project calls no tools")
-        contexts = self._contexts(_KEPT.get(config.reasoning_history or ""))
+        contexts = self._parts.contexts[_KEPT.get(config.reasoning_history or "")]
         prompt_ids, _ = contexts.prompt(self._dialogue(input, contexts))
         completion = await self._parts.engine.generate(
             prompt_ids,
@@ -111,7 +136,7 @@ class LocalPolicy(ModelAPI):
                 temperature=1.0 if config.temperature is None else config.temperature,
                 top_p=1.0 if config.top_p is None else config.top_p,
                 top_k=config.top_k or 0,
-                max_new_tokens=self._limit(config.max_tokens or LOCAL_TOKENS, len(prompt_ids)),
+                max_new_tokens=min(config.max_tokens or LOCAL_TOKENS, self._parts.room_after(len(prompt_ids))),
             ),
         )
         text = self._parts.tokenizer.decode([token for token in completion.token_ids if token not in self._parts.stop_ids])
@@ -133,24 +158,12 @@ class LocalPolicy(ModelAPI):
         if "_parts" in self.__dict__:
             self._parts.engine.close()
             del self._parts
-            self._made.clear()
 
     def _remember(self, message: ChatMessageAssistant, completion: Completion) -> None:
         assert message.id is not None
         self._sampled[message.id] = completion
-        while len(self._sampled) > _REMEMBERED:
+        if len(self._sampled) > _REMEMBERED:
             self._sampled.popitem(last=False)
-
-    def _contexts(self, reasoning: ReasoningPolicy | None) -> ContextBuilder:
-        """As the recipe makes contexts, unless something else is asked for."""
-        if reasoning not in self._made:
-            self._made[reasoning] = self._parts.contexts(reasoning)
-        return self._made[reasoning]
-
-    def _limit(self, wanted: int, prompt: int) -> int:
-        """Tokens of a reply, so that it ends within the positions that the model knows."""
-        positions = self._parts.positions
-        return wanted if positions is None else max(1, min(wanted, positions - prompt))
 
     def _dialogue(self, messages: list[ChatMessage], contexts: ContextBuilder) -> Dialogue:
         """Raises PolicyEngineError for messages that do not take turns."""
@@ -169,44 +182,7 @@ class LocalPolicy(ModelAPI):
 
     def _completion(self, reply: ChatMessage) -> Completion:
         """What was sampled, or, of a reply that comes from elsewhere, its text."""
-        kept = self._sampled.get(reply.id or "")
-        if kept is not None:
+        if (kept := self._sampled.get(reply.id or "")) is not None:
             return kept
         ids = tuple(self._parts.tokenizer.encode(reply.text, add_special_tokens=False))
         return Completion(ids, (0.0,) * len(ids), (), "stop")
-
-
-def recipe_of(folder: Path) -> Recipe | None:
-    """The recipe of the run that a policy's folder belongs to."""
-    file = RunFolder(folder.resolve().parent).recipe_file
-    return resolved_recipe(file) if file.exists() else None
-
-
-def _parts(name: str, recipe: Recipe | None, max_batch: int) -> _Parts:
-    """Raises PolicyError for what cannot be loaded."""
-    tokenizer = load_tokenizer(name)
-    ends = stop_ids(name, tokenizer, template_kwargs=None if recipe is None else template_kwargs(recipe))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    with loading_weights(f"{name} cannot be loaded"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-    refuse_nonfinite(model, name)
-
-    def contexts(reasoning: ReasoningPolicy | None) -> ContextBuilder:
-        if recipe is None:
-            return ContextBuilder(tokenizer, stop_ids=ends, max_prompt_tokens=_room(model), reasoning=reasoning or "strip")
-        if reasoning is None:
-            return context_builder(recipe, tokenizer, ends)
-        policy = recipe.policy.model_copy(update={"reasoning_context": reasoning})
-        return context_builder(recipe.model_copy(update={"policy": policy}), tokenizer, ends)
-
-    contexts(None)  # a template that cannot serve is refused before anything is played
-    engine = ContinuousEngine(TransformersBatcher(model, pad_id=tokenizer.pad_token_id, stop_ids=ends, max_batch=max_batch))
-    engine.take_weights(0)
-    return _Parts(tokenizer, ends, contexts, getattr(model.config, "max_position_embeddings", None), engine)
-
-
-def _room(model: PreTrainedModel) -> int:
-    """Tokens of a prompt, so that a reply has room behind it."""
-    positions = int(getattr(model.config, "max_position_embeddings", 0) or 32768)
-    return max(positions // 2, positions - 4096)

@@ -19,9 +19,9 @@ from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.simulator.choice import name_of
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")
-_BRIEFING = ("instructions", "reasons", "persona_sections")
+BRIEFING = ("instructions", "reasons", "persona_sections")
 """Arguments of tasks that say what a policy is told."""
-_TASK = ("rounds", "variant", "reasoning", "tries", "official", "opener", "rescored", *_BRIEFING)
+_TASK = ("rounds", "variant", "reasoning", "tries", "official", "opener", "rescored", *BRIEFING)
 """Arguments of tasks that decide what a score means."""
 _SHOWN = {
     "reasons": "told to reason",
@@ -31,8 +31,8 @@ _SHOWN = {
     "variant": "scoring variant",
     "reasoning": "earlier reasoning",
     "tries": "tries of the user's LLM",
-    "simulator_temperature": "the user's temperature",
-    "simulator_top_p": "the user's top-p",
+    "simulator.temperature": "the user's temperature",
+    "simulator.top_p": "the user's top-p",
 }
 _SHOWN_VALUES = {"strip": "stripped", "keep": "kept"}
 
@@ -68,7 +68,8 @@ def settings_of(summary: Mapping[str, Any]) -> dict[str, Any]:
     if "rescored" not in task:
         found |= {name: generation.get(name) for name in SAMPLING}
         found |= {name: value for name, value in generation.items() if name not in SAMPLING}
-    found |= {"repeats": task["repeats"]} if task.get("repeats", 1) != 1 else {}
+    if task.get("repeats", 1) != 1:
+        found["repeats"] = task["repeats"]
     return found | ({"limit": summary["limit"]} if summary.get("limit") else {})
 
 
@@ -130,11 +131,6 @@ class Trained:
     sampling: Mapping[str, Any]
 
     @property
-    def briefed(self) -> dict[str, Any]:
-        """What the run tells its policy, as arguments of the task."""
-        return briefed_as(self.recipe)
-
-    @property
     def told(self) -> str:
         """How the run trained and validated, in words."""
         sections = self.recipe.policy.persona_sections
@@ -150,13 +146,14 @@ class Trained:
         )
 
     def differences(self, played: Mapping[str, Any]) -> list[str]:
-        """In what other settings (task arguments and sampling together) differ from the run's: "rounds 8 (the run: 4)"."""
-        deciding = ("scenarios", "simulator", "rounds", "variant", "reasoning", *_BRIEFING, *SAMPLING)
+        """In what other settings (task arguments and sampling together) differ from the run's: "rounds 8 (the run: 4)". No top-k is
+        0 in a run."""
+        deciding = ("scenarios", "simulator", "rounds", "variant", "reasoning", *BRIEFING, *SAMPLING)
         own = {**self.task, **self.sampling}
         return [
             f"{shown_name(name)} {shown_value(name, played.get(name))} (the run: {shown_value(name, own[name])})"
             for name in deciding
-            if name in own and _plain(name, played.get(name)) != own[name]
+            if name in own and (played.get(name) or 0 if name == "top_k" else played.get(name)) != own[name]
         ]
 
 
@@ -175,8 +172,3 @@ def trained_as(folder: Path) -> Trained | None:
                 return None
             return Trained(run.path, place.name, recipe, *validated_as(recipe))
     return None
-
-
-def _plain(name: str, value: Any) -> Any:
-    """Sampling of policies in folders: no top-k is 0."""
-    return 0 if name == "top_k" and value is None else value

@@ -30,15 +30,14 @@ _log = logging.getLogger(__name__)
 def reason_of(error: BaseException) -> str:
     """What the provider said; else what its client says, the end of it where it is long: the beginning is the request."""
     chain = list(_chain(error))
-    for part in chain:
-        if failed := _answered(part):
-            return f"{failed}{_hint(str(failed))}"
-    said = unread() if isinstance(error, _MISREAD) else ""
-    if said:
+    if failed := next(filter(None, map(_answered, chain)), None):
+        return f"{failed}{_hint(str(failed))}"
+    if isinstance(error, _MISREAD) and (said := unread()):
         return said
     chain = [part for part in chain if type(part).__name__ != "RetryError"]  # says nothing itself
     told = dict.fromkeys(f"{type(part).__name__}: {' '.join(str(part).split())}".removesuffix(": ") for part in chain)
-    return _end("; ".join(reversed(told)))
+    text = "; ".join(reversed(told))
+    return text if len(text) <= _MOST else f"... {text[-_MOST:]}"
 
 
 def prepared(model: Model) -> Model:
@@ -71,7 +70,7 @@ class _Retries:
         self._silent_until = 0.0
 
     def __call__(self, error: Exception) -> Any:
-        failed = next((found for part in _chain(error) if (found := _answered(part))), None)
+        failed = next(filter(None, map(_answered, _chain(error))), None)
         if failed is not None and failed.result == "quota":
             return False
         decision = self._rule(error)
@@ -122,7 +121,3 @@ def _hint(message: str) -> str:
         return " (set it with -G max_completion_tokens=N)"
     named = [name for name in _LEFT_OUT if re.search(rf"\b{name}\b", message)]
     return f" (to leave it out: {' '.join(f'-G {name}=null' for name in named)})" if named else ""
-
-
-def _end(text: str) -> str:
-    return text if len(text) <= _MOST else f"... {text[-_MOST:]}"

@@ -1,13 +1,20 @@
-"""What a sample of an evaluation writes down while it lasts, so that an error leaves what was said until then; and reading it
-back."""
+"""What a sample of an evaluation writes down while it lasts, so that an error leaves what was said until then; the task of Inspect
+around it; and reading both back from a log."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from inspect_ai.log import EvalSample
+from inspect_ai import Epochs, Task
+from inspect_ai.dataset import MemoryDataset
+from inspect_ai.log import EvalLog, EvalSample, read_eval_log
+from inspect_ai.model import GenerateConfig
+from inspect_ai.scorer import Score, Target, grouped, mean, scorer
+from inspect_ai.solver import Generate, TaskState, solver
 from inspect_ai.util import StoreModel
 
 from ctcgrpo import errors
@@ -20,6 +27,8 @@ _KINDS = {
     for error in vars(errors).values()
     if isinstance(error, type) and issubclass(error, errors.CtcGrpoError)
 }
+_HOW_FAST = {"max_connections", "adaptive_connections", "max_retries", "timeout", "attempt_timeout", "stream_idle_timeout"}
+"""Options of sampling that decide no figure."""
 
 
 class Record(StoreModel):
@@ -45,6 +54,74 @@ class Record(StoreModel):
     def spend(self, role: str, tokens: tuple[int, int]) -> None:
         read, written = self.tokens.get(role, [0, 0])
         self.tokens = {**self.tokens, role: [read + tokens[0], written + tokens[1]]}
+
+
+def recorded_task(
+    name: str,
+    dataset: MemoryDataset,
+    play: Callable[[TaskState, Record], Awaitable[None]],
+    score: Callable[[TaskState, Record], Awaitable[Score]],
+    *,
+    measure: str,
+    config: GenerateConfig,
+    repeats: int,
+) -> Task:
+    """A task whose samples are played until they are over, and then scored; their mean is called `measure`."""
+
+    async def solve(state: TaskState, generate: Generate) -> TaskState:
+        record = state.store_as(Record)
+        await play(state, record)
+        record.over = True
+        return state
+
+    async def scored(state: TaskState, target: Target) -> Score:
+        record = state.store_as(Record)
+        if not record.over:
+            raise RuntimeError("it was cut off by a limit; what it had come to is no result")
+        return await score(state, record)
+
+    return Task(
+        name=name,
+        dataset=dataset,
+        # What a solver is made with goes into the log: the scenarios stay out of it.
+        solver=solver(name="converse")(lambda: solve)(),
+        scorer=scorer(metrics=[grouped(mean(), "group", all_label="all")], name=measure)(lambda: scored)(),
+        config=config,
+        epochs=Epochs(repeats, "mean"),
+        fail_on_error=False,
+    )
+
+
+def newest_log(folder: Path, say: Callable[[str], None]) -> EvalLog | None:
+    """The header of the last log in a folder that can be read; None where there is none. `say` hears of those that cannot."""
+    for file in sorted(folder.glob("*.eval"), key=lambda file: file.name, reverse=True):
+        try:
+            return read_eval_log(str(file), header_only=True)
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            say(f"{file} cannot be read ({error}); the one before it is taken")
+    return None
+
+
+def results_of(header: EvalLog) -> tuple[list[Result], dict[str, Any]]:
+    """A result for every sample of a log, in the order of the data set, repeats together; and the facts that decide them. Their
+    `prices` are by role, for a million tokens: of the simulator where its configuration says so."""
+    log = read_eval_log(header.location)
+    order = {name: k for k, name in enumerate(log.eval.dataset.sample_ids or [])}
+    samples = sorted(log.samples or [], key=lambda sample: (order.get(sample.id, 0), sample.epoch))
+    about = next((dict(record.about) for sample in samples if (record := sample.store_as(Record)).about), {})
+    price = about.pop("price", None)
+    return [result_of(sample) for sample in samples], {
+        "model": log.eval.model,
+        "roles": {role: getattr(found, "model", str(found)) for role, found in (log.eval.model_roles or {}).items()},
+        "other": about,
+        "task": dict(log.eval.task_args),
+        "limit": log.eval.config.limit,
+        "generation": log.plan.config.merge(log.eval.model_generate_config).model_dump(exclude_none=True, exclude=_HOW_FAST),
+        "versions": dict(log.eval.packages),
+        "prices": {} if price is None else {"simulator": price},
+        "began": log.eval.created,
+        "log": Path(log.location).name,
+    }
 
 
 def result_of(sample: EvalSample) -> Result:

@@ -18,17 +18,15 @@ _MOST_REASONS, _MOST_CHARACTERS = 8, 500
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     bench = named(summary["bench"])
-    console.print(_scores(bench, summary))
-    for line in (f"settings: {in_words(settings_of(summary))}", *_preset(summary), *_lines(bench, summary)):
+    title = f"{title_of(summary)}: {summary['model']} ({bench.other}: {other_of(summary)})"
+    table = _table(title, (bench.grouped_by, "scenarios", "score", "95 % interval", "failed"), (bench.grouped_by,))
+    overall = {**summary["score"], "failed": summary["failed"]}
+    for name, found in {"overall": overall, **summary["groups"]}.items():
+        cells = (name, str(found["n"]), *_figures(bench, found), str(found["failed"] or "-"))
+        table.add_row(*map(Text, cells), style="bold" if name == "overall" else None)
+    console.print(table)
+    for line in _lines(bench, summary):
         console.print(Text(line), soft_wrap=True)
-
-
-def _preset(summary: Mapping[str, Any]) -> list[str]:
-    """The preset's name, and what differs from it."""
-    preset = summary.get("preset")
-    if preset is None:
-        return []
-    return [f"preset: {preset['name']}{', but ' if preset['differs'] else ''}{', '.join(preset['differs'])}"]
 
 
 def other_of(summary: Mapping[str, Any]) -> str:
@@ -40,20 +38,6 @@ def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
     table = Table(title=Text(title))
     for name in columns:
         table.add_column(Text(name), justify="left" if name in left else "right")
-    return table
-
-
-def _row(table: Table, cells: Sequence[str], style: str | None = None) -> None:
-    table.add_row(*map(Text, cells), style=style)
-
-
-def _scores(bench: Bench, summary: Mapping[str, Any]) -> Table:
-    title = f"{title_of(summary)}: {summary['model']} ({bench.other}: {other_of(summary)})"
-    table = _table(title, (bench.grouped_by, "scenarios", "score", "95 % interval", "failed"), (bench.grouped_by,))
-    overall = {**summary["score"], "failed": summary["failed"]}
-    for name, found in {"overall": overall, **summary["groups"]}.items():
-        cells = (name, str(found["n"]), *_figures(bench, found), str(found["failed"] or "-"))
-        _row(table, cells, style="bold" if name == "overall" else None)
     return table
 
 
@@ -69,7 +53,9 @@ def _figures(bench: Bench, found: Mapping[str, Any], *, key: str = "mean", chang
 
 
 def _lines(bench: Bench, summary: Mapping[str, Any]) -> list[str]:
-    lines = []
+    lines = [f"settings: {in_words(settings_of(summary))}"]
+    if preset := summary.get("preset"):
+        lines.append(f"preset: {preset['name']}{', but ' if preset['differs'] else ''}{', '.join(preset['differs'])}")
     scored = summary["results"] - summary["failed"]
     for name, what in bench.measures.items():
         found = summary["measures"][name]
@@ -122,7 +108,7 @@ def print_comparison(found: Mapping[str, Any], console: Console) -> None:
         for k, (name, row) in enumerate({other["name"]: other, **other["groups"]}.items()):
             difference, spread = _figures(bench, row, key="difference", change=True)
             cells = (bench.shown(row["was"]), bench.shown(row["mean"]), difference, spread, str(row["n"]))
-            _row(table, (name if not k else f"  {name}", *cells), style="bold" if not k else None)
+            table.add_row(Text(f"  {name}" if k else name), *map(Text, cells), style=None if k else "bold")
         table.add_section()
     console.print(table)
     console.print(Text(f"settings: {found['settings']}"), soft_wrap=True)
@@ -131,7 +117,7 @@ def print_comparison(found: Mapping[str, Any], console: Console) -> None:
 
 
 def print_leaderboard(boards: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """`boards`: what leaderboard.ranked gives."""
+    """`boards`: what compare.ranked gives."""
     tables = []
     for board in boards:
         bench = named(board["bench"])
@@ -140,6 +126,7 @@ def print_leaderboard(boards: Sequence[Mapping[str, Any]], console: Console) -> 
         table = _table(title, ("", "model", "score", "95 % interval", *groups, "failed"), ("model",))
         for place, entry in enumerate(board["entries"], 1):
             cells = [bench.shown(entry["groups"][g]) if g in entry["groups"] else "-" for g in groups]
-            _row(table, (str(place), entry["model"], *_figures(bench, entry["score"]), *cells, str(entry["failed"])))
+            row = (str(place), entry["model"], *_figures(bench, entry["score"]), *cells, str(entry["failed"]))
+            table.add_row(*map(Text, row))
         tables.append(table)
     console.print(Group(*tables))

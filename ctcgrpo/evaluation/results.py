@@ -76,6 +76,7 @@ class _Summary(BaseModel):
     """As much of a summary as comparisons and leaderboards read."""
 
     model_config = STRICT
+    bench: str
     model: str
     other: dict[str, Any] | None
     task: dict[str, Any]
@@ -94,33 +95,27 @@ def figures(values: Sequence[tuple[str, float]]) -> dict[str, Any]:
     """Mean over scenarios, and how many there are; its 95 % interval where there are two or more. None for what there is not."""
     by_scenario = list(means(values).values())
     n = len(by_scenario)
-    return {
-        "mean": sum(by_scenario) / n if n else None,
-        "ci95": list(interval(by_scenario)) if n > 1 else None,
-        "n": n,
-    }
+    return {"mean": sum(by_scenario) / n if n else None, "ci95": list(interval(by_scenario)) if n > 1 else None, "n": n}
 
 
 def summarise(bench: Bench, results: Sequence[Result], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The summary of an evaluation. `facts` are what else decides its figures: model, simulator or judge, settings, versions."""
+    """The summary of an evaluation. `facts` are what else decides its figures: model, simulator or judge, settings, versions; with
+    `prices` by role, for a million tokens."""
     scored = [r for r in results if r.score is not None]
-    groups = list(dict.fromkeys(r.group for r in results))
     measures = {}
     for name in bench.measures:
         values = [(r.scenario, r.measures[name]) for r in scored if name in r.measures]
         measures[name] = figures(values)
-        if name in bench.shares and values:
+        if name not in bench.means and values:
             measures[name]["count"] = int(sum(value for _, value in values))
             by_scenario = list(means(values).values())
             if set(by_scenario) <= {0.0, 1.0}:  # drawing from them knows no other values
                 measures[name]["ci95"] = list(share_interval(int(sum(by_scenario)), len(by_scenario)))
     failures = Counter(r.failure[0] for r in results if r.failure is not None)
-    tokens = {
-        role: {
-            kind: sum(r.tokens[role][k] for r in results if role in r.tokens) for k, kind in enumerate(("input", "output"))
-        }
-        for role in sorted({role for r in results for role in r.tokens})
-    }
+    tokens = {role: {"input": 0, "output": 0} for role in sorted({role for r in results for role in r.tokens})}
+    for role, (read, written) in (spent for r in results for spent in r.tokens.items()):
+        tokens[role]["input"] += read
+        tokens[role]["output"] += written
     return {
         "bench": bench.name,
         **facts,
@@ -130,7 +125,7 @@ def summarise(bench: Bench, results: Sequence[Result], facts: Mapping[str, Any])
                 **figures(_scores([r for r in scored if r.group == group])),
                 "failed": sum(r.group == group and r.score is None for r in results),
             }
-            for group in groups
+            for group in dict.fromkeys(r.group for r in results)
         },
         "measures": measures,
         "results": len(results),
@@ -138,7 +133,14 @@ def summarise(bench: Bench, results: Sequence[Result], facts: Mapping[str, Any])
         "failures": dict(failures),
         "reasons": reasons(results),
         "tokens": tokens,
-        "cost": _cost(facts.get("prices", {}), tokens),
+        "cost": {
+            role: {
+                "money": (tokens[role]["input"] * price["input"] + tokens[role]["output"] * price["output"]) / 1e6,
+                "currency": price["currency"],
+            }
+            for role, price in facts.get("prices", {}).items()
+            if role in tokens
+        },
         "scenarios": means(_scores(scored)),
         "group_of": {r.scenario: r.group for r in results},
     }
@@ -151,18 +153,6 @@ def reasons(results: Sequence[Result]) -> list[dict[str, Any]]:
         groups.setdefault((kind, re.sub(r"\d+", "#", message)), []).append(message)
     found = [{"kind": kind, "count": len(told), "example": told[0]} for (kind, _), told in groups.items()]
     return sorted(found, key=lambda reason: -reason["count"])
-
-
-def _cost(prices: Mapping[str, Any], tokens: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Any]]:
-    """By role what its tokens came to; `prices` are for a million tokens, with their currency."""
-    return {
-        role: {
-            "money": (tokens[role]["input"] * price["input"] + tokens[role]["output"] * price["output"]) / 1e6,
-            "currency": price["currency"],
-        }
-        for role, price in prices.items()
-        if role in tokens
-    }
 
 
 def _scores(results: Sequence[Result]) -> list[tuple[str, float]]:
@@ -183,21 +173,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
         raise OutputError(f"{folder} holds no {SUMMARY}: no finished evaluation{_evaluations_in(folder)}")
     found = read_json(file)
     summary: dict[str, Any] = found if isinstance(found, dict) else {}
-    needed = (
-        "bench",
-        "model",
-        "other",
-        "task",
-        "generation",
-        "score",
-        "groups",
-        "scenarios",
-        "group_of",
-        "failed",
-        "failures",
-    )
     known = isinstance(bench := summary.get("bench"), str) and bench in BENCHES
-    missing = [name for name in needed if name not in summary]
+    missing = [name for name, part in _Summary.model_fields.items() if part.is_required() and name not in summary]
     if not known or missing:
         lacks = f" (it lacks {missing[0]})" if known else ""
         hint = _evaluations_in(folder) or "; `ctcgrpo evaluate` writes those"

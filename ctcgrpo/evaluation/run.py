@@ -9,49 +9,55 @@ summary.json      the figures
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import inspect_ai
 from inspect_ai._util.error import PrerequisiteError
-from inspect_ai.log import EvalLog
-from inspect_ai.model import GenerateConfig, Model, get_model
+from inspect_ai.model import GenerateConfig, get_model
 from rich.errors import MarkupError
 from rich.text import Text
 
 from ctcgrpo.environments.eibench.scenarios import load_set
+from ctcgrpo.environments.sage_protocol import load_profiles
 from ctcgrpo.errors import CtcGrpoError, OutputError, PolicyError, RecipeError, RunInterrupted
 from ctcgrpo.evaluation import _registry
-from ctcgrpo.evaluation.benches import EIBENCH, EQBENCH3, named
-from ctcgrpo.evaluation.fingerprints import fingerprint
+from ctcgrpo.evaluation.benches import EIBENCH, EQBENCH3, data_folder, named
+from ctcgrpo.evaluation.eqbench3_protocol import load_eqbench
 from ctcgrpo.evaluation.generation import LOCAL_TOKENS, SAMPLING, names_of
-from ctcgrpo.evaluation.logs import newest_log, results_of
-from ctcgrpo.evaluation.played import data_set, settings_of, trained_as
-from ctcgrpo.evaluation.presets import TRIES, asks_an_llm, preset_of
+from ctcgrpo.evaluation.played import BRIEFING, data_set, settings_of, trained_as, validated_as
+from ctcgrpo.evaluation.presets import TRIES, asks_an_llm, preset_differences, with_preset
 from ctcgrpo.evaluation.reasons import PATIENCE
+from ctcgrpo.evaluation.record import newest_log, results_of
 from ctcgrpo.evaluation.results import summarise, write_results
-from ctcgrpo.evaluation.users import TEMPERATURE
+from ctcgrpo.evaluation.users import TEMPERATURE, chosen_user
+from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS, load_instructions
 from ctcgrpo.run.folders import check_model, is_model
-from ctcgrpo.run.recipe_file import differences
-from ctcgrpo.simulator.choice import named_simulator
-from ctcgrpo.util.files import read_json, write_whole
+from ctcgrpo.run.recipe_file import differences, resolved_recipe
+from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.simulator.choice import SCRIPTED, named_simulator
+from ctcgrpo.simulator.llm.backend import chosen_prompts
+from ctcgrpo.util.files import missing_in, read_json, write_whole
 from ctcgrpo.util.proxies import settle_environment
 from ctcgrpo.util.sections import named_value
 
 LOCAL = "ctcgrpo/"
 """The provider of policies in folders."""
+_POLICY_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja")
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What is evaluated, on what, and how. `task` are the arguments of the benchmark's task, `generation` those of sampling
-    (temperature, top_p, max_tokens, ...), `roles` models by role, `role_generation` the sampling of those, `model_args` what the
-    model's provider takes. `preset` names the settings that these were taken from, where they were."""
+    """What is evaluated, on what, and how. `task`: arguments of the benchmark's task; `generation`: of sampling (temperature,
+    top_p, max_tokens, ...); `roles`: models by role; `role_generation`: the sampling of those; `model_args`: what the model's
+    provider takes; `preset`: the settings that these were taken from, where they were."""
 
     bench: str
     model: str
@@ -87,43 +93,43 @@ def evaluate(
     price: tuple[float, float] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """The summary of an evaluation, which stands in `folder` with all that it comes from. `price`: US dollars for a million
-    tokens that the model reads and writes.
-
-    Raises OutputError where the folder holds another evaluation, or one of other data or another policy under the same name;
-    RecipeError and PolicyError for what cannot be evaluated here; RunInterrupted on Ctrl-C: the same call goes on.
-    """
+    """The summary of an evaluation, which stands in `folder` with all that it comes from. `price`: US dollars for a million tokens
+    that the model reads and writes. Raises OutputError where the folder holds another evaluation, or one of other data or another
+    policy under the same name; RecipeError and PolicyError for what cannot be evaluated here; RunInterrupted on Ctrl-C: the same
+    call goes on."""
     wanted = with_defaults(wanted)
     settle_environment()  # for the providers' clients
     bench = named(wanted.bench)
-    logs = folder / "logs"
-    log = newest_log(logs, say)
+    log = newest_log(folder / "logs", say)
     default = inspect.signature(_registry.eibench).parameters["scenarios"].default
-    of = fingerprint(bench.name, wanted.model.removeprefix(LOCAL), wanted.task, default)
+    of = _fingerprint(bench.name, wanted.model.removeprefix(LOCAL), wanted.task, default)
     _keep_to(folder, {**asdict(wanted), "of": of}, begun=log is not None)
     options: dict[str, Any] = {
-        "log_dir": str(logs),
+        "log_dir": str(folder / "logs"),
         "display": display,
         "fail_on_error": False,
         "log_level": "warning",
         "log_buffer": 1,  # what a model has said is paid for: it is written down as soon as a dialogue is over
         "max_samples": connections,
+        "max_connections": connections,
     }
-    if connections is not None:
-        options["max_connections"] = connections
     try:
         if log is None or not log.eval.dataset.sample_ids:
+            roles = {
+                role: get_model(name, config=GenerateConfig(**{"timeout": PATIENCE, **wanted.role_generation.get(role, {})}))
+                for role, name in wanted.roles.items()
+            }
             played = inspect_ai.eval(
                 f"ctcgrpo/{bench.name}",
                 model=wanted.model,
                 model_args=dict(wanted.model_args),
-                model_roles=_role_models(wanted) or None,
+                model_roles=roles or None,
                 task_args=dict(wanted.task),
                 limit=wanted.limit,
                 **options,
                 **{"timeout": PATIENCE, **wanted.generation},
             )
-        elif log.status != "success" or _failed(log):
+        elif log.status != "success" or log.results is None or log.results.completed_samples < log.results.total_samples:
             played = inspect_ai.eval_retry(log.location, **options)
         else:
             say(f"{folder} was played on {log.eval.created[:10]}: nothing is played again")
@@ -154,10 +160,7 @@ def evaluate(
             facts["unlike_trained"] = trained.differences(settings_before(wanted))
     facts["settings"] = settings_of(facts)
     if wanted.preset is not None:
-        facts["preset"] = {
-            "name": wanted.preset,
-            "differs": preset_of(wanted.preset).differences(settings_before(wanted)),
-        }
+        facts["preset"] = {"name": wanted.preset, "differs": preset_differences(wanted.preset, settings_before(wanted))}
     if price is not None:
         facts["prices"] = {**facts["prices"], "model": {"input": price[0], "output": price[1], "currency": "USD"}}
     summary = summarise(bench, results, facts)
@@ -165,22 +168,10 @@ def evaluate(
     return summary
 
 
-def _role_models(wanted: Evaluation) -> dict[str, Model]:
-    return {
-        role: get_model(name, config=GenerateConfig(**{"timeout": PATIENCE, **wanted.role_generation.get(role, {})}))
-        for role, name in wanted.roles.items()
-    }
-
-
 def _close_policies() -> None:
     """Give back what local policies hold, where there are any: importing them takes PyTorch."""
-    module = sys.modules.get("ctcgrpo.evaluation.local_policy")
-    if module is not None:
+    if (module := sys.modules.get("ctcgrpo.evaluation.local_policy")) is not None:
         module.close_all()
-
-
-def _failed(log: EvalLog) -> bool:
-    return log.results is None or log.results.completed_samples < log.results.total_samples
 
 
 def _keep_to(folder: Path, asked: Mapping[str, Any], *, begun: bool) -> None:
@@ -203,8 +194,7 @@ def _keep_to(folder: Path, asked: Mapping[str, Any], *, begun: bool) -> None:
 def _explained(error: Exception, wanted: Evaluation) -> Exception:
     """What Inspect and its providers raise for a user's mistake, as one line; anything else as it is."""
     told = _plain(" ".join(str(getattr(error, "message", error)).split())).removeprefix("ERROR: ")
-    others = "".join(f", --{role} {name}" for role, name in wanted.roles.items())
-    where = f"--model {wanted.model}{others}"
+    where = ", ".join(f"--{role} {name}" for role, name in {"model": wanted.model, **wanted.roles}.items())
     if isinstance(error, PrerequisiteError) or "not recognized" in told:
         return RecipeError(f"{where}: {told}")
     if isinstance(error, TypeError) and "unexpected keyword" in told:
@@ -225,6 +215,45 @@ def _plain(text: str) -> str:
 def settled(parts: Sequence[str]) -> dict[str, Any]:
     """NAME=VALUE arguments (of a provider or a task). Raises RecipeError for one of another form."""
     return dict(named_value(part, "argument", "NAME=VALUE") for part in parts)
+
+
+def _fingerprint(bench: str, model: str, task: Mapping[str, Any], scenarios: str) -> dict[str, Any]:
+    """What the names in an evaluation stand for (`data`, `policy` of a local folder, `simulator`, `instructions`), by digests, so
+    that figures of others under the same names are not taken for the same; `scenarios` is the default of the task. Raises
+    ScenarioError, RecipeError and SimulatorTransportError for what is not there."""
+    found: dict[str, Any] = {"data": _data(bench, task, scenarios)}
+    folder = Path(model).expanduser()
+    if folder.is_dir():  # names, sizes and times: weights are too large to be read for this
+        files = sorted(file for pattern in _POLICY_FILES for file in folder.glob(pattern))
+        found["policy"] = _digest(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)
+    if bench != "eibench":
+        return found
+    if (official := task.get("official")) is not None:
+        prompts = chosen_prompts(Path(official).expanduser()).name
+        return {**found, "simulator": prompts, "instructions": prompts}
+    instructions = load_instructions(task.get("instructions") or DEFAULT_INSTRUCTIONS).name
+    return {**found, "simulator": _simulator(task.get("simulator")), "instructions": instructions}
+
+
+def _data(bench: str, task: Mapping[str, Any], scenarios: str) -> str:
+    if bench == "sage":
+        return _digest(map(repr, load_profiles(data_folder(bench, task.get("data")))))
+    if bench == "eqbench3":
+        return _digest([repr(load_eqbench(data_folder(bench, task.get("data"))))])
+    return _digest(map(repr, load_set(task.get("scenarios", scenarios), "test", task.get("invalid", "skip")).scenarios))
+
+
+def _simulator(simulator: str | None) -> Any:
+    if simulator is None or simulator == SCRIPTED:
+        return chosen_prompts(None).name if simulator is None else SCRIPTED
+    choice = named_simulator(simulator)
+    if choice.urls:
+        return asyncio.run(chosen_user(simulator, None).about())
+    return [choice.config.digest, choice.config.backend if choice.llm is None else chosen_prompts(choice.llm.official).name]
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256(json.dumps(list(parts)).encode("utf-8", "replace")).hexdigest()[:12]
 
 
 def with_defaults(wanted: Evaluation) -> Evaluation:
@@ -258,18 +287,60 @@ def settings_before(wanted: Evaluation) -> dict[str, Any]:
         del played["tries"]
     elif (simulator := wanted.task.get("simulator")) is not None:
         llm = named_simulator(simulator).llm
-        played |= {"simulator_temperature": llm and llm.temperature, "simulator_top_p": llm and llm.top_p}
+        played |= {"simulator.temperature": llm and llm.temperature, "simulator.top_p": llm and llm.top_p}
     else:
-        sampled = {"temperature": TEMPERATURE, **wanted.role_generation.get("simulator", {})}
-        played |= {
-            f"simulator_{n}": None
-            if f"simulator.{n}" in unset and n not in wanted.role_generation.get("simulator", {})
-            else sampled.get(n)
-            for n in ("temperature", "top_p")
-        }
+        default = {} if "simulator.temperature" in unset else {"temperature": TEMPERATURE}
+        sampled = {**default, **wanted.role_generation.get("simulator", {})}
+        played |= {f"simulator.{name}": sampled.get(name) for name in ("temperature", "top_p")}
     return {**played, "simulator": wanted.roles.get("simulator", played["simulator"])}
 
 
-def task_options(bench: str) -> list[str]:
-    """The arguments of a benchmark's task."""
-    return list(inspect.signature(getattr(_registry, bench)).parameters)
+def evaluations_of(
+    folder: RunFolder,
+    task: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    roles: Mapping[str, str],
+    *,
+    limit: int | None = None,
+    preset: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Evaluation]:
+    """A run's base and final policy (by these names) as its recipe validates them. `task`, `generation` and `roles` go before what
+    the recipe says; with a `preset`, which they go before too, the recipe says only what is played (scenarios, repeats, seed) and
+    by whom. Raises OutputError for a folder without a finished run, PolicyError for a base policy that cannot be fetched,
+    RecipeError where neither the recipe nor an option says what to evaluate on."""
+    if (lacks := missing_in(folder.final)) is not None:
+        raise OutputError(
+            f"{folder.path} holds no finished run (final/: {lacks}); evaluate a folder in it: --model {folder.path}/best"
+        )
+    recipe = resolved_recipe(folder.recipe_file)
+    validated, sampled = validated_as(recipe)
+    role_generation: dict[str, dict[str, Any]] = {}
+    if preset is not None:
+        kept = ("scenarios", "repeats", "seed", "invalid", "simulator")
+        validated, sampled = {name: validated[name] for name in kept if name in validated}, {}
+        simulator = None if roles else task.get("simulator", validated["simulator"])
+        task, generation, role_generation, unset = with_preset(preset, simulator, task, generation, {}, [], roles)
+        task["unset"] = ",".join(unset)
+    if "official" in task:  # which words what the policy is told
+        validated = {name: value for name, value in validated.items() if name not in BRIEFING}
+    played = {**validated, **task}
+    if roles:
+        del played["simulator"]
+    if "scenarios" not in played:
+        raise RecipeError(f"{folder.recipe_file} has no validation section; say what to evaluate on with --scenarios")
+    base = folder.starting_policy(recipe, say)
+    return {
+        name: Evaluation(
+            bench="eibench",
+            model=f"{LOCAL}{model}",
+            task=played,
+            generation={**sampled, **generation},
+            roles=roles,
+            role_generation=role_generation,
+            model_args={"recipe": str(folder.recipe_file), "max_batch": recipe.rollout.max_batch},
+            limit=limit,
+            preset=preset,
+        )
+        for name, model in (("base", base), ("final", str(folder.final)))
+    }

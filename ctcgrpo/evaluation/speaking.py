@@ -71,17 +71,13 @@ async def say(
     reply = parsed.reply
     if not reply:
         _warn(str(output.model), why_empty(output))
-    return Said(
-        text=reply,
-        cut=cut,
-        message=ChatMessageAssistant(
-            id=sampled.id,
-            content=[*_reasoning_of(sampled, parsed), ContentText(text=reply)] if keep_reasoning else reply,
-            model=sampled.model,
-            source="generate",
-        ),
-        tokens=tokens_of(output),
+    message = ChatMessageAssistant(
+        id=sampled.id,
+        content=[*_reasoning_of(sampled, parsed), ContentText(text=reply)] if keep_reasoning else reply,
+        model=sampled.model,
+        source="generate",
     )
+    return Said(reply, cut, message, tokens_of(output))
 
 
 def _reasoning_of(sampled: ChatMessageAssistant, parsed: ParsedReply) -> list[ContentReasoning]:

@@ -4,7 +4,6 @@ ours, or a simulator server that runs already. Prompts, reading and states are t
 from __future__ import annotations
 
 import atexit
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,60 +26,48 @@ from ctcgrpo.evaluation.presets import TRIES
 from ctcgrpo.evaluation.speaking import generated, played_by, temperature_of, tokens_of, why_empty
 from ctcgrpo.llm_client.calls import ChatCompletion
 from ctcgrpo.llm_client.endpoints import Deadline, Outage
-from ctcgrpo.simulator.choice import SimulatorChoice, named_simulator
-from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import SCRIPTED_USER, SimulatorConfig
+from ctcgrpo.simulator.choice import SimulatorChoice, introduced, named_simulator
+from ctcgrpo.simulator.config import SimulatorConfig
 from ctcgrpo.simulator.llm.backend import LlmBackend, chosen_prompts
 from ctcgrpo.simulator.protocol import SimulatorBackend, TurnReply, TurnRequest
-from ctcgrpo.simulator.service import answer, make_backend
+from ctcgrpo.simulator.scripted.backend import ScriptedBackend
+from ctcgrpo.simulator.service import answer
 from ctcgrpo.types import Message
 
 TEMPERATURE = 0.7
 MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
 
 
-class User(ABC):
-    @abstractmethod
-    async def turn(self, request: TurnRequest) -> TurnReply:
-        """Raises SimulatorReplyError and SimulatorTransportError, which make the sample a failed one."""
-
-    @abstractmethod
-    async def about(self) -> dict[str, Any]:
-        """What decides how the user reacts."""
-
-
-class InProcess(User):
+class InProcess:
     """A backend in this process."""
 
     def __init__(self, backend: SimulatorBackend) -> None:
         self._backend = backend
 
     async def turn(self, request: TurnRequest) -> TurnReply:
+        """Raises SimulatorReplyError and SimulatorTransportError, which make the sample a failed one."""
         self._backend.check(request.scenario)
         return await answer(self._backend, request)
 
     async def about(self) -> dict[str, Any]:
+        """What decides how the user reacts."""
         return self._backend.about()
 
 
-class Served(User):
+class Served:
     """A simulator server. Each turn has a client of its own: nothing of it outlives the event loop that it was made in."""
 
     def __init__(self, choice: SimulatorChoice) -> None:
         self._choice, self._urls = choice, _servers.enter_context(choice.served())
 
-    def _client(self) -> SimulatorClient:
-        return self._choice.client(self._urls)
-
     async def turn(self, request: TurnRequest) -> TurnReply:
-        async with self._client() as client:
+        async with self._choice.client(self._urls) as client:
             return await client.turn(request)
 
     async def about(self) -> dict[str, Any]:
-        async with self._client() as client:
-            says = await client.health()
+        says = await introduced(self._choice.client(self._urls))
         about = {name: value for name, value in says.items() if name not in ("status", "deadline", "version")}
-        return about | priced(self._choice.config)
+        return about | _priced(self._choice.config)
 
 
 class InspectModel:
@@ -128,11 +115,10 @@ class InspectModel:
 
 def chosen_user(
     simulator: str | None, official: Path | None, left_out: frozenset[str] = frozenset(), tries: int | None = None
-) -> User:
-    """`simulator`: None for the model with that role, "scripted", the file of a configuration, or the URL of a server.
-    `official`: a folder with the authors' code, whose prompts the role's model is given. `left_out`: settings that are not
-    sent to it. `tries`: calls to the LLM a turn, until its answer can be read; by default 3, or as the configuration says.
-    Raises RecipeError for what cannot be had."""
+) -> InProcess | Served:
+    """`simulator`: None for the model with that role, "scripted", a configuration's file, or a server's URL. `official`: a folder
+    with the authors' code, whose prompts the role's model is given. `left_out`: settings that are not sent to it. `tries`: calls to
+    the LLM a turn, until its answer can be read; by default 3, or as configured. Raises RecipeError for what cannot be had."""
     choice = None if simulator is None else named_simulator(simulator)
     if tries is not None and choice is not None and choice.llm is None:
         raise RecipeError(f"tries is {tries}, but {simulator!r} calls no LLM with settings from here; leave it out")
@@ -146,22 +132,20 @@ def chosen_user(
         about = {"models": [str(model)], "temperature": llm.temperature}
         return InProcess(LlmBackend(llm, chosen_prompts(official), about=about, tries=tries or TRIES))
     if choice == SimulatorChoice():
-        return InProcess(make_backend(SCRIPTED_USER, None, lambda call: None, lambda text: None))
+        return InProcess(ScriptedBackend())
     if tries is not None and choice.llm is not None:
-        llm_section = choice.llm.model_copy(update={"tries": tries})
-        choice = SimulatorChoice(config=choice.config.model_copy(update={"llm": llm_section}))
+        section = choice.llm.model_copy(update={"tries": tries})
+        choice = SimulatorChoice(config=choice.config.model_copy(update={"llm": section}))
     return Served(choice)
 
 
-def priced(config: SimulatorConfig) -> dict[str, Any]:
+def _priced(config: SimulatorConfig) -> dict[str, Any]:
     """What a million tokens cost, where all endpoints agree on that."""
     prices = {endpoint.price for endpoint in config.llm.endpoints} if config.llm is not None else set()
-    if len(prices) != 1:
+    price = prices.pop() if len(prices) == 1 else None
+    if price is None or not (price.prompt or price.completion):
         return {}
-    [price] = prices
-    known = price.prompt or price.completion
-    told = {"input": price.prompt, "output": price.completion, "currency": config.budget.currency}
-    return {"price": told} if known else {}
+    return {"price": {"input": price.prompt, "output": price.completion, "currency": config.budget.currency}}
 
 
 _servers = ExitStack()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ctcgrpo.reference.fields import FILES, RECIPE, Field, Fields
+from ctcgrpo.reference.fields import FILES, RECIPE
 from ctcgrpo.reference.fields import select as selected_fields
 from ctcgrpo.reference.metrics import select as selected_metrics
 
@@ -23,15 +23,21 @@ def fields(
 ) -> None:
     """Print what the fields of a recipe mean, with types, ranges and defaults."""
     file, sections = selected_fields(section)
-    _print(f"Fields of {_titled(file)}.")
+    _print(f"Fields of a {file} ({FILES[file][1]}).")
     if file == RECIPE:
         _print("Override one: ctcgrpo train RECIPE training.max_steps=20")
     for found in sections:
-        _print_section(found)
+        if found.path:
+            note = f" ({found.note})" if found.note else ""
+            _print(f"\n{found.path}{note}: {found.meaning}")
+        for field in found.fields:
+            value = " (required)" if field.default == "required" else f" = {field.default}"
+            _print(f"\n{field.path}{value}", indent=2, hanging=6)
+            _print(field.allowed, indent=6)
+            _print(field.meaning, indent=6)
     if section is None:
         others = ", ".join(name for name in FILES if name != RECIPE)
-        print()
-        _print(f"One section: ctcgrpo fields training. Other files: ctcgrpo fields NAME, with NAME one of {others}.")
+        _print(f"\nOne section: ctcgrpo fields training. Other files: ctcgrpo fields NAME, with NAME one of {others}.")
 
 
 def metrics(
@@ -41,38 +47,20 @@ def metrics(
     groups = selected_metrics(name)
     _print("Metrics of metrics.jsonl and W&B. Healthy ranges are rules of thumb.")
     for group, found in groups.items():
-        print()
-        _print(group)
+        _print(f"\n{group}")
         for metric in found:
-            print()
-            _print(f"{metric.name}: {metric.meaning}", indent=2, hanging=6)
-            if metric.healthy != "-":
+            _print(f"\n{metric.name}: {metric.meaning}", indent=2, hanging=6)
+            if metric.healthy:
                 _print(f"healthy: {metric.healthy}", indent=6, hanging=8)
                 _print(f"otherwise: {metric.otherwise}", indent=6, hanging=8)
 
 
-def _titled(file: str) -> str:
-    return f"a {file} ({FILES[file][1]})" if file != RECIPE else f"a recipe ({FILES[file][1]})"
-
-
-def _print_section(section: Fields) -> None:
-    if section.path:
-        note = f" ({section.note})" if section.note else ""
-        print()
-        _print(f"{section.path}{note}: {section.meaning}")
-    for field in section.fields:
-        _print_field(field)
-
-
-def _print_field(field: Field) -> None:
-    value = " (required)" if field.default == "required" else f" = {field.default}"
-    print()
-    _print(f"{field.path}{value}", indent=2, hanging=6)
-    _print(field.allowed, indent=6)
-    _print(field.meaning, indent=6)
-
-
 def _print(text: str, *, indent: int = 0, hanging: int | None = None) -> None:
+    """Print a paragraph, behind an empty line where it begins with a line end."""
     width = min(_WIDEST, shutil.get_terminal_size((80, 24)).columns)
     later = " " * (indent if hanging is None else hanging)
-    print(textwrap.fill(text, width, initial_indent=" " * indent, subsequent_indent=later, break_on_hyphens=False))
+    gap = "\n" if text.startswith("\n") else ""
+    print(
+        gap
+        + textwrap.fill(text.strip(), width, initial_indent=" " * indent, subsequent_indent=later, break_on_hyphens=False)
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_origin
 
 from ctcgrpo.errors import RecipeError
@@ -52,8 +52,7 @@ class Fields:
 
 def sections_of(file: str) -> list[Fields]:
     """All sections of a kind of file (a name of FILES), outermost first."""
-    model, _ = FILES[file]
-    return list(_walk(model, path="", key="" if file == RECIPE else file, note=""))
+    return list(_walk(FILES[file][0], path="", key="" if file == RECIPE else file, note=""))
 
 
 def select(name: str | None) -> tuple[str, list[Fields]]:
@@ -68,7 +67,7 @@ def select(name: str | None) -> tuple[str, list[Fields]]:
             return file, found
         for section in sections:
             if one := tuple(field for field in section.fields if field.key == name):
-                return file, [Fields(section.path, section.key, section.meaning, section.note, one)]
+                return file, [replace(section, fields=one)]
         keys |= {s.key for s in sections if s.key} | {field.key for s in sections for field in s.fields}
     raise RecipeError(f"no section or field is called {name!r}; {_suggestion(name, keys)}")
 
@@ -85,35 +84,30 @@ def _suggestion(name: str, keys: set[str]) -> str:
 
 def _walk(model: type[Section], *, path: str, key: str, note: str) -> Iterator[Fields]:
     schema = model.model_json_schema()
-    definitions = schema.get("$defs", {})
     own, below = [], []
     for name, field in model.model_fields.items():
-        here = {"path": _joined(path, name), "key": _joined(key, name)}
-        said = schema["properties"][name]
+        here, its_key = f"{path}.{name}".removeprefix("."), f"{key}.{name}".removeprefix(".")
         section = section_type(field.annotation)
         if section is None:
+            said = schema["properties"][name]
             default = "required" if field.is_required() else json.dumps(said.get("default"), ensure_ascii=False)
-            own.append(Field(**here, allowed=allowed(said, definitions), default=default, meaning=field.description or ""))
+            own.append(Field(here, its_key, allowed(said, schema.get("$defs", {})), default, field.description or ""))
             continue
-        if get_origin(field.annotation) is dict:
-            where, told = f"{here['path']}.NAME", "one for each name"
-        elif get_origin(field.annotation) is tuple:
-            where, told = f"{here['path']}[]", "a list: one for each entry"
-        else:
-            optional = not field.is_required() and field.default is None
-            where, told = here["path"], "absent by default" if optional else ""
-        if field.is_required():
-            told = f"required; {told}" if told else "required"
-        below.append((section, where, here["key"], told))
-    meaning = " ".join((model.__doc__ or "").split())
-    yield Fields(path, key, meaning, note, tuple(own))
-    for section, where, name, told in below:
         assert issubclass(section, Section)
-        yield from _walk(section, path=where, key=name, note=told)
+        told = ["required"] if field.is_required() else []
+        if get_origin(field.annotation) is dict:
+            here, told = f"{here}.NAME", [*told, "one for each name"]
+        elif get_origin(field.annotation) is tuple:
+            here, told = f"{here}[]", [*told, "a list: one for each entry"]
+        elif not field.is_required() and field.default is None:
+            told = ["absent by default"]
+        below.append(_walk(section, path=here, key=its_key, note="; ".join(told)))
+    yield Fields(path, key, " ".join((model.__doc__ or "").split()), note, tuple(own))
+    for sections in below:
+        yield from sections
 
 
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
 def allowed(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
@@ -125,12 +119,17 @@ def allowed(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if "const" in schema:
         return f"always {schema['const']}"
     if "anyOf" in schema:
-        return _either([allowed(option, definitions) for option in schema["anyOf"]])
+        options = [allowed(option, definitions) for option in schema["anyOf"]]
+        return ", or ".join(dict.fromkeys(o for o in options if o != "integer" or "number" not in options))
     kind = schema.get("type")
     if kind in ("integer", "number"):
-        return f"{kind}{_range(schema)}"
+        bounds = ", ".join(f"{sign} {schema[name]}" for name, sign in _BOUNDS.items() if name in schema)
+        return f"{kind} {bounds}".strip()
     if kind == "array":
-        return _array(schema, definitions)
+        if "prefixItems" in schema:
+            items = [allowed(item, definitions) for item in schema["prefixItems"]]
+            return f"list of {len(items)}: {', '.join(items)}"
+        return f"list{_least(schema, 'minItems')} of {allowed(schema['items'], definitions)}"
     if kind == "object":
         return _mapping(schema, definitions)
     if kind == "string" and "pattern" in schema:
@@ -140,30 +139,14 @@ def allowed(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     return {"string": "text", "boolean": "true or false", "null": "null"}.get(str(kind), "any value")
 
 
-def _either(options: list[str]) -> str:
-    if {"integer", "number"} <= set(options):
-        options = [option for option in options if option != "integer"]
-    return ", or ".join(dict.fromkeys(options))
-
-
-def _range(schema: Mapping[str, Any]) -> str:
-    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {schema[name]}" for name, sign in signs.items() if name in schema]
-    return f" {', '.join(bounds)}" if bounds else ""
-
-
-def _array(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
-    if "prefixItems" in schema:
-        return f"list of {len(schema['prefixItems'])}: {', '.join(allowed(item, definitions) for item in schema['prefixItems'])}"
-    least = f" ({schema['minItems']} or more)" if schema.get("minItems") else ""
-    return f"list{least} of {allowed(schema['items'], definitions)}"
-
-
 def _mapping(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if "properties" in schema:  # a record of its own
         return str(schema["title"])
     names = allowed(schema["propertyNames"], definitions) if "propertyNames" in schema else "any name"
     values = schema.get("additionalProperties")
     held = allowed(values, definitions) if isinstance(values, Mapping) else "any value"
-    least = f" ({schema['minProperties']} or more)" if schema.get("minProperties") else ""
-    return f"mapping{least} of {names} to {held}"
+    return f"mapping{_least(schema, 'minProperties')} of {names} to {held}"
+
+
+def _least(schema: Mapping[str, Any], name: str) -> str:
+    return f" ({schema[name]} or more)" if schema.get(name) else ""

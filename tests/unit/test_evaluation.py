@@ -26,11 +26,10 @@ from ctcgrpo.environments.eibench.scenarios import PACKS, load_scenarios
 from ctcgrpo.environments.eibench.scoring import outcome_score
 from ctcgrpo.errors import OutputError, ScenarioError
 from ctcgrpo.evaluation import eqbench3_protocol as eq
-from ctcgrpo.evaluation import sage_results
+from ctcgrpo.evaluation import rescoring
 from ctcgrpo.evaluation.benches import EIBENCH
-from ctcgrpo.evaluation.compare import compared, most_changed
+from ctcgrpo.evaluation.compare import compared, most_changed, ranked
 from ctcgrpo.evaluation.forest import write_comparison
-from ctcgrpo.evaluation.leaderboard import ranked
 from ctcgrpo.evaluation.reasons import reason_of
 from ctcgrpo.evaluation.results import Line, Result, figures, read_results, reasons, summarise, write_results
 from ctcgrpo.evaluation.run import Evaluation, evaluate
@@ -160,7 +159,7 @@ def test_profiles_that_are_wrong_are_named(tmp_path: Path) -> None:
     ]:
         file.write_text(json.dumps(record))
         with pytest.raises(ScenarioError, match=problem):
-            sage_results.read_results(file)
+            rescoring.read_sage(file)
 
 
 # --- EQ-Bench 3 ----------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ import pytest
 
 from ctcgrpo.environments.eibench.scenarios import PACKS, described
 from ctcgrpo.errors import OutputError
-from ctcgrpo.evaluation.compare import compared
-from ctcgrpo.evaluation.leaderboard import ranked
+from ctcgrpo.evaluation.compare import compared, ranked
 from ctcgrpo.evaluation.played import in_words, settings_of, title_of, trained_as
 from ctcgrpo.run.recipe_file import load_recipe
 from tests import inspect_models  # noqa: F401 - registers the models

@@ -18,12 +18,10 @@ from inspect_ai.model import (
     GenerateConfig,
 )
 
-from ctcgrpo.evaluation.compare import compared
-from ctcgrpo.evaluation.leaderboard import ranked
+from ctcgrpo.evaluation.compare import compared, ranked
 from ctcgrpo.evaluation.local_policy import LocalPolicy
-from ctcgrpo.evaluation.of_run import evaluations_of
-from ctcgrpo.evaluation.presets import PUBLISHED, with_preset
-from ctcgrpo.evaluation.run import Evaluation, settings_before, with_defaults
+from ctcgrpo.evaluation.presets import preset_differences
+from ctcgrpo.evaluation.run import Evaluation, evaluations_of, settings_before, with_defaults
 from ctcgrpo.policy.instructions import load_instructions
 from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.run_folder import RunFolder
@@ -259,14 +257,13 @@ def test_base_and_final_of_a_run_are_evaluated_by_a_preset(tmp_path: Path) -> No
     run.base.mkdir()
     (run.base / "config.json").write_text("{}")
     mark_complete(run.base)
-    task, generation, roles, unset = with_preset("published", "scripted", {}, {"temperature": 0.1}, {}, [], {})
-    found = evaluations_of(run, {**task, "unset": ",".join(unset)}, generation, {}, roles, 2, "published")
+    found = evaluations_of(run, {}, {"temperature": 0.1}, {}, limit=2, preset="published")
     assert set(found) == {"base", "final"}
     for wanted in found.values():
         assert wanted.generation == {"temperature": 0.1, "max_tokens": 8192}
         assert wanted.task["rounds"] == 8 and wanted.task["variant"] == "evaluation" and wanted.task["reasoning"] == "strip"
         assert wanted.task["scenarios"] == "english/test" and wanted.task["simulator"] == "scripted"
-        assert PUBLISHED.differences(settings_before(wanted)) == ["temperature 0.1 (published: 0.7)"]
+        assert preset_differences("published", settings_before(wanted)) == ["temperature 0.1 (published: 0.7)"]
 
 
 def test_other_settings_are_kept_apart(tmp_path: Path) -> None:

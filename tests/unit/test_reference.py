@@ -22,7 +22,7 @@ from ctcgrpo.errors import RecipeError
 from ctcgrpo.factory.sampling import Pools
 from ctcgrpo.reference.fields import FILES, sections_of
 from ctcgrpo.reference.fields import select as selected_fields
-from ctcgrpo.reference.metrics import GROUPS, all_metrics, entry_of
+from ctcgrpo.reference.metrics import all_groups, all_metrics, entry_of
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.train import train
@@ -199,7 +199,7 @@ def test_metrics_are_printed_within_80_columns(ctcgrpo: Command, monkeypatch: py
     assert code == 0, err
     assert max(map(len, out.splitlines())) <= 80
     assert all(f"  {metric.name}: " in out for metric in all_metrics()) and all(
-        group.split(",")[0] in out for group in GROUPS
+        group.split(",")[0] in out for group in all_groups()
     )
     _, out, _ = ctcgrpo("metrics", "failed/deadline")
     assert "failed/{kind}" in out and "clip_share" not in out

@@ -24,7 +24,7 @@ from ctcgrpo.environments.eibench import opening_messages
 from ctcgrpo.environments.eibench.persona import Briefing
 from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import OutputError, PolicyError
-from ctcgrpo.evaluation.of_run import evaluations_of
+from ctcgrpo.evaluation.run import evaluations_of
 from ctcgrpo.policy import builtin, model_wheel
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import stop_ids
@@ -228,7 +228,7 @@ def test_a_run_trains_from_it_and_is_evaluated_and_exported(
     assert not run.base.exists()
     digest = as_smollm2.digest[:12]
     assert json.loads((run.path / "data.json").read_text())["policy.model"] == {as_smollm2.file: digest}
-    wanted = evaluations_of(run, {"scenarios": "english/test"}, {}, {"user": "mockllm/model"}, {}, None)
+    wanted = evaluations_of(run, {"scenarios": "english/test"}, {}, {"user": "mockllm/model"})
     assert wanted["base"].model.endswith(str(as_smollm2.folder))
     code, out, err = ctcgrpo("export", str(run.path), "--dtype", "float32")
     assert code == 0, err
