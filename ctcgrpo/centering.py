@@ -30,8 +30,7 @@ class Centering:
     """A baseline. Subclass it for one that remembers earlier steps, and define `update`, `state_dict` and `load_state_dict`
     together; the class is made without arguments, once a run, on every process."""
 
-    where = "credit.centering"
-    """What errors name."""
+    where = "credit.centering"  # what errors name
 
     def __call__(self, group: Group) -> Baselines:
         """The baseline of each rollout of the group, which has two or more."""
@@ -79,9 +78,7 @@ def make_centering(name: str) -> Centering:
         own = {n: getattr(chosen, n) is not getattr(Centering, n) for n in ("update", "state_dict", "load_state_dict")}
         if any(own.values()) and not all(own.values()):
             lacks = ", ".join(n for n, there in own.items() if not there)
-            raise CreditError(
-                f"{where}: {chosen.__name__} has a state but lacks {lacks}; a resumed run would lose the state"
-            )
+            raise CreditError(f"{where}: {chosen.__name__} has a state but lacks {lacks}; a resumed run would lose the state")
         made = called(where, chosen)
     made.where = where
     return made

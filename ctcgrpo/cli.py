@@ -30,8 +30,7 @@ from ctcgrpo.util.naming import cut
 from ctcgrpo.util.proxies import settle_environment
 from ctcgrpo.util.terminal import Terminal, say
 
-_LONGEST_MESSAGE = 4000
-"""Characters of an error that are printed."""
+_LONGEST_MESSAGE = 4000  # characters of an error that are printed
 
 app = typer.Typer(
     help="Train language models to manage a user's emotions over several turns, with CTC-GRPO.",
@@ -111,9 +110,7 @@ def check(
 
 
 def serve(
-    config: Annotated[
-        Path | None, typer.Argument(help="A configuration (configs/simulator); else the scripted user.")
-    ] = None,
+    config: Annotated[Path | None, typer.Argument(help="A configuration (configs/simulator); else the scripted user.")] = None,
     host: Annotated[str, typer.Option(help="Interface to listen on; a token is needed beyond loopback.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8765,
 ) -> None:

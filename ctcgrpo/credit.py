@@ -253,8 +253,7 @@ CREDITS: dict[str, Callable[[Array, float], Array]] = {
     "reward_to_go": _reward_to_go,
     "smeared": _smeared,
 }
-DISCOUNTED = ("reward_to_go", "smeared")
-"""The credits that read gamma."""
+DISCOUNTED = ("reward_to_go", "smeared")  # the credits that read gamma
 
 
 # --- helpers -------------------------------------------------------------------------------------------------------------

@@ -17,10 +17,8 @@ from ctcgrpo.centering import CENTERINGS
 from ctcgrpo.credit import CREDITS, SCALES
 from ctcgrpo.util.importing import is_reference
 
-Packing = Literal["auto", "segments", "flex", "flash3", "none"]
-"""How rows of shared prefixes are attended to."""
-LossWeights = Literal["token", "turn"]
-"""What weighs alike in the loss: every trained token of a step, or every trained turn."""
+Packing = Literal["auto", "segments", "flex", "flash3", "none"]  # how rows of shared prefixes are attended to
+LossWeights = Literal["token", "turn"]  # what weighs alike in the loss: every trained token of a step, or every trained turn
 OldLogprobs = Literal["recomputed", "recorded"]
 SamplingDtype = Literal["policy", "bfloat16"]
 
@@ -102,9 +100,7 @@ class CreditOptions:
 class RolloutOptions:
     """How episodes are played and sampled."""
 
-    max_turns: int = field(
-        default=8, metadata=_says("replies of the policy in an episode at most; it may be over earlier", ge=1)
-    )
+    max_turns: int = field(default=8, metadata=_says("replies of the policy in an episode at most; it may be over earlier", ge=1))
     max_prompt_length: int = field(
         default=8192,
         metadata=_says(
@@ -128,9 +124,7 @@ class RolloutOptions:
             choices=("policy", "bfloat16"),
         ),
     )
-    deterministic: bool = field(
-        default=False, metadata=_says("fix the composition of every batch, for bit-identical reruns")
-    )
+    deterministic: bool = field(default=False, metadata=_says("fix the composition of every batch, for bit-identical reruns"))
     deadline: float | None = field(
         default=None,
         metadata=_says(
@@ -236,9 +230,7 @@ def out_of_bounds(values: Mapping[str, Any]) -> Iterator[str]:
                 f"{name} = {value!r}; expected one of {', '.join(known)}, or the name of one of your own as "
                 "'my_module:my_function' (a run records its settings as text)"
             )
-        wrong = [
-            sign for bound, limit in told["bounds"].items() for holds, sign in [_BOUNDS[bound]] if not holds(value, limit)
-        ]
+        wrong = [sign for bound, limit in told["bounds"].items() for holds, sign in [_BOUNDS[bound]] if not holds(value, limit)]
         if wrong:
             expected = " and ".join(f"{_BOUNDS[bound][1]} {limit:g}" for bound, limit in told["bounds"].items())
             yield f"{name} = {value!r}; expected a number {expected}"

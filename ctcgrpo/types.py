@@ -24,8 +24,7 @@ class Message(TypedDict):
     instructions: NotRequired[str]
 
 
-Heard = str | Sequence[Message]
-"""What an environment says to the policy: a line of the user, or chat messages."""
+Heard = str | Sequence[Message]  # what an environment says to the policy: a line of the user, or chat messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +54,7 @@ class Environment:
 
     name: str = ""
     episode_return: float = 0.0
-    info: Info = _NOTHING
-    """What is known of the start, as `Step.info` is of a turn; set by `reset`."""
+    info: Info = _NOTHING  # what is known of the start, as `Step.info` is of a turn; set by `reset`
 
     def reset(self, task: Mapping[str, Any], *, seed: int) -> Heard | Awaitable[Heard]:
         """What the policy hears first: the user's line, or messages, a system message at their head or none. Without a message of
@@ -93,8 +91,7 @@ def turn_rewards(rewards: Sequence[float | None]) -> tuple[float, ...]:
     return (*credited, *[0.0] * (len(rewards) - len(credited)))
 
 
-NO_TAG = "all"
-"""The tag of tasks that bring none along."""
+NO_TAG = "all"  # the tag of tasks that bring none along
 
 
 @dataclass(frozen=True, slots=True)

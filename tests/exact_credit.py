@@ -170,9 +170,7 @@ def _orders(group: NDArray[np.intp]) -> float:
     return math.factorial(len(group)) / math.prod(math.factorial(int(n)) for n in repeats)
 
 
-def terms_of(
-    of: Enumerated, groups: Groups, *, centering: str | Centering, credit: str, turn_scale: str
-) -> list[CreditTerms]:
+def terms_of(of: Enumerated, groups: Groups, *, centering: str | Centering, credit: str, turn_scale: str) -> list[CreditTerms]:
     """The project's own credit of every rollout of every group; alpha = 1, outcomes unscaled."""
     flat = groups.members.reshape(-1)
     ids = np.repeat(np.arange(len(groups.members)), groups.members.shape[1])

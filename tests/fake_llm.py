@@ -72,9 +72,7 @@ class FakeLlm:
         if fault:
             self.faults[fault] += 1
         if fault == "429":
-            return web.json_response(
-                {"error": {"message": "slow down"}}, status=429, headers={"Retry-After": self.retry_after}
-            )
+            return web.json_response({"error": {"message": "slow down"}}, status=429, headers={"Retry-After": self.retry_after})
         if fault == "500":
             return web.json_response({"error": {"message": "oops"}}, status=500)
         if fault == "hang":

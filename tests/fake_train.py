@@ -44,9 +44,7 @@ def main() -> None:
         outcomes = {f"s{k}": [at + (k - 1.5) / 100, at + (k - 1.5) / 100] for k in range(4)}
         records.append({"step": step, "outcomes": outcomes, "scenes": {}, "failed": 0})
         (run / "validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    ends = {
-        name: {"overall": x, "scenes": {}, "n": 4, "step": k} for name, x, k in (("before", -1.0, 0), ("after", score, 3))
-    }
+    ends = {name: {"overall": x, "scenes": {}, "n": 4, "step": k} for name, x, k in (("before", -1.0, 0), ("after", score, 3))}
     (run / "summary.json").write_text(json.dumps({**ends, "improvement": {"overall": score + 1, "ci95": None, "n": 4}}))
     (run / "final" / "config.json").write_text("{}")
     mark_complete(run / "final")

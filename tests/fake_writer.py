@@ -64,9 +64,7 @@ class FakeWriter(FakeLlm):
         n = len(titles)
         found = {title: "\n".join(lines[k * len(lines) // n : (k + 1) * len(lines) // n]) for k, title in enumerate(titles)}
         if "UNFAITHFUL" in messages[1]["content"]:
-            found[titles[0]] = (
-                "A different person altogether, with a boat and three dogs and no worries at all in the world."
-            )
+            found[titles[0]] = "A different person altogether, with a boat and three dogs and no worries at all in the world."
         found["Known facts"] = "1. " + found["Known facts"].replace("\n", "\n2. ")
         return json.dumps(found)
 
@@ -102,8 +100,7 @@ class FakeWriter(FakeLlm):
             "user": {k: prose(25) for k in ("background", "stance", "style", "behaviour", "aim")}
             | {"facts": [prose(8) for _ in range(4)]},
             "opening_line": "" if charm else prose(12),
-            "policy": {k: prose(25) for k in ("background", "stance", "core_goal")}
-            | {"facts": [prose(8) for _ in range(4)]},
+            "policy": {k: prose(25) for k in ("background", "stance", "core_goal")} | {"facts": [prose(8) for _ in range(4)]},
             "goal": prose(6),
             "success_criteria": [prose(4) for _ in range(3)],
             "must_avoid": [prose(4) for _ in range(3)],

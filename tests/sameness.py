@@ -357,9 +357,7 @@ def main() -> None:
     parser.add_argument("--shift", action="store_true")
     parser.add_argument("--backend")
     parser.add_argument("--kl", type=float, default=0.0)
-    parser.add_argument(
-        "--bf16", action="store_true", help="compute in bfloat16; compare gradients and norm of the first step"
-    )
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; compare gradients and norm of the first step")
     args = parser.parse_args()
     how = {"tokens_per_row": args.tokens_per_row, "shift": args.shift, "backend": args.backend}
     outcome = run(args.base, **how, beta=args.kl, bf16=args.bf16)

@@ -45,8 +45,7 @@ _MAX_FAILED = 0.5
 _AS_TRAINED = "-as-trained"
 """What an evaluation's folder ends with that takes a run's settings: the same policy with others has a folder too."""
 
-_OF_THIS = ("as_trained", "official", "preset", "tries")
-"""What a command with a run's own settings leaves out."""
+_OF_THIS = ("as_trained", "official", "preset", "tries")  # what a command with a run's own settings leaves out
 
 
 class _Evaluate(TyperGroup):

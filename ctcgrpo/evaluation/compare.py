@@ -137,9 +137,7 @@ def most_changed(found: Mapping[str, Any], most: int = 3) -> list[dict[str, Any]
 def _typical(results: Sequence[Result], scenario: str, folder: str) -> Result:
     scored = [(result, result.score) for result in results if result.scenario == scenario and result.score is not None]
     if not scored:
-        raise OutputError(
-            f"{folder}: {RESULTS} holds no scored dialogue of {scenario!r}, which {SUMMARY} has; one is damaged"
-        )
+        raise OutputError(f"{folder}: {RESULTS} holds no scored dialogue of {scenario!r}, which {SUMMARY} has; one is damaged")
     mean = sum(score for _, score in scored) / len(scored)
     return min(scored, key=lambda pair: abs(pair[1] - mean))[0]
 

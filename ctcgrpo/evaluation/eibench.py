@@ -40,8 +40,7 @@ from ctcgrpo.simulator.llm.official import OfficialPolicyPrompts
 INSTRUCTIONS = "instructions"
 """The key under which a system message's metadata holds the end of its text that is instructions of ours, in which control tokens
 are such."""
-_NEED_A_USER = ("anthropic/", "google/")
-"""Providers that refuse messages without one of a user."""
+_NEED_A_USER = ("anthropic/", "google/")  # providers that refuse messages without one of a user
 Reasoning = Literal["strip", "keep"]
 _HISTORY: Mapping[Reasoning, Literal["none", "all"]] = {"strip": "none", "keep": "all"}
 """As Inspect names it: which providers are sent, and policies in folders heed."""

@@ -20,12 +20,9 @@ import json_repair
 from ctcgrpo.errors import ScenarioError
 
 Kind = Literal["role-play", "drafting", "analysis"]
-MOST = 20
-"""What a judge gives a criterion at most."""
+MOST = 20  # what a judge gives a criterion at most
 _OF_TALKS = "demonstrated_empathy pragmatic_ei depth_of_insight social_dexterity emotional_reasoning message_tailoring"
-_OF_READINGS = (
-    "depth_of_insight emotional_reasoning theory_of_mind subtext_identification intellectual_grounding correctness"
-)
+_OF_READINGS = "depth_of_insight emotional_reasoning theory_of_mind subtext_identification intellectual_grounding correctness"
 COUNTED: Mapping[Kind, Sequence[str]] = {
     "role-play": _OF_TALKS.split(),
     "drafting": _OF_TALKS.split(),
@@ -35,8 +32,7 @@ COUNTED: Mapping[Kind, Sequence[str]] = {
 DRAFTING = frozenset(map(str, range(201, 210)))
 """The scenarios that ask for a message to be written, by their numbers: their file does not say so."""
 _FRAME = {"role-play": "", "drafting": "_message_drafting", "analysis": "_analysis"}
-_RUBRIC = {**_FRAME, "drafting": ""}
-"""How the names of a kind's files end."""
+_RUBRIC = {**_FRAME, "drafting": ""}  # how the names of a kind's files end
 
 
 class Unreadable(Exception):

@@ -47,9 +47,7 @@ def write_comparison(found: Mapping[str, Any], changed: Sequence[Mapping[str, An
 def _rows(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], bool]]:
     """The plot's: one for each evaluation beside the first, whole, and one for each of its groups."""
     return [
-        (name, row, row is other)
-        for other in found["others"]
-        for name, row in ((other["name"], other), *other["groups"].items())
+        (name, row, row is other) for other in found["others"] for name, row in ((other["name"], other), *other["groups"].items())
     ]
 
 

@@ -38,10 +38,8 @@ from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.settings import context_builder, template_kwargs
 from ctcgrpo.types import Completion
 
-_REMEMBERED = 65536
-"""Replies whose ids are kept for later turns."""
-_KEPT: Mapping[str, ReasoningPolicy] = {"none": "strip", "all": "keep"}
-"""What Inspect's reasoning_history asks for."""
+_REMEMBERED = 65536  # replies whose ids are kept for later turns
+_KEPT: Mapping[str, ReasoningPolicy] = {"none": "strip", "all": "keep"}  # what Inspect's reasoning_history asks for
 
 
 class _Parts:
@@ -74,9 +72,7 @@ class _Parts:
         if self._recipe is None:
             positions = self.positions or 32768
             room = max(positions // 2, positions - 4096)
-            return ContextBuilder(
-                self.tokenizer, stop_ids=self.stop_ids, max_prompt_tokens=room, reasoning=reasoning or "strip"
-            )
+            return ContextBuilder(self.tokenizer, stop_ids=self.stop_ids, max_prompt_tokens=room, reasoning=reasoning or "strip")
         policy = self._recipe.policy
         if reasoning is not None:
             policy = policy.model_copy(update={"reasoning_context": reasoning})

@@ -22,20 +22,17 @@ from ctcgrpo.simulator.choice import names_a_simulator
 if TYPE_CHECKING:
     from ctcgrpo.evaluation.run import Evaluation
 
-Given = dict[str, Any]
-"""What was typed, by name; what was not is left out."""
+Given = dict[str, Any]  # what was typed, by name; what was not is left out
 Data = Annotated[str | None, Option(metavar="PATH", help="The folder of your copy of its data.")]
 Rescore = Annotated[Path | None, Option(help="A file of results or judgements; nothing is played.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _OfAModel:
-    model: Annotated[str | None, Option(help="A policy's folder, or PROVIDER/NAME of any provider that Inspect knows.")] = (
+    model: Annotated[str | None, Option(help="A policy's folder, or PROVIDER/NAME of any provider that Inspect knows.")] = None
+    model_arg: Annotated[list[str] | None, Option("-M", help="NAME=VALUE for the model's provider (hf: model_path=FOLDER).")] = (
         None
     )
-    model_arg: Annotated[
-        list[str] | None, Option("-M", help="NAME=VALUE for the model's provider (hf: model_path=FOLDER).")
-    ] = None
     generate: Annotated[
         list[str] | None,
         Option(
@@ -59,12 +56,10 @@ class _Scenarios:
     ] = None
     rounds: Annotated[int | None, Option(min=1, help="Replies at most.")] = None
     variant: Annotated[Literal["training", "evaluation"] | None, Option(help="How states are scored.")] = None
-    official: Annotated[
-        str | None, Option(metavar="PATH", help="A copy of the authors' code, for their prompts (runs it).")
-    ] = None
-    opener: Annotated[
-        str | None, Option(help="What a user says first where the model would, for providers that need it.")
-    ] = None
+    official: Annotated[str | None, Option(metavar="PATH", help="A copy of the authors' code, for their prompts (runs it).")] = (
+        None
+    )
+    opener: Annotated[str | None, Option(help="What a user says first where the model would, for providers that need it.")] = None
     instructions: Annotated[
         str | None,
         Option(help="How to reply, told to the model: eibench, short, none, or a file; a run's policy has its own."),
@@ -119,9 +114,7 @@ class _Played:
     price: Annotated[
         tuple[float, float] | None, Option(help="US dollars for a million tokens that the model reads, and writes.")
     ] = None
-    display: Annotated[Literal["full", "rich", "plain", "none"] | None, Option(help="Inspect's display while it plays.")] = (
-        None
-    )
+    display: Annotated[Literal["full", "rich", "plain", "none"] | None, Option(help="Inspect's display while it plays.")] = None
     out: Annotated[Path | None, Option(help="The folder for results; by benchmark and model by default.")] = None
     fail_under: Annotated[float | None, Option(help="Exit with 9 where the overall score is below this.")] = None
 
@@ -139,8 +132,7 @@ class RunOptions(_Played, _Scenarios):
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(_Played, _OfAModel):
     bench: ClassVar[str]
-    rescored_with: ClassVar[tuple[str, ...]] = ()
-    """Options that go with --rescore, beside --out and --fail-under."""
+    rescored_with: ClassVar[tuple[str, ...]] = ()  # options that go with --rescore, beside --out and --fail-under
 
 
 @dataclass(frozen=True, kw_only=True)

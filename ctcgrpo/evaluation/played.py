@@ -19,8 +19,7 @@ from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.simulator.choice import name_of
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")
-BRIEFING = ("instructions", "reasons", "persona_sections")
-"""Arguments of tasks that say what a policy is told."""
+BRIEFING = ("instructions", "reasons", "persona_sections")  # arguments of tasks that say what a policy is told
 _TASK = ("rounds", "variant", "reasoning", "tries", "official", "opener", "rescored", *BRIEFING)
 """Arguments of tasks that decide what a score means."""
 _SHOWN = {

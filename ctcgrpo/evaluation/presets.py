@@ -9,8 +9,7 @@ from ctcgrpo.evaluation.played import shown_name, shown_value
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS
 from ctcgrpo.simulator.choice import named_simulator
 
-TRIES = 3
-"""Tries of the user's LLM a turn, until its answer can be read, where nobody says otherwise."""
+TRIES = 3  # tries of the user's LLM a turn, until its answer can be read, where nobody says otherwise
 _DIALOGUE = ("rounds", "variant", "reasoning")
 _BRIEFING = ("instructions", "reasons", "opener")
 _SAMPLING = ("temperature", "top_p", "max_tokens")

@@ -16,11 +16,9 @@ from pydantic import ValidationError
 
 from ctcgrpo.llm_client.reasons import CallFailed, error_body, error_object, failure_of
 
-PATIENCE = 600
-"""Seconds that a call is tried again; Inspect itself would not give up."""
+PATIENCE = 600  # seconds that a call is tried again; Inspect itself would not give up
 _MOST = 600
-_SILENCE = 60.0
-"""Seconds between two lines about the same provider."""
+_SILENCE = 60.0  # seconds between two lines about the same provider
 _LEFT_OUT = ("temperature", "top_p", "max_tokens", "seed", "response_format")
 _MISREAD = (TypeError, IndexError, AttributeError, KeyError, ValidationError)
 """What Inspect's providers raise for a body that is no completion."""

@@ -48,8 +48,7 @@ from ctcgrpo.util.files import missing_in, read_json, write_whole
 from ctcgrpo.util.proxies import settle_environment
 from ctcgrpo.util.sections import named_value
 
-LOCAL = "ctcgrpo/"
-"""The provider of policies in folders."""
+LOCAL = "ctcgrpo/"  # the provider of policies in folders
 _POLICY_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja")
 
 

@@ -37,8 +37,7 @@ _ERRORS: dict[str, type[CtcGrpoError]] = {
 }
 _log = logging.getLogger(__name__)
 _OUTCOMES = ("stop", "max_tokens", "unknown", "tool_calls")
-_NO_CONTENT = "(no content)"
-"""What Inspect writes where a provider answered with nothing."""
+_NO_CONTENT = "(no content)"  # what Inspect writes where a provider answered with nothing
 
 
 @dataclass(frozen=True, slots=True)

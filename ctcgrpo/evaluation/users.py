@@ -148,6 +148,5 @@ def _priced(config: SimulatorConfig) -> dict[str, Any]:
     return {"price": {"input": price.prompt, "output": price.completion, "currency": config.budget.currency}}
 
 
-_servers = ExitStack()
-"""Of this process, until it ends."""
+_servers = ExitStack()  # of this process, until it ends
 atexit.register(_servers.close)

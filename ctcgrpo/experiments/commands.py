@@ -24,9 +24,7 @@ def sweep(
     workers: Annotated[int, typer.Option(min=1, help="Trials at a time.")] = 1,
     devices: Annotated[list[str] | None, typer.Option(help="GPUs of a worker, as 0,1; once for each.")] = None,
     against: Annotated[str | None, typer.Option(help="Print differences to this variant, not to the baseline.")] = None,
-    wandb: Annotated[
-        bool, typer.Option("--wandb", help="Hand the file to W&B instead, and say how agents are started.")
-    ] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Hand the file to W&B instead, and say how agents are started.")] = False,
 ) -> None:
     """Run a recipe many times, with a search over its fields or several variants; the same command resumes it."""
     spec, recipe = load_sweep(file, overrides or [])
@@ -34,9 +32,7 @@ def sweep(
         raise RecipeError(f"--against {against!r}: {did_you_mean(against, spec.variants)}")
     if wandb:
         if name or overrides or devices or spec.variants or spec.seeds:
-            raise RecipeError(
-                "--wandb hands the file over as it is, without variants and seeds; put names and values into it"
-            )
+            raise RecipeError("--wandb hands the file over as it is, without variants and seeds; put names and values into it")
         from ctcgrpo.run.tracking import hand_over
 
         print(hand_over(file))

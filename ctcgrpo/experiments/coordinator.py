@@ -46,10 +46,8 @@ from ctcgrpo.util.workers import alone, end_with_parent
 TRAIN = (sys.executable, "-m", "ctcgrpo", "train")
 _POLL = 0.2
 _FOLDER = "folder"
-_PORTS = 100
-"""How far apart the ports of two workers are."""
-_UNTOLD = ("seconds", "description")
-"""Fields of a sweep that may change while it is under way."""
+_PORTS = 100  # how far apart the ports of two workers are
+_UNTOLD = ("seconds", "description")  # fields of a sweep that may change while it is under way
 
 
 @dataclass

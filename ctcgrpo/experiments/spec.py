@@ -47,8 +47,7 @@ from ctcgrpo.util.sections import Section, parse_mapping, read_text, validated
 METRIC: Final = "validation/overall"
 """What a sweep here maximises: the score on the recipe's held-out scenarios, after training. W&B knows it by this name."""
 SEED = "run.seed"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""Of a folder."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a folder
 _OWN = (SEED, "run.name", "run.output_dir")
 _VALIDATION = ("validation.scenarios", "validation.tasks", "validation.every", "validation.samples", "validation.seed")
 _SHARED = ("policy.model", "training.max_steps", *_VALIDATION)
@@ -62,8 +61,8 @@ class Parameter(Section):
 
     value: Any = Field(None, description="one value, the same for all runs")
     values: tuple[Any, ...] | None = Field(None, min_length=1, description="a list of values, none of them twice")
-    distribution: Literal["constant", "categorical", "uniform", "int_uniform", "q_uniform", "log_uniform_values"] | None = (
-        Field(None, description="how a range is sampled; uniform where absent (int_uniform for whole numbers)")
+    distribution: Literal["constant", "categorical", "uniform", "int_uniform", "q_uniform", "log_uniform_values"] | None = Field(
+        None, description="how a range is sampled; uniform where absent (int_uniform for whole numbers)"
     )
     min: int | float | None = Field(None, description="the lower end of a range")
     max: int | float | None = Field(None, description="the upper end of a range")
@@ -81,9 +80,7 @@ class Parameter(Section):
         if self.values is not None and any(value in self.values[:k] for k, value in enumerate(self.values)):
             raise ValueError("duplicate value")
         if not all(isinstance(value, bool | int | float | str | None) for value in self.values or (self.value,)):
-            raise ValueError(
-                "values are numbers, texts, booleans or null; name fields of sections with dots (validation.every)"
-            )
+            raise ValueError("values are numbers, texts, booleans or null; name fields of sections with dots (validation.every)")
         if (self.q is not None) != (self.distribution == "q_uniform"):
             raise ValueError("q belongs to distribution q_uniform, and it needs one")
         fits = {"constant": "value", "categorical": "values"}.get(self.distribution or "", "min")

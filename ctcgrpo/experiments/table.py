@@ -118,8 +118,7 @@ def compare(rows: Sequence[dict[str, Any]], curves: Mapping[str, Mapping[str, Cu
 
 # --- in the terminal -------------------------------------------------------------------------------------------------------------
 
-_SAME = 5e-4
-"""Scores within this are the same in the table."""
+_SAME = 5e-4  # scores within this are the same in the table
 
 
 def all_equal(rows: Sequence[Mapping[str, Any]]) -> bool:

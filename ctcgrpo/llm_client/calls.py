@@ -23,10 +23,8 @@ from ctcgrpo.simulator.config import Calls, Endpoint
 from ctcgrpo.types import Message
 from ctcgrpo.util.proxies import proxy_of, through_proxy
 
-MOST_BYTES = 8_000_000
-"""Of an answer's body, decompressed."""
-_AT_ONCE = 1.0
-"""Seconds: a connection that is closed sooner, without a byte of an answer, was closed before any work was done."""
+MOST_BYTES = 8_000_000  # of an answer's body, decompressed
+_AT_ONCE = 1.0  # Seconds: a connection that is closed sooner, without a byte of an answer, was closed before any work was done
 _REDIRECTS = 3
 _TEXTS = ("text", "output_text")
 _REASONING = ("reasoning_content", "reasoning")

@@ -29,13 +29,10 @@ class EndpointState:
         limits = (settings.requests_per_minute, settings.tokens_per_minute)
         self._requests, self._tokens = (AsyncLimiter(most, 60) if most else None for most in limits)
         self._mean_tokens = 2000.0
-        self.unavailable_until = 0.0
-        """On time.monotonic()'s clock."""
-        self.problem = ""
-        """What kept it from answering last."""
+        self.unavailable_until = 0.0  # on time.monotonic()'s clock
+        self.problem = ""  # what kept it from answering last
         self.probing = False
-        self.opened = 0
-        """How often in a row its breaker opened."""
+        self.opened = 0  # how often in a row its breaker opened
         self._result: Result | None = None
         self._failures = 0
         self._forbidden: set[str] = set()

@@ -26,10 +26,8 @@ from ctcgrpo.simulator.config import Calls, Price
 from ctcgrpo.types import Message
 
 _LONGEST_PAUSE = 30.0
-_SHORTEST_CALL = 0.05
-"""Seconds: with less than this left, a call is not begun."""
-_MOMENT = 1.0
-"""Seconds: an outage is longer."""
+_SHORTEST_CALL = 0.05  # Seconds: with less than this left, a call is not begun
+_MOMENT = 1.0  # Seconds: an outage is longer
 _log = logging.getLogger(__name__)
 
 
@@ -49,10 +47,8 @@ class Deadline:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.at = time.monotonic() + seconds
-        self.waited = 0.0
-        """Seconds that it moved by."""
-        self.held_up_by = "it had no time left"
-        """Why an endpoint was not asked."""
+        self.waited = 0.0  # seconds that it moved by
+        self.held_up_by = "it had no time left"  # why an endpoint was not asked
 
     def left(self) -> float:
         return self.at - time.monotonic()
@@ -168,9 +164,7 @@ class EndpointPool:
             pause = max(0.05, soonest) + self._random.uniform(0, 0.05)
             if deadline.left() > pause + _SHORTEST_CALL:
                 await self._wait(pause)
-            elif (
-                soonest > _MOMENT and deadline.waited + pause <= self._calls.patience and any(e.may_return for e in awaited)
-            ):
+            elif soonest > _MOMENT and deadline.waited + pause <= self._calls.patience and any(e.may_return for e in awaited):
                 deadline.wait(pause, then=min(deadline.seconds, max(line.settings.timeout for line in awaited)))
                 await self._wait(pause)
             elif deadline.waited:

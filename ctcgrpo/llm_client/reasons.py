@@ -20,8 +20,7 @@ _ByStatus = Literal["rate_limited", "quota", "http_5xx", "key_refused", "not_fou
 Result = Literal[_ByStatus, "unreachable", "disconnected", "timeout", "malformed", "waiting"]
 """What went wrong in a word, for metrics. refused: this request is refused; forbidden: so it is, and it may be for this request's
 content or for whoever asks (403); waiting: its limits left no room, and it was not asked."""
-LONGEST_WAIT = 300.0
-"""Seconds: an endpoint is asked again after so long, whatever it says."""
+LONGEST_WAIT = 300.0  # Seconds: an endpoint is asked again after so long, whatever it says
 _MOST_WORDS = 400
 _RETRIED = frozenset({408, 409, 425, 429})
 _QUOTA = re.compile(

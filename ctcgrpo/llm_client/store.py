@@ -29,10 +29,8 @@ _MOVE_AWAY = (
     "(lower the budget by it)"
 )
 _ADVICE = "try making room there, or another folder (store)"
-_LEAST_ROOM = 32_768
-"""Bytes free on the disk: with less, making LMDB's lock file ends the process with SIGBUS."""
-_SLOWEST = 5_000_000
-"""Bytes a second at which a store is read."""
+_LEAST_ROOM = 32_768  # bytes free on the disk: with less, making LMDB's lock file ends the process with SIGBUS
+_SLOWEST = 5_000_000  # bytes a second at which a store is read
 _log = logging.getLogger(__name__)
 
 

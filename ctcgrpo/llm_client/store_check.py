@@ -18,8 +18,7 @@ from pathlib import Path
 import lmdb
 
 DATABASES = (b"answers", b"counters")
-MAP_SIZE = 1 << 36
-"""The most that the file may grow to (64 GiB); it takes what it holds."""
+MAP_SIZE = 1 << 36  # the most that the file may grow to (64 GiB); it takes what it holds
 DAMAGED, UNUSABLE = 1, 2
 _NOT_DAMAGE = (lmdb.DiskError, lmdb.LockError, lmdb.MemoryError, lmdb.ReadersFullError, lmdb.ReadonlyError, OSError)
 

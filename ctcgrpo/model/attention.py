@@ -30,9 +30,7 @@ class Layout(ABC):
     """B rows of T tokens each, in some arrangement of sequences."""
 
     @abstractmethod
-    def attend(
-        self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
         """query (B, heads, T, D), key and value (B, key heads, T, D) of layer `module` -> (B, T, heads, D). `window`: how many
         positions a token sees, itself included; None for all before it."""
 

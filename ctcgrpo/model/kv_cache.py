@@ -13,8 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ctcgrpo.errors import RunInterrupted
 from ctcgrpo.model.attention import Layout, masked_attention
 
-_BLOCK = 64
-"""Room grows, and attention reads, in steps of so many tokens."""
+_BLOCK = 64  # room grows, and attention reads, in steps of so many tokens
 
 
 class KvCache:
@@ -83,9 +82,7 @@ class CacheLayout(Layout):
         self._width = min(cache.room, -(-(int(positions.max()) + 1) // _BLOCK) * _BLOCK)
         self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
-    def attend(
-        self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
         if self._interrupted():  # a slow machine takes minutes for a forward pass over long prompts
             raise RunInterrupted("interrupted in the middle of a forward pass")
         keys, values = self._cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]

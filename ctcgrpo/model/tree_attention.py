@@ -28,11 +28,9 @@ TreeAttention = Literal["segments", "flex", "flash3"]
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Of batch, head, query and key positions: whether the query sees the key."""
 
-_BLOCK = 128
-"""flex_attention skips what nobody sees in squares of so many tokens."""
+_BLOCK = 128  # flex_attention skips what nobody sees in squares of so many tokens
 _MOST_GRAPHS = 64
-_STRIP = 8
-"""So many rows of squares are looked at together: 16,384 tokens take 16 MiB."""
+_STRIP = 8  # so many rows of squares are looked at together: 16,384 tokens take 16 MiB
 
 
 def row_multiple(how: TreeAttention | None) -> int:
@@ -101,14 +99,11 @@ class SegmentLayout(Layout):
         self._segments, self._paths = segments, paths
         self._masks: dict[tuple[int | None, torch.dtype], list[Tensor | None]] = {}
 
-    def attend(
-        self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
         # Gathered with tokens in front, where a token's heads lie together, and as one operation: a slice a segment would write
         # a gradient as long as the row for each of them.
         keys, values = (
-            x[0].transpose(0, 1).index_select(0, self._paths).split_with_sizes(self._segments.path_lengths)
-            for x in (key, value)
+            x[0].transpose(0, 1).index_select(0, self._paths).split_with_sizes(self._segments.path_lengths) for x in (key, value)
         )
         queries = query.split_with_sizes(self._segments.lengths, dim=2)
         seen = [
@@ -147,9 +142,7 @@ class FlexLayout(Layout):
         self._ends, self._positions, self._compiled = ends, positions, compiled
         self._masks: dict[int | None, BlockMask] = {}
 
-    def attend(
-        self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
         if window not in self._masks:
             self._masks[window] = _block_mask(self._sees(window), len(self._ends), self._ends.device)
         attention: Any = _flex_compiled if self._compiled else flex_attention
@@ -215,9 +208,7 @@ class Flash3Layout(Layout):
     path_starts: Tensor
     longest: tuple[int, int]
 
-    def attend(
-        self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
         # Where it is needed: it is experimental, says so when imported, and takes seconds.
         from trl.experimental.async_grpo.packing import tree_attention
 

@@ -136,7 +136,5 @@ def refuse_tied_targets(config: PretrainedConfig, adapter: LoraConfig) -> None:
     hit = [name for name in tied if len(tied) > 1 and check_target_module_exists(adapter, name)]
     if hit:
         other = next(name for name in tied if name != hit[0])
-        problem = (
-            f"policy.lora.target_modules = {adapter.target_modules!r} takes in {hit[0]}, which this model ties to {other}"
-        )
+        problem = f"policy.lora.target_modules = {adapter.target_modules!r} takes in {hit[0]}, which this model ties to {other}"
         raise PolicyError(f"{problem}: a merged adapter would change both; leave it out (all-linear does)")

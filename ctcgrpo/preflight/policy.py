@@ -43,9 +43,7 @@ def model(s: Subject) -> Iterator[Finding]:
         s.shape = published_shapes()[wheel.hub_id]
         refuse_unfetchable(wheel)
         size = f"{s.shape.parameters / 1e6:,.1f} million parameters"
-        yield warning(
-            f"{name}, {size}, is not here yet: the run will first {wheel.plan}; prompts are measured once it is here"
-        )
+        yield warning(f"{name}, {size}, is not here yet: the run will first {wheel.plan}; prompts are measured once it is here")
         return
     path = build_builtin(name, s.folder / "base", s.recipe.run.seed)
     try:

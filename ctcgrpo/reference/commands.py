@@ -60,7 +60,4 @@ def _print(text: str, *, indent: int = 0, hanging: int | None = None) -> None:
     width = min(_WIDEST, shutil.get_terminal_size((80, 24)).columns)
     later = " " * (indent if hanging is None else hanging)
     gap = "\n" if text.startswith("\n") else ""
-    print(
-        gap
-        + textwrap.fill(text.strip(), width, initial_indent=" " * indent, subsequent_indent=later, break_on_hyphens=False)
-    )
+    print(gap + textwrap.fill(text.strip(), width, initial_indent=" " * indent, subsequent_indent=later, break_on_hyphens=False))

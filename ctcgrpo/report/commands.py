@@ -16,8 +16,7 @@ from ctcgrpo.util.terminal import Terminal, print_line
 if TYPE_CHECKING:
     from ctcgrpo.report.reading import Trial
 
-_WARNINGS = 10
-"""Printed at most; the page shows how many there are."""
+_WARNINGS = 10  # printed at most; the page shows how many there are
 
 
 def report(

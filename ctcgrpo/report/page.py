@@ -28,11 +28,9 @@ from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.files import write_whole
 from ctcgrpo.util.intervals import interval
 
-MOST_BYTES = 20_000_000
-"""Of packed episodes: beyond it whole groups are left out, evenly over the steps."""
+MOST_BYTES = 20_000_000  # of packed episodes: beyond it whole groups are left out, evenly over the steps
 _BINS = np.linspace(-3, 3, 25)
-_PHASES = 3
-"""Training in so many parts, to see states and credit change."""
+_PHASES = 3  # training in so many parts, to see states and credit change
 _OF_EPISODE = ("kind", "step", "task", "tag", "rollout", "outcome")
 _OF_TURN = ("reasoning", "reply", "message", "reward", "info", "faults", "completion_tokens")
 _TIMES = ("seconds/rollout", "seconds/update")

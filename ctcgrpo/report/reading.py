@@ -27,8 +27,7 @@ from ctcgrpo.run.run_records import Validation, checked_summary, read_metrics, r
 from ctcgrpo.util.files import explained, is_complete, read_json, read_object
 from ctcgrpo.util.intervals import means
 
-Trace = dict[str, Any]
-"""run_records.Trace, with what is added here."""
+Trace = dict[str, Any]  # run_records.Trace, with what is added here
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +45,7 @@ class Run:
     unreadable: int
     path: Path
     simulator: Mapping[str, Any] | None = None
-    written: datetime | None = None
-    """When the newest of its figures and dialogues was written."""
+    written: datetime | None = None  # when the newest of its figures and dialogues was written
     problems: Sequence[str] = ()
 
 

@@ -21,10 +21,8 @@ from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.intervals import means
 from ctcgrpo.util.terminal import print_line
 
-Trace = Mapping[str, Any]
-"""run_records.Trace."""
-_SIDE_BY_SIDE = 100
-"""Columns that two dialogues beside each other need."""
+Trace = Mapping[str, Any]  # run_records.Trace
+_SIDE_BY_SIDE = 100  # columns that two dialogues beside each other need
 
 
 class Speech(NamedTuple):

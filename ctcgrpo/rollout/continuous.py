@@ -19,8 +19,7 @@ from ctcgrpo.errors import PolicyEngineError, RunInterrupted
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
 from ctcgrpo.types import Completion
 
-Finished = tuple[str, Completion]
-"""A request that is over: its name, and what came of it."""
+Finished = tuple[str, Completion]  # A request that is over: its name, and what came of it
 
 
 class Batcher(ABC):
@@ -81,8 +80,7 @@ class ContinuousEngine(PolicyEngine):
         self._running: dict[str, _Request] = {}
         self._pump: asyncio.Task[None] | None = None
         self._awake = self._closed = False
-        self.mixed_steps = 0
-        """Steps in which requests that had begun already ran with new ones."""
+        self.mixed_steps = 0  # steps in which requests that had begun already ran with new ones
 
     def take_weights(self, version: int) -> None:
         if self._awake and version == self.version:

@@ -33,8 +33,7 @@ class PolicyEngine(ABC):
     """All processes call `take_weights` and `rest` together; in between each makes requests at its own pace, within
     `async with engine`."""
 
-    version: int | None = None
-    """How many optimizer steps the weights that it samples from have seen; None before it has any."""
+    version: int | None = None  # how many optimizer steps the weights that it samples from have seen; None before it has any
 
     def take_weights(self, version: int) -> None:
         """Sample from the trained policy as it is now, from here on. Raises PolicyEngineError where the weights cannot be

@@ -26,8 +26,7 @@ from ctcgrpo.rollout.engine import PolicyEngine, Sampling, request_seed
 from ctcgrpo.rollout.session import SECONDS_PER_CALL, Session
 from ctcgrpo.types import Completion, Environment, Episode, Failure, Task, Turn
 
-_LOOK_SECONDS = 0.1
-"""How often a batch of episodes looks whether it is to stop."""
+_LOOK_SECONDS = 0.1  # how often a batch of episodes looks whether it is to stop
 
 
 class Awaited(Counter[str]):
@@ -76,10 +75,8 @@ class Play:
     max_turns: int
     seed: int
     deterministic: bool = False
-    deadline: float | None = None
-    """Seconds after the start of a batch."""
-    seconds_per_call: float = SECONDS_PER_CALL
-    """That a call of an environment may take."""
+    deadline: float | None = None  # seconds after the start of a batch
+    seconds_per_call: float = SECONDS_PER_CALL  # that a call of an environment may take
 
 
 @dataclass(slots=True, kw_only=True)

@@ -23,8 +23,7 @@ from ctcgrpo.types import Environment, Info, Message, Step
 from ctcgrpo.util.importing import blame
 
 SECONDS_PER_CALL = RolloutOptions.environment_timeout
-_CLOSE_SECONDS = 10.0
-"""A run that is asked to stop waits for all of them to close."""
+_CLOSE_SECONDS = 10.0  # A run that is asked to stop waits for all of them to close
 _KEYS = {"role", "content", "instructions"}
 _log = logging.getLogger(__name__)
 
@@ -104,9 +103,7 @@ class Session:
         assert self._environment is not None, "reset comes first"
         return self._environment
 
-    async def _call(
-        self, what: str, method: Callable[..., Any], *args: Any, limit: float | None = None, **kwargs: Any
-    ) -> Any:
+    async def _call(self, what: str, method: Callable[..., Any], *args: Any, limit: float | None = None, **kwargs: Any) -> Any:
         limit = self._limit if limit is None else limit
         with _blamed(what):
             try:

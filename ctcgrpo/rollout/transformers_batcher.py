@@ -30,10 +30,8 @@ from ctcgrpo.util.tokens import common_prefix
 
 Ids = npt.NDArray[np.int64]
 
-_PREFILL_TOKENS = 8192
-"""How many prompt tokens one forward pass takes, padding included, unless a single prompt is longer."""
-_WORTH_WAITING = 8
-"""A request waits for another with the same beginning to be forwarded first where that saves so many tokens."""
+_PREFILL_TOKENS = 8192  # how many prompt tokens one forward pass takes, padding included, unless a single prompt is longer
+_WORTH_WAITING = 8  # A request waits for another with the same beginning to be forwarded first where that saves so many tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -83,13 +81,10 @@ class TransformersBatcher(Batcher):
 
     def _forget(self) -> None:
         self._waiting: list[_Request] = []
-        self._running: list[_Request] = []
-        """By slot; the slots behind are idle."""
+        self._running: list[_Request] = []  # by slot; the slots behind are idle
         self._cache = KvCache()
-        self._held: list[Ids] = []
-        """By slot, idle ones too: the tokens whose keys and values it holds."""
-        self._left: list[int] = []
-        """By slot: when its last request left, in requests that have."""
+        self._held: list[Ids] = []  # by slot, idle ones too: the tokens whose keys and values it holds
+        self._left: list[int] = []  # by slot: when its last request left, in requests that have
         self._leavings = 0
 
     def take_weights(self) -> None:

@@ -25,8 +25,7 @@ from ctcgrpo.util.naming import first_line
 from ctcgrpo.util.processes import together
 from ctcgrpo.util.proxies import open_url, settle_environment, through_proxy
 
-_CHUNK_BYTES = 512 * 2**20
-"""How much of the policy is gathered before it is sent on to the servers."""
+_CHUNK_BYTES = 512 * 2**20  # how much of the policy is gathered before it is sent on to the servers
 _NOT_REPEATED = ("start_weight_update", "update_weights", "finish_weight_update")
 _DOING = "handing weights to the vLLM servers"
 

@@ -16,8 +16,7 @@ from ctcgrpo.util.files import file_digest
 _LOADED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 """Weights, configurations, tokenizers and templates."""
 
-SKIPPED = "skipped"
-"""The subject of data.json that names invalid records, by place, and says what is wrong with them."""
+SKIPPED = "skipped"  # the subject of data.json that names invalid records, by place, and says what is wrong with them
 
 
 def scenarios_digest(scenarios: Sequence[Scenario]) -> dict[str, str]:

@@ -12,8 +12,7 @@ from rich.text import Text
 from ctcgrpo.types import Episode
 from ctcgrpo.util.terminal import Terminal, print_line
 
-_QUIET_SECONDS = 15.0
-"""How long plain lines may be away while the first step, which nobody knows the time of yet, is played."""
+_QUIET_SECONDS = 15.0  # how long plain lines may be away while the first step, which nobody knows the time of yet, is played
 
 
 class _Done(MofNCompleteColumn):

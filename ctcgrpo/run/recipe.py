@@ -115,9 +115,7 @@ class OwnEnvironment(Section):
         "context managers, of which one makes them all and is open while a batch is played"
     )
     options: dict[str, Any] = Field({}, description="keyword arguments for the factory")
-    tasks: str = Field(
-        description="what is trained on: a JSON lines file, an object a task, or module:function that gives them"
-    )
+    tasks: str = Field(description="what is trained on: a JSON lines file, an object a task, or module:function that gives them")
     timeout: float = recipe_field("environment_timeout")
     per_step: int = Field(8, ge=1, description="tasks in each step, equally many of each tag")
     folder: Path | None = Field(None, description="where modules are looked for first; the recipe's folder where absent")
@@ -271,9 +269,7 @@ class Training(Section):
     old_logprobs: OldLogprobs = recipe_field("old_logprobs")
     tokens_per_row: int = recipe_field("tokens_per_row")
     packing: Packing = recipe_field("packing")
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, more time"
-    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
     sharding: str = Field(
         "none", description="none (every process holds the policy), fsdp2, or a DeepSpeed configuration (configs/deepspeed)"
     )

@@ -19,8 +19,7 @@ from ctcgrpo.util.naming import cut, did_you_mean, quoted
 from ctcgrpo.util.sections import named_value, parse_mapping, read_text, refuse_unknown, validated
 
 _PYTHON_KEY = "'"
-_EXTENDS = "extends"
-"""The key of a recipe that names another one, whose fields it takes where it has none of its own."""
+_EXTENDS = "extends"  # the key of a recipe that names another one, whose fields it takes where it has none of its own
 _OWN_VARIABLES = "CTCGRPO_"
 _OPENING, _CLOSING = "'''':", "# '''; from ctcgrpo.cli import run_recipe"
 

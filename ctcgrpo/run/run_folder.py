@@ -50,8 +50,7 @@ from ctcgrpo.util.naming import first_line
 from ctcgrpo.util.workers import alone
 
 BEST_STEP = "STEP"
-_PATIENCE = 120.0
-"""Seconds for a run that was told to stop to save what it has."""
+_PATIENCE = 120.0  # seconds for a run that was told to stop to save what it has
 
 
 class RunFolder:

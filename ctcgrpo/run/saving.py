@@ -11,10 +11,8 @@ from ctcgrpo.run.startup import SHUTDOWN_TIMEOUT
 from ctcgrpo.util.processes import STOP_SECONDS
 
 _DEFAULT_TIMEOUT = 30.0
-_BYTES_PER_SECOND = 0.5e9
-"""What a disk that nodes share takes from all processes together: an assumption."""
-_LAST_UPDATE = 300
-"""Seconds allowed for the update in progress, which is finished first."""
+_BYTES_PER_SECOND = 0.5e9  # what a disk that nodes share takes from all processes together: an assumption
+_LAST_UPDATE = 300  # seconds allowed for the update in progress, which is finished first
 
 
 def checkpoint_bytes(recipe: Recipe, trained: int) -> float:

@@ -49,10 +49,8 @@ class Validator:
     is_main: bool
     say: Callable[[str], None]
     max_failed: float = 0.5
-    noun: str = "tasks"
-    """What the tasks are called in logs."""
-    record: Callable[[Validation], None] = lambda validation: None
-    """Hears of each validation, on the main process."""
+    noun: str = "tasks"  # what the tasks are called in logs
+    record: Callable[[Validation], None] = lambda validation: None  # hears of each validation, on the main process
     done: dict[int, Validation] = field(default_factory=dict)
     best_step: int | None = None
 

@@ -27,8 +27,7 @@ SCRIPTED = "scripted"
 EMBEDDED = "embedded"
 _URL = ("http://", "https://")
 _TIMEOUT = 240.0
-_PATIENCE = 20.0
-"""Seconds: a person waits."""
+_PATIENCE = 20.0  # Seconds: a person waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +48,7 @@ class SimulatorChoice:
         return _TIMEOUT if self.llm is None else self.llm.deadline + 30
 
     @contextmanager
-    def served(
-        self, scenarios: Iterable[Scenario] = (), *, log: Log | None = None, port: int = 0
-    ) -> Iterator[tuple[str, ...]]:
+    def served(self, scenarios: Iterable[Scenario] = (), *, log: Log | None = None, port: int = 0) -> Iterator[tuple[str, ...]]:
         """The URLs to ask, for as long as the context lasts. Raises RecipeError for a backend that cannot be made, ScenarioError
         for one of `scenarios` that an own server cannot play."""
         if self.urls:

@@ -24,8 +24,7 @@ from ctcgrpo.util.proxies import proxy_of, through_proxy
 _TRANSPORT_ERRORS = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 _LONGEST_PAUSE = 15.0
 _log = logging.getLogger(__name__)
-_LARGEST = 4_000_000
-"""Bytes of a response at most."""
+_LARGEST = 4_000_000  # bytes of a response at most
 
 
 class _NoAnswer(Exception):

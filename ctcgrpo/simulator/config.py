@@ -45,9 +45,7 @@ class Endpoint(Section):
 
     url: str = Field(description="as its documentation gives it: most end with /v1 or /v1/chat/completions; ?query allowed")
     model: str = Field(description="the model's name at this endpoint")
-    key_env: _VariableName | None = Field(
-        None, description="the environment variable with the key; none for an open endpoint"
-    )
+    key_env: _VariableName | None = Field(None, description="the environment variable with the key; none for an open endpoint")
     headers: dict[str, str] = Field(
         {}, description="further headers; ${NAME} in a value becomes that environment variable: api-key: ${AZURE_API_KEY}"
     )
@@ -159,9 +157,7 @@ class Scripted(Section):
     """The scripted user."""
 
     # For studies of credit: with the next turn the share comes back, and all that was earned.
-    reluctance: float = Field(
-        0.0, ge=0, le=1, description="the share of what a reply earns that goes the wrong way at first"
-    )
+    reluctance: float = Field(0.0, ge=0, le=1, description="the share of what a reply earns that goes the wrong way at first")
 
 
 class Budget(Section):

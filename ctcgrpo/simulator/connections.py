@@ -23,15 +23,12 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD = 32_768
-"""Bytes of the request line and the headers together."""
+MAX_HEAD = 32_768  # bytes of the request line and the headers together
 _SURPLUS = 256
 """Connections beyond the limit that may send their request before they get a 503; further ones get it and are closed at once."""
 _SURPLUS_SECONDS = 1.0
-_LINGER_SECONDS = 1.0
-"""How long what a refused client still sends is read and dropped, so that it gets to see the refusal."""
-_MOST_DROPPED = 32_000_000
-"""Bytes of it at most, and of a body whose response has been sent already."""
+_LINGER_SECONDS = 1.0  # how long what a refused client still sends is read and dropped, so that it gets to see the refusal
+_MOST_DROPPED = 32_000_000  # bytes of it at most, and of a body whose response has been sent already
 _REASONS = {
     400: "this is not an HTTP request",
     408: "the request did not arrive in time (server.request_seconds); send it again",
@@ -218,7 +215,5 @@ def _response(status: int) -> bytes:
     if status not in (408, 503):  # where sending it again may help
         problem["kind"] = "simulator_reply"
     body = json.dumps(problem).encode()
-    head = (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-    )
+    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
     return f"{head}connection: close\r\n\r\n".encode() + body

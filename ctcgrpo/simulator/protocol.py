@@ -80,9 +80,7 @@ class ScenarioCard(_Message):
     @classmethod
     def of(cls, scenario: Scenario) -> ScenarioCard:
         fields = {name: getattr(scenario, name) for name in cls.model_fields}
-        return cls(
-            **fields | {"anchors": [anchor._asdict() for anchor in scenario.anchors], "script": dict(scenario.script)}
-        )
+        return cls(**fields | {"anchors": [anchor._asdict() for anchor in scenario.anchors], "script": dict(scenario.script)})
 
 
 class TurnRequest(_Message):
@@ -150,8 +148,7 @@ class TurnReply(_Message):
     usage: Usage = Usage()
 
 
-UNAVAILABLE = "unavailable"
-"""The kind of a TurnProblem that is not for good (503): no LLM can be asked before Retry-After."""
+UNAVAILABLE = "unavailable"  # the kind of a TurnProblem that is not for good (503): no LLM can be asked before Retry-After
 
 
 class TurnProblem(_Message):

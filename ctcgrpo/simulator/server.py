@@ -48,12 +48,9 @@ from ctcgrpo.simulator.service import TurnService, make_backend
 from ctcgrpo.util.naming import cut
 
 _STATUS = {SimulatorReplyError.kind: 422, SimulatorTransportError.kind: 502, BudgetSpent.kind: 402}
-_LOOK_SECONDS = 1.0
-"""How often a turn under way looks for an outage."""
-_SHORT_OUTAGE = 5.0
-"""Seconds: for less, nobody is sent away."""
-_DRAIN_AFTER_ERROR = 5
-"""Seconds that turns in progress get where what started a server ends with an error, Ctrl-C included."""
+_LOOK_SECONDS = 1.0  # how often a turn under way looks for an outage
+_SHORT_OUTAGE = 5.0  # Seconds: for less, nobody is sent away
+_DRAIN_AFTER_ERROR = 5  # seconds that turns in progress get where what started a server ends with an error, Ctrl-C included
 _MOST_QUOTED, _LONGEST_REASON = 20, 2000
 _NAMESPACE = "ctcgrpo_simulator"
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 80, 160)

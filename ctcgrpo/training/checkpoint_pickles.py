@@ -22,8 +22,7 @@ from ctcgrpo.util.files import read_object
 
 _RESTORING = ("load_state_dict", "_load_rng_state")
 """Functions that put what torch.load read in its place. What they raise for a damaged file is of many types."""
-_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-"""torch.load heeds it before its own argument."""
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load heeds it before its own argument
 
 
 @contextlib.contextmanager

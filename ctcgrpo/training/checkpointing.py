@@ -28,10 +28,8 @@ class CheckpointedUpdate(PolicyUpdate):
     _tag_names = ("trl", "grpo", "ctcgrpo")
     _name = "CTC-GRPO"
     _paper: Mapping[str, str] = {"title": "the EIBench paper", "id": "2606.15532"}
-    base_model: str
-    """The name of the model that training starts from, as it was given."""
-    centering: Centering
-    """Of credit, whose state a checkpoint holds."""
+    base_model: str  # the name of the model that training starts from, as it was given
+    centering: Centering  # of credit, whose state a checkpoint holds
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:

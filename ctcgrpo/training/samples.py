@@ -68,8 +68,7 @@ def numbers(info: Info) -> dict[str, float]:
     return {name: float(value) for name, value in info.items() if isinstance(value, int | float)}
 
 
-Key = tuple[int, int]
-"""(group, rollout): which episode of a step."""
+Key = tuple[int, int]  # (group, rollout): which episode of a step
 
 
 @dataclass(frozen=True, slots=True)

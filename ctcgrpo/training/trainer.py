@@ -158,10 +158,8 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         self._updates: list[list[TurnSample]] = []
         self.centering = make_centering(args.centering)
         self._checked = False
-        self.stop_requested = False
-        """Whether any process was interrupted; agreed on by all of them at the end of a step."""
-        self.phase = "the start of the run"
-        """What the trainer is at, for whoever waits for it."""
+        self.stop_requested = False  # whether any process was interrupted; agreed on by all of them at the end of a step
+        self.phase = "the start of the run"  # what the trainer is at, for whoever waits for it
 
     def _schedule(self, args: CTCGRPOConfig) -> list[list[int]]:
         """The tasks of each step, by position. Sets `args.max_steps`, and leaves the order to the schedule."""
@@ -349,9 +347,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
 
     # --- evaluation --------------------------------------------------------------------------------------------------------
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Play `num_generations_eval` episodes of each task of `eval_dataset` (the trainer's where absent), with the same seeds
         each time. Gives their metrics, as training's, with the prefix: eval_outcome/all, eval_outcome/TAG, eval_failed/..."""
         tasks = self._held_out if eval_dataset is None else tasks_of(eval_dataset, "eval_dataset")

@@ -17,8 +17,7 @@ from pydantic import ValidationError
 
 from ctcgrpo.errors import CtcGrpoError, OutputError
 
-COMPLETE = "COMPLETE"
-"""The marker of a folder whose every file is written: it lists them, with their sizes and digests."""
+COMPLETE = "COMPLETE"  # the marker of a folder whose every file is written: it lists them, with their sizes and digests
 _WHOLE = 2**24
 """Bytes of a file up to which all of it enters its digest; of a larger one (weights) this much, in pieces spread over it."""
 _PIECES = 16
@@ -107,9 +106,7 @@ def read_object(file: Path) -> dict[str, Any]:
     return found
 
 
-def collect_records(
-    file: Path, read: Callable[[dict[str, Any]], _T], *, whole_only: bool = False
-) -> tuple[list[_T], list[str]]:
+def collect_records(file: Path, read: Callable[[dict[str, Any]], _T], *, whole_only: bool = False) -> tuple[list[_T], list[str]]:
     """What `read` makes of the objects in a JSON lines file, and what is wrong with the other lines ("NAME, line 3: ..."), where it
     raises ValueError and where they hold no object; nothing where there is no file. `whole_only`: as in `read_json_lines`."""
     if not file.exists():

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
-_MOST = 200
-"""Characters of a value that a message quotes."""
+_MOST = 200  # characters of a value that a message quotes
 _LISTED = 30
 
 
@@ -41,8 +40,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(cut(name) for name in known[:_LISTED])}{more}"
 
 
-_WRITTEN_TO = "checkpoints"
-"""Where runs and evaluations are written by default."""
+_WRITTEN_TO = "checkpoints"  # where runs and evaluations are written by default
 
 
 def is_path(text: str) -> bool:

@@ -38,8 +38,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Ctrl-C, a scheduler's end, a login shell that was closed, and a scheduler's notice before the end."""
 _ONE_SIGNAL, _ONE_SIGNAL_LAUNCHED = 0.5, 3.0
 """Seconds within which two signals are one; a launcher passes on what the terminal has sent already."""
-STOP_SECONDS = 15
-"""Episodes in progress are given up within about so many seconds."""
+STOP_SECONDS = 15  # episodes in progress are given up within about so many seconds
 
 
 @contextlib.contextmanager

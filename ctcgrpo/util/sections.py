@@ -14,8 +14,7 @@ from ctcgrpo.errors import RecipeError
 from ctcgrpo.util.naming import cut, did_you_mean
 from ctcgrpo.util.strict_yaml import MAX_CHARACTERS, load_yaml
 
-_LONGEST_MESSAGE = 600
-"""Characters of what a rule says, which may quote a value."""
+_LONGEST_MESSAGE = 600  # characters of what a rule says, which may quote a value
 _S = TypeVar("_S", bound="Section")
 
 

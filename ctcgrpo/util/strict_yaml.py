@@ -12,13 +12,10 @@ import yaml
 
 from ctcgrpo.util.naming import cut, quoted
 
-MAX_CHARACTERS = 200_000
-"""Of a document; the largest of this package has 38,000."""
-MAX_VALUES = 100_000
-"""Values of a document, each alias counted as all that it stands for."""
+MAX_CHARACTERS = 200_000  # of a document; the largest of this package has 38,000
+MAX_VALUES = 100_000  # values of a document, each alias counted as all that it stands for
 MAX_DEPTH = 50
-_MAX_BITS = 1024
-"""Of a whole number: Python refuses to print one of more than 4,300 digits."""
+_MAX_BITS = 1024  # of a whole number: Python refuses to print one of more than 4,300 digits
 
 
 def _error(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:

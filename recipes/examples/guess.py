@@ -24,9 +24,7 @@ class Guess(Environment):
     async def step(self, reply):
         word, is_long = self.words.pop(0), len(reply.strip()) > 3
         fits = is_long == (word == "dax")
-        return Step(
-            self.words[0] if self.words else None, reward=0.25 * fits, done=not self.words, info={"fits": float(fits)}
-        )
+        return Step(self.words[0] if self.words else None, reward=0.25 * fits, done=not self.words, info={"fits": float(fits)})
 
 
 def train_tasks():

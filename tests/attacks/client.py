@@ -63,9 +63,7 @@ async def _turn(answer: web.Response) -> TurnReply | CtcGrpoError:
 def states_that_are_made_up(tries: Tries) -> None:
     """States that do not follow from the deltas, out of range, of other types: a failed episode, never a score."""
     rng = tries.rng("states")
-    states: list[Any] = [
-        {"anger": a, "trust": t} for a, t in ((0, 100), (68, 42), (70, 40), (-1, 43), (68, 101), (68.5, 43))
-    ]
+    states: list[Any] = [{"anger": a, "trust": t} for a, t in ((0, 100), (68, 42), (70, 40), (-1, 43), (68, 101), (68.5, 43))]
     states += [{"anger": "68x", "trust": 43}, {"anger": None, "trust": 43}, {}, [], "calm", {"anger": 10**400, "trust": 43}]
     states += [{"anger": rng.randrange(69, 101), "trust": rng.randrange(43)} for _ in range(20)]
     for state in states:

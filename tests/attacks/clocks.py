@@ -66,9 +66,7 @@ def clock_jumps(tries: Tries) -> None:
             return error("oops", 500) if n <= 2 else _ok()
 
         async with serving(answer) as provider:
-            return await turns(
-                config(provider.url, deadline=8.0, endpoint__breaker_failures=2, endpoint__breaker_seconds=0.5)
-            )
+            return await turns(config(provider.url, deadline=8.0, endpoint__breaker_failures=2, endpoint__breaker_seconds=0.5))
 
     async def rate_limit() -> Any:
         async with serving(_ok()) as provider:

@@ -161,9 +161,7 @@ def pickles_in_checkpoints(tries: Tries) -> None:
             (checkpoint / "model.safetensors").unlink()
         mark_complete(checkpoint)
         with tries.one(f"{name}, resume"):
-            ran = run(
-                "train", TINY, *FAST, f"run.output_dir={tries.folder}", f"run.name={folder.name}", "training.max_steps=2"
-            )
+            ran = run("train", TINY, *FAST, f"run.output_dir={tries.folder}", f"run.name={folder.name}", "training.max_steps=2")
             assert not marker.exists(), "code of the checkpoint's ran"
             assert not ran.trace, ran.trace
             assert ran.code == 0 or "error: " in ran.err, ran.said[-300:]

@@ -230,9 +230,7 @@ _DIGITS = (b"0", b"1", b"5", b"9", b"-", b"99999999999999999999", b"1e999", b"Na
 
 def mutate(data: bytes, rng: random.Random) -> tuple[str, bytes]:
     """What was done, and what the file holds then."""
-    kind = rng.choice(
-        ["cut", "flip", "zero", "all zero", "repeat", "drop", "digit", "digit", "empty", "append", "swap", "nest"]
-    )
+    kind = rng.choice(["cut", "flip", "zero", "all zero", "repeat", "drop", "digit", "digit", "empty", "append", "swap", "nest"])
     at = rng.randrange(len(data)) if data else 0
     lines = data.split(b"\n")
     line = rng.randrange(len(lines))
@@ -258,9 +256,7 @@ def mutate(data: bytes, rng: random.Random) -> tuple[str, bytes]:
         lines[line], lines[other] = lines[other], lines[line]
         return f"swap lines {line + 1} and {other + 1}", b"\n".join(lines)
     if kind == "append":
-        tail = rng.choice(
-            [b"{", b"null\n", b"[]\n", b"{}\n", b'"\\ud800"\n', b"\xff\xfe\n", b"[" * 20_000 + b"\n", b"9" * 5000]
-        )
+        tail = rng.choice([b"{", b"null\n", b"[]\n", b"{}\n", b'"\\ud800"\n', b"\xff\xfe\n", b"[" * 20_000 + b"\n", b"9" * 5000])
         return f"append {tail[:12]!r}", data + tail
     places = [match.start() for match in re.finditer(rb"\d", data)]
     if kind == "digit" and places:
@@ -270,9 +266,7 @@ def mutate(data: bytes, rng: random.Random) -> tuple[str, bytes]:
     values = [match.span() for match in re.finditer(rb'(?<=: )("[^"\n]*"|[\d.+-]+|null|true|false)', data)]
     if kind == "nest" and values:
         start, end = rng.choice(values)
-        other_value = rng.choice(
-            [b"[]", b"{}", b"null", b"[[[]]]", b'{"a": [1]}', b'""', b"true", b"-1", b"1e308", b"Infinity"]
-        )
+        other_value = rng.choice([b"[]", b"{}", b"null", b"[[[]]]", b'{"a": [1]}', b'""', b"true", b"-1", b"1e308", b"Infinity"])
         return f"value at {start} to {other_value.decode()}", data[:start] + other_value + data[end:]
     return "empty", b""
 

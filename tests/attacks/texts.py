@@ -75,9 +75,7 @@ def template_syntax(tries: Tries) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     contexts = ContextBuilder(tokenizer, stop_ids=frozenset({tokenizer.eos_token_id}), max_prompt_tokens=4000)
     for scenario in load_scenarios("english/test")[::5]:
-        plain = "".join(
-            m["content"] for m in TemplatePrompts().messages(request("Hello.", "I am", "I am!", scenario=scenario))
-        )
+        plain = "".join(m["content"] for m in TemplatePrompts().messages(request("Hello.", "I am", "I am!", scenario=scenario)))
         for syntax in _SYNTAX:
             said = f"I {syntax} am"
             hostile = replace(
@@ -97,9 +95,7 @@ def template_syntax(tries: Tries) -> None:
                 ids, _ = contexts.prompt(contexts.start(opening_messages(hostile, Briefing())))
                 text = tokenizer.decode(ids)
                 assert said in text, text[:300]
-                assert text.count("<|im_end|>") == text.count("<|im_start|>") - 1 + (syntax == "<|im_end|>") * text.count(
-                    said
-                )
+                assert text.count("<|im_end|>") == text.count("<|im_start|>") - 1 + (syntax == "<|im_end|>") * text.count(said)
     for syntax in _SYNTAX:
         with tries.one(f"a model card, {syntax}"):
             recipe = load_recipe(ROOT / "recipes" / "tiny.yaml", ["policy.model=x/y"])

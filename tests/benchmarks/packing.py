@@ -119,9 +119,7 @@ def work(
     assert how is not None
     if packed:
         costs = forward_costs(model, gathers=how != "flex")
-        made = plan(
-            samples, packed=True, tokens_per_row=tokens_per_row, pad_id=0, costs=costs, multiple=row_multiple(how)
-        ).rows
+        made = plan(samples, packed=True, tokens_per_row=tokens_per_row, pad_id=0, costs=costs, multiple=row_multiple(how)).rows
         rows = [(r.to(device), tree_layout(r.segments, how, device)) for r in made if r.segments]
     else:
         made = plain_rows(samples, tokens_per_row=tokens_per_row, pad_id=0)

@@ -59,9 +59,7 @@ def main() -> None:
         for k, s in enumerate(samples)
     ]
     total = sum(map(len, samples))
-    print(
-        f"{len(samples):,} samples, {total:,} tokens; forwarded: {ours(samples):,} here, {theirs(for_trl):,} in TRL's rows"
-    )
+    print(f"{len(samples):,} samples, {total:,} tokens; forwarded: {ours(samples):,} here, {theirs(for_trl):,} in TRL's rows")
     seconds = alternate({"ours": lambda: ours(samples), "theirs": lambda: theirs(for_trl)}, asked.times)
     print(f"planning and packing, TRL's trie to ours: {ratio(seconds['ours'], seconds['theirs'])}")
 

@@ -100,9 +100,7 @@ def main() -> None:
     ends = stop_ids(folder, tokenizer)
     scenarios = load_scenarios("english/train")[:8]
     slots = [
-        Slot(task_of(s), 1, group, rollout)
-        for group, s in enumerate(scenarios)
-        for rollout in range(EPISODES // len(scenarios))
+        Slot(task_of(s), 1, group, rollout) for group, s in enumerate(scenarios) for rollout in range(EPISODES // len(scenarios))
     ]
     word = tokenizer.encode("I", add_special_tokens=False)[0]
     clock = Clock()

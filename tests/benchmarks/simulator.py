@@ -200,9 +200,7 @@ def prompts_of_a_group(rollouts: int = 8, rounds: int = 8) -> list[tuple[str, st
             dialogue, moment = user.split("\n\n# Now\n")
             persona = system[system.index("# Who you are") :]
             asked.append((f"{system}\n{user}", f"{persona}\n# Now\n{moment}\n{system.removesuffix(persona)}\n{dialogue}"))
-            history.append(
-                Utterance(speaker="user", text=rng.choice(REPLIES), reflection=" ".join(rng.choices(REPLIES, k=3)))
-            )
+            history.append(Utterance(speaker="user", text=rng.choice(REPLIES), reflection=" ".join(rng.choices(REPLIES, k=3))))
     return asked
 
 

@@ -102,12 +102,8 @@ def read_key(folder: Path) -> Key:
     pairs = _key_file(folder / f"{PAIRS}.key.json", _PairsKey)
     lines = _key_file(folder / f"{LINES}.key.json", _LinesKey)
     if pairs is None and lines is None:
-        raise OutputError(
-            f"{folder}: no {PAIRS}.key.json and no {LINES}.key.json; `python -m tests.blind pairs` writes them"
-        )
-    return Key(
-        pairs={p.pair: p for p in pairs.pairs} if pairs else {}, lines={x.line: x for x in lines.lines} if lines else {}
-    )
+        raise OutputError(f"{folder}: no {PAIRS}.key.json and no {LINES}.key.json; `python -m tests.blind pairs` writes them")
+    return Key(pairs={p.pair: p for p in pairs.pairs} if pairs else {}, lines={x.line: x for x in lines.lines} if lines else {})
 
 
 def _key_file(file: Path, model: type[_M]) -> _M | None:

@@ -31,9 +31,7 @@ from tests.gpu.running import Result, run_and_write, run_apart
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="launch/test_gpu.sh", description="Try every way in which this project uses a GPU."
-    )
+    parser = argparse.ArgumentParser(prog="launch/test_gpu.sh", description="Try every way in which this project uses a GPU.")
     parser.add_argument("--cpu", action="store_true", help="run what needs no GPU, on a small policy")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="checks whose name contains one of these")
     parser.add_argument("--list", action="store_true", help="name the checks and what they need, and run none")
@@ -101,9 +99,7 @@ def report(results: Sequence[Result], out: Path) -> int:
 
 
 def figures_text(figures: Figures) -> str:
-    return "; ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()
-    )
+    return "; ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items())
 
 
 def _cell(text: str) -> str:

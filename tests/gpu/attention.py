@@ -124,9 +124,7 @@ def side(model: Any, samples: Sequence[TurnSample], how: TreeAttention | None, *
         seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() - before if cuda else 0
     grads = [p.grad.float().flatten() for n, p in model.named_parameters() if "self_attn" in n and p.grad is not None]
-    return Side(
-        torch.cat([scored[k] for k in range(len(samples))]), torch.cat(grads) if grads else torch.zeros(0), seconds, peak
-    )
+    return Side(torch.cat([scored[k] for k in range(len(samples))]), torch.cat(grads) if grads else torch.zeros(0), seconds, peak)
 
 
 def off(plain: Side, other: Side) -> tuple[float, float]:

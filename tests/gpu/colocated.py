@@ -54,9 +54,7 @@ def require_greedy(model: Any, asked: Sequence[Sequence[int]], done: Sequence[Co
     return worst, exact
 
 
-@check(
-    "vLLM beside training: greedy output is transformers' after each of three wakes", seconds=150, gib=22, modules=("vllm",)
-)
+@check("vLLM beside training: greedy output is transformers' after each of three wakes", seconds=150, gib=22, modules=("vllm",))
 def sleep_and_wake(machine: Machine) -> Figures:
     model = load(machine, LARGE, torch.bfloat16, fused_head=False)
     tokenizer = load_tokenizer(str(policy_folder(machine, LARGE)))
@@ -72,9 +70,7 @@ def sleep_and_wake(machine: Machine) -> Figures:
         move(model, step)
         if before:
             stale = float(below_best(model, asked, before).mean())
-            assert stale > TIE, (
-                f"the moved weights would have chosen the same ({stale:.3g} below the best): nothing is shown"
-            )
+            assert stale > TIE, f"the moved weights would have chosen the same ({stale:.3g} below the best): nothing is shown"
         engine.take_weights(step)
         awake = torch.cuda.mem_get_info()[0]
         before = sample(engine, asked, GREEDY)

@@ -51,9 +51,7 @@ def colocated_zero3(machine: Machine) -> Figures:
     return {"processes": processes, "logprob_gap": gap, "seconds/update": found[-1]["seconds/update"]}
 
 
-@check(
-    "Ctrl-C in the middle of a save: it is completed, and the same command resumes", seconds=240, gpus=4, gib=22, on_cpu=True
-)
+@check("Ctrl-C in the middle of a save: it is completed, and the same command resumes", seconds=240, gpus=4, gib=22, on_cpu=True)
 def ctrl_c_during_a_save(machine: Machine) -> Figures:
     folder = machine.scratch / "stopped"
     processes = 1 if machine.on_cpu else 8 if machine.gpus >= 8 else 4

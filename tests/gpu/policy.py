@@ -60,9 +60,7 @@ def policy_folder(machine: Machine, size: Size, dtype: torch.dtype = torch.bfloa
     if not folder.exists():
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        tokenizer = _with_vocabulary(
-            build_tokenizer(s.user_persona for s in load_scenarios("english/train")), size.vocabulary
-        )
+        tokenizer = _with_vocabulary(build_tokenizer(s.user_persona for s in load_scenarios("english/train")), size.vocabulary)
         with torch.device(machine.device):
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(_config(size, tokenizer), dtype=dtype)

@@ -151,9 +151,7 @@ def test_it_resumes_wherever_its_recipe_lies(run: Path, tmp_path: Path, ctcgrpo:
         ("environment.per_step=4", "environment.per_step: 8 -> 4"),
     ],
 )
-def test_another_environment_is_refused_by_name(
-    change: str, reason: str, run: Path, recipe_file: Path, ctcgrpo: Command
-) -> None:
+def test_another_environment_is_refused_by_name(change: str, reason: str, run: Path, recipe_file: Path, ctcgrpo: Command) -> None:
     again = [*QUICK, f"run.output_dir={run.parent}", "training.max_steps=3", change]
     for command in ("train", "check"):
         code, out, err = ctcgrpo(command, str(recipe_file), *again)

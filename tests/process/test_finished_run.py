@@ -29,9 +29,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of recipes/tiny.yaml with a validation section."""
     folder = tmp_path_factory.mktemp("runs")
     quick = ["rollout.group_size=2", "rollout.max_new_tokens=8"]
-    train_here(
-        load_recipe(TINY, [*quick, "validation.scenarios=english/test", "validation.every=1", f"run.output_dir={folder}"])
-    )
+    train_here(load_recipe(TINY, [*quick, "validation.scenarios=english/test", "validation.every=1", f"run.output_dir={folder}"]))
     return folder / "tiny"
 
 

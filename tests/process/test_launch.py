@@ -157,9 +157,7 @@ def test_servers_come_first_and_end_last(cluster: Cluster) -> None:
         assert f"--machine_rank {rank} --main_process_ip node-c" in line and "--num_machines 2 --num_processes 4" in line
         assert line.index("recipes/qwen3_32b.yaml") < line.index("credit.alpha=10")
         assert f"rollout.engine=vllm_server rollout.vllm.urls=[http://127.0.0.1:{cluster.policy}]" in line
-        assert f"simulator.config=null simulator.url=[http://localhost:{cluster.simulator}]" in line and line.endswith(
-            " token"
-        )
+        assert f"simulator.config=null simulator.url=[http://localhost:{cluster.simulator}]" in line and line.endswith(" token")
     ended = [k for k, line in enumerate(lines) if line == "train ended"]
     assert len(ended) == 2 and lines.index("vllm ended policy") > max(ended) and "vllm ended user" in lines
     assert cluster.is_quiet()

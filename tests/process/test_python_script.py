@@ -84,9 +84,7 @@ def test_a_script_on_two_processes_and_resumed(tmp_path: Path) -> None:
     found = json.loads((run / "found.json").read_text())
     assert found["processes"] == 2
     steps = [entry for entry in found["log"] if "outcome/all" in entry]
-    assert (
-        [entry["episodes/valid"] for entry in steps] == [8, 8] and "outcome/rain" in steps[0] and "outcome/sun" in steps[1]
-    )
+    assert [entry["episodes/valid"] for entry in steps] == [8, 8] and "outcome/rain" in steps[0] and "outcome/sun" in steps[1]
     assert found["evaluated"]["eval_episodes/valid"] == 3
     # A group of four is played by one process here; each has written its own episodes.
     for rank, tag in ((0, {"rain", "sun"}), (1, {"rain", "sun"})):

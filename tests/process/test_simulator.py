@@ -50,9 +50,7 @@ class Server:
         self.process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert "simulator 'llm' on http://127.0.0.1" in line, line + (
-            self.process.stderr.read() if self.process.stderr else ""
-        )
+        assert "simulator 'llm' on http://127.0.0.1" in line, line + (self.process.stderr.read() if self.process.stderr else "")
         return self.process
 
 
@@ -125,9 +123,7 @@ def test_an_endpoint_that_is_down_stops_the_run_and_it_resumes(ctcgrpo: Command,
         assert code == 7 and "episodes failed" in err and "the same command again resumes" in err
         traces = list((tmp_path / "down" / "traces").glob("validation-*.jsonl"))
         failures = [json.loads(line)["failure"] for file in traces for line in file.read_text().splitlines()]
-        assert len(failures) == 16 and all(
-            f["kind"] == "simulator_transport" and "HTTP 503" in f["message"] for f in failures
-        )
+        assert len(failures) == 16 and all(f["kind"] == "simulator_transport" and "HTTP 503" in f["message"] for f in failures)
         llm.down = False
         code, _, err = ctcgrpo(*command)
         assert code == 0, err

@@ -157,9 +157,7 @@ def test_a_server_gives_what_the_colocated_engine_gives(colocated: Colocated, ba
 
     try:
         url = f"http://127.0.0.1:{port}/v1/"
-        engine = VllmServerEngine(
-            [url], weights=Nowhere(), stop_ids=colocated.parts.stop_ids, max_length=LENGTH, run="run/0"
-        )
+        engine = VllmServerEngine([url], weights=Nowhere(), stop_ids=colocated.parts.stop_ids, max_length=LENGTH, run="run/0")
         with pytest.raises(PolicyEngineError, match="before it had the policy's weights"):
             asyncio.run(engine.generate([1], seed=0, sampling=SAMPLING))
         wait_for(f"{url}models", server)
@@ -185,9 +183,7 @@ def test_a_server_gives_what_the_colocated_engine_gives(colocated: Colocated, ba
     assert isinstance(cut, PolicyEngineError) and "leaves no room" in str(cut)
     assert isinstance(refused, PolicyEngineError) and f"max_model_len {LENGTH}" in str(refused)
     same = sum(a.token_ids == b.token_ids for a, b in zip(here, there, strict=True))
-    assert same >= 10, (
-        f"{same} of 12 completions are the same"
-    )  # kernels that round otherwise decide a near tie now and then
+    assert same >= 10, f"{same} of 12 completions are the same"  # kernels that round otherwise decide a near tie now and then
     for prompt, a, b in zip(asked, here, there, strict=True):
         assert colocated.gap(prompt, a) < NOISE and colocated.gap(prompt, b) < NOISE
 

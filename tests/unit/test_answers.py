@@ -283,9 +283,7 @@ def mutated(text: str, rng: random.Random) -> str:
         elif what == 2:
             text = text[:at]
         elif what == 3:
-            text = (
-                text[:at] + rng.choice(['{"anger_delta": 10}', "}", '"', "```", "//", "null", "<think>", "999"]) + text[at:]
-            )
+            text = text[:at] + rng.choice(['{"anger_delta": 10}', "}", '"', "```", "//", "null", "<think>", "999"]) + text[at:]
         elif what == 4:
             text = text[:at] + text[at : at + 30] * 2 + text[at + 30 :]
         elif what == 5:

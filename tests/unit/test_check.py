@@ -71,13 +71,9 @@ def test_the_recipes_of_a_laptop_are_ready(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("qwen*.yaml")), ids=lambda f: f.stem)
-def test_a_shipped_recipe_prints_its_plan(
-    file: Path, ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shipped_recipe_prints_its_plan(file: Path, ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DASHSCOPE_API_KEY", raising=False)
-    code, out, err = ctcgrpo(
-        "check", str(file), f"run.output_dir={tmp_path}", "simulator.url=embedded", "simulator.config=null"
-    )
+    code, out, err = ctcgrpo("check", str(file), f"run.output_dir={tmp_path}", "simulator.url=embedded", "simulator.config=null")
     assert "Traceback" not in err and code in (0, 2)
     assert "memory by part" in out and "vLLM" in out + "vLLM" and "in all" in out
     plan = next(line for line in out.splitlines() if "most in the" in line)
@@ -175,9 +171,7 @@ def test_scenarios_that_the_scripted_user_knows_nothing_of_are_warned_of(tmp_pat
     records = [{k: v for k, v in r.items() if k != "script"} for _, r in read_records("english", "train")]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (found,) = look(tmp_path, f"scenarios.train={tmp_path / 'mine.jsonl'}")["scripts"]
-    assert (
-        found.level == "warning" and f"{len(records)} of {len(records)} training scenarios have no script.det" in found.text
-    )
+    assert found.level == "warning" and f"{len(records)} of {len(records)} training scenarios have no script.det" in found.text
     assert "scripts" not in look(tmp_path)
 
 
@@ -192,9 +186,7 @@ def test_room_to_wake_and_threads_for_an_optimizer_on_the_cpu(tmp_path: Path) ->
         subject = Subject(recipe, tmp_path, shape=published_shapes()[recipe.policy.model])
         assert "warning" not in [f.level for f in memory(subject) if "in rollouts" in f.text], file
     file = ROOT / "recipes" / "qwen3_8b_local.yaml"
-    fuller = Subject(
-        load_recipe(file, ["rollout.vllm.gpu_memory=0.45"]), tmp_path, shape=published_shapes()["Qwen/Qwen3-8B"]
-    )
+    fuller = Subject(load_recipe(file, ["rollout.vllm.gpu_memory=0.45"]), tmp_path, shape=published_shapes()["Qwen/Qwen3-8B"])
     (found,) = [f for f in memory(fuller) if f.level == "warning" and "in rollouts" in f.text]
     assert "93% in rollouts" in found.text and "lower rollout.vllm.gpu_memory to stay below 90%" in found.text
 
@@ -221,9 +213,7 @@ def test_what_a_run_costs(tmp_path: Path) -> None:
 def test_parameters_are_counted_exactly_but_for_norms(tiny: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny)
     exact = sum(p.numel() for p in model.parameters())
-    assert (
-        shape_of(model.config).parameters == pytest.approx(exact, rel=0.005) and shape_of(model.config).parameters <= exact
-    )
+    assert shape_of(model.config).parameters == pytest.approx(exact, rel=0.005) and shape_of(model.config).parameters <= exact
     billions = {name: round(s.parameters / 1e9, 1) for name, s in published_shapes().items()}
     assert billions["Qwen/Qwen3-8B"] == 8.2 and billions["Qwen/Qwen3-32B"] == 32.8 and billions["Qwen/Qwen3-1.7B"] == 1.7
     from peft import LoraConfig, get_peft_model

@@ -84,9 +84,7 @@ def test_good_replies_score_well() -> None:
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_what_does_not_listen_scores_badly(
-    what: str, replies: Callable[[Scenario], list[str | Speaker]], limit: float
-) -> None:
+def test_what_does_not_listen_scores_badly(what: str, replies: Callable[[Scenario], list[str | Speaker]], limit: float) -> None:
     scores = by_scene(replies)
     assert all(score < limit for score in scores.values()), (what, scores)
 
@@ -111,9 +109,7 @@ def test_no_written_sentence_has_a_character_where_it_cannot_stand() -> None:
     for s in SCENARIOS.values():
         texts += [s.opening_line, s.user_persona, s.policy_persona, *(d["line"] for d in s.script["details"])]
         texts += [line for lines in s.script["lines"].values() for line in lines]
-    clauses = [
-        clause for text in texts for s in LANGUAGE.sentences(text) for clause in re.split("[，、；：,。！？!?…\n]+", s)
-    ]
+    clauses = [clause for text in texts for s in LANGUAGE.sentences(text) for clause in re.split("[，、；：,。！？!?…\n]+", s)]
     assert len(clauses) > 5000
     assert not [clause for clause in clauses if LANGUAGE.misplaced.search(clause)]
 

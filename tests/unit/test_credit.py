@@ -150,9 +150,7 @@ def test_leave_one_out_by_hand() -> None:
     # The first is alone in turns 1 and 2: no baseline.
     assert first == pytest.approx([-a - 0.3, -a + 0.75, -a - 0.15]) and second == pytest.approx([a + 0.3])
     tokens = [[30, 10, 10], [40], [20]]
-    first, *_ = turn_advantages(
-        [0.0, 1.0, 1.0], [0] * 3, [*scores, [0.1]], centering="group_loo", center_weights=tokens, alpha=1
-    )
+    first, *_ = turn_advantages([0.0, 1.0, 1.0], [0] * 3, [*scores, [0.1]], centering="group_loo", center_weights=tokens, alpha=1)
     assert np.diff(first) == pytest.approx([0.03, -0.06])
     assert first[0] - turn_advantages([0.0, 1.0, 1.0], [0] * 3, [*scores, [0.1]], alpha=0)[0][0] == pytest.approx(
         0.02 - (40 * 0.04 + 20 * 0.1) / 60

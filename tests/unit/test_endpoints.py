@@ -175,9 +175,7 @@ async def test_a_turn_waits_beyond_its_deadline_while_all_endpoints_are_unavaila
         asked = await turns(config(provider.url, deadline=0.8, patience=5), "support", "defense")
     assert asked.results == ["Thanks."] * 2 and 2.0 <= time.monotonic() - started < 4
     (said,) = asked.said
-    assert (
-        "every LLM endpoint is unavailable" in said and f"HTTP {status}: slow down" in said and "next attempt is at" in said
-    )
+    assert "every LLM endpoint is unavailable" in said and f"HTTP {status}: slow down" in said and "next attempt is at" in said
 
 
 async def test_the_reason_of_an_outage_outlives_calls_that_were_under_way() -> None:
@@ -199,9 +197,7 @@ async def test_an_open_breaker_is_waited_for_and_a_patience_that_passes_names_th
         return error("no upstream", 502) if down["now"] else says(done())
 
     async with serving(answer) as provider:
-        settings = config(
-            provider.url, deadline=0.8, patience=3, endpoint__breaker_seconds=1.2, endpoint__breaker_failures=1
-        )
+        settings = config(provider.url, deadline=0.8, patience=3, endpoint__breaker_seconds=1.2, endpoint__breaker_failures=1)
         backend = LlmBackend.configured(settings, None, say=lambda text: None)
         assert (await backend.react(request("Hello."))).reply == "Thanks."
         down["now"] = True
@@ -336,9 +332,7 @@ async def test_what_a_provider_says_is_told(answer: web.Response, told: str) -> 
         (says(gzip.compress(b" " * 20_000_000), Content_Encoding="gzip"), "malformed", "larger than 8 MB", True),
     ],
 )
-async def test_what_is_no_completion_is_tried_again_and_named(
-    answer: web.Response, result: str, told: str, paid: bool
-) -> None:
+async def test_what_is_no_completion_is_tried_again_and_named(answer: web.Response, result: str, told: str, paid: bool) -> None:
     async with serving(answer) as provider:
         asked = await turns(config(provider.url, deadline=2.0))
     assert isinstance(asked.error, SimulatorTransportError) and set(asked.calls) == {result}
@@ -437,9 +431,7 @@ async def test_what_is_not_set_is_not_sent() -> None:
     (body,) = (await sent(endpoint__extra_body={"temperature": None, "seed": None, "thinking": {"budget": None}})).asked
     assert not {"temperature", "seed"} & set(body) and body["thinking"] == {"budget": None}
     with pytest.raises(ValidationError, match="exclude each other"):
-        Llm.model_validate(
-            {"endpoints": [{"url": "http://a/v1", "model": "m"}], "max_tokens": 5, "max_completion_tokens": 6}
-        )
+        Llm.model_validate({"endpoints": [{"url": "http://a/v1", "model": "m"}], "max_tokens": 5, "max_completion_tokens": 6})
 
 
 async def test_urls_are_taken_as_documentation_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:

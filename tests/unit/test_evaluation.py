@@ -596,9 +596,7 @@ def test_a_summary_by_hand(tmp_path: Path) -> None:
     assert summary["groups"]["a"]["mean"] == pytest.approx(-0.1) and summary["groups"]["b"]["n"] == 1
     assert (summary["results"], summary["failed"], summary["failures"]) == (6, 2, {"x": 2})
     # Means over scenarios: 0, 1, 0; of dialogues one.
-    assert (
-        summary["measures"]["escalated"]["mean"] == pytest.approx(1 / 3) and summary["measures"]["escalated"]["count"] == 1
-    )
+    assert summary["measures"]["escalated"]["mean"] == pytest.approx(1 / 3) and summary["measures"]["escalated"]["count"] == 1
     assert figures([]) == {"mean": None, "ci95": None, "n": 0}
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
@@ -780,9 +778,7 @@ def test_mock_models_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyP
         evaluate(wanted, tmp_path / bench, display="none")
         for result in read_results(tmp_path / bench):
             # What a mock says is no verdict and no user's line; it was asked, and nothing else failed.
-            assert result.failure is None or "usable" in result.failure[1] or "Unreadable" in result.failure[1], (
-                result.failure
-            )
+            assert result.failure is None or "usable" in result.failure[1] or "Unreadable" in result.failure[1], result.failure
 
 
 def test_a_leaderboard_keeps_apart_what_cannot_be_compared(tmp_path: Path, ctcgrpo: Command) -> None:

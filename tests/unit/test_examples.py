@@ -45,9 +45,7 @@ def test_guess_as_a_recipe(ctcgrpo: Command, tmp_path: Path) -> None:
 
 
 def test_a_reward_of_one_s_own_as_a_recipe(ctcgrpo: Command, tmp_path: Path) -> None:
-    code, _, err = ctcgrpo(
-        "train", str(EXAMPLES / "own_reward.yaml"), f"run.output_dir={tmp_path}", *QUICK, "validation=null"
-    )
+    code, _, err = ctcgrpo("train", str(EXAMPLES / "own_reward.yaml"), f"run.output_dir={tmp_path}", *QUICK, "validation=null")
     assert code == 0, err
     episodes = traced(tmp_path / "own_reward")
     assert len(episodes) == 16 and len({episode["tag"] for episode in episodes}) == 4

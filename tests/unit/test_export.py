@@ -60,10 +60,7 @@ def test_an_export_loads_and_says_what_was_measured(run: Path, ctcgrpo: Command)
     card = (run / "four" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "transformers" and "base_model" in front
-    assert (
-        "eibench task on the bundled pack english/test; rounds 3, " in card
-        and "temperature 1.0, top-p 0.9, top-k off" in card
-    )
+    assert "eibench task on the bundled pack english/test; rounds 3, " in card and "temperature 1.0, top-p 0.9, top-k off" in card
     assert "EIBench (" not in card.replace("EIBench (eibench/train)", "")  # trained on it, not measured on it
     for part in ("| overall (16) | -0.500 | -0.250 |", "| charm | -0.500 | -0.250 |", "+0.250", "+0.100 to +0.400", "qwen3-max",
                  "ctcgrpo/12345678", "CC BY-NC 4.0", "the 4 policy", "all weights", "variant `training`"):  # fmt: skip
@@ -74,8 +71,7 @@ def test_an_export_loads_and_says_what_was_measured(run: Path, ctcgrpo: Command)
     card = (run / "best-one" / "README.md").read_text()
     assert (
         "the best policy" in card
-        and "Simulated user: scripted;\na score is comparable only with one of the same data, settings and simulator."
-        in card
+        and "Simulated user: scripted;\na score is comparable only with one of the same data, settings and simulator." in card
     )
 
 
@@ -149,9 +145,7 @@ def test_zero_1_in_bfloat16_is_exported_from_its_rounded_weights(run: Path, ctcg
 def test_an_export_that_is_another_policy_is_not_written(run: Path, tiny: Path, ctcgrpo: Command) -> None:
     """An adapter on a head that is tied to the embedding: merged, it changes both."""
     base = AutoModelForCausalLM.from_pretrained(tiny)
-    adapted = get_peft_model(
-        base, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
-    )
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM"))
     adapted.save_pretrained(run / "checkpoint-6")
     for weights in (run / "checkpoint-6").glob("model*.safetensors"):
         weights.unlink()
@@ -164,9 +158,7 @@ def test_an_export_that_is_another_policy_is_not_written(run: Path, tiny: Path, 
 
 def test_an_adapter_is_merged_into_the_policy_that_was_trained(run: Path, tiny: Path, ctcgrpo: Command) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny)
-    adapted = get_peft_model(
-        base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    )
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"))
     adapted.save_pretrained(run / "checkpoint-6")
     (run / "checkpoint-6" / "model.safetensors").unlink()
     mark_complete(run / "checkpoint-6")

@@ -145,9 +145,7 @@ def test_scenarios_without_a_script_are_warned_of() -> None:
     assert unscripted_warning(scenarios, "training scenarios") is None
     bare = [dataclasses.replace(s, script={"lines": {}}) for s in scenarios[:5]]
     warning = unscripted_warning([*bare, *scenarios[5:]], "training scenarios") or ""
-    assert warning.startswith(
-        f"5 of {len(scenarios)} training scenarios have no script.details ({bare[0].id}, {bare[1].id}, "
-    )
+    assert warning.startswith(f"5 of {len(scenarios)} training scenarios have no script.details ({bare[0].id}, {bare[1].id}, ")
     assert "ctcgrpo scenarios new" in warning and "simulator.config" in warning
 
 
@@ -169,11 +167,7 @@ def test_layouts_are_broken_and_mended() -> None:
     parts = persona.split("### ")
     assert "out of order" in " ".join(layout_problems("### ".join(["", *reversed(parts[1:])]), "user", "en"))
     assert (
-        list(
-            layout_problems(
-                mended("### ".join(["", *(p + "\n\n" for p in reversed(parts[1:]))]), "user", "en"), "user", "en"
-            )
-        )
+        list(layout_problems(mended("### ".join(["", *(p + "\n\n" for p in reversed(parts[1:]))]), "user", "en"), "user", "en"))
         == []
     )
     assert list(layout_problems(persona.replace("### Aim", "### Aims"), "user", "en")) == [
@@ -264,9 +258,7 @@ def paraphrased(record: Record, rng: random.Random, *, share: float) -> Record:
                 continue
             parts = re.split(r"(?<=[.!?])\s+", line)
             rng.shuffle(parts)
-            lines.append(
-                " ".join(re.sub(r"[A-Za-z']+", lambda m: _other(m[0], vocabulary, rng, share), part) for part in parts)
-            )
+            lines.append(" ".join(re.sub(r"[A-Za-z']+", lambda m: _other(m[0], vocabulary, rng, share), part) for part in parts))
         told[profile]["system_prompt"] = "\n".join(lines)
     told |= {"id": "leak", "title": "Another title", "goal_one_liner": "Another goal."}
     return told
@@ -287,9 +279,7 @@ def paraphrased_in_chinese(record: Record, rng: random.Random) -> Record:
             parts = re.split(r"(?<=[。！？])", line)
             if not line.startswith("###"):
                 rng.shuffle(parts)
-                parts = [
-                    re.sub(r"[^，。]+", lambda m: "另外一种说法" if rng.random() < 1 / 6 else m[0], part) for part in parts
-                ]
+                parts = [re.sub(r"[^，。]+", lambda m: "另外一种说法" if rng.random() < 1 / 6 else m[0], part) for part in parts]
             lines.append("".join(parts))
         told[profile]["system_prompt"] = "\n".join(lines)
     return told | {"id": "leak", "title": "换一个题目", "goal_one_liner": "换一个目标"}
@@ -343,10 +333,7 @@ def test_a_split_is_stratified_and_leaks_nothing() -> None:
     for scene in SCENES:
         share = sum(r["scene_tag"] == scene for r in test) / sum(r["scene_tag"] == scene for r in records)
         assert 0.15 < share < 0.25
-    assert (
-        held_out(records, share=0.2, threshold=0.5) == chosen
-        and held_out(records, share=0.2, threshold=0.5, seed=1) != chosen
-    )
+    assert held_out(records, share=0.2, threshold=0.5) == chosen and held_out(records, share=0.2, threshold=0.5, seed=1) != chosen
     assert not any(held_out(records, share=0.0, threshold=0.5))
 
 

@@ -189,16 +189,12 @@ def test_one_invalid_record_does_not_refuse_a_data_set(ctcgrpo: Command, publish
             sends(lambda body: chunks(first_line(body)), Transfer_Encoding="chunked"), "ended too early", id="cut chunks"
         ),
         pytest.param(sends(first_line), "comes without a length", id="no length"),
-        pytest.param(
-            sends(lambda body: b" " * 10_000, Content_Length="1000000000000"), "1000000000000 bytes or more", id="huge"
-        ),
+        pytest.param(sends(lambda body: b" " * 10_000, Content_Length="1000000000000"), "1000000000000 bytes or more", id="huge"),
         pytest.param(
             sends(lambda body: chunks(b" " * 10**6) * 60, Transfer_Encoding="chunked"), "bytes or more", id="endless chunks"
         ),
         pytest.param(sends(lambda body: b"<html>\n", Content_Length="7"), "not valid JSON", id="a page"),
-        pytest.param(
-            redirects("http://localhost:{port}/train/charm_final.jsonl"), "redirects to 'http://localhost", id="host"
-        ),
+        pytest.param(redirects("http://localhost:{port}/train/charm_final.jsonl"), "redirects to 'http://localhost", id="host"),
         pytest.param(redirects("http://127.0.0.1:9/x"), "redirects to 'http://127.0.0.1:9/x'; expected", id="port"),
         pytest.param(redirects("http://github.com/x"), "redirects to 'http://github.com/x'", id="a known host without TLS"),
         pytest.param(redirects("https://github.com.evil.example/x"), "redirects to", id="a host that looks known"),
@@ -231,9 +227,7 @@ def test_what_comes_whole_is_taken(ctcgrpo: Command, published: Path, answer: An
     assert len(load_scenarios("eibench/test", "test")) == 16
 
 
-def test_a_slow_server_is_given_up(
-    ctcgrpo: Command, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_server_is_given_up(ctcgrpo: Command, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "_PATIENCE", 0.5)
     with mirror(published, trickles) as url:
         code, _, err = ctcgrpo("scenarios", "fetch", "eibench", "--source", url, "--yes")
@@ -246,9 +240,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Makes a mirror the published source."""
 
     def pin(url: str) -> None:
-        here = dataclasses.replace(
-            fetch.DATASETS["eibench"], source=url, listing=f"{url}/tree", counts={"train": 64, "test": 16}
-        )
+        here = dataclasses.replace(fetch.DATASETS["eibench"], source=url, listing=f"{url}/tree", counts={"train": 64, "test": 16})
         monkeypatch.setitem(fetch.DATASETS, "eibench", here)
 
     return pin

@@ -52,9 +52,7 @@ def test_short_sincere_replies_are_well_taken(language: str, least: float) -> No
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_sincere_replies_are_hardly_ever_taken_for_the_users_words(language: str) -> None:
     spoken = [*SHORT[language], *json.loads((DATA / "sincere.json").read_text(encoding="utf-8"))[language]]
-    spoken += [
-        Said(scenario=n, turn=k, reply=r) for n, good in good_replies(language).items() for k, r in enumerate(good[:5])
-    ]
+    spoken += [Said(scenario=n, turn=k, reply=r) for n, good in good_replies(language).items() for k, r in enumerate(good[:5])]
     blamed = [said for said in spoken if re.search("turns my own words|mixes up", reaction(language, said).why)]
     assert len(spoken) > 200 and len(blamed) <= len(spoken) / 200, blamed
 

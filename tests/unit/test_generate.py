@@ -96,9 +96,7 @@ def test_two_hundred_are_asked_for_killed_half_way_and_each_ends_as_something(tm
         assert len(refused) == len(by_mistake["refusal"]) and all(line["attempts"] == 3 for line in refused)
         assert 0 < len(alike) < copies and len(rejected) == len(refused) + len(alike)
         assert {f"{line['scene']}" for line in report} == set(SCENES)
-        assert (
-            f"200 asked for: {states['rejected']} rejected, {states['repaired']} repaired, {states['valid']} valid" in said
-        )
+        assert f"200 asked for: {states['rejected']} rejected, {states['repaired']} repaired, {states['valid']} valid" in said
         assert f"{report[0]['id']}" == "new-support-0001"
         for line in report:
             for told in (*line["repairs"], *line["reasons"]):
@@ -132,9 +130,7 @@ def test_held_out_sets_dead_endpoints_and_budgets(tmp_path: Path, ctcgrpo: Comma
         more = written(tmp_path, fake.url, seed=1, writer={**yaml.safe_load(file.read_text())["writer"], "deadline": 1.0})
         code, said, problem = ctcgrpo("scenarios", "generate", str(more), str(tmp_path / "none"), "--count", "2")
         assert (
-            code == 10
-            and "2 unanswered" in said
-            and "2 requests got no answer; the same command asks for them again" in problem
+            code == 10 and "2 unanswered" in said and "2 requests got no answer; the same command asks for them again" in problem
         )
         fake.down = False
         assert ctcgrpo("scenarios", "generate", str(more), str(tmp_path / "none"), "--count", "2")[0] == 0
@@ -357,9 +353,7 @@ def test_what_does_not_pass_the_gate_is_reported(tmp_path: Path, ctcgrpo: Comman
     write_layout(records, tmp_path / "set")
     code, out, problem = ctcgrpo("scenarios", "gate", str(tmp_path / "set"))
     assert code == 3 and "2 of 3 scenarios" in problem
-    assert (
-        "support-train-01: its record has no script" in out and "support-train-02: the good policy is not 0.3 ahead" in out
-    )
+    assert "support-train-01: its record has no script" in out and "support-train-02: the good policy is not 0.3 ahead" in out
     french = load_scenarios(tmp_path / "set")[2]
     from dataclasses import replace
 

@@ -66,9 +66,7 @@ def test_the_tables_are_the_models(name: str) -> None:
 
 
 def test_the_endpoints_are_the_routes() -> None:
-    routes = {
-        (route.path, "POST" if "POST" in route.methods else "GET") for route in SimulatorServer(SCRIPTED_USER).app().routes
-    }  # type: ignore[attr-defined]
+    routes = {(route.path, "POST" if "POST" in route.methods else "GET") for route in SimulatorServer(SCRIPTED_USER).app().routes}  # type: ignore[attr-defined]
     listed = {tuple(reversed(row[0].strip("`").split())) for row in table("endpoint")}
     assert listed == routes
 

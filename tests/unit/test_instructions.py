@@ -119,9 +119,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, str]]]:
 
 def play(folder: Path, **task: Any) -> dict[str, Any]:
     roles = {} if "simulator" in task else {"simulator": "scripted/user"}
-    return evaluate(
-        Evaluation("eibench", "scripted/talker", task={"rounds": 2, **task}, roles=roles), folder, display="none"
-    )
+    return evaluate(Evaluation("eibench", "scripted/talker", task={"rounds": 2, **task}, roles=roles), folder, display="none")
 
 
 def test_evaluation_tells_the_model_what_training_does_and_says_so(

@@ -240,9 +240,7 @@ def test_weights_that_an_engine_does_not_take_end_the_run_after_saving(
     assert f"http://server:8000 did not take lm_head: gone. Saved {saved}; the same command again resumes" in err
 
 
-def test_an_update_in_progress_is_finished_and_saved(
-    ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_update_in_progress_is_finished_and_saved(ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = CTCGRPOTrainer.update_rows
 
     def update_rows(self: CTCGRPOTrainer, *arguments: Any) -> Any:

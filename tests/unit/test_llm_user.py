@@ -305,9 +305,7 @@ async def test_concurrency_and_rate_are_kept() -> None:
         simulator(configuration(llm, endpoint__requests_per_minute=20, deadline=4.0)) as (url, _),
     ):
         async with SimulatorClient(url) as client:
-            results = await asyncio.gather(
-                *(client.turn(request("Hello.", seed=k)) for k in range(30)), return_exceptions=True
-            )
+            results = await asyncio.gather(*(client.turn(request("Hello.", seed=k)) for k in range(30)), return_exceptions=True)
         assert 20 <= len(llm.requests) <= 22 and sum(isinstance(r, SimulatorTransportError) for r in results) >= 8
 
 

@@ -59,9 +59,7 @@ def test_known_noise_is_measured(tmp_path: Path) -> None:
     for scene, n in noise.items():
         assert n.turns == 36 and (n.failed > 0) == (scene == "repair")
         assert n.anger == pytest.approx(2.09, abs=0.25) and n.trust == pytest.approx(2.09, abs=0.25)
-        assert n.within == pytest.approx(
-            0.0209, abs=0.0025
-        )  # both axes move together: r has the noise of one, in hundredths
+        assert n.within == pytest.approx(0.0209, abs=0.0025)  # both axes move together: r has the noise of one, in hundredths
         assert n.between == pytest.approx(0.0327, abs=0.009)
         assert n.of_mean(4) > n.reliability > 0.5
 

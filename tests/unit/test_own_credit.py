@@ -116,9 +116,7 @@ def test_a_function_that_fails_in_training_is_one_line_and_loses_no_episode(ctcg
     (tmp_path / "own_m.py").write_text("def f(r, gamma):\n    return r if r.sum() > -0.15 else [1][len(r)]\n")
     code, _, err = ctcgrpo("train", TINY, *FAST, "credit.credit=own_m:f", f"run.output_dir={tmp_path}")
     assert code == 2 and err.count("\n") == 1, err
-    assert (
-        "error: credit.credit = 'own_m:f' raised IndexError: list index out of range" in err and "own_m.py, line 2)" in err
-    )
+    assert "error: credit.credit = 'own_m:f' raised IndexError: list index out of range" in err and "own_m.py, line 2)" in err
     lines = (tmp_path / "tiny" / "traces" / "step-000001.rank-0.jsonl").read_text().splitlines()
     assert len(lines) == 8 and all(turn["credit"] is None for line in lines for turn in json.loads(line)["turns"])
 

@@ -124,9 +124,7 @@ def test_every_sample_is_scored_as_it_is_alone(samples: list[TurnSample], budget
 
 @settings(deadline=None)
 @given(sample_lists(), st.integers(8, 80), st.integers(1, 4))
-def test_rows_keep_to_the_budget_and_processes_take_equally_many(
-    samples: list[TurnSample], budget: int, processes: int
-) -> None:
+def test_rows_keep_to_the_budget_and_processes_take_equally_many(samples: list[TurnSample], budget: int, processes: int) -> None:
     plans = planned(samples, budget=budget, processes=processes)
     assert len({len(made.rows) for made in plans}) == 1 and len({made.forwarded for made in plans}) == 1
     rows = [row for made in plans for row in made.rows if len(row.at)]

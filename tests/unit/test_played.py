@@ -117,9 +117,7 @@ def test_a_policy_of_a_run_is_evaluated_as_it_was_trained(
     assert summary["task"]["rounds"] == 2 and summary["generation"]["max_tokens"] == 12 and summary["unlike_trained"] == []
 
     code, out, err = ctcgrpo(*shlex.split(command)[1:], "--rounds", "1", "--limit", "2", "--out", "mine")
-    assert (
-        code == 0 and "not comparable with its validations: rounds 1 (the run: 2)\n" in out
-    )  # an option goes before the run
+    assert code == 0 and "not comparable with its validations: rounds 1 (the run: 2)\n" in out  # an option goes before the run
     assert "--out mine-as-trained" in out
     code, out, _ = ctcgrpo("show", "tiny")
     told = " ".join(out.split())

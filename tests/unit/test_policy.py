@@ -178,9 +178,7 @@ def test_an_opening_line_cannot_become_control_tokens(tokenizer: Any) -> None:
 
 def test_reasoning_never_closed_leaves_an_empty_reply(tokenizer: Any) -> None:
     contexts = builder(tokenizer)
-    dialogue = contexts.extend(
-        contexts.start(opening(SUPPORT)), completion(tokenizer, "<think>on and on", cut=True), "Well?"
-    )
+    dialogue = contexts.extend(contexts.start(opening(SUPPORT)), completion(tokenizer, "<think>on and on", cut=True), "Well?")
     assert "on and on" not in tokenizer.decode(contexts.prompt(dialogue)[0])
 
 
@@ -298,9 +296,7 @@ def test_words_that_were_added_are_words(tiny: Path) -> None:
     tokenizer.add_tokens(["night", "\U0001f600", "e"])
     contexts = builder(tokenizer)
     contexts.check(openings(SUPPORT, CHARM))
-    said = contexts.extend(
-        contexts.start(opening(SUPPORT)), completion(tokenizer, "Good night."), "night \U0001f600 e<|im_end|>"
-    )
+    said = contexts.extend(contexts.start(opening(SUPPORT)), completion(tokenizer, "Good night."), "night \U0001f600 e<|im_end|>")
     assert "night \U0001f600 e<|im_end|>" in tokenizer.decode(contexts.prompt(said)[0])
 
 

@@ -394,9 +394,7 @@ def test_push_to_hub(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
     assert not any("traces" in name or "base" in name or "jsonl" in name for name in upload["files"])
     card = " ".join(upload["card"].split())
     assert "Model Card for my-run" in card and "fine-tuned version of `builtin/tiny`" in card
-    assert (
-        "trained with CTC-GRPO, a method introduced in [the EIBench paper](https://huggingface.co/papers/2606.15532)" in card
-    )
+    assert "trained with CTC-GRPO, a method introduced in [the EIBench paper](https://huggingface.co/papers/2606.15532)" in card
     assert "DeepSeekMath" not in card and "- ctcgrpo" in upload["card"] and "base_model: None" not in upload["card"]
     assert made.args.output_dir == str(tmp_path / "my-run")
 
@@ -413,9 +411,7 @@ def test_a_base_model_from_the_hub_is_named(tmp_path: Path, tiny: Path, monkeypa
 @pytest.mark.parametrize("strategy", ["every_save", "all_checkpoints"])
 def test_pushing_while_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
     hub = Hub(monkeypatch)
-    made = trainer(
-        tmp_path, push_to_hub=True, hub_strategy=strategy, hub_always_push=True, save_strategy="steps", save_steps=1
-    )
+    made = trainer(tmp_path, push_to_hub=True, hub_strategy=strategy, hub_always_push=True, save_strategy="steps", save_steps=1)
     made.train()
     policies = [upload for upload in hub.uploads if "path_in_repo" not in upload]
     assert len(policies) == 2 and all(upload["files"] >= _POLICY for upload in policies)
@@ -608,9 +604,7 @@ def test_several_updates_of_a_batch(tmp_path: Path) -> None:
 def test_what_the_readme_shows_runs(tmp_path: Path) -> None:
     code = re.search(r"```python\n(from ctcgrpo import CTCGRPOConfig.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert code is not None
-    text = (
-        code[1].replace("Qwen/Qwen3-0.6B", "builtin/tiny").replace("checkpoints/polite", str(tmp_path)).replace("128", "8")
-    )
+    text = code[1].replace("Qwen/Qwen3-0.6B", "builtin/tiny").replace("checkpoints/polite", str(tmp_path)).replace("128", "8")
     exec(compile(text, "README.md", "exec"), found := {"__name__": "readme"})
     assert found["trainer"].state.global_step == 6  # three epochs of two tasks
     assert all(len(episode["turns"]) == 3 for episode in traced(tmp_path))

@@ -57,9 +57,7 @@ def test_published_settings() -> None:
 
 
 def test_the_quickstart_is_the_longer_run_cut_short() -> None:
-    longer, short = (
-        load_recipe(ROOT / "recipes" / f"{name}.yaml").model_dump(mode="json") for name in ("smollm2", "quickstart")
-    )
+    longer, short = (load_recipe(ROOT / "recipes" / f"{name}.yaml").model_dump(mode="json") for name in ("smollm2", "quickstart"))
     assert differences(longer, short) == [
         "run.name: smollm2 -> quickstart",
         "training.max_steps: 40 -> 16",

@@ -167,9 +167,7 @@ def test_a_real_run_has_the_credit_that_it_was_trained_with(
         return samples
 
     monkeypatch.setattr("ctcgrpo.training.trainer.turn_samples", kept)
-    code, _, err = ctcgrpo(
-        "train", TINY, *FAST, f"run.output_dir={tmp_path}", "credit.centering=scene", "training.max_steps=2"
-    )
+    code, _, err = ctcgrpo("train", TINY, *FAST, f"run.output_dir={tmp_path}", "credit.centering=scene", "training.max_steps=2")
     assert code == 0, err
     run = read_run(tmp_path / "tiny")
     metrics = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
@@ -213,9 +211,7 @@ def test_the_headline_and_the_facts_by_hand(tmp_path: Path) -> None:
     assert figures_of(read_run(folder))["headline"] is None  # one validation says nothing of training
     with (folder / "validation.jsonl").open("a") as out:
         scores = {"s1": [0.3, 0.5], "s2": [0.1]}
-        out.write(
-            json.dumps({"step": 4, "outcomes": scores, "scenes": {"s1": "support", "s2": "charm"}, "failed": 0}) + "\n"
-        )
+        out.write(json.dumps({"step": 4, "outcomes": scores, "scenes": {"s1": "support", "s2": "charm"}, "failed": 0}) + "\n")
     (folder / "simulator.json").write_text(json.dumps({"backend": "llm", "models": ["qwen3-max"], "prompts": "ctcgrpo/1"}))
     found = figures_of(read_run(folder))
     headline = found["headline"]
@@ -341,9 +337,7 @@ def test_a_browser_opens_the_page(browser: Any, tmp_path: Path) -> None:
         told = [float(colored.nth(k).get_attribute("data-advantage")) for k in range(colored.count())]
         assert told == pytest.approx([a for e in run.episodes[:3] for a in advantages(e) or ()], abs=1e-5)
         for k, advantage in enumerate(told):
-            red, green = map(
-                int, re.findall(r"\d+", colored.nth(k).evaluate("e => getComputedStyle(e).backgroundColor"))[:2]
-            )
+            red, green = map(int, re.findall(r"\d+", colored.nth(k).evaluate("e => getComputedStyle(e).backgroundColor"))[:2])
             assert (green > red) == (advantage > 0)
             sign = "+" if advantage > 0 else "−"
             assert f"advantage {sign}{abs(advantage):.2f}" in colored.nth(k).inner_text()
@@ -384,9 +378,7 @@ def test_charts_have_round_ticks_a_zero_line_one_look_a_scene_and_values_on_hove
         for step in (0, 7, 23)
     ]
     (folder / "validation.jsonl").write_text("".join(json.dumps(v) + "\n" for v in validations))
-    metrics = [
-        {"step": n, "outcome/all": n / 40 - 0.3, **{f"outcome/{s}": n / 50 - 0.2 for s in SCENES}} for n in range(1, 24)
-    ]
+    metrics = [{"step": n, "outcome/all": n / 40 - 0.3, **{f"outcome/{s}": n / 50 - 0.2 for s in SCENES}} for n in range(1, 24)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
     file = tmp_path / "report.html"
     write_report(read_run(folder), file)

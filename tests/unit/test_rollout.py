@@ -51,9 +51,7 @@ class Parts:
         self.stop_ids = frozenset({self.tokenizer.eos_token_id})
 
     def batcher(self, max_batch: int = 16) -> TransformersBatcher:
-        return TransformersBatcher(
-            self.model, pad_id=self.tokenizer.pad_token_id, stop_ids=self.stop_ids, max_batch=max_batch
-        )
+        return TransformersBatcher(self.model, pad_id=self.tokenizer.pad_token_id, stop_ids=self.stop_ids, max_batch=max_batch)
 
     def engine(self, max_batch: int = 16, **options: Any) -> ContinuousEngine:
         engine = ContinuousEngine(self.batcher(max_batch), **options)
@@ -92,9 +90,7 @@ def sampled(episodes: Sequence[Episode]) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("truncation", [{}, {"top_p": 0.7, "top_k": 40}, {"top_k": 5}])
-async def test_recorded_logprobs_are_the_recomputed_ones(
-    parts: Parts, simulator_url: str, truncation: dict[str, Any]
-) -> None:
+async def test_recorded_logprobs_are_the_recomputed_ones(parts: Parts, simulator_url: str, truncation: dict[str, Any]) -> None:
     sampling = Sampling(temperature=0.7, max_new_tokens=12, **truncation)
     episodes = await parts.runner(simulator_url, sampling=sampling).run(SLOTS)
     lost = 0.0

@@ -131,9 +131,7 @@ def test_broken_json_is_named_with_its_line(ctcgrpo: Command, pack: Path) -> Non
         assert code == 3 and "support_final.jsonl, line 5: not valid JSON" in (err if command[0] == "train" else out)
 
 
-def test_a_run_warns_of_scenarios_that_the_scripted_user_knows_nothing_of(
-    ctcgrpo: Command, pack: Path, tmp_path: Path
-) -> None:
+def test_a_run_warns_of_scenarios_that_the_scripted_user_knows_nothing_of(ctcgrpo: Command, pack: Path, tmp_path: Path) -> None:
     edit(pack / "charm_final.jsonl", 2, lambda r: r.pop("script"))
     command = ("train", TINY, f"run.output_dir={tmp_path / 'out'}", "policy.lora={target_modules: [nope]}")  # ends early
     code, out, _ = ctcgrpo(*command, f"scenarios.train={pack}")
@@ -294,9 +292,7 @@ def test_a_run_that_fails_too_often_stops_and_can_go_on(ctcgrpo: Command, tmp_pa
         assert "step 2: 8 of 8 episodes failed ({'simulator_reply': 8})" in err and "no words left" in err
         assert "checkpoint-1; the same command again resumes" in err
         traces = (tmp_path / "tiny" / "traces" / "step-000002.rank-0.jsonl").read_text().splitlines()
-        assert all(
-            json.loads(t)["outcome"] is None and "no words left" in json.loads(t)["failure"]["message"] for t in traces
-        )
+        assert all(json.loads(t)["outcome"] is None and "no words left" in json.loads(t)["failure"]["message"] for t in traces)
 
         changed, _, err = ctcgrpo(*command, "credit.alpha=3")
         assert changed == 6 and "credit.alpha: 15.0 -> 3.0" in err and "run.name=NAME" in err
@@ -389,9 +385,7 @@ def test_a_run_that_resumes_meets_the_same_data(ctcgrpo: Command, pack: Path, ti
 
     lines = whole.splitlines(keepends=True)
     file.write_text("".join(lines[:8]))
-    refused(
-        "other data", "scenarios.train: 8 removed (support-train-09, support-train-10, support-train-11, ...)", "validation."
-    )
+    refused("other data", "scenarios.train: 8 removed (support-train-09, support-train-10, support-train-11, ...)", "validation.")
     file.write_text("".join(lines[::-1]))
     refused("scenarios.train: in another order")
     file.write_text(whole.replace("### Background", "### Altered background", 1))
@@ -538,9 +532,7 @@ def _validated(line: str) -> str:
     return json.dumps({"overall": found.overall})
 
 
-def test_weights_and_biases_offline_learn_no_secret(
-    ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_and_biases_offline_learn_no_secret(ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")  # so that the run's own setting is undone afterwards
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -558,8 +550,7 @@ def test_weights_and_biases_offline_learn_no_secret(
     assert {"outcome/all", "outcome/charm", "validation/overall", "validation/support"} <= set(told)
     assert any(name.startswith("dialogues") for name in told)
     assert [json.loads(value) for value in told["validation/overall"]] == [
-        json.loads(line)["overall"]
-        for line in map(_validated, (tmp_path / "tiny" / "validation.jsonl").read_text().splitlines())
+        json.loads(line)["overall"] for line in map(_validated, (tmp_path / "tiny" / "validation.jsonl").read_text().splitlines())
     ]
     [table] = (tmp_path / "tiny" / "wandb").glob("offline-run-*/files/media/table/*.json")
     rows = json.loads(table.read_text())

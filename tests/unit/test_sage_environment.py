@@ -71,9 +71,7 @@ async def test_rewards_are_changes_and_the_outcome_is_what_is_left() -> None:
     assert [step.info["emotion"] for step in steps[:4]] == [45, 35, 45, 50] and steps[0].info["why"] == "觉得被理解了"
     assert environment.outcome() == pytest.approx(0.4 + sum(step.reward or 0 for step in steps)) == pytest.approx(0.55)
     assert steps[-1].message is None and len(user.prompts) == 18 and len(set(user.seeds)) == 18
-    assert (
-        user.prompts[2].count("对方：回复") == 2 and "人物：好累。\n对方：回复1\n人物：嗯。\n对方：回复2" in user.prompts[2]
-    )
+    assert user.prompts[2].count("对方：回复") == 2 and "人物：好累。\n对方：回复1\n人物：嗯。\n对方：回复2" in user.prompts[2]
     assert "45（0 到 100" in user.prompts[2] and "情绪等级：B" in user.prompts[1]
 
 

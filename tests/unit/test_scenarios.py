@@ -105,9 +105,7 @@ def test_a_folder_with_both_splits(tmp_path: Path, record: dict[str, Any]) -> No
     assert [s.id for s in load_scenarios(tmp_path, "test")] == ["test"]
 
 
-def test_datasets_are_found_under_the_data_home(
-    tmp_path: Path, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_datasets_are_found_under_the_data_home(tmp_path: Path, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CTCGRPO_DATA", str(tmp_path))
     with pytest.raises(ScenarioError, match=r"'eibench/train' not found.*ctcgrpo scenarios fetch eibench"):
         load_scenarios("eibench/train")
@@ -344,9 +342,7 @@ def test_the_bundled_pack() -> None:
 
 
 def bundled() -> list[Scenario]:
-    return [
-        s for pack in ("english", "chinese") for split in ("train", "test") for s in load_scenarios(f"{pack}/{split}", split)
-    ]
+    return [s for pack in ("english", "chinese") for split in ("train", "test") for s in load_scenarios(f"{pack}/{split}", split)]
 
 
 def test_anger_of_the_bundled_users_is_as_far_from_the_target_as_in_eibench() -> None:

@@ -48,9 +48,7 @@ def test_trust_improves_upwards(trust: int, s_trust: float) -> None:
         (100, -1, 1),
     ],
 )
-def test_a_target_above_the_initial_anger_is_where_the_variants_differ(
-    anger: int, training: float, evaluation: float
-) -> None:
+def test_a_target_above_the_initial_anger_is_where_the_variants_differ(anger: int, training: float, evaluation: float) -> None:
     assert outcome_score(UserState(anger, 50), BOUNDARY, "training") == pytest.approx(0.5 * training)
     assert outcome_score(UserState(anger, 50), BOUNDARY, "evaluation") == pytest.approx(0.5 * evaluation)
 

@@ -150,9 +150,7 @@ def test_headings_and_everyday_words_are_nobodys_matter() -> None:
     """A persona's layout and small words once counted as substance, so that "I would prefer" engaged with any detail."""
     for scenario in SCENARIOS.values():
         matter = Knowledge(ScenarioCard.of(scenario), LANGUAGE).matter
-        assert not matter & LANGUAGE.content(
-            "Behaviour, preferences, aim, style, speaking, get, never, not, ago, aloud, exactly"
-        )
+        assert not matter & LANGUAGE.content("Behaviour, preferences, aim, style, speaking, get, never, not, ago, aloud, exactly")
 
 
 def test_good_replies_seldom_do_harm() -> None:

@@ -195,9 +195,7 @@ async def test_a_state_has_to_be_the_one_before_plus_the_deltas(
                 assert await client.turn(request(UserState(*before))) == answer
                 return
             expected = UserState(*before).plus(*deltas)
-            reason = (
-                f"state is anger {after[0]}, trust {after[1]}; expected anger {expected.anger}, trust {expected.trust}: "
-            )
+            reason = f"state is anger {after[0]}, trust {after[1]}; expected anger {expected.anger}, trust {expected.trust}: "
             with pytest.raises(SimulatorReplyError, match=reason):
                 await client.turn(request(UserState(*before)))
         assert count[0] == 1

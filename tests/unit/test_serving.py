@@ -56,9 +56,7 @@ def test_beyond_loopback_a_token_is_required(ctcgrpo: Command, monkeypatch: pyte
     names = ("127.evil.com", "127.0.0.1.nip.io", "127.", "localhost.evil.com", "127.0.0.1 ", "")
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", "::ffff:10.0.0.1", *names):
         check_listening(host, "token", "X")
-        with pytest.raises(
-            RecipeError, match=f"listening on {host!r} needs a bearer token, and X is blank or not set: set X"
-        ):
+        with pytest.raises(RecipeError, match=f"listening on {host!r} needs a bearer token, and X is blank or not set: set X"):
             check_listening(host, None, "X")
     for blank in (None, "", " ", "\t\n "):
         monkeypatch.delenv("CTCGRPO_SIMULATOR_TOKEN", raising=False)

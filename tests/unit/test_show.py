@@ -112,9 +112,7 @@ def test_a_turn_without_a_score_is_shown(run: Path) -> None:
         file.write_text("".join(json.dumps(episode) + "\n" for episode in episodes))
     out = io.StringIO()
     show_run(run, Console(file=out, width=120), scenario="a")
-    assert (
-        out.getvalue().count("not scored") == 2 == out.getvalue().count("reward +0.250") == out.getvalue().count("User: So?")
-    )
+    assert out.getvalue().count("not scored") == 2 == out.getvalue().count("reward +0.250") == out.getvalue().count("User: So?")
     assert out.getvalue().count("User:") == 4  # the last turns heard nothing
 
 

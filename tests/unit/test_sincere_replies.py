@@ -97,9 +97,7 @@ def test_a_fact_counts_once_and_is_no_substitute_for_listening() -> None:
 def test_of_what_is_past_you_never_may_praise() -> None:
     praise = "You brought me coffee when my mother died, and you never told me to be brave."
     assert "blame" not in why("support-train-07", 0, praise)
-    blame = reaction(
-        "english", {"scenario": "support-train-07", "turn": 0, "reply": "You never listen to what anybody says."}
-    )
+    blame = reaction("english", {"scenario": "support-train-07", "turn": 0, "reply": "You never listen to what anybody says."})
     assert "puts the blame on me" in blame.why
 
 

@@ -215,9 +215,7 @@ def test_check_says_what_a_run_would_fetch(as_smollm2: ModelWheel, tmp_path: Pat
     assert (level, measured) == ("ok", True) and parameters < 1e6
 
 
-def test_a_run_trains_from_it_and_is_evaluated_and_exported(
-    as_smollm2: ModelWheel, tmp_path: Path, ctcgrpo: Command
-) -> None:
+def test_a_run_trains_from_it_and_is_evaluated_and_exported(as_smollm2: ModelWheel, tmp_path: Path, ctcgrpo: Command) -> None:
     recipe = ROOT / "recipes" / "tiny.yaml"
     overrides = ["policy.model=builtin/smollm2", f"run.output_dir={tmp_path}", "training.max_steps=1", "rollout.max_turns=1"]
     overrides += ["policy.lora={rank: 4}", "rollout.group_size=2", "training.updates_per_step=1"]

@@ -273,9 +273,7 @@ def test_a_store_that_is_cut_off_is_refused_by_name(whole: Path, tmp_path: Path,
     data = (whole / "data.mdb").read_bytes()
     size = kept if isinstance(kept, int) else int(kept * len(data))
     folder = damaged(whole, tmp_path / "s", data[:size])
-    with pytest.raises(
-        OutputError, match=f"store: {folder}: {problem}.*; try moving the folder away: .*lost to the account"
-    ):
+    with pytest.raises(OutputError, match=f"store: {folder}: {problem}.*; try moving the folder away: .*lost to the account"):
         Store(folder)
 
 

@@ -181,9 +181,7 @@ def test_a_sweep_that_was_killed_goes_on_and_repeats_nothing(tmp_path: Path, mon
     process.wait()
     before = starts.read_text().splitlines()
     time.sleep(1.5)  # whoever it had started is told to stop
-    finished = {
-        f"{f.parent.parent.parent.name}/{f.parent.parent.name}" for f in folder.glob("trial-*/seed-*/final/COMPLETE")
-    }
+    finished = {f"{f.parent.parent.parent.name}/{f.parent.parent.name}" for f in folder.glob("trial-*/seed-*/final/COMPLETE")}
     assert 2 <= len(finished) < 8
     rows = run(file, folder)
     after = [line.split()[0] for line in starts.read_text().splitlines()[len(before) :]]
@@ -233,9 +231,7 @@ def test_runs_that_fail_are_told_with_their_reason_and_run_again(tmp_path: Path,
     before = len(starts.read_text().splitlines())
     monkeypatch.setenv("FAKE_TRAIN", f"count={starts}")
     mended = run(file, tmp_path / "out")
-    assert [row["state"] for row in mended] == ["done"] * 4 and {row["trial"] for row in mended} == {
-        r["trial"] for r in rows
-    }
+    assert [row["state"] for row in mended] == ["done"] * 4 and {row["trial"] for row in mended} == {r["trial"] for r in rows}
     assert len(starts.read_text().splitlines()) - before == 4, "and what was finished did not"
 
 
@@ -252,9 +248,7 @@ def test_the_command_fails_where_a_trial_did(tmp_path: Path, ctcgrpo: Command, m
     monkeypatch.setenv("FAKE_TRAIN", "fail=0")
     monkeypatch.setattr(coordinator, "run_sweep", partial(run_sweep, train=TRAIN))
     code, out, err = ctcgrpo("sweep", str(written(tmp_path / "s.yaml")), "--out", str(tmp_path), "--name", "x")
-    assert (
-        code == RunFailed.exit_code and "2 of 4 trials failed (trial-0000, trial-0001)" in err and "policy.model 'x'" in out
-    )
+    assert code == RunFailed.exit_code and "2 of 4 trials failed (trial-0000, trial-0001)" in err and "policy.model 'x'" in out
 
 
 def test_a_changed_recipe_is_another_sweep(tmp_path: Path) -> None:

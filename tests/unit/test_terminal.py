@@ -73,9 +73,7 @@ def test_a_console_prints_foreign_text_as_text_wherever_it_stands(colors: bool) 
     console.print(Panel(Text(EVIL), title=Text(EVIL), subtitle=Text(EVIL)), table)
     console.print(EVIL, markup=False, soft_wrap=True, style="red")
     shown = out.getvalue()
-    assert (
-        "RED" in shown and "\x1b[2J" not in shown and "\x1b]0" not in shown and "\x07" not in shown and "\u202e" not in shown
-    )
+    assert "RED" in shown and "\x1b[2J" not in shown and "\x1b]0" not in shown and "\x07" not in shown and "\u202e" not in shown
     if colors:
         assert "\x1b[" in shown  # its own styles are still there
     else:
@@ -117,9 +115,7 @@ def test_chat_prints_what_a_foreign_simulator_says_as_text(ctcgrpo: Command, mon
 def test_evaluations_are_printed_as_text(tmp_path: Path, ctcgrpo: Command) -> None:
     evil = EVIL.replace("\ud800", "")
     for name, score in (("a", 0.1), ("b", 0.2)):
-        results = [
-            Result(f"{evil}{k}", 1, evil, score, {}, None, (Line("user", evil), Line("model", evil))) for k in range(2)
-        ]
+        results = [Result(f"{evil}{k}", 1, evil, score, {}, None, (Line("user", evil), Line("model", evil))) for k in range(2)]
         facts = {
             "model": f"{name}{evil}",
             "other": {"models": [evil]},

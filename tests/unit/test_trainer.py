@@ -38,9 +38,7 @@ def test_the_comparison_covers_both_sides_of_the_clip_and_a_failure(tiny: Path) 
 
 
 @pytest.mark.parametrize("loss_weights", ["token", "turn"])
-def test_gradients_are_those_of_the_formula_turn_by_turn(
-    tiny: Path, plain: sameness.Outcome, loss_weights: LossWeights
-) -> None:
+def test_gradients_are_those_of_the_formula_turn_by_turn(tiny: Path, plain: sameness.Outcome, loss_weights: LossWeights) -> None:
     if loss_weights == "turn":
         plain = sameness.run(str(tiny), tokens_per_row=300, packing="segments", loss_weights=loss_weights)
     episodes = sameness.fixed_episodes(str(tiny))

@@ -103,9 +103,7 @@ def test_the_scene_baseline_is_used_after_it_was_learned_and_leaves_failures_out
 
 
 def test_shuffled_advantages_are_the_same_ones_elsewhere() -> None:
-    episodes = [
-        episode(g, r, [(-r, r), (g, -1), (2, r)][: 2 + r % 2], 0.1 * r - 0.2 * g) for g in range(3) for r in range(4)
-    ]
+    episodes = [episode(g, r, [(-r, r), (g, -1), (2, r)][: 2 + r % 2], 0.1 * r - 0.2 * g) for g in range(3) for r in range(4)]
     options = CreditOptions()
     summaries = [summarise(e, options) for e in episodes]
     true = step_credit(summaries, options, make_centering(options.centering)).advantages
@@ -118,9 +116,7 @@ def test_shuffled_advantages_are_the_same_ones_elsewhere() -> None:
 
 
 def test_shuffled_turn_scores_leave_the_outcome_terms() -> None:
-    episodes = [
-        episode(g, r, [(-r, r), (g, -1), (2, r)][: 2 + r % 2], 0.1 * r - 0.2 * g) for g in range(3) for r in range(4)
-    ]
+    episodes = [episode(g, r, [(-r, r), (g, -1), (2, r)][: 2 + r % 2], 0.1 * r - 0.2 * g) for g in range(3) for r in range(4)]
     episodes.append(episode(0, 4, [(-9, 9)], math.nan))
     options = CreditOptions(centering="none")
     summaries = [summarise(e, options) for e in episodes]
@@ -232,9 +228,7 @@ def test_a_dual_clip_bounds_what_a_likely_token_costs() -> None:
     advantages = torch.tensor([-1.0, -1.0, 1.0])
 
     def sums(dual_clip: float | None) -> TokenSums:
-        return token_sums(
-            logprobs, torch.zeros(3), torch.zeros(3), advantages, clip=0.2, entropy_bonus=0.0, dual_clip=dual_clip
-        )
+        return token_sums(logprobs, torch.zeros(3), torch.zeros(3), advantages, clip=0.2, entropy_bonus=0.0, dual_clip=dual_clip)
 
     assert sums(None).loss.item() == pytest.approx(5 + 2 - 1.2) and int(sums(None).clipped) == 1
     assert sums(3.0).loss.item() == pytest.approx(3 + 2 - 1.2) and int(sums(3.0).clipped) == 2

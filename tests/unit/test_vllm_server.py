@@ -38,9 +38,7 @@ def status(code: int, text: str = "no") -> Answer:
 
 
 @asynccontextmanager
-async def serving(
-    *answers: Answer, length: int = 64, developing: bool = True
-) -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
+async def serving(*answers: Answer, length: int = 64, developing: bool = True) -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
     """The k-th request gets the k-th answer, the last one for ever; gives URL and what was asked."""
     asked: list[dict[str, Any]] = []
 

@@ -234,9 +234,7 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def test_copies_are_complete_before_they_are_sent(
-    stream: Stream, servers: list[Server], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copies_are_complete_before_they_are_sent(stream: Stream, servers: list[Server], monkeypatch: pytest.MonkeyPatch) -> None:
     policy = Policy(stream)
     sender = weights(policy, servers, monkeypatch)
     for shift in (0.0, 0.5):
@@ -359,9 +357,7 @@ def test_a_server_with_other_weights_stops_the_run(servers: list[Server]) -> Non
     engine(server, score=score, vocabulary=1000, temperature=0.5).take_weights(1)
     offset[0] = 0.21
     made = engine(server, score=score, vocabulary=1000, temperature=0.5)
-    with pytest.raises(
-        PolicyEngineError, match=f"{server.url} samples from other weights than it was sent: .* 0.21 nats off"
-    ):
+    with pytest.raises(PolicyEngineError, match=f"{server.url} samples from other weights than it was sent: .* 0.21 nats off"):
         made.take_weights(1)
     assert made.version is None
     server.logprob = lambda prompt, k: float("nan")

@@ -18,9 +18,7 @@ _TIMEOUT = 60.0  # seconds that a server may be silent
 _PART = 1 << 16
 
 
-def download(
-    url: str, target: Path, *, largest: int, patience: float, hosts: tuple[str, ...] = (), accept: str = "*/*"
-) -> None:
+def download(url: str, target: Path, *, largest: int, patience: float, hosts: tuple[str, ...] = (), accept: str = "*/*") -> None:
     """Write the content of `url` to `target`: at most `largest` bytes, in `patience` seconds. Redirects are followed to where `url`
     is, and over https to `hosts`. Raises ScenarioError for what cannot be had, comes incomplete, is too large or too slow."""
     request = urllib.request.Request(url, headers={"Accept": accept})

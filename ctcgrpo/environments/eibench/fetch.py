@@ -27,8 +27,7 @@ from ctcgrpo.util.terminal import say
 
 _LARGEST, _PATIENCE = 50_000_000, 900.0
 """Bytes of a file at most, where those of EIBench have some 2 to 6 million; and seconds that it may take."""
-_LIST_LARGEST, _LIST_PATIENCE = 10_000_000, 60.0
-"""Of a list of files, where GitHub truncates those above 7 MB."""
+_LIST_LARGEST, _LIST_PATIENCE = 10_000_000, 60.0  # of a list of files, where GitHub truncates those above 7 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +123,7 @@ def _listed(dataset: DataSet, source: str | None, verify: bool, scratch: Path) -
         try:
             return listed_by_github(dataset.listing, scratch), f"compared with {commit} by {dataset.listing}"
         except ScenarioError as error:
-            advice = (
-                f"pass the {dataset.folder} folder of a clone with --source, or take the files unchecked with --unverified"
-            )
+            advice = f"pass the {dataset.folder} folder of a clone with --source, or take the files unchecked with --unverified"
             problem = f"{error}; without it the files cannot be compared with {commit}"
             raise ScenarioError(f"{problem}. Try again later, {advice}") from None
     if _is_url(source):

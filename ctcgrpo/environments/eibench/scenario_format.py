@@ -165,8 +165,7 @@ def check_record(record: Mapping[str, Any], place: str, split: Split = "train") 
         id=parsed.id,
         title=parsed.title,
         scene=scene,
-        language=parsed.language
-        or ("zh" if len(_HAN.findall(user.system_prompt)) > 0.2 * len(user.system_prompt) else "en"),
+        language=parsed.language or ("zh" if len(_HAN.findall(user.system_prompt)) > 0.2 * len(user.system_prompt) else "en"),
         user_persona=user.system_prompt.strip(),
         opening_line="" if rules.policy_opens else user.opening_line.strip(),
         policy_persona=policy.system_prompt.strip(),

@@ -29,8 +29,7 @@ ANGER, TRUST, REPLY = "anger_delta", "trust_delta", "reply"
 CONTINUE, REFLECTION, STOP_REASON = "continue", "reflection", "stop_reason"
 
 ProblemKind = Literal["empty", "no_object", "several", "missing", "not_a_number", "out_of_range", "not_yes_or_no", "leak"]
-_BEYOND = 2 * MAX_DELTA
-"""A change of up to this much is an exaggeration and is clipped; anything larger is no change at all."""
+_BEYOND = 2 * MAX_DELTA  # A change of up to this much is an exaggeration and is clipped; anything larger is no change at all
 _MOST, _MOST_BRACES = 16_000, 60
 """Characters, and opening braces among them: no answer worth reading has more, and repairing one takes seconds."""
 

@@ -27,8 +27,7 @@ from ctcgrpo.types import Message
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
-_LONGEST_BACK = 4000
-"""Characters of an unreadable answer that are shown to the LLM again."""
+_LONGEST_BACK = 4000  # characters of an unreadable answer that are shown to the LLM again
 
 
 class ChatModel(Protocol):
@@ -148,9 +147,7 @@ class LlmBackend(SimulatorBackend):
                 problem = error
         why = last.note or f"{problem}{', cut off by llm.max_tokens' if last.ended == 'length' else ''}"
         shown = f"; it said {_excerpt(last.text)!r}" if last.text else ""
-        raise SimulatorReplyError(
-            f"{last.endpoint} gave no usable answer in {self._tries} tries (last problem: {why}{shown})"
-        )
+        raise SimulatorReplyError(f"{last.endpoint} gave no usable answer in {self._tries} tries (last problem: {why}{shown})")
 
 
 def _excerpt(text: str) -> str:

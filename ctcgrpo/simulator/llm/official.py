@@ -73,9 +73,7 @@ class OfficialPolicyPrompts:
         # Their dialogue loop names the scene where the policy opens, and only there.
         scene = {} if said else {"scene_tag": scenario.scene.capitalize()}
         with _failing_as(PolicyEngineError):
-            messages = self._evaluation._router(
-                self._builder._build_defender_messages(profile, history, **scene), model="policy"
-            )
+            messages = self._evaluation._router(self._builder._build_defender_messages(profile, history, **scene), model="policy")
             return [{"role": m["role"], "content": str(m["content"])} for m in messages]
 
 
@@ -109,9 +107,7 @@ def _load(file: Path, *functions: str) -> types.ModuleType:
             raise RecipeError(f"llm.official: {file} cannot be loaded: {type(error).__name__}: {error}") from None
     for name in functions:
         if not callable(getattr(module, name, None)):
-            raise RecipeError(
-                f"llm.official: {file} has no function {name}; it is not the version that this was written for"
-            )
+            raise RecipeError(f"llm.official: {file} has no function {name}; it is not the version that this was written for")
     return module
 
 

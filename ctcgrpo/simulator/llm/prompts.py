@@ -24,8 +24,7 @@ from ctcgrpo.simulator.protocol import ScenarioCard, TurnRequest
 from ctcgrpo.types import Message
 
 _FOLDER = Path(__file__).parent / "prompts"
-_LONGEST_LINE = 6000
-"""Characters of an utterance that the simulator reads: far more than 1,024 tokens of talk."""
+_LONGEST_LINE = 6000  # characters of an utterance that the simulator reads: far more than 1,024 tokens of talk
 _LEAK_WORDS, _LEAK_CHARACTERS = 9, 16
 _UNSPACED = r"[\u3040-\u30ff\u3400-\u9fff]"
 _CONTROL = re.compile(r"[<>]|\[(?=/?g?s?[A-Z_]{3,}\])")
@@ -37,9 +36,7 @@ class TemplatePrompts:
 
     def __init__(self, *, reflections: bool = True) -> None:
         self._reflections = reflections
-        texts = [
-            f"{p.relative_to(_FOLDER).as_posix()}\n{p.read_text(encoding='utf-8')}" for p in sorted(_FOLDER.rglob("*.j2"))
-        ]
+        texts = [f"{p.relative_to(_FOLDER).as_posix()}\n{p.read_text(encoding='utf-8')}" for p in sorted(_FOLDER.rglob("*.j2"))]
         digest = sha256("\0".join(texts).encode()).hexdigest()[:8]
         self.name = f"ctcgrpo/{digest}{'' if reflections else '/no-reflections'}"
 

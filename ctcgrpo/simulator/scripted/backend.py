@@ -17,10 +17,8 @@ from ctcgrpo.simulator.scripted.rules import Finding, Heard, findings
 
 _MOST_CREDIT = 9
 _SHORT_TEMPER = 1.5
-_MEMORY = 100
-"""Lines of the dialogue that a reply is compared with; what lies further back is forgotten."""
-_LONGEST_LINE = 20_000
-"""In characters; the rest of a longer line is not heard."""
+_MEMORY = 100  # lines of the dialogue that a reply is compared with; what lies further back is forgotten
+_LONGEST_LINE = 20_000  # in characters; the rest of a longer line is not heard
 
 
 class ScriptedBackend(SimulatorBackend):

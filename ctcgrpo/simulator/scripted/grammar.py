@@ -21,10 +21,8 @@ _BY_PLACE: list[tuple[str, str, str]] = _RULES["by_place"]
 _FUNCTION_TAGS = frozenset("DPOXMZITCW")
 _LONGEST_CONTENT_RUN = 5
 _LONGEST_FRAGMENT = 9
-_SHORT = 4
-"""In words: up to here any words that can stand side by side may be a sentence ("Good evening, Mr Danciu")."""
-_LEAST_FUNCTION = 0.2
-"""The least share of function words: one in five, as in "My cellar fridge stands empty"."""
+_SHORT = 4  # in words: up to here any words that can stand side by side may be a sentence ("Good evening, Mr Danciu")
+_LEAST_FUNCTION = 0.2  # the least share of function words: one in five, as in "My cellar fridge stands empty"
 _SUBJECTS = frozenset(["i", "he", "she", "we", "they", "you", "it"])
 _ONLY_SUBJECTS = _SUBJECTS - {"you", "it"}
 _OBJECTS = frozenset(["me", "him", "her", "us", "them", "you"])
@@ -115,9 +113,7 @@ def is_spliced(tokens: Sequence[str], lexicon: Mapping[str, str], takes_clause: 
 
 def _is_put_first(tokens: Sequence[str], at: int, lexicon: Mapping[str, str]) -> bool:
     """Whether a clause opens there with a preposition: "You did, and without them I would have drowned"."""
-    return "I" in _tags_of(tokens[at], lexicon) and (
-        at == 0 or tokens[at - 1] == "," or "C" in _tags_of(tokens[at - 1], lexicon)
-    )
+    return "I" in _tags_of(tokens[at], lexicon) and (at == 0 or tokens[at - 1] == "," or "C" in _tags_of(tokens[at - 1], lexicon))
 
 
 def _is_noun(tokens: Sequence[str], at: int, lexicon: Mapping[str, str]) -> bool:

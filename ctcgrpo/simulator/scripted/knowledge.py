@@ -18,8 +18,7 @@ from ctcgrpo.util.naming import did_you_mean
 _HEADING = re.compile(r"^#+.*$", re.MULTILINE)
 _FACT = re.compile(r"^\s*\d+[.、)]\s*(.+)$", re.MULTILINE)
 _MOST_DETAILS = 6
-_MOST_FACTS = 100
-"""Sentences of a persona that count."""
+_MOST_FACTS = 100  # sentences of a persona that count
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,10 +27,8 @@ _CLAUSE = re.compile(r"[，、；：,]")
 _BREAK = re.compile(r"[;:()\"“”—–]| - |--")
 _LONGEST_SENTENCE = 500
 """In characters; a longer stretch without an end is read in pieces of this length, so that no pattern meets more at once."""
-_KEPT = 8192
-"""Texts whose reading is kept: personas and earlier lines are read again at every turn of a dialogue."""
-_stemmers = threading.local()
-"""A stemmer keeps state while it works: one for each thread."""
+_KEPT = 8192  # texts whose reading is kept: personas and earlier lines are read again at every turn of a dialogue
+_stemmers = threading.local()  # A stemmer keeps state while it works: one for each thread
 
 _Words = Annotated[frozenset[str], BeforeValidator(lambda words: str(words).split())]
 _AnyOf = Annotated[re.Pattern[str], BeforeValidator(lambda patterns: "|".join(f"(?:{p})" for p in patterns))]

@@ -13,21 +13,16 @@ from ctcgrpo.simulator.scripted.language import Language, stem
 
 _RUN = 4
 _SHORTEST_FRAME = 5
-_MOST_SENTENCES = 200
-"""What comes after so many sentences is not read: long before, a reply tires."""
-_CHARACTERS_A_WORD = 2
-"""Most words of Chinese have two."""
-_SHORTEST_MIX_UP = 3
-"""In words (pairs of characters in Han script)."""
+_MOST_SENTENCES = 200  # what comes after so many sentences is not read: long before, a reply tires
+_CHARACTERS_A_WORD = 2  # most words of Chinese have two
+_SHORTEST_MIX_UP = 3  # in words (pairs of characters in Han script)
 _ENDED = re.compile(r"[.!?…。！？][\"')\]”’」]*\s*$")
-_NAME = re.compile(r"\b[A-Z][a-z]+\b(?=[,.!?])")
-"""Somebody is called by a name; people shorten names."""
+_NAME = re.compile(r"\b[A-Z][a-z]+\b(?=[,.!?])")  # somebody is called by a name; people shorten names
 _VOCATIVE = re.compile(r"^(?:[A-Z][\w.]* ?){1,3}(?=,)|(?<=, )(?:[A-Z][\w.]* ?){1,3}(?=[,.!?])")
 """Somebody is addressed, at the beginning of a sentence or after a comma."""
 _DERIVES = frozenset(["er", "ers", "or", "ors", "y", "ly", "ment", "ness", "ful", "less", "en"])
 """Endings that make a word out of a whole one."""
-TELLING = 2
-"""A sentence speaks of a fact from this much in common on: two words, or one that is not everyday talk."""
+TELLING = 2  # A sentence speaks of a fact from this much in common on: two words, or one that is not everyday talk
 
 
 class Sentence:
@@ -121,9 +116,7 @@ class Reading:
         self.moves = tuple(m for m in moves if any(m.matches(s.text.lower()) for s in counting))
         self.answers = bool((said - called) & of_latest & (knowledge.matter | language.thing_stems))
         self.musts = frozenset(name for name, words in knowledge.musts.items() if any(s.content & words for s in counting))
-        self.frames = frozenset(
-            _frame(w, language) for s in sentences if len(w := _words(s.text, language)) >= _SHORTEST_FRAME
-        )
+        self.frames = frozenset(_frame(w, language) for s in sentences if len(w := _words(s.text, language)) >= _SHORTEST_FRAME)
         self.questions = sum(s.asks for s in sentences)
         self.echo = _coverage(said_words, sources)
         self.repetition = max((_similarity(content, said_words, other, language) for other in earlier), default=0.0)

@@ -15,20 +15,13 @@ from itertools import takewhile
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
 from ctcgrpo.simulator.scripted.reading import TELLING, Reading
 
-_MERE_MENTION = 0.25
-"""What manner is worth in a reply that mentions this user's matters and brings in nothing of its own."""
-_AGAIN = 0.75
-"""What the same good thing is worth each time again."""
-LONG, CURT = 90, 4
-"""In words: replies above LONG tire, replies below CURT put off."""
-_MANY_BORROWED = 3
-"""Content words of the user's last line in one reply."""
-_ECHO = 0.5
-"""A larger share of a reply in word-for-word runs from what was said is an echo."""
-_MOST_OFTEN = 3
-"""So many empty replies before this one, and it cannot get worse."""
-MANY = 5
-"""Sentences that somebody who listens gets by with; written replies to these scenarios have two to four."""
+_MERE_MENTION = 0.25  # what manner is worth in a reply that mentions this user's matters and brings in nothing of its own
+_AGAIN = 0.75  # what the same good thing is worth each time again
+LONG, CURT = 90, 4  # in words: replies above LONG tire, replies below CURT put off
+_MANY_BORROWED = 3  # content words of the user's last line in one reply
+_ECHO = 0.5  # A larger share of a reply in word-for-word runs from what was said is an echo
+_MOST_OFTEN = 3  # so many empty replies before this one, and it cannot get worse
+MANY = 5  # sentences that somebody who listens gets by with; written replies to these scenarios have two to four
 
 
 @dataclass(frozen=True, slots=True)
