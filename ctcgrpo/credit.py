@@ -27,14 +27,14 @@ project sweeps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ctcgrpo.centering import Centering, Group, SceneBaseline, make_centering
+from ctcgrpo.centering import Centering, Group, make_centering
 from ctcgrpo.credit_calls import Array, called, choose, listed, numbers
 
 _EPS = 1e-6
@@ -70,48 +70,9 @@ def outcome_advantages(outcomes: ArrayLike, group_ids: ArrayLike, *, std_min: fl
     return advantages
 
 
-def turn_advantages(
-    outcomes: ArrayLike,
-    group_ids: ArrayLike,
-    turn_scores: Sequence[ArrayLike],
-    *,
-    alpha: float = 15.0,
-    centering: str = "rollout",
-    credit: str = "immediate",
-    gamma: float = 1.0,
-    std_min: float = 0.1,
-    scale: str = "group",
-    turn_scale: str = "none",
-    turn_std_min: float = 0.01,
-    center_weights: Sequence[ArrayLike] | None = None,
-    scene_baseline: Mapping[Any, Sequence[float]] | None = None,
-) -> list[Array]:
-    """A_{i,tau} for every turn of every rollout.
-
-    outcomes (N,), group_ids (N,) as in `outcome_advantages`; turn_scores: N sequences, the i-th of length T_i >= 0.
-    gamma in [0, 1] discounts `reward_to_go` and `smeared`. turn_scale, turn_std_min: what c - b is divided by, as `scale` and
-    `std_min` for outcomes. center_weights: as turn_scores, how much each turn weighs in the means that
-    make a baseline, for example its trained tokens; None weighs all alike. scene_baseline: for centering `scene`, the
-    baseline of a group's turns by group id, 0 for groups and turns that it lacks (`SceneBaseline.of` gives it).
-    Returns N arrays, the i-th (T_i,). Raises ValueError for an unknown option, for sequences that do not match, and for a
-    valid rollout without turns.
-    """
-    known = SceneBaseline(scene_baseline or {}) if centering == "scene" else centering
-    terms = credit_terms(
-        outcomes,
-        group_ids,
-        turn_scores,
-        alpha=alpha,
-        centering=known,
-        credit=credit,
-        gamma=gamma,
-        std_min=std_min,
-        scale=scale,
-        turn_scale=turn_scale,
-        turn_std_min=turn_std_min,
-        center_weights=center_weights,
-    )
-    return [of_rollout.advantage for of_rollout in terms]
+def turn_advantages(outcomes: ArrayLike, group_ids: ArrayLike, turn_scores: Sequence[ArrayLike], **options: Any) -> list[Array]:
+    """A_{i,tau} for every turn of every rollout: the sums of `credit_terms`, which has the options. N arrays, the i-th (T_i,)."""
+    return [terms.advantage for terms in credit_terms(outcomes, group_ids, turn_scores, **options)]
 
 
 def credit_terms(
@@ -130,11 +91,17 @@ def credit_terms(
     center_weights: Sequence[ArrayLike] | None = None,
     tags: Sequence[Hashable] | None = None,
 ) -> list[CreditTerms]:
-    """Both terms of `turn_advantages` for each of N rollouts; their sums are its result.
+    """Both terms of the turn advantages of each of N rollouts.
 
-    A centering that is given as an object (`make_centering`) is used as it is and then updated with all valid rollouts. tags (N,):
-    what a centering may remember groups by, equal within a group; the group ids where absent. Raises ValueError as
-    `turn_advantages` does, and CreditError where a function of one's own fails or gives another form.
+    outcomes (N,), group_ids (N,) as in `outcome_advantages`; turn_scores: N sequences, the i-th of length T_i >= 0.
+    gamma in [0, 1] discounts `reward_to_go` and `smeared`. turn_scale, turn_std_min: what c - b is divided by, as `scale` and
+    `std_min` for outcomes. center_weights: as turn_scores, how much each turn weighs in the means that make a baseline, for
+    example its trained tokens; None weighs all alike. A centering that is given as an object (`make_centering`) is used as it is
+    and then updated with all valid rollouts. tags (N,): what it may remember groups by, equal within a group; the group ids where
+    absent.
+
+    Raises ValueError for an unknown option, for sequences that do not match, and for a valid rollout without turns; CreditError
+    where a function of one's own fails or gives another form.
     """
     center = centering if isinstance(centering, Centering) else make_centering(centering)
     R, groups = _checked(outcomes, group_ids)

@@ -111,7 +111,7 @@ def test_scene_centering_and_its_running_mean_by_hand() -> None:
     a = 0.5 / (math.sqrt(0.5) + 1e-6)
     outcomes, groups, scores = [0.0, 1.0], ["s", "s"], [[0.02, 0.05, -0.01], [0.04]]
     # At the start the baseline is 0.
-    first, second = turn_advantages(outcomes, groups, scores, centering="scene", scene_baseline={})
+    first, second = turn_advantages(outcomes, groups, scores, centering=SceneBaseline())
     assert first == pytest.approx([-a + 0.3, -a + 0.75, -a - 0.15]) and second == pytest.approx([a + 0.6])
     baseline = SceneBaseline()
     baseline.update([group("support", scores)])
@@ -120,7 +120,7 @@ def test_scene_centering_and_its_running_mean_by_hand() -> None:
     # Turn 0: (0.02 + 0.04 + 0.06) / 3; turn 1: (0.05 - 0.01) / 2; turn 2 as before.
     assert baseline.of("support") == pytest.approx([0.04, 0.02, -0.01]) and baseline.of("charm") == pytest.approx([0.1])
     known = {"s": baseline.of("support")[:2]}
-    first, second = turn_advantages(outcomes, groups, scores, centering="scene", scene_baseline=known)
+    first, second = turn_advantages(outcomes, groups, scores, centering=SceneBaseline(known))
     assert first == pytest.approx([-a - 0.3, -a + 0.45, -a - 0.15]) and second == pytest.approx([a])
 
 
