@@ -1,7 +1,5 @@
 """Baselines of turn credits: from a group's valid rollouts to the baseline of each, a number or (T_i,)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass

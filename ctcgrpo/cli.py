@@ -3,8 +3,6 @@
 Heavy libraries are imported only once a recipe is valid, so that a mistake in it is reported in a moment.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@
 `num_generations` episodes each. `tokens_per_row` bounds the memory of the update, so gradients need no accumulation over batches.
 """
 
-from __future__ import annotations
-
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 

@@ -25,8 +25,6 @@ Source: the CTC-GRPO section of arXiv 2606.15532 for `rollout` and `immediate`; 
 project sweeps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any

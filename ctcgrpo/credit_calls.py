@@ -1,7 +1,5 @@
 """Credits, centerings and scales by name, and calling them: any of them may be a user's own, so its result is checked."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 

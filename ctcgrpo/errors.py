@@ -22,8 +22,6 @@ itself causes (an empty, cut or broken reply) is an outcome and never comes here
 value and what would be right; users see the message, not a traceback.
 """
 
-from __future__ import annotations
-
 
 class CtcGrpoError(Exception):
     """Base of all errors that a user can cause or mend."""

@@ -4,8 +4,6 @@
 neither PyTorch nor TRL, so that a recipe is read at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from operator import ge, gt, le, lt

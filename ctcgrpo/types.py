@@ -1,7 +1,5 @@
 """An episode of any environment: what is played, what is recorded, and what the trainer sees of it."""
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType

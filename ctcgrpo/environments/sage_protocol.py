@@ -5,8 +5,6 @@ Activity, Analyse, Change; the first signed number after Change, clipped to 10 e
 Thinking, Origin, Change, Response), told only the emotion's letter. It ends at a goodbye, at 100, below 10, or with the model's
 reply to the tenth line of the user. Source: SAGE (Tencent/digitalhuman), whose data is the user's own copy."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

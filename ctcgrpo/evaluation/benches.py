@@ -1,7 +1,5 @@
 """The benchmarks, and what their figures are."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files

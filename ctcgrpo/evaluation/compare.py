@@ -2,8 +2,6 @@
 of them ranked, apart where they are of other data, under another simulator or judge, or with other settings.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

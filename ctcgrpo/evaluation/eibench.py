@@ -7,8 +7,6 @@ Prompts, reading, states and scores are those of training and of the validation 
 and settings, episode k of a scenario draws here what it draws there. Source: EIBench (arXiv 2606.15532).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest

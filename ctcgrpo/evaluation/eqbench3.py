@@ -5,8 +5,6 @@
 The judge reads the model's answers as they were given; the authors' code puts their sections together anew first.
 """
 
-from __future__ import annotations
-
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.model import ChatMessageUser

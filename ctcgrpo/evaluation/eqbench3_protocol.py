@@ -5,8 +5,6 @@ gives each criterion 0 to 20; a task counts with the mean of the criteria that c
 over tasks. Scenarios, prompts and criteria are read from the user's copy. Source: EQ-bench/eqbench3.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

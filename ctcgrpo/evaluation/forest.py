@@ -4,8 +4,6 @@ The page draws the plot itself, each row beside its figures, in colours that fol
 is for papers and slides.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from functools import cache, partial

@@ -4,8 +4,6 @@
 simulator.response_schema). A setting that is left out is not sent: the provider's own default holds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 

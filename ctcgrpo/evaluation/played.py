@@ -3,8 +3,6 @@
 A score under another data set or other settings is another score, so every table, page, ranking and card names them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Named settings of an evaluation of eibench. Explicit options win over a preset; the summary names what differs from it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Why a call of Inspect's to a provider failed, in the provider's own words, and which failures are worth another try."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

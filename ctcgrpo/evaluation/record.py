@@ -1,8 +1,6 @@
 """What a sample of an evaluation writes down while it lasts, so that an error leaves what was said until then; the task of Inspect
 around it; and reading both back from a log."""
 
-from __future__ import annotations
-
 import math
 import zipfile
 from collections.abc import Awaitable, Callable, Mapping

@@ -1,7 +1,5 @@
 """What evaluations print: one, several compared, many ranked. Names come from models and datasets: they are text, never markup."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

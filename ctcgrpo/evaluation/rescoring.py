@@ -1,7 +1,5 @@
 """Results that others played, in the files that SAGE and EQ-Bench 3 publish, scored again: nothing is asked of any model."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ results.jsonl   a Result a line
 summary.json    what `summarise` makes of them: means over scenarios, with intervals
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

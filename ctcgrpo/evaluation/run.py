@@ -7,8 +7,6 @@ results.jsonl     every dialogue
 summary.json      the figures
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import inspect

@@ -3,8 +3,6 @@
 inspect eval ctcgrpo/sage --model PROVIDER/MODEL --model-role simulator=PROVIDER/MODEL -T data=FOLDER
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import count
 

@@ -4,8 +4,6 @@ What a model says is an outcome, an empty answer or one that ran into the limit 
 error, a context that is too long, an answer that a filter withheld) is none: it fails the sample, with whose fault it was.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """Who plays the user in EIBench: an Inspect model with the role `simulator`, the scripted user, an LLM by a configuration of
 ours, or a simulator server that runs already. Prompts, reading and states are those of training."""
 
-from __future__ import annotations
-
 import atexit
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack

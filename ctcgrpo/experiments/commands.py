@@ -1,7 +1,5 @@
 """`ctcgrpo sweep`."""
 
-from __future__ import annotations
-
 import functools
 import os
 import shutil

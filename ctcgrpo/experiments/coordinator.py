@@ -13,8 +13,6 @@ A trial is a point of the sweep, run with every seed; its score is the mean of t
 that it left under way when it was killed, and those that failed, are asked for again, and their runs resume from their checkpoints.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -5,8 +5,6 @@ score, and run k of two variants shares its seed, with it scenarios and sampling
 seeds: Student's t, and for steps to a score, which need no mean, a bootstrap that draws seeds. They say nothing of other policies.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The curves of variants as a picture: an environment a panel, of each variant the mean over seeds."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping
 

@@ -4,8 +4,6 @@ every value    a multiple of 5 in [0, 100]
 anger          target < initial < worst    (target and initial below worst where anger may rise: defense, scenes of your own)
 trust          worst < initial < target"""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import product

@@ -1,7 +1,5 @@
 """Answers that are paid for once: kept in the store, and taken from there when the same is asked again."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Cleaning a set: anchors by the smallest move; the layout of personas by rule or else by a model. No word is lost or comes in."""
 
-from __future__ import annotations
-
 import asyncio
 import difflib
 import json

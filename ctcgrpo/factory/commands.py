@@ -1,7 +1,5 @@
 """`ctcgrpo scenarios ...`."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections import Counter

@@ -1,7 +1,5 @@
 """A draft: what a writer answers, and the record that it becomes. Tolerant of form, never of content."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping

@@ -6,8 +6,6 @@ seed: made from the same combination of theme, keyword, relationship and place.
 
 Vectors are hashed (scikit-learn), so memory grows with the number of records alone, and compared in blocks."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """`ctcgrpo scenarios new`: a complete record to start from, and notes on every field of it (notes.md) in a file beside it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from importlib.resources import files

@@ -4,8 +4,6 @@ apart, no policy can be trained on it, with that user.
 The good policy is an oracle: it knows the scenario's `script`, and says of its canned sentences the one that does most good. So the
 gate says that there is something to find in a scenario, not how hard it is to find."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import random

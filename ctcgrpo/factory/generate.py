@@ -1,8 +1,6 @@
 """Writing a set: ask a model for each scenario, read, repair, ask again, and say what became of each. What was paid for is kept in
 the store, so the same command after a kill asks for nothing twice; all else is recomputed, and comes out alike."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The sections of a persona: `### Title` lines with text below. What can be mended by rule is mended here."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache

@@ -3,8 +3,6 @@
 A rule takes a raw record and yields (field, what is wrong); a new one is a few lines, and its name in RULES. `format` comes first:
 a record that cannot be read as a Scenario is not looked at further."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """What is asked for: for each scenario to come a combination of seeds, none twice, and a few examples. Deterministic."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """Whether a set is balanced: counts by scene and seed, lengths, distances between anchors; as a table and as a picture."""
 
-from __future__ import annotations
-
 import io
 import itertools
 from collections import Counter

@@ -3,8 +3,6 @@
 Arrow gives every row the same columns and types, which records do not have, so a row carries its record as JSON (column `record`),
 beside columns to filter by. Reading takes `record` alone: every value comes back as it was."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

@@ -4,8 +4,6 @@ On aiohttp rather than openai's client: bodies have a limit, redirects keep to t
 answer that is no completion is read for what it says.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import ssl

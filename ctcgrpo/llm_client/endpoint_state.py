@@ -1,8 +1,6 @@
 """One endpoint with its limits, and whether it may be asked now: it is unavailable while it told us to wait, while its circuit
 breaker is open, and while it refuses every request."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import math

@@ -5,8 +5,6 @@ is full, refuses the request, told us to wait (Retry-After), or failed so often 
 are unavailable, a request waits for as long as its `patience` allows, beyond its deadline.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

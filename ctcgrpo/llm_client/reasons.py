@@ -4,8 +4,6 @@ Providers say it in many forms: {"error": {"message", "code", "type"}}, {"error"
 problems, plain text, an HTML page; with an error status, or with 200.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

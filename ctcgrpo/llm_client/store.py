@@ -1,8 +1,6 @@
 """What a simulator server keeps on disk: answers already paid for, and counters. LMDB: whole after a kill, shared by the
 processes of a machine (not over a network file system)."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

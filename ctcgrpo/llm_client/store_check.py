@@ -6,8 +6,6 @@ Exits with 1 and prints what is wrong for a damaged store, with 2 for one that c
 too. Imports nothing of the project, to start fast.
 """
 
-from __future__ import annotations
-
 import os
 import resource
 import sys

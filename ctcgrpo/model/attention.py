@@ -5,8 +5,6 @@ a tree of shared prefixes in the update, a cache of running dialogues in generat
 the model, so that gradient checkpointing, which calls layers again, meets the one that belongs to its inputs.
 """
 
-from __future__ import annotations
-
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Finding numbers that are no numbers, in weights and gradients, whatever they are sharded with."""
 
-from __future__ import annotations
-
 import torch
 
 from ctcgrpo.errors import PolicyError

@@ -6,8 +6,6 @@ pieces of 4,096 tokens also fall out of the caches, and each of a dozen passes o
 tokens 3,200 of them and a vocabulary of 6,144 took 0.6 s forward and backward, with 1,024 they took 0.85 s, with 4,096 1.5 s.
 """
 
-from __future__ import annotations
-
 import torch
 from trl.kernels import chunked_logprob
 from trl.trainer import utils

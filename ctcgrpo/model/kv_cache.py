@@ -1,7 +1,5 @@
 """Keys and values of several dialogues, each in a slot: written and read by the model's attention (model/attention.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import chain
 

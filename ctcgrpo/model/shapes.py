@@ -1,7 +1,5 @@
 """Models that a plan can be made for: their shape, as published or from their own configuration."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files

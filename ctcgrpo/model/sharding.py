@@ -4,8 +4,6 @@ The recipe decides (training.sharding), so that the same recipe is the same run 
 its own configuration; where the two differ, nothing else would tell, so that is refused here.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ on FlashAttention 3 (Hopper). A row is cut into segments; a segment's tokens see
 order, up to themselves.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

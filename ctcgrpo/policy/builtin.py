@@ -2,8 +2,6 @@
 
 What builds it imports PyTorch, and is imported when it is needed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ctcgrpo.environments.eibench.scenarios import load_scenarios

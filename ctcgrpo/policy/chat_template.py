@@ -9,8 +9,6 @@ A template that drops, repeats, moves or rewrites a message, or that renders a d
 contexts would not be what the model was taught. One that knows no system role gets the system message at the head in the first
 user turn."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What the Hub's library raises, in a line that may be printed."""
 
-from __future__ import annotations
-
 from huggingface_hub import get_token
 
 from ctcgrpo.llm_client.reasons import without_secrets

@@ -3,8 +3,6 @@
 A text is a Jinja template for each language (`instruction_texts/NAME/LANGUAGE.j2`); `reasons` is true in it where the policy
 reasons before it replies."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 `$CTCGRPO_DATA/models/NAME-VERSION/` holds it. The folder appears in one move, once it is whole, and carries a marker with the sizes
 and digests of its files, which are compared whenever it is opened."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import os

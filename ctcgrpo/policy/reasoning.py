@@ -1,7 +1,5 @@
 """Telling a completion's reasoning from its visible reply."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 OPEN, CLOSE = "<think>", "</think>"

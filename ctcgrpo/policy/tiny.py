@@ -2,8 +2,6 @@
 
 It speaks noise. It exists so that the whole line can run in seconds on any machine: tests, demonstrations, load."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

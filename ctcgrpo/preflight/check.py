@@ -3,8 +3,6 @@
 A check is a small function: it takes what was loaded and yields findings. Order matters: a later one may need what an earlier one
 has loaded, and says nothing where that is missing."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Mapping, Sequence

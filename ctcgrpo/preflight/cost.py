@@ -1,7 +1,5 @@
 """What a run needs: memory of the GPU that its recipe names, calls of the simulator or the environment, tokens, money, hours."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import statistics

@@ -1,7 +1,5 @@
 """EIBench: its scenarios, whether validation is of others, and whether the simulated user answers a canary turn."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """An environment of one's own: whether it loads, has tasks, and plays an episode to its end; what odd replies do to it."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -1,8 +1,6 @@
 """How the run is launched: libraries, processes, sharding, accelerate, the policy's servers; and this machine: its disk, the run's
 folder, the account of W&B."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json

@@ -5,8 +5,6 @@ two moments), of which ZeRO-1 spreads the optimizer over the processes, ZeRO-2 t
 spreads 4 of weights, 4 of gradients, 8 of moments. Activations are those of a dense decoder with gated MLP and an attention that
 keeps no scores. Arithmetic, not a measurement: compare `memory/peak_gib` in a run's metrics with the update's total."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple

@@ -1,7 +1,5 @@
 """The policy and its training: credit, model, adapter, attention, tags, precision; whether the prompts of an episode fit."""
 
-from __future__ import annotations
-
 import importlib.util
 import statistics
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What the checks share: the recipe, what was loaded of it so far, and what they find."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """`ctcgrpo fields` and `ctcgrpo metrics`: plain text, at most 80 columns in a pipe and 100 in a terminal."""
 
-from __future__ import annotations
-
 import shutil
 import textwrap
 from typing import Annotated

@@ -3,8 +3,6 @@
 Nothing is written down here: the JSON schema of each section (pydantic) is the source.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace

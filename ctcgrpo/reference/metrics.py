@@ -3,8 +3,6 @@
 A test compares that table with the metrics of a real run and with the names in the code.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from functools import cache

@@ -1,7 +1,5 @@
 """A person plays the policy's role against the simulated user, and sees what each line does."""
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Callable, Sequence
 

@@ -7,8 +7,6 @@ An LLM's change of state is one sample. Its variance within a turn is noise, tha
 of one sample; of a mean over k samples (llm.samples) `within` shrinks to within / k.
 """
 
-from __future__ import annotations
-
 import asyncio
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -3,8 +3,6 @@
 Everything that a model, a user or a dataset wrote travels as data and reaches the page as text, never as markup.
 """
 
-from __future__ import annotations
-
 import base64
 import gzip
 import json

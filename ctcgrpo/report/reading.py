@@ -4,8 +4,6 @@ A run may still be going, and a killed one may end in half a line: what cannot b
 differently, is listed in `problems`.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a finished run shows a person: held-out scores before and after, and the same scenario played by both policies."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -6,8 +6,6 @@ of their own, one after the other until one ends a request: the event loop stays
 a batcher: vLLM, or transformers.
 """
 
-from __future__ import annotations
-
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence

@@ -4,8 +4,6 @@ Every request carries a seed of its own, derived from where it stands in the run
 timing, process count or neighbours in the batch, but through floating-point batch composition.
 """
 
-from __future__ import annotations
-
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Drawing tokens: one a row, by inverse transform from a number that the row brings along, with its exact log-probability."""
 
-from __future__ import annotations
-
 import torch
 
 from ctcgrpo.rollout.engine import Sampling

@@ -1,8 +1,6 @@
 """The environment of one episode: whatever somebody else's code does, a call ends with values that can be used, or with an error
 that makes a failed episode."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import contextvars

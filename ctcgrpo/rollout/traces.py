@@ -5,8 +5,6 @@ file is replaced by one that has it: each turn's `credit` is null before, and st
 (validations, failed episodes, lone members of a group).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

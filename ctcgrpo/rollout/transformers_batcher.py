@@ -6,8 +6,6 @@ slot holds of its prompt, be it the dialogue's last turn or another rollout's op
 A copy of the model in another type may sample in its place: on a CPU with bfloat16 instructions in little more than half the time.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -6,8 +6,6 @@ own `generate` is not used: it puts the engine to sleep and pushes the weights a
 different numbers of turns. Seen with vLLM 0.31 and TRL 1.16; `require` says so where another version has moved something.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence

@@ -4,8 +4,6 @@ Plain `vllm serve`, on other GPUs or machines than the update's. Each process ke
 and a group's rollouts are mostly played by one process, so that they find the prefix they share in one cache.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

@@ -8,8 +8,6 @@ caller (sources of TRL 1.16 and vLLM 0.31):
 4. vLLM begins no update while one is open: servers that took their part of a failed transfer have to be told to finish.
 """
 
-from __future__ import annotations
-
 import time
 import urllib.error
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ compare bit by bit. The prompts take tokens from all over the vocabulary, so tha
 as one of the output layer, which every log-probability depends on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

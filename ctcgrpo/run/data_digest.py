@@ -1,7 +1,5 @@
 """What a run plays and starts from, in digests: so that a run that resumes can tell whether it is still the same."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """A trained policy to take home: adapters merged, ZeRO's shards joined, in safetensors, with a card that says what was measured."""
 
-from __future__ import annotations
-
 import shutil
 from importlib.resources import files
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Folders that a user names: whether they are there, and what was probably meant where they hold something else."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ctcgrpo.errors import OutputError, PolicyError

@@ -1,7 +1,5 @@
 """What a run shows while it runs: a live display in a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import math
 import time
 from typing import Any

@@ -5,8 +5,6 @@ that runs it; for YAML that string's opening is a key named `'`, which the loade
 the file) it is that recipe, section by section and field by field, with other values where it has its own.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -18,8 +18,6 @@ checkpoints/RUN/
     final-after-N-steps/  what a finished run had, once it was given more steps; with its summary.json
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

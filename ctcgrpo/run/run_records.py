@@ -5,8 +5,6 @@ A folder may have been cut off, edited or damaged. A file that is one document r
 it is not as a run wrote it. Of a file of lines, bad ones are left out, and the reader is given what is wrong with them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

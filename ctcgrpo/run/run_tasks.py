@@ -4,8 +4,6 @@
 one's own (section `environment`).
 """
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import os

@@ -1,7 +1,5 @@
 """How long a run takes to save when it is asked to stop, and how long it is given."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 

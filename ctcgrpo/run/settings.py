@@ -1,7 +1,5 @@
 """From a recipe's sections to the settings of the parts: no logic, one function a part."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a user sees before heavy libraries are loaded: one line at once, and none of the libraries' own warnings at import."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

@@ -3,8 +3,6 @@
 What is shown of a dialogue is what its trace says.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """A run, from a recipe to a checkpoint: puts the parts together and holds no logic of theirs."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -11,8 +11,6 @@ requests on connections that are open already. `BoundedHttp` is uvicorn's protoc
 The size of a body is a matter of the application, which reads it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,8 +1,6 @@
 """The simulator server's log: one JSON object a line. At the default level it holds no text of personas or dialogues, and no level
 shows a secret."""
 
-from __future__ import annotations
-
 import json
 import logging
 from typing import Any, TextIO

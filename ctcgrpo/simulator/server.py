@@ -10,8 +10,6 @@ Errors carry a TurnProblem where asking again is no use. README.md has the whole
 before the token is checked.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import io

@@ -5,8 +5,6 @@ The service alone computes the user's new state. A request that comes again cost
 asked has gone, and its answer is kept.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections import OrderedDict

@@ -3,8 +3,6 @@
 transformers asks torch for weights only (`weights_only=True`). DeepSpeed asks for everything. Within `weights_only` nobody does.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Checkpoints that count once they are complete, resuming from the newest of them, and what is pushed to the Hub."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 from collections.abc import Iterator, Mapping

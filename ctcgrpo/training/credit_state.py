@@ -1,7 +1,5 @@
 """What a centering remembers, in a checkpoint."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

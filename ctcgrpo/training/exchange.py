@@ -4,8 +4,6 @@ A process's samples in the order of a walk through the tree of their prefixes (p
 one before (`forks`) and its own tokens. Arrays of all processes are gathered as tensors, padded to the longest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

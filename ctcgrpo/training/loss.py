@@ -11,8 +11,6 @@ the unbiased, never negative estimator of KL(policy || reference) of Schulman (2
 (beta_KL = 0).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

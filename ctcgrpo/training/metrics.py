@@ -1,7 +1,5 @@
 """What a step's episodes say, as named numbers. Failed episodes are counted, and enter no figure of scores or lengths."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence

@@ -9,8 +9,6 @@ A row is a stretch of that order. Rows are cut where they cost the least to cut 
 process of a run takes equally many of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise

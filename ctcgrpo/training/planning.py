@@ -1,7 +1,5 @@
 """The plan of an update: which rows, and which process runs them. Every process makes the same plan and takes its part."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

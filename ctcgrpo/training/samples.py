@@ -4,8 +4,6 @@ Credit needs whole groups, and groups may be spread over processes: each process
 the summaries are gathered, and every process computes the same credit and picks its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """What a trainer's data set says: a task a row, and which tasks each step plays."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -12,8 +12,6 @@ How it differs from GRPOTrainer:
 TRL and transformers keep everything else: loading, PEFT, optimizer, schedule, distribution, logging, checkpoints.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import math

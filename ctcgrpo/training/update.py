@@ -5,8 +5,6 @@
 3. the loss is a sum over tokens divided by the trained tokens of the whole step, over all rows and processes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Sequence

@@ -1,8 +1,6 @@
 """Files that a killed run leaves whole (written in one move; folders that carry a marker), and the one reader of JSON and of JSON
 lines."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

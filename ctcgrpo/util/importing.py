@@ -1,7 +1,5 @@
 """Objects that a recipe names as `module:attribute`: a credit, a centering, a scale, an environment of one's own."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 import sysconfig

@@ -4,8 +4,6 @@ Scenarios are what a benchmark has few of, so they are what is drawn; the episod
 imported where it is used: that takes a second, and every command reads this module.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Public names of a package that are imported when they are used: their modules take seconds, or import the package themselves."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any

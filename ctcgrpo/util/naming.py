@@ -1,7 +1,5 @@
 """Names and values in messages: which name was probably meant, whether a text names a path, no more of a value than is read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path

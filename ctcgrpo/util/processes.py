@@ -1,7 +1,5 @@
 """Several processes acting as one, coroutines where a loop runs already, and signals that ask to stop."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

@@ -5,8 +5,6 @@ Loopback is never asked through a proxy. ALL_PROXY counts where the scheme has n
 `settle_environment`.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import urllib.request

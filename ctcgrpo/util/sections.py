@@ -1,7 +1,5 @@
 """Typed sections of a YAML file (recipes, simulator configurations): reading, and messages that name file, field and value."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ YAML lets a key come twice and keeps the last: a section would be dropped withou
 millions of values, which cost nothing until something prints them.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import yaml

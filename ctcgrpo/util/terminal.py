@@ -4,8 +4,6 @@ Replies of a policy, lines of a simulator, names in a dataset and errors of an e
 them would set colours and titles, clear the screen or move the cursor; bidirectional overrides would reorder what is read.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterable

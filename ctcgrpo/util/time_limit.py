@@ -1,7 +1,5 @@
 """A bound on code of others that may never return, such as a chat template that loops."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Sequences of token ids."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """One process a folder, and processes that end with the one that started them."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

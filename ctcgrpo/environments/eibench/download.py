@@ -1,7 +1,5 @@
 """Downloading a file from an untrusted server: bounded in size and time, complete or refused, with few redirects."""
 
-from __future__ import annotations
-
 import http.client
 import time
 import urllib.error

@@ -3,8 +3,6 @@
 Its files are compared with the blob ids of the published commit, from GitHub's API or from a clone. A blob id is a SHA-1 of a
 file's length and content; for a file in Git LFS it is that of a pointer, and never that of the file."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess

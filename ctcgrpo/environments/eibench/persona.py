@@ -1,7 +1,5 @@
 """What a policy is told: its role, or the sections of it that a recipe names, and the instructions on how to reply."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Strict where it matters (identity, scene, personas, anchors), tolerant of keys it does not know: they are kept in `Scenario.extras`.
 Format: EIBench (Tongyi-ConvAI/Qwen-Character)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.resources import files

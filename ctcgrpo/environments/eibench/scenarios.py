@@ -3,8 +3,6 @@
 A source is a JSONL file, a folder of JSONL files, or a folder with `train/` and `test/`: one JSON object a line in EIBench's record
 format (scenario_format.py), optionally wrapped as {"row": {...}}."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -6,8 +6,6 @@ beyond, and averages the two axes: R = (S_anger + S_trust) / 2, in [-1, 1] (publ
 Source: EIBench (arXiv 2606.15532). The paper's training code and its evaluation code differ where a scenario's target
 anger is not below its initial anger (a boundary that may cost some anger); both are here as variants."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import Literal, get_args
 

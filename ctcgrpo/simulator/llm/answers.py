@@ -11,8 +11,6 @@ read only if each field stands in it once, so that nothing which it quotes can b
 verdict on going on are then taken from the text itself, whole, and only the words from the repair.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

@@ -3,8 +3,6 @@
 What the user says and how it changes comes from an answer that could be read, or the turn fails with its reason.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence

@@ -5,8 +5,6 @@ of its own is replaced by empty modules where it is not installed. Their layout 
 state near its start: it is for scores that are to be compared, not for training against a policy that attacks it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import sys

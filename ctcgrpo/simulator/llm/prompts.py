@@ -6,8 +6,6 @@ grows, and at its very end the moment (state and round). Everything that anybody
 nothing in it can pass for a message, a role or a control token.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

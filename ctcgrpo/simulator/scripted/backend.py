@@ -1,7 +1,5 @@
 """The scripted user: hears a reply, changes state, answers, and decides whether to stay. No LLM, no randomness."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ words alternate as they do in talk. It does not parse, and it lets odd but gramm
 into one are looked for by themselves (`is_spliced`). Tags: see grammar.yaml.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence, Set
 from functools import lru_cache
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """What the user of a scenario cares about: from the record's `script`, or, without one, derived from its personas."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

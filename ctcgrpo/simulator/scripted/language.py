@@ -2,8 +2,6 @@
 adding a file; `script` is latin or han.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Mapping

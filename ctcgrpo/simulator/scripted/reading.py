@@ -1,7 +1,5 @@
 """What a reply of the policy does, before anything is made of it."""
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_left
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ changes of anger and trust before the user's temper is applied (`backend.py`). C
 user's own matters before manner counts for anything, and it gets none at all when it is broken, copied or repeated.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
