@@ -13,7 +13,7 @@ from ctcgrpo.model.shapes import GIB
 from ctcgrpo.model.sharding import FSDP2, deepspeed_stage, offloads
 from ctcgrpo.preflight.eibench import Verbose, played
 from ctcgrpo.preflight.memory import PHASES, Load, memory_plan
-from ctcgrpo.preflight.subject import LINE_TOKENS, REPLY_TOKENS, Finding, Subject, failed, ok, sample, warning
+from ctcgrpo.preflight.subject import LINE_TOKENS, REASONED_TOKENS, REPLY_TOKENS, Finding, Subject, failed, ok, sample, warning
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.simulator.config import BACKENDS
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
@@ -79,7 +79,8 @@ def cost(s: Subject) -> Iterator[Finding]:
         calls_per_turn=llm.samples if llm else 1,
     )
     what = "simulator calls" if own is None else "environment steps"
-    yield ok(f"up to {asked.calls_per_step:,} a step, {asked.calls:,} in all, validation included", what)
+    including = "validation included" if asked.validations and held_out else "without validation"
+    yield ok(f"up to {asked.calls_per_step:,} a step, {asked.calls:,} in all, {including}", what)
     backend = own.factory if own else s.simulator.backend if s.simulator else None
     if backend is not None and backend not in BACKENDS:
         yield ok(f"what {backend} itself asks for (LLM calls, services) is not known here")
@@ -88,8 +89,9 @@ def cost(s: Subject) -> Iterator[Finding]:
     else:
         yield _simulator_cost(s, asked)
     if rate := recipe.hardware.tokens_per_second:
-        took = hours(asked, min(REPLY_TOKENS, recipe.rollout.max_new_tokens), rate)
-        yield ok(f"{took:.1f} of sampling at {rate:,.0f} tokens/s; updates come on top", "hours")
+        each = min(REASONED_TOKENS if recipe.policy.reasons else REPLY_TOKENS, recipe.rollout.max_new_tokens)
+        took = hours(asked, each, rate)
+        yield ok(f"{took:.1f} of sampling at {rate:,.0f} tokens/s, with {each} tokens a reply; updates come on top", "hours")
 
 
 def _simulator_cost(s: Subject, asked: Asked) -> Finding:

@@ -138,7 +138,9 @@ def context(s: Subject) -> Iterator[Finding]:
 def _last_prompt(s: Subject, opening: Sequence[Message]) -> tuple[int, int]:
     assert s.contexts is not None
     dialogue = s.contexts.start(opening)
-    reply = Completion((0,) * min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens), (), (), "stop")
+    assert s.tokenizer is not None  # as contexts
+    words = s.tokenizer("word " * REPLY_TOKENS, add_special_tokens=False)["input_ids"]
+    reply = Completion(tuple(words[: min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens)]), (), (), "stop")
     for turn in range(s.recipe.rollout.max_turns - 1):
         own = s.recipe.environment is not None
         if own and not s.heard:  # the episode that was played has one turn

@@ -22,8 +22,9 @@ from ctcgrpo.types import Environment, Message, Task
 
 Level = Literal["ok", "warning", "failed"]
 
-REPLY_TOKENS, LINE_TOKENS = 150, 60
-"""What a reply of the policy and a line of the user are assumed to have on average; named beside every figure that rests on it."""
+REPLY_TOKENS, REASONED_TOKENS, LINE_TOKENS = 150, 500, 60
+"""What a reply of the policy, the same with its reasoning, and a line of the user are assumed to have on average; named beside
+every figure that rests on it."""
 
 
 @dataclass(frozen=True, slots=True)

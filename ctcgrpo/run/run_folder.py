@@ -98,6 +98,11 @@ class RunFolder:
         """
         started = self.newest_checkpoint()
         finished = is_complete(self.final)
+        if started and not self.recipe_file.exists():
+            raise OutputError(
+                f"{self.path} holds {started.name} and no recipe.yaml: it belongs to a trainer made in Python; choose "
+                "another run.name or run.output_dir"
+            )
         if self.recipe_file.exists() and (started or finished) and (changed := self.changes(recipe)):
             what = f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])})"
             raise OutputError(f"{what}; undo the change to resume it, or start another with run.name=NAME")

@@ -26,6 +26,11 @@ def load_state(centering: Centering, checkpoint: Path) -> None:
     if called(centering.where, centering.state_dict) is None:
         return
     file = checkpoint / CREDIT_STATE
+    if not file.exists():
+        raise OutputError(
+            f"{checkpoint} holds no {CREDIT_STATE}: it was saved with a centering that has no state; set {centering.where} back to "
+            "resume, or start in another folder"
+        )
     try:
         called(centering.where, centering.load_state_dict, read_object(file))
     except (OutputError, CreditError) as error:

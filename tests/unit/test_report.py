@@ -363,7 +363,7 @@ def test_a_browser_opens_the_page(browser: Any, tmp_path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed")
 def test_charts_have_round_ticks_a_zero_line_one_look_a_scene_and_values_on_hover(browser: Any, tmp_path: Path) -> None:
     episodes = [
-        episode(g, k, 0.3 * k - 0.5, [(47, 52), (44 + 3 * k, 55)], scenario=f"{scene}-{g}", scene=scene)
+        episode(g, k, 0.3 * k - 0.5, [(47, 52), (44 + 3 * k, 55)], [(k - 1, 0.2), (k - 1, -0.2)], task=f"{scene}-{g}", tag=scene)
         for g, scene in enumerate(SCENES)
         for k in range(3)
     ]
