@@ -84,7 +84,7 @@ def test_a_shipped_recipe_prints_its_plan(file: Path, ctcgrpo: Command, tmp_path
     ("overrides", "about", "reason"),
     [
         (["scenarios.train=eibench/nowhere"], "scenarios", "ctcgrpo scenarios fetch eibench"),
-        (["validation.scenarios=english/train"], "validation", "64 scenarios are also in scenarios.train, such as 'charm-train-01'"),
+        (["validation.scenarios=english/train"], "validation", "64 scenarios are also in scenarios.train"),
         (["policy.model=Nobody/Nothing-8B"], "model", "policy.model = 'Nobody/Nothing-8B' cannot be loaded"),
         (["rollout.max_prompt_tokens=4000", "rollout.max_new_tokens=200"], "model", "is 4200, but 'builtin/tiny' has 4096"),
         (["policy.lora={target_modules: [q_proj, nope]}"], "adapter", "the model has no nope; available: down_proj, gate_proj"),
