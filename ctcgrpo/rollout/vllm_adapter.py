@@ -130,9 +130,7 @@ class ColocatedVllm(Batcher):
         if self._sleeps:
             self._generation.llm.wake_up(tags=["kv_cache"])
         if self._generation.llm.reset_prefix_cache() is False:
-            raise PolicyEngineError(
-                "vLLM could not reset its prefix cache (reset_prefix_cache), which has keys and values of the old weights"
-            )
+            raise PolicyEngineError("vLLM could not reset its prefix cache (reset_prefix_cache), which is of the old weights")
 
     def close(self) -> None:
         """Shut down vLLM and its process groups."""
@@ -169,9 +167,7 @@ def room(prompt_ids: Sequence[int], sampling: Sampling, max_length: int) -> int:
     refuse, according to how it is asked."""
     left = min(sampling.max_new_tokens, max_length - len(prompt_ids))
     if left < 1:
-        raise PolicyEngineError(
-            f"a prompt of {len(prompt_ids)} tokens leaves no room for a reply: the engine's maximum is {max_length}"
-        )
+        raise PolicyEngineError(f"a prompt of {len(prompt_ids)} tokens leaves no room for a reply (maximum {max_length} in all)")
     return left
 
 

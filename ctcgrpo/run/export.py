@@ -96,9 +96,7 @@ def _summary(folder: RunFolder, recipe: Recipe) -> Summary | None:
     if summary is None:
         return None
     if recipe.validation is None:
-        raise OutputError(
-            f"{folder.path}: summary.json has scores, but recipe.yaml no validation section; one of them is damaged"
-        )
+        raise OutputError(f"{folder.path}: summary.json has scores, but recipe.yaml no validation section; one is damaged")
     if problems:
         raise OutputError(f"{folder.path}: {problems[0]}; remove summary.json to export a card without scores")
     return summary

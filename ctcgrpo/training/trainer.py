@@ -309,9 +309,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         plugin = self.accelerator.state.deepspeed_plugin
         sharded = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
         if sharded and not self.args.use_vllm:
-            raise PolicyEngineError(
-                "the transformers engine cannot sample from weights sharded by ZeRO-3 or FSDP; set use_vllm=True"
-            )
+            raise PolicyEngineError("transformers cannot sample from weights sharded by ZeRO-3 or FSDP; set use_vllm=True")
 
     def _trace_file(self, name: str) -> Path:
         traces = Path(self.args.output_dir, "traces")

@@ -164,7 +164,7 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     assert "is finished" in failed(look(tmp_path))["output"]
     assert look(tmp_path, "training.max_steps=5")["output"][0].level == "ok"
     (folder / "recipe.yaml").write_text("run: [")
-    assert f"its recipe.yaml cannot be read: {folder / 'recipe.yaml'}: not valid YAML" in failed(look(tmp_path))["output"]
+    assert f"the run's recipe.yaml cannot be read: {folder / 'recipe.yaml'}: not valid YAML" in failed(look(tmp_path))["output"]
 
 
 def test_scenarios_that_the_scripted_user_knows_nothing_of_are_warned_of(tmp_path: Path) -> None:

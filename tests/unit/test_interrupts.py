@@ -88,7 +88,9 @@ def test_each_signal_asks_to_stop_and_says_for_what_it_waits(
     with interrupts(said.append, lambda: "waiting for the update of step 3") as asked:
         assert not asked()
         sent(number)
-        assert asked() and said == ["stopping: waiting for the update of step 3. Ctrl-C again stops at once, without saving"]
+        assert asked() and said == [
+            "stopping: waiting for the update of step 3. Press Ctrl-C again to stop immediately, without saving"
+        ]
         sent(number)  # a launcher passes on what the terminal has sent already
     assert len(said) == 1
 
