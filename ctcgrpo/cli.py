@@ -59,7 +59,7 @@ def train(
     config_file: Annotated[Path | None, typer.Option(help="An accelerate configuration file.")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
 ) -> None:
-    """Train a recipe. The same command resumes an interrupted run.
+    """Train a recipe; the same command resumes an interrupted run.
 
     One process trains directly; several GPUs, --processes or --config-file start accelerate.
     """

@@ -105,7 +105,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 def collect_records(file: Path, read: Callable[[dict[str, Any]], _T], *, whole_only: bool = False) -> tuple[list[_T], list[str]]:
     """The results of `read` on the objects in a JSON lines file, and the problems of invalid lines ("NAME, line 3: ..."): no
-    objects, or those for which `read` raises ValueError. Both are empty for a missing file. `whole_only`: as in `read_json_lines`."""
+    objects, or `read` raises ValueError. Both are empty for a missing file. `whole_only`: as in `read_json_lines`."""
     if not file.exists():
         return [], []
     found: list[_T] = []

@@ -47,7 +47,7 @@ def environment_name(value: str) -> str:
         is_name = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) is not None
         is_name = is_name and not _OF_SECRETS.match(value) and run < (16 if mixed else 24)
     if not is_name:
-        raise ValueError("expected the name of an environment variable, never the secret itself")
+        raise ValueError("name an environment variable here, never the secret itself")
     return value
 
 

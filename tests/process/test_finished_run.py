@@ -277,7 +277,7 @@ RECORDS: list[tuple[str, Callable[[Path], None], str]] = [
     ("validation.jsonl", without_second_line, "lacks the validation after step 1"),
     ("validation.jsonl", cut, "lacks the validation after step 1"),
     *((file, damage, problem) for file in ("simulator.json", "data.json", "sharding.json") for damage, problem in (
-        (cut, "cannot be read"), (zeroed, "cannot be read"), (text("[]"), "expected a JSON object"), (text("[" * 5000), "nested too deep"),
+        (cut, "cannot be read"), (zeroed, "cannot be read"), (text("[]"), "a JSON object"), (text("[" * 5000), "nested too deep"),
         (text('{"a": 1, "a": 2}'), "duplicate key"),
     )),
 ]  # fmt: skip
