@@ -322,7 +322,7 @@ def test_a_broken_checkpoint_is_never_loaded(ctcgrpo: Command, tmp_path: Path) -
     code, out, err = ctcgrpo(*command)
     assert code == 0, err
     for reason in (
-        f"checkpoint-2: optimizer.pt has 100 of {len(whole)} bytes",
+        f"checkpoint-2: optimizer.pt has 100 bytes; expected {len(whole)}",
         "checkpoint-3: COMPLETE is missing",
         "checkpoint-9",
     ):
@@ -385,7 +385,7 @@ def test_a_run_that_resumes_meets_the_same_data(ctcgrpo: Command, pack: Path, ti
 
     lines = whole.splitlines(keepends=True)
     file.write_text("".join(lines[:8]))
-    refused("other data", "scenarios.train: 8 removed (support-train-09, support-train-10, support-train-11, ...)", "validation.")
+    refused("data changed since the run began", "scenarios.train: 8 removed (support-train-09, support-train-10, support-train-11, ...)", "validation.")
     file.write_text("".join(lines[::-1]))
     refused("scenarios.train: reordered")
     file.write_text(whole.replace("### Background", "### Altered background", 1))
@@ -463,7 +463,7 @@ def test_a_full_disk_is_an_error_with_what_was_saved(
         patch.setattr(where, full)
         code, _, err = ctcgrpo(*command, "training.max_steps=2")
     assert code == 6 and err.startswith(f"error: cannot write to {tmp_path / 'tiny'}: "), err
-    assert f"Saved {tmp_path / 'tiny' / 'checkpoint-1'}; free some space" in err and err.count("\n") == 1
+    assert f"Saved {tmp_path / 'tiny' / 'checkpoint-1'}; free disk space" in err and err.count("\n") == 1
     code, out, err = ctcgrpo(*command, "training.max_steps=2")
     assert code == 0 and "step 2/2" in out, err
 
