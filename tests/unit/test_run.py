@@ -385,7 +385,11 @@ def test_a_run_that_resumes_meets_the_same_data(ctcgrpo: Command, pack: Path, ti
 
     lines = whole.splitlines(keepends=True)
     file.write_text("".join(lines[:8]))
-    refused("data changed since the run began", "scenarios.train: 8 removed (support-train-09, support-train-10, support-train-11, ...)", "validation.")
+    refused(
+        "data changed since the run began",
+        "scenarios.train: 8 removed (support-train-09, support-train-10, support-train-11, ...)",
+        "validation.",
+    )
     file.write_text("".join(lines[::-1]))
     refused("scenarios.train: reordered")
     file.write_text(whole.replace("### Background", "### Altered background", 1))
