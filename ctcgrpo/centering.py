@@ -13,8 +13,8 @@ from ctcgrpo.errors import CreditError
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The valid rollouts of one group: credits c and center weights w, one (T_i,) each. `tag` is what the group may be
-    remembered by, for EIBench its scene."""
+    """The valid rollouts of one group: credits c and center weights w, one (T_i,) each. `tag`: key for baselines that keep a
+    state; for EIBench the scene."""
 
     c: list[Array]
     w: list[Array]
@@ -25,24 +25,24 @@ Baselines = Sequence[float] | Sequence[Array]
 
 
 class Centering:
-    """A baseline. Subclass it for one that remembers earlier steps, and define `update`, `state_dict` and `load_state_dict`
-    together; the class is made without arguments, once a run, on every process."""
+    """A baseline. For one with a state over steps, subclass it and define `update`, `state_dict` and `load_state_dict` together.
+    Every process makes one instance per run, without arguments."""
 
-    where = "credit.centering"  # what errors name
+    where = "credit.centering"  # the name in errors
 
     def __call__(self, group: Group) -> Baselines:
         """The baseline of each rollout of the group, which has two or more."""
         raise NotImplementedError
 
     def update(self, groups: Sequence[Group]) -> None:
-        """Learn from a step, after it was credited. The order of groups, and of rollouts in a group, must not matter."""
+        """Update the state after a step's credit. The result must not depend on the order of groups or rollouts."""
 
     def state_dict(self) -> Mapping[str, Any] | None:
-        """What a checkpoint needs, as JSON can hold it; None without a state."""
+        """The state for a checkpoint, as JSON-serializable data; None without a state."""
         return None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave. Raises ValueError for anything else."""
+        """Load the result of `state_dict`. Raises ValueError for anything else."""
         raise ValueError("there is no state to load")
 
     def baselines(self, group: Group) -> list[Array]:
@@ -76,7 +76,7 @@ def make_centering(name: str) -> Centering:
         own = {n: getattr(chosen, n) is not getattr(Centering, n) for n in ("update", "state_dict", "load_state_dict")}
         if any(own.values()) and not all(own.values()):
             lacks = ", ".join(n for n, there in own.items() if not there)
-            raise CreditError(f"{where}: {chosen.__name__} has a state but lacks {lacks}; a resumed run would lose the state")
+            raise CreditError(f"{where}: {chosen.__name__} has a state but lacks {lacks}; a resumed run would lose it")
         made = called(where, chosen)
     made.where = where
     return made
@@ -138,7 +138,7 @@ class SceneBaseline(Centering):
     `reward_to_go` it is unbiased; it lags behind a policy that improves."""
 
     def __init__(self, means: Mapping[Any, Sequence[float]] | None = None) -> None:
-        """`means`: what it knows from the start, by tag and turn."""
+        """`means`: initial means by tag and turn."""
         self._sums: dict[Any, list[float]] = {tag: list(values) for tag, values in (means or {}).items()}
         self._weights: dict[Any, list[float]] = {tag: [1.0] * len(values) for tag, values in self._sums.items()}
 
@@ -147,10 +147,10 @@ class SceneBaseline(Centering):
         return tuple(s / w for s, w in zip(self._sums.get(tag, ()), self._weights.get(tag, ()), strict=True))
 
     def __call__(self, group: Group) -> Sequence[Array]:
-        known, baselines = self.of(group.tag), []
+        means, baselines = self.of(group.tag), []
         for credits in group.c:
             b = np.zeros(len(credits))
-            b[: len(known)] = known[: len(credits)]
+            b[: len(means)] = means[: len(credits)]
             baselines.append(b)
         return baselines
 
@@ -201,8 +201,8 @@ def _lists(state: Mapping[str, Any], name: str) -> dict[Any, list[float]]:
     """A field of a state that was saved as JSON: lists of finite numbers by tag. Raises ValueError."""
     found = state.get(name)
     if not isinstance(found, Mapping):
-        raise ValueError(f"{name} is {type(found).__name__}; expected lists of numbers by tag")
+        raise ValueError(f"{name}: {type(found).__name__}; expected lists of numbers by tag")
     for tag, values in found.items():
         if not isinstance(values, list) or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-            raise ValueError(f"{name}.{tag} is no list of finite numbers")
+            raise ValueError(f"{name}.{tag}: expected a list of finite numbers")
     return {tag: [float(v) for v in values] for tag, values in found.items()}

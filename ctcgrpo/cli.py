@@ -1,6 +1,6 @@
 """The `ctcgrpo` command, and the call at the end of every recipe.
 
-Heavy libraries are imported only once a recipe is valid, so that a mistake in it is reported in a moment.
+Heavy libraries are imported only after the recipe is valid, so errors in it are reported in under a second.
 """
 
 import os
@@ -28,7 +28,7 @@ from ctcgrpo.util.naming import cut
 from ctcgrpo.util.proxies import settle_environment
 from ctcgrpo.util.terminal import Terminal, say
 
-_LONGEST_MESSAGE = 4000  # characters of an error that are printed
+_LONGEST_MESSAGE = 4000  # characters; longer errors are cut
 
 app = typer.Typer(
     help="Train language models to manage a user's emotions over several turns, with CTC-GRPO.",
@@ -39,14 +39,14 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The console script: a user's mistake becomes one line and an exit code, not a traceback."""
+    """The console script. A user's error is printed as one line, with an exit code and no traceback."""
     _guarded(app)
 
 
 def run_recipe(file: str) -> None:
-    """Run the recipe that this is called from, with sys.argv as overrides.
+    """Run the recipe file that calls this, with sys.argv as overrides.
 
-    A recipe is imported again by spawned worker processes; only the one that was started may run it.
+    Spawned worker processes import the recipe again; only the main process runs it.
     """
     if sys._getframe(1).f_globals.get("__name__") != "__main__":
         return
@@ -56,12 +56,12 @@ def run_recipe(file: str) -> None:
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value ...")] = None,
-    config_file: Annotated[Path | None, typer.Option(help="An accelerate configuration.")] = None,
+    config_file: Annotated[Path | None, typer.Option(help="An accelerate configuration file.")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
 ) -> None:
-    """Train a recipe; the same command resumes a run that was interrupted.
+    """Train a recipe; the same command resumes an interrupted run.
 
-    With one process it runs right here; with several GPUs, --processes or --config-file, through accelerate.
+    One process trains directly; several GPUs, --processes or --config-file start accelerate.
     """
     settings = load_recipe(recipe, overrides or [])
     if processes is not None:
@@ -73,7 +73,7 @@ def train(
         train_here(settings)
         return
     if not _gpus():
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # else processes without GPUs do not find each other
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # without it, CPU processes do not join one process group
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     if config_file is not None:
         command += ["--config_file", str(config_file)]
@@ -83,8 +83,8 @@ def train(
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]
         command += ["--main_process_port", "0"]
     os.environ[LAUNCHED] = "1"
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # passed on to the processes
-    os.environ.setdefault(SHUTDOWN_TIMEOUT, "3600")  # else what saves after Ctrl-C is killed after 30 s
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # forwarded to the processes
+    os.environ.setdefault(SHUTDOWN_TIMEOUT, "3600")  # the default, 30 s, kills a process that saves after Ctrl-C
     os.execv(sys.executable, [*command, "--module", "ctcgrpo", "train", str(recipe), *(overrides or [])])
 
 
@@ -92,7 +92,7 @@ def check(
     recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value ...")] = None,
 ) -> None:
-    """Check a recipe before it takes a GPU, and print the memory, time and cost of its run."""
+    """Validate a recipe without a GPU, and print the estimated memory, time and cost of its run."""
     settings = load_recipe(recipe, overrides or [])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     announce_loading(f"checking {settings.run.name}")
@@ -108,14 +108,14 @@ def check(
 
 
 def serve(
-    config: Annotated[Path | None, typer.Argument(help="A configuration (configs/simulator); else the scripted user.")] = None,
-    host: Annotated[str, typer.Option(help="Interface to listen on; a token is needed beyond loopback.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8765,
+    config: Annotated[Path | None, typer.Argument(help="A file of configs/simulator; default: the scripted user.")] = None,
+    host: Annotated[str, typer.Option(help="Interface to listen on; all but loopback need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8765,
 ) -> None:
     """Run a simulator server.
 
-    Its HTTP contract, with a curl example, is in ctcgrpo/simulator/README.md; `ctcgrpo fields simulator-config` explains its
-    configuration.
+    ctcgrpo/simulator/README.md documents its HTTP contract, with a curl example; `ctcgrpo fields simulator-config` lists the
+    fields of its configuration.
     """
     from ctcgrpo.simulator.config import SCRIPTED_USER, load_simulator_config
     from ctcgrpo.simulator.server import serve_forever
@@ -123,19 +123,17 @@ def serve(
     serve_forever(SCRIPTED_USER if config is None else load_simulator_config(config), host, port)
 
 
-_CONFIG = typer.Option(help="The simulator's configuration (configs/simulator); else the scripted user.")
-_URLS = typer.Option(help="A simulator server that runs already; several for replicas.")
+_CONFIG = typer.Option(help="Simulator configuration (configs/simulator); default: the scripted user.")
+_URLS = typer.Option(help="URL of a running simulator server; repeat for replicas.")
 
 
 def chat(
-    scenario: Annotated[str | None, typer.Option(help="The scenario's id; the first one by default.")] = None,
-    scenarios: Annotated[str, typer.Option(help="Where it is: a path, a bundled pack, or a dataset.")] = "english/test",
+    scenario: Annotated[str | None, typer.Option(help="Scenario id; default: the first one.")] = None,
+    scenarios: Annotated[str, typer.Option(help="Scenarios: a path, a bundled pack, or a dataset.")] = "english/test",
     config: Annotated[Path | None, _CONFIG] = None,
     url: Annotated[list[str] | None, _URLS] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Replies at most.")] = 8,
-    instructions: Annotated[
-        str, typer.Option(help="How to reply, as the policy is told: eibench, short, none, or a file.")
-    ] = "eibench",
+    rounds: Annotated[int, typer.Option(min=1, help="Maximum number of replies.")] = 8,
+    instructions: Annotated[str, typer.Option(help="Instructions on how to reply: eibench, short, none, or a file.")] = "eibench",
 ) -> None:
     """Play the policy's role against the simulated user."""
     import asyncio
@@ -156,13 +154,13 @@ def chat(
 
 
 def noise(
-    run: Annotated[Path, typer.Argument(help="A run's folder, whose recorded dialogues are replayed.")],
+    run: Annotated[Path, typer.Argument(help="Run folder; its recorded dialogues are replayed.")],
     config: Annotated[Path | None, _CONFIG] = None,
     url: Annotated[list[str] | None, _URLS] = None,
-    dialogues: Annotated[int, typer.Option(min=1, help="Of each scene.")] = 5,
-    replays: Annotated[int, typer.Option(min=2, help="How often each turn is asked for.")] = 8,
+    dialogues: Annotated[int, typer.Option(min=1, help="Dialogues per scene.")] = 5,
+    replays: Annotated[int, typer.Option(min=2, help="Simulator calls per turn.")] = 8,
 ) -> None:
-    """Measure how much a simulator's judgement varies when a run's turns are replayed."""
+    """Replay a run's turns and measure how much the simulator's judgement varies."""
     import asyncio
 
     from ctcgrpo.environments.eibench.scenarios import load_set
@@ -172,7 +170,7 @@ def noise(
 
     folder = require_run(run)
     recipe = resolved_recipe(folder.recipe_file)
-    section = recipe.eibench_scenarios("noise, which replays a simulated user's turns,")
+    section = recipe.eibench_scenarios("ctcgrpo noise")
     sets = [load_set(section.train, "train", section.invalid)]
     if recipe.validation is not None:
         sets.append(load_set(recipe.validation_source(), "test", section.invalid))
@@ -193,8 +191,8 @@ def noise(
 
 
 def show(
-    run: Annotated[Path, typer.Argument(help="A run's folder, for example checkpoints/quickstart.")],
-    scenario: Annotated[str | None, typer.Option(help="Which held-out scenario to show; a typical one by default.")] = None,
+    run: Annotated[Path, typer.Argument(help="Run folder, for example checkpoints/quickstart.")],
+    scenario: Annotated[str | None, typer.Option(help="Held-out scenario to show; default: a typical one.")] = None,
 ) -> None:
     """Print a finished run: held-out scores and one scenario before and after training."""
     from ctcgrpo.report.show import show_run
@@ -203,11 +201,11 @@ def show(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    which: Annotated[str, typer.Option(help="final, best, or the number of a checkpoint.")] = "final",
-    out: Annotated[Path | None, typer.Option(help="Where to; RUN/export by default.")] = None,
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
-    push: Annotated[str | None, typer.Option(help="Upload to this repository of the Hub as well (private).")] = None,
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    which: Annotated[str, typer.Option(help="final, best, or a checkpoint's number.")] = "final",
+    out: Annotated[Path | None, typer.Option(help="Output folder; default: RUN/export.")] = None,
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Data type of the weights.")] = "bfloat16",
+    push: Annotated[str | None, typer.Option(help="Also upload to this (private) Hub repository.")] = None,
 ) -> None:
     """Export a trained policy as one model folder with a model card."""
     require_run(run)
@@ -229,7 +227,7 @@ def version() -> None:
 
 
 def train_here(recipe: Recipe) -> None:
-    """Run a recipe in this process, without what other libraries say that is of no use to its user."""
+    """Run a recipe in this process, without other libraries' progress bars and irrelevant warnings."""
     _before_loading(recipe)
     from transformers.utils import logging as transformers_logging
 
@@ -241,7 +239,7 @@ def train_here(recipe: Recipe) -> None:
 
 
 def _before_loading(recipe: Recipe) -> None:
-    """Report a broken scenario, a missing environment and a missing model before PyTorch is loaded, then that it is."""
+    """Before PyTorch is loaded: refuse a broken scenario, a missing environment or a missing model; log the loading."""
     if recipe.environment is None:
         section = recipe.eibench_scenarios()
         load_scenes(section.train, section.scenes, section.invalid)
@@ -264,7 +262,7 @@ _PANELS: Mapping[str, Sequence[Callable[..., None]]] = {
     "Scenarios and the simulated user": (serve, noise),
     "Reference": (reference.fields, reference.metrics, version),
 }
-"""The commands as `ctcgrpo --help` groups and orders them."""
+"""Commands in the groups and order of `ctcgrpo --help`."""
 for _panel, _commands in _PANELS.items():
     for _command in _commands:
         app.command(rich_help_panel=_panel)(_command)
@@ -277,7 +275,7 @@ def _guarded(run: Callable[[], object]) -> None:
     try:
         run()
     except KeyboardInterrupt:
-        print("stopped: at once; what was not saved yet is lost", file=sys.stderr)
+        print("stopped immediately; steps after the last checkpoint are lost", file=sys.stderr)
         sys.exit(RunInterrupted.exit_code)
     except CtcGrpoError as error:
         what = "stopped" if isinstance(error, RunPaused) else "error"

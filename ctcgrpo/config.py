@@ -1,4 +1,4 @@
-"""What a TRL user configures: GRPOConfig, with the options of turn-level credit and of episodes of several turns.
+"""CTCGRPOConfig: TRL's GRPOConfig with the options of turn-level credit and multi-turn episodes.
 
 `per_device_train_batch_size` counts episodes: a step plays `per_device_train_batch_size x processes / num_generations` tasks with
 `num_generations` episodes each. `tokens_per_row` bounds the memory of the update, so gradients need no accumulation over batches.
@@ -19,7 +19,7 @@ WITHOUT_EFFECT: dict[str, str] = {
         "rows are packed; tokens_per_row sets their length": "pad_to_multiple_of",
         "the engines truncate by top_p and top_k": "min_p",
         "the engines sample by temperature, top_p and top_k": "generation_kwargs",
-        "it would falsify log-probabilities; make repetition a matter of the reward": "repetition_penalty",
+        "it would make recorded log-probabilities wrong; penalise repetition in the reward": "repetition_penalty",
         "the engine has a cache of its own": "cache_implementation",
         "vLLM chooses it": "vllm_model_impl",
         "a colocated engine always sleeps during the update": "vllm_enable_sleep_mode",
@@ -28,22 +28,22 @@ WITHOUT_EFFECT: dict[str, str] = {
         "each process has an engine of its own; start vLLM servers for tensor parallelism": "vllm_tensor_parallel_size",
         "epsilon clips on both sides; dual_clip bounds negative advantages": "epsilon_high",
         "use dual_clip": "delta",
-        "the loss is PPO's": (
+        "the loss is PPO's clipped loss": (
             "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg"
         ),
         "ratios are per token": "importance_sampling_level",
         "an environment gives one reward a turn": "reward_weights multi_objective_aggregation",
         "the loss is a sum over tokens divided by the trained tokens of the step; loss_weights weighs turns alike": "loss_type",
-        "an environment decides what a cut reply earns": "mask_truncated_completions",
+        "the environment rewards cut replies": "mask_truncated_completions",
         "all tokens are trained on": "top_entropy_quantile",
         "entropy_coef is constant": "use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target",
-        "an environment answers every reply; max_turns bounds them": "max_tool_calling_iterations",
-        "old_logprobs says whose log-probabilities the ratio starts from": (
+        "max_turns bounds the replies of an episode": "max_tool_calling_iterations",
+        "old_logprobs selects the log-probabilities of the ratio": (
             "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max "
             "vllm_importance_sampling_clip_min vllm_importance_sampling_cap"
         ),
         "episodes are sampled from the policy of the step": "off_policy_mask_threshold",
-        "the KL term is the plain one": "use_bias_correction_kl",
+        "the KL term has no bias correction": "use_bias_correction_kl",
         "every episode is written to OUTPUT_DIR/traces": (
             "log_completions log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo"
         ),
@@ -52,12 +52,10 @@ WITHOUT_EFFECT: dict[str, str] = {
         ),
         "the loss has no such term": "router_aux_loss_coef",
         "the loss has no labels": "label_smoothing_factor label_names",
-        "noise in embeddings would falsify log-probabilities": "neftune_noise_alpha",
-        "its layers have not been tried with rows of shared prefixes; packing chooses the kernel of attention": (
-            "use_liger_kernel"
-        ),
-        "its layers have not been tried with rows of shared prefixes": "liger_kernel_config",
-        "rows differ in shape, so nearly every one would be compiled again": (
+        "noise in embeddings would make log-probabilities wrong": "neftune_noise_alpha",
+        "its layers are untested with rows of shared prefixes; packing selects the attention kernel": ("use_liger_kernel"),
+        "its layers are untested with rows of shared prefixes": "liger_kernel_config",
+        "rows differ in shape, so nearly every one would be recompiled": (
             "torch_compile torch_compile_backend torch_compile_mode"
         ),
         "tokens_per_row bounds memory": "auto_find_batch_size torch_empty_cache_steps",
@@ -75,20 +73,20 @@ WITHOUT_EFFECT: dict[str, str] = {
         "shuffle_dataset decides the order of tasks": "train_sampling_strategy",
         "rows are packed": "length_column_name",
         "every step has as many tasks": "dataloader_drop_last",
-        "a row is read when its task is played; there is nothing to load ahead": (
+        "a row is read when its task is played, so nothing is prefetched": (
             "dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor "
             "dataloader_multiprocessing_context dataloader_in_order"
         ),
-        "batches are groups of episodes, dealt out by the trainer": "accelerator_config",
+        "the trainer distributes groups of episodes": "accelerator_config",
         "with ZeRO-3 a vLLM engine samples": "ds3_gather_for_generation",
-        "save_steps sets when checkpoints are made, at the end of a batch of episodes": "enable_jit_checkpoint",
+        "save_steps sets when checkpoints are saved, at the end of a batch of episodes": "enable_jit_checkpoint",
     }.items()
     for name in names.split()
 }
-"""Fields of GRPOConfig that the trainer would not read, or that would not work with it, and what to use instead."""
+"""Fields of GRPOConfig that the trainer ignores or does not support, and what to use instead."""
 
 _OPTIMIZERS = ("lomo", "layerwise", "schedule_free")
-"""Parts of the names of optimizers that update in the middle of a backward pass, or have to be told that training begins."""
+"""Parts of the names of optimizers that update within the backward pass, or need a call when training begins."""
 
 
 @dataclass
@@ -110,22 +108,22 @@ class CTCGRPOConfig(CreditOptions, RolloutOptions, UpdateOptions, GRPOConfig):  
         for name, default in without_effect().items():
             if getattr(self, name) != default:
                 instead = WITHOUT_EFFECT[name]
-                raise ValueError(f"CTCGRPOConfig.{name} = {getattr(self, name)!r} has no use here: {instead}; leave it out")
+                raise ValueError(f"CTCGRPOConfig.{name} = {getattr(self, name)!r} has no effect: {instead}; leave it out")
         if found := next((part for part in _OPTIMIZERS if part in str(self.optim)), None):
             raise ValueError(
-                f"CTCGRPOConfig.optim = {str(self.optim)!r}; expected an optimizer that updates once a step: the gradients of a "
-                f"step come from several rows ({found} does not)"
+                f"CTCGRPOConfig.optim = {str(self.optim)!r}; expected an optimizer that updates once per step ({found} does "
+                "not): the gradients of a step come from several rows"
             )
         for name in ("save_strategy", "eval_strategy", "logging_strategy"):
             if str(getattr(getattr(self, name), "value", getattr(self, name))) == "epoch":
                 raise ValueError(
-                    f"CTCGRPOConfig.{name} = 'epoch'; expected 'steps' (and {name.removesuffix('_strategy')}_steps): the tasks of "
-                    "a run are one schedule, in which tags come equally often"
+                    f"CTCGRPOConfig.{name} = 'epoch'; expected 'steps' (and {name.removesuffix('_strategy')}_steps): a run "
+                    "is one schedule of tasks, stratified by tag, without epochs"
                 )
         if self.save_strategy == "steps" and self.save_steps >= 1 and self.save_steps % self.num_iterations:
             raise ValueError(
-                f"CTCGRPOConfig.save_steps = {self.save_steps}; expected a multiple of num_iterations ({self.num_iterations}): a "
-                "checkpoint is resumed from at the end of a batch of episodes"
+                f"CTCGRPOConfig.save_steps = {self.save_steps}; expected a multiple of num_iterations ({self.num_iterations}): "
+                "runs resume at the end of a batch of episodes"
             )
         if self.gradient_accumulation_steps != 1 or self.steps_per_generation not in (None, 1):
             raise ValueError(
@@ -139,14 +137,14 @@ class CTCGRPOConfig(CreditOptions, RolloutOptions, UpdateOptions, GRPOConfig):  
             )
         if self.old_logprobs == "recorded" and (self.top_p < 1 or self.top_k):
             raise ValueError(
-                "CTCGRPOConfig.old_logprobs = 'recorded' with top_p or top_k, under which recorded log-probabilities are "
-                "renormalised; expected 'recomputed', or top_p = 1 and top_k = 0"
+                "CTCGRPOConfig.old_logprobs = 'recorded' with top_p or top_k, which renormalise recorded log-probabilities; "
+                "expected 'recomputed', or top_p = 1 and top_k = 0"
             )
         if self.deterministic and self.deadline is not None:
-            raise ValueError("CTCGRPOConfig.deadline depends on the clock, which deterministic excludes; leave one out")
+            raise ValueError("CTCGRPOConfig.deadline depends on the clock, so it excludes deterministic; leave one out")
         if self.num_generations_eval is None:  # type: ignore[has-type]
             self.num_generations_eval = 1
-        self.per_device_eval_batch_size = self.num_generations_eval  # TRL wants a multiple
+        self.per_device_eval_batch_size = self.num_generations_eval  # TRL requires a multiple
         if self.bf16 is not False and not self.fp16 and not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Credits, centerings and scales by name, and calling them: any of them may be a user's own, so its result is checked."""
+"""Looks up credits, centerings and scales by name, and calls them. Any may be custom, so results are checked."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -15,19 +15,17 @@ _F = TypeVar("_F")
 
 def choose(what: str, options: Mapping[str, _F], name: str) -> _F:
     if not isinstance(name, str):
-        raise ValueError(
-            f"credit.{what}: {name!r}; expected its name as 'my_module:my_function', since a run records its settings as text"
-        )
+        raise ValueError(f"credit.{what} = {name!r}; expected a name, 'my_module:my_function': settings are recorded as text")
     if is_reference(name):
         chosen: _F = load_object(name, f"credit.{what}")
         return chosen
     if name not in options:
-        raise ValueError(f"credit.{what}: {name!r} is unknown; available: {', '.join(options)}, or my_module:my_function")
+        raise ValueError(f"credit.{what} = {name!r}; expected one of {', '.join(options)}, or my_module:my_function")
     return options[name]
 
 
 def called(where: str, function: Callable[..., _F], *arguments: Any) -> _F:
-    """What a function gives that may be a user's own. Raises CreditError for whatever it raises."""
+    """The result of a possibly custom function. Raises CreditError for any exception."""
     try:
         return function(*arguments)
     except CreditError:
@@ -40,21 +38,21 @@ def listed(where: str, values: Iterable[Any], length: int, of: str) -> list[Any]
     try:
         found = list(values)
     except TypeError:
-        raise CreditError(f"{where} gave a {type(values).__name__}; expected a sequence") from None
+        raise CreditError(f"{where} returned a {type(values).__name__}; expected a sequence") from None
     if len(found) != length:
-        raise CreditError(f"{where} gave {len(found)} values for {length} {of}; expected one for each")
+        raise CreditError(f"{where} returned {len(found)} values for {length} {of}; expected one each")
     return found
 
 
 def numbers(where: str, values: Any, length: int, *, or_one: bool = False) -> Array:
     """`values` as finite numbers (length,), or as one number where that is allowed. Raises CreditError."""
-    expected = f"{length} finite numbers, one a turn or rollout" + (", or one number" if or_one else "")
+    expected = f"{length} finite numbers, one per turn or rollout" + (", or one number" if or_one else "")
     try:
         found = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        raise CreditError(f"{where} gave {type(values).__name__}; expected {expected}") from None
+        raise CreditError(f"{where} returned {type(values).__name__}; expected {expected}") from None
     if found.shape != (length,) and not (or_one and found.shape == ()):
-        raise CreditError(f"{where} gave an array of shape {found.shape}; expected {expected}")
+        raise CreditError(f"{where} returned an array of shape {found.shape}; expected {expected}")
     if not np.isfinite(found).all():
-        raise CreditError(f"{where} gave {found.tolist()}; expected {expected}")
+        raise CreditError(f"{where} returned {found.tolist()}; expected {expected}")
     return found

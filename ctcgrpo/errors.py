@@ -1,8 +1,8 @@
-"""What can go wrong, in one place: one error type per boundary, each with an exit code.
+"""The error model: one error type per boundary, each with an exit code.
 
     boundary              type                    exit   in an episode
     recipe, overrides     RecipeError             2      -
-    credit of one's own   CreditError             2      -
+    custom credit         CreditError             2      -
     scenario records      ScenarioError           3      -
     model, tokenizer      PolicyError             4      -
     policy engine         PolicyEngineError       4      a failed episode
@@ -17,14 +17,14 @@
     runs, requests        RunFailed               10     -
     Ctrl-C                RunInterrupted          130    stops the run after saving
 
-A bad episode is data, not a result: it is recorded with its reason and left out of every statistic. What the policy
-itself causes (an empty, cut or broken reply) is an outcome and never comes here. Messages name the file, the field, the
-value and what would be right; users see the message, not a traceback.
+A failed episode is recorded with its reason and excluded from every statistic. What the policy causes (an empty, cut or
+malformed reply) is an outcome, never an error. Messages name the file, the field, the value and what is expected; users
+see the message, not a traceback.
 """
 
 
 class CtcGrpoError(Exception):
-    """Base of all errors that a user can cause or mend."""
+    """Base class of errors that a user can cause or fix."""
 
     exit_code = 1
     kind = "error"
@@ -36,7 +36,7 @@ class RecipeError(CtcGrpoError):
 
 
 class CreditError(CtcGrpoError):
-    """A credit, centering or scale of one's own raised something, or gave what no advantage can be made of."""
+    """A custom credit, centering or scale raised an exception or returned an invalid value."""
 
     exit_code = 2
     kind = "credit"
@@ -68,21 +68,21 @@ class SimulatorReplyError(CtcGrpoError):
 
 
 class JudgeReplyError(CtcGrpoError):
-    """A judge that gives no verdict: a failed item of an evaluation."""
+    """The judge returned no verdict: a failed item of an evaluation."""
 
     exit_code = 5
     kind = "judge"
 
 
 class DeadlinePassed(CtcGrpoError):
-    """An episode that was still going on at rollout.deadline."""
+    """An episode was unfinished at rollout.deadline."""
 
     kind = "deadline"
 
 
 class EnvironmentFailed(CtcGrpoError):
-    """An environment raised something of its own, took too long, or gave a value that its contract does not know (a reward or an
-    outcome that is not finite)."""
+    """An environment raised an exception, exceeded its timeout, or returned an invalid value (such as a reward or an outcome that
+    is not finite)."""
 
     kind = "environment"
 
@@ -105,21 +105,21 @@ class TrainingDiverged(CtcGrpoError):
 
 
 class RunFailed(CtcGrpoError):
-    """Runs of a sweep ended with errors of their own, or requests for scenarios got no answer."""
+    """Runs of a sweep failed, or requests for scenarios got no response."""
 
     exit_code = 10
     kind = "runs"
 
 
 class GateFailed(CtcGrpoError):
-    """An evaluation ended well, with a score below what was asked for."""
+    """An evaluation finished with a score below the required one."""
 
     exit_code = 9
     kind = "gate"
 
 
 class RunPaused(CtcGrpoError):
-    """The run cannot go on for now: it saves, says why, and goes on with the same command. Never a failed episode."""
+    """The run pauses: it saves a checkpoint and logs the reason; the same command resumes it. Never a failed episode."""
 
 
 class BudgetSpent(RunPaused):
@@ -133,9 +133,9 @@ class RunInterrupted(RunPaused):
 
 
 EPISODE_ERRORS = (PolicyEngineError, SimulatorTransportError, SimulatorReplyError, EnvironmentFailed, DeadlinePassed)
-"""What turns an episode into a failed one; anything else is a defect of this program and stops it."""
+"""Errors that make a failed episode. Any other exception is a bug of this program and stops it."""
 
 
 def too_many_failed(failed: int, episodes: int, limit: float) -> bool:
-    """Whether so many episodes failed that the rest says nothing: more than the share `limit`, or all of them."""
+    """Whether too many episodes failed for the others to be representative: more than the share `limit`, or all of them."""
     return failed == episodes or failed > limit * episodes

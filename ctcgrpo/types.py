@@ -1,4 +1,4 @@
-"""An episode of any environment: what is played, what is recorded, and what the trainer sees of it."""
+"""The types of an episode, for any environment: its interface, its records, and the trainer's samples."""
 
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,27 +9,27 @@ import numpy as np
 import numpy.typing as npt
 
 Info = Mapping[str, float | int | str]
-"""What an environment says of a turn beside its reward: numbers become metrics by name, all of it goes into the trace."""
+"""Extra information on a turn: numbers become metrics by name, and everything is written to the trace."""
 _NOTHING: Info = MappingProxyType({})
 
 
 class Message(TypedDict):
-    """A chat message. `instructions`: the end of a system message's content that is a text of the developer's, in which control
-    tokens (<think>) are such; what persons and policies say never becomes a control token."""
+    """A chat message. `instructions`: the developer's text at the end of a system message's content. Only there control tokens
+    (<think>) are encoded as such; texts of users and policies never become control tokens."""
 
     role: Literal["system", "user", "assistant"]
     content: str
     instructions: NotRequired[str]
 
 
-Heard = str | Sequence[Message]  # what an environment says to the policy: a line of the user, or chat messages
+Heard = str | Sequence[Message]  # an observation of the policy: a line of the user, or chat messages
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What comes of a reply. `message`: what the policy hears next, as a user's line or as messages of users and systems; None only
-    where `done` (one that is given there is kept in the record). `reward`: what the turn earned, finite; None: the turn is not
-    scored, and shares the reward of the next turn that is (`turn_rewards`). `info`: finite numbers and texts."""
+    """The result of a reply. `message`: the next observation, a user's line or messages of roles user and system; None only where
+    `done` (a last message is recorded). `reward`: of the turn, finite; None: the turn is unscored, and shares the reward of the
+    next scored turn (`turn_rewards`). `info`: finite numbers and texts."""
 
     message: Heard | None
     reward: float | None = None
@@ -40,23 +40,22 @@ class Step:
 class Environment:
     """Plays one episode against the policy. Subclass it.
 
-    Each episode has an instance of its own. Whoever plays it sets `name` (how logs call the episode) before `reset`, adds the
-    rewards up in `episode_return`, and calls `close` once, also after a failure. An exception, a value that is not as described
-    here, or a call over the time limit makes a failed episode with its reason, never a reward.
+    Each episode has its own instance. The runner sets `name` (the episode's name in logs) before `reset`, sums the rewards in
+    `episode_return`, and calls `close` once, also after a failure. An exception, an invalid value, or a call over the timeout
+    makes a failed episode with its reason, never a reward.
 
     `reset`, `step`, `outcome` and `close` may be plain or async methods. A plain one runs in a thread, so that other episodes
-    continue meanwhile; calls of one episode come one after the other, not always in the same thread, and a call that ran out of
-    time may still run while `close` is called. The constructor and async methods run in the event loop: where they block,
-    everything waits.
+    continue. Calls of one episode are sequential, but not always in the same thread; a call that timed out may still run during
+    `close`. The constructor and async methods run in the event loop, and must not block it.
     """
 
     name: str = ""
     episode_return: float = 0.0
-    info: Info = _NOTHING  # what is known of the start, as `Step.info` is of a turn; set by `reset`
+    info: Info = _NOTHING  # information on the start, as `Step.info` on a turn; set by `reset`
 
     def reset(self, task: Mapping[str, Any], *, seed: int) -> Heard | Awaitable[Heard]:
-        """What the policy hears first: the user's line, or messages, a system message at their head or none. Without a message of
-        the user the policy opens."""
+        """The first observation: the user's line, or messages, optionally with a system message first. Without a message of the
+        user the policy begins the dialogue."""
         raise NotImplementedError
 
     def step(self, reply: str) -> Step | Awaitable[Step]:
@@ -64,19 +63,19 @@ class Environment:
         raise NotImplementedError
 
     def outcome(self) -> float:
-        """Of the episode once it is over, finite; by default the sum of its rewards."""
+        """The outcome of a finished episode, a finite number; by default the sum of its rewards."""
         return self.episode_return
 
     def close(self) -> Awaitable[None] | None:
-        """Give back what the episode held. What it raises is logged, and costs no episode that is over."""
+        """Release the episode's resources. Exceptions are logged, and do not fail a finished episode."""
         return None
 
 
 def turn_rewards(rewards: Sequence[float | None]) -> tuple[float, ...]:
-    """What each turn of an episode is credited with, from the rewards of its turns, where None is a turn that is not scored.
+    """The reward of each turn of an episode, from the rewards of its turns, where None is an unscored turn.
 
-    A reward belongs in equal parts to its turn and the unscored turns directly before it, since all of them led to it; so the sum
-    stays the same. Unscored turns after the last reward have 0.
+    A reward is split equally over its turn and the unscored turns directly before it, so the sum stays the same. Unscored turns
+    after the last reward get 0.
 
     >>> turn_rewards([0.1, None, 0.5, None])
     (0.1, 0.25, 0.25, 0.0)
@@ -89,12 +88,12 @@ def turn_rewards(rewards: Sequence[float | None]) -> tuple[float, ...]:
     return (*credited, *[0.0] * (len(rewards) - len(credited)))
 
 
-NO_TAG = "all"  # the tag of tasks that bring none along
+NO_TAG = "all"  # the tag of tasks without one
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What an episode is about: its id, what `Environment.reset` is given, and a `tag` to stratify and report by.
+    """A task: its id, the data for `Environment.reset`, and a `tag` to stratify and report by.
 
     In a data set these are the column `id` (else the row's position), the whole row, and the column `tag` (else "all").
     """
@@ -106,7 +105,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a policy engine returns for one request.
+    """The response of a policy engine to one request.
 
     `token_ids` (n,) are the sampled ids, end-of-turn token included when one was sampled. `logprobs` (n,) are natural
     logs under the distribution that was sampled from: temperature applied, top-p and top-k renormalised. `log_kept`
@@ -122,11 +121,11 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One reply of the policy and what came of it (`reward`, `done`, `info` as in `Step`; `message` is the text of what the policy
-    heard, that of several messages with a blank line between them, empty where it heard nothing).
+    """One reply of the policy and its result. `reward`, `done`, `info`: as in `Step`. `message`: the text of the observation after
+    it; several messages are joined by a blank line; empty without one.
 
     `reply` is the visible text, without reasoning; `reasoning` is None for a completion without a reasoning part.
-    `faults` names what is wrong with the form of the completion ("broken_tags", "unclosed_reasoning",
+    `faults` names errors in the form of the completion ("broken_tags", "unclosed_reasoning",
     "empty_reasoning", "empty_reply", "cut"). `done` also holds for the last turn that an episode may have.
     """
 
@@ -144,7 +143,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class TurnCredit:
-    """What a turn was trained with. `advantage` is outcome term + turn term (unless a control dealt it from elsewhere)."""
+    """The credit of a turn in training. `advantage` is outcome term + turn term (unless a control permutes advantages)."""
 
     outcome: float
     turn: float
@@ -153,7 +152,7 @@ class TurnCredit:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an episode is not a result. `kind` is one of `ctcgrpo.errors.EPISODE_ERRORS`' kinds."""
+    """The reason of a failed episode. `kind` is one of `ctcgrpo.errors.EPISODE_ERRORS`' kinds."""
 
     kind: str
     message: str
@@ -164,8 +163,8 @@ class Episode:
     """One episode of a task: a result, or a failure with its reason.
 
     `outcome` is finite, or NaN exactly when `failure` is set. `group` is the position of the task in its step and `rollout` the
-    position of the episode in its group; both are global, not per process. `opening` is what the policy heard first, empty where
-    it opens; `info` is what was known at the start.
+    position of the episode in its group; both are global, not per process. `opening` is the first observation, empty where
+    the policy begins; `info` is that of the start.
     """
 
     task: str
@@ -183,21 +182,21 @@ class Episode:
 
     @property
     def name(self) -> str:
-        """How logs call this episode: step/task/rollout."""
+        """The episode's name in logs: step/task/rollout."""
         return f"{self.step}/{self.task}/{self.rollout}"
 
     @property
     def final_info(self) -> Info:
-        """That of the last turn, or of the start."""
+        """The info of the last turn, or of the start."""
         return self.turns[-1].info if self.turns else self.info
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TurnSample:
-    """What the trainer sees of a turn: context, sampled tokens, and one advantage for all of them, reasoning included.
+    """The training sample of a turn: context, sampled tokens, and one advantage for all of them, reasoning included.
 
     `prompt_ids` (p,) and `completion_ids` (n,) become int32 arrays. `old_logprobs` (n,), a float32 array, are log-probabilities at
-    the sampling temperature, of the policy before the step's first update; None means that the current ones stand in for them
+    the sampling temperature, of the policy before the step's first update; None: the current ones are used
     (ratio 1).
     """
 

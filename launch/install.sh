@@ -16,7 +16,7 @@ for candidate in python3.11 python3.12 python3.13 python3; do
     break
   fi
 done
-[ -n "$python" ] || { echo "Python 3.11 to 3.13 is needed, and none was found on the PATH" >&2; exit 1; }
+[ -n "$python" ] || { echo "expected Python 3.11 to 3.13 on the PATH; none found" >&2; exit 1; }
 
 stamp="$venv/.installed-${extras:-run}"
 dev="$(sed -n 's/^ *"ctcgrpo\[\(.*\)\]",$/\1/p' pyproject.toml)"
@@ -31,7 +31,7 @@ for found in "$venv"/.installed-*; do
     exit 0
   fi
 done
-echo "installing into $venv: some minutes, most of them for PyTorch"
+echo "installing into $venv: this takes some minutes, mostly for PyTorch"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 
 # pip install. A terminal shows what it does in one line; elsewhere only what takes long is printed.
@@ -50,7 +50,7 @@ pip_install() {
 
 torch="$(sed -n 's/^ *"\(torch>=[^"]*\)".*/\1/p' pyproject.toml)"
 if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
-  echo "no NVIDIA GPU here: taking PyTorch's CPU build (from PyTorch's own index first)"
+  echo "no NVIDIA GPU found: installing PyTorch's CPU build"
   oldest="${torch#*>=}"
   # Named exactly: a range would take the newest build with CUDA wherever both are on offer.
   pip_install --timeout 20 --retries 0 --index-url https://download.pytorch.org/whl/cpu "torch==${oldest%%,*}.*" 2>/dev/null \

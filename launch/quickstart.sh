@@ -28,7 +28,7 @@ if [ -f "$folder/$name/final/COMPLETE" ]; then
   echo "$folder/$name is finished; remove it to train again"
 else
   [ -z "$precision" ] || echo "this processor has bfloat16 instructions: adding $precision"
-  echo "training 16 steps: some 10 minutes on two cores with bfloat16 instructions, 20 without (this machine has $cores cores)"
+  echo "training 16 steps: about 10 minutes on two cores with bfloat16 instructions, 20 without (this machine has $cores cores)"
   # shellcheck disable=SC2086  # two overrides
   "$bin/ctcgrpo" train recipes/quickstart.yaml $precision "$@"
 fi

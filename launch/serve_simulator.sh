@@ -41,13 +41,13 @@ trap 'stop; exit 130' INT TERM
 CUDA_VISIBLE_DEVICES="$gpus" "${CTCGRPO_VLLM_BIN:-vllm}" serve "$model" --host 127.0.0.1 \
   --port "$vllm_port" --tensor-parallel-size "$tensor_parallel" --enable-prefix-caching --max-model-len 16384 "$@" &
 children+=($!)
-echo "waiting for $model on GPUs $gpus"
+echo "waiting for vLLM to load $model on GPUs $gpus"
 until curl --silent --fail "http://127.0.0.1:$vllm_port/health" > /dev/null; do
-  kill -0 "${children[0]}" 2>/dev/null || { echo "vLLM ended before it was ready" >&2; exit 1; }
+  kill -0 "${children[0]}" 2>/dev/null || { echo "vLLM exited before it was ready" >&2; exit 1; }
   sleep 2
 done
 "${CTCGRPO_VENV:-.venv}/bin/ctcgrpo" serve "$config" --host "$host" --port "$port" &
 children+=($!)
 wait -n "${children[@]}"
-echo "one of the servers ended; ending the other" >&2
+echo "one of the servers exited; stopping the other" >&2
 exit 1

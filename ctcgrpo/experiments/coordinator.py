@@ -39,7 +39,7 @@ from ctcgrpo.run.recipe_file import overrides
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.run_records import read_summary, read_validations, valid_validations
 from ctcgrpo.util.files import checkpoints, is_complete, read_object, write_whole
-from ctcgrpo.util.workers import alone, end_with_parent
+from ctcgrpo.util.workers import end_with_parent, lock_folder
 
 TRAIN = (sys.executable, "-m", "ctcgrpo", "train")
 _POLL = 0.2
@@ -83,7 +83,7 @@ def run_sweep(
     Raises OutputError where another coordinator has the folder, it holds another sweep, or variants cannot be compared;
     RunInterrupted on Ctrl-C, after the runs under way have saved.
     """
-    with alone(folder):
+    with lock_folder(folder):
         _keep_to(folder, sweep, recipe, extra)
         seeds = sweep.seeds_of(recipe)
         rows = _Coordinator(sweep, seeds, folder, devices, extra, say, train, open_study(sweep, folder)).work(workers)

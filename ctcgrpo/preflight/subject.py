@@ -1,4 +1,4 @@
-"""What the checks share: the recipe, what was loaded of it so far, and what they find."""
+"""The data that checks share: the recipe, what was loaded so far, and the findings."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,13 +23,12 @@ from ctcgrpo.types import Environment, Message, Task
 Level = Literal["ok", "warning", "failed"]
 
 REPLY_TOKENS, REASONED_TOKENS, LINE_TOKENS = 150, 500, 60
-"""What a reply of the policy, the same with its reasoning, and a line of the user are assumed to have on average; named beside
-every figure that rests on it."""
+"""Assumed average tokens of a policy reply, of one with reasoning, and of a user line; printed with every estimate that uses them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check says: how bad it is, what is so or would have to change, and of what (the check's name where empty)."""
+    """A result of a check: its level, a text with the problem and the fix, and its subject (default: the check's name)."""
 
     level: Level
     text: str
@@ -39,15 +38,15 @@ class Finding:
 ok = partial(Finding, "ok")
 warning = partial(Finding, "warning")
 failed = partial(Finding, "failed")
-NO_VALIDATION = warning("none: the run will not say whether it got better (section validation)")
+NO_VALIDATION = warning("none: the run will not measure improvement; add the section validation")
 
 
 @dataclass
 class Subject:
-    """The recipe, and what checks have loaded of it so far. `factory` to `heard` are of an environment of one's own."""
+    """The recipe, and what checks have loaded of it so far. `factory` to `heard` are for a custom environment."""
 
     recipe: Recipe
-    folder: Path  # for what is built in passing; gone after the check
+    folder: Path  # for temporary files; removed after the check
     variables: Mapping[str, str] = field(default_factory=lambda: os.environ)
     accelerate_config: Path = Path(default_config_file)
     scenarios: list[Scenario] = field(default_factory=list)
@@ -58,7 +57,7 @@ class Subject:
     openings: dict[str, Sequence[Message]] = field(default_factory=dict)  # the first messages of some tasks, by id
     heard: list[Sequence[Message]] = field(default_factory=list)  # after each of the policy's replies, in the episode played
     shape: Shape | None = None
-    config: Any = None  # the model's own configuration, where it is at hand
+    config: Any = None  # the model's configuration, where it could be loaded
     tokenizer: PreTrainedTokenizerBase | None = None
     contexts: ContextBuilder | None = None
     simulator: SimulatorConfig | None = None
@@ -73,7 +72,7 @@ class Subject:
 
     @property
     def examples(self) -> list[Scenario]:
-        """The run's own scenarios, or the bundled ones while those are not here."""
+        """The run's scenarios, or the bundled ones where those are not loaded."""
         return self.scenarios or load_scenarios("english/train")
 
     @property

@@ -1,9 +1,9 @@
 """The policy engine in the training process: continuous batching over the turns of all dialogues.
 
-Requests wait in an inbox; a pump lets them in between two steps, each a token for every request under way, and hands out what a
-step ended, so a dialogue goes on as soon as its reply is there, beside others in the middle of theirs. Steps are made in a thread
-of their own, one after the other until one ends a request: the event loop stays free for the simulator. What makes the steps is
-a batcher: vLLM, or transformers.
+Requests wait in an inbox. A pump admits them between two steps, and returns completions that a step finished, so a dialogue
+continues as soon as its reply is complete. A step samples one token for every request in progress. Steps run in a thread of their
+own, in sequence until one finishes a request, so that the event loop stays free for the simulator. A batcher makes the steps:
+vLLM, or transformers.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ class Batcher(ABC):
 
     @abstractmethod
     def abort(self, names: Sequence[str]) -> None:
-        """Forget these requests, and any that is not under way."""
+        """Cancel these requests; names that are not in progress are ignored."""
 
     @abstractmethod
     def step(self) -> list[Finished]:
@@ -48,7 +48,7 @@ class Batcher(ABC):
     def under_way(self) -> int: ...
 
     @abstractmethod
-    def rest(self) -> None: ...
+    def sleep(self) -> None: ...
 
     @property
     def sleeping_bytes(self) -> int:
@@ -85,14 +85,14 @@ class ContinuousEngine(PolicyEngine):
             return
         if self._inbox or self._running:
             waiting = len(self._inbox) + len(self._running)
-            raise PolicyEngineError(f"{waiting} requests wait; weights cannot change beneath them")
+            raise PolicyEngineError(f"{waiting} requests are in progress; weights cannot change before they finish")
         self._until_idle()
         self._batcher.take_weights()
         self.version, self._awake = version, True
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         self._until_idle()
-        self._batcher.rest()
+        self._batcher.sleep()
         self._awake = False
 
     @property
@@ -107,7 +107,7 @@ class ContinuousEngine(PolicyEngine):
 
     async def generate(self, prompt_ids: Sequence[int], *, seed: int, sampling: Sampling) -> Completion:
         if not self._awake:
-            raise PolicyEngineError("the engine was asked before it had the policy's weights")
+            raise PolicyEngineError("generate was called before take_weights")
         result: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         self._inbox.append(_Request(str(next(self._names)), prompt_ids, seed, sampling, result))
         if self._pump is None or self._pump.done():

@@ -1,7 +1,7 @@
-"""What a policy engine is: token ids in, token ids and log-probabilities out, one request at a time.
+"""The interface of policy engines: from token ids to sampled token ids with log-probabilities, per request.
 
-Every request carries a seed of its own, derived from where it stands in the run, so what is sampled does not depend on
-timing, process count or neighbours in the batch, but through floating-point batch composition.
+Each request has its own seed, derived from its place in the run. So samples do not depend on timing, process count or the
+rest of the batch, except through floating-point differences between batch compositions.
 """
 
 import hashlib
@@ -28,33 +28,33 @@ class Sampling:
 
 
 class PolicyEngine(ABC):
-    """All processes call `take_weights` and `rest` together; in between each makes requests at its own pace, within
+    """All processes call `take_weights` and `sleep` together. In between, each makes requests at its own pace, within
     `async with engine`."""
 
-    version: int | None = None  # how many optimizer steps the weights that it samples from have seen; None before it has any
+    version: int | None = None  # optimizer steps of the weights that it samples from; None before the first
 
     def take_weights(self, version: int) -> None:
-        """Sample from the trained policy as it is now, from here on. Raises PolicyEngineError where the weights cannot be
-        handed over whole, and while requests are under way: a batch of rollouts comes from one version."""
+        """Load the trained policy's current weights. Raises PolicyEngineError where the transfer fails, and while requests are in
+        progress: a batch of rollouts must come from one version."""
         self.version = version
 
     @abstractmethod
     async def generate(self, prompt_ids: Sequence[int], *, seed: int, sampling: Sampling) -> Completion:
         """Sample one completion. Raises PolicyEngineError where the engine cannot."""
 
-    def confirm(self) -> None:  # noqa: B027 - one that shares the trainer's memory can hold no other weights
+    def confirm(self) -> None:  # noqa: B027 - an engine in the trainer's memory has no other weights
         """Raises PolicyEngineError where what was sampled since `take_weights` may come from other weights."""
 
-    def rest(self) -> None:  # noqa: B027 - an engine without memory of its own has nothing to give back
-        """Nothing is asked for until `take_weights` comes again: leave the memory to the update."""
+    def sleep(self) -> None:  # noqa: B027 - an engine without memory of its own has none to free
+        """Free GPU memory for the update. No requests come until the next `take_weights`."""
 
     @property
     def sleeping_bytes(self) -> int:
-        """GPU memory that PyTorch counts as allocated, and that nothing stands behind while the engine rests."""
+        """GPU memory that PyTorch counts as allocated, but that the sleeping engine has unmapped."""
         return 0
 
     def close(self) -> None:  # noqa: B027
-        """The run is over; called once more does no harm."""
+        """Shut down at the end of the run; may be called again."""
 
     async def __aenter__(self) -> Self:
         return self

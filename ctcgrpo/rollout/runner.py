@@ -26,11 +26,11 @@ from ctcgrpo.rollout.engine import PolicyEngine, Sampling, request_seed
 from ctcgrpo.rollout.session import SECONDS_PER_CALL, Session
 from ctcgrpo.types import Completion, Environment, Episode, Failure, Task, Turn
 
-_LOOK_SECONDS = 0.1  # how often a batch of episodes looks whether it is to stop
+_LOOK_SECONDS = 0.1  # interval at which a batch of episodes checks whether to stop
 
 
 class Awaited(Counter[str]):
-    """How many replies of the policy, and answers of environments, are being waited for."""
+    """Counts of policy replies and environment calls in progress."""
 
     @contextlib.contextmanager
     def one(self, what: Literal["replies", "answers"]) -> Iterator[None]:
@@ -41,7 +41,7 @@ class Awaited(Counter[str]):
             self[what] -= 1
 
     def __str__(self) -> str:
-        return f"{self['replies']} replies of the policy and {self['answers']} answers of the environment in progress"
+        return f"{self['replies']} policy replies and {self['answers']} environment calls in progress"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Slot:
 
     @property
     def seeds(self) -> tuple[object, ...]:
-        """What of an episode's place its seeds depend on."""
+        """The parts of an episode's place that determine its seeds."""
         step = self.step if self.seed_step is None else self.seed_step
         return step, self.group, self.task.id, self.rollout
 
@@ -109,7 +109,7 @@ class RolloutRunner:
                         await self._together(players, _Player.policy_turn)
                         await self._together(players, _Player.environment_turn)
                 else:
-                    await self._together(players, _Player.to_the_end, self.play.deadline)
+                    await self._together(players, _Player.play_to_end, self.play.deadline)
                     for player in players:
                         player.cut()
             finally:
@@ -161,7 +161,7 @@ class _Player:
         self._seconds_policy = self._seconds_environment = 0.0
         self.over = False
 
-    async def to_the_end(self) -> None:
+    async def play_to_end(self) -> None:
         await self.reset()
         while not self.over:
             await self.policy_turn()
@@ -234,7 +234,7 @@ class _Player:
     def cut(self) -> None:
         """The deadline has passed."""
         if not self.over:
-            self._fail(DeadlinePassed(f"the deadline of {self._runner.play.deadline:g} s has passed"))
+            self._fail(DeadlinePassed(f"the episode was unfinished at the deadline of {self._runner.play.deadline:g} s"))
 
     async def close(self) -> None:
         """Once the environment is closed: now, or since the episode is over."""

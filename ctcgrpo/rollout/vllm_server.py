@@ -1,7 +1,7 @@
 """The policy engine on vLLM servers: token ids in, token ids and log-probabilities out, over HTTP.
 
-Plain `vllm serve`, on other GPUs or machines than the update's. Each process keeps to servers of its own where there are enough,
-and a group's rollouts are mostly played by one process, so that they find the prefix they share in one cache.
+The servers are plain `vllm serve`, on other GPUs or machines than the update's. Each process uses servers of its own where there
+are enough. One process plays most of a group's rollouts, so that they share a prefix cache.
 """
 
 import asyncio
@@ -76,8 +76,8 @@ class VllmServerEngine(PolicyEngine):
     def take_weights(self, version: int) -> None:
         if version == self.version:
             return
-        together(self._refuse_under_way)  # until no process asks for anything
-        self.version = None  # what a transfer leaves that fails is no version
+        together(self._refuse_under_way)  # before any process makes requests
+        self.version = None  # a failed transfer leaves no valid version
         self._weights.send()
         together(lambda: self._publish(version))
         self._transfers += 1
@@ -94,35 +94,35 @@ class VllmServerEngine(PolicyEngine):
 
     def _refuse_under_way(self) -> None:
         if self._under_way:
-            raise PolicyEngineError(f"{self._under_way} requests are under way; weights cannot change beneath them")
+            raise PolicyEngineError(f"{self._under_way} requests are in progress; weights cannot change before they finish")
 
     def _publish(self, version: int) -> None:
-        """The servers forget the keys and values of the old weights, and learn the new ones' name."""
+        """Reset the servers' prefix caches, and set the version of the new weights."""
         for url in self._urls if self._is_main else ():
             self._forget(url)
             _admin(f"{url}/update_weight_version", {"new_version": self._name(version)})
 
     def _forget(self, url: str) -> None:
-        """vLLM keeps its prefix cache while blocks of it are in use, as those of cancelled requests are for a moment. Since 0.26 it
-        says whether it did; before, it answered with nothing."""
+        """Reset a prefix cache. vLLM refuses while blocks are in use, as those of cancelled requests briefly are. Since 0.26 it
+        reports success; earlier versions return an empty response."""
         seconds = min(self._patience, _FORGETTING_SECONDS)
         end = time.monotonic() + seconds
         while _admin(f"{url}/reset_prefix_cache", {}).get("success", True) is False:
             if time.monotonic() >= end:
                 raise PolicyEngineError(
-                    f"{url}/reset_prefix_cache answered success = false for {seconds:g} s: it keeps keys and values of the old "
-                    "weights, since somebody's requests still use them; let no other client use the server"
+                    f"{url}/reset_prefix_cache: success = false for {seconds:g} s: requests still use keys and values of the old "
+                    "weights; make sure that no other client uses this server"
                 )
             time.sleep(min(self._backoff, seconds / 10))
 
     def confirm(self) -> None:
-        """A server that was restarted meanwhile would have gone on with the weights of its disk."""
+        """A restarted server would sample with the weights on its disk."""
         for url in self._mine:
             found = _admin(f"{url}/weight_info").get("weight_version")
             if found != self._name(self.version):
                 raise PolicyEngineError(
-                    f"{url} holds weights {found!r}, not {self._name(self.version)!r}: it was restarted, or serves another run; "
-                    "this batch of rollouts is not trained on"
+                    f"{url}: weight_version = {found!r}; expected {self._name(self.version)!r}: it was restarted, or serves "
+                    "another run; this batch of rollouts is discarded"
                 )
 
     def _name(self, version: int | None) -> str:
@@ -140,7 +140,7 @@ class VllmServerEngine(PolicyEngine):
 
     async def generate(self, prompt_ids: Sequence[int], *, seed: int, sampling: Sampling) -> Completion:
         if self.version is None:
-            raise PolicyEngineError("the engine was asked before it had the policy's weights")
+            raise PolicyEngineError("generate was called before take_weights")
         url = self._mine[seed % len(self._mine)]
         self._under_way += 1
         try:
@@ -173,7 +173,7 @@ class VllmServerEngine(PolicyEngine):
         }
 
     async def _ask(self, url: str, body: dict[str, Any]) -> Any:
-        """Repeats what a restart or a busy server can explain; the same seed gives the same answer."""
+        """Retry failures that a restart or a busy server can cause; the same seed gives the same response."""
         assert self._session is not None, "an engine makes requests within `async with engine`"
         end, tries = time.monotonic() + self._patience, 0
         while True:
@@ -202,7 +202,7 @@ class VllmServerEngine(PolicyEngine):
         length = served.get("max_model_len")
         if length is not None and length < self._max_length:
             raise PolicyEngineError(
-                f"{url} serves {served['id']} with max_model_len {length}, and the recipe needs {self._max_length} "
+                f"{url}: {served['id']} has max_model_len = {length}; expected at least {self._max_length} "
                 "(rollout.max_prompt_tokens + max_new_tokens); start it with --max-model-len"
             )
         self._models[url] = str(served["id"])
@@ -214,7 +214,7 @@ def _completion(url: str, answer: Any, sampling: Sampling) -> Completion:
         choice = answer["choices"][0]
         ids, logprobs, reason = choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"]
     except (KeyError, IndexError, TypeError) as error:
-        raise PolicyEngineError(f"{url}: no completion with token ids and log-probabilities in its answer") from error
+        raise PolicyEngineError(f"{url}: invalid response; expected a completion with token ids and log-probabilities") from error
     return completion(ids, logprobs, reason, sampling)
 
 
@@ -228,10 +228,10 @@ def _admin(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
             answer: dict[str, Any] = json.loads(response.read() or b"{}")
             return answer
     except (OSError, ValueError) as error:
-        said = ""
+        body_text = ""
         if isinstance(error, urllib.error.HTTPError):
             with suppress(OSError):
-                said = f" ({' '.join(error.read(2000).decode(errors='replace').split())[:200]})"
+                body_text = f" ({' '.join(error.read(2000).decode(errors='replace').split())[:200]})"
         raise PolicyEngineError(
-            f"{url}: {error}{said}{through_proxy(url)}; start the server as launch/serve_policy.sh does (VLLM_SERVER_DEV_MODE=1)"
+            f"{url}: {error}{body_text}{through_proxy(url)}; start it with launch/serve_policy.sh (VLLM_SERVER_DEV_MODE=1)"
         ) from None

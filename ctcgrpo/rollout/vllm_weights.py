@@ -25,7 +25,7 @@ from ctcgrpo.util.proxies import open_url, settle_environment, through_proxy
 
 _CHUNK_BYTES = 512 * 2**20  # how much of the policy is gathered before it is sent on to the servers
 _NOT_REPEATED = ("start_weight_update", "update_weights", "finish_weight_update")
-_DOING = "handing weights to the vLLM servers"
+_DOING = "weight transfer to the vLLM servers"
 
 
 class ServerWeights:
@@ -165,7 +165,7 @@ class _Server:
                 if time.monotonic() >= end:
                     raise PolicyEngineError(
                         f"{self._url}/health: {error}{through_proxy(self._url)}; expected HTTP 200 within {patience:g} s; weights "
-                        "were not sent; restart the server (launch/serve_policy.sh), then the same command again"
+                        "were not sent; restart the server (launch/serve_policy.sh), then run the same command again"
                     ) from None
             time.sleep(min(1.0, patience / 10))
 
@@ -183,8 +183,8 @@ class _Server:
             self._open = self._client._updating_weights = False
             cause = self._refused or error
             raise PolicyEngineError(
-                f"{_DOING}: {self._url} did not take {chunk[0][0]} to {chunk[-1][0]}: {first_line(cause)}; restart this server "
-                "(launch/serve_policy.sh), then the same command again"
+                f"{_DOING}: {self._url} refused {chunk[0][0]} to {chunk[-1][0]}: {first_line(cause)}; restart this server "
+                "(launch/serve_policy.sh), then run the same command again"
             ) from error
 
     def finish(self) -> None:
@@ -193,7 +193,7 @@ class _Server:
         self._client._updating_weights = self._open = False
 
     def finish_after_failure(self) -> None:
-        """Close what this server has open, so that it takes the next run's weights. What failed is told already."""
+        """Close what this server has open, so that it takes the next run's weights. The failure itself is reported elsewhere."""
         if self._open:
             _problem(self.finish)
 
@@ -202,7 +202,7 @@ class _Server:
 
 
 def _problem(do: Callable[[], None]) -> PolicyEngineError | None:
-    """What goes wrong in `do`, for whoever has something to end before it is raised."""
+    """The error of `do`, for callers that must clean up before they raise it."""
     try:
         do()
     except PolicyEngineError as error:

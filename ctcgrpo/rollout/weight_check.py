@@ -70,8 +70,8 @@ def _difference(
         mean = sum(apart) / len(apart)
         if not mean <= bound:
             return PolicyEngineError(
-                f"{url} samples from other weights than it was sent: its log-probabilities are {mean:.3g} nats off the trainer's "
-                f"on the mean of {len(apart)} tokens; expected at most {bound:.2g}; check that it serves the recipe's "
-                "policy.model, unquantized, then start it and the run again"
+                f"{url} samples from other weights than it was sent: its log-probabilities differ from the trainer's by "
+                f"{mean:.3g} nats on average over {len(apart)} tokens; expected at most {bound:.2g}; check that it serves the "
+                "recipe's policy.model, unquantized, then restart the server and the run"
             )
     return None

@@ -1,4 +1,4 @@
-"""What a run plays and starts from, in digests: so that a run that resumes can tell whether it is still the same."""
+"""Digests of a run's data and starting model, with which a resumed run detects changes."""
 
 import hashlib
 import json
@@ -14,17 +14,17 @@ from ctcgrpo.util.files import file_digest
 _LOADED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 """Weights, configurations, tokenizers and templates."""
 
-SKIPPED = "skipped"  # the subject of data.json that names invalid records, by place, and says what is wrong with them
+SKIPPED = "skipped"  # key in data.json of invalid records: place -> problem
 
 
 def scenarios_digest(scenarios: Sequence[Scenario]) -> dict[str, str]:
-    """By id, in the order in which they are played: 12 hexadecimal digits of everything that a record says."""
+    """By id, in the order in which they are played: 12 hexadecimal digits of the whole record."""
     names = [field.name for field in fields(Scenario)]
     return {scenario.id: _digest({name: getattr(scenario, name) for name in names}) for scenario in scenarios}
 
 
 def tasks_digest(tasks: Sequence[Task]) -> dict[str, str]:
-    """By id, in order: 12 hexadecimal digits of everything that a task says."""
+    """By id, in order: 12 hexadecimal digits of the whole task."""
     return {task.id: _digest(task.data) for task in tasks}
 
 
@@ -35,8 +35,8 @@ def folder_digest(folder: Path) -> dict[str, str]:
 
 
 def data_changes(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """What differs between two records of digests, in words by subject: removed, added, altered, put in another order. Records that
-    were left out (SKIPPED) are no part of what the run plays: they may be removed or change."""
+    """Differences between two records of digests, by subject: removed, added, altered, reordered. Skipped records (SKIPPED) are not
+    part of the run's data and may change."""
     changes = []
     for subject in dict.fromkeys([*old, *new]):
         if subject == SKIPPED:
@@ -53,7 +53,7 @@ def data_changes(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping
         shown = {how: ", ".join([*names[:3], *["..."] * (len(names) > 3)]) for how, names in sets.items() if names}
         found = [f"{len(sets[how])} {how} ({names})" for how, names in shown.items()]
         if not found and list(before) != list(after):
-            found = ["in another order"]
+            found = ["reordered"]
         if found:
             changes.append(f"{subject}: {', '.join(found)}")
     return changes

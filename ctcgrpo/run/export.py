@@ -1,4 +1,4 @@
-"""A trained policy to take home: adapters merged, ZeRO's shards joined, in safetensors, with a card that says what was measured."""
+"""Exports a trained policy as safetensors with a model card: adapters merged, ZeRO shards joined."""
 
 import shutil
 from importlib.resources import files
@@ -46,13 +46,13 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
     """Write a policy of a run to `out`: `which` is final, best, or the number of a checkpoint (its optimizer steps).
 
     Adapters are merged, and shards joined, in float32, then rounded to `dtype`. What was written is loaded again, and its
-    log-probabilities are compared with the trained policy's. Raises OutputError for a run or checkpoint that is not there or not
-    complete, where `out` exists or cannot be written, and where the figures for its card are damaged; PolicyError where the policy
-    cannot be loaded, has weights that are not finite, or is not what was written. A failed export leaves nothing behind.
+    log-probabilities are compared with the trained policy's. Raises OutputError for a missing or incomplete run or checkpoint,
+    where `out` exists or is not writable, and for damaged scores; PolicyError where the policy cannot be loaded, has weights that
+    are not finite, or differs from what was written. A failed export leaves no files.
     """
     folder = require_run(run)
     if out.exists():
-        raise OutputError(f"{out} is there already; choose another with --out")
+        raise OutputError(f"{out} already exists; choose another folder with --out")
     recipe = resolved_recipe(folder.recipe_file)
     source = _source(folder, which)
     card = model_card(recipe, _summary(folder, recipe), which=which)
@@ -91,19 +91,19 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
 
 
 def _summary(folder: RunFolder, recipe: Recipe) -> Summary | None:
-    """Raises OutputError for damaged files: a card is not to publish wrong figures."""
+    """Raises OutputError for damaged files, so that no card publishes wrong scores."""
     summary, problems = checked_summary(folder.path)
     if summary is None:
         return None
     if recipe.validation is None:
-        raise OutputError(f"{folder.path}: summary.json has figures, but recipe.yaml no validation section; one is damaged")
+        raise OutputError(f"{folder.path}: summary.json has scores, but recipe.yaml no validation section; one is damaged")
     if problems:
-        raise OutputError(f"{folder.path}: {problems[0]}; without summary.json the card says that nothing was measured")
+        raise OutputError(f"{folder.path}: {problems[0]}; remove summary.json to export a card without scores")
     return summary
 
 
 def push(folder: Path, repository: str, *, private: bool = True) -> str:
-    """Upload an export to the Hub; gives its address. Raises OutputError where the Hub refuses."""
+    """Upload an export to the Hub. Returns its URL. Raises OutputError where the upload fails."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -111,7 +111,7 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
     except Exception as error:  # noqa: BLE001 - what its HTTP library raises changes with it; the export is written in any case
-        raise OutputError(f"the Hub did not take {repository}: {hub_reason(error)}; {folder} stays as it is") from None
+        raise OutputError(f"upload to {repository} failed: {hub_reason(error)}; the export in {folder} is complete") from None
     return f"https://huggingface.co/{repository}"
 
 
@@ -122,17 +122,17 @@ def _source(folder: RunFolder, which: str) -> Path:
     if which not in complete:
         lacks = missing_in(there[which]) if which in there and there[which].exists() else None
         why = f" ({lacks})" if lacks else ""
-        raise OutputError(f"{folder.path} has no complete {which!r}{why}; it has {', '.join(complete) or 'nothing'}")
+        raise OutputError(f"{folder.path}: no complete {which!r}{why}; available: {', '.join(complete) or 'none'}")
     return there[which]
 
 
 _TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.1}
-"""How far log-probabilities may be off on the mean, in nats: what rounding weights does, far below what another policy is off."""
+"""Tolerance of the mean log-probability difference, in nats: above rounding of weights, far below that of another policy."""
 
 
 @torch.no_grad()
 def _logprobs(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Log-probabilities of the tokens of a few personas, one after the other."""
+    """Log-probabilities of the tokens of three personas, concatenated."""
     model.eval()
     found = []
     for scenario in [*load_scenarios("english/test", "test")[:2], *load_scenarios("chinese/test", "test")[:1]]:
@@ -143,13 +143,13 @@ def _logprobs(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> tor
 
 
 def _refuse_another_policy(folder: Path, tokenizer: PreTrainedTokenizerBase, wanted: torch.Tensor, dtype: Dtype) -> None:
-    """Raises PolicyError where what was written to the folder is not the policy that was trained."""
+    """Raises PolicyError where the written policy differs from the trained one."""
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     apart = float((_logprobs(again, tokenizer) - wanted).abs().mean())
     if not apart <= _TOLERANCE[dtype]:
         raise PolicyError(
-            f"the export is not the trained policy: its log-probabilities are {apart:.3g} nats off on the mean, beyond "
-            f"{_TOLERANCE[dtype]:g} (--dtype {dtype}); nothing was written"
+            f"the export is not the trained policy: the mean log-probability difference is {apart:.3g} nats; expected "
+            f"at most {_TOLERANCE[dtype]:g} (--dtype {dtype}); nothing was written"
         )
 
 
@@ -158,7 +158,7 @@ def _trained(source: Path, base: str, revision: str | None, dtype: Dtype) -> Pre
     if (source / "adapter_config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
         return PeftModel.from_pretrained(model, str(source))
-    # DeepSpeed's own, with float32 masters; beside them lie weights rounded to bfloat16
+    # DeepSpeed's shards have float32 masters; the checkpoint's safetensors are rounded to bfloat16
     shards = any(source.glob("global_step*"))
     if shards and _is_zero1(source):
         if dtype == "float32":
@@ -180,7 +180,7 @@ def _trained(source: Path, base: str, revision: str | None, dtype: Dtype) -> Pre
 
 
 def _is_zero1(source: Path) -> bool:
-    """Whether it is of ZeRO-1 in bfloat16, whose optimizer names no stage."""
+    """Whether the checkpoint is from ZeRO-1 in bfloat16, whose optimizer state has no stage."""
     states = next(source.glob("global_step*/bf16_zero_*optim_states.pt"), None)
     if states is None:
         return False
@@ -189,24 +189,24 @@ def _is_zero1(source: Path) -> bool:
 
 
 def _generation(recipe: Recipe, ends: list[int]) -> GenerationConfig:
-    """How it was sampled from in training, which is how its figures were made."""
+    """The sampling settings of training, which the scores were measured with."""
     rollout = recipe.rollout
     how = rollout.model_dump(include={"temperature", "max_new_tokens", "top_k", *(["top_p"] if rollout.top_p < 1 else [])})
     return GenerationConfig(do_sample=True, eos_token_id=ends, **how)
 
 
 def model_card(recipe: Recipe, summary: Summary | None, *, which: str) -> str:
-    """The README of an export: what it comes from, how it was trained, what was measured and on what. `summary`: of the run, where
-    it was validated."""
+    """The README of an export: base model, training, scores and their conditions. `summary`: of the run; None without
+    validation."""
     text = (files("ctcgrpo.run") / "model_card.md.j2").read_text(encoding="utf-8")
     template = jinja2.Template(text, undefined=jinja2.StrictUndefined)
     model, own = recipe.policy.model, recipe.environment
     fetched = wheel_of(model)
-    told: dict[str, Any] = {"fetched": fetched, "noun": "scenarios" if own is None else "tasks"}
-    told["trained_on"] = described(recipe.eibench_scenarios().train) if own is None else own.tasks
-    told["base_model"] = fetched.hub_id if fetched else None if is_builtin(model) else model
+    values: dict[str, Any] = {"fetched": fetched, "noun": "scenarios" if own is None else "tasks"}
+    values["trained_on"] = described(recipe.eibench_scenarios().train) if own is None else own.tasks
+    values["base_model"] = fetched.hub_id if fetched else None if is_builtin(model) else model
     if summary is not None and own is None:
         settings = validation_settings(recipe)
-        told |= {"measured": eibench_on(settings.pop("data_set")), "settings": in_words(settings)}
-        told["user"] = who_played(summary.simulator)
-    return str(template.render(recipe=recipe, summary=summary, which=which, version=__version__, no_tag=NO_TAG, **told))
+        values |= {"measured": eibench_on(settings.pop("data_set")), "settings": in_words(settings)}
+        values["user"] = who_played(summary.simulator)
+    return str(template.render(recipe=recipe, summary=summary, which=which, version=__version__, no_tag=NO_TAG, **values))

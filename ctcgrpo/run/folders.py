@@ -1,4 +1,4 @@
-"""Folders that a user names: whether they are there, and what was probably meant where they hold something else."""
+"""Checks of folders that a user names, with suggestions for likely mistakes."""
 
 from pathlib import Path
 
@@ -10,17 +10,17 @@ _MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 def require_folder(folder: Path) -> Path:
-    """The folder, if it is there. Raises OutputError with the nearest name that is."""
+    """The folder, if it exists. Raises OutputError with the closest existing name."""
     try:
         if folder.is_dir():
             return folder
     except OSError as error:
         raise OutputError(f"{cut(str(folder))}: {error.strerror}") from None
-    raise OutputError(f"{folder}: " + ("a file, not a folder" if folder.exists() else f"no such folder{_meant(folder)}"))
+    raise OutputError(f"{folder}: " + ("is a file; expected a folder" if folder.exists() else f"no such folder{_meant(folder)}"))
 
 
 def _meant(path: Path) -> str:
-    """A clause that names the path that is nearest to one that is not there."""
+    """A clause with the existing path that is closest to a missing one."""
     missing = next(part for part in reversed([path, *path.parents]) if not part.exists())
     siblings = [part.name for part in missing.parent.iterdir()] if missing.parent.is_dir() else []
     match = nearest(missing.name, siblings)
@@ -29,24 +29,24 @@ def _meant(path: Path) -> str:
 
 
 def require_run(folder: Path) -> RunFolder:
-    """The run in a folder. Raises OutputError where the folder is not there, or holds no run."""
+    """The run in a folder. Raises OutputError where the folder does not exist, or has no run."""
     require_folder(folder)
     if RunFolder(folder).recipe_file.exists():
         return RunFolder(folder)
     hint = f"; the run is {folder.parent}" if RunFolder(folder.parent).recipe_file.exists() else ""
     if not hint and RunFolder(folder).traces.is_dir():
-        hint = "; it is that of a trainer made in Python, whose traces/ hold every dialogue"
-    raise OutputError(f"{folder} is not the folder of a run: it holds no recipe.yaml{hint}")
+        hint = "; it is the output of a CTCGRPOTrainer, with its dialogues in traces/"
+    raise OutputError(f"{folder}: expected a run folder; it has no recipe.yaml{hint}")
 
 
 def is_model(folder: Path) -> bool:
-    """Whether a folder holds a model, or an adapter of one."""
+    """Whether a folder contains a model or an adapter."""
     return any((folder / name).exists() for name in _MODEL_FILES)
 
 
 def check_model(model: str, field: str) -> None:
-    """Raises PolicyError for a path to a model that is not there, and for a folder without one; what names no place on this machine
-    (a model of the Hub, builtin/NAME) passes. `field` opens the message."""
+    """Raises PolicyError for a path that does not exist, and for a folder without a model. Names that are no paths (a Hub model,
+    builtin/NAME) pass. `field` opens the message."""
     try:
         folder = Path(model).expanduser()
         there = folder.exists()
@@ -59,9 +59,9 @@ def check_model(model: str, field: str) -> None:
         return
     if is_model(folder):
         return
-    what = "it is a file" if folder.is_file() else "it holds no config.json"
+    what = "it is a file, not a folder" if folder.is_file() else "it has no config.json"
     if RunFolder(folder).recipe_file.exists():
-        what = "it is a run's folder"
+        what = "it is a run folder"
     trained = [name for name in ("final", "best") if is_model(folder / name)]
     below = [*trained, *sorted(path.parent.name for path in folder.glob("*/config.json"))]
     found = "its trained policy is" if trained else "a model is in"

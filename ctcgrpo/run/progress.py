@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a live display in a terminal, plain lines elsewhere."""
+"""Progress of a run: a live display in a terminal, plain lines elsewhere."""
 
 import math
 import time
@@ -10,18 +10,18 @@ from rich.text import Text
 from ctcgrpo.types import Episode
 from ctcgrpo.util.terminal import Terminal, print_line
 
-_QUIET_SECONDS = 15.0  # how long plain lines may be away while the first step, which nobody knows the time of yet, is played
+_QUIET_SECONDS = 15.0  # maximum time between plain lines in the first step, whose duration is unknown
 
 
 class _Done(MofNCompleteColumn):
-    """How much of a part is done, where it is known."""
+    """Completed count, where the total is known."""
 
     def render(self, task: Task) -> Text:
         return Text() if task.total is None else super().render(task)
 
 
 class RunProgress:
-    """Shows the phase, steps, the mean outcome, failures and the time left; says nothing on processes other than the main one."""
+    """Shows the phase, steps, the mean outcome, failures and the time left, on the main process only."""
 
     def __init__(self, *, name: str, steps: int, enabled: bool, console: Terminal | None = None) -> None:
         self._name = name
@@ -46,23 +46,23 @@ class RunProgress:
             self._run = self._live.add_task(self._name, total=self._steps, completed=step, note="")
 
     def validation(self, episodes: int) -> None:
-        """Held-out episodes are played from here on, `episodes` of them by this process."""
+        """A validation begins; this process plays `episodes` of its episodes."""
         self._plays(episodes, "  validation")
         self._validates = True
 
     def rollouts(self, step: int, episodes: int) -> None:
-        """Those of a step are; `step` counts from 1."""
+        """A step begins; `step` counts from 1."""
         self._plays(episodes, "  episodes")
         if not self._knows_pace and not self._live:
-            self.say(f"step {step}: {episodes} episodes to play")
+            self.say(f"step {step}: playing {episodes} episodes")
 
     def update(self, step: int) -> None:
         """The step's episodes are played, and the policy is trained on them."""
         if self._live:
             self._show(self._live, "  update", None)
         elif not self._knows_pace:
-            played = f"step {step}: played in {_duration(time.monotonic() - self._phase_started)}"
-            self.say(f"{played}; updating the policy; the first one of a run also compares log-probabilities")
+            played = f"step {step}: rollouts took {_duration(time.monotonic() - self._phase_started)}"
+            self.say(f"{played}; updating the policy (the first update also compares log-probabilities)")
 
     def episode(self, episode: Episode) -> None:
         """An episode of this process is over."""
@@ -104,7 +104,7 @@ class RunProgress:
 
     def _plays(self, episodes: int, what: str) -> None:
         now = time.monotonic()
-        if self._validates:  # validations are no part of a step's pace
+        if self._validates:  # a step's pace excludes validations
             self._started += now - self._phase_started
             self._validates = False
         self._phase_started = now

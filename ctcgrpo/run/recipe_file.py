@@ -1,8 +1,8 @@
 """Reading a recipe file: overrides, `extends`, and messages that name file, field and value.
 
-A recipe file is YAML and Python at once (see recipes/tiny.yaml): for Python all of it is one string, followed by the call
-that runs it; for YAML that string's opening is a key named `'`, which the loader drops. With `extends: other.yaml` (relative to
-the file) it is that recipe, section by section and field by field, with other values where it has its own.
+A recipe file is valid YAML and valid Python (see recipes/tiny.yaml). Python reads one string, then the call that runs the
+recipe. YAML reads the opening of that string as a key named `'`, which the loader drops. `extends: other.yaml` (relative to
+the file) inherits the fields of that recipe; fields of this one override them.
 """
 
 import json
@@ -17,13 +17,13 @@ from ctcgrpo.util.naming import cut, did_you_mean, quoted
 from ctcgrpo.util.sections import named_value, parse_mapping, read_text, refuse_unknown, validated
 
 _PYTHON_KEY = "'"
-_EXTENDS = "extends"  # the key of a recipe that names another one, whose fields it takes where it has none of its own
+_EXTENDS = "extends"  # the key that names the recipe whose fields this one inherits
 _OWN_VARIABLES = "CTCGRPO_"
 _OPENING, _CLOSING = "'''':", "# '''; from ctcgrpo.cli import run_recipe"
 
 
 def load_recipe(file: str | Path, overrides: Sequence[str] = (), *, changes: Sequence[str] = ()) -> Recipe:
-    """Read, override, validate. Raises RecipeError naming file, field, value and what would be right.
+    """Read, override, validate. Raises RecipeError that names file, field, value and what is expected.
 
     `overrides` come from the command line; `changes` have the same form and come from a file (a sweep). What
     simulator.token_env names is sent to simulator.url, so a file may only name variables that begin with CTCGRPO_; a user may
@@ -41,7 +41,7 @@ def load_recipe(file: str | Path, overrides: Sequence[str] = (), *, changes: Seq
         _apply(typed, override)
 
     def origin(field: Sequence[str | int]) -> Path:
-        """The file that says what a field is; this one for a field that none of them has, or that was changed."""
+        """The file that sets a field; `path` for a field that no file sets, or that was overridden."""
         if _has(changed, field):
             return path
         return next((file for file, fields in layers if _has(fields, field)), path)
@@ -56,14 +56,14 @@ def load_recipe(file: str | Path, overrides: Sequence[str] = (), *, changes: Seq
     if not name.startswith(_OWN_VARIABLES) and "token_env" not in typed.get("simulator", {}):
         raise RecipeError(
             f"{file}: simulator.token_env = {name!r}; expected a name that begins with {_OWN_VARIABLES}, since the value of the "
-            f"variable is sent to simulator.url; to allow {name} for a run, write simulator.token_env={name} on its command line"
+            f"variable is sent to simulator.url; to allow {name}, pass simulator.token_env={name} on the command line"
         )
     return recipe
 
 
 def resolved_recipe(file: str | Path) -> Recipe:
-    """The recipe that a run wrote into its folder, for readers of the run, which send nothing to its simulator: what it names was
-    allowed when the run began. Raises RecipeError as `load_recipe` does."""
+    """The recipe in a run's folder, for readers of the run. Does not check simulator.token_env: readers send nothing to the
+    simulator. Raises RecipeError as `load_recipe` does."""
     path = Path(file)
     return validated(parse_mapping(read_text(path, "recipe"), path, Recipe, "recipe"), Recipe, path)
 
@@ -86,8 +86,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
 
 
 def _layers(path: Path, extending: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
-    """A recipe's own fields, then those of the recipe that it extends, and so on, each with its file. Raises RecipeError for fields
-    that no recipe has, a file that is not there, and recipes that extend each other."""
+    """The recipe's own fields, then those of the recipe that it extends, and so on, each with its file. Raises RecipeError for
+    unknown fields, a missing file, and recipes that extend each other."""
     chain = (*extending, path)
     if path.resolve() in [file.resolve() for file in extending]:
         shown = " -> ".join(str(file) for file in chain)
@@ -99,16 +99,16 @@ def _layers(path: Path, extending: tuple[Path, ...] = ()) -> list[tuple[Path, di
         return [(path, fields)]
     where = f"{path}: {_EXTENDS} = {quoted(base)}"
     if not isinstance(base, str):
-        raise RecipeError(f"{where}; expected the file of a recipe, relative to this one")
+        raise RecipeError(f"{where}; expected a recipe file, relative to this one")
     file = path.parent / base
     if not file.is_file():
         near = [f.name for f in file.parent.glob("*.yaml")]
-        raise RecipeError(f"{where}: there is no file {file}; {did_you_mean(file.name, near)}")
+        raise RecipeError(f"{where}: no such file {file}; {did_you_mean(file.name, near)}")
     return [(path, fields), *_layers(file, chain)]
 
 
 def _has(fields: Any, field: Sequence[str | int]) -> bool:
-    """Whether a mapping of sections says what a field is, or has a value in its place that is no section."""
+    """Whether a mapping of sections sets a field, or has a value that is no section on the way to it."""
     for name in field:
         if not isinstance(fields, dict):
             break
@@ -128,7 +128,7 @@ def _parse(path: Path) -> dict[str, Any]:
     text = read_text(path, "recipe")
     body = "\n".join(line for line in text.splitlines() if not line.startswith((_OPENING, _CLOSING)))
     if "'''" in body or "\\" in body:
-        raise RecipeError(f"{path}: a recipe may hold neither ''' nor a backslash: it is also read as a Python string")
+        raise RecipeError(f"{path}: a recipe must contain neither ''' nor a backslash: it is also read as a Python string")
     data = parse_mapping(text, path, Recipe, "recipe")
     data.pop(_PYTHON_KEY, None)
     return data

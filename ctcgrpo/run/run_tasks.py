@@ -1,7 +1,7 @@
-"""What a recipe's policy plays: tasks to train on, tasks that are held out, and the environment of an episode.
+"""The tasks of a recipe: training tasks, held-out tasks, and the environment of an episode.
 
-`ScenarioTasks`: EIBench's scenarios with a simulated user (sections `scenarios` and `simulator`). `OwnTasks`: an environment of
-one's own (section `environment`).
+`ScenarioTasks`: EIBench's scenarios with a simulated user (sections `scenarios` and `simulator`). `OwnTasks`: a custom
+environment (section `environment`).
 """
 
 import asyncio
@@ -54,7 +54,7 @@ class ScenarioTasks:
         self.warnings = [line for part in self._sets.values() for line in part.report()]
 
     def data(self) -> dict[str, dict[str, str]]:
-        """Digests of what is played, by the field that names it."""
+        """Digests of the tasks, by the recipe field that names them."""
         data = {name: scenarios_digest(found.scenarios) for name, found in self._sets.items()}
         if faults := [fault for found in self._sets.values() for fault in found.faults]:
             data[SKIPPED] = {fault.place: str(fault) for fault in faults}
@@ -66,7 +66,7 @@ class ScenarioTasks:
         return {scenario.id: opening_messages(scenario, instructed) for scenario in self._scenarios}
 
     def start(self, stack: ExitStack, state: PartialState, folder: RunFolder, say: Say) -> Callable[[], Environment]:
-        """What makes the environment of an episode; on every process alike. What it starts ends with `stack`."""
+        """The factory of an episode's environment, on every process. `stack` closes what this starts."""
         settings, scoring = self._recipe.simulator, self._recipe.scoring
         token, limits = bearer_token(settings.token_env), {"timeout": settings.timeout, "patience": settings.patience}
         self._client = SimulatorClient(self._urls(stack, state, folder), token=token, **limits, say=say)
@@ -80,11 +80,11 @@ class ScenarioTasks:
         return EIBenchEpisodes(self._client, briefing=briefing(self._recipe), **how)
 
     def user(self) -> dict[str, Any]:
-        """What a simulated user says of itself, once started: a run that resumes must find the same. Empty where there is none."""
+        """The simulator's description of itself, after `start`; a resumed run requires the same. Empty without a simulator."""
         return {k: v for k, v in self._about.items() if k not in ("status", "version", "deadline")}
 
     def facts(self) -> dict[str, Any]:
-        """What summary.json says of the environment, once the run is over."""
+        """Fields of summary.json on the environment, at the end of the run."""
         return {
             "scoring_variant": self._recipe.scoring.variant,
             "settings": validation_settings(self._recipe),
@@ -97,7 +97,7 @@ class ScenarioTasks:
             return await self._client.account()
 
     def _urls(self, stack: ExitStack, state: PartialState, folder: RunFolder) -> tuple[str, ...]:
-        """The URLs that all processes ask; the main one keeps the embedded server."""
+        """The simulator's URLs for all processes; the main one runs the embedded server."""
         settings = self._recipe.simulator
         choice = simulator_of(settings)
         if choice.urls:
@@ -105,7 +105,7 @@ class ScenarioTasks:
         if state.num_processes > int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)):
             raise RecipeError(
                 "simulator.url is 'embedded', which other nodes cannot reach; start `ctcgrpo serve CONFIG --host 0.0.0.0` with a "
-                "token and name it (simulator.url=http://HOST:8765), as launch/slurm.sbatch does"
+                "token, and set simulator.url=http://HOST:8765; launch/slurm.sbatch does both"
             )
 
         def start() -> tuple[str, ...]:
@@ -156,8 +156,8 @@ def run_tasks(recipe: Recipe) -> ScenarioTasks | OwnTasks:
 
 
 def environment_factory(settings: OwnEnvironment) -> Callable[[], Environment]:
-    """What makes the environment of an episode: the factory with its options, or an instance of a class that all episodes share
-    (an asynchronous context manager). Raises RecipeError where it cannot be imported."""
+    """The factory of an episode's environment: the recipe's with its options, or an instance of an asynchronous context manager
+    class, shared by all episodes. Raises RecipeError where it cannot be imported."""
     factory = load_object(settings.factory, "environment.factory", settings.folder)
     if isinstance(factory, type) and issubclass(factory, AbstractAsyncContextManager):
         shared: Any = factory(**settings.options)
@@ -166,19 +166,19 @@ def environment_factory(settings: OwnEnvironment) -> Callable[[], Environment]:
 
 
 def refuse_uneven_tags(settings: OwnEnvironment, tasks: Sequence[Task]) -> None:
-    """Raises RecipeError where a step cannot play equally many tasks of each tag."""
+    """Raises RecipeError where a step cannot play the same number of tasks of each tag."""
     tags = sorted({task.tag for task in tasks})
     if settings.per_step % len(tags):
         raise RecipeError(
             f"environment.per_step = {settings.per_step}; expected a multiple of {len(tags)}, the number of tags in "
-            f"environment.tasks = {settings.tasks!r} ({', '.join(tags[:5])}): a step plays equally many tasks of each"
+            f"environment.tasks = {settings.tasks!r} ({', '.join(tags[:5])}): a step plays the same number of each"
         )
 
 
 def read_tasks(source: str, what: str, folder: Path | None = None) -> list[Task]:
-    """The tasks of a JSON lines file, or of what `module:function` gives: all of an object is given to `Environment.reset`; `id`
-    names it (else its position, from 0), `tag` stratifies. Raises RecipeError, naming the field `what`, for a source that cannot be
-    read or holds none, and where two tasks have one id."""
+    """The tasks of a JSON lines file, or those that `module:function` returns. `Environment.reset` gets the whole object; `id`
+    names it (default: its position, from 0), `tag` stratifies. Raises RecipeError, naming the field `what`, for a source that
+    cannot be read or has no task, and for duplicate ids."""
     if is_reference(source):
         give = load_object(source, what, folder)
         try:

@@ -1,4 +1,4 @@
-"""How long a run takes to save when it is asked to stop, and how long it is given."""
+"""Estimates the time to save a checkpoint on a stop signal, and compares it with the launcher's timeout."""
 
 import os
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from ctcgrpo.run.startup import SHUTDOWN_TIMEOUT
 from ctcgrpo.util.processes import STOP_SECONDS
 
 _DEFAULT_TIMEOUT = 30.0
-_BYTES_PER_SECOND = 0.5e9  # what a disk that nodes share takes from all processes together: an assumption
+_BYTES_PER_SECOND = 0.5e9  # assumed write rate of a shared disk, for all processes together
 _LAST_UPDATE = 300  # seconds allowed for the update in progress, which is finished first
 
 
@@ -26,19 +26,19 @@ def save_seconds(size: float) -> float:
 
 
 def notice_seconds(size: float) -> int:
-    """How long before its end a job has to be told, in whole minutes: for the update in progress, and for saving."""
+    """Seconds, in whole minutes, that a job needs between signal and end: for the update in progress, and for saving."""
     return 60 * -int(-(_LAST_UPDATE + save_seconds(size)) // 60)
 
 
 def too_little_time(size: float, environment: Mapping[str, str] = os.environ) -> str | None:
-    """What is wrong where a launcher would kill this process before it has saved `size` bytes; None where none would."""
+    """The warning for a launcher that would kill this process before it has saved `size` bytes; else None."""
     if "TORCHELASTIC_RUN_ID" not in environment:
         return None
     given, needed = float(environment.get(SHUTDOWN_TIMEOUT, _DEFAULT_TIMEOUT)), STOP_SECONDS + save_seconds(size)
     if needed <= given:
         return None
     return (
-        f"the launcher kills processes {given:g} s after it was told to stop (Ctrl-C, SIGTERM), and saving takes about "
+        f"the launcher kills processes {given:g} s after Ctrl-C or SIGTERM, but saving takes about "
         f"{needed:.0f} s: {size / 2**30:.0f} GiB at {_BYTES_PER_SECOND / 1e9:g} GB/s; launch with {SHUTDOWN_TIMEOUT}=3600 in the "
         "environment, or with `ctcgrpo train`, which sets it"
     )

@@ -1,4 +1,4 @@
-"""From a recipe's sections to the settings of the parts: no logic, one function a part."""
+"""Converts a recipe's sections to the settings of each component; no other logic."""
 
 from dataclasses import asdict
 from typing import Any
@@ -21,29 +21,29 @@ _OF_TRAINING = {
     *("tokens_per_row", "packing", "dual_clip", "loss_weights", "old_logprobs"),
     *("learning_rate", "weight_decay", "max_grad_norm", "bf16"),
 }
-"""Fields that the trainer's configuration has under the same names."""
+"""Fields with the same names in the trainer's configuration."""
 
 
 def template_kwargs(recipe: Recipe) -> dict[str, Any]:
-    """What the chat template is rendered with."""
+    """The variables of the chat template."""
     return {"enable_thinking": recipe.policy.reasons, **recipe.policy.template_kwargs}
 
 
 def briefing(recipe: Recipe) -> Briefing:
-    """Raises PolicyError for instructions that cannot be had."""
+    """Raises PolicyError for instructions that cannot be loaded."""
     policy = recipe.policy
     return Briefing(policy.persona_sections, load_instructions(policy.instructions), policy.reasons)
 
 
 def environment_timeout(recipe: Recipe) -> float:
-    """Seconds for a call of the environment. A simulator's client has limits of its own, which this one must not cut short."""
+    """Timeout in seconds of a call of the environment. It must exceed the timeouts of the simulator's client."""
     if recipe.environment is not None:
         return recipe.environment.timeout
     return max(RolloutOptions.environment_timeout, 2 * (recipe.simulator.timeout + recipe.simulator.patience))
 
 
 def context_builder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> ContextBuilder:
-    """Raises PolicyError for a chat template that cannot serve."""
+    """Raises PolicyError for an unusable chat template."""
     return ContextBuilder(
         tokenizer,
         stop_ids=ends,
@@ -74,14 +74,14 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
 def _sharding(recipe: Recipe) -> dict[str, Any]:
     sharding, checkpointing = recipe.training.sharding, recipe.training.gradient_checkpointing
     arguments = sharding_arguments(sharding)
-    if sharding == FSDP2 and checkpointing:  # FSDP's own is cheaper: the other would gather weights once more
+    if sharding == FSDP2 and checkpointing:  # FSDP's own is cheaper: the other gathers weights again
         arguments["fsdp_config"]["activation_checkpointing"] = True
         checkpointing = False
     return {**arguments, "gradient_checkpointing": checkpointing}
 
 
 def trainer_config(recipe: Recipe, processes: int) -> CTCGRPOConfig:
-    """The trainer's configuration. Making it sets up the process group. Raises ValueError for what this machine cannot run."""
+    """The trainer's configuration. Sets up the process group. Raises ValueError where this machine cannot run it."""
     training, rollout, vllm = recipe.training, recipe.rollout, recipe.rollout.vllm
     updates = training.updates_per_step
     steps = training.max_steps * updates
@@ -89,7 +89,7 @@ def trainer_config(recipe: Recipe, processes: int) -> CTCGRPOConfig:
     config = CTCGRPOConfig(
         output_dir=str(recipe.folder),
         run_name=recipe.run.name,
-        report_to=[],  # tracking.py knows what is worth showing
+        report_to=[],  # tracking.py selects what to report
         seed=recipe.run.seed,
         max_steps=steps,
         per_device_train_batch_size=recipe.tasks_per_step * rollout.group_size // processes,
@@ -145,5 +145,5 @@ def trainer_config(recipe: Recipe, processes: int) -> CTCGRPOConfig:
 
 
 def fsdp2_precision() -> MixedPrecisionPolicy:
-    """Compute in bfloat16. Left to itself accelerate sums gradients in it as well, and rounds log-probabilities to it."""
+    """Compute in bfloat16. By default accelerate would also sum gradients and round log-probabilities in bfloat16."""
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What a user sees before heavy libraries are loaded: one line at once, and none of the libraries' own warnings at import."""
+"""Start of a command: logs one line before heavy libraries are loaded, and silences their warnings at import."""
 
 import functools
 import logging
@@ -15,22 +15,22 @@ _NOT_FOR_USERS: Final = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     "transformers.trainer": "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
 }
-"""By logger, how a warning begins that tells a user nothing to act on: no GPU here, no optional kernel, and an output layer that is
-tied to the embeddings and so stands in no checkpoint."""
+"""By logger, the beginning of a warning that needs no action: no GPU, no optional kernel, and an output layer that is tied to
+the embeddings and so is in no checkpoint."""
 
 
 SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-"""The variable by which torchrun and accelerate's launcher are told how many seconds they wait before they kill what they have told
-to stop; 30 without it."""
+"""Environment variable of torchrun and accelerate's launcher: seconds from their signal to stop until they kill a process;
+default 30."""
 LAUNCHED = "CTCGRPO_LAUNCHED"
-"""Set for the processes that `ctcgrpo train` starts through accelerate: they run, and launch nothing further."""
+"""Set for processes that `ctcgrpo train` starts through accelerate: they train, and launch nothing."""
 
 _announced = False
 
 
 def announce_loading(doing: str, libraries: str = "PyTorch and transformers") -> None:
-    """Say on standard error what a command does and that its libraries are being loaded, unless they are loaded already; call it
-    before they are imported. Of several processes the one that was started, or the main one, says it."""
+    """Log to standard error what a command does and that its libraries are loading, unless they are loaded already. Call it before
+    they are imported. Only the main process logs."""
     global _announced
     _silence()
     if not _announced and LAUNCHED not in os.environ and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
@@ -40,9 +40,9 @@ def announce_loading(doing: str, libraries: str = "PyTorch and transformers") ->
 
 @functools.cache
 def _silence() -> None:
-    # TRL reports usage to its authors by default; a framework should not do so on a user's behalf.
+    # TRL reports usage to its authors by default; this must be the user's choice.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # TRL's defaults name options that transformers is about to rename; nothing that a user could act on.
+    # TRL's defaults use options that transformers will rename; a user cannot act on that.
     warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6.*", category=FutureWarning)
     for name, beginning in _NOT_FOR_USERS.items():
         logging.getLogger(name).addFilter(_without(beginning))

@@ -1,7 +1,4 @@
-"""Weights & Biases, and all that this project knows of it: runs grouped by what they train, curves, tables of dialogues, sweeps.
-
-What is shown of a dialogue is what its trace says.
-"""
+"""Weights & Biases: runs grouped by configuration, curves, tables of dialogues (from the traces), sweeps."""
 
 import hashlib
 import json
@@ -27,13 +24,13 @@ COLUMNS = (
 
 _TRAIN = 'exec python -m ctcgrpo train "$0" run.wandb=online "run.name=sweep-$WANDB_RUN_ID" "$@"'
 AGENT = ("${env}", "sh", "-c", _TRAIN, "${program}", "${args_no_hyphens}")
-"""How an agent starts a run of a sweep: overrides as recipes take them, in a folder of its own."""
+"""The command of a sweep's agent: a run in a folder of its own, with the agent's values as overrides."""
 
 
 class WandbTracker:
-    """One run of W&B. A run that goes on goes on there too; without a network `run.wandb=offline` keeps it for `wandb sync`.
+    """One W&B run. A resumed run resumes it; without a network use `run.wandb=offline`, and later `wandb sync`.
 
-    Raises RecipeError where W&B cannot be had.
+    Raises RecipeError where W&B is not available.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -53,7 +50,7 @@ class WandbTracker:
             )
         except wandb.errors.Error as error:
             what = f"run.wandb is {recipe.run.wandb!r}: {error}"
-            raise RecipeError(f"{what}; log in with `wandb login`, or set it to offline") from None
+            raise RecipeError(f"{what}; run `wandb login`, or set run.wandb=offline") from None
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -77,14 +74,14 @@ class WandbTracker:
 
 
 def group_of(recipe: Recipe) -> str:
-    """The same for runs that differ in name and seed only: the credit in words, and a digest of all the rest."""
-    told = recipe.model_dump(mode="json", exclude={"run", "hardware"})
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:6]
+    """A name that runs share if they differ only in name and seed: the credit's settings, and a digest of the recipe."""
+    settings = recipe.model_dump(mode="json", exclude={"run", "hardware"})
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
     return f"{recipe.credit.centering}-{recipe.credit.credit}-alpha{recipe.credit.alpha:g}-{digest}"
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this code is in, with a mark where it was changed since; None for an installed package."""
+    """The commit of this code's checkout, marked if it has changes; None for an installed package."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found = subprocess.run(describe, capture_output=True, text=True, timeout=10)
@@ -94,7 +91,7 @@ def commit() -> str | None:
 
 
 def dialogue_rows(run: Path, step: int) -> list[list[Any]]:
-    """A row for each turn of one group of each scene of the last step up to `step`; none before the first."""
+    """One row per turn, of one group per scene, of the last step up to `step`; empty before the first step."""
     from ctcgrpo.report.reading import read_run
 
     if not step:
@@ -123,16 +120,16 @@ def _rows(episode: Mapping[str, Any]) -> Sequence[list[Any]]:
 
 
 def hand_over(file: Path) -> str:
-    """Create the sweep; gives the command that starts an agent. Raises RecipeError without an account."""
+    """Create the sweep. Returns the command that starts an agent. Raises RecipeError without an account."""
     import wandb
 
     if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-        raise RecipeError("W&B keeps sweeps for an account: `wandb login`, or set WANDB_API_KEY; or leave --wandb out")
+        raise RecipeError("a W&B sweep needs an account: run `wandb login`, set WANDB_API_KEY, or leave --wandb out")
     config = load_yaml(file.read_text(encoding="utf-8"))
     config.setdefault("command", list(AGENT))
     try:
         made = wandb.sweep(config, project=config.get("project", PROJECT), entity=config.get("entity"))
     except wandb.errors.Error as error:
-        raise RecipeError(f"W&B did not take {file}: {error}") from None
+        raise RecipeError(f"{file}: W&B refused the sweep: {error}") from None
     project = "/".join(part for part in (config.get("entity"), config.get("project", PROJECT), made) if part)
     return f"wandb agent {project}"

@@ -1,4 +1,4 @@
-"""A run, from a recipe to a checkpoint: puts the parts together and holds no logic of theirs."""
+"""A run, from a recipe to a trained policy: connects the components and has no logic of their own."""
 
 import contextlib
 import math
@@ -64,18 +64,18 @@ from ctcgrpo.util.processes import STOP_SECONDS, interrupts, on_main, together
 
 
 def train(recipe: Recipe) -> Path:
-    """Run a recipe to its end; gives the folder of the trained policy.
+    """Run a recipe to its end. Returns the folder of the trained policy.
 
-    Raises the errors of `ctcgrpo.errors`: what would fail later fails here, before anything is loaded; what happens on
-    the way (Ctrl-C, too many failed episodes) leaves a checkpoint to resume from.
+    Raises the errors of `ctcgrpo.errors`. Invalid settings fail before models are loaded. Interruptions (Ctrl-C, too many failed
+    episodes) save a checkpoint to resume from.
     """
     try:
         with contextlib.ExitStack() as stack:
-            return _Run(recipe, stack).to_the_end()
+            return _Run(recipe, stack).train_to_end()
     except (OSError, RuntimeError, SafetensorError) as error:
         if (reason := disk_problem(error)) is None:
             raise
-        free = "free some space there, and the same command again resumes from there"
+        free = "free disk space, then run the same command to resume from there"
         raise OutputError(f"cannot write to {recipe.folder}: {reason}. {_saved(RunFolder(recipe.folder))}; {free}") from None
 
 
@@ -95,7 +95,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         model, tokenizer, contexts = self._policy()
         environment = self._tasks.start(stack, self._state, self._folder, self._progress.say)
         if user := self._tasks.user():
-            self._keep_to("simulator.json", user)
+            self._record("simulator.json", user)
         self._seconds_update = math.nan
         self._tracker: WandbTracker | None = None
         if main and recipe.run.wandb != "disabled":
@@ -125,9 +125,9 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         self._validator = self._make_validator() if recipe.validation else None
 
     def _open_folder(self, stack: contextlib.ExitStack) -> Path | None:
-        """Keep other runs out of the folder, and make it ready; gives the checkpoint to resume from."""
+        """Lock the folder and prepare it. Returns the checkpoint to resume from."""
         recipe, say = self._recipe, self._progress.say
-        on_main(self._state, lambda: stack.enter_context(self._folder.held(say)))
+        on_main(self._state, lambda: stack.enter_context(self._folder.lock(say)))
         resume: Path | None = on_main(self._state, lambda: self._folder.open(recipe))
         self._resume = resume
         resumes = "starts" if resume is None else f"resumes from {resume.name}"
@@ -137,17 +137,17 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         )
         for line in self._tasks.warnings:
             say(f"warning: {line}")
-        self._keep_to("sharding.json", sharding_arguments(recipe.training.sharding))
-        for broken in on_main(self._state, self._folder.passed_over):
-            say(f"passing over {broken}")
-        self._keep_to("data.json", {**self._tasks.data(), **_policy_data(recipe)}, compare=data_changes)
+        self._record("sharding.json", sharding_arguments(recipe.training.sharding))
+        for incomplete in on_main(self._state, self._folder.incomplete_checkpoints):
+            say(f"skipping incomplete {incomplete}")
+        self._record("data.json", {**self._tasks.data(), **_policy_data(recipe)}, compare=data_changes)
         return resume
 
-    def _keep_to(self, name: str, facts: Any, **how: Any) -> None:
-        on_main(self._state, lambda: self._folder.keep_to(name, facts, resumes=self._resume is not None, **how))
+    def _record(self, name: str, facts: Any, **how: Any) -> None:
+        on_main(self._state, lambda: self._folder.record_or_compare(name, facts, resumes=self._resume is not None, **how))
 
     def _policy(self) -> tuple[str, PreTrainedTokenizerBase, ContextBuilder]:
-        """The model's folder or Hub id, its tokenizer, and what makes prompts, each checked against the recipe."""
+        """The model's folder or Hub id, its tokenizer, and the builder of prompts, each checked against the recipe."""
         recipe, policy = self._recipe, self._recipe.policy
         model: str = on_main(self._state, self._build_policy)
         if wheel := wheel_of(policy.model):  # processes on other nodes may have a cache of their own
@@ -168,7 +168,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         return model, tokenizer, contexts
 
     def _build_policy(self) -> str:
-        """A policy that runs build is built for a run that starts; one that resumes takes what was built, unless it is gone."""
+        """A new run builds a built-in policy; a resumed run uses what was built, unless it is missing."""
         check_model(self._recipe.policy.model, "policy.model")
         if self._resume is not None and is_built(self._recipe.policy.model) and self._folder.base.exists():
             return str(Path(self._folder.starting_policy(self._recipe, self._progress.say)).resolve())
@@ -187,7 +187,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         except ImportError as error:
             raise PolicyError(f"{where}: {str(error).splitlines()[0]}") from None
 
-    def to_the_end(self) -> Path:
+    def train_to_end(self) -> Path:
         trainer, progress, folder = self._trainer, self._progress, self._folder
         if self._resume is not None:
             refuse_damaged_state(self._resume)
@@ -202,7 +202,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
             progress.stop()
             progress.say("saving a checkpoint")
             trainer.save_now()
-            raise type(error)(f"{error}. {_saved(self._folder)}; the same command again resumes from there") from None
+            raise type(error)(f"{error}. {_saved(self._folder)}; run the same command to resume from there") from None
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{error}. {self._how_to_start_over()}") from None
         finally:
@@ -215,15 +215,15 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
             mark_complete(folder.final)
             folder.settle_best(self._recipe.training.max_steps)
         trainer.accelerator.wait_for_everyone()
-        trainer.engine.close()  # while the processes' groups exist: vLLM has some of its own in them
+        trainer.engine.close()  # before the process groups end: vLLM uses some of its own
         trainer.accelerator.end_training()
         progress.say(f"trained policy: {folder.final}")
         return folder.final
 
-    # --- what happens in the trainer ---------------------------------------------------------------------------------------
+    # --- callbacks of the trainer ------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget what lies beyond the checkpoint that the run resumes from."""
+        """Remove records of steps after the checkpoint that the run resumes from."""
         step = state.global_step // self.updates_per_step
         on_main(self._state, lambda: self._folder.begin(self._recipe, step))
         if self._validator:
@@ -238,7 +238,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         self._settle_best()
 
     def _settle_best(self) -> None:
-        """A checkpoint may be newer than before."""
+        """Called after a new best policy or a new checkpoint."""
 
         def settle() -> None:
             newest = self._folder.newest_checkpoint()
@@ -261,12 +261,12 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         self._progress.step(step, logs)
         if logs["replies/empty"] == 1:
             self._progress.say(
-                f"step {step}: every reply is empty: the policy ends each one at once, so there is nothing to learn from; "
-                "lower training.learning_rate, or start from an earlier checkpoint"
+                f"warning: step {step}: every reply of the policy is empty, so there is nothing to learn from; lower "
+                "training.learning_rate, or start from an earlier checkpoint"
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the last update of a step in which somebody pressed Ctrl-C the run ends, with a checkpoint."""
+        """After Ctrl-C the run ends with the last update of the step, and saves a checkpoint."""
         if self._trainer.stop_requested:
             control.should_save = control.should_training_stop = True
 
@@ -291,7 +291,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
 
     def _describe_wait(self) -> str:
         if self._trainer.phase == PLAYING:
-            return f"giving up {self._trainer.runner.awaited} (at most {STOP_SECONDS} s), then saving"
+            return f"cancelling {self._trainer.runner.awaited} (at most {STOP_SECONDS} s), then saving"
         took = "" if math.isnan(self._seconds_update) else f" (the last one took {self._seconds_update:.0f} s)"
         return f"waiting for {self._trainer.phase}{took}, then saving"
 
@@ -330,21 +330,21 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
     def _how_to_start_over(self) -> str:
         checkpoint = self._folder.newest_checkpoint()
         if checkpoint is None:
-            return "Nothing was saved; start again with the mended recipe"
+            return "No checkpoint was saved; start again with the corrected recipe"
         again = f"policy.model={checkpoint} run.name=NAME"
-        if self._recipe.policy.lora is not None:  # a checkpoint holds the adapter alone
+        if self._recipe.policy.lora is not None:  # a checkpoint has only the adapter
             step, folder = checkpoint.name.rpartition("-")[2], self._folder.path
             again = f"ctcgrpo export {folder} --which {step} --out FOLDER --dtype float32; then policy.model=FOLDER run.name=NAME"
-        return f"The last good checkpoint is {checkpoint}; start another run from it with the mended recipe: {again}"
+        return f"The last good checkpoint is {checkpoint}; start another run from it with the corrected recipe: {again}"
 
 
 def _saved(folder: RunFolder) -> str:
     checkpoint = folder.newest_checkpoint()
-    return f"Saved {checkpoint}" if checkpoint else "Nothing was saved yet"
+    return f"Saved {checkpoint}" if checkpoint else "No checkpoint was saved yet"
 
 
-def _alone() -> None:
-    """A process that was launched by itself, for DeepSpeed: it wants to be told where to meet the others."""
+def _set_single_process() -> None:
+    """Set the variables of a process group of one process, which DeepSpeed requires."""
     for name in ("RANK", "LOCAL_RANK"):
         os.environ.setdefault(name, "0")
     os.environ.setdefault("WORLD_SIZE", "1")
@@ -352,7 +352,7 @@ def _alone() -> None:
 
 
 def _extension(arguments: CTCGRPOConfig, before: int, recipe: Recipe) -> str:
-    """What becomes of the schedule in a run that is given more steps; `before`: the optimizer steps that it was to have."""
+    """Log line on the schedule of an extended run; `before`: its earlier number of optimizer steps."""
     schedule = get_scheduler(
         arguments.lr_scheduler_type,
         torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate),
@@ -363,41 +363,41 @@ def _extension(arguments: CTCGRPOConfig, before: int, recipe: Recipe) -> str:
     rate, length = arguments.learning_rate * schedule.lr_lambdas[0](before), f"{recipe.training.max_steps} steps"
     return (
         f"resuming with training.max_steps {before // recipe.training.updates_per_step} -> {recipe.training.max_steps}: the "
-        f"{recipe.training.schedule} schedule now spans {length}; the learning rate behind the earlier end is {rate:.3g}"
+        f"{recipe.training.schedule} schedule now spans {length}; the learning rate after the earlier last step is {rate:.3g}"
     )
 
 
 def _arguments(recipe: Recipe) -> CTCGRPOConfig:
-    """The trainer's configuration, which sets up the process group. Raises RecipeError where recipe, launcher and machine do not
-    agree."""
+    """The trainer's configuration, which sets up the process group. Raises RecipeError where recipe, launcher and machine
+    disagree."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     recipe.check_processes(processes)
     recipe.check_sharding()
     check_launcher(recipe.training.sharding)
     if deepspeed_stage(recipe.training.sharding) and processes == 1:
-        _alone()
+        _set_single_process()
     try:
         arguments = trainer_config(recipe, processes)
     except ValueError as error:  # what transformers and TRL refuse, for example bfloat16 where the machine has none
         raise RecipeError(f"this machine cannot run the recipe's training section: {error}") from None
     if arguments.mixed_precision != (wanted := "bf16" if recipe.training.bf16 else "no"):
         raise RecipeError(
-            f"training.bf16 means mixed precision {wanted!r}, but the launcher sets {arguments.mixed_precision!r}; "
-            "make them agree (accelerate launch --mixed_precision, or its configuration)"
+            f"training.bf16 = {recipe.training.bf16}; expected mixed precision {wanted!r} from the launcher, got "
+            f"{arguments.mixed_precision!r}; set accelerate launch --mixed_precision {wanted}, or its configuration"
         )
     if arguments.n_gpu > 1:
         raise RecipeError(
-            f"one process sees {arguments.n_gpu} GPUs; launch one process a GPU (ctcgrpo train --processes "
-            f"{arguments.n_gpu}, or accelerate launch), or let it see one with CUDA_VISIBLE_DEVICES"
+            f"one process sees {arguments.n_gpu} GPUs; expected one process per GPU: ctcgrpo train --processes {arguments.n_gpu}, "
+            "or accelerate launch, or restrict it to one GPU with CUDA_VISIBLE_DEVICES"
         )
     if (together := arguments.distributed_state.num_processes) != processes:
-        what = f"{processes} processes were launched but {together} run together"
+        what = f"{processes} processes were launched, but the process group has {together}"
         raise RecipeError(f"{what}; without GPUs set ACCELERATE_USE_CPU=true")
     return arguments
 
 
 def _policy_data(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """Digests of what the policy starts from, and of functions of one's own that train it, by the field that names them."""
+    """Digests of the starting policy's files and of custom credit functions, by the field that names them."""
     policy = recipe.policy
     data = dict[str, dict[str, str]]()
     if wheel := wheel_of(policy.model):

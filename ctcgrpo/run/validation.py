@@ -1,6 +1,6 @@
-"""How good the policy is on held-out scenarios: before, during and after training, with the same scoring and simulator.
+"""Validation on held-out scenarios before, during and after training, with the training's scoring and simulator.
 
-Every validation samples with the same seeds, so two of them differ in the policy alone and are compared scenario by scenario.
+Every validation samples with the same seeds, so two of them differ only in the policy and are compared scenario by scenario.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def validation_of(step: int, tasks: Sequence[Task], episodes: Sequence[tuple[str
 
 @dataclass
 class Validator:
-    """Validates when it is time, keeps the record in `file`, and says when the policy is the best so far.
+    """Validates every `every` steps, records results in `file`, and saves the best policy.
 
-    `play` plays slots, a part on each process, and gives (task id, outcome) of all; `keep_best` saves the policy as the best,
-    that after a step. Both are called on every process alike. More than a share of `max_failed` failed episodes is no validation:
-    it stops the run, to be done again.
+    `play` plays slots, a part on each process, and returns (task id, outcome) of all. `keep_best` saves the policy of a step as
+    the best. All processes call both. If more than the share `max_failed` of the episodes fail, the validation raises, and the
+    resumed run repeats it.
     """
 
     tasks: Sequence[Task]
@@ -49,14 +49,14 @@ class Validator:
     is_main: bool
     say: Callable[[str], None]
     max_failed: float = 0.5
-    noun: str = "tasks"  # what the tasks are called in logs
-    record: Callable[[Validation], None] = lambda validation: None  # hears of each validation, on the main process
+    noun: str = "tasks"  # name of the tasks in logs
+    record: Callable[[Validation], None] = lambda validation: None  # called after each validation, on the main process
     done: dict[int, Validation] = field(default_factory=dict)
     best_step: int | None = None
 
     def rewind(self, step: int, best_step: int | None) -> None:
-        """Take up the record of an earlier life of the run, up to `step`, where it goes on; `best_step` is that of the
-        policy kept as the best. Raises OutputError where a line of the record is damaged or missing."""
+        """Load the record up to `step`, where the run resumes; `best_step` is the step of the best saved policy. Raises OutputError
+        where a line of the record is damaged or missing."""
         self.done, self.best_step = {}, best_step
         if step:
             self.done = {v.step: v for v in resumed_validations(self.file) if v.step <= step}
@@ -67,17 +67,17 @@ class Validator:
         return step % self.every == 0 and step not in self.done
 
     def validate(self, step: int) -> Validation:
-        """Validate the policy as it stands after `step` batches of rollouts."""
+        """Validate the policy after `step` batches of rollouts."""
         if step in self.done:
             return self.done[step]
-        from ctcgrpo.rollout.runner import validation_slots  # it imports transformers, which readers of a record do without
+        from ctcgrpo.rollout.runner import validation_slots  # it imports transformers, which readers of records do not need
 
         slots = validation_slots(self.tasks, self.samples, step)
-        self.say(f"validating after step {step}: {len(slots)} episodes")
+        self.say(f"validation after step {step}: playing {len(slots)} episodes")
         result = validation_of(step, self.tasks, self.play(step, slots))
         if too_many_failed(result.failed, len(slots), self.max_failed):
             failed = f"{result.failed} of {len(slots)} episodes failed"
-            raise TooManyFailures(f"validation after step {step}: {failed}, and max_failed is {self.max_failed}")
+            raise TooManyFailures(f"validation after step {step}: {failed}; rollout.max_failed = {self.max_failed}")
         self.done[step] = result
         best = self.best()
         if step and (best is None or result.overall > best.overall):
@@ -90,11 +90,11 @@ class Validator:
         return result
 
     def best(self) -> Validation | None:
-        """That of the policy kept as the best, of those after some training."""
+        """The validation of the best saved policy; the one before training does not count."""
         return None if self.best_step is None else self.done.get(self.best_step)
 
     def summary(self, **facts: Any) -> Summary:
-        """Before, after, the paired improvement, the best step; and the facts needed to compare."""
+        """Scores before and after, the paired improvement, the best step, and `facts` that comparisons need."""
         before, after, best = self.done[min(self.done)], self.done[max(self.done)], self.best()
         return Summary(
             before=before.figures(),

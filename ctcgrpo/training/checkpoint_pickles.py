@@ -1,6 +1,6 @@
-"""Reading what torch.save wrote as data: a pickle may name any function to call, and run folders come from others too.
+"""Safe loading of torch.save files: a pickle can call any function, and a run folder may come from somebody else.
 
-transformers asks torch for weights only (`weights_only=True`). DeepSpeed asks for everything. Within `weights_only` nobody does.
+transformers loads with `weights_only=True`. DeepSpeed does not. Within `weights_only` every torch.load does.
 """
 
 import contextlib
@@ -19,26 +19,25 @@ from ctcgrpo.errors import CtcGrpoError, OutputError
 from ctcgrpo.util.files import read_object
 
 _RESTORING = ("load_state_dict", "_load_rng_state")
-"""Functions that put what torch.load read in its place. What they raise for a damaged file is of many types."""
+"""Functions that restore the state that torch.load read. They raise many types of errors for damaged files."""
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load heeds it before its own argument
 
 
 @contextlib.contextmanager
 def weights_only(checkpoint: Path) -> Iterator[None]:
-    """Within it torch.load, whoever calls it, restores tensors and plain values, and, for a checkpoint of DeepSpeed's, the three
-    classes that ZeRO keeps beside them. Raises OutputError for a damaged file, and for one that names anything else: nothing of it
-    has run."""
+    """Within this context torch.load restores only tensors, plain values and, for a DeepSpeed checkpoint, three classes of ZeRO.
+    Raises OutputError for a damaged file, and for one that names anything else, without running any of it."""
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
         with torch.serialization.safe_globals(_zero_classes(checkpoint)):
             yield
     except pickle.UnpicklingError as error:
-        told = [line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
-        reason = [*told, str(error)[:200]][0]
+        lines = [line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
+        reason = [*lines, str(error)[:200]][0]
         raise OutputError(
-            f"{checkpoint}: a file holds more than weights and numbers ({reason.strip()}); it was not loaded. Remove the "
-            "folder to use an older checkpoint"
+            f"{checkpoint}: a file contains more than weights and numbers ({reason.strip()}) and was not loaded; remove "
+            "the folder to use an older checkpoint"
         ) from None
     except CtcGrpoError:
         raise

@@ -1,4 +1,4 @@
-"""Checkpoints that count once they are complete, resuming from the newest of them, and what is pushed to the Hub."""
+"""Saves checkpoints and marks them complete, resumes from the newest complete one, and pushes to the Hub."""
 
 import contextlib
 import shutil
@@ -33,12 +33,12 @@ class CheckpointedUpdate(PolicyUpdate):
         if resume_from_checkpoint is True:
             newest = newest_complete(folder := Path(self.args.output_dir))
             if newest is None:
-                raise OutputError(f"{folder} has no complete checkpoint to resume from; train without it to start")
+                raise OutputError(f"{folder} has no complete checkpoint; to start a new run, leave resume_from_checkpoint out")
             resume_from_checkpoint = str(newest)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def save_now(self) -> None:
-        """A checkpoint of the last finished optimizer step, unless it has one."""
+        """Save a checkpoint of the last finished optimizer step, unless it exists."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         # One process looks: on a shared disk others may see the marker later, and saving takes all of them.
         if self.state.global_step and not on_main(self.accelerator.state, lambda: is_complete(folder)):
@@ -67,7 +67,7 @@ class CheckpointedUpdate(PolicyUpdate):
             self._push_from_checkpoint(str(folder))
 
     def _rotate(self) -> None:
-        """Remove all but the newest complete checkpoints, once the newest is complete."""
+        """Remove all but the newest complete checkpoints and the best one."""
         if not self.args.save_total_limit:
             return
         folders = checkpoints(Path(self.args.output_dir))
@@ -80,7 +80,7 @@ class CheckpointedUpdate(PolicyUpdate):
 
     @contextlib.contextmanager
     def _without_card(self) -> Any:
-        """A model card is written where something is pushed, not at every checkpoint."""
+        """Model cards are written only for the Hub, not at every checkpoint."""
         self.create_model_card = lambda *args, **kwargs: None  # type: ignore[method-assign]
         try:
             yield
@@ -109,11 +109,11 @@ class CheckpointedUpdate(PolicyUpdate):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._take_up_schedule()
+            self._restore_schedule()
             load_state(self.centering, Path(checkpoint))
 
-    def _take_up_schedule(self) -> None:
-        """A run that is given more steps takes its learning rate from the longer schedule, not from the end of the shorter one."""
+    def _restore_schedule(self) -> None:
+        """An extended run takes its learning rate from the longer schedule, not from the end of the shorter one."""
         schedule = self.lr_scheduler
         if isinstance(schedule, LambdaLR):  # not DeepSpeed's own
             steps = schedule.last_epoch

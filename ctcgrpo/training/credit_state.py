@@ -1,4 +1,4 @@
-"""What a centering remembers, in a checkpoint."""
+"""Saves and loads the state of a centering in a checkpoint."""
 
 import json
 from pathlib import Path
@@ -17,12 +17,12 @@ def state_text(centering: Centering) -> str | None:
     try:
         return None if state is None else json.dumps(state, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        what = f"{centering.where}: JSON cannot hold what state_dict gave ({error})"
-        raise CreditError(f"{what}; expected plain data") from None
+        what = f"{centering.where}: state_dict is not JSON-serializable ({error})"
+        raise CreditError(f"{what}; expected numbers, texts, lists and dicts") from None
 
 
 def load_state(centering: Centering, checkpoint: Path) -> None:
-    """Give a centering that has a state the one of a checkpoint. Raises OutputError for a file that is missing or damaged."""
+    """Load the state of a centering, if it has one, from a checkpoint. Raises OutputError for a missing or damaged file."""
     if called(centering.where, centering.state_dict) is None:
         return
     file = checkpoint / CREDIT_STATE

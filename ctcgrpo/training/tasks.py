@@ -1,4 +1,4 @@
-"""What a trainer's data set says: a task a row, and which tasks each step plays."""
+"""The tasks of a trainer's dataset, one per row, and the schedule of tasks per step."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,10 +10,10 @@ from ctcgrpo.types import NO_TAG, Task
 
 
 def tasks_of(rows: Dataset | Sequence[Task | Mapping[str, Any]], what: str) -> Sequence[Task]:
-    """The tasks of a data set, or of a list of mappings: all of a row goes to `Environment.reset`; its id is the column `id`, else
-    its position, and its tag the column `tag`, else "all". Rows of a data set are read when they are played.
+    """The tasks of a dataset, or of a list of mappings. `Environment.reset` gets the whole row. Its id is the column `id`, else its
+    position; its tag is the column `tag`, else "all". Rows of a dataset are read when they are played.
 
-    Raises TypeError for rows that are no mappings, ValueError where there are none or two have one id.
+    Raises TypeError for rows that are no mappings, ValueError for an empty dataset or duplicate ids.
     """
     if isinstance(rows, Dataset):
         found: Sequence[Task] = _Rows(rows, what)
@@ -22,11 +22,11 @@ def tasks_of(rows: Dataset | Sequence[Task | Mapping[str, Any]], what: str) -> S
         found = [_task(row, k, what) for k, row in enumerate(rows)]
         ids = [task.id for task in found]
     else:
-        raise TypeError(f"{what} is a {type(rows).__name__}; expected a datasets.Dataset or a list of mappings, a task each")
+        raise TypeError(f"{what} is a {type(rows).__name__}; expected a datasets.Dataset or a list of mappings, one per task")
     if not len(found):
         raise ValueError(f"{what} is empty; expected at least one task")
     if len(set(map(str, ids))) < len(ids):
-        raise ValueError(f"{what}: two tasks have one id; the column id names a task")
+        raise ValueError(f"{what}: duplicate task id; expected unique values in the column id")
     return found
 
 
@@ -53,15 +53,15 @@ def _task(row: Task | Mapping[str, Any], position: int, what: str) -> Task:
     if isinstance(row, Task):
         return row
     if not isinstance(row, Mapping):
-        raise TypeError(f"{what}[{position}] is a {type(row).__name__}; expected a mapping, what Environment.reset is given")
+        raise TypeError(f"{what}[{position}] is a {type(row).__name__}; expected a mapping, the argument of Environment.reset")
     return Task(str(row.get("id", position)), row, str(row.get("tag", NO_TAG)))
 
 
 def step_schedule(tags: Sequence[str], *, steps: int, per_step: int, seed: int | None) -> list[list[int]]:
     """For every step, the positions of its `per_step` tasks, the same on every process and after a resume.
 
-    Equally many of each tag, each tag dealt in shuffled rounds (in order where `seed` is None), so that no task comes again before
-    all of its tag have.
+    Each step has the same number of each tag. The tasks of a tag come in shuffled rounds (in order where `seed` is None), so no
+    task repeats before all others of its tag.
 
     Raises ValueError where `per_step` is no multiple of the number of tags.
     """
@@ -71,7 +71,7 @@ def step_schedule(tags: Sequence[str], *, steps: int, per_step: int, seed: int |
     if per_step % len(by_tag):
         raise ValueError(
             f"{per_step} tasks a step (per_device_train_batch_size x processes / num_generations) for {len(by_tag)} tags "
-            f"({', '.join(sorted(by_tag)[:5])}); expected a multiple of {len(by_tag)}: a step plays equally many tasks of each tag"
+            f"({', '.join(sorted(by_tag)[:5])}); expected a multiple of {len(by_tag)}: a step plays the same number of each tag"
         )
     share = per_step // len(by_tag)
     decks = [_deal(positions, None if seed is None else random.Random(f"{seed}/{tag}")) for tag, positions in by_tag.items()]

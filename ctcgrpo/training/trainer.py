@@ -52,14 +52,14 @@ PLAYING = "episodes"
 
 
 class RolloutHooks:
-    """What a trainer reports of its rollouts, and asks. Does nothing. A subclass follows the rollouts, and may stop
-    them. Called on every process alike."""
+    """Callbacks of a trainer on its rollouts; a subclass can observe and stop them. The methods here do nothing. All
+    processes call them."""
 
     def before_rollouts(self, step: int) -> None:
-        """`step` batches of rollouts have been trained on; the next one is about to be played."""
+        """Called after `step` trained batches of rollouts, before the next one."""
 
     def rollouts(self, step: int, episodes: int) -> None:
-        """This process begins to play so many episodes of a step, from 1."""
+        """This process begins to play `episodes` episodes of a step (from 1)."""
 
     def episode(self, episode: Episode) -> None:
         """An episode is over."""
@@ -68,7 +68,7 @@ class RolloutHooks:
         """The episodes of a step are over; its update begins."""
 
     def interrupted(self) -> bool:
-        """Whether the run is to stop at the next safe point, with a checkpoint."""
+        """Whether the run should stop at the next safe point and save a checkpoint."""
         return False
 
 
@@ -81,8 +81,8 @@ class CTCGRPOTrainer(CheckpointedUpdate):
     `environment`: an `Environment` class, or a callable that makes one for each episode. One that is an asynchronous context
     manager too is entered while a batch of episodes is played.
     `train_dataset`, `eval_dataset`: a `datasets.Dataset` or a list of mappings, a task a row (`tasks_of`).
-    `model`: as in `GRPOTrainer`, or a policy that this package brings (builtin/smollm2, builtin/tiny).
-    `contexts`, `hooks`: for callers that make prompts or follow rollouts themselves. Everything else is as in `GRPOTrainer`.
+    `model`: as in `GRPOTrainer`, or a built-in policy (builtin/smollm2, builtin/tiny).
+    `contexts`, `hooks`: for custom prompts and callbacks. Everything else is as in `GRPOTrainer`.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         if args is None:
             args = CTCGRPOConfig(f"{name.rpartition('/')[2]}-CTC-GRPO")
         if not isinstance(args, CTCGRPOConfig):
-            raise TypeError(f"args is a {type(args).__name__}; expected a CTCGRPOConfig, which holds alpha, max_turns, ...")
-        args = copy.copy(args)  # what is decided below is of this trainer
+            raise TypeError(f"args is a {type(args).__name__}; expected a CTCGRPOConfig (GRPOConfig with alpha, max_turns, ...)")
+        args = copy.copy(args)  # changes below are for this trainer only
         if not callable(environment):
             raise TypeError(f"environment is {environment!r}; expected a class or a function that makes an Environment")
         try_credit(args)
@@ -116,7 +116,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             base = Path(args.output_dir, "base").resolve()
             model = name = on_main(args.distributed_state, lambda: build_builtin(model, base, args.seed))
         if processing_class is None and not name:
-            raise ValueError("the model has no name to load its tokenizer by; give it as processing_class")
+            raise ValueError("the model has no name to load its tokenizer by; pass processing_class")
         if processing_class is None:
             revision = (args.model_init_kwargs or {}).get("revision")
             processing_class = load_tokenizer(name, revision, trust_remote_code=args.trust_remote_code)
@@ -156,8 +156,8 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         self._updates: list[list[TurnSample]] = []
         self.centering = make_centering(args.centering)
         self._checked = False
-        self.stop_requested = False  # whether any process was interrupted; agreed on by all of them at the end of a step
-        self.phase = "the start of the run"  # what the trainer is at, for whoever waits for it
+        self.stop_requested = False  # whether any process was interrupted; synchronised at the end of a step
+        self.phase = "the start of the run"  # current activity, for log lines
 
     def _schedule(self, args: CTCGRPOConfig) -> list[list[int]]:
         """The tasks of each step, by position. Sets `args.max_steps`, and leaves the order to the schedule."""
@@ -184,7 +184,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         )
 
     def _max_prompt_tokens(self) -> int:
-        """`max_prompt_length`, or less where the model has no positions for that and a completion."""
+        """`max_prompt_length`, or less where that and a completion exceed the model's positions."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         if self.args.max_completion_length >= positions:
             length = self.args.max_completion_length
@@ -194,16 +194,16 @@ class CTCGRPOTrainer(CheckpointedUpdate):
     # --- the whole run ---------------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in GRPOTrainer. Raises TooManyFailures and TrainingDiverged, and KeyboardInterrupt on Ctrl-C; the last
+        """As in GRPOTrainer. Raises TooManyFailures, TrainingDiverged, and KeyboardInterrupt on Ctrl-C; the last
         checkpoint stays."""
         try:
-            self.engine.version = None  # somebody may have changed the weights
+            self.engine.version = None  # weights may have changed between calls
             return super().train(*args, **kwargs)
         finally:
-            self.engine.version = None  # the best ones may have been loaded, under the number of the last
+            self.engine.version = None  # the best weights may be loaded under the last version number
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("CTCGRPOTrainer.predict: episodes have no labels; evaluate(eval_dataset) plays them for metrics")
+        raise TypeError("CTCGRPOTrainer.predict is not supported: episodes have no labels; use evaluate(eval_dataset)")
 
     # --- one optimizer step --------------------------------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         started = time.perf_counter()
         loss = self.update(model, self._updates[update])
         self._log_number("seconds/update", time.perf_counter() - started)
-        if on_gpu:  # to hold against what `ctcgrpo check` computed
+        if on_gpu:  # to compare with the estimate of `ctcgrpo check`
             peak = torch.cuda.max_memory_allocated() - self.engine.sleeping_bytes
             self._log_number("memory/peak_gib", peak / 2**30)
         if update == updates - 1:
@@ -265,7 +265,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         return samples
 
     def collect(self, step: int, positions: Sequence[int]) -> list[Episode]:
-        """Play this process's contiguous share of a step's episodes (from 1): `positions` are those of their tasks."""
+        """Play this process's contiguous share of the episodes of `step` (from 1); `positions`: of their tasks in the dataset."""
         size = self.args.num_generations
         first = self.accelerator.process_index * len(positions)
         places = (divmod(first + k, size) for k in range(len(positions)))
@@ -276,10 +276,10 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         return episodes
 
     def play(self, slots: Sequence[Slot], name: str, play: Play | None = None) -> list[Episode]:
-        """Play episodes with the policy as it is, on every process alike (each with its own slots), and write their traces to
-        OUTPUT_DIR/traces/NAME.rank-R.jsonl. `play` says how, where otherwise than in training.
+        """Play episodes with the current policy, on every process (each with its own slots), and write their traces to
+        OUTPUT_DIR/traces/NAME.rank-R.jsonl. `play`: settings; default: those of training.
 
-        When any process was told to pause meanwhile (Ctrl-C, a spent budget), all of them raise RunPaused together.
+        When any process is asked to pause (Ctrl-C, a spent budget), all of them raise RunPaused together.
         """
         write = TraceWriter(self._trace_file(name))
 
@@ -288,7 +288,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             self._hooks.episode(episode)
 
         self._refuse_sharded_sampling()
-        before, self.phase = self.phase, "handing the policy's weights to the engine"
+        before, self.phase = self.phase, "the transfer of the policy's weights to the engine"
         together(lambda: self.engine.take_weights(self.state.global_step))
         self.phase = PLAYING
         episodes: list[Episode] = []
@@ -299,7 +299,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         except RunPaused as error:
             pause = error
         finally:
-            self.engine.rest()
+            self.engine.sleep()
             self.phase = before
         raise_on_all(pause)
         together(self.engine.confirm)
@@ -309,7 +309,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         plugin = self.accelerator.state.deepspeed_plugin
         sharded = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
         if sharded and not self.args.use_vllm:
-            raise PolicyEngineError("ZeRO-3 and FSDP shard weights that transformers would sample from; set use_vllm=True")
+            raise PolicyEngineError("transformers cannot sample from weights sharded by ZeRO-3 or FSDP; set use_vllm=True")
 
     def _trace_file(self, name: str) -> Path:
         traces = Path(self.args.output_dir, "traces")
@@ -327,7 +327,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             completion = recorded[_key(sample.prompt_ids, sample.completion_ids)]
             # Where an engine cannot tell what top-p and top-k kept, its log-probabilities are of another distribution.
             gaps += [abs(r + k - c) for r, k, c in zip(completion.logprobs, completion.log_kept, now, strict=False)]
-        # The maxima below let a NaN through: it has to be seen. -inf says that nothing was compared.
+        # The maxima below propagate NaN, so that it is visible. -inf: nothing was compared.
         largest = torch.tensor(gaps, dtype=torch.float32, device=self.accelerator.device).max()
         overall = float(self.accelerator.gather(largest.unsqueeze(0)).max())
         self._log_number("logprob_gap", math.nan if overall == -math.inf else overall)
@@ -337,10 +337,10 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         failed = [s for s in summaries if s.failure]
         if too_many_failed(len(failed), len(summaries), self.args.max_failed):
             kinds = {kind: sum(s.failure == kind for s in failed) for kind in sorted({str(s.failure) for s in failed})}
-            example = next((f"; first here: {e.name}: {e.failure.message}" for e in episodes if e.failure), "")
+            example = next((f"; for example {e.name}: {e.failure.message}" for e in episodes if e.failure), "")
             raise TooManyFailures(
                 f"step {self.rollout_step + 1}: {len(failed)} of {len(summaries)} episodes failed ({kinds}), "
-                f"and max_failed is {self.args.max_failed}{example}"
+                f"above max_failed = {self.args.max_failed}{example}"
             )
 
     # --- evaluation --------------------------------------------------------------------------------------------------------
@@ -350,7 +350,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         each time. Gives their metrics, as training's, with the prefix: eval_outcome/all, eval_outcome/TAG, eval_failed/..."""
         tasks = self._held_out if eval_dataset is None else tasks_of(eval_dataset, "eval_dataset")
         if tasks is None:
-            raise ValueError("there is no eval_dataset; give one to the trainer or to evaluate()")
+            raise ValueError("no eval_dataset; pass one to the trainer or to evaluate()")
         self.refuse_nonfinite_weights()
         step, samples = self.state.global_step // self.args.num_iterations, self.args.num_generations_eval
         slots = validation_slots(tasks, samples, step)

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of training, rollouts or simulators."""
+"""Helpers without dependencies on training, rollouts or simulators."""

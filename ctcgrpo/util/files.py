@@ -1,5 +1,4 @@
-"""Files that a killed run leaves whole (written in one move; folders that carry a marker), and the one reader of JSON and of JSON
-lines."""
+"""Crash-safe files (atomic writes; folders with a completion marker), and the reader of JSON and JSON lines."""
 
 import errno
 import hashlib
@@ -15,15 +14,15 @@ from pydantic import ValidationError
 
 from ctcgrpo.errors import CtcGrpoError, OutputError
 
-COMPLETE = "COMPLETE"  # the marker of a folder whose every file is written: it lists them, with their sizes and digests
+COMPLETE = "COMPLETE"  # the marker of a completely written folder: lists its files with sizes and digests
 _WHOLE = 2**24
-"""Bytes of a file up to which all of it enters its digest; of a larger one (weights) this much, in pieces spread over it."""
+"""Files up to this many bytes are digested completely; of larger ones (weights) this many, in pieces spread over the file."""
 _PIECES = 16
 _T = TypeVar("_T")
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Replace a file's text in one move."""
+    """Replace a file's text atomically."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
@@ -76,7 +75,7 @@ def read_json_lines(
 
 
 def parse_json(text: str) -> Any:
-    """As json.loads, and raises ValueError for a duplicate key, of which Python would keep the last without a word."""
+    """As json.loads, and raises ValueError for a duplicate key, of which Python silently keeps the last."""
     return json.loads(text, object_pairs_hook=_no_duplicates)
 
 
@@ -89,7 +88,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file holds. Raises OutputError for one that cannot be read, is no JSON, or holds a duplicate key."""
+    """The value of a JSON file. Raises OutputError for an unreadable file, invalid JSON, or a duplicate key."""
     try:
         return parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -97,16 +96,16 @@ def read_json(file: Path) -> Any:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises OutputError as `read_json`, and for another value."""
+    """The object in a JSON file. Raises OutputError as `read_json`, and for any other value."""
     found = read_json(file)
     if not isinstance(found, dict):
-        raise OutputError(f"{file} holds a {type(found).__name__}; expected an object")
+        raise OutputError(f"{file}: expected a JSON object, got a {type(found).__name__}")
     return found
 
 
 def collect_records(file: Path, read: Callable[[dict[str, Any]], _T], *, whole_only: bool = False) -> tuple[list[_T], list[str]]:
-    """What `read` makes of the objects in a JSON lines file, and what is wrong with the other lines ("NAME, line 3: ..."), where it
-    raises ValueError and where they hold no object; nothing where there is no file. `whole_only`: as in `read_json_lines`."""
+    """The results of `read` on the objects in a JSON lines file, and the problems of invalid lines ("NAME, line 3: ..."): no
+    objects, or `read` raises ValueError. Both are empty for a missing file. `whole_only`: as in `read_json_lines`."""
     if not file.exists():
         return [], []
     found: list[_T] = []
@@ -157,7 +156,7 @@ def _reason(error: BaseException) -> str:
 
 
 def explained(error: ValidationError) -> str:
-    """The first thing that is wrong: field, value, and what is expected."""
+    """The first problem: field, value, and what is expected."""
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
@@ -181,7 +180,7 @@ def file_digest(file: Path) -> str:
 
 
 def mark_complete(folder: Path) -> None:
-    """The last thing that is written to a folder."""
+    """Write the marker COMPLETE, after all other files of the folder."""
     files = {
         str(f.relative_to(folder)): [f.stat().st_size, file_digest(f)]
         for f in sorted(folder.rglob("*"))
@@ -191,12 +190,12 @@ def mark_complete(folder: Path) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the marker stands there, and every file that it lists, as it was written."""
+    """Whether the folder has its marker and every file that it lists, undamaged."""
     return missing_in(folder) is None
 
 
 def missing_in(folder: Path) -> str | None:
-    """What keeps a folder from being complete; None where nothing does."""
+    """The reason why a folder is incomplete; None for a complete one."""
     try:
         files = parse_json((folder / COMPLETE).read_text(encoding="utf-8"))
         if not files:
@@ -204,9 +203,9 @@ def missing_in(folder: Path) -> str | None:
         for name, (size, digest) in files.items():
             found = (folder / name).stat().st_size
             if found != size:
-                return f"{name} has {found} of {size} bytes"
+                return f"{name} has {found} bytes; expected {size}"
             if file_digest(folder / name) != digest:
-                return f"{name} is damaged: it is not what was written"
+                return f"{name} is damaged: its digest differs from that in {COMPLETE}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(folder)} is missing"
     except (ValueError, AttributeError, TypeError, OSError, RecursionError) as error:
@@ -231,12 +230,12 @@ _TORCH_SAVE = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
 
 
 def disk_problem(error: BaseException) -> str | None:
-    """What is wrong with the disk, where that is why a write failed; libraries that write weights hide the system's error."""
+    """The disk's problem that made a write fail, if there is one; libraries that write weights hide the system's error."""
     if isinstance(error, OSError) and error.errno in _DISK:
         return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
     text = str(error)
     if reason := next((os.strerror(number) for number in _DISK if os.strerror(number) in text), None):
         return reason
     if any(mark in text for mark in _TORCH_SAVE):
-        return "a file could not be written whole"
+        return "a file could not be written completely"
     return disk_problem(error.__context__) if error.__context__ is not None else None

@@ -1,4 +1,4 @@
-"""Objects that a recipe names as `module:attribute`: a credit, a centering, a scale, an environment of one's own."""
+"""Imports objects that a recipe names as `module:attribute`: custom credits, centerings, scales and environments."""
 
 import importlib
 import sys
@@ -16,7 +16,7 @@ FORM = "module:attribute, for example my_module:my_function"
 
 
 def is_reference(name: str) -> bool:
-    """Whether a name is meant as `module:attribute`."""
+    """Whether a name has the form `module:attribute`."""
     return ":" in name
 
 
@@ -38,7 +38,7 @@ def load_object(reference: str, what: str, folder: Path | None = None) -> Any:
             raise RecipeError(f"{where}: {_named(module)} has no {name!r}; {did_you_mean(name, public)}")
         found = getattr(found, name)
     if not callable(found):
-        what = f"{attribute} of {_named(module)} is of type {type(found).__name__}"
+        what = f"{attribute} of {_named(module)} is a {type(found).__name__}"
         raise RecipeError(f"{where}: {what}; expected a function or a class")
     return found
 
@@ -73,8 +73,8 @@ def _import(module: str, where: str, folders: list[Path]) -> Any:
 
 
 def blame(error: BaseException) -> str:
-    """An error of a user's code: its type, its text, and the last line of that code that led to it: not one of a library, where
-    there is another."""
+    """Describes an error of a user's code: type, text, and the last line of that code in the traceback; a library's line only where
+    there is no other."""
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if isinstance(error, SyntaxError):  # its text names file and line
         return text

@@ -1,4 +1,4 @@
-"""Names and values in messages: which name was probably meant, whether a text names a path, no more of a value than is read."""
+"""Names and values in messages: suggestions for misspelt names, detection of paths, shortened values."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -9,17 +9,17 @@ _LISTED = 30
 
 
 def cut(text: str, most: int = _MOST) -> str:
-    """The beginning of a text that comes from outside, and how long all of it is."""
+    """A text, cut to `most` characters with a note on its length."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def quoted(value: object) -> str:
-    """A value from outside, as Python writes it, cut."""
+    """The repr of a value, cut."""
     return cut(repr(value))
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, or its type where it says nothing; libraries add pages of advice."""
+    """The first line of an error's text, or its type where that is empty."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
@@ -30,7 +30,7 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A clause for an error message: the nearest known name, or all of them, some where there are many."""
+    """A clause for an error message: the closest known name, or the list of known names, at most 30."""
     known = sorted(known)
     if match := nearest(name, known):
         return f"did you mean {quoted(match)}?"
@@ -42,9 +42,9 @@ _WRITTEN_TO = "checkpoints"  # where runs and evaluations are written by default
 
 
 def is_path(text: str) -> bool:
-    """Whether a text can only mean a place on this machine, never the name of something elsewhere (a model of the Hub,
-    OWNER/NAME; a bundled pack): it is absolute, begins with `.` or `~`, ends with `/`, or its first part of several is a folder
-    here (`checkpoints` counts as one)."""
+    """Whether a text can only be a local path, never another name (a Hub model OWNER/NAME, a bundled pack): it is absolute, begins
+    with `.` or `~`, ends with `/`, or has several parts of which the first is an existing folder (`checkpoints` counts as
+    one)."""
     first, slash, _ = text.partition("/")
     below = bool(slash) and (first == _WRITTEN_TO or Path(first).is_dir())
     return below or text.startswith((".", "/", "~")) or text.endswith("/")

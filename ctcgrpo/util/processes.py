@@ -1,4 +1,4 @@
-"""Several processes acting as one, coroutines where a loop runs already, and signals that ask to stop."""
+"""Collective actions of several processes, stop signals, and coroutines inside a running event loop."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 
 
 def on_main(state: PartialState, do: Callable[[], Any]) -> Any:
-    """Do something on the main process and give its result, or its error, to all."""
+    """Call `do` on the main process, and return its result, or raise its error, on all."""
     result: list[Any] = [None, None]
     if state.is_main_process:
         try:
@@ -33,18 +33,18 @@ def on_main(state: PartialState, do: Callable[[], Any]) -> Any:
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Ctrl-C, a scheduler's end, a login shell that was closed, and a scheduler's notice before the end."""
+"""Ctrl-C, a scheduler's stop, a closed login shell, and a scheduler's warning before the stop."""
 _ONE_SIGNAL, _ONE_SIGNAL_LAUNCHED = 0.5, 3.0
-"""Seconds within which two signals are one; a launcher passes on what the terminal has sent already."""
-STOP_SECONDS = 15  # episodes in progress are given up within about so many seconds
+"""Signals within this many seconds count as one; a launcher forwards a signal that the terminal has sent already."""
+STOP_SECONDS = 15  # episodes in progress are cancelled within about this time
 
 
 @contextlib.contextmanager
 def interrupts(say: Callable[[str], None], waits_for: Callable[[], str]) -> Iterator[Callable[[], bool]]:
     """Ctrl-C (SIGTERM, SIGHUP and SIGUSR1 alike) asks the run to stop at the next safe point; a second Ctrl-C, or a second SIGTERM,
-    stops it at once. `say` is told what the run stops for, which `waits_for` names in a clause.
+    stops it immediately. `say` logs what the run waits for, a clause from `waits_for`.
 
-    Gives a function that tells whether this process was asked. Where SIGHUP is ignored (nohup), it stays so.
+    Yields a function that returns whether this process was asked to stop. Where SIGHUP is ignored (nohup), it stays so.
     """
     first: int | None = None
     when = 0.0
@@ -59,7 +59,7 @@ def interrupts(say: Callable[[str], None], waits_for: Callable[[], str]) -> Iter
         if first is None:
             first, when = signum, now
             with contextlib.suppress(RuntimeError):  # raised where the signal comes in the middle of another line
-                say(f"stopping: {waits_for()}. Ctrl-C again stops at once, without saving")
+                say(f"stopping: {waits_for()}. Press Ctrl-C again to stop immediately, without saving")
         elif now - when >= one and (signum == signal.SIGINT or signum == first == signal.SIGTERM):
             raise KeyboardInterrupt
 
@@ -80,7 +80,7 @@ def _is_terminal(fd: int) -> bool:
 
 
 def _leave(terminals: list[int]) -> None:
-    """The terminal is gone: writing to it would fail in the middle of saving."""
+    """Redirect output of a closed terminal to /dev/null: writing to it would fail while saving."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in terminals:
         os.dup2(nowhere, fd)
@@ -88,7 +88,7 @@ def _leave(terminals: list[int]) -> None:
 
 
 def together(do: Callable[[], object]) -> None:
-    """Do something on every process; where some of them cannot (CtcGrpoError), all raise: none must wait for one that is gone."""
+    """Call `do` on every process. If it raises CtcGrpoError on some, all raise, so that none waits for a failed one."""
     problem: CtcGrpoError | None = None
     try:
         do()
@@ -98,13 +98,13 @@ def together(do: Callable[[], object]) -> None:
 
 
 def raise_on_all(problem: CtcGrpoError | None) -> None:
-    """Raise, on every process, what went wrong on the first process that has a problem; nothing where none has."""
+    """Raise, on every process, the error of the first process that has one; do nothing where none has."""
     if first := next((error for error in gather_object([problem]) if error is not None), None):
         raise first
 
 
 def run_coroutine(work: Coroutine[Any, Any, _T]) -> _T:
-    """What comes of a coroutine; in a thread of its own where this one has an event loop already, as a notebook's has."""
+    """The result of a coroutine; it runs in a new thread where this one has an event loop already, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -27,7 +27,7 @@ class Section(BaseModel):
         for name, value in data.items() if isinstance(data, Mapping) else ():
             field = cls.model_fields.get(name)
             if isinstance(value, bool) and field is not None and field.annotation in (int, float):
-                raise ValueError(f"{name} is {str(value).lower()}; it is a number")
+                raise ValueError(f"{name} is {str(value).lower()}; expected a number")
         return data
 
 
@@ -52,7 +52,7 @@ def environment_name(value: str) -> str:
 
 
 def read_text(path: Path, what: str) -> str:
-    """Raises RecipeError for a file that is not there, naming the one that was probably meant, or that is no UTF-8 text."""
+    """The text of a file. Raises RecipeError for a missing file, with a suggestion, and for one that is not UTF-8."""
     if not path.is_file():
         near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         hint = did_you_mean(str(path), near) if near else f"no {what}s there"
@@ -71,15 +71,15 @@ def parse_mapping(text: str, path: Path, model: type[Section], what: str) -> dic
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
-        raise RecipeError(f"{path}: a {what} is a mapping of sections ({', '.join(model.model_fields)})")
+        raise RecipeError(f"{path}: expected a {what}: a mapping of sections ({', '.join(model.model_fields)})")
     return data
 
 
 def named_value(text: str, what: str, form: str) -> tuple[str, Any]:
-    """Both sides of NAME=VALUE, the value as YAML reads it. Raises RecipeError, saying `what` it is and which `form` is right."""
+    """Name and value of NAME=VALUE, the value parsed as YAML. Raises RecipeError, with `what` it is and the expected `form`."""
     name, sign, value = text.partition("=")
     if not sign or not name:
-        raise RecipeError(f"{what} {text[:80]!r}: write {form}")
+        raise RecipeError(f"{what} {text[:80]!r}; expected {form}")
     try:
         return name, load_yaml(value)
     except yaml.YAMLError as error:
@@ -90,8 +90,8 @@ def named_value(text: str, what: str, form: str) -> tuple[str, Any]:
 def validated(
     data: Mapping[str, Any], model: type[_S], path: Path, origin: Callable[[Sequence[str | int]], Path] | None = None
 ) -> _S:
-    """Raises RecipeError naming file, field, value and what would be right. `origin`: the file that a field comes from, where not
-    all of them come from `path`."""
+    """Raises RecipeError that names file, field, value and what is expected. `origin`: the file of a field, where not all come from
+    `path`."""
     refuse_unknown(data, model, str(path))
     try:
         return model.model_validate(data)

@@ -1,7 +1,7 @@
-"""YAML that means what it says, of bounded size.
+"""YAML without duplicate keys, of bounded size.
 
-YAML lets a key come twice and keeps the last: a section would be dropped without a word. Its aliases let a few lines stand for
-millions of values, which cost nothing until something prints them.
+Plain YAML silently keeps the last of duplicate keys, which would drop a section. Its aliases let a few lines expand to millions of
+values.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""What reaches a terminal: as wide as it is, and nothing in it that a terminal obeys.
+"""Terminal output at the terminal's width, without control characters from untrusted text.
 
-Replies of a policy, lines of a simulator, names in a dataset and errors of an endpoint are foreign text. Control characters in
-them would set colours and titles, clear the screen or move the cursor; bidirectional overrides would reorder what is read.
+Replies of a policy, lines of a simulator, names in a dataset and errors of an endpoint are untrusted. Control characters in
+them could set colours, clear the screen or move the cursor; bidirectional overrides could reorder text.
 """
 
 import os

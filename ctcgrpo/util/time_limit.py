@@ -1,4 +1,4 @@
-"""A bound on code of others that may never return, such as a chat template that loops."""
+"""A timeout for foreign code that may never return, such as a chat template with an endless loop."""
 
 import contextlib
 import signal
@@ -10,8 +10,8 @@ from typing import Any
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the middle of what runs longer than that. Python delivers signals to the main thread alone: in another
-    thread nothing is bounded."""
+    """Raises TimeoutError after `seconds` within the context. Only in the main thread, where Python delivers signals; in other
+    threads there is no timeout."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -25,7 +25,7 @@ def time_limit(seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
-        # Whoever had set the timer before has it back, with what is left of it.
+        # Restore the previous timer with its remaining time.
         left = max(1e-3, remaining - (time.monotonic() - started)) if remaining else 0.0
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)

@@ -13,7 +13,7 @@ from unittest import mock
 
 from ctcgrpo.errors import OutputError, SimulatorTransportError
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.util.workers import alone
+from ctcgrpo.util.workers import lock_folder
 from tests.attacks.suite import Tries, attack
 from tests.unit.test_endpoints import config, done, error, says, serving, turns
 from tests.unit.test_simulator_prompts import request
@@ -100,7 +100,7 @@ def clock_jumps(tries: Tries) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 started = time.monotonic()
                 try:
-                    with alone(folder, patience=0.5):
+                    with lock_folder(folder, patience=0.5):
                         raise AssertionError("two processes have the folder")
                 except OutputError:
                     seconds = time.monotonic() - started

@@ -36,7 +36,7 @@ FAST = ("scenarios.per_step=4", "rollout.group_size=2", "rollout.max_turns=2", "
 VALIDATED = (*FAST, "validation.scenarios=english/test", "validation.every=1")
 _SCORE = re.compile(r"[+-]\d+\.\d{3}\b")
 _WORDS = (
-    "warning", "left out", "damaged", "unreadable", "cannot", "duplicate", "expected", "passing over", "missing", "differ",
+    "warning", "left out", "damaged", "unreadable", "cannot", "duplicate", "expected", "skipping incomplete", "missing", "differ",
     "ignored", "not as ", "incomplete", "no evaluation", "lacks",
 )  # fmt: skip
 _EXIT_CODES = {*range(1, 12), 130}

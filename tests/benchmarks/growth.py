@@ -53,7 +53,7 @@ def rollouts(model: Qwen3ForCausalLM, groups: int, turns: int, reply: int) -> Ca
     def run() -> None:
         engine.take_weights(0)
         asyncio.run(all_of_them())
-        engine.rest()
+        engine.sleep()
 
     return run
 

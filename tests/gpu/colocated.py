@@ -74,7 +74,7 @@ def sleep_and_wake(machine: Machine) -> Figures:
         engine.take_weights(step)
         awake = torch.cuda.mem_get_info()[0]
         before = sample(engine, asked, GREEDY)
-        engine.rest()
+        engine.sleep()
         freed = (torch.cuda.mem_get_info()[0] - awake) / 2**30
         assert freed > 1, f"asleep, vLLM gave back {freed:.2f} GiB"
         worst, exact = require_greedy(model, asked, before, f"step {step + 1}")

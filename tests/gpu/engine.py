@@ -64,7 +64,7 @@ def transformers_engine(machine: Machine) -> Figures:
         engine = ContinuousEngine(TransformersBatcher(model, pad_id=0, stop_ids=[], max_batch=8))
         engine.take_weights(0)
         done = sample(engine, asked, Sampling(max_new_tokens=8 if machine.on_cpu else 48))
-        engine.rest()
+        engine.sleep()
         gap = gaps(model, asked, done)
         name = f"{dtype}".removeprefix("torch.")
         assert float(gap.mean()) <= mean and float(gap.max()) <= most, (

@@ -115,8 +115,8 @@ def test_export_has_a_card_that_is_true(finished: Path, ctcgrpo: Command, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["noise"], "noise, which replays a simulated user's turns, is for runs on scenarios (EIBench's task)"),
-        (["evaluate"], "evaluating a run as it validated is for runs on scenarios (EIBench's task)"),
+        (["noise"], "ctcgrpo noise needs a recipe with the section scenarios (EIBench's task)"),
+        (["evaluate"], "evaluating a run as it validated needs a recipe with the section scenarios (EIBench's task)"),
         (
             ["evaluate", "eibench", "--simulator", "scripted", "--as-trained", "--model"],
             "--as-trained needs a policy in the folder of a run on scenarios",
@@ -165,7 +165,7 @@ def test_another_module_or_other_tasks_are_refused_by_name(run: Path, recipe_fil
     try:
         module.write_text(written + "# A remark.\n")
         code, _, err = ctcgrpo("train", str(recipe_file), *again)
-        assert code == 6 and "was trained with other data (environment.factory: 1 altered (letters.py))" in err
+        assert code == 6 and "data changed since the run began (environment.factory: 1 altered (letters.py))" in err
     finally:
         module.write_text(written)
     (run / "tasks.jsonl").write_text('{"id": "a", "letter": "a"}\n')

@@ -246,7 +246,7 @@ def test_a_damaged_policy_is_named_and_leaves_nothing_behind(
 def test_a_bad_number_of_the_best_step_is_named(run: Path, ctcgrpo: Command) -> None:
     (run / "best" / "STEP").write_text("xx\n")
     code, _, err = ctcgrpo("export", str(run), "--which", "best")
-    assert code == 6 and "no complete 'best' (STEP has 3 of 2 bytes)" in err, err
+    assert code == 6 and "no complete 'best' (STEP has 3 bytes; expected 2)" in err, err
     assert ctcgrpo("export", str(run))[0] == 0
 
 
@@ -277,7 +277,7 @@ RECORDS: list[tuple[str, Callable[[Path], None], str]] = [
     ("validation.jsonl", without_second_line, "lacks the validation after step 1"),
     ("validation.jsonl", cut, "lacks the validation after step 1"),
     *((file, damage, problem) for file in ("simulator.json", "data.json", "sharding.json") for damage, problem in (
-        (cut, "cannot be read"), (zeroed, "cannot be read"), (text("[]"), "holds a list"), (text("[" * 5000), "nested too deep"),
+        (cut, "cannot be read"), (zeroed, "cannot be read"), (text("[]"), "a JSON object"), (text("[" * 5000), "nested too deep"),
         (text('{"a": 1, "a": 2}'), "duplicate key"),
     )),
 ]  # fmt: skip

@@ -180,7 +180,7 @@ def test_a_job_whose_time_is_over_saves_before_the_servers_end(cluster: Cluster)
 def test_a_server_that_does_not_come_up_ends_the_job(cluster: Cluster) -> None:
     job = cluster.start(POLICY_MODEL="broken")
     out, _ = job.communicate(timeout=120)
-    assert job.returncode == 1 and "a server ended before http://127.0.0.1:" in out
+    assert job.returncode == 1 and "a server exited before http://127.0.0.1:" in out
     assert not any(line.startswith("train") for line in cluster.lines()) and cluster.is_quiet()
 
 
@@ -199,10 +199,10 @@ def test_a_hosted_user_is_served_where_all_nodes_reach_it(cluster: Cluster, tmp_
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"SERVE_NODES": "3"}, "4 nodes leave none to train"),
+        ({"SERVE_NODES": "3"}, "4 nodes leave none for training"),
         ({"POLICY_MODEL": ""}, "POLICY_MODEL is not set"),
         ({"SIMULATOR_MODEL": ""}, "SIMULATOR_MODEL is not set"),
-        ({"SLURM_SUBMIT_DIR": "/"}, "submit it from the project's folder"),
+        ({"SLURM_SUBMIT_DIR": "/"}, "submit this from the project's folder"),
     ],
 )
 def test_what_is_missing_is_said_at_once(cluster: Cluster, environment: dict[str, str], reason: str) -> None:
@@ -285,7 +285,7 @@ def test_an_installation_of_another_pyproject_counts_for_nothing(empty: Environm
 def test_an_installation_says_what_takes_long_and_fails_as_pip_does(empty: Environment) -> None:
     done, _ = empty.run("launch/install.sh", "smollm2")
     said = done.stdout.splitlines()
-    assert done.returncode == 0 and said[0] == f"installing into {empty.venv}: some minutes, most of them for PyTorch"
+    assert done.returncode == 0 and said[0] == f"installing into {empty.venv}: this takes some minutes, mostly for PyTorch"
     assert said[-2:] == [
         "  Downloading large-1.0-py3-none-any.whl (190.0 MB)",
         "  Installing collected packages: small, large",

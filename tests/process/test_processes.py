@@ -196,7 +196,7 @@ def test_python_runs_a_recipe_ctrl_c_saves_and_the_same_command_goes_on(tmp_path
     _, err = started.communicate(timeout=120)
     assert started.returncode == 130, err
     assert "Traceback" not in err
-    saved = re.search(r"Saved (\S+); the same command again resumes", err)
+    saved = re.search(r"Saved (\S+); run the same command to resume", err)
     assert saved, err
     steps = int(saved[1].rpartition("-")[2]) // 2
     assert 2 <= steps < 6 and (Path(saved[1]) / "COMPLETE").exists()
@@ -237,7 +237,7 @@ def test_sigterm_at_the_launcher_saves_on_all_processes(tmp_path: Path) -> None:
     out, err = started.communicate(timeout=120)
     assert started.returncode and "stopping: " in out, (out, err)
     (saved,) = folder.glob("checkpoint-*")
-    assert (saved / "COMPLETE").exists() and f"Saved {saved}; the same command again resumes" in err
+    assert (saved / "COMPLETE").exists() and f"Saved {saved}; run the same command to resume" in err
     assert len(list(saved.glob("rng_state_*.pth"))) == 2
 
 
@@ -271,7 +271,7 @@ def test_quickstart_stops_at_ctrl_c_goes_on_and_shows_what_it_learned(tmp_path: 
         time.sleep(0.05)
     os.killpg(started.pid, signal.SIGINT)  # as a terminal does: the script gets it too
     out, err = started.communicate(timeout=120)
-    assert started.returncode == 130 and "the same command again resumes" in err, (out, err)
+    assert started.returncode == 130 and "run the same command to resume" in err, (out, err)
     assert not (tmp_path / "q" / "summary.json").exists() and "before" not in out
 
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -120,7 +120,7 @@ def test_an_endpoint_that_is_down_stops_the_run_and_it_resumes(ctcgrpo: Command,
         command += ["validation.scenarios=english/test", "validation.every=5"]
         llm.down = True
         code, _, err = ctcgrpo(*command)
-        assert code == 7 and "episodes failed" in err and "the same command again resumes" in err
+        assert code == 7 and "episodes failed" in err and "run the same command to resume" in err
         traces = list((tmp_path / "down" / "traces").glob("validation-*.jsonl"))
         failures = [json.loads(line)["failure"] for file in traces for line in file.read_text().splitlines()]
         assert len(failures) == 16 and all(f["kind"] == "simulator_transport" and "HTTP 503" in f["message"] for f in failures)
@@ -130,7 +130,7 @@ def test_an_endpoint_that_is_down_stops_the_run_and_it_resumes(ctcgrpo: Command,
         (tmp_path / "down" / "final" / "COMPLETE").unlink()
         configured(tmp_path / "s.yaml", llm, deadline=1, endpoint={"model": "another"})
         code, _, err = ctcgrpo(*command)
-        assert code == 6 and "was trained with other simulator (models: ['m'] -> ['another']" in err
+        assert code == 6 and "simulator changed since the run began (models: ['m'] -> ['another']" in err
     simulator = json.loads((tmp_path / "down" / "summary.json").read_text())["simulator"]
     assert simulator["models"] == ["m"] and simulator["prompts"].startswith("ctcgrpo/")
     assert simulator["spent"]["calls"] == len(simulator_calls(tmp_path / "down"))
@@ -163,7 +163,7 @@ def test_a_spent_budget_pauses_the_run_and_no_secret_is_left_behind(
         command = ["train", TINY, *QUICK, "run.output_dir=runs", f"simulator.config={config(40_000)}"]
         code, out, err = ctcgrpo(*command)
         said = [out, err]
-        assert code == 8 and "budget of 40000 tokens is spent" in err and "the same command again resumes" in err
+        assert code == 8 and "budget of 40000 tokens is spent" in err and "run the same command to resume" in err
         config(1_000_000)
         first = len(llm.requests)
         code, out, err = ctcgrpo(*command)

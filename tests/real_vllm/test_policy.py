@@ -171,7 +171,7 @@ def test_a_server_gives_what_the_colocated_engine_gives(colocated: Colocated, ba
         truncated = asyncio.run(sample(engine, asked[:2], Sampling(max_new_tokens=5, top_p=0.5)))
         narrow = VllmServerEngine([url], weights=Nowhere(), stop_ids=frozenset(), max_length=LENGTH + 1, patience=3)
         narrow.take_weights(0)
-        with pytest.raises(PolicyEngineError, match="holds weights '/0', not 'run/0/0'"):
+        with pytest.raises(PolicyEngineError, match="weight_version = '/0'; expected 'run/0/0'"):
             engine.confirm()
         refused = asyncio.run(sample(narrow, asked[:1]))[0]
     finally:
@@ -207,7 +207,7 @@ def test_turns_are_batched_as_they_come_and_follow_the_weights(colocated: Coloca
     torch.autograd.backward(colocated.parts.model(input_ids=ids, labels=ids).loss)
     optimizer.step()
     assert max(colocated.gap(*turn) for turn in first) > 1
-    colocated.engine.rest()
+    colocated.engine.sleep()
     asleep = asyncio.run(sample(colocated.engine, [[1]]))[0]
     assert isinstance(asleep, PolicyEngineError) and "before it had the policy's weights" in str(asleep)
     assert max(colocated.gap(*turn) for turn in play(1)) < NOISE
@@ -245,9 +245,9 @@ def test_weights_do_not_change_beneath_a_request_and_failures_stay_alone(
             tasks = [asyncio.create_task(engine.generate(p, seed=k, sampling=long)) for k, p in enumerate(asked)]
             while not colocated.vllm.under_way:
                 await asyncio.sleep(0.01)
-            with pytest.raises(PolicyEngineError, match="weights cannot change beneath them"):
+            with pytest.raises(PolicyEngineError, match="weights cannot change before they finish"):
                 engine.take_weights(3)
-            with pytest.raises(PolicyEngineError, match="weights cannot change beneath them"):
+            with pytest.raises(PolicyEngineError, match="weights cannot change before they finish"):
                 colocated.vllm.take_weights()
             tasks[0].cancel()
             bad = await asyncio.gather(engine.generate([1] * LENGTH, seed=1, sampling=long), return_exceptions=True)

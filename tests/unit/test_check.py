@@ -43,8 +43,8 @@ def test_a_recipe_that_will_run_is_ready(ctcgrpo: Command, tmp_path: Path) -> No
     code, out, err = ctcgrpo("check", str(TINY), *overrides)
     assert code == 0 and "ready to run" in out, (out, err)
     # 2 steps of 16 episodes, and 16 held-out ones before and after, 3 turns each.
-    assert "up to 48 a step, 192 in all" in out and "scripted answered a canary turn" in out
-    assert "0.0 of sampling at 500 tokens/s" in out and "64 to train on" in out and "16 held out" in out
+    assert "up to 48 per step, 192 in total" in out and "scripted answered a test turn" in out
+    assert "0.0 of sampling at 500 tokens/s" in out and "64 training scenarios" in out and "16 held-out scenarios" in out
 
 
 def test_records_that_are_left_out_are_a_warning(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_records_that_are_left_out_are_a_warning(tmp_path: Path) -> None:
     source = [f"scenarios.train={tmp_path / 'pack'}", "validation.scenarios=english/test"]
     warning, ok = look(tmp_path, *source)["scenarios"]
     assert warning.level == "warning" and "1 of 65 records are invalid and left out" in warning.text
-    assert f"{file}, line 17: expected a JSON object, got a list" in warning.text and ok.text == "64 to train on"
+    assert f"{file}, line 17: expected a JSON object, got a list" in warning.text and ok.text == "64 training scenarios"
     refused = failed(look(tmp_path, *source, "scenarios.invalid=refuse"))
     assert f"{file}, line 17: expected a JSON object" in refused["scenarios"]
 
@@ -75,8 +75,8 @@ def test_a_shipped_recipe_prints_its_plan(file: Path, ctcgrpo: Command, tmp_path
     monkeypatch.delenv("DASHSCOPE_API_KEY", raising=False)
     code, out, err = ctcgrpo("check", str(file), f"run.output_dir={tmp_path}", "simulator.url=embedded", "simulator.config=null")
     assert "Traceback" not in err and code in (0, 2)
-    assert "memory by part" in out and "vLLM" in out + "vLLM" and "in all" in out
-    plan = next(line for line in out.splitlines() if "most in the" in line)
+    assert "memory by component" in out and "vLLM" in out + "vLLM" and "total" in out
+    plan = next(line for line in out.splitlines() if "peak in the" in line)
     assert " ok " in plan, plan  # it fits the card that it names
 
 
@@ -84,25 +84,25 @@ def test_a_shipped_recipe_prints_its_plan(file: Path, ctcgrpo: Command, tmp_path
     ("overrides", "about", "reason"),
     [
         (["scenarios.train=eibench/nowhere"], "scenarios", "ctcgrpo scenarios fetch eibench"),
-        (["validation.scenarios=english/train"], "validation", "64 that are trained on, 'charm-train-01' among them"),
-        (["policy.model=Nobody/Nothing-8B"], "model", "policy.model 'Nobody/Nothing-8B' cannot be loaded here"),
+        (["validation.scenarios=english/train"], "validation", "64 scenarios are also in scenarios.train"),
+        (["policy.model=Nobody/Nothing-8B"], "model", "policy.model = 'Nobody/Nothing-8B' cannot be loaded"),
         (["rollout.max_prompt_tokens=4000", "rollout.max_new_tokens=200"], "model", "is 4200, but 'builtin/tiny' has 4096"),
-        (["policy.lora={target_modules: [q_proj, nope]}"], "adapter", "the model has no nope; it has down_proj, gate_proj"),
+        (["policy.lora={target_modules: [q_proj, nope]}"], "adapter", "the model has no nope; available: down_proj, gate_proj"),
         (
             ["policy.attention=flash_attention_2", "training.packing=none", "rollout.engine=vllm_server",
              "rollout.deterministic=false", "rollout.vllm.urls=[http://127.0.0.1:9]"],
-            "attention", "flash_attn is not installed here; use sdpa",
+            "attention", "flash_attn is not installed; use sdpa",
         ),
         (["training.packing=flash3"], "attention", "needs a Hopper GPU, 16-bit compute"),
         (["rollout.max_prompt_tokens=40"], "context", "rollout.max_prompt_tokens) is 40; raise it or drop the scenario"),
-        (["hardware.processes=3"], "processes", "4 x 4 = 16 episodes a step, which 3 processes cannot share equally"),
-        (["policy.dtype=bfloat16", "training.learning_rate=1e-6"], "precision", "rounds updates of training.learning_rate 1e-06"),
+        (["hardware.processes=3"], "processes", "4 x 4 = 16 episodes a step for 3 processes; expected a multiple of 3"),
+        (["policy.dtype=bfloat16", "training.learning_rate=1e-6"], "precision", "training.learning_rate = 1e-06 is lost to"),
         (["training.sharding=zero3.json"], "sharding", "there is no such file"),
-        (["training.sharding=fsdp2"], "sharding", "leaves no process with the whole policy"),
-        (["hardware.nodes=2"], "simulator", "which the others of 2 nodes cannot reach"),
+        (["training.sharding=fsdp2"], "sharding", "leaves no process a whole policy"),
+        (["hardware.nodes=2"], "simulator", "hardware.nodes = 2: other nodes cannot reach it"),
         (
             ["rollout.engine=vllm_server", "rollout.deterministic=false", "rollout.vllm.urls=[http://127.0.0.1:9]"],
-            "policy servers", "does not answer as a vLLM server with development endpoints",
+            "policy servers", "expected a vLLM server with development endpoints",
         ),
         (["rollout.engine=vllm_colocated", "rollout.deterministic=false"], "libraries", "pip install 'ctcgrpo[vllm]'"),
         (["hardware.gpu=H100"], "memory", "did you mean 'H100-80GB'"),
@@ -110,12 +110,12 @@ def test_a_shipped_recipe_prints_its_plan(file: Path, ctcgrpo: Command, tmp_path
         (
             ["hardware.gpu=A10G-24GB", "rollout.engine=vllm_colocated", "rollout.deterministic=false",
              "rollout.vllm.gpu_memory=0.05"],
-            "memory", "not even one fits; raise rollout.vllm.gpu_memory",
+            "memory", "too small for one rollout",
         ),
         (["simulator.url=http://127.0.0.1:9"], "simulator", "failed"),
         (["simulator.config=configs/simulator/qwen3_max.yaml"], "simulator", "DASHSCOPE_API_KEY (key_env) is empty or not set"),
         (["training.keep_checkpoints=99999999"], "disk", "lower training.keep_checkpoints"),
-        (["run.wandb=online"], "W&B", "wandb login, or run.wandb=offline"),
+        (["run.wandb=online"], "W&B", "run wandb login, or set run.wandb=offline"),
     ],
 )  # fmt: skip
 def test_a_broken_recipe_gets_its_reason(
@@ -132,7 +132,7 @@ def test_a_launcher_that_shards_otherwise_is_refused(tmp_path: Path) -> None:
 
     config = tmp_path / "default_config.yaml"
     config.write_text("distributed_type: FSDP\n")
-    assert "makes accelerate launch with FSDP" in said()
+    assert "sets distributed_type FSDP" in said()
     for broken, reason in [
         (b"a: [", "valid YAML"),
         (b"a: 2026-02-30", "valid YAML"),
@@ -161,10 +161,10 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     assert "with training.max_steps 2 -> 5" in look(tmp_path, "training.max_steps=5")["output"][0].text
     assert "credit.alpha: 15.0 -> 3.0" in failed(look(tmp_path, "credit.alpha=3"))["output"]
     mark_complete(folder / "final")
-    assert "holds a finished run" in failed(look(tmp_path))["output"]
+    assert "is finished" in failed(look(tmp_path))["output"]
     assert look(tmp_path, "training.max_steps=5")["output"][0].level == "ok"
     (folder / "recipe.yaml").write_text("run: [")
-    assert f"its recipe.yaml cannot be read: {folder / 'recipe.yaml'}: not valid YAML" in failed(look(tmp_path))["output"]
+    assert f"the run's recipe.yaml cannot be read: {folder / 'recipe.yaml'}: not valid YAML" in failed(look(tmp_path))["output"]
 
 
 def test_scenarios_that_the_scripted_user_knows_nothing_of_are_warned_of(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_what_a_run_costs(tmp_path: Path) -> None:
     (tmp_path / "llm.yaml").write_text(yaml.safe_dump(llm))
     found = look(tmp_path, f"simulator.config={tmp_path / 'llm.yaml'}")
     (cost,) = found["cost"]
-    assert cost.level == "warning" and "budget.money is 0.001: the run will pause there" in cost.text
+    assert cost.level == "warning" and "budget.money = 0.001: the run will pause when it is spent" in cost.text
 
 
 def test_parameters_are_counted_exactly_but_for_norms(tiny: Path) -> None:

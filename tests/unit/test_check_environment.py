@@ -104,19 +104,19 @@ def test_the_example_is_ready(ctcgrpo: Command, tmp_path: Path) -> None:
     out = " ".join(out.replace("│", " ").split())
     assert code == 0 and "ready to run" in out, (out, err)
     # 40 steps of 64 episodes of 4 turns; 4 held-out tasks with 32 episodes each, before and after
-    assert "12 to train on" in out and "4 held out" in out and "up to 256 a step, 11,264 in all" in out
-    assert "task '0' with the reply 'I see.': 4 turns (the environment was done)" in out
-    assert "(LLM calls, services) is not known here" in out and "simulator" not in out
+    assert "12 training tasks" in out and "4 held-out tasks" in out and "up to 256 per step, 11,264 in total" in out
+    assert "task '0' with the reply 'I see.': 4 turns (done)" in out
+    assert "(LLM calls, services)" in out and "simulator" not in out
 
 
 def test_an_episode_is_played_and_its_prompts_are_measured(folder: Path) -> None:
     found = look(folder)
     assert not [f for many in found.values() for f in many if f.level != "ok"]
-    assert found["tasks"][0].text == "3 to train on, of 2 tags" and found["validation"][0].text == "1 held out"
+    assert found["tasks"][0].text == "3 training tasks of 2 tags" and found["validation"][0].text == "1 held-out tasks"
     assert found["episode"][0].text == (
-        "task 't2' with the reply 'I see.': 2 turns (the environment was done), rewards not scored, not scored, outcome +1.000"
+        "task 't2' with the reply 'I see.': 2 turns (done), rewards not scored, not scored, outcome +1.000"
     )
-    assert "the last of 4 turns has a prompt of" in found["context"][0].text
+    assert "prompt of turn 4, the last: at most" in found["context"][0].text
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,8 @@ def test_an_episode_is_played_and_its_prompts_are_measured(folder: Path) -> None
         (["environment.options={broken: constructor}"], "episode", f"raised OSError: no display {at('raise OSError')}"),
         (["environment.options={broken: step}"], "episode",
          f"task 't2': step raised KeyError: 'I see.' {at('return {}[reply]')}"),
-        (["environment.options={broken: nan}"], "episode", "step gave a reward of nan; expected a finite number or None"),
-        (["environment.options={broken: outcome}"], "episode", "outcome gave 'much' (str); expected a finite number"),
+        (["environment.options={broken: nan}"], "episode", "step returned a reward of nan; expected a finite number or None"),
+        (["environment.options={broken: outcome}"], "episode", "outcome returned 'much' (str); expected a finite number"),
         (["environment.options={broken: close}"], "episode", f"close raised RuntimeError: it is stuck {at('raise RuntimeError')}"),
         (["environment.options={broken: long}"], "context", "task 't2': system prompt and latest user line take"),
     ],
@@ -146,16 +146,16 @@ def test_what_is_broken_is_named_with_its_line(overrides: list[str], about: str,
 @pytest.mark.parametrize(
     ("overrides", "about", "reason"),
     [
-        (["validation.tasks=count_down:same_content"], "validation", "1 of 1 held-out tasks (validation.tasks) are among"),
-        (["validation.tasks=count_down:same_id"], "validation", "'t3' for one"),
-        (["validation=null"], "validation", "none: the run will not say whether it got better"),
+        (["validation.tasks=count_down:same_content"], "validation", "1 of 1 held-out tasks (validation.tasks) are also"),
+        (["validation.tasks=count_down:same_id"], "validation", "for example 't3'"),
+        (["validation=null"], "validation", "none: the run will not measure improvement"),
         (
             ["environment.options={broken: empty}"], "replies",
-            f"an empty reply makes a failed episode: count_down:Count, task 't2': step raised ValueError: nothing to read "
+            f"an empty reply fails the episode: count_down:Count, task 't2': step raised ValueError: nothing to read "
             f"{at('raise ValueError')}",
         ),
-        (["environment.options={broken: nothing}"], "episode", "no turn is scored and the outcome is 0, so nothing can be learned"),
-        (["rollout.max_prompt_tokens=60"], "context", "of the tasks would drop exchanges by then"),
+        (["environment.options={broken: nothing}"], "episode", "no turn is scored and the outcome is 0, so there is"),
+        (["rollout.max_prompt_tokens=60"], "context", "of the tasks drop exchanges by then"),
     ],
 )  # fmt: skip
 def test_what_is_to_mind(overrides: list[str], about: str, reason: str, folder: Path) -> None:

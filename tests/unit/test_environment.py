@@ -154,29 +154,29 @@ def test_an_episode_has_no_more_turns_than_it_may(parts: Parts) -> None:
 WRONG = {
     "constructor": "turn 1: the environment's constructor raised OSError: no display",
     "reset": "turn 1: reset raised KeyError: 'no such task'",
-    "none": "turn 1: reset gave no message; expected a line of the user, or messages",
-    "empty": "turn 1: reset gave no message; expected a line of the user, or messages",
-    "keys": "turn 1: reset gave the message {'role': 'user', 'text': 'Hm.'} (dict); expected {'role': ..., 'content': ...}",
-    "role": "turn 1: reset gave a message of role 'tool'; expected assistant or system or user",
-    "content": "turn 1: reset gave a message whose content is 3 (int); expected a text",
-    "number": "turn 1: reset gave 7 (int) as message; expected a text, or a list of messages",
+    "none": "turn 1: reset returned no message; expected a line of the user, or messages",
+    "empty": "turn 1: reset returned no message; expected a line of the user, or messages",
+    "keys": "turn 1: reset returned the message {'role': 'user', 'text': 'Hm.'} (dict); expected {'role': ..., 'content': ...}",
+    "role": "turn 1: reset returned a message of role 'tool'; expected assistant or system or user",
+    "content": "turn 1: reset returned a message whose content is 3 (int); expected a text",
+    "number": "turn 1: reset returned 7 (int) as message; expected a text, or a list of messages",
     "order": "turn 1: an episode begins with messages of system, user, assistant; expected the last one to be of user or system, "
     "since the policy replies to it",
     "step": "turn 1: step raised ValueError: out of words",
-    "hang": "turn 1: step took more than 1 s",
+    "hang": "turn 1: step exceeded its timeout of 1 s",
     "own timeout": "turn 1: step raised TimeoutError: the tool is slow",
-    "cancelled": "turn 1: step raised CancelledError, and nobody cancelled it",
+    "cancelled": "turn 1: step raised CancelledError without a cancellation",
     "exit": "turn 1: step raised SystemExit: bye",
-    "tuple": "turn 1: step gave ('Go on.', 0.1) (tuple); expected a Step",
-    "reward": "turn 1: step gave a reward of nan; expected a finite number or None",
-    "kind of reward": "turn 1: step gave a reward of '0.1' (str); expected a finite number or None",
-    "done": "turn 1: step gave done = 'no' (str); expected True or False",
-    "silent": "turn 1: step gave no message, and done is False; expected a message, or done=True",
-    "speaks": "turn 1: step gave a message of role 'assistant'; expected system or user",
-    "info": "turn 1: step gave info left = inf (float); expected a finite number, or a text",
-    "kind of info": "turn 1: step gave info left = [1] (list); expected a finite number, or a text",
-    "outcome": "turn 3: outcome gave inf; expected a finite number",
-    "kind of outcome": "turn 3: outcome gave 'good' (str); expected a finite number",
+    "tuple": "turn 1: step returned ('Go on.', 0.1) (tuple); expected a Step",
+    "reward": "turn 1: step returned a reward of nan; expected a finite number or None",
+    "kind of reward": "turn 1: step returned a reward of '0.1' (str); expected a finite number or None",
+    "done": "turn 1: step returned done = 'no' (str); expected True or False",
+    "silent": "turn 1: step returned no message and done = False; expected a message, or done = True",
+    "speaks": "turn 1: step returned a message of role 'assistant'; expected system or user",
+    "info": "turn 1: step returned info left = inf (float); expected a finite number, or a text",
+    "kind of info": "turn 1: step returned info left = [1] (list); expected a finite number, or a text",
+    "outcome": "turn 3: outcome returned inf; expected a finite number",
+    "kind of outcome": "turn 3: outcome returned 'good' (str); expected a finite number",
 }
 
 
@@ -207,14 +207,14 @@ def test_a_close_that_fails_or_hangs_costs_no_result(parts: Parts, caplog: pytes
     assert {without_line(r.message) for r in caplog.records} >= {
         "episode 1/t0/0: close raised OSError: it is stuck",
         "episode 1/t1/0: close raised OSError: it is stuck",
-        "episode 1/t2/0: close took more than 1 s",
+        "episode 1/t2/0: close exceeded its timeout of 1 s",
     }
 
 
 def test_what_gives_no_environment_fails_its_episode(parts: Parts) -> None:
     (episode,) = run(parts, lambda: None)  # type: ignore[arg-type,return-value]
     assert episode.failure is not None
-    assert episode.failure.message.endswith("constructor gave None (NoneType); expected an Environment")
+    assert episode.failure.message.endswith("constructor returned None (NoneType); expected an Environment")
 
 
 class Plain(Environment):
@@ -265,7 +265,7 @@ def test_a_plain_method_that_hangs_keeps_no_run(parts: Parts) -> None:
 
     started = time.perf_counter()
     (episode,) = run(parts, Hangs, seconds=0.5)
-    assert episode.failure is not None and episode.failure.message == "turn 1: step took more than 0.5 s"
+    assert episode.failure is not None and episode.failure.message == "turn 1: step exceeded its timeout of 0.5 s"
     assert time.perf_counter() - started < 20 and Plain.said[-1][0] == "close"
 
 

@@ -537,7 +537,7 @@ def test_mistakes_are_named_and_no_traceback(tmp_path: Path, ctcgrpo: Command, m
             3,
             "no/scenario_prompts.txt not",
         ),
-        (("eibench", "--model", "scripted/talker", "--simulator", "scripted", "-M", "x"), 2, "'x': write NAME=VALUE"),
+        (("eibench", "--model", "scripted/talker", "--simulator", "scripted", "-M", "x"), 2, "'x'; expected NAME=VALUE"),
         ((str(tmp_path),), 6, "is not the folder of a run"),
         (("run", str(tmp_path)), 6, "is not the folder of a run"),
         ((str(tmp_path), "--model", "a/b"), 2, "--model is not for run, but for eibench, sage, eqbench3"),

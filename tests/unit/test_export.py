@@ -91,12 +91,12 @@ def test_what_is_not_there_is_named(run: Path, ctcgrpo: Command, tmp_path: Path)
         got, _, err = ctcgrpo("export", *arguments)
         assert got == code and expected in err and "Traceback" not in err, err
 
-    fails("holds no recipe.yaml", str(tmp_path))
-    fails("has no complete '6' (COMPLETE is missing); it has final, best, 4", str(run), "--which", "6")
-    fails("has no complete 'lost'", str(run), "--which", "lost")
-    fails("is there already", str(run), "--out", str(run))
+    fails("has no recipe.yaml", str(tmp_path))
+    fails("no complete '6' (COMPLETE is missing); available: final, best, 4", str(run), "--which", "6")
+    fails("no complete 'lost'", str(run), "--which", "lost")
+    fails("already exists", str(run), "--out", str(run))
     (run / "final" / "config.json").unlink()
-    fails("has no complete 'final' (config.json is missing); it has best, 4", str(run))
+    fails("no complete 'final' (config.json is missing); available: best, 4", str(run))
     mark_complete(run / "final")
     fails("final cannot be loaded on", str(run), code=4)
     assert not (run / "export").exists()
@@ -121,9 +121,9 @@ def test_the_hub_takes_it_or_says_why_not(run: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert push(run, "me/policy") == "https://huggingface.co/me/policy"
     assert calls == [("me/policy", {"private": True, "exist_ok": True}), {"repo_id": "me/policy", "folder_path": run}]
-    with pytest.raises(OutputError, match="did not take policy: Repo id must be"):
+    with pytest.raises(OutputError, match="upload to policy failed: Repo id must be"):
         push(run, "policy")
-    with pytest.raises(OutputError, match="Connection refused; .* stays as it is"):
+    with pytest.raises(OutputError, match="Connection refused; the export in .* is complete"):
         push(run, "me/offline")
 
 

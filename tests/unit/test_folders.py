@@ -35,9 +35,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("/nowhere/x", "no such folder"),
         ("~/nowhere-at-all", "no such folder"),
         ("mine/", "no such folder"),
-        ("checkpoints/quickstart", "it is a run's folder; its trained policy is checkpoints/quickstart/final"),
-        ("checkpoints/quickstart/", "it is a run's folder; its trained policy is checkpoints/quickstart/final"),
-        ("checkpoints", "it holds no config.json"),
+        ("checkpoints/quickstart", "it is a run folder; its trained policy is checkpoints/quickstart/final"),
+        ("checkpoints/quickstart/", "it is a run folder; its trained policy is checkpoints/quickstart/final"),
+        ("checkpoints", "it has no config.json"),
         ("checkpoints/quickstart/recipe.yaml", "it is a file"),
     ],
 )
@@ -64,9 +64,9 @@ def test_what_may_be_elsewhere_passes(runs: Path, model: str) -> None:
 
 def test_runs_are_named_where_they_are(runs: Path, ctcgrpo: Command) -> None:
     assert require_run(Path("checkpoints/quickstart")).path == Path("checkpoints/quickstart")
-    with pytest.raises(OutputError, match="holds no recipe.yaml; the run is checkpoints/quickstart"):
+    with pytest.raises(OutputError, match="has no recipe.yaml; the run is checkpoints/quickstart"):
         require_run(Path("checkpoints/quickstart/final"))
-    with pytest.raises(OutputError, match="a file, not a folder"):
+    with pytest.raises(OutputError, match="is a file; expected a folder"):
         require_folder(Path("checkpoints/quickstart/recipe.yaml"))
     for command in ("show", "report", "noise", "export", "evaluate", "leaderboard"):
         code, _, err = ctcgrpo(command, "checkpoints/quickstrt")

@@ -88,7 +88,9 @@ def test_each_signal_asks_to_stop_and_says_for_what_it_waits(
     with interrupts(said.append, lambda: "waiting for the update of step 3") as asked:
         assert not asked()
         sent(number)
-        assert asked() and said == ["stopping: waiting for the update of step 3. Ctrl-C again stops at once, without saving"]
+        assert asked() and said == [
+            "stopping: waiting for the update of step 3. Press Ctrl-C again to stop immediately, without saving"
+        ]
         sent(number)  # a launcher passes on what the terminal has sent already
     assert len(said) == 1
 
@@ -180,7 +182,7 @@ def test_a_forward_pass_ends_between_two_layers(parts: Parts) -> None:
     with pytest.raises(RunInterrupted, match="in the middle of a forward pass"):
         batcher.step()
     assert len(polled) == layers and batcher.under_way == 0
-    batcher.rest()
+    batcher.sleep()
 
 
 @pytest.mark.parametrize("slow, number", [("policy", signal.SIGUSR1), ("user", signal.SIGHUP)])
@@ -217,8 +219,8 @@ def test_a_slow_run_ends_within_a_bound_and_can_go_on(
     assert code == 130 and "Traceback" not in err, err
     assert time.monotonic() - ended[0] < 6
     waits = {"policy": "8 replies of the policy and 0 answers", "user": "0 replies of the policy and 8 answers"}[slow]
-    assert f"stopping: giving up {waits} of the environment in progress (at most 15 s), then saving" in out
-    assert f"Saved {folder / 'checkpoint-1'}; the same command again resumes" in err
+    assert f"stopping: cancelling {waits} in progress (at most 15 s), then saving" in out
+    assert f"Saved {folder / 'checkpoint-1'}; run the same command to resume" in err
     assert is_complete(folder / "checkpoint-1") and not (folder / "checkpoint-2").exists()
 
 
@@ -237,7 +239,7 @@ def test_weights_that_an_engine_does_not_take_end_the_run_after_saving(
     code, _, err = ctcgrpo("train", TINY, *FAST, *longer, f"run.output_dir={tmp_path}")
     (saved,) = (tmp_path / "tiny").glob("checkpoint-*")
     assert code == 4 and is_complete(saved), err
-    assert f"http://server:8000 did not take lm_head: gone. Saved {saved}; the same command again resumes" in err
+    assert f"http://server:8000 did not take lm_head: gone. Saved {saved}; run the same command to resume" in err
 
 
 def test_an_update_in_progress_is_finished_and_saved(ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def test_a_state_of_ones_own_survives_a_resume(ctcgrpo: Command, tmp_path: Path)
         ("credit.centering=absent_m:f", "credit.centering = 'absent_m:f': there is no module 'absent_m'"),
         ("credit.credit=own_m:doubeld", "own_m.py) has no 'doubeld'; did you mean 'doubled'?"),
         ("credit.scale=own_m:np", "np of own_m"),
-        ("credit.centering=rolout", "did you mean 'rollout'? (one of your own: my_module:my_function)"),
+        ("credit.centering=rolout", "did you mean 'rollout'? (a custom one: my_module:my_function)"),
     ],
 )
 def test_a_name_that_cannot_be_loaded_is_one_line(
@@ -123,7 +123,7 @@ def test_a_function_that_fails_in_training_is_one_line_and_loses_no_episode(ctcg
 
 def test_a_wrong_result_is_found_before_the_run_and_by_check(ctcgrpo: Command, tmp_path: Path) -> None:
     (tmp_path / "own_m.py").write_text("def f(group):\n    return [c[:1] for c in group.c]\n")
-    text = "credit.centering = 'own_m:f' gave an array of shape (1,); expected 2 finite numbers"
+    text = "credit.centering = 'own_m:f' returned an array of shape (1,); expected 2 finite numbers"
     code, _, err = ctcgrpo("train", TINY, "credit.centering=own_m:f", f"run.output_dir={tmp_path}")
     assert code == 2 and err.startswith(f"error: {text}") and not (tmp_path / "tiny").exists()
     (found,) = (f for f in findings(load_recipe(TINY, ["credit.centering=own_m:f"]))[0] if f.about == "credit")
@@ -148,20 +148,20 @@ class Half(Centering):
     ("option", "name", "text"),
     [
         ("credit", "raises", r"raised KeyError: 'x' \(.*wrong_m.py, line 2\)"),
-        ("credit", "longer", r"gave an array of shape \(9,\); expected 2 finite numbers"),
-        ("credit", "nothing", r"gave NoneType; expected 2 finite numbers|gave an array of shape \(\)"),
-        ("credit", "infinite", r"gave \[inf, inf\]; expected 2 finite numbers"),
-        ("credit", "words", r"gave list; expected 2 finite numbers"),
+        ("credit", "longer", r"returned an array of shape \(9,\); expected 2 finite numbers"),
+        ("credit", "nothing", r"returned NoneType; expected 2 finite numbers|returned an array of shape \(\)"),
+        ("credit", "infinite", r"returned \[inf, inf\]; expected 2 finite numbers"),
+        ("credit", "words", r"returned list; expected 2 finite numbers"),
         ("centering", "raises", "raised KeyError: 'x'"),
-        ("centering", "longer", "gave 9 values for 2 rollouts; expected one for each"),
-        ("centering", "nothing", "gave a NoneType; expected a sequence"),
-        ("centering", "infinite", "gave inf; expected 2 finite numbers, one a turn or rollout, or one number"),
-        ("centering", "words", "gave str; expected 2 finite numbers"),
+        ("centering", "longer", "returned 9 values for 2 rollouts; expected one each"),
+        ("centering", "nothing", "returned a NoneType; expected a sequence"),
+        ("centering", "infinite", "returned inf; expected 2 finite numbers, one per turn or rollout, or one number"),
+        ("centering", "words", "returned str; expected 2 finite numbers"),
         ("centering", "Other", "Other is a class; expected a function or a subclass of ctcgrpo.centering.Centering"),
         ("centering", "Half", "Half has a state but lacks state_dict, load_state_dict"),
         ("scale", "raises", "raised KeyError: 'x'"),
-        ("scale", "longer", "gave 9 values for 1 groups; expected one for each"),
-        ("scale", "nothing", "gave a NoneType; expected a sequence"),
+        ("scale", "longer", "returned 9 values for 1 groups; expected one each"),
+        ("scale", "nothing", "returned a NoneType; expected a sequence"),
         ("scale", "no_numbers", r"shape \(\); expected 2 finite numbers"),
     ],
 )
@@ -178,5 +178,5 @@ def test_a_reference_without_a_module_is_a_recipe_error() -> None:
 
 
 def test_a_function_itself_is_refused_with_what_would_be_right() -> None:
-    with pytest.raises(ValueError, match=r"credit.credit: <function .*; expected its name as 'my_module:my_function'"):
+    with pytest.raises(ValueError, match=r"credit.credit = <function .*; expected a name, 'my_module:my_function'"):
         try_credit(CreditOptions(credit=lambda r, gamma: r))  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ def play(run: RunProgress, wait: Callable[[float], None], episodes: int, seconds
 def test_no_part_of_the_first_step_is_silent(wait: Callable[[float], None]) -> None:
     run, out = shown(terminal=False)
     run.start(0)
-    run.say("validating after step 0: 8 episodes")
+    run.say("validation after step 0: playing 8 episodes")
     run.validation(8)
     play(run, wait, 8, 6.0)
     run.rollouts(1, 4)
@@ -67,13 +67,13 @@ def test_no_part_of_the_first_step_is_silent(wait: Callable[[float], None]) -> N
     wait(20.0)
     run.step(1, {"outcome/all": -0.5})
     assert out.getvalue().splitlines() == [
-        "validating after step 0: 8 episodes",
+        "validation after step 0: playing 8 episodes",
         "  3 of 8 episodes",
         "  6 of 8 episodes",
-        "step 1: 4 episodes to play",
+        "step 1: playing 4 episodes",
         "  2 of 4 episodes",
         "  4 of 4 episodes",
-        "step 1: played in 40 s; updating the policy; the first one of a run also compares log-probabilities",
+        "step 1: rollouts took 40 s; updating the policy (the first update also compares log-probabilities)",
         "step 1/5  score -0.500  60.0 s a step, 4 min 0 s left",  # without the 48 s of the validation
     ]
     run.rollouts(2, 4)

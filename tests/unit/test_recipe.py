@@ -79,9 +79,9 @@ def test_overrides() -> None:
         ("credits.alpha=10", r"unknown field credits; did you mean 'credit'\?"),
         ("rollout.group_size=1", "rollout.group_size is 1; input should be greater than or equal to 2"),
         ("credit.alpha=much", "credit.alpha is 'much'; input should be a valid number"),
-        ("credit.gamma=0.9", "credit: gamma is 0.9 and credit 'immediate'; only reward_to_go and smeared discount"),
-        ("policy.fault_penalty=0.1", "policy: fault_penalty is 0.1 and reasons false; the penalty is for a policy that reasons"),
-        ("credit.turn_std_min=0.1", "credit: turn_std_min is 0.1 and turn_scale 'none', which divides by nothing"),
+        ("credit.gamma=0.9", "credit: gamma is 0.9, but credit is 'immediate'; only reward_to_go and smeared discount"),
+        ("policy.fault_penalty=0.1", "policy: fault_penalty is 0.1, but reasons is false; set policy.reasons=true"),
+        ("credit.turn_std_min=0.1", "credit: turn_std_min is 0.1, but turn_scale 'none' does not divide; leave it out"),
         ("credit.turn_scale=groups", r"credit.turn_scale is 'groups'; did you mean 'group'\?"),
         ("credit.gamma=1.5", "credit.gamma is 1.5; input should be less than or equal to 1"),
         ("credit.centering=rolout", r"credit.centering is 'rolout'; did you mean 'rollout'\?"),
@@ -92,20 +92,20 @@ def test_overrides() -> None:
         ("scenarios.per_step=6", "scenarios.per_step is 6 for 4 scenes"),
         (
             "training.updates_per_step=3",
-            "training.updates_per_step is 3 and rollout.group_size 4; each update takes an equal",
+            "training.updates_per_step is 3 and rollout.group_size 4; expected a divisor",
         ),
         ("scenarios.scenes=[support,support]", "duplicate scene"),
-        ("scoring.turn_weights={support: [5, 7]}", "the weights of support sum to 12; they must sum to at most 1"),
-        ("simulator={url: http://x, port: 9}", "only an embedded simulator listens on it"),
-        ("credit={centering: none, center_weights: token}", "centering 'none', which weighs nothing"),
-        ("credit={scale: none, std_min: 0.2}", "scale 'none', which divides by nothing"),
+        ("scoring.turn_weights={support: [5, 7]}", "the weights of support sum to 12; expected at most 1"),
+        ("simulator={url: http://x, port: 9}", "simulator.url names a server; leave the port out"),
+        ("credit={centering: none, center_weights: token}", "centering 'none' uses no weights"),
+        ("credit={scale: none, std_min: 0.2}", "scale 'none' does not divide"),
         ("scenarios.scenes=[]", "scenarios.scenes is \\[\\]"),
-        ("training.max_steps=true", "training: max_steps is true; it is a number"),
+        ("training.max_steps=true", "training: max_steps is true; expected a number"),
         ("training.learning_rate=.inf", "training.learning_rate is inf; input should be a finite number"),
         ("scoring.turn_weights={support: [.nan, 1]}", "scoring.turn_weights.support.0 is nan"),
         ("scoring.turn_weights={support: [-1, 1]}", "scoring.turn_weights.support.0 is -1"),
         ("run.name=../elsewhere", "run.name is '../elsewhere'"),
-        ("alpha", "override 'alpha': write section.field=value"),
+        ("alpha", "override 'alpha'; expected section.field=value"),
         ("run.name.deep=1", "'name' is not a section"),
         ("credit.alpha=[", "the value is not valid YAML"),
         ("run.name=2026-02-30", "the value is not valid YAML: day is out of range for month"),
@@ -129,7 +129,7 @@ def test_a_file_sends_no_variable_of_others_to_a_simulator(tmp_path: Path) -> No
     write(theirs)
     reason = (
         r"r.yaml: simulator.token_env = 'AWS_SECRET_ACCESS_KEY'; expected a name that begins with CTCGRPO_, .* "
-        r"write simulator.token_env=AWS_SECRET_ACCESS_KEY on its command line"
+        r"pass simulator.token_env=AWS_SECRET_ACCESS_KEY on the command line"
     )
     for overrides in ([], ["simulator.url=http://x"], ["credit.alpha=1"]):
         with pytest.raises(RecipeError, match=reason):
@@ -173,7 +173,7 @@ def test_recorded_logprobs_are_refused_under_truncation() -> None:
 def test_processes_share_the_episodes_equally() -> None:
     recipe = load_recipe(TINY)
     recipe.check_processes(8)
-    with pytest.raises(RecipeError, match=r"4 x 4 = 16 episodes a step, which 3 processes cannot share equally"):
+    with pytest.raises(RecipeError, match=r"4 x 4 = 16 episodes a step for 3 processes; expected a multiple of 3"):
         recipe.check_processes(3)
 
 
@@ -241,18 +241,18 @@ def test_a_deepspeed_configuration_that_cannot_serve_is_refused(text: str, reaso
 def test_engines_and_sharding_that_do_not_go_together_are_refused() -> None:
     zero3 = "training.sharding=configs/deepspeed/zero3.json"
     for overrides, reason in (
-        ([zero3], "leaves no process with the whole policy"),
-        (["training.sharding=fsdp2"], "leaves no process with the whole policy"),
-        (["rollout.engine=vllm_server", "rollout.deterministic=false"], "rollout.vllm.urls names no server"),
+        ([zero3], "leaves no process a whole policy"),
+        (["training.sharding=fsdp2"], "leaves no process a whole policy"),
+        (["rollout.engine=vllm_server", "rollout.deterministic=false"], "rollout.vllm.urls is empty"),
         (["rollout.vllm.urls=[http://a:1]"], "rollout.vllm.urls names servers"),
-        (["rollout.vllm.urls=[a:1]"], "'a:1' does not begin with http"),
-        (["rollout.engine=vllm_colocated"], "rollout.deterministic promises"),
-        (["rollout.deadline=60"], "what rollout.deadline cuts depends on the clock"),
-        (["policy.attention=eager"], "policy.attention is 'eager', but packing and the transformers engine bring their own"),
-        (["policy.quantization=nf4"], "it needs an adapter to train"),
+        (["rollout.vllm.urls=[a:1]"], "'a:1'; expected a URL that begins with http"),
+        (["rollout.engine=vllm_colocated"], "rollout.deterministic needs"),
+        (["rollout.deadline=60"], "rollout.deadline depends on the clock"),
+        (["policy.attention=eager"], "policy.attention is 'eager', but packing and the transformers engine use their own"),
+        (["policy.quantization=nf4"], "expected an adapter to train"),
         (
             ["policy.quantization=nf4", "policy.lora.rank=4", "training.sharding=configs/deepspeed/zero1.json"],
-            "weights whole",
+            "unquantized weights",
         ),
     ):
         with pytest.raises(RecipeError, match=reason):

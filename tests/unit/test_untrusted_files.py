@@ -117,7 +117,7 @@ def test_what_torch_loads_of_a_checkpoint_is_data(tmp_path: Path, monkeypatch: p
     with weights_only(folder):
         assert torch.load(folder / "good.pt", weights_only=False)["scaler"].cur_scale == 2.0
     with pytest.raises(
-        OutputError, match=rf"{folder}: a file holds more than weights and numbers .*posix.mkdir.* was not loaded"
+        OutputError, match=rf"{folder}: a file contains more than weights and numbers .*posix.mkdir.* was not loaded"
     ):
         with weights_only(folder):
             torch.load(folder / "evil.pt", weights_only=False)
@@ -139,7 +139,7 @@ def test_a_run_with_a_pickle_in_its_checkpoint_does_not_resume(ctcgrpo: Command,
     torch.save({"x": Runs(tmp_path / "ran")}, checkpoint / "optimizer.pt")
     mark_complete(checkpoint)
     code, _, err = ctcgrpo(*command, "training.max_steps=2")
-    assert code == 6 and f"{checkpoint}: a file holds more than weights" in err and not (tmp_path / "ran").exists()
+    assert code == 6 and f"{checkpoint}: a file contains more than weights" in err and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -155,11 +155,11 @@ def test_a_run_with_a_pickle_in_its_checkpoint_does_not_resume(ctcgrpo: Command,
         ("optimizer.pt", lambda data: saved({"state": {}, "param_groups": []}), "a file is damaged"),
         ("rng_state.pth", lambda data: saved({"python": 1}), "a file is damaged"),
         ("config.json", lambda data: bytes(len(data)), "config.json cannot be read"),
-        ("config.json", lambda data: b"[]", "config.json holds a list; expected an object"),
+        ("config.json", lambda data: b"[]", "config.json: expected a JSON object, got a list"),
         ("trainer_state.json", lambda data: b"[]", "trainer_state.json: cannot be read"),
         ("trainer_state.json", lambda data: b'{"global_step": "1"}', "global_step = '1'"),
         ("credit_state.json", lambda data: b"[" * 9, "credit_state.json cannot be read"),
-        ("credit_state.json", lambda data: b"[]", "credit_state.json holds a list; expected an object"),
+        ("credit_state.json", lambda data: b"[]", "credit_state.json: expected a JSON object, got a list"),
         ("credit_state.json", lambda data: b'{"sums": {"a": [NaN]}, "weights": {"a": [1]}}', "credit_state.json cannot be"),
         ("credit_state.json", lambda data: b'{"sums": {"a": [1]}, "weights": {"a": [0]}}', "weights must be positive"),
         ("credit_state.json", lambda data: b'{"sums": {"a": [1]}, "weights": {"a": [1, 2]}}', "differ in length"),

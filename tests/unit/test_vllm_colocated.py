@@ -65,7 +65,7 @@ def test_the_update_has_its_threads_and_vllm_those_that_it_has_compiled_for(engi
     assert torch.get_num_threads() == threads
     for version in range(2):
         engine.take_weights(version)
-        engine.rest()
+        engine.sleep()
         assert torch.get_num_threads() == threads
     assert engine._batcher._generation.llm.threads == [1, 1]  # type: ignore[attr-defined]
 
@@ -85,5 +85,5 @@ def test_memory_that_sleeps_is_not_counted(engine: ContinuousEngine, monkeypatch
     assert engine.sleeping_bytes == 5 * 2**30
     engine.take_weights(0)
     assert engine.sleeping_bytes == 0
-    engine.rest()
+    engine.sleep()
     assert engine.sleeping_bytes == 5 * 2**30

@@ -122,7 +122,7 @@ async def test_what_a_restart_explains_is_asked_for_again(first: Answer) -> None
         (status(400, "too long"), "refused a request of 3 tokens .HTTP 400: too long"),
         (status(500), r"did not answer in 0.2 s \(\d+ tries, last: HTTP 500"),
         (tokens(4, 5, logprobs=1), "2 tokens with 1 log-probabilities"),
-        (tokens(4, reason="abort"), "ended the request with 'abort'"),
+        (tokens(4, reason="abort"), "finished the request with 'abort'"),
         (lambda body: web.json_response({"choices": []}), "no completion with token ids"),
     ],
 )
@@ -136,7 +136,7 @@ async def test_servers_that_are_not_there_or_too_short_say_so() -> None:
     with pytest.raises(PolicyEngineError, match="did not answer in 0.2 s .*Connect"):
         await ask(engine("http://127.0.0.1:9", patience=0.2))
     async with serving(tokens(4), length=32) as (url, _):
-        with pytest.raises(PolicyEngineError, match="max_model_len 32, and the recipe needs 64 .*--max-model-len"):
+        with pytest.raises(PolicyEngineError, match="max_model_len = 32; expected at least 64 .*--max-model-len"):
             await ask(engine(url))
     async with serving(tokens(4)) as (url, _):
         with pytest.raises(PolicyEngineError, match="64 tokens leaves no room"):
@@ -166,11 +166,11 @@ async def test_weights_wait_for_requests_and_go_once_a_version(monkeypatch: pyte
         # Somebody else's weights, or those of its disk after a restart.
         other = engine(url, run="run/1")
         await asyncio.to_thread(other.take_weights, 0)
-        with pytest.raises(PolicyEngineError, match="holds weights 'run/1/0', not 'run/0/6'.*is not trained on"):
+        with pytest.raises(PolicyEngineError, match="weight_version = 'run/1/0'; expected 'run/0/6'.*is discarded"):
             await asyncio.to_thread(made.confirm)
         second = engine(url, process=1, processes=2, run="run/0")  # the main process names the version for all
         await asyncio.to_thread(second.take_weights, 6)
-        with pytest.raises(PolicyEngineError, match="holds weights 'run/1/0'"):
+        with pytest.raises(PolicyEngineError, match="weight_version = 'run/1/0'"):
             await asyncio.to_thread(second.confirm)
     async with serving(tokens(4), developing=False) as (url, _):
         with pytest.raises(PolicyEngineError, match="404.*VLLM_SERVER_DEV_MODE=1"):

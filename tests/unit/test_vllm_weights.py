@@ -256,7 +256,7 @@ def test_a_transfer_that_fails_ends_with_its_reason(
     sender = weights(policy, servers, monkeypatch)
     servers[which].fail["/update_weights", 1] = 500
     started = time.monotonic()
-    with pytest.raises(PolicyEngineError, match=rf"{servers[which].url} did not take layer.1 to lm_head: .*CUDA out of mem"):
+    with pytest.raises(PolicyEngineError, match=rf"{servers[which].url} refused layer.1 to lm_head: .*CUDA out of mem"):
         sender.send()
     assert time.monotonic() - started < 5
     assert policy.walked == list(NAMES)  # others gather with this process, to the end
@@ -272,7 +272,7 @@ def test_a_server_that_says_nothing_does_not_hold_the_run(
     policy = Policy(stream)
     sender = weights(policy, servers, monkeypatch, timeout=0.3)
     servers[0].fail["/update_weights", 0] = "silence"
-    with pytest.raises(PolicyEngineError, match="did not take embed_tokens to layer.0: .*timed out"):
+    with pytest.raises(PolicyEngineError, match="refused embed_tokens to layer.0: .*timed out"):
         sender.send()
     assert policy.walked == list(NAMES) and not servers[1].open
 
@@ -302,7 +302,7 @@ def test_what_fails_on_the_trainers_side_ends_the_walk_too(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
     monkeypatch.setattr(OnDevice, "clone", no_memory)
-    with pytest.raises(PolicyEngineError, match="handing weights to the vLLM servers: CUDA out of memory. Tried .* 2 GiB$"):
+    with pytest.raises(PolicyEngineError, match="weight transfer to the vLLM servers: CUDA out of memory. Tried .* 2 GiB$"):
         sender.send()
     assert policy.walked == list(NAMES) and not any(server.open for server in servers)
 
@@ -330,7 +330,7 @@ def test_a_prefix_cache_that_is_in_use_is_asked_for_again(servers: list[Server])
     assert server.asked.index("/update_weight_version") > server.asked.index("/reset_prefix_cache")
     server.busy = 10**6
     made = engine(server, patience=0.2)
-    with pytest.raises(PolicyEngineError, match="answered success = false for 0.2 s: it keeps keys and values of the old"):
+    with pytest.raises(PolicyEngineError, match="success = false for 0.2 s: requests still use keys and values of the old"):
         made.take_weights(2)
     assert made.version is None
     server.answers_reset = False  # vLLM before 0.26
@@ -357,11 +357,11 @@ def test_a_server_with_other_weights_stops_the_run(servers: list[Server]) -> Non
     engine(server, score=score, vocabulary=1000, temperature=0.5).take_weights(1)
     offset[0] = 0.21
     made = engine(server, score=score, vocabulary=1000, temperature=0.5)
-    with pytest.raises(PolicyEngineError, match=f"{server.url} samples from other weights than it was sent: .* 0.21 nats off"):
+    with pytest.raises(PolicyEngineError, match=f"{server.url} samples from other weights than it was sent: .* 0.21 nats"):
         made.take_weights(1)
     assert made.version is None
     server.logprob = lambda prompt, k: float("nan")
-    with pytest.raises(PolicyEngineError, match="nan nats off"):
+    with pytest.raises(PolicyEngineError, match="nan nats"):
         made.take_weights(1)
 
 
