@@ -24,7 +24,7 @@ from ctcgrpo.evaluation.presets import TRIES
 from ctcgrpo.evaluation.speaking import generated, played_by, temperature_of, tokens_of, why_empty
 from ctcgrpo.llm_client.calls import ChatCompletion
 from ctcgrpo.llm_client.endpoints import Deadline, Outage
-from ctcgrpo.simulator.choice import SimulatorChoice, introduced, named_simulator
+from ctcgrpo.simulator.choice import SimulatorChoice, named_simulator, read_health
 from ctcgrpo.simulator.config import SimulatorConfig
 from ctcgrpo.simulator.llm.backend import LlmBackend, chosen_prompts
 from ctcgrpo.simulator.protocol import SimulatorBackend, TurnReply, TurnRequest
@@ -63,7 +63,7 @@ class Served:
             return await client.turn(request)
 
     async def about(self) -> dict[str, Any]:
-        says = await introduced(self._choice.client(self._urls))
+        says = await read_health(self._choice.client(self._urls))
         about = {name: value for name, value in says.items() if name not in ("status", "deadline", "version")}
         return about | _priced(self._choice.config)
 
