@@ -119,11 +119,9 @@ def chosen_user(
     the LLM a turn, until its answer can be read; by default 3, or as configured. Raises RecipeError for what cannot be had."""
     choice = None if simulator is None else named_simulator(simulator)
     if tries is not None and choice is not None and choice.llm is None:
-        raise RecipeError(f"tries is {tries}, but {simulator!r} calls no LLM with settings from here; leave it out")
+        raise RecipeError(f"tries = {tries}: {simulator!r} calls no LLM from this process; leave it out")
     if official is not None and simulator is not None:
-        raise RecipeError(
-            "official prompts are for a model with the role simulator; a configuration names its own (llm.official)"
-        )
+        raise RecipeError("official needs a model with the role simulator; in a configuration set llm.official instead")
     if choice is None:
         model = played_by("simulator")
         llm = InspectModel(model, left_out)

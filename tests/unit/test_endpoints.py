@@ -302,8 +302,8 @@ async def test_a_served_turn_waits_and_whoever_asked_is_told(monkeypatch: pytest
             says(done(None, "length", reasoning_content="So...")),
             "content is empty: reasoning_content used up the limit on tokens",
         ),
-        (says(done(None, "tool_calls", tool_calls=[{"id": "1"}])), "it called a tool"),
-        (says(done("I hear you.")), "no object; it said 'I hear you.'"),
+        (says(done(None, "tool_calls", tool_calls=[{"id": "1"}])), "the model called a tool"),
+        (says(done("I hear you.")), "no object; the last answer: 'I hear you.'"),
     ],
 )
 async def test_what_a_provider_says_is_told(answer: web.Response, told: str) -> None:
@@ -329,7 +329,7 @@ async def test_what_a_provider_says_is_told(answer: web.Response, told: str) -> 
         ),
         (says({"choices": []}), "malformed", r"expected a chat completion, got choices: \[\]", True),
         (says("upstream timeout"), "malformed", "not JSON: upstream timeout", True),
-        (says('data: {"choices": []}\n\ndata: [DONE]', 200, "text/event-stream"), "malformed", "with a stream", True),
+        (says('data: {"choices": []}\n\ndata: [DONE]', 200, "text/event-stream"), "malformed", "got a stream", True),
         (says("[" * 100_000), "malformed", "not JSON", True),
         (says(json.dumps(done()), Content_Encoding="gzip"), "disconnected", "cannot be decoded", True),
         (says(gzip.compress(b" " * 20_000_000), Content_Encoding="gzip"), "malformed", "larger than 8 MB", True),
@@ -463,7 +463,7 @@ async def test_redirects_keep_to_their_origin(monkeypatch: pytest.MonkeyPatch) -
             asked = await turns(config(provider.url, endpoint__key_env="SOME_KEY"), "support", "defense")
         assert not elsewhere.asked
     assert asked.results[0] == "Thanks." and provider.paths[1] == "/v2/chat/completions"
-    assert f"HTTP 307: it redirects to {elsewhere.url}; use that address" in str(asked.results[1])
+    assert f"HTTP 307: it redirects to {elsewhere.url}; set url to that address" in str(asked.results[1])
 
 
 @pytest.mark.parametrize(

@@ -525,4 +525,4 @@ def test_the_commands(tmp_path: Path, ctcgrpo: Command) -> None:
     code, out, _ = ctcgrpo("scenarios", "validate", str(tmp_path / "deep.jsonl"))
     assert code == 3 and "deep.jsonl, line 1: not " in out
     code, _, err = ctcgrpo("scenarios", "convert", "hf://datasets/a/b", "hf://datasets/c/d")
-    assert code == 2 and "the Hub copies them" in err
+    assert code == 2 and "source and target are both datasets" in err

@@ -81,7 +81,7 @@ def test_a_run_trains_on_it(config: Path, ctcgrpo: Command, tmp_path: Path) -> N
         ("backend: MODULE:Yours", "has no 'Yours'; known: MyUser"),
         ("backend: MODULE:Reaction", "expected a subclass of ctcgrpo.simulator.protocol.SimulatorBackend"),
         ("backend: MODULE:SimulatorBackend", "has no `name`"),
-        ("backend: MODULE:MyUser\noptions: {loss: 4}", "cannot be made with options {'loss': 4}: TypeError: .*'loss'"),
+        ("backend: MODULE:MyUser\noptions: {loss: 4}", "its constructor failed with options {'loss': 4}: TypeError: .*'loss'"),
         ("backend: scripted\noptions: {gain: 4}", "expected options with your own backend"),
         (
             "backend: MODULE:MyUser\nllm: {endpoints: [{url: 'http://a/v1', model: m}]}",

@@ -117,7 +117,9 @@ def test_a_policy_of_a_run_is_evaluated_as_it_was_trained(
     assert summary["task"]["rounds"] == 2 and summary["generation"]["max_tokens"] == 12 and summary["unlike_trained"] == []
 
     code, out, err = ctcgrpo(*shlex.split(command)[1:], "--rounds", "1", "--limit", "2", "--out", "mine")
-    assert code == 0 and "not comparable with its validations: rounds 1 (the run: 2)\n" in out  # an option goes before the run
+    assert (
+        code == 0 and "not comparable with the run's validations; different settings: rounds 1 (the run: 2)\n" in out
+    )  # an option goes before the run
     assert "--out mine-as-trained" in out
     code, out, _ = ctcgrpo("show", "tiny")
     told = " ".join(out.split())
@@ -136,7 +138,7 @@ def test_a_policys_run_is_found_beside_it_and_behind_a_link(tmp_path: Path) -> N
         found = trained_as(folder)
         assert (found is not None) == folder.is_dir(), folder
         if found is not None:
-            assert found.run == run and "simulator scripted, persona sections Known facts" in found.told
+            assert found.run == run and "simulator scripted, persona sections Known facts" in found.description
             assert found.differences({**found.task, **found.sampling}) == []
             assert found.differences({**found.task, **found.sampling, "rounds": 9}) == ["rounds 9 (the run: 3)"]
     assert trained_as(tmp_path / "nothing") is None and trained_as(Path("openai/gpt-4o")) is None

@@ -275,7 +275,7 @@ def test_history_ends_with_the_policy() -> None:
 def test_a_port_in_use_is_said_so() -> None:
     taken = bind("127.0.0.1", 0)
     try:
-        with pytest.raises(SimulatorTransportError, match=r"simulator.port is \d+: cannot listen .* choose another port"):
+        with pytest.raises(SimulatorTransportError, match=r"simulator.port = \d+: cannot listen .* try another one"):
             with running(SimulatorServer(SCRIPTED_USER), taken.getsockname()[1]):
                 pass
     finally:
