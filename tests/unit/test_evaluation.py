@@ -138,7 +138,7 @@ def test_profiles_that_are_wrong_are_named(tmp_path: Path) -> None:
         sage.load_profiles(tmp_path)
     file = tmp_path / "p.jsonl"
     for text, problem in {
-        "": "holds no profiles",
+        "": "no profiles",
         "{": "line 1: not valid JSON",
         "[]": "line 1: expected a JSON object",
         json.dumps(profile(task="")): "line 1: task is missing",
@@ -276,7 +276,7 @@ def test_existing_judgements_are_rescored(tmp_path: Path, ctcgrpo: Command) -> N
     code, _, err = ctcgrpo("evaluate", "eqbench3", "--rescore", str(file))
     assert code == 3 and "2 runs; name one with --run: k1, k2" in err
     code, _, err = ctcgrpo("evaluate", "eibench", "--rescore", str(file))
-    assert code == 2 and "--rescore is not for eibench, but for sage, eqbench3" in err
+    assert code == 2 and "--rescore cannot be used with eibench; expected one of sage, eqbench3" in err
     for unused in (("--limit", "2"), ("--model", "x/y"), ("--judge", "x/y")):
         code, _, err = ctcgrpo("evaluate", "eqbench3", "--rescore", str(file), *unused)
         assert code == 2 and f"{unused[0]} cannot be combined with --rescore of eqbench3" in err
@@ -518,7 +518,7 @@ def test_mistakes_are_named_and_no_traceback(tmp_path: Path, ctcgrpo: Command, m
         (
             ("eibench", "--model", "a/b", "--simulator", "scripted", "--run", "x"),
             2,
-            "--run is not for eibench, but for eqbench3",
+            "--run cannot be used with eibench; expected one of eqbench3",
         ),
         (("eqbench3", "--model", "a/b", "--judge", "a/b", "--run", "x"), 2, "--run needs --rescore"),
         (("eibench", "--model", "a/b", "--simulater", "scripted"), 2, "No such option: --simulater"),
@@ -528,9 +528,9 @@ def test_mistakes_are_named_and_no_traceback(tmp_path: Path, ctcgrpo: Command, m
         (
             ("eibench", "--model", "scripted/talker", "--simulator", "scripted", "--data", "x"),
             2,
-            "--data is not for eibench",
+            "--data cannot be used with eibench",
         ),
-        (("eibench", "--model", "scripted/talker", "--judge", "a/b"), 2, "--judge is not for eibench"),
+        (("eibench", "--model", "scripted/talker", "--judge", "a/b"), 2, "--judge cannot be used with eibench"),
         (("sage", "--model", "scripted/talker", "--simulator", "scripted/user", "--data", "no"), 3, "no not found"),
         (
             ("eqbench3", "--model", "scripted/talker", "--judge", "scripted/judge", "--data", "no"),
@@ -540,7 +540,7 @@ def test_mistakes_are_named_and_no_traceback(tmp_path: Path, ctcgrpo: Command, m
         (("eibench", "--model", "scripted/talker", "--simulator", "scripted", "-M", "x"), 2, "'x': write NAME=VALUE"),
         ((str(tmp_path),), 6, "is not the folder of a run"),
         (("run", str(tmp_path)), 6, "is not the folder of a run"),
-        ((str(tmp_path), "--model", "a/b"), 2, "--model is not for run, but for eibench, sage, eqbench3"),
+        ((str(tmp_path), "--model", "a/b"), 2, "--model cannot be used with run; expected one of eibench, sage, eqbench3"),
         (("foo",), 2, r"expected a benchmark .eibench, sage, eqbench3. or the folder of a run"),
         (("checkpoints/foo",), 6, "checkpoints/foo: no such folder"),
     ]:
@@ -650,8 +650,8 @@ def test_comparison_is_paired_and_shown(tmp_path: Path, ctcgrpo: Command) -> Non
     ("name", "change", "problem"),
     [
         ("summary.json", lambda text: text[:200], "cannot be read"),
-        ("summary.json", lambda text: "[]", "is no summary"),
-        ("summary.json", lambda text: text.replace('"bench": "eibench"', '"bench": {}'), "is no summary"),
+        ("summary.json", lambda text: "[]", "expected the summary of an evaluation"),
+        ("summary.json", lambda text: text.replace('"bench": "eibench"', '"bench": {}'), "expected the summary of an evaluation"),
         ("summary.json", lambda text: "[" * 9000, "cannot be read"),
         ("summary.json", lambda text: text.replace('"mean": -0.3', '"mean": 0.3', 1), "score.mean = 0.3"),
         ("summary.json", lambda text: text.replace('"mean": -0.3', '"mean": NaN, "x": -0.3', 1), "score.mean = nan"),
@@ -676,7 +676,7 @@ def test_comparison_is_paired_and_shown(tmp_path: Path, ctcgrpo: Command) -> Non
         (
             "results.jsonl",
             lambda text: text.replace('"lines": [', '"lines": ["x", ', 1),
-            "line 1: no result of an evaluation",
+            "line 1: invalid result",
         ),
         ("results.jsonl", lambda text: text.replace('"scenario": "a0"', '"scenario": []', 1), "scenario = []"),
         ("results.jsonl", lambda text: text.replace('"repeat": 1', '"repeat": {}', 1), "repeat = {}"),

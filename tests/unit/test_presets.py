@@ -114,7 +114,7 @@ def test_options_win_over_a_preset_and_are_named(tested: Tested, tmp_path: Path)
         ),
         (("eibench", "--simulator", "scripted", "--preset", "publishd"), "published"),
         (("eibench", "--simulator", "scripted", "--tries", "2"), "tries is 2, but 'scripted' calls no LLM"),
-        (("eqbench3", "--judge", "a/b", "--reasoning", "keep"), "--reasoning is not for eqbench3"),
+        (("eqbench3", "--judge", "a/b", "--reasoning", "keep"), "--reasoning cannot be used with eqbench3"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(
