@@ -165,7 +165,7 @@ def recipe_field(name: str) -> Any:
     return pydantic.Field(
         found.default,
         description=found.metadata["help"],
-        json_schema_extra={"enum": [*known, "my_module:my_function"]} if known else None,
+        json_schema_extra={"option": name} | ({"enum": [*known, "my_module:my_function"]} if known else {}),
         **found.metadata["bounds"],
     )
 

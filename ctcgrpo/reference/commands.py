@@ -33,6 +33,8 @@ def fields(
             _print(f"\n{field.path}{value}", indent=2, hanging=6)
             _print(field.allowed, indent=6)
             _print(field.meaning, indent=6)
+            if field.option:
+                _print(f"in Python: CTCGRPOConfig({field.option}=...)", indent=6)
     if section is None:
         others = ", ".join(name for name in FILES if name != RECIPE)
         _print(f"\nOne section: ctcgrpo fields training. Other files: ctcgrpo fields NAME, with NAME one of {others}.")

@@ -28,13 +28,15 @@ FILES: Mapping[str, tuple[type[Section], str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One field. `path` as in the file, `key` without the marks of lists ([]) and names (NAME); `default` as YAML."""
+    """One field. `path` as in the file, `key` without the marks of lists ([]) and names (NAME); `default` as YAML; `option` is its
+    name in CTCGRPOConfig where it is an option of the trainer."""
 
     path: str
     key: str
     allowed: str
     default: str
     meaning: str
+    option: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,8 @@ def _walk(model: type[Section], *, path: str, key: str, note: str) -> Iterator[F
         if section is None:
             said = schema["properties"][name]
             default = "required" if field.is_required() else json.dumps(said.get("default"), ensure_ascii=False)
-            own.append(Field(here, its_key, allowed(said, schema.get("$defs", {})), default, field.description or ""))
+            kind = allowed(said, schema.get("$defs", {}))
+            own.append(Field(here, its_key, kind, default, field.description or "", said.get("option", "")))
             continue
         assert issubclass(section, Section)
         told = ["required"] if field.is_required() else []

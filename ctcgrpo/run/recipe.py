@@ -64,6 +64,8 @@ class Policy(Section):
         DEFAULT_INSTRUCTIONS,
         description="how to reply, appended to the role: eibench, short, none, a template file, or a folder with LANGUAGE.j2",
     )
+    no_reasoning_penalty: float = recipe_field("no_reasoning_penalty")
+    fault_penalty: float = recipe_field("fault_penalty")
     lora: Lora | None = None
     quantization: Literal["none", "nf4"] = Field("none", description="of the frozen weights under an adapter; nf4 is QLoRA")
 
@@ -77,9 +79,12 @@ class Policy(Section):
         return value
 
     @model_validator(mode="after")
-    def _quantized_under_an_adapter(self) -> Policy:
+    def _fits_together(self) -> Policy:
         if self.quantization != "none" and self.lora is None:
             raise ValueError("quantization freezes the weights, so it needs an adapter to train: policy.lora={rank: 16}")
+        for name in ("no_reasoning_penalty", "fault_penalty"):
+            if not self.reasons and (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is {value} and reasons false; the penalty is for a policy that reasons")
         return self
 
 
@@ -201,8 +206,6 @@ class Scoring(Section):
     turn_weights: dict[str, tuple[NonNegativeFloat, NonNegativeFloat]] = Field(
         {}, description="weights of the change in anger and in trust, by scene; [0.5, 0.5] where absent"
     )
-    no_reasoning_penalty: float = recipe_field("no_reasoning_penalty")
-    fault_penalty: float = recipe_field("fault_penalty")
 
     @field_validator("turn_weights")
     @classmethod
@@ -421,8 +424,8 @@ class Recipe(Section):
             scale_rewards=self.credit.scale,
             shuffle_credit=self.credit.shuffle,
             reasons=self.policy.reasons,
-            no_reasoning_penalty=self.scoring.no_reasoning_penalty,
-            fault_penalty=self.scoring.fault_penalty,
+            no_reasoning_penalty=self.policy.no_reasoning_penalty,
+            fault_penalty=self.policy.fault_penalty,
         )
 
     def eibench_scenarios(self, what: str = "this") -> Scenarios:

@@ -80,6 +80,9 @@ def test_overrides() -> None:
         ("rollout.group_size=1", "rollout.group_size is 1; input should be greater than or equal to 2"),
         ("credit.alpha=much", "credit.alpha is 'much'; input should be a valid number"),
         ("credit.gamma=0.9", "credit: gamma is 0.9 and credit 'immediate'; only reward_to_go and smeared discount"),
+        ("policy.fault_penalty=0.1", "policy: fault_penalty is 0.1 and reasons false; the penalty is for a policy that reasons"),
+        ("credit.turn_std_min=0.1", "credit: turn_std_min is 0.1 and turn_scale 'none', which divides by nothing"),
+        ("credit.turn_scale=groups", r"credit.turn_scale is 'groups'; did you mean 'group'\?"),
         ("credit.gamma=1.5", "credit.gamma is 1.5; input should be less than or equal to 1"),
         ("credit.centering=rolout", r"credit.centering is 'rolout'; did you mean 'rollout'\?"),
         ("credit.scale=batches", r"credit.scale is 'batches'; did you mean 'batch'\?"),
@@ -254,3 +257,8 @@ def test_engines_and_sharding_that_do_not_go_together_are_refused() -> None:
     ):
         with pytest.raises(RecipeError, match=reason):
             load_recipe(TINY, overrides).check_sharding()
+
+
+def test_penalties_for_reasoning_go_with_an_environment_of_ones_own() -> None:
+    recipe = load_recipe(ROOT / "recipes" / "examples" / "guess.yaml", ["policy.reasons=true", "policy.no_reasoning_penalty=0.5"])
+    assert recipe.credit_options().no_reasoning_penalty == 0.5

@@ -76,6 +76,7 @@ def test_defaults_ranges_and_choices_are_those_of_the_model() -> None:
     assert shown["credit.centering"].allowed == (
         "one of rollout, group, group_turn, group_loo, group_turn_loo, scene, none, my_module:my_function"
     )
+    assert shown["credit.scale"].option == "scale_rewards" and shown["training.learning_rate"].option == ""
     assert shown["scenarios.scenes"].allowed == "list (1 or more) of text"
     assert shown["policy.model"].default == "required" and shown["policy.revision"].allowed == "text, or null"
     in_lists = {field.path for section in sections_of("simulator-config") for field in section.fields}
