@@ -340,7 +340,7 @@ async def test_a_damaged_answer_in_the_store_is_asked_for_again(
     with simulator(configuration(llm, store=tmp_path)) as (url, server):
         assert (await ask(url, request("Hello."))).reply == "Line 2."
         assert server.backend.spent()["calls"] == 2
-    assert "an answer in" in caplog.text and "is damaged" in caplog.text
+    assert "a damaged answer in" in caplog.text and "is damaged" in caplog.text
 
 
 async def test_an_account_that_cannot_be_read_is_said_by_name(
@@ -465,7 +465,7 @@ MINIMAL = "backend: llm\nllm:\n  endpoints:\n    - {url: 'http://127.0.0.1:1/v1'
         (MINIMAL.replace("http://", "http://user:secret@"), "the URL contains a secret"),
         (MINIMAL.replace("http://", "ftp://"), "begins with http"),
         (MINIMAL + "budget: {tokens: 5}\n", "budget without a store"),
-        (MINIMAL + "store: x\nbudget: {money: 5}\n", "budget.money needs the price of every endpoint"),
+        (MINIMAL + "store: x\nbudget: {money: 5}\n", "budget.money without prices; expected the price of every endpoint"),
         (MINIMAL + "    - {url: 'http://127.0.0.1:1/v1', model: m}\n", "duplicate endpoint 'm at 127.0.0.1:1'"),
         (MINIMAL + "  samples: 0\n", "llm.samples is 0"),
         ("- a\n", "a simulator configuration is a mapping"),
