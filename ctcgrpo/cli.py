@@ -166,7 +166,7 @@ def noise(
     from ctcgrpo.environments.eibench.scenarios import load_set
     from ctcgrpo.report.noise import measure, noise_table, recorded_turns
     from ctcgrpo.run.recipe_file import resolved_recipe
-    from ctcgrpo.simulator.choice import chosen_simulator, introduced
+    from ctcgrpo.simulator.choice import chosen_simulator, read_health
 
     folder = require_run(run)
     recipe = resolved_recipe(folder.recipe_file)
@@ -183,7 +183,7 @@ def noise(
         files, scenarios, dialogues=dialogues, max_rounds=rounds, warn=lambda text: say(f"warning: {text}", sys.stderr)
     )
     with chosen_simulator(config, url or []) as simulator:
-        says = asyncio.run(introduced(simulator))
+        says = asyncio.run(read_health(simulator))
         measured = asyncio.run(measure(turns, simulator, replays=replays))
     console = Terminal(120)
     console.print(noise_table(measured, f"noise of the simulator on turns of {run}"))

@@ -1,1 +1,1 @@
-"""What a policy can be trained in: each module has an `Environment`."""
+"""Environments to train a policy in: each module has an `Environment`."""

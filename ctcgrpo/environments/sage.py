@@ -1,8 +1,8 @@
-"""SAGE as an environment: a user whose emotion, from 0 to 100, each reply moves. The rules are in sage_protocol, the user's prompts
-(our own words) in prompts/sage.
+"""SAGE as an environment: a user whose emotion, from 0 to 100, changes with each reply. The rules are in sage_protocol, the user's
+prompts (our own words) in prompts/sage.
 
-A turn earns the change of the emotion / 100; the outcome is the emotion that is left / 100 (RLVER trains on it). The reply to the
-user's tenth line ends the episode and is not scored: nobody hears it. A task is a record of SAGE's profiles:
+The reward of a turn is the change of the emotion / 100; the outcome is the final emotion / 100 (RLVER trains on it). The reply to
+the user's tenth line ends the episode and is not scored, since no user turn follows. A task is a record of SAGE's profiles:
 
     environment: {factory: ctcgrpo.environments.sage:SageEpisodes, options: {simulator: configs/simulator/qwen3_max.yaml},
                   tasks: ../digitalhuman/SAGE/simulator_profile_withfirsttalk.jsonl}
@@ -31,7 +31,7 @@ from ctcgrpo.rollout.engine import request_seed
 from ctcgrpo.simulator.config import load_simulator_config
 from ctcgrpo.types import Environment, Message, Step
 
-ATTEMPTS = 3  # how often the simulator is asked for an answer that can be read
+ATTEMPTS = 3  # limit on calls to the simulator until its answer is valid
 _FOLDER = files("ctcgrpo.environments") / "prompts" / "sage"
 _T = TypeVar("_T")
 
@@ -40,7 +40,7 @@ class Answers(Protocol):
     """Whoever plays the user."""
 
     async def ask(self, prompt: str, *, dialogue: str, seed: int) -> str:
-        """Raises Unreadable for an answer that was cut off, and the simulator's errors where there is none."""
+        """An answer to `prompt`. Raises Unreadable for one that was cut off, and the simulator's errors where none came."""
         ...
 
 
@@ -51,13 +51,13 @@ def prompt(name: str) -> str:
 
 
 def prompts_name() -> str:
-    """Changes with their words."""
+    """A name that changes with the prompts' text."""
     text = "".join(prompt(name) for name in ("model", "plan", "reply"))
     return f"ctcgrpo-sage/{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 class Sage(Environment):
-    """One dialogue with the user that `answers` plays. `name_of_user`: who that is, for errors."""
+    """One dialogue with the user that `answers` plays. `name_of_user`: the user's name in errors."""
 
     def __init__(self, answers: Answers, name_of_user: str = "the simulator") -> None:
         self._answers, self._user = answers, name_of_user
@@ -104,13 +104,13 @@ class Sage(Environment):
                 return text, read(text)
             except Unreadable as error:
                 problem = str(error)
-        raise SimulatorReplyError(f"{self._user} gave no usable answer, asked {ATTEMPTS} times (last problem: {problem})")
+        raise SimulatorReplyError(f"{self._user}: no valid answer in {ATTEMPTS} tries; last problem: {problem}")
 
 
 class SageEpisodes(contextlib.AbstractAsyncContextManager["SageEpisodes"]):
-    """Makes the environment of each episode; all of them ask the endpoints of a simulator's configuration
-    (configs/simulator/*.yaml, backend llm), which are open while a batch is played. Answers are plain text, whatever form the
-    endpoints have for EIBench's. Raises RecipeError for a configuration that cannot serve."""
+    """Makes the environment of each episode. All call the endpoints of a simulator's configuration (configs/simulator/*.yaml,
+    backend llm), which are open while a batch is played. Answers are plain text, whatever `output` the endpoints have for EIBench.
+    Raises RecipeError for a configuration without an LLM."""
 
     def __init__(self, simulator: str) -> None:
         config = load_simulator_config(Path(simulator).expanduser())

@@ -1,4 +1,4 @@
-"""The rules of SAGE: a user whose emotion is one number, moved by what a model says. Pure.
+"""The rules of SAGE: a user whose emotion is one number, which the model's replies change. Pure.
 
 The user opens; emotion starts at 40. After each reply of the model a simulator first plans (labels Content, TargetCompletion,
 Activity, Analyse, Change; the first signed number after Change, clipped to 10 either way, moves the emotion), then speaks (labels
@@ -44,7 +44,7 @@ def profile_of(record: Mapping[str, Any], place: str) -> Profile:
     """Raises ScenarioError, naming `place` and the field."""
     names = Profile._fields
     if missing := [name for name in names if not isinstance(record.get(name), str) or not record[name].strip()]:
-        raise ScenarioError(f"{place}: {missing[0]} is missing or no text; a profile has {', '.join(names)}")
+        raise ScenarioError(f"{place}: {missing[0]} is missing or not a text; expected {', '.join(names)}")
     return Profile(*(record[name] for name in names))
 
 
@@ -53,7 +53,7 @@ def load_profiles(path: Path) -> list[Profile]:
     file = path / PROFILES if path.is_dir() else path
     if not file.is_file():
         where = "SAGE's profiles are in the folder SAGE of Tencent/digitalhuman (MIT)"
-        raise ScenarioError(f"{file} not found: {where}; name your copy of it, or of {PROFILES}, with --data")
+        raise ScenarioError(f"{file} not found; expected your copy of {PROFILES} or its folder; set --data ({where})")
     found: dict[str, Profile] = {}
     for place, record in read_json_lines(file, ScenarioError):
         profile = profile_of(record, place)
@@ -61,7 +61,7 @@ def load_profiles(path: Path) -> list[Profile]:
             raise ScenarioError(f"{place}: duplicate id {profile.id!r}")
         found[profile.id] = profile
     if not found:
-        raise ScenarioError(f"{file} holds no profiles")
+        raise ScenarioError(f"{file}: no profiles; expected one JSON object a line")
     return list(found.values())
 
 

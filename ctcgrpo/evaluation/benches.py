@@ -1,4 +1,4 @@
-"""The benchmarks, and what their figures are."""
+"""The benchmarks and their measures."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,14 +16,14 @@ FAULTS = {
     "cut": "dialogues with a reply that max_tokens cut off",
     "empty_cut": "dialogues with a reply that is empty because max_tokens cut it off",
 }
-"""What goes wrong with replies; shown where it does."""
+"""Faults of replies; shown only where they occur."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """`lowest` and `highest` bound the score; `grouped_by` says what its groups are; `other` is the role that an LLM plays beside
-    the model that is evaluated. `shares` and `means` are figures beside the score, and what each is a mean of: of shares each
-    dialogue has 0 or 1."""
+    """One benchmark. `lowest` and `highest`: the range of the score. `grouped_by`: the name of its groups. `other`: the role of the
+    LLM beside the evaluated model. `shares` and `means`: further measures with their descriptions; for a share each dialogue has 0
+    or 1."""
 
     name: str
     title: str
@@ -39,7 +39,7 @@ class Bench:
         return {**self.shares, **self.means, **FAULTS}
 
     def shown(self, value: float, *, change: bool = False) -> str:
-        """A score, or a change of one, in the benchmark's own scale."""
+        """A score, or a change of score, as text in the benchmark's scale."""
         digits = 3 if self.highest <= 1 else 2
         signed = "+" if change or self.lowest < 0 else ""
         return format(value, f"{signed}.{digits}f")
@@ -51,16 +51,16 @@ EIBENCH, EQBENCH3 = BENCHES["eibench"], BENCHES["eqbench3"]
 
 
 def named(name: str) -> Bench:
-    """Raises RecipeError for a benchmark that there is not."""
+    """The benchmark of a name. Raises RecipeError for an unknown name."""
     if name not in BENCHES:
         match = nearest(name, BENCHES)
         raise RecipeError(
-            f"{name!r} is neither a benchmark ({', '.join(BENCHES)}) nor the folder of a run"
+            f"{name!r}: expected a benchmark ({', '.join(BENCHES)}) or the folder of a run"
             f"{f'; did you mean {match!r}?' if match else ''}; `ctcgrpo evaluate --help` shows both forms"
         )
     return BENCHES[name]
 
 
 def data_folder(bench: str, data: str | None) -> Path:
-    """Where a benchmark's data is: the user's copy that was named, or $CTCGRPO_DATA/BENCH."""
+    """The folder of a benchmark's data: the user's copy, or $CTCGRPO_DATA/BENCH."""
     return Path(data).expanduser() if data else data_home() / bench

@@ -23,8 +23,8 @@ from ctcgrpo.evaluation.options import (
     ModelOptions,
     RunOptions,
     SageOptions,
-    asked,
     option_name,
+    split_options,
     wanted_evaluation,
 )
 from ctcgrpo.evaluation.played import Trained, title_of, trained_as
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 _OUT = Path("checkpoints/evaluations")
 _MAX_FAILED = 0.5
 _AS_TRAINED = "-as-trained"
-"""What an evaluation's folder ends with that takes a run's settings: the same policy with others has a folder too."""
+"""The suffix of the folder of an evaluation with its run's settings; with other settings the same policy has another folder."""
 
-_OF_THIS = ("as_trained", "official", "preset", "tries")  # what a command with a run's own settings leaves out
+_OF_THIS = ("as_trained", "official", "preset", "tries")  # options that a command with a run's own settings leaves out
 
 
 class _Evaluate(TyperGroup):
@@ -62,18 +62,18 @@ class _Evaluate(TyperGroup):
         for option in (word.partition("=")[0] for word in words if word.startswith("--")):
             having = [other for other, known in self.commands.items() if any(option in p.opts for p in known.params)]
             if having and name not in having:
-                raise RecipeError(f"{option} is not for {name}, but for {', '.join(having)}")
+                raise RecipeError(f"{option} cannot be used with {name}; expected one of {', '.join(having)}")
         return name, command, words
 
 
 def _evaluate(options: RunOptions | ModelOptions) -> None:
-    """What a sub-command does with its options, which is all that it returns."""
+    """Run a sub-command, which returns only its options."""
     given, console = options.given(), Terminal(120)
     if isinstance(options, RunOptions):
         _evaluate_run(options.run, given, console)
     elif "rescore" in given:
         if unused := set(given) - {"out", "fail_under", *options.rescored_with}:
-            raise RecipeError(f"{option_name(min(unused))} is not for --rescore of {options.bench}")
+            raise RecipeError(f"{option_name(min(unused))} cannot be combined with --rescore of {options.bench}; leave it out")
         _rescore(options.bench, given, console)
     else:
         _evaluate_model(options, given, console)
@@ -91,24 +91,22 @@ for _options in (EIBenchOptions, SageOptions, EQBench3Options):
 def evaluate() -> None:
     """Evaluate a model, or a run's base and final policy, on a benchmark.
 
-    The same command resumes an evaluation that was interrupted, and repeats the dialogues that failed.
+    The same command resumes an interrupted evaluation, and re-runs failed dialogues.
     """
 
 
 def compare(
-    folders: Annotated[list[Path], typer.Argument(help="Evaluations; the first is what the others are compared with.")],
-    out: Annotated[
-        Path | None, typer.Option(help="The folder for the picture and the page; the last evaluation's by default.")
-    ] = None,
-    dialogues: Annotated[int, typer.Option(min=0, help="How many of those that changed most, in each direction.")] = 3,
-    mixed: Annotated[bool, typer.Option("--mixed", help="Although simulator, judge, variant or rounds differ.")] = False,
+    folders: Annotated[list[Path], typer.Argument(help="Folders of evaluations; the first one is the baseline.")],
+    out: Annotated[Path | None, typer.Option(help="The folder for plot and page (default: the last evaluation's).")] = None,
+    dialogues: Annotated[int, typer.Option(min=0, help="Dialogues with the largest changes to show, in each direction.")] = 3,
+    mixed: Annotated[bool, typer.Option("--mixed", help="Compare although simulator, judge, variant or rounds differ.")] = False,
 ) -> None:
     """Compare evaluations by paired differences, with a plot and the dialogues that changed most."""
     _compare(compared(folders, mixed=mixed), out or folders[-1], dialogues, Terminal(120))
 
 
 def leaderboard(
-    folder: Annotated[Path, typer.Argument(help="Where evaluations are, at any depth, inside runs too.")] = _OUT.parent,
+    folder: Annotated[Path, typer.Argument(help="A folder that is searched for evaluations, at any depth.")] = _OUT.parent,
 ) -> None:
     """Rank the models of all evaluations in a folder, inside runs too."""
     print_leaderboard(ranked(folder), Terminal(120))
@@ -119,7 +117,7 @@ def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
     try:
         from ctcgrpo.evaluation.run import evaluate as played
     except ImportError as error:
-        raise RecipeError(f"evaluating needs the extra eval: pip install 'ctcgrpo[eval]' ({error})") from None
+        raise RecipeError(f"evaluate needs the extra eval: pip install 'ctcgrpo[eval]' ({error})") from None
 
     return partial(
         played,
@@ -131,14 +129,14 @@ def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
 
 
 def _announce(trained: Trained, wanted: Evaluation, given: Given) -> None:
-    """Print how a run's policy was trained; and, where it is not evaluated so, what differs and the command that does."""
-    say(trained.told)
+    """Print how a run's policy was trained. Where the settings differ, print the differences and a command without them."""
+    say(trained.description)
     if wanted.bench == "eibench":
         from ctcgrpo.evaluation.run import settings_before
 
         if unlike := trained.differences(settings_before(wanted)):
-            say(f"this evaluation is not comparable with its validations: {'; '.join(unlike)}")
-            say(f"with the run's settings: {_command_as_trained(trained, given)}")
+            say(f"warning: not comparable with the run's validations; different settings: {'; '.join(unlike)}")
+            say(f"to use the run's settings: {_command_as_trained(trained, given)}")
 
 
 def _command_as_trained(trained: Trained, given: Given) -> str:
@@ -154,22 +152,24 @@ def _command_as_trained(trained: Trained, given: Given) -> str:
     return shlex.join([*words, "--as-trained"])
 
 
-def _judge(summary: Mapping[str, Any], fail_under: float | None, *, again: bool = True) -> None:
-    """Exit with what gates look at: the score, and whether enough of it was played."""
+def _check_gates(summary: Mapping[str, Any], fail_under: float | None, *, again: bool = True) -> None:
+    """Raises TooManyFailures where too many dialogues failed, GateFailed for a score below `fail_under`."""
     if too_many_failed(summary["failed"], summary["results"], _MAX_FAILED):
-        told = "; the same command plays them again" if again else ""
-        raise TooManyFailures(f"{summary['failed']} of {summary['results']} failed: what is left says too little{told}")
+        advice = "; the same command re-runs them" if again else ""
+        raise TooManyFailures(f"{summary['failed']} of {summary['results']} dialogues failed, too many for a score{advice}")
     mean = summary["score"]["mean"]
     if fail_under is not None and mean < fail_under:
         shown = named(summary["bench"]).shown
-        raise GateFailed(f"{summary['model']} has {shown(mean)} ({title_of(summary)}), below {shown(fail_under)}")
+        raise GateFailed(
+            f"{summary['model']}: score = {shown(mean)} ({title_of(summary)}); expected at least {shown(fail_under)}"
+        )
 
 
 def _evaluate_model(options: ModelOptions, given: Given, console: Terminal) -> None:
     if options.model is None:
-        raise RecipeError("--model is missing: a policy's folder, or PROVIDER/NAME")
+        raise RecipeError("--model is missing; expected a policy's folder, or PROVIDER/NAME")
     if "run" in given:
-        raise RecipeError("--run is for --rescore")
+        raise RecipeError("--run needs --rescore")
     play = _play(given)
     trained = trained_as(Path(options.model))
     wanted = wanted_evaluation(options.bench, options.model, given, trained)
@@ -179,30 +179,30 @@ def _evaluate_model(options: ModelOptions, given: Given, console: Terminal) -> N
     slug = re.sub(r"[^\w.-]", "-", wanted.model).strip("-")
     summary = play(wanted, options.out or _OUT / options.bench / f"{slug}{kind}")
     print_summary(summary, console)
-    _judge(summary, options.fail_under)
+    _check_gates(summary, options.fail_under)
 
 
 def _evaluate_run(run: Path, given: Given, console: Terminal) -> None:
-    """Base and final policy of a run, as its validation plays them unless options say otherwise, and their comparison."""
+    """Evaluate a run's base and final policy, by default as its validation does, and compare them."""
     if is_model(run):
-        raise RecipeError(f"{run} is a policy's folder; `ctcgrpo evaluate eibench --model {run}` evaluates it")
+        raise RecipeError(f"{run} is a policy's folder; expected a run's; try `ctcgrpo evaluate eibench --model {run}`")
     folder = require_run(run)
     resolved_recipe(folder.recipe_file).eibench_scenarios("evaluating a run as it validated")
     play = _play(given)
     from ctcgrpo.evaluation.run import evaluations_of
 
-    task, generation, roles = asked("eibench", given)
+    task, generation, roles = split_options("eibench", given)
     preset = given.get("preset")
     wanted = evaluations_of(folder, task, generation, roles, limit=given.get("limit"), preset=preset, say=say)
     if (trained := trained_as(folder.final)) is not None:
-        say(trained.told)
+        say(trained.description)
     out = given.get("out") or run / "evaluations"
     folders = {which: out / f"eibench-{which}{f'-{preset}' if preset else ''}" for which in wanted}
     summaries = [play(evaluation, folders[which]) for which, evaluation in wanted.items()]
     for summary in summaries:
         print_summary(summary, console)
     _compare(compared(list(folders.values()), list(folders)), out, 3, console)
-    _judge(summaries[-1], given.get("fail_under"))
+    _check_gates(summaries[-1], given.get("fail_under"))
 
 
 def _compare(found: Mapping[str, Any], out: Path, dialogues: int, console: Terminal) -> None:
@@ -210,10 +210,10 @@ def _compare(found: Mapping[str, Any], out: Path, dialogues: int, console: Termi
     try:
         from ctcgrpo.evaluation.forest import write_comparison
     except ImportError:
-        say("the picture and the page need the extra eval: pip install 'ctcgrpo[eval]'")
+        say("plot and page need the extra eval: pip install 'ctcgrpo[eval]'")
         return
     written = write_comparison(found, most_changed(found, dialogues) if dialogues else [], out)
-    say(f"picture and page: {', '.join(map(str, written))}")
+    say(f"plot and page: {', '.join(map(str, written))}")
 
 
 def _rescore(bench: str, given: Given, console: Terminal) -> None:
@@ -221,7 +221,7 @@ def _rescore(bench: str, given: Given, console: Terminal) -> None:
     summary = summarise(named(bench), results, facts)
     if (out := given.get("out")) is not None:
         if (out / "evaluation.json").exists():
-            raise OutputError(f"{out} holds an evaluation that was played; choose another with --out")
+            raise OutputError(f"{out} contains an evaluation; choose another folder with --out")
         write_results(out, results, summary)
     print_summary(summary, console)
-    _judge(summary, given.get("fail_under"), again=False)
+    _check_gates(summary, given.get("fail_under"), again=False)

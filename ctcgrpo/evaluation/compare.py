@@ -1,5 +1,5 @@
-"""Two or more evaluations of one benchmark, scenario by scenario: the paired difference to the first, with its interval; and many
-of them ranked, apart where they are of other data, under another simulator or judge, or with other settings.
+"""Compares evaluations of one benchmark, scenario by scenario, by the paired difference to the first with its interval. Ranks
+many evaluations, in separate boards for different data, simulator or judge, and settings.
 """
 
 import json
@@ -16,19 +16,19 @@ from ctcgrpo.util.intervals import interval, paired
 from ctcgrpo.util.naming import cut
 
 _DECIDING = ("other", "data")
-"""What of a summary figures depend on, beside the model and the settings: who plays or judges, and a digest of the data."""
+"""Keys of a summary that decide its figures, beside model and settings: simulator or judge, and a digest of the data."""
 _MEANING = ("variant", "rounds", "instructions")
-"""Settings without which two scores mean other things; how a model is sampled may be what is compared."""
+"""Settings that define what a score means. Sampling is not among them: it may be the subject of a comparison."""
 
 
 def compared(folders: Sequence[Path], names: Sequence[str] | None = None, *, mixed: bool = False) -> dict[str, Any]:
-    """The comparison of evaluations with the first: `baseline`, `others` (each with what it was and is over the scenarios that
-    both have, the paired difference, its 95 % interval, and the same by group), `other` (simulator or judge), `title` with the data
-    set, `settings` that all share, and `warnings` of what else differs. Raises OutputError for fewer than two, folders without an
-    evaluation, different benchmarks, no scenario in common, and, unless they may be `mixed`, for another simulator, judge, scoring
-    variant, number of rounds or instructions: such scores mean other things."""
+    """The comparison of evaluations with the first: `baseline`, `others` (for each both scores over the scenarios in common, the
+    paired difference, its 95 % interval, and the same by group), `other` (simulator or judge), `title` with the data set,
+    `settings` in common, and `warnings` of other differences. Raises OutputError for fewer than two, folders without an
+    evaluation, different benchmarks, and no scenario in common. Unless `mixed`, it also raises for another simulator, judge,
+    scoring variant, number of rounds or instructions."""
     if len(folders) < 2:
-        raise OutputError("name at least two evaluations to compare")
+        raise OutputError("expected at least two evaluations to compare")
     summaries = [read_summary(folder) for folder in folders]
     if names is None:  # models where they differ, else folders
         models = [summary["model"] for summary in summaries]
@@ -36,11 +36,11 @@ def compared(folders: Sequence[Path], names: Sequence[str] | None = None, *, mix
     first, *others = summaries
     for folder, summary in zip(folders, summaries, strict=True):
         if summary["bench"] != first["bench"]:
-            unlike = f"{folders[0]} is of {first['bench']}, {folder} of {summary['bench']}"
-            raise OutputError(f"{unlike}: their scores mean other things")
+            unlike = f"different benchmarks: {folders[0]} is {first['bench']}, {folder} is {summary['bench']}"
+            raise OutputError(f"{unlike}; expected evaluations of one benchmark")
         if not mixed and (meant := _meaning(summary)) != _meaning(first):
-            unlike = f"{folders[0]} was scored by {_meaning(first)}, {folder} by {meant}"
-            raise OutputError(f"{unlike}: their scores mean other things (--mixed compares them all the same)")
+            unlike = f"different scoring: {folders[0]} has {_meaning(first)}; {folder} has {meant}"
+            raise OutputError(f"{unlike}; expected the same scoring; --mixed compares them anyway")
     settings, *theirs = map(settings_of, summaries)
     shared = {key: value for key, value in settings.items() if all(key in o and o[key] == value for o in theirs)}
     return {
@@ -65,7 +65,7 @@ def _meaning(summary: Mapping[str, Any]) -> str:
 def _against(first: Mapping[str, Any], other: Mapping[str, Any], a: Path, b: Path, name: str) -> dict[str, Any]:
     differences = paired(first["scenarios"], other["scenarios"])
     if not differences:
-        raise OutputError(f"{a} and {b} have no scored scenario in common")
+        raise OutputError(f"{a} and {b}: no scored scenario in common; expected at least one")
     groups: dict[str, list[str]] = {}
     for scenario in differences:
         groups.setdefault(first["group_of"][scenario], []).append(scenario)
@@ -103,13 +103,13 @@ def _warnings(names: Sequence[str], summaries: Sequence[Mapping[str, Any]]) -> l
         ]
         found += [f"{part} differs: {names[0]} has {cut(str(a))}, {name} {cut(str(b))}" for part, a, b in pairs]
         if missing := len(set(first["scenarios"]) ^ set(summary["scenarios"])):
-            found.append(f"{missing} scenarios are scored in one of {names[0]} and {name} only, and are left out")
+            found.append(f"{missing} scenarios are left out: scored only in one of {names[0]} and {name}")
     return found
 
 
 def most_changed(found: Mapping[str, Any], most: int = 3) -> list[dict[str, Any]]:
-    """For each evaluation beside the first, the scenarios that changed most, in both directions, and a dialogue of each side: the
-    one whose score is closest to its scenario's mean. Raises OutputError where results are missing."""
+    """For each evaluation beside the first, the scenarios with the largest changes in both directions, with a dialogue of each
+    side: the one whose score is closest to its scenario's mean. Raises OutputError where results are missing."""
     shown = []
     baseline = found["baseline"]["folder"]
     before = read_results(Path(baseline))
@@ -135,19 +135,19 @@ def most_changed(found: Mapping[str, Any], most: int = 3) -> list[dict[str, Any]
 def _typical(results: Sequence[Result], scenario: str, folder: str) -> Result:
     scored = [(result, result.score) for result in results if result.scenario == scenario and result.score is not None]
     if not scored:
-        raise OutputError(f"{folder}: {RESULTS} holds no scored dialogue of {scenario!r}, which {SUMMARY} has; one is damaged")
+        raise OutputError(f"{folder}: {RESULTS} has no scored dialogue of {scenario!r}, which {SUMMARY} has; one is damaged")
     mean = sum(score for _, score in scored) / len(scored)
     return min(scored, key=lambda pair: abs(pair[1] - mean))[0]
 
 
 def ranked(folder: Path) -> list[dict[str, Any]]:
-    """A board for each benchmark and way of playing it: its `bench`, `title` (with the data set), `other` (simulator or judge),
-    `settings`, `groups`, and `entries` from the best to the worst. Raises OutputError where there is no evaluation below the
-    folder, and for one that cannot be read."""
+    """A board for each benchmark and its settings: `bench`, `title` (with the data set), `other` (simulator or judge), `settings`,
+    `groups`, and `entries` from the best to the worst. Raises OutputError for a folder without an evaluation, and for one that
+    cannot be read."""
     found: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(require_folder(folder).rglob(SUMMARY)):
         if not (file.parent / RESULTS).exists():
-            continue  # of a run's training, and the like
+            continue  # a summary of something else, such as a run
         summary = read_summary(file.parent)
         if summary["score"]["mean"] is not None:
             data = summary.get("data") or summary.get("data_set")
@@ -155,7 +155,7 @@ def ranked(folder: Path) -> list[dict[str, Any]]:
             key = json.dumps([summary["bench"], summary["other"], data, settings], sort_keys=True)
             found.setdefault(key, []).append(summary)
     if not found:
-        raise OutputError(f"there is no evaluation below {folder}; `ctcgrpo evaluate` makes them")
+        raise OutputError(f"{folder}: no evaluation in it; expected at least one; make one with `ctcgrpo evaluate`")
     return [_board(entries) for _, entries in sorted(found.items())]
 
 

@@ -1,10 +1,10 @@
-"""EIBench: the model talks to a simulated user for some rounds, and is scored by the state that it leaves the user in.
+"""EIBench: the model talks to a simulated user for some rounds, and is scored by the user's final state.
 
     inspect eval ctcgrpo/eibench --model PROVIDER/MODEL --model-role simulator=PROVIDER/MODEL
     inspect eval ctcgrpo/eibench --model PROVIDER/MODEL -T simulator=scripted
 
-Prompts, reading, states and scores are those of training and of the validation during it, and so are the seeds: for the same seed
-and settings, episode k of a scenario draws here what it draws there. Source: EIBench (arXiv 2606.15532).
+Prompts, parsing, states, scores and seeds are those of training and its validation. With the same seed and settings, episode k of
+a scenario draws the same samples here and there. Source: EIBench (arXiv 2606.15532).
 """
 
 import logging
@@ -36,9 +36,8 @@ from ctcgrpo.rollout.engine import request_seed
 from ctcgrpo.simulator.llm.official import OfficialPolicyPrompts
 
 INSTRUCTIONS = "instructions"
-"""The key under which a system message's metadata holds the end of its text that is instructions of ours, in which control tokens
-are such."""
-_NEED_A_USER = ("anthropic/", "google/")  # providers that refuse messages without one of a user
+"""The key in a system message's metadata for the instructions at its end, the only part where control tokens are tokens."""
+_NEED_A_USER = ("anthropic/", "google/")  # providers that refuse messages without a user message
 Reasoning = Literal["strip", "keep"]
 _HISTORY: Mapping[Reasoning, Literal["none", "all"]] = {"strip": "none", "keep": "all"}
 """As Inspect names it: which providers are sent, and policies in folders heed."""
@@ -67,23 +66,23 @@ def eibench(
 
     Args:
       scenarios: a path, a bundled pack (english/test) or a dataset under $CTCGRPO_DATA (eibench/test: the 213 published ones).
-      simulator: the user: nothing for the model with the role `simulator`; scripted; a configuration's file; a server's URL.
-      rounds: replies of the model at most.
-      variant: how a final state is scored: evaluation (as published figures are) or training.
-      repeats: dialogues a scenario; a scenario counts with their mean.
-      seed: of what is sampled, where providers heed it.
-      official: a folder with the authors' code (it is executed), whose prompts simulator and model are given.
-      opener: what a user's message says where the model speaks first (charm): some providers (anthropic, google) need one, and
-        published figures have one.
+      simulator: the user: absent for the model with the role `simulator`; scripted; a configuration's file; a server's URL.
+      rounds: limit on the model's replies.
+      variant: scoring of the final state: evaluation (as published) or training.
+      repeats: dialogues per scenario; a scenario counts with their mean.
+      seed: seed of the samples, where providers support it.
+      official: a folder with the authors' code (it is executed), to use its prompts for simulator and model.
+      opener: a user's message where the model speaks first (charm): some providers (anthropic, google) need one, and published
+        figures have one.
       instructions: how to reply, after the model's role: eibench (default), short, none, a template, or a folder of LANGUAGE.j2.
-      reasons: word them for a model that reasons between <think> and </think> before it replies.
-      persona_sections: the sections of its role (### headings) that the model is told; all of it where absent.
-      unset: settings that are not sent, where providers refuse them: temperature,top_p,max_tokens,seed; simulator.NAME for those
+      reasons: whether they are for a model that reasons between <think> and </think> before it replies.
+      persona_sections: the sections of its role (### headings) in the model's prompt; absent: all.
+      unset: settings to leave out, where providers refuse them: temperature,top_p,max_tokens,seed; simulator.NAME for those
         of the simulator.
-      invalid: what becomes of records that are no scenarios: left out with a warning (skip), or an error (refuse).
-      tries: calls to the user's LLM a turn, until its answer can be read; nothing for 3, or what the configuration says.
-      reasoning: whether the model's reasoning of earlier turns stays in its messages: keep, or strip, the default; for a policy in
-        a run's folder as its recipe says.
+      invalid: invalid records are left out with a warning (skip), or raise an error (refuse).
+      tries: calls to the user's LLM per turn at most, until its answer is valid; absent: 3, or the configuration's value.
+      reasoning: whether the model's reasoning of earlier turns stays in its messages: keep or strip (default); for a policy in a
+        run's folder the recipe's value.
     """
     loaded = load_set(scenarios, "test", invalid)
     for line in loaded.report():
@@ -92,18 +91,16 @@ def eibench(
     folder = None if official is None else Path(official).expanduser()
     user = chosen_user(simulator, folder, left_out, tries)
     if folder is not None and (instructions, reasons, persona_sections, opener) != (None, False, None, None):
-        raise RecipeError(
-            "the official mode words what the model is told: leave out instructions, reasons, persona_sections, opener"
-        )
+        raise RecipeError("official has its own prompts; leave out instructions, reasons, persona_sections and opener")
     sections = None if persona_sections is None else tuple(persona_sections)
     briefing = Briefing(sections, load_instructions(instructions or DEFAULT_INSTRUCTIONS), reasons)
     prompts = None if folder is None else OfficialPolicyPrompts(folder)
     if rounds < 1 or repeats < 1:
-        raise RecipeError(f"rounds is {rounds} and repeats {repeats}; both are at least 1")
+        raise RecipeError(f"rounds = {rounds}, repeats = {repeats}; expected at least 1")
     by_id = {scenario.id: scenario for scenario in loaded.scenarios}
 
     async def converse(state: TaskState, record: Record) -> None:
-        """Model and environment take turns until the user leaves or the rounds are over."""
+        """Play turns until the user leaves or the rounds are over."""
         scenario = by_id[str(state.sample_id)]
         record.about = await user.about()
         place = (0, state.metadata["position"], scenario.id, state.epoch - 1)
@@ -111,7 +108,7 @@ def eibench(
         environment.name = "/".join(map(str, (seed, *place)))
         await environment.reset(task_of(scenario).data, seed=request_seed("user", seed, *place))
         if prompts is None and len(state.messages) == 1 and str(get_model()).startswith(_NEED_A_USER):
-            raise PolicyEngineError(f"{get_model()} takes no dialogue that the model opens; give it a line with opener=TEXT")
+            raise PolicyEngineError(f"{get_model()} refuses a dialogue that the model opens; set opener=TEXT (the user's line)")
         if scenario.opening_line:
             record.user_said(scenario.opening_line, environment.state._asdict())
         for round in range(1, rounds + 1):
@@ -138,7 +135,7 @@ def eibench(
                 break
 
     async def outcome(state: TaskState, record: Record) -> Score:
-        """Of the state that the user is left in."""
+        """The score of the user's final state."""
         scenario = by_id[str(state.sample_id)]
         heard = [UserState(**line["state"]) for line in record.lines if line["speaker"] == "user"]
         found = measured(heard if scenario.opening_line else [scenario.anchors.initial, *heard], scenario, variant)
@@ -167,7 +164,7 @@ def _opening(scenario: Scenario, briefing: Briefing, opener: str | None) -> list
 
 
 def _officially(prompts: OfficialPolicyPrompts, scenario: Scenario, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """What the authors' evaluation sends in place of `messages`; those that it leaves as they are stay the same objects."""
+    """The authors' messages in place of `messages`; unchanged messages stay the same objects."""
     said = messages[1:]
     system, *wanted = prompts.messages(scenario, [(m.role, m.text) for m in said])
 

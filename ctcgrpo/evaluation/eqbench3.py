@@ -2,7 +2,7 @@
 
     inspect eval ctcgrpo/eqbench3 --model PROVIDER/MODEL --model-role judge=PROVIDER/MODEL -T data=FOLDER
 
-The judge reads the model's answers as they were given; the authors' code puts their sections together anew first.
+The judge reads the model's answers unchanged; the authors' code first rearranges their sections.
 """
 
 from inspect_ai import Task, task
@@ -26,13 +26,13 @@ _JUDGE_TOKENS = 8000
 
 @task
 def eqbench3(data: str | None = None, repeats: int = 1, seed: int = 0, unset: Unset = "") -> Task:
-    """EQ-Bench 3, rubric: 45 scenarios, scored from 0 to 100 by a judge, without whose name a score means nothing.
+    """EQ-Bench 3, rubric: 45 scenarios, scored from 0 to 100 by a judge. Always report the judge with the score.
 
     Args:
       data: your copy of the folder data of EQ-bench/eqbench3; by default $CTCGRPO_DATA/eqbench3.
-      repeats: times that each scenario is played; it counts with their mean.
-      seed: of what is sampled, where providers heed it.
-      unset: settings that are not sent, where providers refuse them: temperature,top_p,max_tokens,seed; judge.NAME for those of
+      repeats: dialogues per scenario; a scenario counts with their mean.
+      seed: seed of the samples, where providers support it.
+      unset: settings to leave out, where providers refuse them: temperature,top_p,max_tokens,seed; judge.NAME for those of
         the judge.
     """
     bench = load_eqbench(data_folder("eqbench3", data))
@@ -46,7 +46,7 @@ def eqbench3(data: str | None = None, repeats: int = 1, seed: int = 0, unset: Un
     scenarios = {scenario.id: scenario for scenario in bench.scenarios}
 
     async def answer(state: TaskState, record: Record) -> None:
-        """The user's lines are canned: the model answers each, whatever it said before."""
+        """The model answers each of the user's fixed lines."""
         scenario = scenarios[str(state.sample_id)]
         record.about = about
         state.messages = []
@@ -66,7 +66,7 @@ def eqbench3(data: str | None = None, repeats: int = 1, seed: int = 0, unset: Un
             record.model_said(said)
 
     async def verdict(state: TaskState, record: Record) -> Score:
-        """The judge's. An answer that cannot be read is asked for again; without one, the sample fails."""
+        """The judge's score. An invalid answer is requested again; without a valid one, the sample fails."""
         scenario = scenarios[str(state.sample_id)]
         lines = {who: [line["text"] for line in record.lines if line["speaker"] == who] for who in ("user", "model")}
         prompt = bench.judged(scenario, lines["user"], lines["model"])
@@ -88,7 +88,7 @@ def eqbench3(data: str | None = None, repeats: int = 1, seed: int = 0, unset: Un
                 return Score(value=task_score(found, scenario.kind), explanation=said.text, metadata=found)
             except Unreadable as error:
                 problem = str(error)
-        raise JudgeReplyError(f"{judge} gave no usable verdict, asked {_ATTEMPTS} times (last problem: {problem})")
+        raise JudgeReplyError(f"{judge}: no valid verdict in {_ATTEMPTS} tries; last problem: {problem}")
 
     samples = [
         Sample(id=s.id, input=bench.asked(s)[0], metadata={"group": s.kind, "title": s.title, "category": s.category})

@@ -1,6 +1,6 @@
-"""The rules of EQ-Bench 3's rubric part: its files, what a judge is asked, and the score. Pure.
+"""The rules of EQ-Bench 3's rubric part: its files, the judge's prompt, and the score. Pure.
 
-A scenario is a few canned lines of a user. Role-play and drafting scenarios end with a debrief; an analysis does not. A judge
+A scenario is a few fixed lines of a user. Role-play and drafting scenarios end with a debrief; an analysis does not. A judge
 gives each criterion 0 to 20; a task counts with the mean of the criteria that count for its kind, a model with 5 times the mean
 over tasks. Scenarios, prompts and criteria are read from the user's copy. Source: EQ-bench/eqbench3.
 """
@@ -101,14 +101,14 @@ def load_eqbench(folder: Path) -> EqBench:
         except (OSError, UnicodeDecodeError) as error:
             raise ScenarioError(f"{file} cannot be read as UTF-8 text: {error}") from None
         if missing := [part for part in needed if part not in text]:
-            raise ScenarioError(f"{file}: it has no {missing[0]}; is it the file of that name in EQ-bench/eqbench3?")
+            raise ScenarioError(f"{file}: {missing[0]} is missing; expected the file of that name in EQ-bench/eqbench3")
         return text
 
     def criteria(kind: Kind) -> tuple[str, ...]:
         name = f"rubric_scoring_criteria{_RUBRIC[kind]}.txt"
         found = tuple(line.strip() for line in read(name).splitlines() if line.strip() and not line.startswith("#"))
         if missing := set(COUNTED[kind]) - set(found):
-            raise ScenarioError(f"{folder / name}: it lacks {', '.join(sorted(missing))}, which the score is made of")
+            raise ScenarioError(f"{folder / name}: {', '.join(sorted(missing))} missing; the score needs these criteria")
         return found
 
     def rubric(kind: Kind) -> str:
@@ -133,7 +133,7 @@ def parse_scenarios(text: str, place: str) -> list[EqScenario]:
         heading, _, rest = block.partition("\n")
         parts = [part.strip() for part in heading.split("|")]
         if len(parts) != 3:
-            raise ScenarioError(f"{place}: a heading is `######## id | category | title`, this one is {heading.strip()!r}")
+            raise ScenarioError(f"{place}: heading = {heading.strip()!r}; expected `######## id | category | title`")
         id, category, title = parts
         lines = tuple(part.strip() for part in re.split(r"^#######(?!#)\s*Prompt\d+[^\n]*\n", rest, flags=re.MULTILINE)[1:])
         if id in found:
@@ -144,7 +144,7 @@ def parse_scenarios(text: str, place: str) -> list[EqScenario]:
         if lines and all(lines):
             found[id] = EqScenario(id, category, title, kind, lines)
     if not found:
-        raise ScenarioError(f"{place}: it holds no scenarios (`######## id | category | title`)")
+        raise ScenarioError(f"{place}: no scenarios; expected headings `######## id | category | title`")
     return list(found.values())
 
 
@@ -153,7 +153,7 @@ def read_scores(text: str, kind: Kind) -> dict[str, float]:
     Raises Unreadable where a criterion that counts has no such number."""
     start, end = text.find("{"), text.rfind("}")
     if not 0 <= start < end:
-        raise Unreadable("there is no whole JSON object in it")
+        raise Unreadable("expected a complete JSON object, found none")
     value = json_repair.loads(text[start : end + 1])
     return checked_scores(value if isinstance(value, dict) else {}, kind)
 
@@ -162,7 +162,7 @@ def checked_scores(given: Mapping[str, Any], kind: Kind) -> dict[str, float]:
     """As `read_scores`, of an object."""
     scores = {name: number for name, value in given.items() if (number := _number(value)) is not None}
     if missing := [name for name in COUNTED[kind] if name not in scores]:
-        raise Unreadable(f"{missing[0]} is {given.get(missing[0])!r}; it is a number from 0 to {MOST}")
+        raise Unreadable(f"{missing[0]} = {given.get(missing[0])!r}; expected a number from 0 to {MOST}")
     return scores
 
 

@@ -1,8 +1,8 @@
 """A policy in a folder as an Inspect model: --model ctcgrpo/checkpoints/RUN/final (or best, base, an export, any model's folder).
 
-Contexts and sampling are those of training, id by id: earlier turns stand in later prompts as they were sampled, a prompt that
-grows too long drops its oldest exchange, and requests of all dialogues are batched. Within a run's folder its recipe says how
-contexts are made (reasoning, length). What the policy is told is the task's to say.
+Contexts and sampling equal those of training, id by id: later prompts contain earlier turns as sampled, a prompt that is too long
+drops its oldest exchange, and requests of all dialogues are batched. In a run's folder the recipe decides how contexts are made
+(reasoning, length). The task decides the policy's instructions.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.settings import context_builder, template_kwargs
 from ctcgrpo.types import Completion
 
-_REMEMBERED = 65536  # replies whose ids are kept for later turns
-_KEPT: Mapping[str, ReasoningPolicy] = {"none": "strip", "all": "keep"}  # what Inspect's reasoning_history asks for
+_REMEMBERED = 65536  # size of the cache of replies' ids, for later turns
+_KEPT: Mapping[str, ReasoningPolicy] = {"none": "strip", "all": "keep"}  # by Inspect's reasoning_history
 
 
 class _Parts:
     """A loaded model."""
 
     def __init__(self, name: str, recipe: Recipe | None, max_batch: int) -> None:
-        """Raises PolicyError for what cannot be loaded."""
+        """Load model and tokenizer. Raises PolicyError where this fails."""
         self._recipe = recipe
         self.tokenizer = load_tokenizer(name)
         self.stop_ids = stop_ids(name, self.tokenizer, template_kwargs=None if recipe is None else template_kwargs(recipe))
@@ -56,7 +56,7 @@ class _Parts:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
         refuse_nonfinite(model, name)
         self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
-        # Of each kind one: a template that cannot serve is refused before anything is played.
+        # One of each kind, so that an unusable template is refused before anything is played.
         asked: tuple[ReasoningPolicy | None, ...] = (None, *_KEPT.values())
         self.contexts = {reasoning: self._contexts(reasoning) for reasoning in asked}
         batcher = TransformersBatcher(model, pad_id=self.tokenizer.pad_token_id, stop_ids=self.stop_ids, max_batch=max_batch)
@@ -64,11 +64,11 @@ class _Parts:
         self.engine.take_weights(0)
 
     def room_after(self, prompt: int) -> int:
-        """Tokens that a reply may have within the positions that the model knows."""
+        """The maximum length of a reply within the model's positions."""
         return sys.maxsize if self.positions is None else max(1, self.positions - prompt)
 
     def _contexts(self, reasoning: ReasoningPolicy | None) -> ContextBuilder:
-        """As the recipe makes contexts, unless something else is asked for. Without one, a reply has room behind its prompt."""
+        """The recipe's contexts, with another `reasoning` if given. Without a recipe, prompts leave room for a reply."""
         if self._recipe is None:
             positions = self.positions or 32768
             room = max(positions // 2, positions - 4096)
@@ -83,14 +83,14 @@ _MADE: weakref.WeakSet[LocalPolicy] = weakref.WeakSet()
 
 
 def close_all() -> None:
-    """Close every policy that is loaded: Inspect keeps what it made, and a card has room for one."""
+    """Close every loaded policy: Inspect keeps its models, and a GPU has room for one."""
     for policy in list(_MADE):
         policy.close()
 
 
 class LocalPolicy(ModelAPI):
-    """`recipe`: the file of the recipe that says how contexts are made, where it is not that of the run around the folder;
-    `max_batch`: requests under way at once. Raises PolicyError for a folder that holds no model."""
+    """`recipe`: the recipe file that decides how contexts are made (default: that of the run around the folder). `max_batch`: limit
+    on concurrent requests. Raises PolicyError for a folder without a model."""
 
     def __init__(
         self,
@@ -105,9 +105,9 @@ class LocalPolicy(ModelAPI):
         folder = Path(model_name).expanduser()
         self._model = str(folder) if folder.exists() else model_name
         if folder.exists() and not is_model(folder):
-            raise PolicyError(f"{model_name} holds no model; name a folder with its config.json (checkpoints/RUN/final)")
-        of_run = RunFolder(folder.resolve().parent).recipe_file
-        file = of_run if recipe is None and of_run.exists() else recipe
+            raise PolicyError(f"{model_name}: no model in it; expected a folder with a config.json (checkpoints/RUN/final)")
+        run_recipe = RunFolder(folder.resolve().parent).recipe_file
+        file = run_recipe if recipe is None and run_recipe.exists() else recipe
         self._recipe = None if file is None else resolved_recipe(file)
         self._max_batch = max_batch
         _MADE.add(self)
@@ -115,14 +115,14 @@ class LocalPolicy(ModelAPI):
 
     @cached_property
     def _parts(self) -> _Parts:
-        """Loaded when it is first asked: Inspect makes models only to look at them, too."""
+        """Model and tokenizer, loaded at the first call: Inspect also makes models without calling them."""
         return _Parts(self._model, self._recipe, self._max_batch)
 
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
         if tools:
-            raise PolicyEngineError("a policy of this project calls no tools")
+            raise PolicyEngineError("tools were offered; expected none: local policies do not call tools")
         contexts = self._parts.contexts[_KEPT.get(config.reasoning_history or "")]
         prompt_ids, _ = contexts.prompt(self._dialogue(input, contexts))
         completion = await self._parts.engine.generate(
@@ -150,7 +150,7 @@ class LocalPolicy(ModelAPI):
         return self._max_batch
 
     def close(self) -> None:
-        """Give the memory back; asked again, it loads again."""
+        """Free the memory; the next call loads the model again."""
         if "_parts" in self.__dict__:
             self._parts.engine.close()
             del self._parts
@@ -162,14 +162,14 @@ class LocalPolicy(ModelAPI):
             self._sampled.popitem(last=False)
 
     def _dialogue(self, messages: list[ChatMessage], contexts: ContextBuilder) -> Dialogue:
-        """Raises PolicyEngineError for messages that do not take turns."""
+        """The dialogue of some messages. Raises PolicyEngineError for messages that do not alternate."""
         persona = messages[0].text if messages and messages[0].role == "system" else ""
         instructions = str((messages[0].metadata or {}).get(INSTRUCTIONS, "")) if persona else ""
         said = messages[1 if persona else 0 :]
         opening = said[0].text if said and said[0].role == "user" else ""
         said = said[1 if opening else 0 :]
         if not (persona or opening) or [m.role for m in said] != ["assistant", "user"] * (len(said) // 2):
-            raise PolicyEngineError(f"messages do not take turns: {', '.join(m.role for m in messages)}")
+            raise PolicyEngineError(f"messages = {', '.join(m.role for m in messages)}; expected user and assistant in turns")
         role = persona.removesuffix(instructions).removesuffix(BETWEEN if instructions else "")
         dialogue = Dialogue(Line("system", role, instructions), (Line("user", opening),) if opening else ())
         for reply, line in zip(said[::2], said[1::2], strict=True):
@@ -177,7 +177,7 @@ class LocalPolicy(ModelAPI):
         return dialogue
 
     def _completion(self, reply: ChatMessage) -> Completion:
-        """What was sampled, or, of a reply that comes from elsewhere, its text."""
+        """The sampled ids of a reply, or, for a reply from elsewhere, its text."""
         if (kept := self._sampled.get(reply.id or "")) is not None:
             return kept
         ids = tuple(self._parts.tokenizer.encode(reply.text, add_special_tokens=False))

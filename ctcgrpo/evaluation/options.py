@@ -1,6 +1,6 @@
-"""The options of `ctcgrpo evaluate` by sub-command, and what was typed as an Evaluation.
+"""The options of `ctcgrpo evaluate` by sub-command, and the Evaluation that they describe.
 
-Each sub-command is a class: Typer reads its fields as options, and makes an instance of what was typed; None is not given.
+Each sub-command is a class: Typer reads its fields as options, and makes an instance of the given ones; None means not given.
 """
 
 from __future__ import annotations
@@ -22,23 +22,21 @@ from ctcgrpo.simulator.choice import names_a_simulator
 if TYPE_CHECKING:
     from ctcgrpo.evaluation.run import Evaluation
 
-Given = dict[str, Any]  # what was typed, by name; what was not is left out
-Data = Annotated[str | None, Option(metavar="PATH", help="The folder of your copy of its data.")]
-Rescore = Annotated[Path | None, Option(help="A file of results or judgements; nothing is played.")]
+Given = dict[str, Any]  # the given options by name
+Data = Annotated[str | None, Option(metavar="PATH", help="The folder of your copy of the benchmark's data.")]
+Rescore = Annotated[Path | None, Option(help="Score a published file of results or judgements; no model is called.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _OfAModel:
     model: Annotated[str | None, Option(help="A policy's folder, or PROVIDER/NAME of any provider that Inspect knows.")] = None
-    model_arg: Annotated[list[str] | None, Option("-M", help="NAME=VALUE for the model's provider (hf: model_path=FOLDER).")] = (
-        None
-    )
+    model_arg: Annotated[list[str] | None, Option("-M", help="NAME=VALUE for the provider (hf: model_path=FOLDER).")] = None
     generate: Annotated[
         list[str] | None,
         Option(
             "-G",
-            help="NAME=VALUE of sampling, as Inspect names it (reasoning_effort=low, max_completion_tokens=2000); null sends none "
-            "(temperature=null); of another role: judge.temperature=null.",
+            help="NAME=VALUE, a sampling setting of Inspect (reasoning_effort=low, max_completion_tokens=2000). null leaves it out "
+            "(temperature=null). Prefix the name of another role: judge.temperature=null.",
         ),
     ] = None
 
@@ -52,38 +50,38 @@ class _Scenarios:
     scenarios: Annotated[str | None, Option(help="A path, a pack, or eibench/test.")] = None
     invalid: Annotated[
         Literal["skip", "refuse"] | None,
-        Option(help="Leave invalid records out, with a warning and a count (skip, the default), or stop (refuse)."),
+        Option(help="Invalid records: skip (default) leaves them out with a warning, refuse stops."),
     ] = None
-    rounds: Annotated[int | None, Option(min=1, help="Replies at most.")] = None
-    variant: Annotated[Literal["training", "evaluation"] | None, Option(help="How states are scored.")] = None
-    official: Annotated[str | None, Option(metavar="PATH", help="A copy of the authors' code, for their prompts (runs it).")] = (
+    rounds: Annotated[int | None, Option(min=1, help="Limit on the model's replies.")] = None
+    variant: Annotated[Literal["training", "evaluation"] | None, Option(help="Scoring of the final state.")] = None
+    official: Annotated[str | None, Option(metavar="PATH", help="A copy of the authors' code, to use its prompts (runs it).")] = (
         None
     )
-    opener: Annotated[str | None, Option(help="What a user says first where the model would, for providers that need it.")] = None
+    opener: Annotated[str | None, Option(help="A first line of the user where the model opens, if needed.")] = None
     instructions: Annotated[
         str | None,
-        Option(help="How to reply, told to the model: eibench, short, none, or a file; a run's policy has its own."),
+        Option(help="Instructions on how to reply: eibench, short, none, or a file (default: eibench, or the run's)."),
     ] = None
     reasons: Annotated[
-        bool | None, Option(help="Word them for a model that reasons between <think> and </think> before it replies.")
+        bool | None, Option(help="Instructions for a model that reasons between <think> and </think> before it replies.")
     ] = None
     reasoning: Annotated[
         Literal["strip", "keep"] | None,
         Option(
-            help="Whether the model's own reasoning of earlier turns is left out of its messages (strip, as published and by "
-            "default) or stays (keep); a run's policy by default as its recipe says."
+            help="The model's reasoning of earlier turns: strip leaves it out of later prompts (default, as published), keep "
+            "includes it. The default for a run's policy is its recipe's."
         ),
     ] = None
     tries: Annotated[
         int | None,
-        Option(min=1, help="Calls to the user's LLM a turn, until its answer can be read. Default: 3, or llm.tries."),
+        Option(min=1, help="Calls at most to the user's LLM per turn, until its answer is valid (default: 3, or llm.tries)."),
     ] = None
     preset: Annotated[
         Literal["published"] | None,
         Option(
-            help="Settings of published figures: 8 rounds, scoring variant evaluation, temperature 0.7 without top-p, 8,192 "
+            help="The settings of published figures: 8 rounds, scoring variant evaluation, temperature 0.7 without top-p, 8,192 "
             "tokens, earlier reasoning stripped, 3 tries a turn of an LLM user at temperature 0.7 without top-p and seed. "
-            "Options win over it, and the summary names what differs."
+            "Other options take precedence, and the summary lists the differences."
         ),
     ] = None
 
@@ -91,32 +89,32 @@ class _Scenarios:
 @dataclass(frozen=True, kw_only=True)
 class _Played:
     repeats: Annotated[int | None, Option(min=1, help="Dialogues a scenario.")] = None
-    seed: Annotated[int | None, Option(help="Of what is sampled.")] = None
-    limit: Annotated[int | None, Option(min=1, help="The first so many scenarios.")] = None
+    seed: Annotated[int | None, Option(help="The sampling seed.")] = None
+    limit: Annotated[int | None, Option(min=1, help="Play only the first N scenarios.")] = None
     temperature: Annotated[
         float | None,
         Option(
             min=0,
-            help="Of the model. Default: 0.6 and top-p 0.95, as in training, so that validations agree with it (eqbench3: 0.7); "
-            "published for eibench: 0.7 without top-p.",
+            help="Sampling temperature of the model. Default: 0.6 with top-p 0.95, as in training and validation (eqbench3: 0.7). "
+            "Published for eibench: 0.7 without top-p.",
         ),
     ] = None
-    top_p: Annotated[float | None, Option(min=0, max=1, help="Of the model; see --temperature.")] = None
+    top_p: Annotated[float | None, Option(min=0, max=1, help="Top-p of the model; see --temperature.")] = None
     max_tokens: Annotated[
         int | None,
         Option(
             min=1,
-            help="Of a reply, reasoning included. Default: 8,192, as published, since fewer cut models that reason to empty "
-            "replies; 1,024 for a policy in a folder that does not reason, as in training (eqbench3: 12,000).",
+            help="Limit on the tokens of a reply, reasoning included. Default: 8,192, as published; with fewer, replies of models "
+            "that reason can be empty. 1,024 for a local policy that does not reason, as in training. eqbench3: 12,000.",
         ),
     ] = None
-    connections: Annotated[int | None, Option(min=1, help="Dialogues at a time, and calls to a provider.")] = None
+    connections: Annotated[int | None, Option(min=1, help="Concurrent dialogues, and calls to a provider.")] = None
     price: Annotated[
-        tuple[float, float] | None, Option(help="US dollars for a million tokens that the model reads, and writes.")
+        tuple[float, float] | None, Option(help="US dollars per million input tokens, and per million output tokens.")
     ] = None
     display: Annotated[Literal["full", "rich", "plain", "none"] | None, Option(help="Inspect's display while it plays.")] = None
-    out: Annotated[Path | None, Option(help="The folder for results; by benchmark and model by default.")] = None
-    fail_under: Annotated[float | None, Option(help="Exit with 9 where the overall score is below this.")] = None
+    out: Annotated[Path | None, Option(help="The folder for results (default: by benchmark and model).")] = None
+    fail_under: Annotated[float | None, Option(help="Exit with 9 if the overall score is lower.")] = None
 
     def given(self) -> Given:
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
@@ -124,7 +122,7 @@ class _Played:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(_Played, _Scenarios):
-    """Evaluate a run's base and final policy as its validation does, and compare them; `run` may be left out."""
+    """Evaluate a run's base and final policy as its validation does, and compare them. `run` is optional."""
 
     run: Annotated[Path, Argument(help="A run's folder.")]
 
@@ -132,17 +130,17 @@ class RunOptions(_Played, _Scenarios):
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(_Played, _OfAModel):
     bench: ClassVar[str]
-    rescored_with: ClassVar[tuple[str, ...]] = ()  # options that go with --rescore, beside --out and --fail-under
+    rescored_with: ClassVar[tuple[str, ...]] = ()  # options allowed with --rescore, beside --out and --fail-under
 
 
 @dataclass(frozen=True, kw_only=True)
 class EIBenchOptions(ModelOptions, _Scenarios):
-    """Evaluate a model on EIBench's task: the state that it leaves the user in."""
+    """Evaluate a model on EIBench's task: the user's final state."""
 
     bench = "eibench"
     as_trained: Annotated[
         bool | None,
-        Option("--as-trained", help="A run's policy with the settings of its own validations, unless options differ."),
+        Option("--as-trained", help="Use the settings of the run's own validations; other options take precedence."),
     ] = None
 
 
@@ -152,7 +150,7 @@ class SageOptions(ModelOptions):
 
     bench = "sage"
     rescored_with = ("rescore", "simulator")
-    simulator: Annotated[str | None, Option(help="PROVIDER/NAME of who plays the user; any name with --rescore.")] = None
+    simulator: Annotated[str | None, Option(help="PROVIDER/NAME of the simulator; with --rescore its name.")] = None
     data: Data = None
     rescore: Rescore = None
 
@@ -166,16 +164,16 @@ class EQBench3Options(ModelOptions):
     judge: Annotated[str | None, Option(help="PROVIDER/NAME of the judge.")] = None
     data: Data = None
     rescore: Rescore = None
-    run: Annotated[str | None, Option(help="Which run of a file to rescore, by its key or model.")] = None
+    run: Annotated[str | None, Option(help="The run to rescore in a file, by its key or model.")] = None
 
 
 def option_name(name: str) -> str:
     return {"model_arg": "-M", "generate": "-G"}.get(name) or f"--{name.replace('_', '-')}"
 
 
-def asked(bench: str, given: Given) -> tuple[Given, Given, dict[str, str]]:
-    """The arguments of the benchmark's task, those of sampling, and the models that play a role. Who plays the user is an argument
-    where that is no model of Inspect's."""
+def split_options(bench: str, given: Given) -> tuple[Given, Given, dict[str, str]]:
+    """The arguments of the benchmark's task, those of sampling, and the models by role. A simulator that is no model of Inspect's
+    is an argument of the task."""
     from ctcgrpo.evaluation import _registry
     from ctcgrpo.evaluation.run import model_name
 
@@ -190,19 +188,19 @@ def asked(bench: str, given: Given) -> tuple[Given, Given, dict[str, str]]:
 
 
 def wanted_evaluation(bench: str, model: str, given: Given, trained: Trained | None) -> Evaluation:
-    """Raises RecipeError for options that do not go together, and for a simulator or judge that is missing."""
+    """The Evaluation of the given options. Raises RecipeError for options that contradict, and for a missing simulator or judge."""
     from ctcgrpo.evaluation.generation import split_settings
-    from ctcgrpo.evaluation.run import Evaluation, model_name, settled
+    from ctcgrpo.evaluation.run import Evaluation, model_name, parse_settings
 
-    task, generation, roles = asked(bench, given)
-    settings, role_settings, unset = split_settings(settled(given.get("generate", [])))
+    task, generation, roles = split_options(bench, given)
+    settings, role_settings, unset = split_settings(parse_settings(given.get("generate", [])))
     if other := sorted(set(role_settings) - set(roles)):
-        raise RecipeError(f"-G {other[0]}...: no model plays the {other[0]} here (--{other[0]} PROVIDER/NAME)")
+        raise RecipeError(f"-G {other[0]}...: no model has the role {other[0]}; set --{other[0]} PROVIDER/NAME")
     generation = {**settings, **generation}
     preset = given.get("preset")
     if preset is not None:
         if "as_trained" in given:
-            raise RecipeError("--preset is not for --as-trained: each names all settings")
+            raise RecipeError("--preset and --as-trained: both given; expected one, since each sets all settings")
         task, generation, role_settings, unset = with_preset(
             preset, task.get("simulator"), task, generation, role_settings, unset, roles
         )
@@ -212,17 +210,17 @@ def wanted_evaluation(bench: str, model: str, given: Given, trained: Trained | N
     if "as_trained" in given:
         if trained is None:
             raise RecipeError(
-                f"--as-trained needs a policy in the folder of a run on scenarios, and {model} is none; name the folder of a run: "
+                f"--as-trained: --model = {model}; expected a policy in the folder of a run on scenarios; try "
                 "--model checkpoints/RUN/best"
             )
         of_run, generation = trained.task, {**trained.sampling, **generation}
     elif bench == "eibench" and trained is not None and preset is None:
-        # How a policy was taught to be told what it plays is no matter of taste: as its run has it, unless options say otherwise.
+        # A policy expects the briefing of its training: the run's own, unless options differ.
         of_run = briefed_as(trained.recipe)
     left_out = {"simulator" if roles else "", *(BRIEFING if "official" in task else ())}
     task = {**{name: value for name, value in of_run.items() if name not in left_out}, **task}
     if not roles and "simulator" not in task:
-        raise RecipeError(f"--{named(bench).other} is missing: {bench} needs one beside the model")
+        raise RecipeError(f"--{named(bench).other} is missing; {bench} needs it beside --model")
     return Evaluation(
         bench=bench,
         model=model_name(model),
@@ -230,7 +228,7 @@ def wanted_evaluation(bench: str, model: str, given: Given, trained: Trained | N
         generation=generation,
         roles=roles,
         role_generation=role_settings,
-        model_args=settled(given.get("model_arg", [])),
+        model_args=parse_settings(given.get("model_arg", [])),
         limit=given.get("limit"),
         preset=preset,
     )

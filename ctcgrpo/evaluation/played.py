@@ -1,6 +1,6 @@
-"""How scores were made, in words: the data set, the settings that they depend on, and how a run trained and validated its policy.
+"""The settings behind a score, in words: the data set, the settings that it depends on, and a run's training and validation.
 
-A score under another data set or other settings is another score, so every table, page, ranking and card names them.
+Scores with different data or settings are not comparable, so every table, page, ranking and card names them.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.simulator.choice import name_of
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")
-BRIEFING = ("instructions", "reasons", "persona_sections")  # arguments of tasks that say what a policy is told
+BRIEFING = ("instructions", "reasons", "persona_sections")  # arguments of tasks that decide a policy's prompt
 _TASK = ("rounds", "variant", "reasoning", "tries", "official", "opener", "rescored", *BRIEFING)
 """Arguments of tasks that decide what a score means."""
 _SHOWN = {
@@ -42,8 +42,8 @@ def data_set(bench: str, task: Mapping[str, Any], scenarios: str) -> str:
 
 
 def title_of(summary: Mapping[str, Any]) -> str:
-    """The benchmark's title with its data set. EIBench is the name of its own data set alone: its task on other scenarios is
-    called so. Records that were left out as invalid are counted in it."""
+    """The benchmark's title with its data set and the number of invalid records left out. The name EIBench is only for its own data
+    set; on other scenarios the title is "eibench task on ..."."""
     bench, data = named(summary["bench"]), summary.get("data_set") or "a data set that was not recorded"
     title = eibench_on(data) if bench is EIBENCH else f"{bench.title}, {data}"
     skipped = summary.get("skipped") or {"count": 0}
@@ -57,7 +57,7 @@ def eibench_on(data: str) -> str:
 
 
 def settings_of(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What a score depends on beside data set, model and simulator or judge, by name, in the order in which it is shown."""
+    """The settings that a score depends on, beside data set, model and simulator or judge, by name, in display order."""
     task, generation = summary["task"], summary["generation"]
     found = {name: task[name] for name in _TASK if task.get(name) is not None}
     if summary.get("instructions"):  # with the digest of the texts
@@ -90,8 +90,8 @@ def shown_value(name: str, value: Any) -> str:
 
 
 def validated_as(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How a run validates its policy: the arguments of the task eibench (scenarios, repeats and seed only with a validation
-    section), and of sampling."""
+    """A run's validation as arguments of the task eibench (scenarios, repeats and seed only with a validation section) and of
+    sampling."""
     rollout = recipe.rollout
     task: dict[str, Any] = {"rounds": rollout.max_turns, "variant": recipe.scoring.variant, **briefed_as(recipe)}
     task |= {"reasoning": recipe.policy.reasoning_context, "simulator": name_of(recipe.simulator)}
@@ -103,14 +103,14 @@ def validated_as(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def briefed_as(recipe: Recipe) -> dict[str, Any]:
-    """What a run's policy is told, as arguments of the task eibench."""
+    """A run's briefing of its policy, as arguments of the task eibench."""
     policy = recipe.policy
     sections = None if policy.persona_sections is None else list(policy.persona_sections)
     return {"instructions": policy.instructions, "reasons": policy.reasons, "persona_sections": sections}
 
 
 def validation_settings(recipe: Recipe) -> dict[str, Any]:
-    """The same for a run's summary and card; the data set in words. A recipe with a validation section only."""
+    """The validation's settings for a run's summary and card, the data set in words. Needs a validation section."""
     task, sampling = validated_as(recipe)
     instructions = load_instructions(recipe.policy.instructions).name
     told = {"rounds": task["rounds"], "variant": task["variant"], "instructions": instructions, **sampling}
@@ -119,7 +119,7 @@ def validation_settings(recipe: Recipe) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A policy of a run: `which` is the folder's name in it; `task` and `sampling` as `validated_as` gives them."""
+    """A policy of a run. `which`: its folder in the run; `task` and `sampling`: see `validated_as`."""
 
     run: Path
     which: str
@@ -128,8 +128,8 @@ class Trained:
     sampling: Mapping[str, Any]
 
     @property
-    def told(self) -> str:
-        """How the run trained and validated, in words."""
+    def description(self) -> str:
+        """The run's training and validation, in words."""
         sections = self.recipe.policy.persona_sections
         persona = "all of the persona" if sections is None else f"persona sections {', '.join(sections)}"
         on = self.task.get("scenarios")
@@ -137,14 +137,14 @@ class Trained:
         settings = {"rounds": self.task["rounds"], "variant": self.task["variant"], **self.sampling}
         source = described(self.recipe.eibench_scenarios().train)
         return (
-            f"{self.run / self.which} is of the run {self.recipe.run.name}: trained on {source}, {validated}, with "
+            f"{self.run / self.which} belongs to the run {self.recipe.run.name}: trained on {source}, {validated}, with "
             f"{in_words(settings)}, simulator {self.task['simulator']}, {persona}, "
             f"instructions {self.recipe.policy.instructions}"
         )
 
     def differences(self, played: Mapping[str, Any]) -> list[str]:
-        """In what other settings (task arguments and sampling together) differ from the run's: "rounds 8 (the run: 4)". No top-k is
-        0 in a run."""
+        """The differences of other settings (task arguments and sampling together) to the run's: "rounds 8 (the run: 4)". A run
+        writes no top-k as 0."""
         deciding = ("scenarios", "simulator", "rounds", "variant", "reasoning", *BRIEFING, *SAMPLING)
         own = {**self.task, **self.sampling}
         return [
@@ -155,9 +155,8 @@ class Trained:
 
 
 def trained_as(folder: Path) -> Trained | None:
-    """The run that a policy's folder belongs to (RUN/final, best, base, checkpoint-N, an export in it); None where it is of none,
-    or of one with an environment of its own, whose settings say nothing of a benchmark. Raises RecipeError for a recipe that cannot
-    be read."""
+    """The run of a policy's folder (RUN/final, best, base, checkpoint-N, an export in it). None for a folder outside of runs, and
+    for a run with its own environment, whose settings fit no benchmark. Raises RecipeError for a recipe that cannot be read."""
     folder = folder.expanduser()
     if not folder.is_dir():
         return None

@@ -1,4 +1,4 @@
-"""Named settings of an evaluation of eibench. Explicit options win over a preset; the summary names what differs from it."""
+"""Named settings of an evaluation of eibench. Options take precedence over a preset; the summary lists the differences."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from ctcgrpo.evaluation.played import shown_name, shown_value
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS
 from ctcgrpo.simulator.choice import named_simulator
 
-TRIES = 3  # tries of the user's LLM a turn, until its answer can be read, where nobody says otherwise
+TRIES = 3  # default limit on calls to the user's LLM per turn, until its answer is valid
 _DIALOGUE = ("rounds", "variant", "reasoning")
 _BRIEFING = ("instructions", "reasons", "opener")
 _SAMPLING = ("temperature", "top_p", "max_tokens")
@@ -29,12 +29,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "simulator.seed": None,
     }
 }
-"""By the names of arguments of the task and of sampling; a setting that is None is not sent. The official mode has words of its own
-for `instructions`, `reasons` and `opener`; `tries` and the simulator's sampling are for a user that an LLM plays."""
+"""Task arguments and sampling settings by name; a setting that is None is not sent. The official mode has its own `instructions`,
+`reasons` and `opener`; `tries` and the simulator's sampling apply to an LLM user."""
 
 
 def preset_differences(name: str, played: Mapping[str, Any]) -> list[str]:
-    """In what the settings that were played (run.settings_before) differ from a preset's: "temperature 0.6 (published: 0.7)"."""
+    """The differences of an evaluation's settings (run.settings_before) to a preset: "temperature 0.6 (published: 0.7)"."""
     wanted = PRESETS[name]
     names = [*_DIALOGUE, *_SAMPLING, *(() if played.get("official") is not None else _BRIEFING)]
     names += ["tries", "simulator.temperature", "simulator.top_p"] if "tries" in played else []
@@ -54,8 +54,8 @@ def with_preset(
     unset: Sequence[str],
     models: Mapping[str, str],
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]], list[str]]:
-    """Task, generation, generation of roles and what is not sent, with a preset's where no option says otherwise. `simulator` is
-    the task's argument; `models` play the roles."""
+    """Task, generation, generation of roles and settings left out, completed by a preset's values. `simulator`: the task's
+    argument; `models`: the models of the roles."""
     preset, user = PRESETS[name], roles.get("simulator", {})
     names = [*_DIALOGUE, *(["tries"] if asks_an_llm(simulator) else []), *(() if "official" in task else _BRIEFING)]
     if "simulator" in models:
@@ -71,6 +71,6 @@ def with_preset(
 
 
 def asks_an_llm(simulator: str | None) -> bool:
-    """Whether calls to an LLM are made here, with settings of ours: for a model of Inspect's (None) and a configuration; the
-    scripted user asks none, and a server has settings of its own. Raises RecipeError for a configuration that cannot be read."""
+    """Whether this process calls an LLM for the user: for a model of Inspect's (None) and an LLM configuration, not for the
+    scripted user or a server. Raises RecipeError for a configuration that cannot be read."""
     return simulator is None or named_simulator(simulator).llm is not None

@@ -1,4 +1,4 @@
-"""Why a call of Inspect's to a provider failed, in the provider's own words, and which failures are worth another try."""
+"""Why a call of Inspect's to a provider failed, in the provider's own words, and which failures are retried."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ctcgrpo.llm_client.reasons import CallFailed, error_body, error_object, failure_of
 
-PATIENCE = 600  # seconds that a call is tried again; Inspect itself would not give up
+PATIENCE = 600  # seconds of retries of a call; Inspect itself has no limit
 _MOST = 600
 _SILENCE = 60.0  # seconds between two lines about the same provider
 _LEFT_OUT = ("temperature", "top_p", "max_tokens", "seed", "response_format")
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def reason_of(error: BaseException) -> str:
-    """What the provider said; else what its client says, the end of it where it is long: the beginning is the request."""
+    """The provider's message, or else its client's; of a long one the end, since the beginning is the request."""
     chain = list(_chain(error))
     if failed := next(filter(None, map(_answered, chain)), None):
         return f"{failed}{_hint(str(failed))}"
@@ -37,8 +37,8 @@ def reason_of(error: BaseException) -> str:
 
 
 def prepared(model: Model) -> Model:
-    """The model, whose calls are not tried again where no retry mends it (a quota that is used up), are logged where they are,
-    and fail with the provider's error where it comes with HTTP 200."""
+    """The model with changed retries: none for permanent failures (no quota left), a log line for each retry, and an error where
+    the provider sends one with HTTP 200."""
     if not isinstance(model.api.should_retry, _Retries):
         model.api.should_retry = _Retries(str(model), model.api.should_retry)  # type: ignore[assignment, method-assign]
     client: Any = getattr(model.api, "http_client", None)  # httpx's; another one for each evaluation
@@ -73,7 +73,7 @@ class _Retries:
         if decision and time.monotonic() >= self._silent_until:
             self._silent_until = time.monotonic() + _SILENCE
             until = time.strftime("%H:%M:%S", time.localtime(time.time() + PATIENCE))
-            _log.warning("waiting for %s, at most until %s: %s", self._name, until, reason_of(error))
+            _log.warning("retrying %s until %s at most: %s", self._name, until, reason_of(error))
         return decision
 
 

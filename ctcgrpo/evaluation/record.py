@@ -1,5 +1,5 @@
-"""What a sample of an evaluation writes down while it lasts, so that an error leaves what was said until then; the task of Inspect
-around it; and reading both back from a log."""
+"""The record that a sample of an evaluation writes during play, so that an error keeps the dialogue so far; its Inspect task; and
+reading both from a log."""
 
 import math
 import zipfile
@@ -26,11 +26,11 @@ _KINDS = {
     if isinstance(error, type) and issubclass(error, errors.CtcGrpoError)
 }
 _HOW_FAST = {"max_connections", "adaptive_connections", "max_retries", "timeout", "attempt_timeout", "stream_idle_timeout"}
-"""Options of sampling that decide no figure."""
+"""Options of sampling without effect on figures."""
 
 
 class Record(StoreModel):
-    """`about` says who played the other role, and with which prompts; `over` that the sample came to its end."""
+    """The record of a sample. `about`: who played the other role, with which prompts; `over`: whether it ended normally."""
 
     lines: list[dict[str, Any]] = []
     tokens: dict[str, list[int]] = {}
@@ -38,7 +38,7 @@ class Record(StoreModel):
     about: dict[str, Any] = {}
     over: bool = False
 
-    # Assigned anew each time: the store sees assignments, not changes within a list.
+    # Always assigned: the store sees assignments, not changes within a list.
 
     def model_said(self, said: Said) -> None:
         self.lines = [*self.lines, {"speaker": "model", "text": said.text}]
@@ -75,7 +75,7 @@ def recorded_task(
     async def scored(state: TaskState, target: Target) -> Score:
         record = state.store_as(Record)
         if not record.over:
-            raise RuntimeError("it was cut off by a limit; what it had come to is no result")
+            raise RuntimeError("the sample hit a limit before its end, so it has no score")
         return await score(state, record)
 
     return Task(
@@ -96,7 +96,7 @@ def newest_log(folder: Path, say: Callable[[str], None]) -> EvalLog | None:
         try:
             return read_eval_log(str(file), header_only=True)
         except (ValueError, OSError, zipfile.BadZipFile) as error:
-            say(f"{file} cannot be read ({error}); the one before it is taken")
+            say(f"{file} cannot be read ({error}); using the previous log")
     return None
 
 
@@ -142,9 +142,9 @@ def result_of(sample: EvalSample) -> Result:
 
 
 def failure_of(sample: EvalSample) -> tuple[str, str] | None:
-    """Kind and message of what kept a sample from being scored; None where it was."""
+    """Kind and message of a sample's failure; None for a scored sample."""
     if sample.limit is not None:
-        return "limit", f"the sample ran into its limit on {sample.limit.type}: what it had come to is no result"
+        return "limit", f"the sample hit its limit on {sample.limit.type}, so it has no score"
     if sample.error is not None:
         raised = (sample.error.traceback or sample.error.message).strip().splitlines()[-1]
         name, _, message = raised.partition(": ")

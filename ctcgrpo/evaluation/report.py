@@ -1,4 +1,4 @@
-"""What evaluations print: one, several compared, many ranked. Names come from models and datasets: they are text, never markup."""
+"""Prints evaluations: one, a comparison, a leaderboard. Names of models and datasets are printed as text, never as markup."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,17 +68,17 @@ def _lines(bench: Bench, summary: Mapping[str, Any]) -> list[str]:
             lines.append(f"{what}: {found['mean']:.2f}{between}")
     if summary["measures"].get("empty_cut", {}).get("count"):
         lines.append(
-            "mind: replies were cut before they began, and count as empty: raise --max-tokens, or let the model reason less"
+            "warning: some replies are empty since max_tokens cut off the reasoning; raise --max-tokens, or reduce reasoning"
         )
     if summary["failed"]:
         kinds = ", ".join(f"{n} {kind}" for kind, n in summary["failures"].items())
-        lines.append(f"failed, and in no figure: {summary['failed']} of {summary['results']} ({kinds})")
+        lines.append(f"failed, not in any figure: {summary['failed']} of {summary['results']} ({kinds})")
         told = summary.get("reasons", [])
         lines += [f"  {reason['count']} x {reason['kind']}: {_ended(reason['example'])}" for reason in told[:_MOST_REASONS]]
         if (more := len(told) - _MOST_REASONS) > 0:
-            lines.append(f"  and {more} other reasons; results.jsonl has all")
+            lines.append(f"  and {more} more reasons; see results.jsonl")
     if without := [group for group, found in summary["groups"].items() if not found["n"]]:
-        lines.append(f"the overall score is incomplete: {', '.join(without)} has none")
+        lines.append(f"the overall score is incomplete: no score for {', '.join(without)}")
     if summary["tokens"]:
         spent = "; ".join(f"{role} {t['input']:,} in, {t['output']:,} out" for role, t in summary["tokens"].items())
         lines.append(f"tokens: {spent}")
@@ -86,7 +86,7 @@ def _lines(bench: Bench, summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"cost of the {role}: {cost['money']:.4g} {cost['currency']}")
     if unlike := summary.get("unlike_trained"):
         lines.append(
-            f"mind: not comparable with the run's own validations: {'; '.join(unlike)}. --as-trained takes the run's settings"
+            f"warning: not comparable with the run's validations: {'; '.join(unlike)}. --as-trained uses the run's settings"
         )
     return lines
 

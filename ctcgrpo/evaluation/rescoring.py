@@ -1,4 +1,4 @@
-"""Results that others played, in the files that SAGE and EQ-Bench 3 publish, scored again: nothing is asked of any model."""
+"""Scores published result files of SAGE and EQ-Bench 3 again, without calling any model."""
 
 import json
 from collections import Counter
@@ -45,15 +45,15 @@ def read_sage(file: Path) -> list[Result]:
         emotion, history = record.get("emo_point"), record.get("history")
         for name in ("id", "character"):
             if not isinstance(record.get(name), str) or not record[name]:
-                raise ScenarioError(f"{place}: {name} is {record.get(name)!r}; a result names it")
+                raise ScenarioError(f"{place}: {name} = {record.get(name)!r}; expected a text")
         if type(emotion) is not int or not 0 <= emotion <= 100:
-            raise ScenarioError(f"{place}: emo_point is {emotion!r}; it is a whole number from 0 to 100")
+            raise ScenarioError(f"{place}: emo_point = {emotion!r}; expected a whole number from 0 to 100")
         if not isinstance(history, list) or not all(isinstance(said, dict) and "role" in said for said in history):
-            raise ScenarioError(f"{place}: history is no list of messages")
+            raise ScenarioError(f"{place}: history: expected a list of messages")
         lines = tuple(map(_line, history))
         points = [line.state["emotion"] for line in lines if line.state]
         if points and points[-1] != emotion:
-            raise ScenarioError(f"{place}: emo_point is {emotion}, but its history ends at {points[-1]:g}")
+            raise ScenarioError(f"{place}: emo_point = {emotion}; expected {points[-1]:g}, the last of its history")
         id, found = record["id"], measures(emotion, len(points))
         repeats[id] += 1
         results.append(Result(id, repeats[id], record["character"], float(emotion), found, lines=lines))
@@ -80,14 +80,14 @@ def read_judgements(file: Path, run: str | None = None) -> tuple[list[Result], s
     except FileNotFoundError:
         raise ScenarioError(f"{file} not found") from None
     except (OSError, ValueError) as error:
-        raise ScenarioError(f"{file} is no JSON file: {error}") from None
+        raise ScenarioError(f"{file}: invalid JSON: {error}") from None
     entries = data.items() if isinstance(data, dict) else ()
     runs = {key: entry for key, entry in entries if isinstance(entry, dict) and "scenario_tasks" in entry}
     chosen = [entry for key, entry in runs.items() if run is None or run in (key, entry.get("model_name"))]
     if len(chosen) != 1:
         named = f"{len(chosen)} runs by that name" if run else f"{len(runs)} runs"
         problem = named if runs else "no runs with scenario_tasks"
-        raise ScenarioError(f"{file} holds {problem}; name one with --run: {', '.join(runs) or 'none'}")
+        raise ScenarioError(f"{file} has {problem}; choose one with --run: {', '.join(runs) or 'none'}")
     [found] = chosen
     results = []
     for iteration, tasks in found["scenario_tasks"].items():

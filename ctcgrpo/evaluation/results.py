@@ -1,4 +1,4 @@
-"""What an evaluation found: a result for each dialogue, and their summary. Pure; no part of it knows what played them.
+"""The results of an evaluation: one per dialogue, and their summary. Pure, and independent of Inspect.
 
 results.jsonl   a Result a line
 summary.json    what `summarise` makes of them: means over scenarios, with intervals
@@ -27,7 +27,8 @@ RESULTS, SUMMARY = "results.jsonl", "summary.json"
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Something that was said. `state` is the user's after it, by axis, and `why` what moved it; empty for the model's lines."""
+    """One line of a dialogue. `state`: the user's state after it, by axis; `why`: the reason of its change. Both are empty for the
+    model's lines."""
 
     speaker: Literal["model", "user"]
     text: str
@@ -71,7 +72,7 @@ class _Skipped(BaseModel):
 
 
 class _Summary(BaseModel):
-    """As much of a summary as comparisons and leaderboards read."""
+    """The fields of a summary that comparisons and leaderboards read."""
 
     model_config = STRICT
     bench: str
@@ -90,7 +91,7 @@ class _Summary(BaseModel):
 
 
 def figures(values: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    """Mean over scenarios, and how many there are; its 95 % interval where there are two or more. None for what there is not."""
+    """The mean over scenarios, their number, and the 95 % interval with two or more. None where undefined."""
     by_scenario = list(means(values).values())
     n = len(by_scenario)
     return {"mean": sum(by_scenario) / n if n else None, "ci95": list(interval(by_scenario)) if n > 1 else None, "n": n}
@@ -145,7 +146,7 @@ def summarise(bench: Bench, results: Sequence[Result], facts: Mapping[str, Any])
 
 
 def reasons(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Why results failed, those alike together, the most frequent first: kind, count, and one example."""
+    """The reasons of failures, similar ones together, the most frequent first: kind, count, and one example."""
     groups: dict[tuple[str, str], list[str]] = {}
     for kind, message in (r.failure for r in results if r.failure is not None):
         groups.setdefault((kind, re.sub(r"\d+", "#", message)), []).append(message)
@@ -168,19 +169,19 @@ def read_summary(folder: Path) -> dict[str, Any]:
     file = folder / SUMMARY
     if not file.exists():
         require_folder(folder)
-        raise OutputError(f"{folder} holds no {SUMMARY}: no finished evaluation{_evaluations_in(folder)}")
+        raise OutputError(f"{folder}: no {SUMMARY}; expected a finished evaluation{_evaluations_in(folder)}")
     found = read_json(file)
     summary: dict[str, Any] = found if isinstance(found, dict) else {}
     known = isinstance(bench := summary.get("bench"), str) and bench in BENCHES
     missing = [name for name, part in _Summary.model_fields.items() if part.is_required() and name not in summary]
     if not known or missing:
         lacks = f" (it lacks {missing[0]})" if known else ""
-        hint = _evaluations_in(folder) or "; `ctcgrpo evaluate` writes those"
-        raise OutputError(f"{file} is no summary of an evaluation{lacks}{hint}")
+        hint = _evaluations_in(folder) or "; `ctcgrpo evaluate` writes one"
+        raise OutputError(f"{file}: expected the summary of an evaluation{lacks}{hint}")
     try:
         _refuse_contradiction(_Summary.model_validate(summary))
     except ValidationError as error:
-        raise OutputError(f"{file}: {explained(error)}; it is not as `ctcgrpo evaluate` wrote it") from None
+        raise OutputError(f"{file}: {explained(error)}; the file is damaged") from None
     except ValueError as error:
         raise OutputError(f"{file}: {error}; it is damaged") from None
     return summary
@@ -223,7 +224,7 @@ def read_results(folder: Path) -> list[Result]:
             results.append(_result(row))
         except ValueError as error:
             problem = explained(error) if isinstance(error, ValidationError) else error
-            raise OutputError(f"{place}: no result of an evaluation: {problem}") from None
+            raise OutputError(f"{place}: invalid result: {problem}") from None
     if twice := [key for key, n in Counter((r.scenario, r.repeat) for r in results).items() if n > 1]:
         raise OutputError(f"{file}: duplicate dialogue of scenario {twice[0][0]!r}, repeat {twice[0][1]}")
     return results
@@ -235,5 +236,5 @@ def _result(row: dict[str, Any]) -> Result:
     if result.failure is None and not math.isfinite(result.score or 0.0):
         raise ValueError(f"score = {result.score}; expected a finite number")
     if (result.score is None) != (result.failure is not None):
-        raise ValueError("a dialogue has either a score or a failure")
+        raise ValueError("expected either a score or a failure")
     return result

@@ -1,7 +1,7 @@
-"""`ctcgrpo evaluate`: a benchmark played by Inspect into a folder, once; what was cut off or failed is played again by the same
-command.
+"""`ctcgrpo evaluate`: plays a benchmark with Inspect into a folder. The same command resumes it, and re-runs interrupted and
+failed dialogues.
 
-evaluation.json   what was asked for
+evaluation.json   model, benchmark and settings
 logs/             Inspect's own (inspect view start --log-dir FOLDER/logs)
 results.jsonl     every dialogue
 summary.json      the figures
@@ -68,14 +68,13 @@ class Evaluation:
 
 
 def model_name(model: str, option: str = "--model") -> str:
-    """How Inspect is told of a model: folders are policies of ours, anything else is PROVIDER/NAME. Raises PolicyError for what is
-    neither."""
+    """Inspect's name of a model: a local policy for a folder, else PROVIDER/NAME. Raises PolicyError for anything else."""
     check_model(model, option)
     if is_model(Path(model).expanduser()):
         return f"{LOCAL}{model}"
     if "/" not in model:
         raise PolicyError(
-            f"{option} {model!r} is neither a folder with a model (checkpoints/RUN/final) nor PROVIDER/NAME (openai/gpt-4o, "
+            f"{option} {model!r}: expected a folder with a model (checkpoints/RUN/final) or PROVIDER/NAME (openai/gpt-4o, "
             "openai-api/local/NAME, hf/NAME, vllm/NAME)"
         )
     return model
@@ -90,23 +89,23 @@ def evaluate(
     price: tuple[float, float] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """The summary of an evaluation, which stands in `folder` with all that it comes from. `price`: US dollars for a million tokens
-    that the model reads and writes. Raises OutputError where the folder holds another evaluation, or one of other data or another
-    policy under the same name; RecipeError and PolicyError for what cannot be evaluated here; RunInterrupted on Ctrl-C: the same
-    call goes on."""
+    """Play an evaluation into `folder`; gives its summary. `price`: US dollars per million input and output tokens.
+    Raises OutputError where the folder holds another evaluation, or one of other data or another
+    policy under the same name; RecipeError and PolicyError for what cannot be evaluated here; RunInterrupted on Ctrl-C; the same
+    call resumes."""
     wanted = with_defaults(wanted)
     settle_environment()  # for the providers' clients
     bench = named(wanted.bench)
     log = newest_log(folder / "logs", say)
     default = inspect.signature(_registry.eibench).parameters["scenarios"].default
     of = _fingerprint(bench.name, wanted.model.removeprefix(LOCAL), wanted.task, default)
-    _keep_to(folder, {**asdict(wanted), "of": of}, begun=log is not None)
+    _refuse_another(folder, {**asdict(wanted), "of": of}, begun=log is not None)
     options: dict[str, Any] = {
         "log_dir": str(folder / "logs"),
         "display": display,
         "fail_on_error": False,
         "log_level": "warning",
-        "log_buffer": 1,  # what a model has said is paid for: it is written down as soon as a dialogue is over
+        "log_buffer": 1,  # replies are paid for: each dialogue is written as soon as it ends
         "max_samples": connections,
         "max_connections": connections,
     }
@@ -129,21 +128,21 @@ def evaluate(
         elif log.status != "success" or log.results is None or log.results.completed_samples < log.results.total_samples:
             played = inspect_ai.eval_retry(log.location, **options)
         else:
-            say(f"{folder} was played on {log.eval.created[:10]}: nothing is played again")
+            say(f"{folder}: complete since {log.eval.created[:10]}, nothing to play")
             played = [log]
     except CtcGrpoError:
         raise
     except KeyboardInterrupt:
-        raise RunInterrupted("interrupted; the same command goes on") from None
+        raise RunInterrupted("interrupted; the same command resumes") from None
     except Exception as error:
         raise _explained(error, wanted) from error
     finally:
         _close_policies()
-    if not played or played[0].status == "cancelled":  # Inspect takes Ctrl-C for an answer
-        raise RunInterrupted("interrupted; the same command goes on")
+    if not played or played[0].status == "cancelled":  # Inspect returns after Ctrl-C
+        raise RunInterrupted("interrupted; the same command resumes")
     log = played[0]
     if log.status == "error":
-        raise PolicyError(f"{wanted.bench} could not be played: {log.error.message if log.error else 'no reason given'}")
+        raise PolicyError(f"{wanted.bench} failed: {log.error.message if log.error else 'no reason given'}")
     results, facts = results_of(log)
     facts |= {"data": of["data"], "data_set": data_set(bench.name, wanted.task, default)}
     if "instructions" in of:
@@ -152,7 +151,7 @@ def evaluate(
         whole = load_set(wanted.task.get("scenarios", default), "test", wanted.task.get("invalid", "skip"))
         facts["skipped"] = {"count": whole.skipped, "records": whole.records, "faults": list(map(str, whole.faults))}
     if (trained := trained_as(Path(wanted.model.removeprefix(LOCAL)))) is not None:
-        facts["trained"] = trained.told
+        facts["trained"] = trained.description
         if bench.name == EIBENCH.name:
             facts["unlike_trained"] = trained.differences(settings_before(wanted))
     facts["settings"] = settings_of(facts)
@@ -171,8 +170,8 @@ def _close_policies() -> None:
         module.close_all()
 
 
-def _keep_to(folder: Path, asked: Mapping[str, Any], *, begun: bool) -> None:
-    """A folder holds one evaluation."""
+def _refuse_another(folder: Path, asked: Mapping[str, Any], *, begun: bool) -> None:
+    """Raises OutputError for a folder with another evaluation; records this one in it."""
     file = folder / "evaluation.json"
     asked = json.loads(json.dumps(asked))
     try:
@@ -180,16 +179,16 @@ def _keep_to(folder: Path, asked: Mapping[str, Any], *, begun: bool) -> None:
         if begun and file.exists():
             before = read_json(file)
             if not isinstance(before, dict):
-                raise OutputError(f"{file} is no record of an evaluation; choose another folder with --out")
+                raise OutputError(f"{file}: expected the settings of an evaluation; choose another folder with --out")
             if changed := differences(before, asked):
-                raise OutputError(f"{folder} holds another evaluation ({'; '.join(changed)}); choose another with --out")
+                raise OutputError(f"{folder} contains another evaluation ({'; '.join(changed)}); choose another with --out")
         write_whole(file, json.dumps(asked, indent=2) + "\n")
     except OSError as error:
         raise OutputError(f"cannot write to {folder} ({error.strerror}); choose another with --out") from None
 
 
 def _explained(error: Exception, wanted: Evaluation) -> Exception:
-    """What Inspect and its providers raise for a user's mistake, as one line; anything else as it is."""
+    """An error of Inspect or a provider for a user's mistake as one line; any other error unchanged."""
     told = _plain(" ".join(str(getattr(error, "message", error)).split())).removeprefix("ERROR: ")
     where = ", ".join(f"--{role} {name}" for role, name in {"model": wanted.model, **wanted.roles}.items())
     if isinstance(error, PrerequisiteError) or "not recognized" in told:
@@ -209,7 +208,7 @@ def _plain(text: str) -> str:
         return text
 
 
-def settled(parts: Sequence[str]) -> dict[str, Any]:
+def parse_settings(parts: Sequence[str]) -> dict[str, Any]:
     """NAME=VALUE arguments (of a provider or a task). Raises RecipeError for one of another form."""
     return dict(named_value(part, "argument", "NAME=VALUE") for part in parts)
 
@@ -307,9 +306,7 @@ def evaluations_of(
     by whom. Raises OutputError for a folder without a finished run, PolicyError for a base policy that cannot be fetched,
     RecipeError where neither the recipe nor an option says what to evaluate on."""
     if (lacks := missing_in(folder.final)) is not None:
-        raise OutputError(
-            f"{folder.path} holds no finished run (final/: {lacks}); evaluate a folder in it: --model {folder.path}/best"
-        )
+        raise OutputError(f"{folder.path}: expected a finished run (final/: {lacks}); try --model {folder.path}/best")
     recipe = resolved_recipe(folder.recipe_file)
     validated, sampled = validated_as(recipe)
     role_generation: dict[str, dict[str, Any]] = {}
@@ -325,7 +322,7 @@ def evaluations_of(
     if roles:
         del played["simulator"]
     if "scenarios" not in played:
-        raise RecipeError(f"{folder.recipe_file} has no validation section; say what to evaluate on with --scenarios")
+        raise RecipeError(f"{folder.recipe_file}: no validation section; expected --scenarios to evaluate on")
     base = folder.starting_policy(recipe, say)
     return {
         name: Evaluation(

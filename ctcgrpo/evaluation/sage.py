@@ -31,9 +31,9 @@ def sage(data: str | None = None, repeats: int = 1, seed: int = 0, unset: Unset 
 
     Args:
       data: your copy of the profiles: the file, or its folder; by default $CTCGRPO_DATA/sage.
-      repeats: dialogues a profile; a profile counts with their mean.
-      seed: of what is sampled, where providers heed it.
-      unset: settings that are not sent, where providers refuse them: temperature,top_p,max_tokens,seed; simulator.NAME for those
+      repeats: dialogues per profile; a profile counts with their mean.
+      seed: seed of the samples, where providers support it.
+      unset: settings to leave out, where providers refuse them: temperature,top_p,max_tokens,seed; simulator.NAME for those
         of the simulator.
     """
     profiles = {profile.id: profile for profile in load_profiles(data_folder("sage", data))}
@@ -85,7 +85,7 @@ def sage(data: str | None = None, repeats: int = 1, seed: int = 0, unset: Unset 
 
 @dataclass(frozen=True)
 class _Simulator:
-    """The model in the role of SAGE's user; what it costs goes into `record`."""
+    """The model in the role of SAGE's user; its tokens are added to `record`."""
 
     model: Model
     record: Record

@@ -1,7 +1,7 @@
-"""Asking the models of an evaluation: the one that is evaluated, and those that play a role beside it.
+"""Calls the models of an evaluation: the evaluated one, and those of other roles.
 
-What a model says is an outcome, an empty answer or one that ran into the limit included. What its provider could not deliver (an
-error, a context that is too long, an answer that a filter withheld) is none: it fails the sample, with whose fault it was.
+A reply is an outcome, also an empty one and one cut off by its limit. A provider's error, a context that is too long, or a reply
+blocked by a filter is none: it fails the sample, with the role that caused it.
 """
 
 import logging
@@ -40,7 +40,7 @@ _NO_CONTENT = "(no content)"  # what Inspect writes where a provider answered wi
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A model's visible text; `cut` says that it ran into the limit on tokens. `message` goes into later contexts: the text,
+    """A model's visible text; `cut`: whether the limit on tokens cut it off. `message` goes into later contexts: the text,
     and its reasoning where that is kept, under the id of what was sampled. `tokens` are those read and written."""
 
     text: str
@@ -101,7 +101,7 @@ async def generated(messages: Sequence[ChatMessage], *, role: Role, model: Model
     except Exception as error:  # whatever a provider's client raises
         raise problem(f"{model}: {reason_of(error)}") from error
     if output.error or not output.choices:
-        raise problem(f"{model}: {output.error or unread() or 'it answered without a choice'}")
+        raise problem(f"{model}: {output.error or unread() or 'its answer has no choices'}")
     if output.stop_reason not in _OUTCOMES:
         said = " ".join(output.completion.split())[-400:]
         raise problem(f"{model}: it ended with {output.stop_reason}: {said or 'no reason given'}")
@@ -116,15 +116,15 @@ def why_empty(output: ModelOutput) -> str:
     """Of an answer without a text: what there is in place of it, and what helps."""
     content = output.choices[0].message.content
     if output.stop_reason == "max_tokens":
-        return "the reply is empty: the whole limit on tokens went into reasoning; raise --max-tokens, or let it reason less"
+        return "the reply is empty: reasoning used up the limit on tokens; raise --max-tokens, or reduce reasoning"
     if not isinstance(content, str) and any(isinstance(part, ContentReasoning) for part in content):
         return (
             "content is empty: the text is in reasoning_content; turn reasoning off where the server does not parse it "
             "(-G 'extra_body={chat_template_kwargs: {enable_thinking: false}}')"
         )
     if output.choices[0].message.tool_calls:
-        return "content is empty: it called a tool, and none was offered"
-    return f"content is empty (it ended with {output.stop_reason})"
+        return "content is empty: the model called a tool, and none was offered"
+    return f"content is empty (stop_reason {output.stop_reason})"
 
 
 def tokens_of(output: ModelOutput) -> tuple[int, int]:
@@ -137,7 +137,7 @@ def tokens_of(output: ModelOutput) -> tuple[int, int]:
 
 
 def played_by(role: Role) -> Model:
-    """The model that plays a role. Raises RecipeError where nobody was named for it."""
+    """The model of a role. Raises RecipeError for a role without a model."""
     try:
         return get_model(role=role, required=True)
     except ValueError:

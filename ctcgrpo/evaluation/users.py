@@ -24,7 +24,7 @@ from ctcgrpo.evaluation.presets import TRIES
 from ctcgrpo.evaluation.speaking import generated, played_by, temperature_of, tokens_of, why_empty
 from ctcgrpo.llm_client.calls import ChatCompletion
 from ctcgrpo.llm_client.endpoints import Deadline, Outage
-from ctcgrpo.simulator.choice import SimulatorChoice, introduced, named_simulator
+from ctcgrpo.simulator.choice import SimulatorChoice, named_simulator, read_health
 from ctcgrpo.simulator.config import SimulatorConfig
 from ctcgrpo.simulator.llm.backend import LlmBackend, chosen_prompts
 from ctcgrpo.simulator.protocol import SimulatorBackend, TurnReply, TurnRequest
@@ -63,7 +63,7 @@ class Served:
             return await client.turn(request)
 
     async def about(self) -> dict[str, Any]:
-        says = await introduced(self._choice.client(self._urls))
+        says = await read_health(self._choice.client(self._urls))
         about = {name: value for name, value in says.items() if name not in ("status", "deadline", "version")}
         return about | _priced(self._choice.config)
 
@@ -119,11 +119,9 @@ def chosen_user(
     the LLM a turn, until its answer can be read; by default 3, or as configured. Raises RecipeError for what cannot be had."""
     choice = None if simulator is None else named_simulator(simulator)
     if tries is not None and choice is not None and choice.llm is None:
-        raise RecipeError(f"tries is {tries}, but {simulator!r} calls no LLM with settings from here; leave it out")
+        raise RecipeError(f"tries = {tries}: {simulator!r} calls no LLM from this process; leave it out")
     if official is not None and simulator is not None:
-        raise RecipeError(
-            "official prompts are for a model with the role simulator; a configuration names its own (llm.official)"
-        )
+        raise RecipeError("official needs a model with the role simulator; in a configuration set llm.official instead")
     if choice is None:
         model = played_by("simulator")
         llm = InspectModel(model, left_out)

@@ -1,1 +1,1 @@
-"""Many runs of one recipe, from one file: a search over its fields (W&B's format), or variants of it that are compared."""
+"""Many runs of one recipe: a search over its fields (W&B's format), or a comparison of variants."""

@@ -15,22 +15,24 @@ from ctcgrpo.util.terminal import Terminal, print_line
 
 
 def sweep(
-    file: Annotated[Path, typer.Argument(help="A search in W&B's format, or variants with seeds (configs/sweeps).")],
+    file: Annotated[Path, typer.Argument(help="The sweep: a search in W&B's format, or variants with seeds (configs/sweeps).")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.field=value for every run ...")] = None,
-    name: Annotated[str | None, typer.Option(help="The folder under --out; the file's name by default.")] = None,
-    out: Annotated[Path, typer.Option(help="Where sweeps are.")] = Path("checkpoints") / "sweeps",
-    workers: Annotated[int, typer.Option(min=1, help="Trials at a time.")] = 1,
-    devices: Annotated[list[str] | None, typer.Option(help="GPUs of a worker, as 0,1; once for each.")] = None,
-    against: Annotated[str | None, typer.Option(help="Print differences to this variant, not to the baseline.")] = None,
-    wandb: Annotated[bool, typer.Option("--wandb", help="Hand the file to W&B instead, and say how agents are started.")] = False,
+    name: Annotated[str | None, typer.Option(help="The folder under --out (default: the file's name).")] = None,
+    out: Annotated[Path, typer.Option(help="The parent folder of sweeps.")] = Path("checkpoints") / "sweeps",
+    workers: Annotated[int, typer.Option(min=1, help="Parallel trials.")] = 1,
+    devices: Annotated[list[str] | None, typer.Option(help="GPUs of one worker, as 0,1; repeat for each worker.")] = None,
+    against: Annotated[str | None, typer.Option(help="Print differences to this variant instead of the baseline.")] = None,
+    wandb: Annotated[
+        bool, typer.Option("--wandb", help="Create the sweep on W&B instead, and print how to start agents.")
+    ] = False,
 ) -> None:
-    """Run a recipe many times, with a search over its fields or several variants; the same command resumes it."""
+    """Run a recipe many times: a search over its fields, or several variants. The same command resumes the sweep."""
     spec, recipe = load_sweep(file, overrides or [])
     if against is not None and against not in spec.variants:
         raise RecipeError(f"--against {against!r}: {did_you_mean(against, spec.variants)}")
     if wandb:
         if name or overrides or devices or spec.variants or spec.seeds:
-            raise RecipeError("--wandb hands the file over as it is, without variants and seeds; put names and values into it")
+            raise RecipeError("--wandb sends the file as it is; expected no other options, variants or seeds; edit the file")
         from ctcgrpo.run.tracking import hand_over
 
         print(hand_over(file))
@@ -45,7 +47,7 @@ def sweep(
     console = Terminal(168 if spec.variants else 140)
     label = name or spec.name or file.stem
     if not NAME.fullmatch(label):
-        raise RecipeError(f"--name {label!r}: letters, digits, dots and dashes make the name of a folder")
+        raise RecipeError(f"--name {label!r}; expected letters, digits, dots, - and _ (64 at most): it names a folder")
     folder = out / label
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
@@ -65,11 +67,11 @@ def sweep(
     else:
         console.print(printed(rows, f"sweep {folder.name}: held-out score after training"))
     if all_equal(rows):
-        say("all trials have the same score: there is no best one. Try more steps, or values further apart.")
+        say("all trials have the same score, so there is no best one; try more steps, or a wider range of values")
     elif (folder / "best").exists() and not spec.variants:
         say(f"best checkpoint: {folder / 'best'}")
     if failed := [row["trial"] for row in rows if row["state"] in ("failed", "damaged")]:
         raise RunFailed(
-            f"{len(failed)} of {len(rows)} trials failed ({', '.join(failed[:3])}{', ...' * (len(failed) > 3)}), each for the "
-            f"reason in its log in {folder}; the same command runs them again"
+            f"{len(failed)} of {len(rows)} trials failed ({', '.join(failed[:3])}{', ...' * (len(failed) > 3)}); the "
+            f"logs in {folder} have the reasons; the same command re-runs them"
         )

@@ -1,16 +1,16 @@
-"""A sweep on this machine: one coordinator, several workers, and a folder that says at any time what has been done.
+"""A sweep on this machine: one coordinator, several workers, and a folder that records all progress.
 
     checkpoints/sweeps/NAME/
-        sweep.yaml, sweep.json      what is run
+        sweep.yaml, sweep.json      the sweep's definition
         study.db                    Optuna's record of the trials
-        trial-0003/seed-1/          a run's folder; a run that was killed resumes in it
-        runs/ENVIRONMENT/VARIANT/   with variants, in place of trial-0003/; runs keep no weights but their last ones
+        trial-0003/seed-1/          a run's folder; a killed run resumes in it
+        runs/ENVIRONMENT/VARIANT/   with variants, in place of trial-0003/; runs keep only their final weights
         best                        a link to the best checkpoint of the best trial, unless all trials are equal
         table.json                  the table, by trial
-        curves.svg                  of variants
+        curves.svg                  held-out curves, with variants
 
-A trial is a point of the sweep, run with every seed; its score is the mean of theirs. The coordinator alone owns the study. Trials
-that it left under way when it was killed, and those that failed, are asked for again, and their runs resume from their checkpoints.
+A trial is a point of the sweep, run with every seed; its score is the mean over seeds. Only the coordinator writes the study.
+Trials that were in progress when it was killed, and failed trials, run again; their runs resume from their checkpoints.
 """
 
 import contextlib
@@ -44,13 +44,13 @@ from ctcgrpo.util.workers import end_with_parent, lock_folder
 TRAIN = (sys.executable, "-m", "ctcgrpo", "train")
 _POLL = 0.2
 _FOLDER = "folder"
-_PORTS = 100  # how far apart the ports of two workers are
-_UNTOLD = ("seconds", "description")  # fields of a sweep that may change while it is under way
+_PORTS = 100  # distance between the ports of two workers
+_FREE = ("seconds", "description")  # fields of a sweep that may change before it is resumed
 
 
 @dataclass
 class _Running:
-    """A trial under way: the runs that it still has to make, and the process of the one being made."""
+    """A trial in progress: its remaining runs, and the process of the current run."""
 
     trial: optuna.Trial
     changes: dict[str, Any]
@@ -77,14 +77,14 @@ def run_sweep(
     say: Callable[[str], None] = lambda text: None,
     train: Sequence[str] = TRAIN,
 ) -> list[dict[str, Any]]:
-    """Run what is left of a sweep; gives its table. `devices`: for each worker what CUDA_VISIBLE_DEVICES is to be; `extra`:
-    overrides for every run; `train`: the command that a run's recipe and overrides are given to.
+    """Run the remaining trials of a sweep; gives its table. `devices`: CUDA_VISIBLE_DEVICES of each worker; `extra`: overrides for
+    every run; `train`: the command that takes a run's recipe and overrides.
 
-    Raises OutputError where another coordinator has the folder, it holds another sweep, or variants cannot be compared;
-    RunInterrupted on Ctrl-C, after the runs under way have saved.
+    Raises OutputError where another coordinator has locked the folder, the folder contains another sweep, or variants cannot be
+    compared; RunInterrupted on Ctrl-C, after the current runs have saved.
     """
     with lock_folder(folder):
-        _keep_to(folder, sweep, recipe, extra)
+        _refuse_another_sweep(folder, sweep, recipe, extra)
         seeds = sweep.seeds_of(recipe)
         rows = _Coordinator(sweep, seeds, folder, devices, extra, say, train, open_study(sweep, folder)).work(workers)
         _link_best(folder, rows)
@@ -103,10 +103,10 @@ class _Coordinator:
     _study: optuna.Study
 
     def work(self, workers: int) -> list[dict[str, Any]]:
-        """Run every trial that is left; gives the table."""
-        if again := self._take_up():
-            self._say(f"{again} trials did not come to their end; they run again, from their checkpoints")
-        self._say_how_long(workers)
+        """Run every remaining trial; gives the table."""
+        if again := self._requeue_unfinished():
+            self._say(f"{again} unfinished trials run again, from their checkpoints")
+        self._log_estimate(workers)
         running: list[_Running] = []
         try:
             while True:
@@ -136,9 +136,9 @@ class _Coordinator:
 
     # --- the study ---------------------------------------------------------------------------------------------------------------
 
-    def _take_up(self) -> int:
-        """Ask again for trials that failed, and for those that a coordinator left when it was killed, be it in the middle of asking
-        again. One with its point that came later asks for it again."""
+    def _requeue_unfinished(self) -> int:
+        """Enqueue failed trials again, and those of a killed coordinator, even of one killed while it did this. A point that a
+        later trial already has is not enqueued again."""
         study = self._study
         for trial in study.trials:
             if trial.state == TrialState.RUNNING:
@@ -164,27 +164,27 @@ class _Coordinator:
         return _Running(trial, self._sweep.changes(point), list(self._seeds), self._folder / name, worker)
 
     def _left(self) -> int:
-        """Trials that wait, or those up to the cap, of which a point counts once however often it was asked for."""
+        """The number of trials that wait, or that are left up to the cap, where each point counts once."""
         waiting = sum(trial.state == TrialState.WAITING for trial in self._study.trials)
         asked = {trial.user_attrs[_FOLDER] for trial in self._study.trials if _FOLDER in trial.user_attrs}
         cap = 0 if self._sweep.method == "grid" else self._sweep.run_cap or 0
         return max(waiting, cap - len(asked))
 
-    def _say_how_long(self, workers: int) -> None:
+    def _log_estimate(self, workers: int) -> None:
         left = self._left()
         ended = [trial.duration for trial in self._study.trials if trial.state == TrialState.COMPLETE]
         took = [duration.total_seconds() / len(self._seeds) for duration in ended if duration is not None]
-        seconds, known = (statistics.median(took), "measured") if took else (self._sweep.seconds, "by the file")
+        seconds, source = (statistics.median(took), "measured") if took else (self._sweep.seconds, "from the sweep file")
         text = f"{left} trials x {len(self._seeds)} seeds to run, {workers} at a time"
         if left and seconds is not None:
             minutes = left * len(self._seeds) * seconds / min(workers, left) / 60
-            text += f": {minutes:.0f} minutes at {seconds:.0f} s a run ({known})"
+            text += f": about {minutes:.0f} minutes at {seconds:.0f} s per run ({source})"
         self._say(text)
 
     # --- a trial -----------------------------------------------------------------------------------------------------------------
 
     def _advance(self, one: _Running) -> bool:
-        """Take a trial further; True once it is over."""
+        """Advance a trial; True when it has ended."""
         if one.process is None:
             if is_complete(one.run.final):
                 return self._next_seed(one)
@@ -199,14 +199,14 @@ class _Coordinator:
         one.process = None
         if one.pruned:
             self._study.tell(one.trial, state=TrialState.PRUNED)
-            self._say(f"{one.folder.name}: stopped after step {max(one.reported)}, behind the others")
+            self._say(f"{one.folder.name}: stopped after step {max(one.reported)} (early_terminate): worse than other trials")
             return True
         return self._failed(one, _last_words(one.run)) if code else self._next_seed(one)
 
     def _next_seed(self, one: _Running) -> bool:
         try:
             score_of(one.run)
-            if self._sweep.variants:  # gigabytes a run, and nothing here reads them
+            if self._sweep.variants:  # gigabytes per run, and nothing here reads them
                 for weights in (*checkpoints(one.run.path).values(), one.run.best):
                     shutil.rmtree(weights, ignore_errors=True)
             one.seeds.pop(0)
@@ -217,7 +217,7 @@ class _Coordinator:
             return self._failed(one, str(error))
         mean = sum(scores) / len(scores)
         self._study.tell(one.trial, mean)
-        self._say(f"{one.folder.relative_to(self._folder)}: {mean:+.3f}")
+        self._say(f"{one.folder.relative_to(self._folder)}: held-out score {mean:+.3f}")
         return True
 
     def _failed(self, one: _Running, reason: str) -> bool:
@@ -240,7 +240,7 @@ class _Coordinator:
 
 
 def open_study(sweep: Sweep, folder: Path) -> optuna.Study:
-    """Optuna's record of the trials, which is made where there is none. Raises OutputError for a damaged one."""
+    """Optuna's record of the trials, created if missing. Raises OutputError for a damaged one."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file = folder / "study.db"
     storage = f"sqlite:///{file}"
@@ -248,9 +248,9 @@ def open_study(sweep: Sweep, folder: Path) -> optuna.Study:
         known = optuna.load_study(study_name="sweep", storage=storage) if file.exists() else None
     except (KeyError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
         raise OutputError(
-            f"{file} is no record of a sweep ({str(error).splitlines()[0]}); remove it: finished runs are kept, and read again"
+            f"{file}: expected Optuna's record of a sweep ({str(error).splitlines()[0]}); remove it: finished runs are kept"
         ) from None
-    # A sampler that begins with the same seed after a restart would ask for the same points again.
+    # A sampler with the same seed after a restart would suggest the same points again.
     seed = len(known.trials) if known is not None else 0
     sampler = optuna.samplers.TPESampler(seed=seed) if sweep.method == "bayes" else optuna.samplers.RandomSampler(seed=seed)
     pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
@@ -275,18 +275,18 @@ def _suggested(trial: optuna.Trial, name: str, parameter: Parameter) -> Any:
 
 
 def score_of(run: RunFolder) -> float:
-    """The score after training of a finished run. Raises OutputError where its figures are missing or damaged."""
+    """A finished run's score after training. Raises OutputError where its figures are missing or damaged."""
     summary = read_summary(run.path)
     if summary is None:
-        raise OutputError(f"{run.path} holds no summary.json; without it a trial has no score")
-    valid_validations(run.validation_file)  # what the table is made of
+        raise OutputError(f"{run.path}: no summary.json; expected one, with the score of the trial")
+    valid_validations(run.validation_file)  # which the table reads
     if summary.after.overall is None:
         raise OutputError(f"{run.path}/summary.json: after.overall = None; expected a score")
     return summary.after.overall
 
 
 def _stop(running: Sequence[_Running]) -> None:
-    """Let the runs save, all at once, and wait for them."""
+    """Interrupt the runs, all at once, and wait until they have saved."""
     under_way = [one.process for one in running if one.process is not None and one.process.poll() is None]
     for process in under_way:
         process.send_signal(signal.SIGINT)
@@ -296,7 +296,7 @@ def _stop(running: Sequence[_Running]) -> None:
 
 
 def _is_worse(one: _Running) -> bool:
-    """Report the validations of a trial's first run, and say whether the pruner gives it up."""
+    """Report the validations of a trial's first run; True where the pruner stops it."""
     if one.seeds[0] != one.trial.user_attrs["seeds"][0]:
         return False
     for validation in read_validations(one.run.validation_file)[0]:
@@ -318,15 +318,15 @@ def _last_words(run: RunFolder) -> str:
 # --- the folder ------------------------------------------------------------------------------------------------------------------
 
 
-def _keep_to(folder: Path, sweep: Sweep, recipe: Recipe, extra: Sequence[str]) -> None:
+def _refuse_another_sweep(folder: Path, sweep: Sweep, recipe: Recipe, extra: Sequence[str]) -> None:
     file = folder / "sweep.json"
     program = recipe.model_dump(mode="json", exclude={"hardware": True, "run": {"name", "output_dir"}})
-    asked = json.loads(sweep.model_dump_json(exclude_unset=True, exclude=set(_UNTOLD)))
+    asked = json.loads(sweep.model_dump_json(exclude_unset=True, exclude=set(_FREE)))
     asked |= {"overrides": list(extra), "program": program}
     if file.exists() and (before := read_object(file)) != asked:
         changed = [name for name in {*before, *asked} if before.get(name) != asked.get(name)]
         differ = f"{', '.join(sorted(changed))} differ"
-        raise OutputError(f"{folder} holds another sweep ({differ}); give this one another --name")
+        raise OutputError(f"{folder} contains another sweep ({differ}); choose another --name")
     write_whole(file, json.dumps(asked, indent=2) + "\n")
 
 
@@ -346,4 +346,4 @@ def _link_best(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def check_devices(workers: int, devices: Sequence[str]) -> None:
     """Raises RecipeError for fewer sets of devices than workers."""
     if devices and len(devices) < workers:
-        raise RecipeError(f"--devices names {len(devices)} sets for {workers} workers; name one each, as 0,1 2,3")
+        raise RecipeError(f"--devices: {len(devices)} sets for {workers} workers; expected one each: --devices 0,1 --devices 2,3")

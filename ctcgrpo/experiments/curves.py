@@ -1,8 +1,8 @@
-"""What variants are compared by: pure functions of held-out curves, seeds x validations.
+"""The measures that compare variants: pure functions of held-out curves, seeds x validations.
 
-All variants of an environment start from the same policy and are validated with the same samples, so they begin at the same
-score, and run k of two variants shares its seed, with it scenarios and sampling: differences are paired by seed. Intervals are over
-seeds: Student's t, and for steps to a score, which need no mean, a bootstrap that draws seeds. They say nothing of other policies.
+All variants of an environment start from the same policy and validate with the same samples, so they begin at the same score. Run k
+of two variants has the same seed, and so the same scenarios and sampling: differences are paired by seed. Intervals are over seeds:
+Student's t, and for steps to a score a bootstrap over seeds. They do not cover other policies.
 """
 
 import math
@@ -28,18 +28,18 @@ class Curves:
 
     @property
     def area(self) -> Array:
-        """(S,): how far the curve lies above its start, on average over the steps of training."""
+        """(S,): the mean height of the curve above its start, over the steps of training."""
         heights = np.trapezoid(self.scores, self.steps, axis=1)
         return np.asarray(heights / (self.steps[-1] - self.steps[0]) - self.scores[:, 0])
 
     @property
     def final(self) -> Array:
-        """(S,): how far the last score lies above the first."""
+        """(S,): the last score minus the first."""
         return np.asarray(self.scores[:, -1] - self.scores[:, 0])
 
 
 def curves_of(validations: Mapping[int, Sequence[tuple[int, float]]]) -> Curves:
-    """From the (step, score) pairs of each seed's finished run. Raises ValueError where they were validated after other steps."""
+    """Curves from the (step, score) pairs of each seed's run. Raises ValueError for seeds validated after different steps."""
     steps = {seed: [step for step, _ in pairs] for seed, pairs in validations.items()}
     first = next(iter(steps))
     if (other := next((seed for seed in steps if steps[seed] != steps[first]), None)) is not None:
@@ -48,8 +48,8 @@ def curves_of(validations: Mapping[int, Sequence[tuple[int, float]]]) -> Curves:
 
 
 def compared(found: Curves, base: Curves | None) -> dict[str, Any]:
-    """Each measure with `mean` and `ci95` over seeds, and `against`: the same of the difference to another variant with the same
-    seeds (None for that one itself, and where there is none). `reach`: see `reached`."""
+    """Each measure with `mean` and `ci95` over seeds, and `against`: the same for the difference to `base`, a variant with the same
+    seeds (None for the base itself, and without one). `reach`: see `reached`."""
     figures: dict[str, Any] = {}
     for measure in MEASURES:
         values = getattr(found, measure)
@@ -63,10 +63,9 @@ def _interval(values: Array) -> dict[str, Any]:
 
 
 def reached(found: Curves, base: Curves, *, seed: int = 0) -> dict[str, Any] | None:
-    """After how many steps the variant's mean curve first stands as high as the baseline's mean curve does at its end: `steps`,
-    and `ci95` by drawing seeds, the same for both (with few of them too sure of itself). None stands for never, in an end of the
-    interval too. Altogether None where there is no score to reach: the baseline gained nothing, on all seeds or in one of twenty
-    draws of them."""
+    """The `steps` after which the variant's mean curve first reaches the baseline's final mean score, and `ci95` by a bootstrap
+    over seeds, the same for both (too narrow with few seeds). None for `steps` or an end of the interval means never. The result is
+    None where the baseline gained nothing, on all seeds or in 5 % of the draws."""
     ours, theirs = found.scores, base.scores
     drawn = np.random.default_rng(seed).integers(len(ours), size=(BOOTSTRAP_SAMPLES, len(ours)))
     gains = base.final[drawn].mean(axis=1)
@@ -83,7 +82,7 @@ def _or_never(steps: float) -> float | None:
 
 
 def _first(steps: Array, curve: Array, target: float) -> float:
-    """Where a curve first reaches a height, in a straight line between validations; infinite where it never does."""
+    """The step at which a curve first reaches `target`, linear between validations; infinite for never."""
     for k in range(len(curve)):
         if curve[k] >= target:
             if k == 0:

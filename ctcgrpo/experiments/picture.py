@@ -1,4 +1,4 @@
-"""The curves of variants as a picture: an environment a panel, of each variant the mean over seeds."""
+"""The curves of variants as a picture: one panel per environment, the mean over seeds of each variant."""
 
 import io
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ _PLAIN = "#24292f"
 
 
 def drawn(found: Mapping[str, Mapping[str, Curves]], baseline: str) -> bytes:
-    """SVG. The baseline is black; the bands, from the lowest to the highest seed, are drawn for it and nothing else, since eight
-    of them would hide the lines."""
+    """The picture as SVG. The baseline is black. Only it has a band, from the lowest to the highest seed: eight bands would hide
+    the lines."""
     variants = list(dict.fromkeys(name for curves in found.values() for name in curves))
     others = [name for name in variants if name != baseline]
     color = {baseline: _PLAIN, **{name: _COLORS[k % len(_COLORS)] for k, name in enumerate(others)}}

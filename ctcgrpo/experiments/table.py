@@ -1,4 +1,4 @@
-"""The table of a sweep: a row a trial, its seeds together, with intervals, from the best to the worst."""
+"""The table of a sweep: one row per trial, over its seeds, with intervals, from the best to the worst."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,9 +25,9 @@ _STATES |= {TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}
 
 def table_of(sweep: Sweep, study: optuna.Study, folder: Path, against: str | None = None) -> list[dict[str, Any]]:
     """A row for each point: `params`, `score` (mean over seeds and held-out scenarios, after training), `ci95` (over both),
-    `gain` over the untrained policy, `by_seed`, and what became of it. A trial that was left and asked for again stands once. With
-    variants also `area`, `final` and `reach` (see `curves.compared`), compared with `against` or the baseline. Raises OutputError
-    where the variants of an environment met another user, or other data."""
+    `gain` over the untrained policy, `by_seed`, and its `state`. A trial that was run again has one row. With variants also
+    `area`, `final` and `reach` (see `curves.compared`), compared with `against` or the baseline. Raises OutputError where the
+    variants of an environment had different users or data."""
     by_folder = {trial.user_attrs["folder"]: trial for trial in study.trials if "folder" in trial.user_attrs}
     rows = [_row(name, trial, folder) for name, trial in by_folder.items()]
     rows.sort(key=lambda row: (row["score"] is None, -(row["score"] or 0.0), row["trial"]))
@@ -44,7 +44,7 @@ def table_of(sweep: Sweep, study: optuna.Study, folder: Path, against: str | Non
 
 
 def point_of(trial: FrozenTrial) -> dict[str, Any]:
-    """The parameters of a trial, those included that were asked for and not taken up yet; empty where none was chosen."""
+    """The parameters of a trial, also of an enqueued one; empty where none was chosen."""
     return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
 
@@ -56,7 +56,7 @@ def _row(name: str, trial: FrozenTrial, folder: Path) -> dict[str, Any]:
     seeds = trial.user_attrs["seeds"]
     try:
         found = [[v.by_scenario for v in valid_validations(_run(folder, name, seed).validation_file)] for seed in seeds]
-    except OutputError as error:  # it was whole when the trial ended
+    except OutputError as error:  # it was valid when the trial ended
         return row | {"state": "damaged", "reason": str(error)}
     after = [run[-1] for run in found]
     if not set.intersection(*map(set, after)):
@@ -67,7 +67,9 @@ def _row(name: str, trial: FrozenTrial, folder: Path) -> dict[str, Any]:
     before = [sum(run[0].values()) / len(run[0]) for run in found]
     row["gain"] = row["score"] - sum(before) / len(before)
     if trial.value is not None and not same(trial.value, row["score"]):
-        row["reason"] = f"validation.jsonl has {row['score']:+.3f}, summary.json {trial.value:+.3f}: one is damaged"
+        row["reason"] = (
+            f"the score is {row['score']:+.3f} in validation.jsonl, {trial.value:+.3f} in summary.json: one is damaged"
+        )
     return row
 
 
@@ -79,8 +81,7 @@ def _run(folder: Path, trial: str, seed: int | str) -> RunFolder:
 
 
 def curves_by_environment(sweep: Sweep, rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, dict[str, Curves]]:
-    """The curves of the trials that are done, by environment and variant. Raises OutputError where their runs do not belong
-    together."""
+    """The curves of finished trials, by environment and variant. Raises OutputError for runs with different users or data."""
     found: dict[str, dict[str, Curves]] = {}
     met: dict[str, tuple[Path, dict[str, Any]]] = {}
     varied = {field for changes in sweep.variants.values() for field in changes}
@@ -90,14 +91,14 @@ def curves_by_environment(sweep: Sweep, rows: Sequence[Mapping[str, Any]], folde
         environment, variant = row["params"]["environment"], row["params"]["variant"]
         runs = {seed: _run(folder, row["trial"], seed) for seed in row["by_seed"]}
         for run in runs.values():
-            user = run.path / "simulator.json"  # an environment of one's own has none
+            user = run.path / "simulator.json"  # a user's own environment has none
             shared = {user.name: read_json(user)} if user.exists() else {}
             data = read_json(run.path / "data.json")
             shared |= {f"{name} in data.json": data[name] for name in data if name not in (SKIPPED, *varied)}
             first, theirs = met.setdefault(environment, (run.path, shared))
             if differ := [name for name in {**theirs, **shared} if theirs.get(name) != shared.get(name)]:
                 what = f"{run.path} cannot be compared with {first}: {', '.join(differ)} differ"
-                raise OutputError(f"{what}; remove one of them")
+                raise OutputError(f"{what}; remove one of the runs")
         try:
             pairs = {int(s): [(v.step, v.overall) for v in valid_validations(r.validation_file)] for s, r in runs.items()}
             found.setdefault(environment, {})[variant] = curves_of(pairs)
@@ -107,7 +108,7 @@ def curves_by_environment(sweep: Sweep, rows: Sequence[Mapping[str, Any]], folde
 
 
 def compare(rows: Sequence[dict[str, Any]], curves: Mapping[str, Mapping[str, Curves]], against: str | None) -> None:
-    """Add to the rows that are done what `curves.compared` says of them."""
+    """Add the measures of `curves.compared` to the rows of finished trials."""
     for row in rows:
         if row["score"] is not None:
             variants = curves[row["params"]["environment"]]
@@ -120,14 +121,14 @@ _SAME = 5e-4  # scores within this are the same in the table
 
 
 def all_equal(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a sweep found no difference: several trials came to their end, all with the same score."""
+    """Whether several trials finished, all with the same score."""
     scores = [row["score"] for row in rows if row["score"] is not None]
     return len(scores) > 1 and max(scores) - min(scores) < _SAME
 
 
 def printed(rows: Sequence[Mapping[str, Any]], title: str, primary: str | None = None, against: str | None = None) -> Table:
-    """Parameters that are the same in every row stand in no column. With the `primary` measure of variants: its columns, and the
-    differences to the variant `against`."""
+    """A table for the terminal, without parameters that are the same in every row. With the `primary` measure of variants, it has
+    columns for the measures and the differences to the variant `against`."""
     names = list(dict.fromkeys(name for row in rows for name in row["params"]))
     names = [name for name in names if len({json.dumps(row["params"].get(name)) for row in rows}) > 1 or len(rows) == 1]
     measures = [] if primary is None else [primary, *(m for m in MEASURES if m != primary)]

@@ -14,7 +14,7 @@ from ctcgrpo.environments.eibench.records import scene_rules
 STEP = 5
 _FAR_OFF = 1000  # beyond this a number is no level that went astray
 _LEVELS = tuple(range(0, 101, STEP))
-_MISSING = "is missing, or no number near [0, 100]"
+_MISSING = "is missing, or not a number near [0, 100]"
 
 FIELDS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "anger": (("initial_calibration", "initial_anger"), ("rub_goals", "target_anger"), ("worst_case", "worst_anger_min")),
@@ -43,7 +43,7 @@ def anchor_problems(record: Mapping[str, Any], scene: str) -> Iterator[tuple[str
             continue
         for field, value in values.items():
             if value not in _LEVELS:
-                yield field, f"is {value:g}; it must be a multiple of {STEP} in [0, 100]"
+                yield field, f"is {value:g}; expected a multiple of {STEP} in [0, 100]"
         initial, target, worst = values.values()
         may_rise = scene_rules(scene).anger_may_rise
         if not _in_order(axis, may_rise, (initial, target, worst)):
@@ -91,8 +91,8 @@ def _in_order(axis: str, anger_may_rise: bool, levels: Levels) -> bool:
 
 def _order(axis: str, anger_may_rise: bool) -> str:
     if axis == "trust":
-        return "worst < initial < target is needed"
-    return "both below worst are needed" if anger_may_rise else "target < initial < worst is needed"
+        return "expected worst < initial < target"
+    return "expected both below worst" if anger_may_rise else "expected target < initial < worst"
 
 
 def _levels(record: Mapping[str, Any], axis: str) -> tuple[dict[str, float], list[str]]:

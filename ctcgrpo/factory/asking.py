@@ -34,7 +34,7 @@ class Answers(contextlib.AbstractAsyncContextManager["Answers"]):
             why = answer.note or "without a reason"
             raise SimulatorReplyError(f"{answer.endpoint} refused the request ({answer.ended}): {why}")
         if answer.note:
-            raise SimulatorReplyError(f"{answer.endpoint} gave no usable answer: {answer.note}")
+            raise SimulatorReplyError(f"{answer.endpoint}: no valid answer: {answer.note}")
         self._store.put(key, answer.text.encode("utf-8", "replace"))
         return answer.text
 

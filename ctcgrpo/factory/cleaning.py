@@ -20,7 +20,7 @@ from ctcgrpo.factory.layout import Role, layout_problems, layouts, mended, witho
 from ctcgrpo.llm_client.store import Store, content_key
 from ctcgrpo.types import Message
 
-Status = Literal["clean", "mended", "laid out anew", "left", "no scenario"]
+Status = Literal["clean", "mended", "laid out again", "left", "no scenario"]
 _ROLES: tuple[tuple[Role, str], ...] = (("user", "aggressor_profile"), ("policy", "defender_profile"))
 _SENTENCE = re.compile(r"(?<=[.!?。！？…])\s*|\n+")
 _PROMPT = (
@@ -112,7 +112,7 @@ async def _laid_out(cleaned: Cleaned, config: FactoryConfig, answers: Answers) -
         reasons += [f"{profile}: {problem}" for problem in problems]
         if not problems:
             _replace(record, profile, after)
-    status: Status = "left" if reasons else "laid out anew"
+    status: Status = "left" if reasons else "laid out again"
     return Cleaned(record, status, [*cleaned.differences, *differences(cleaned.record, record)], reasons)
 
 

@@ -23,14 +23,14 @@ Record = dict[str, Any]
 app = typer.Typer(help="Fetch, generate, check and convert sets of scenarios.", no_args_is_help=True)
 Source = Annotated[str, typer.Argument(help="A path, a bundled pack (english/train) or a dataset (eibench/train).")]
 Part = Annotated[Split, typer.Option(help="The folder, where the source has both.")]
-Threshold = Annotated[float, typer.Option(min=0.05, max=1.0, help="TF-IDF cosine from which two records count as one.")]
+Threshold = Annotated[float, typer.Option(min=0.05, max=1.0, help="TF-IDF cosine from which two records are duplicates.")]
 
 
 @app.command()
 def validate(
     source: Source,
     split: Annotated[Split, typer.Option(help="The folder, and the defaults for missing anchors.")] = "train",
-    loose: Annotated[bool, typer.Option("--loose", help="Only what keeps scenarios from being played.")] = False,
+    loose: Annotated[bool, typer.Option("--loose", help="Report only errors that make a record unplayable.")] = False,
 ) -> None:
     """Check scenarios against every rule, and list each problem with file, line and field."""
     from ctcgrpo.factory.rules import Problem, problems
@@ -54,15 +54,15 @@ def validate(
     say(f"{source}: {len(valid)} scenarios ({by_scene(valid)})" + ("" if loose else "; every rule holds"))
     if own := [scene for scene in in_order(s.scene for s in valid) if scene not in SCENES]:
         say(
-            f"note: {', '.join(own)}: not in the published set ({', '.join(SCENES)}). The scripted user hears replies there as in "
-            f"support, an LLM user is told no more than the persona; a recipe names such scenes in scenarios.scenes"
+            f"note: {', '.join(own)}: not a published scene ({', '.join(SCENES)}). The scripted user plays such a scene like "
+            f"support, and an LLM user gets only the persona; to train on it, name it in scenarios.scenes"
         )
     if warning := unscripted_warning(valid, "scenarios"):
         say(f"note: {warning}")
 
 
 def _consequence(source: str, split: Split) -> str:
-    """What training and evaluation make of the invalid records of a source."""
+    """What training and evaluation do with the invalid records of a source."""
     from ctcgrpo.environments.eibench.scenarios import read_scenarios
 
     found = read_scenarios(source, split)
@@ -103,15 +103,17 @@ def fetch(
         say(f"{found.title}\nlicence: {found.licence}")
         return yes or typer.confirm("Fetch it?")
 
-    say(f"it is in {fetched(dataset, agree, source=source, verify=not unverified)}")
+    say(f"written to {fetched(dataset, agree, source=source, verify=not unverified)}")
 
 
 @app.command()
 def generate(
     config: Annotated[Path, typer.Argument(help="Who writes, and from what (configs/factory).")],
     out: Annotated[Path, typer.Argument(help="The folder that the set is written to.")],
-    count: Annotated[int, typer.Option(min=1, help="Scenarios that are asked for.")] = 200,
-    against: Annotated[list[str] | None, typer.Option(help="A held-out set that none may be like; several.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Number of scenarios to request.")] = 200,
+    against: Annotated[
+        list[str] | None, typer.Option(help="A held-out set whose near-duplicates are dropped; repeatable.")
+    ] = None,
 ) -> None:
     """Generate scenarios from seeds with a model; the same command resumes."""
     with _needs_the_extra():
@@ -130,13 +132,13 @@ def generate(
     for verdict in map(gate, load_scenarios(out) if files else ()):
         if verdict.problem:
             say(f"{verdict.id}: gate: {verdict.problem}")
-    say(f"{len(outcomes)} asked for: {_counted(outcomes)}; {out / REPORT}")
+    say(f"{len(outcomes)} requested: {_counted(outcomes)}; report: {out / REPORT}")
     say(
         f"all answers in {settings.store}: {spent['calls']} calls, {spent['prompt_tokens']} + {spent['completion_tokens']} tokens, "
         f"{spent['money']:.2f} {spent['currency']}"
     )
     if unanswered := sum(outcome.status == "unanswered" for outcome in outcomes):
-        raise RunFailed(f"{unanswered} requests got no answer; the same command asks for them again")
+        raise RunFailed(f"{unanswered} requests got no answer; the same command re-runs them")
 
 
 @app.command()
@@ -144,7 +146,7 @@ def clean(
     source: Source,
     out: Annotated[Path, typer.Argument(help="A new folder for the set.")],
     split: Part = "train",
-    config: Annotated[Path | None, typer.Option(help="A model (configs/factory) for what no rule mends.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A model (configs/factory) for records that no rule can repair.")] = None,
 ) -> None:
     """Repair anchors and the layout of personas, and show every change."""
     from ctcgrpo.factory.cleaning import by_model, by_rule
@@ -165,7 +167,7 @@ def clean(
     write_layout(kept, out)
     say(f"{source}: {_counted(found)}; {len(kept)} records are in {out}")
     if bad := sum(cleaned.status in ("left", "no scenario") for cleaned in found):
-        raise ScenarioError(f"{bad} records of {source} could not be cleaned; each says why above")
+        raise ScenarioError(f"{source}: {bad} records could not be cleaned; the reasons are listed above")
 
 
 @app.command()
@@ -178,7 +180,7 @@ def gate(source: Source, split: Part = "train") -> None:
     for verdict in failed:
         say(f"{verdict.id}: {verdict.problem} ({_outcomes(verdict.good, verdict.mediocre, verdict.bad)})")
     if failed:
-        raise ScenarioError(f"{len(failed)} of {len(verdicts)} scenarios of {source} do not pass the gate")
+        raise ScenarioError(f"{source}: {len(failed)} of {len(verdicts)} scenarios fail the gate; the reasons are listed above")
     good, mediocre, bad = (fmean(of) for of in zip(*((v.good, v.mediocre, v.bad) for v in verdicts), strict=True))
     say(f"{source}: {len(verdicts)} scenarios pass; mean outcomes: {_outcomes(good, mediocre, bad)}")
 
@@ -190,7 +192,7 @@ def _outcomes(good: float, mediocre: float, bad: float) -> str:
 @app.command()
 def dedup(
     source: Source,
-    against: Annotated[list[str] | None, typer.Option(help="A held-out set that must not leak in; several.")] = None,
+    against: Annotated[list[str] | None, typer.Option(help="A held-out set to search for near-duplicates; repeatable.")] = None,
     split: Part = "train",
     threshold: Threshold = 0.5,
     out: Annotated[Path | None, typer.Option(help="Write the set there, with the first of those alike.")] = None,
@@ -218,22 +220,22 @@ def dedup(
     dropped = to_drop(records, within, held, leaks)
     for k, reason in dropped.items():
         say(f"{records[k]['id']}: {reason}")
-    say(f"{source}: {len(dropped)} of {len(records)} records have to go ({len(within)} pairs within, {len(leaks)} leaks)")
+    say(f"{source}: {len(dropped)} of {len(records)} records are duplicates ({len(within)} pairs within, {len(leaks)} leaks)")
     if out is not None:
         files = write_layout([record for k, record in enumerate(records) if k not in dropped], out)
-        say(f"{len(records) - len(dropped)} records without them: {', '.join(map(str, files))}")
+        say(f"{len(records) - len(dropped)} records left: {', '.join(map(str, files))}")
     elif dropped:
-        raise ScenarioError(f"{source} holds duplicates; --out FOLDER writes the set without them")
+        raise ScenarioError(f"{source}: {len(dropped)} duplicates; expected none; --out FOLDER writes the set without them")
 
 
 @app.command()
 def stats(
     source: Source,
     split: Part = "train",
-    tokenizer: Annotated[str | None, typer.Option(help="A model whose tokens lengths are in; else characters.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw it as well, to this PNG.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="The model whose tokens measure lengths (default: characters).")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also draw a plot to this PNG file.")] = None,
 ) -> None:
-    """Print how balanced a set is, by scene, seed, length and anchors."""
+    """Print statistics of a set's balance: scenes, seeds, lengths, anchors."""
     with _needs_the_extra():
         from ctcgrpo.factory.stats import stats_of, tables_of, write_picture
 
@@ -262,7 +264,7 @@ def stats(
 def split(
     source: Source,
     out: Annotated[Path, typer.Argument(help="A new folder; train/ and test/ are written there.")],
-    share: Annotated[float, typer.Option(min=0.0, max=0.9, help="Held out, of each scene.")] = 0.1,
+    share: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of each scene to hold out.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     threshold: Threshold = 0.5,
 ) -> None:
@@ -278,7 +280,7 @@ def split(
     for record, is_test in zip(records, chosen, strict=True):
         parts["test" if is_test else "train"].append(record)
     if empty := next((name for name, part in parts.items() if not part), None):
-        raise ScenarioError(f"{source}: with --share {share:g} no record is left for {empty}")
+        raise ScenarioError(f"--share = {share:g}: no record of {source} is left for {empty}; try another share")
     for name, part in parts.items():
         write_layout(part, out / name)
         say(f"{out / name}: {len(part)} records")
@@ -299,7 +301,7 @@ def convert(
 
     if source.startswith(HUB) or any((Path(source) / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
         if target.startswith(HUB):
-            raise RecipeError("one dataset is not converted to another; the Hub copies them")
+            raise RecipeError("source and target are both datasets; expected files of scenarios for one of them")
         check_new(Path(target))
         found = load_splits(source)
         for name, records in found.items():
@@ -344,4 +346,4 @@ def _needs_the_extra() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise RecipeError(f"this needs the extra factory: pip install 'ctcgrpo[factory]' ({error})") from None
+        raise RecipeError(f"this command needs the extra factory: pip install 'ctcgrpo[factory]' ({error})") from None

@@ -16,9 +16,9 @@ from ctcgrpo.util.sections import Section, parse_mapping, read_text, validated
 class Writer(Calls):
     """The model that writes."""
 
-    temperature: float | None = Field(0.9, ge=0, description="sampling temperature; null sends none")
-    max_tokens: int = Field(6000, ge=1, description="tokens of an answer at most; a scenario takes some 2,500")
-    deadline: float = Field(300.0, gt=0, description="seconds that an answer may take, retries included")
+    temperature: float | None = Field(0.9, ge=0, description="sampling temperature; null: not sent")
+    max_tokens: int = Field(6000, ge=1, description="limit on the tokens of an answer; a scenario takes some 2,500")
+    deadline: float = Field(300.0, gt=0, description="limit on the seconds of an answer, retries included")
 
 
 class FactoryConfig(Section):
@@ -32,11 +32,11 @@ class FactoryConfig(Section):
     scenes: tuple[str, ...] = Field(SCENES, min_length=1, description="the scenes that are written")
     examples: str | None = Field(None, description="a set whose scenarios are shown: english/train, chinese/train, a path")
     shots: int = Field(2, ge=0, description="examples that each request holds")
-    attempts: int = Field(3, ge=1, description="answers that are asked for, the faults of the one before told")
+    attempts: int = Field(3, ge=1, description="calls at most per scenario; each repeats the faults of the last answer")
     prefix: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]*$", description="of ids: PREFIX-SCENE-0001")
     licence: str = Field(description="of what is written, carried in every record")
     source: str = Field(description="the set's name, carried in every record")
-    seed: int = Field(0, ge=0, description="of the draws of themes, people and examples")
+    seed: int = Field(0, ge=0, description="seed for drawing themes, people and examples")
 
     @model_validator(mode="after")
     def _fits_together(self) -> FactoryConfig:

@@ -90,7 +90,7 @@ async def _all(
             outcome = await _written(config, answers, request, [examples[request.scene][k] for k in request.examples])
             done += 1
             if done % max(1, len(asked) // 20) == 0:
-                say(f"{done} of {len(asked)} are written")
+                say(f"{done} of {len(asked)} scenarios written")
             return outcome
 
         try:
@@ -155,10 +155,10 @@ def check_target(folder: Path, config: FactoryConfig) -> list[Path]:
         return []
     before = json.loads(report.read_text(encoding="utf-8"))
     if before.get("config") != _digest(config):
-        raise OutputError(f"{folder} holds a set that another configuration wrote; name another folder")
+        raise OutputError(f"{folder} contains a set of another configuration; choose another folder")
     ours = [*before["files"], REPORT]
     if other := sorted(f.name for f in folder.iterdir() if f.name not in ours):
-        raise OutputError(f"{folder} holds {other[0]}, which is not of this set; move it, or name another folder")
+        raise OutputError(f"{folder} contains {other[0]}, which is not of this set; move it, or choose another folder")
     return [folder / name for name in ours]
 
 

@@ -18,7 +18,7 @@ _SEEDS = files("ctcgrpo.factory") / "seeds"
 
 def _is_a_choice(values: tuple[str, ...]) -> tuple[str, ...]:
     if twice := next((value for k, value in enumerate(values) if value in values[:k]), None):
-        raise ValueError(f"it holds {twice!r} twice")
+        raise ValueError(f"duplicate {twice!r}")
     return values
 
 
@@ -76,7 +76,7 @@ def wanted(
     makers = {scene: _of_scene(found, scene, seed) for scene in scenes}
     for k, scene in enumerate(islice(cycle(scenes), count)):
         if (combination := next(makers[scene], None)) is None:
-            raise ScenarioError(f"scene {scene!r} has fewer combinations of seeds than are asked for; add themes or places")
+            raise ScenarioError(f"scene {scene!r} has fewer combinations of seeds than requested; add themes or places")
         name = f"{prefix}-{scene}-{k // len(scenes) + 1:04d}"
         known = list(examples.get(scene, ()))
         shown = random.Random(f"examples/{seed}/{name}").sample(known, min(shots, len(known)))

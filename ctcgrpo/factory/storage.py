@@ -31,7 +31,7 @@ def with_origin(record: Record, *, licence: str | None, source: str | None) -> d
     for field, given in (("licence", licence), ("data_source", source)):
         if not told.get(field):
             if not given:
-                raise ScenarioError(f"scenario {record.get('id')!r} says no {field}; give --{field.removeprefix('data_')}")
+                raise ScenarioError(f"scenario {record.get('id')!r} has no {field}; set --{field.removeprefix('data_')}")
             told[field] = given
     return told
 
@@ -45,7 +45,7 @@ def write_layout(records: Iterable[Record], folder: Path) -> list[Path]:
             raise ScenarioError(f"scenario {record.get('id')!r}: scene_tag is {scene!r}; {problem}")
         files[folder / f"{scene}_final.jsonl"] += _line(record) + "\n"
     if there := next((file for file in sorted(files) if file.exists()), None):
-        raise OutputError(f"{there} is there already; name another folder")
+        raise OutputError(f"{there} already exists; choose another folder")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(files):
@@ -66,7 +66,7 @@ def check_new(folder: Path) -> None:
     """Raises OutputError for a folder that holds something, or is none."""
     with writing(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise OutputError(f"{folder} is there already; name another folder")
+            raise OutputError(f"{folder} already exists; choose another folder")
 
 
 def to_dataset(records: Sequence[Record]) -> Dataset:
@@ -112,7 +112,7 @@ def save_dataset(splits: Mapping[str, Sequence[Record]], target: str) -> None:
     try:
         data.push_to_hub(name, private=True)
     except Exception as error:  # noqa: BLE001 - what its HTTP library raises changes with it; the records are where they were
-        raise OutputError(f"{target}: the Hub does not take it: {hub_reason(error)}") from None
+        raise OutputError(f"{target}: the upload to the Hub failed: {hub_reason(error)}") from None
 
 
 def load_splits(source: str) -> dict[str, list[dict[str, Any]]]:

@@ -1,1 +1,1 @@
-"""Calls to hosted language models: endpoints, account, store; what simulator and factory share."""
+"""Calls to hosted language models, for simulator and factory: endpoints, account, store."""

@@ -1,9 +1,9 @@
-"""What the simulator's calls cost, and a budget that is never exceeded, by all processes that share a store.
+"""The cost of LLM calls, and a budget that all processes of a store share and never exceed.
 
-A call is booked with the most that it can cost before it is made, and settled with what it did cost afterwards. When the next call
-does not fit beside what is booked, it waits for calls under way, also of other processes. When none is under way, the budget is
-spent: the run pauses, and nothing is scored on what was not paid for. What was under way in a process that was killed is settled
-with the mean cost of a call: some of it was charged for.
+Before a call, its maximum cost is booked; afterwards the booking is settled with its real cost. A call that does not fit beside the
+bookings waits for calls in progress, also of other processes. When none is in progress, the budget is spent and the run pauses, so
+that no episode is scored on missing answers. Calls in progress of a killed process are settled with the mean cost of a call, since
+the provider charged for some of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ctcgrpo.simulator.config import Budget
 MICRO = 1_000_000
 _SPENT, _BOOKED = "account", "booked"
 _LOOK_SECONDS = 0.02
-"""Between two looks at the store by a call that waits for room in the budget; one call of a process at a time."""
+"""Seconds between two checks of the store by a call that waits for room in the budget; one call of a process at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +47,14 @@ class Spent:
         return Spent(*(max(0, a - b) for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def mean(self, calls: int, most: Spent) -> Spent:
-        """What so many calls cost on average, at most `most`."""
+        """The mean cost of `calls` calls, at most `most`."""
         each = max(1, self.calls)
         return Spent(calls, *(min(calls * n // each, m) for n, m in zip(astuple(self)[1:], astuple(most)[1:], strict=True)))
 
 
 @dataclass
 class _Book:
-    """What was spent, and by process what its calls under way can cost at most."""
+    """Total spending, and by process the maximum cost of its calls in progress."""
 
     spent: Spent
     booked: dict[str, Spent]
@@ -70,14 +70,14 @@ class _Book:
             self.booked[owner] = left
 
     def settle_lost(self, is_alive: Callable[[str], bool]) -> None:
-        """Calls of processes that ended without settling them."""
+        """Settle the calls of processes that ended without doing so."""
         for owner in [name for name in self.booked if not is_alive(name)]:
             most = self.booked[owner]
             self.settle(owner, most, self.spent.mean(most.calls, most))
 
 
 class Account:
-    """Books calls; what was spent is kept in the store, over restarts and by all processes that share it."""
+    """Books calls. The store keeps the total over restarts, for all processes that share it."""
 
     def __init__(self, budget: Budget, store: Store | None) -> None:
         self._budget = budget
@@ -89,21 +89,21 @@ class Account:
 
     @property
     def spent(self) -> Spent:
-        """By calls that ended. Raises OutputError for a store that cannot be read."""
+        """The cost of all calls that ended. Raises OutputError for a store that cannot be read."""
         return Spent(**(self._store.counters() if self._store else self._here).get(_SPENT, {}))
 
     @asynccontextmanager
     async def booking(self, most: Spent, seconds: float = 60.0) -> AsyncIterator[Booking]:
-        """Around one call: `most` is the most that it can cost, and what it is settled with unless `cost` is set: a call that was
-        cancelled may have been charged for. Raises BudgetSpent where that does not fit into the budget and no call is under way, or
-        within so many seconds, and where the store cannot be written to."""
+        """A booking around one call. `most`: its maximum cost, also its cost unless `Booking.cost` is set, since a cancelled call
+        may be charged for. Raises BudgetSpent where it does not fit into the budget and no call is in progress, or not within
+        `seconds`, and where the store cannot be written to."""
         try:
             async with asyncio.timeout(seconds), self._queue:
                 while not self._book(most):
-                    # At random, so that no process takes all the room that comes free.
+                    # A random time, so that no process takes all the free room.
                     await asyncio.sleep(_LOOK_SECONDS * random.uniform(0.5, 1.5))
         except TimeoutError:
-            raise BudgetSpent(f"{self.explain()} (waited {seconds:.1f} s for calls under way)") from None
+            raise BudgetSpent(f"{self.explain()} (waited {seconds:.1f} s for calls in progress)") from None
         booking = Booking(most)
         try:
             yield booking
@@ -113,7 +113,7 @@ class Account:
                 pass
 
     def _book(self, most: Spent) -> bool:
-        """Whether the call may be made now. Raises BudgetSpent where it never may."""
+        """Book a call; False where it has to wait. Raises BudgetSpent where it can never be made."""
         with self._open() as (book, owner):
             total, money, tokens = book.spent + book.under_way + most, self._budget.money, self._budget.tokens
             if (money is None or total.money <= money * MICRO) and (tokens is None or total.tokens <= tokens):
@@ -125,8 +125,8 @@ class Account:
 
     @contextmanager
     def _open(self) -> Iterator[tuple[_Book, str]]:
-        """The book, to change it, and the name of this process in it. Raises BudgetSpent, which pauses the run, where it cannot be
-        kept."""
+        """The book, to change it, and the name of this process in it. Raises BudgetSpent, which pauses the run, where the store
+        cannot be written."""
         try:
             with self._store.changing_counters() if self._store else nullcontext((self._here, None)) as (counters, owner):
                 name = owner.name if owner else ""
@@ -140,11 +140,11 @@ class Account:
                 counters[_SPENT] = asdict(book.spent)
                 counters[_BOOKED] = {other: asdict(most) for other, most in book.booked.items()}
         except OutputError as error:
-            raise BudgetSpent(f"what calls cost cannot be kept: {error}") from None
+            raise BudgetSpent(f"the cost of calls cannot be recorded: {error}") from None
         self._unsettled.clear()
 
     def explain(self) -> str:
-        """Why another call cannot be made, for an error."""
+        """The reason why another call cannot be made, for an error."""
         with self._open() as (book, _):
             return self._explain(book)
 
@@ -157,10 +157,10 @@ class Account:
             return f"{verb} {what.tokens} tokens and {what.money / MICRO:.2f} {budget.currency}"
 
         state = "has no room for another call now" if under_way.calls else "is spent"
-        booked = f"{under_way.calls} calls under way {took('may take', under_way)}, " if under_way.calls else ""
+        booked = f"{under_way.calls} calls in progress {took('may take', under_way)}, " if under_way.calls else ""
         return (
             f"the budget of {' and '.join(limits)} {state}: {spent.calls} calls {took('took', spent)}, {booked}and another call "
-            "could exceed it; raise it in the configuration that sets it (budget)"
+            "could exceed it; raise budget in the configuration"
         )
 
     def summary(self) -> Mapping[str, Any]:
@@ -170,7 +170,7 @@ class Account:
 
 
 class Booking:
-    """A call under way; `cost` is what it turned out to cost."""
+    """A call in progress. Set `cost` to its real cost when it ends."""
 
     def __init__(self, most: Spent) -> None:
         self.cost = most

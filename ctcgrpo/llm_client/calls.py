@@ -1,7 +1,7 @@
-"""One call to an OpenAI-compatible endpoint: the request, and the completion in its answer, or CallFailed with the reason.
+"""One call to an OpenAI-compatible endpoint: its request, and the completion in the answer, or CallFailed with the reason.
 
-On aiohttp rather than openai's client: bodies have a limit, redirects keep to their origin (the key goes nowhere else), and an
-answer that is no completion is read for what it says.
+It uses aiohttp rather than openai's client: bodies have a limit, redirects stay at their origin (no other server gets the key), and
+an invalid answer is searched for an error message.
 """
 
 import json
@@ -22,7 +22,7 @@ from ctcgrpo.types import Message
 from ctcgrpo.util.proxies import proxy_of, through_proxy
 
 MOST_BYTES = 8_000_000  # of an answer's body, decompressed
-_AT_ONCE = 1.0  # Seconds: a connection that is closed sooner, without a byte of an answer, was closed before any work was done
+_AT_ONCE = 1.0  # seconds; a connection that closes sooner, without a byte of an answer, caused no paid work
 _REDIRECTS = 3
 _TEXTS = ("text", "output_text")
 _REASONING = ("reasoning_content", "reasoning")
@@ -30,8 +30,8 @@ _REASONING = ("reasoning_content", "reasoning")
 
 @dataclass(frozen=True, slots=True)
 class ChatCompletion:
-    """What an endpoint answered; `ended` is its finish reason (length: it ran into the limit on tokens; refusal). Tokens are 0
-    where it does not say how many, or says what cannot be. `note` says why there is no text where there is none."""
+    """An endpoint's completion. `ended`: its finish reason (length: the limit on tokens; refusal). Token counts are 0 where
+    they are missing or impossible. `note`: why the text is empty, if it is."""
 
     text: str
     ended: str
@@ -42,7 +42,7 @@ class ChatCompletion:
 
 
 class ChatClient:
-    """Calls to one endpoint, over one session, which is opened by the first. Raises RecipeError for a key that is not set."""
+    """Calls to one endpoint over one session, which the first call opens. Raises RecipeError for a key that is not set."""
 
     def __init__(self, settings: Endpoint, calls: Calls) -> None:
         self._settings, self._calls = settings, calls
@@ -61,7 +61,7 @@ class ChatClient:
             self._session = None
 
     async def complete(self, messages: Sequence[Message], seed: int, schema: Mapping[str, Any]) -> ChatCompletion:
-        """Raises CallFailed. Whoever calls bounds the time."""
+        """One completion. Raises CallFailed. The caller limits the time."""
         body = self.request(messages, seed, schema)
         try:
             status, headers, text = await self._post(body)
@@ -75,7 +75,7 @@ class ChatClient:
             raise CallFailed(error.result, shown, wait=error.wait, paid=error.paid) from None
 
     def request(self, messages: Sequence[Message], seed: int, schema: Mapping[str, Any]) -> dict[str, Any]:
-        """The request's body; what is None is not sent."""
+        """The request's body, without fields that are None."""
         calls, settings = self._calls, self._settings
         formats: dict[str, Any] = {
             "json_schema": {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}},
@@ -99,7 +99,7 @@ class ChatClient:
     async def _post(self, body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], str]:
         """Status, headers and text of the answer."""
         if self._session is None:
-            # Certificates of the system, and certifi's where it has none.
+            # The system's certificates, or certifi's where it has none.
             context = ssl.create_default_context()
             context.load_verify_locations(certifi.where())
             connector = aiohttp.TCPConnector(limit=0, ssl=context)
@@ -130,7 +130,7 @@ class ChatClient:
         if is_html(text):
             raise CallFailed("malformed", f"it answered with {error_body(text).message}")
         if "event-stream" in headers.get("content-type", "") or text.lstrip().startswith("data:"):
-            raise _malformed("it answered with a stream, which was not asked for")
+            raise _malformed("expected a chat completion, got a stream, which was not requested")
         try:
             data = json.loads(text)
         except (ValueError, RecursionError):
@@ -164,7 +164,7 @@ class ChatClient:
         return ChatCompletion(shown, ended, *tokens, self._settings.label, self._without_key(note))
 
     def _without_key(self, text: str) -> str:
-        """A model's own words: they go into traces and pages. A short secret stands for none (EMPTY), and may be a word."""
+        """A model's text without the key, for traces and pages. A short key (EMPTY) is no secret, and may be an ordinary word."""
         for secret in self._secrets:
             text = text.replace(secret, "[key]") if len(secret) >= 8 else text
         return text
@@ -187,13 +187,13 @@ async def _text(response: aiohttp.ClientResponse) -> str:
 
 
 def _first(choices: Any) -> Mapping[str, Any]:
-    """The choice with the lowest index; nothing where there is none."""
+    """The choice with the lowest index; empty without choices."""
     found = [choice for choice in choices if isinstance(choice, Mapping)] if isinstance(choices, list) else []
     return min(found, key=lambda choice: choice.get("index") != 0, default={})
 
 
 def _content(content: Any) -> str:
-    """Text of a message; some providers give it in parts, thoughts among them."""
+    """The text of a message; some providers send it in parts, reasoning among them."""
     if isinstance(content, str):
         return content
     parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
@@ -204,21 +204,21 @@ def _why_empty(message: Mapping[str, Any], ended: str) -> str:
     reasoned = next((name for name in _REASONING if message.get(name)), None)
     if reasoned is not None and ended == "length":
         return (
-            f"the whole limit on tokens went into {reasoned}, and content is empty; raise max_tokens, or turn reasoning off "
+            f"content is empty: {reasoned} used up the limit on tokens; raise max_tokens, or turn reasoning off "
             "(extra_body: {chat_template_kwargs: {enable_thinking: false}})"
         )
     if reasoned is not None:
         return (
-            f"content is empty, and the text is in {reasoned}; start the server without a reasoning parser, or turn reasoning on "
+            f"content is empty: the text is in {reasoned}; start the server without a reasoning parser, or turn reasoning on "
             "where the server parses it and off where it does not (extra_body: {chat_template_kwargs: {enable_thinking: ...}})"
         )
     if message.get("tool_calls") or message.get("function_call"):
-        return "content is empty: it called a tool, and none was offered; try output: json_object or text"
+        return "content is empty: the model called a tool, and none was offered; try output: json_object or text"
     return f"content is empty (finish_reason {ended})"
 
 
 def _count(value: Any) -> int | None:
-    """A number of tokens; None for what is none."""
+    """A number of tokens; None for an invalid value."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 12:
         return int(value)
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -1,8 +1,8 @@
-"""Getting one chat completion out of several OpenAI-compatible endpoints, or the reason why there is none.
+"""Gets one chat completion from several OpenAI-compatible endpoints, or raises with the reasons.
 
-A dialogue stays with the endpoint that knows its prefix (weighted rendezvous hashing over the scenario) and moves on when that one
-is full, refuses the request, told us to wait (Retry-After), or failed so often in a row that its circuit breaker is open. While all
-are unavailable, a request waits for as long as its `patience` allows, beyond its deadline.
+A dialogue stays with one endpoint, which may have cached its prefix (weighted rendezvous hashing over the scenario). It moves to
+another one when the first is full, refuses the request, sent a Retry-After, or its circuit breaker is open after consecutive
+failures. While all are unavailable, a request waits beyond its deadline, for up to `patience` seconds.
 """
 
 import asyncio
@@ -24,14 +24,14 @@ from ctcgrpo.simulator.config import Calls, Price
 from ctcgrpo.types import Message
 
 _LONGEST_PAUSE = 30.0
-_SHORTEST_CALL = 0.05  # Seconds: with less than this left, a call is not begun
-_MOMENT = 1.0  # Seconds: an outage is longer
+_SHORTEST_CALL = 0.05  # seconds; no call starts with less time left
+_MOMENT = 1.0  # seconds; a shorter outage is not logged
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class CallRecord:
-    """One call, for logs and metrics: `result` is ok, or what went wrong in a word."""
+    """One call, for logs and metrics. `result`: ok, or the kind of failure."""
 
     endpoint: str
     result: str
@@ -40,19 +40,19 @@ class CallRecord:
 
 
 class Deadline:
-    """Until when a request is to be answered, on time.monotonic()'s clock; it moves on while every endpoint is unavailable."""
+    """The deadline of a request, on time.monotonic()'s clock; it is extended while every endpoint is unavailable."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.at = time.monotonic() + seconds
-        self.waited = 0.0  # seconds that it moved by
-        self.held_up_by = "it had no time left"  # why an endpoint was not asked
+        self.waited = 0.0  # seconds of all extensions
+        self.obstacle = "no time was left"  # why an endpoint was not called
 
     def left(self) -> float:
         return self.at - time.monotonic()
 
     def wait(self, seconds: float, then: float) -> None:
-        """Move it by the seconds that are waited now, and leave `then` seconds for a call after them."""
+        """Extend it by a wait of `seconds`, with at least `then` seconds for a call after it."""
         moved = max(self.at + seconds, time.monotonic() + seconds + then)
         self.waited += moved - self.at
         self.at = moved
@@ -60,18 +60,18 @@ class Deadline:
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """Every endpoint is unavailable: for how many more seconds, and why."""
+    """Every endpoint is unavailable. `seconds` to the next attempt, and the `reason`."""
 
     seconds: float
     reason: str
 
     def __str__(self) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(time.time() + self.seconds))
-        return f"every LLM endpoint is unavailable, the next attempt is at {clock} (in {self.seconds:.0f} s): {self.reason}"
+        return f"every LLM endpoint is unavailable; next attempt at {clock} (in {self.seconds:.0f} s): {self.reason}"
 
 
 class EndpointPool:
-    """All endpoints that are asked for the same. `on_call` sees every call that was made, `say` hears when all are unavailable."""
+    """Interchangeable endpoints. `on_call` gets a record of every call; `say` gets a line for each outage of all endpoints."""
 
     def __init__(
         self,
@@ -85,21 +85,21 @@ class EndpointPool:
         self._account = account
         self._on_call, self._say = on_call, say
         self._said_until = 0.0
-        self._random = random.Random()  # of its own: training's random state must not depend on retries
+        self._random = random.Random()  # its own generator: training's random state must not depend on retries
 
     async def close(self) -> None:
         for line in self.lines:
             await line.client.close()
 
     def is_ready(self) -> bool:
-        """Whether any endpoint may be asked now."""
+        """Whether any endpoint may be called now."""
         return any(line.ready for line in self.lines)
 
     def spent(self) -> Mapping[str, Any]:
         return self._account.summary()
 
     def outage(self) -> Outage | None:
-        """None while one may be asked, or is being asked whether it is back."""
+        """The current outage; None while an endpoint may be called, or is being probed."""
         now = time.monotonic()
         seconds = min((line.unavailable_until for line in self.lines if not line.hopeless), default=now) - now
         return None if seconds <= 0 or self.is_ready() else Outage(seconds, self._reasons())
@@ -109,8 +109,8 @@ class EndpointPool:
     ) -> ChatCompletion:
         """A completion before `deadline`.
 
-        Raises SimulatorTransportError when there was none by then, SimulatorReplyError for a request that every endpoint refuses,
-        BudgetSpent where it cannot be paid for: the budget is spent, or no provider has quota left.
+        Raises SimulatorTransportError where none came in time, SimulatorReplyError for a request that every endpoint refuses,
+        BudgetSpent where the budget is spent or no provider has quota left.
         """
         problems: list[str] = []
         tries: Counter[str] = Counter()
@@ -119,23 +119,23 @@ class EndpointPool:
             lines = [line for line in self.lines if line.name not in refused]
             if problems and all(line.hopeless for line in lines):
                 self._give_up(lines)
-            self._mind_the_time(0, deadline, problems)
+            self._check_time(0, deadline, problems)
             rounds = min(tries[line.name] for line in lines)
             if rounds and any(line.ready for line in lines):
                 pause = min(_LONGEST_PAUSE, 0.25 * 2 ** min(rounds, 8)) * self._random.uniform(0.5, 1.5)
-                self._mind_the_time(pause, deadline, problems)
+                self._check_time(pause, deadline, problems)
                 await asyncio.sleep(pause)
             line = await self._choose(lines, dialogue, tries, deadline, problems)
-            # Nothing is awaited between the choice and this: of an open breaker one call finds out whether it may close.
+            # No await between the choice and this: only one call may probe an open breaker.
             probe = line.probing = bool(line.opened)
             tries[line.name] += 1
             try:
                 return await self._attempt(line, (messages, seed, schema), deadline, probe)
             except CallFailed as problem:
                 line.failed(problem, dialogue=dialogue, probe=probe)
-                if problem.result == "waiting":  # it was not asked
+                if problem.result == "waiting":  # it was not called
                     tries[line.name] -= 1
-                    deadline.held_up_by = f"{line.name}: {problem}"
+                    deadline.obstacle = f"{line.name}: {problem}"
                     continue
                 problems.append(f"{line.name}: {problem}")
                 if problem.result in ("refused", "forbidden"):
@@ -148,8 +148,8 @@ class EndpointPool:
     async def _choose(
         self, lines: Sequence[EndpointState], dialogue: str, tries: Counter[str], deadline: Deadline, problems: list[str]
     ) -> EndpointState:
-        """The dialogue's endpoint, or the next in its order that is ready and has room, those first that it tried least; waits
-        where none is ready."""
+        """The dialogue's endpoint, or the next in its order that is ready and has room; those with the fewest tries come first.
+        Waits where none is ready."""
         order = sorted(lines, key=lambda line: (tries[line.name], -line.rank(dialogue)))
         while True:
             ready = [line for line in order if line.ready]
@@ -167,14 +167,14 @@ class EndpointPool:
                 await self._wait(pause)
             elif deadline.waited:
                 raise SimulatorTransportError(
-                    f"every endpoint stays unavailable: waited for {deadline.waited:.0f} s, and the next attempt, in "
-                    f"{soonest:.0f} s, is beyond patience ({self._calls.patience:g} s): {self._reasons()}"
+                    f"every endpoint is unavailable: waited {deadline.waited:.0f} s, and the next attempt, in {soonest:.0f} s, "
+                    f"exceeds patience = {self._calls.patience:g} s: {self._reasons()}"
                 )
             else:
-                self._mind_the_time(pause, deadline, problems)
+                self._check_time(pause, deadline, problems)
 
     async def _wait(self, seconds: float) -> None:
-        """Sleep, and say why where all are unavailable for longer than a moment; once for each outage."""
+        """Sleep; log each outage of all endpoints once, unless it is short."""
         outage = self.outage()
         if outage is not None and outage.seconds > _MOMENT and time.monotonic() >= self._said_until:
             self._said_until = time.monotonic() + outage.seconds
@@ -182,26 +182,26 @@ class EndpointPool:
         await asyncio.sleep(seconds)
 
     def _give_up(self, lines: Sequence[EndpointState]) -> None:
-        """None of them will answer, however long one waits."""
+        """Raises the error for endpoints that no wait can bring back."""
         if any(line.out_of_quota for line in lines):
             raise BudgetSpent(f"no provider has quota left: {self._reasons()}; top up the provider's account")
-        raise SimulatorTransportError(f"no endpoint can be used: {self._reasons()}")
+        raise SimulatorTransportError(f"no endpoint is usable: {self._reasons()}")
 
     def _reasons(self) -> str:
         return "; ".join(f"{line.name}: {line.problem}" for line in self.lines if line.problem)
 
-    def _mind_the_time(self, seconds: float, deadline: Deadline, problems: Sequence[str]) -> None:
-        """Raises SimulatorTransportError where so many seconds leave no time for a call."""
+    def _check_time(self, seconds: float, deadline: Deadline, problems: Sequence[str]) -> None:
+        """Raises SimulatorTransportError where a wait of `seconds` leaves no time for a call."""
         if seconds + _SHORTEST_CALL >= deadline.left():
-            last = next(iter(problems[-1:]), self._reasons() or deadline.held_up_by)
+            last = next(iter(problems[-1:]), self._reasons() or deadline.obstacle)
             attempts = f"{len(problems)} attempts" if len(problems) != 1 else "1 attempt"
             raise SimulatorTransportError(f"no endpoint answered within {deadline.seconds:g} s ({attempts}, last: {last})")
 
     async def _attempt(
         self, line: EndpointState, request: tuple[Sequence[Message], int, dict[str, Any]], deadline: Deadline, probe: bool
     ) -> ChatCompletion:
-        """`request`: messages, seed, schema."""
-        # No byte-level vocabulary makes more tokens than bytes.
+        """One call. `request`: messages, seed, schema."""
+        # With a byte-level vocabulary a text has at most as many tokens as bytes.
         size = sum(len(message["content"].encode("utf-8", "replace")) + 16 for message in request[0])
         most = _spent(size, self._calls.most_tokens, line.settings.price)
         async with contextlib.AsyncExitStack() as stack:
@@ -211,13 +211,13 @@ class EndpointPool:
                     await line.within_limits()
             except TimeoutError:
                 raise CallFailed("waiting", "its limits left no room before the deadline") from None
-            if not line.ready and not probe:  # others were told to stay away while this one waited
+            if not line.ready and not probe:  # it became unavailable while this call waited
                 raise CallFailed("waiting", line.problem)
             asked = time.monotonic()
             booking = await stack.enter_async_context(self._account.booking(most, deadline.left() - _SHORTEST_CALL))
             started = time.monotonic()
             timeout = min(deadline.left(), line.settings.timeout)
-            # So little of the budget is left that calls go one by one, and wait for longer than they have time.
+            # Little of the budget is left: calls run one by one, and the deadline passes while they wait.
             held_up = self._account.is_limited and started - asked > timeout
             if timeout < _SHORTEST_CALL:
                 booking.cost = Spent()
@@ -229,10 +229,10 @@ class EndpointPool:
                 async with asyncio.timeout(timeout):
                     answer = await line.client.complete(*request)
                 read, written = answer.prompt_tokens, answer.completion_tokens
-                # Templates and reasoning may take more than was reckoned with; a count beyond this cannot be true.
+                # Templates and reasoning may take more tokens than booked; a count beyond this is wrong.
                 if read > 2 * most.prompt_tokens + 10_000 or written > 10 * most.completion_tokens + 100_000:
                     answer = replace(answer, prompt_tokens=0, completion_tokens=0)
-                elif read:  # else it is booked with the most that it can have cost
+                elif read:  # else its maximum cost stays booked
                     booking.cost = _spent(read, written, line.settings.price)
                 line.succeeded(booking.cost.tokens)
                 result = "ok"

@@ -1,6 +1,6 @@
 """Why a call to an endpoint gave no completion, in the provider's own words. Pure.
 
-Providers say it in many forms: {"error": {"message", "code", "type"}}, {"error": "..."}, {"message"}, {"detail"}, a list of
+Providers send errors in many forms: {"error": {"message", "code", "type"}}, {"error": "..."}, {"message"}, {"detail"}, a list of
 problems, plain text, an HTML page; with an error status, or with 200.
 """
 
@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 _ByStatus = Literal["rate_limited", "quota", "http_5xx", "key_refused", "not_found", "refused", "forbidden"]
 Result = Literal[_ByStatus, "unreachable", "disconnected", "timeout", "malformed", "waiting"]
-"""What went wrong in a word, for metrics. refused: this request is refused; forbidden: so it is, and it may be for this request's
-content or for whoever asks (403); waiting: its limits left no room, and it was not asked."""
-LONGEST_WAIT = 300.0  # Seconds: an endpoint is asked again after so long, whatever it says
+"""The kind of failure, for metrics. refused: for this request; forbidden: for its content or for the account (403); waiting: no
+call was made, since the endpoint's limits left no room."""
+LONGEST_WAIT = 300.0  # seconds; a longer Retry-After is cut to this
 _MOST_WORDS = 400
 _RETRIED = frozenset({408, 409, 425, 429})
 _QUOTA = re.compile(
@@ -37,12 +37,12 @@ _STATUS_OF = (
     (re.compile(r"not.?found", re.IGNORECASE), 404),
     (re.compile(r"invalid|bad.?request|context.?length|unsupported", re.IGNORECASE), 400),
 )
-"""The status that an error object without one stands for, by its type or code."""
+"""The HTTP status of an error object without one, by its type or code."""
 _LEFT_OUT = ("temperature", "top_p", "seed", "response_format")
 
 
 class CallFailed(Exception):
-    """A call without a completion. `wait`: seconds that the endpoint asks for; `paid`: the provider may charge for it."""
+    """A call without a completion. `wait`: seconds of its Retry-After; `paid`: whether the provider may charge for it."""
 
     def __init__(self, result: Result, message: str, *, wait: float | None = None, paid: bool = False) -> None:
         super().__init__(message)
@@ -51,8 +51,8 @@ class CallFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ErrorBody:
-    """What an error's body says: `message` in one line; `codes` are its code and type, lower case; `status` the one that its code
-    is, or stands for."""
+    """The content of an error's body: its `message` in one line, `codes` (code and type, lower case), and the HTTP `status` that
+    its code means."""
 
     message: str
     codes: tuple[str, ...] = ()
@@ -60,8 +60,8 @@ class ErrorBody:
 
 
 def failure_of(status: int, headers: Mapping[str, str], body: ErrorBody, *, sent: Mapping[str, Any], key: str) -> CallFailed:
-    """The failure that an error status (or the error object of a 200) is. `sent` is the request's body; `key` says where the
-    endpoint's key comes from."""
+    """The failure of an error status, or of an error object with status 200. `sent`: the request's body; `key`: the source of the
+    endpoint's key."""
     shown = f"HTTP {status}: {body.message or 'no reason given'}"
     named = f" ({key})" if key else ""
     if status == 402 or (
@@ -73,18 +73,18 @@ def failure_of(status: int, headers: Mapping[str, str], body: ErrorBody, *, sent
     if status == 403:
         return CallFailed("forbidden", shown + named)
     if status == 404:
-        return CallFailed("not_found", f"{shown} (check the endpoint's url, which mostly ends with /v1, and its model)")
+        return CallFailed("not_found", f"{shown} (check the endpoint's url, which usually ends with /v1, and its model)")
     if status in _RETRIED or status >= 500:
         wait = retry_after(headers) if status in (429, 503) else None
         return CallFailed("rate_limited" if status == 429 else "http_5xx", shown, wait=wait)
     if 300 <= status < 400:
         onward = headers.get("location", "?")
-        return CallFailed("refused", f"HTTP {status}: it redirects to {onward}; use that address as its url")
+        return CallFailed("refused", f"HTTP {status}: it redirects to {onward}; set url to that address")
     return CallFailed("refused", shown + _hint(body.message, sent))
 
 
 def _hint(message: str, sent: Mapping[str, Any]) -> str:
-    """The setting that helps with a field that the provider does not take."""
+    """Advice for a field that the provider rejects."""
     if "max_completion_tokens" in message and "max_tokens" in sent:
         return " (set max_completion_tokens in place of max_tokens)"
     named = [name for name in _LEFT_OUT if name in sent and re.search(rf"\b{name}\b", message)]
@@ -93,7 +93,7 @@ def _hint(message: str, sent: Mapping[str, Any]) -> str:
 
 
 def error_body(text: str) -> ErrorBody:
-    """Read a body of any form; never raises."""
+    """Parse a body of any form; never raises."""
     if is_html(text):
         return ErrorBody(f"an HTML page: {_page_text(text)}")
     try:
@@ -106,7 +106,7 @@ def error_body(text: str) -> ErrorBody:
 
 
 def error_object(data: Any) -> ErrorBody:
-    """Of a parsed body, or of the error within one."""
+    """The error in a parsed body, or in an error object."""
     if not isinstance(data, Mapping):
         return ErrorBody(_one_line(data if isinstance(data, str) else json.dumps(data)))
     error = data.get("error") or data
@@ -115,7 +115,7 @@ def error_object(data: Any) -> ErrorBody:
     codes = tuple(str(error[name]).lower() for name in ("code", "type", "status") if error.get(name) is not None)
     message = _words(error)
     metadata = error.get("metadata")
-    raw = metadata.get("raw") if isinstance(metadata, Mapping) else None  # OpenRouter: what the provider behind it said
+    raw = metadata.get("raw") if isinstance(metadata, Mapping) else None  # OpenRouter: the error of the provider behind it
     if raw:
         message = f"{message}: {raw if isinstance(raw, str) else json.dumps(raw)}"
     return ErrorBody(_one_line(message), codes, _status(error))
@@ -167,7 +167,7 @@ def _one_line(text: str) -> str:
 
 
 def without_secrets(text: str, secrets: Sequence[str]) -> str:
-    """With every secret replaced, and every word that shows the beginning or the end of one, as providers quote refused keys."""
+    """The text with every secret replaced, and every word with the beginning or end of one, as providers quote rejected keys."""
     for secret in secrets:
         if len(secret) < 8:
             text = re.sub(rf"(?<![\w-]){re.escape(secret)}(?![\w-])", "[key]", text)
@@ -182,7 +182,7 @@ def without_secrets(text: str, secrets: Sequence[str]) -> str:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, from a Retry-After of either form; at most five minutes."""
+    """The seconds of a Retry-After header in either form, at most 300."""
     value = headers.get("retry-after")
     if value is None:
         return None

@@ -1,5 +1,5 @@
-"""What a simulator server keeps on disk: answers already paid for, and counters. LMDB: whole after a kill, shared by the
-processes of a machine (not over a network file system)."""
+"""The store on disk: answers already paid for, and counters. LMDB keeps it consistent after a kill, and lets the processes of one
+machine share it (not over a network file system)."""
 
 import errno
 import fcntl
@@ -23,20 +23,20 @@ from ctcgrpo.llm_client import store_check
 from ctcgrpo.llm_client.store_check import seal, unseal
 
 _MOVE_AWAY = (
-    "try moving the folder away: its answers are asked for, and paid for, again, and what was spent so far is lost to the account "
-    "(lower the budget by it)"
+    "try moving the folder away: its answers are then requested and paid for again, and the account starts at 0 (lower the budget "
+    "by what was spent)"
 )
-_ADVICE = "try making room there, or another folder (store)"
-_LEAST_ROOM = 32_768  # bytes free on the disk: with less, making LMDB's lock file ends the process with SIGBUS
-_SLOWEST = 5_000_000  # bytes a second at which a store is read
+_ADVICE = "try freeing space there, or another folder (store)"
+_LEAST_ROOM = 32_768  # free bytes on the disk; with less, creating LMDB's lock file ends the process with SIGBUS
+_SLOWEST = 5_000_000  # bytes a second; the time limit of the check assumes at least this
 _log = logging.getLogger(__name__)
 
 
 class Owner:
-    """This process among those that share a folder, also across containers of one machine. Each locks a file of its own; the kernel
-    releases the lock when the process ends, however it ends. (With filelock's exclusive locks, two processes that look at the same
-    moment would each take the other for the owner.) Make one only while no other process makes or removes one in that folder.
-    Raises OSError where the file cannot be made."""
+    """Identifies this process among those that share a folder, also across containers of one machine. Each process locks its own
+    file, and the kernel releases the lock when the process ends in any way. (With filelock's exclusive locks, two processes that
+    check at the same moment would each take the other for the owner.) Create one only while no other process creates or removes one
+    in that folder. Raises OSError where the file cannot be created."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -49,7 +49,7 @@ class Owner:
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def is_alive(self, name: str) -> bool:
-        """Whether the process of that name runs. Raises OSError where that cannot be found out."""
+        """Whether the process of that name runs. Raises OSError where its file cannot be read."""
         try:
             with (self._folder / name).open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -65,11 +65,11 @@ class Owner:
 
 
 class Store:
-    """A folder with one LMDB environment. Raises OutputError where it cannot be had, or is damaged; LMDB's own errors never leave
-    it."""
+    """A folder with one LMDB environment. Raises OutputError, and never LMDB's own errors, where it cannot be opened or is
+    damaged."""
 
     def __init__(self, folder: Path, *, map_size: int = store_check.MAP_SIZE) -> None:
-        """`map_size`: the most bytes that its file may grow to."""
+        """`map_size`: the maximum size of its file in bytes."""
         self._folder = folder
         self._owner: Owner | None = None
         with self._errors("use"):
@@ -79,37 +79,37 @@ class Store:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if (folder / "data.mdb").exists():
                 _check(folder)
-            # Without fsync a killed process loses nothing; only a machine that loses power does.
+            # Without fsync, only a power failure loses data, not a killed process.
             self._env = lmdb.open(str(folder), map_size=map_size, sync=False, max_dbs=len(store_check.DATABASES))
-            self._env.reader_check()  # forgets readers that were killed: they keep pages from being used again
+            self._env.reader_check()  # removes killed readers, which prevent the reuse of pages
             with self._env.begin(write=True) as transaction:
                 self._answers, self._counters = (self._env.open_db(name, txn=transaction) for name in store_check.DATABASES)
 
     def get(self, key: bytes) -> bytes | None:
-        """None for an answer that is not there, or is damaged. Raises OutputError for a store that cannot be read."""
+        """The value of a key; None where it is missing or damaged. Raises OutputError for a store that cannot be read."""
         with self._errors("read"), self._env.begin(db=self._answers) as transaction:
             found: bytes | None = transaction.get(key)
         if found is None:
             return None
         value = unseal(key, found)
         if value is None:
-            _log.warning("store: an answer in %s is damaged, and is asked for again", self._folder)
+            _log.warning("store: a damaged answer in %s is requested again", self._folder)
         return value
 
     def put(self, key: bytes, value: bytes) -> None:
-        """Raises OutputError where it cannot be kept, for example on a full disk."""
+        """Write a value. Raises OutputError where this fails, for example on a full disk."""
         with self._errors("write to"), self._env.begin(db=self._answers, write=True) as transaction:
             transaction.put(key, seal(key, value))
 
     def counters(self) -> dict[str, dict[str, Any]]:
-        """JSON objects by name. Raises OutputError for a store that cannot be read."""
+        """The counters: JSON objects by name. Raises OutputError for a store that cannot be read."""
         with self._errors("read"), self._env.begin(db=self._counters) as transaction:
             return _read_counters(transaction)
 
     @contextmanager
     def changing_counters(self) -> Iterator[tuple[dict[str, dict[str, Any]], Owner]]:
-        """The counters, to be replaced by name, and this process among those that share the store: one transaction over all
-        processes, undone by an error. Raises OutputError where they cannot be read or kept."""
+        """The counters, to be changed by name, and this process's Owner: one transaction over all processes, rolled back by an
+        error. Raises OutputError where they cannot be read or written."""
         with self._errors("write to"), self._env.begin(db=self._counters, write=True) as transaction:
             if self._owner is None:  # within the transaction: one process at a time
                 self._owner = Owner(self._folder / "owners")
@@ -122,7 +122,7 @@ class Store:
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
-        """Raises OutputError for what LMDB and the file system raise within."""
+        """Turns errors of LMDB and the file system into OutputError."""
         try:
             yield
         except OutputError:
@@ -150,7 +150,8 @@ def _read_counters(transaction: lmdb.Transaction) -> dict[str, dict[str, Any]]:
 
 
 def _check(folder: Path) -> None:
-    """In a process of its own, which damage may end. Raises OutputError for a store that is damaged or cannot be opened."""
+    """Check the store in another process, which damage may crash. Raises OutputError for a damaged store, and for one that cannot
+    be opened."""
     seconds = 60 + (folder / "data.mdb").stat().st_size / _SLOWEST
     command = [sys.executable, "-P", store_check.__file__, str(folder)]
     try:
@@ -161,14 +162,14 @@ def _check(folder: Path) -> None:
         return
     said = " ".join(checked.stdout.split())
     if checked.returncode < 0:
-        said = said or f"data.mdb is damaged: reading it ended a process with {signal.Signals(-checked.returncode).name}"
+        said = said or f"data.mdb is damaged: reading it crashed a process with {signal.Signals(-checked.returncode).name}"
     elif checked.returncode != store_check.DAMAGED:
         raise OutputError(f"store: {folder}: cannot be opened: {said or checked.stderr.strip()[-300:]}; {_ADVICE}")
     raise OutputError(f"store: {folder}: {said}; {_MOVE_AWAY}")
 
 
 def content_key(*parts: str) -> bytes:
-    """A key of 32 bytes that depends on every part and on where each ends."""
+    """A key of 32 bytes that depends on every part and its length."""
     digest = hashlib.sha256()
     for part in parts:
         encoded = part.encode("utf-8", "surrogatepass")

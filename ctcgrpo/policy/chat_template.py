@@ -1,4 +1,4 @@
-"""What a chat template puts around the messages of a dialogue, found by rendering probes.
+"""The text that a chat template puts around the messages of a dialogue, found by rendering probes.
 
 A prompt is the messages that a dialogue begins with (its head: mostly a system message and a line of the user), and after each
 reply of the policy what it hears next (mostly a line of the user), with the template's own text between them:
@@ -6,7 +6,7 @@ reply of the policy what it hears next (mostly a line of the user), with the tem
     opens[0] SYSTEM opens[1] USER before_reply REPLY between[0] USER ... prompt
 
 A template that drops, repeats, moves or rewrites a message, or that renders a dialogue otherwise once it is longer, is refused: its
-contexts would not be what the model was taught. One that knows no system role gets the system message at the head in the first
+contexts would differ from the model's training. One that knows no system role gets the system message at the head in the first
 user turn."""
 
 import re

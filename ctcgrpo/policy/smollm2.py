@@ -49,8 +49,8 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def _byte_level(read: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that SmolLM2 was trained with, from the vocabulary and merges that transformers reads: what transformers puts
-    around them depends on its version, and never takes digits one by one, which decides how spaces before a number are cut."""
+    """SmolLM2's own tokenizer, from the vocabulary and merges that transformers reads. The parts that transformers adds depend on
+    its version, and never split digits, which decides how spaces before a number are encoded."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     merges = [(left, right) for left, right in read["model"]["merges"]]

@@ -1,6 +1,6 @@
 """A random Qwen3 of about a million parameters with a tokenizer and chat template of its own, built without any download.
 
-It speaks noise. It exists so that the whole line can run in seconds on any machine: tests, demonstrations, load."""
+Its replies are noise. It lets tests, demonstrations and load tests run end to end in seconds on any machine."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -9,7 +9,7 @@ from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.environments.eibench.scenarios import load_scenes, load_set
 from ctcgrpo.errors import RecipeError, SimulatorTransportError
 from ctcgrpo.preflight.subject import NO_VALIDATION, Finding, Subject, failed, ok, warning
-from ctcgrpo.simulator.choice import SCRIPTED, check_patience, simulator_of
+from ctcgrpo.simulator.choice import SCRIPTED, check_timeout, simulator_of
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import bearer_token
 from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
@@ -54,7 +54,7 @@ def simulator(s: Subject) -> Iterator[Finding]:
         token, timeout = bearer_token(settings.token_env, s.variables), _PATIENCE if choice.urls else choice.timeout
         client = SimulatorClient(urls, token=token, timeout=timeout, patience=2)
         says, reply = asyncio.run(_canary(client, s.examples[0]))
-    check_patience(says, settings.timeout)
+    check_timeout(says, settings.timeout)
     who = ", ".join(map(str, says.get("models") or [says.get("backend")]))
     yield ok(f"{who} answered a test turn: {reply!r}")
     if says.get("backend") == SCRIPTED:

@@ -23,7 +23,7 @@ from ctcgrpo.types import Environment, Message, Task
 Level = Literal["ok", "warning", "failed"]
 
 REPLY_TOKENS, REASONED_TOKENS, LINE_TOKENS = 150, 500, 60
-"""Assumed average tokens of a policy reply, of one with reasoning, and of a user line; printed with every estimate that uses them."""
+"""Assumed average tokens: a policy reply, one with reasoning, a user line. Printed with every estimate that uses them."""
 
 
 @dataclass(frozen=True, slots=True)

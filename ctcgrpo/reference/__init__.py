@@ -1,1 +1,1 @@
-"""What fields and metrics mean: `ctcgrpo fields` and `ctcgrpo metrics`."""
+"""Reference of fields and metrics: `ctcgrpo fields` and `ctcgrpo metrics`."""

@@ -69,7 +69,7 @@ def select(name: str | None) -> tuple[str, list[Fields]]:
             if one := tuple(field for field in section.fields if field.key == name):
                 return file, [replace(section, fields=one)]
         keys |= {s.key for s in sections if s.key} | {field.key for s in sections for field in s.fields}
-    raise RecipeError(f"no section or field is called {name!r}; {_suggestion(name, keys)}")
+    raise RecipeError(f"unknown section or field {name!r}; {_suggestion(name, keys)}")
 
 
 def _suggestion(name: str, keys: set[str]) -> str:

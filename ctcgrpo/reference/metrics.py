@@ -65,4 +65,4 @@ def select(name: str | None) -> dict[str, list[Metric]]:
     if found := {group: metrics for group, metrics in meant.items() if metrics}:
         return found
     known = {part for metric in all_metrics() for part in (metric.name, metric.name.partition("/")[0])}
-    raise RecipeError(f"no metric is called {name!r}; {did_you_mean(name, known)}")
+    raise RecipeError(f"unknown metric {name!r}; {did_you_mean(name, known)}")

@@ -1,1 +1,1 @@
-"""A run as one page to look at: `ctcgrpo report`."""
+"""A run as an HTML page (`ctcgrpo report`), in the terminal (`show`), and as a conversation (`chat`)."""

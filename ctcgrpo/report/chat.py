@@ -1,4 +1,4 @@
-"""A person plays the policy's role against the simulated user, and sees what each line does."""
+"""A person plays the policy's role against the simulated user, and sees how each reply changes anger and trust."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ from ctcgrpo.util.naming import did_you_mean
 
 
 def find_scenario(scenarios: Sequence[Scenario], name: str | None) -> Scenario:
-    """The scenario of that id, or the first where none is named. Raises ScenarioError with the nearest id."""
+    """The scenario of that id, or the first without one. Raises ScenarioError with the nearest id."""
     if name is None:
         return scenarios[0]
     found = next((s for s in scenarios if s.id == name), None)
     if found is None:
-        raise ScenarioError(f"--scenario {name!r} is not among them; {did_you_mean(name, [s.id for s in scenarios])}")
+        raise ScenarioError(f"--scenario {name!r}: no such id; {did_you_mean(name, [s.id for s in scenarios])}")
     return found
 
 
@@ -35,17 +35,16 @@ async def chat(
     rounds: int = 8,
     seed: int | None = None,
 ) -> float:
-    """Play a dialogue; gives its outcome in [-1, 1]. `briefing`: what of the scenario a policy is told; `ask` reads the person's
-    next line and raises EOFError where there is none any more. Raises the simulator's errors: what was said so far stands on the
-    screen."""
+    """Play a dialogue; gives its outcome in [-1, 1]. `briefing` makes the policy's prompt of the scenario. `ask` reads the person's
+    next line, and raises EOFError at the end of input. Raises the simulator's errors."""
     environment = EIBench(simulator, briefing=briefing, max_turns=rounds)
     environment.name = "chat"
     system, *opening = await environment.reset(task_of(scenario).data, seed=secrets.randbits(31) if seed is None else seed)
     state, goal = environment.state, scenario.anchors.target
     console.print(Panel(Text(system["content"]), title=Text(f"you, in {scenario.id} ({scenario.scene})")))
     console.print(
-        f"anger {state.anger}, trust {state.trust}; aim for anger {goal.anger}, trust {goal.trust} in {rounds} replies. "
-        "An empty line ends it.\n",
+        f"anger {state.anger}, trust {state.trust}; the goal is anger {goal.anger}, trust {goal.trust} in {rounds} replies. "
+        "An empty line ends the dialogue.\n",
         style="dim",
         highlight=False,
     )
@@ -59,7 +58,7 @@ async def chat(
         await simulator.health()
         for _ in range(rounds):
             try:
-                said = ask().strip()  # nothing else goes on meanwhile, and Ctrl-C ends it at once
+                said = ask().strip()  # blocking: nothing else runs meanwhile, and Ctrl-C ends it at once
             except EOFError:
                 said = ""
             if not said:

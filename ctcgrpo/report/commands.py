@@ -20,8 +20,8 @@ _WARNINGS = 10  # printed at most; the page shows how many there are
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run's folder; or a sweep's: its trials, and the run that it found best.")],
-    out: Annotated[Path | None, typer.Option(help="The file to write; report.html in the folder by default.")] = None,
+    run: Annotated[Path, typer.Argument(help="The folder of a run, or of a sweep (shows its trials and its best run).")],
+    out: Annotated[Path | None, typer.Option(help="The file to write (default: report.html in the folder).")] = None,
 ) -> None:
     """Write an HTML page of a run: curves, and every dialogue with the credit of each turn."""
     from ctcgrpo.report.page import write_report
@@ -51,5 +51,5 @@ def _run_of_sweep(sweep: Path, trials: Sequence[Trial]) -> Path:
         return (sweep / "best").resolve().parent
     first = next((trial for trial in trials if trial["score"] is not None and trial["by_seed"]), None)
     if first is None:
-        raise OutputError(f"{sweep} holds a sweep without a finished trial; there is nothing to report")
+        raise OutputError(f"{sweep}: no finished trial; expected at least one; run `ctcgrpo sweep` again to resume it")
     return sweep / str(first["trial"]) / f"seed-{next(iter(first['by_seed']))}"

@@ -1,6 +1,6 @@
-"""How noisy a simulator's judgement is: the same turns asked for several times with different seeds.
+"""The noise of a simulator's state changes, measured by replaying the same turns with different seeds.
 
-An LLM's change of state is one sample. Its variance within a turn is noise, that between turns is what credit is made of:
+An LLM's change of state is one sample. Its variance within a turn is noise; the variance between turns is the signal of credit:
 
     reliability = between / (between + within)
 
@@ -32,8 +32,8 @@ from ctcgrpo.util.files import explained
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Of one scene. Standard deviations of the changes of anger and trust between replays of a turn, of the turn score r within and
-    between turns, and the reliability of one sample; NaN where two replays of a turn, or two turns, are lacking."""
+    """The noise of one scene: standard deviations of the changes of anger and trust between replays of a turn, of the turn score r
+    within and between turns, and the reliability of one sample. NaN with fewer than two replays of a turn, or two turns."""
 
     turns: int
     replays: int
@@ -62,8 +62,8 @@ def recorded_turns(
     seed: int = 0,
     warn: Callable[[str], None] = lambda text: None,
 ) -> list[TurnRequest]:
-    """The turns of some recorded dialogues, equally many dialogues of each scene, as they would be asked for again. `warn` hears of
-    lines that are no dialogue and are left out. Raises OutputError where there are none."""
+    """Requests for the turns of recorded dialogues, the same number of dialogues of each scene. `warn` gets a message for each
+    invalid line, which is left out. Raises OutputError without any dialogue."""
     known = {s.id: s for s in scenarios}
     traces: dict[str, list[Mapping[str, Any]]] = {scene: [] for scene in in_order(s.scene for s in scenarios)}
     unreadable: list[str] = []
@@ -76,14 +76,14 @@ def recorded_turns(
                     for part in (trace, *trace["turns"]):
                         _state(part["info"])
                 except ValidationError as error:
-                    unreadable.append(f"{file.name}: a state of {trace['task']}: {explained(error)}")
+                    unreadable.append(f"{file.name}: invalid state in {trace['task']}: {explained(error)}")
                 else:
                     traces[known[trace["task"]].scene].append(trace)
     for problem in unreadable:
         warn(problem)
     if not any(traces.values()):
         why = f" ({unreadable[0]})" if unreadable else ""
-        raise OutputError(f"there are no recorded dialogues of these scenarios to replay{why}")
+        raise OutputError(f"no recorded dialogues of these scenarios to replay{why}")
     rng = random.Random(seed)
     chosen = [t for of_scene in traces.values() for t in rng.sample(of_scene, min(dialogues, len(of_scene)))]
     return [turn for trace in chosen for turn in asyncio.run(_turns(trace, known[trace["task"]], max_rounds))]
@@ -94,7 +94,7 @@ def _state(info: Mapping[str, Any]) -> State:
 
 
 class _Recording:
-    """A user who answers as recorded, and keeps what it was asked."""
+    """A user that answers as recorded, and keeps the requests."""
 
     def __init__(self, turns: Sequence[Mapping[str, Any]]) -> None:
         self._turns = turns
@@ -120,7 +120,7 @@ async def _turns(trace: Mapping[str, Any], scenario: Scenario, max_rounds: int) 
 
 
 async def measure(turns: Sequence[TurnRequest], simulator: SimulatorClient, *, replays: int) -> dict[str, Noise]:
-    """By scene. A replay that fails is counted and left out."""
+    """The noise by scene. A failed replay is counted and left out."""
 
     async def ask(turn: TurnRequest, k: int) -> tuple[int, int] | None:
         again = turn.model_copy(update={"seed": 1_000_003 * (k + 1), "request_id": f"{turn.request_id}/{k}"})
@@ -148,7 +148,7 @@ def _noise(turns: Sequence[tuple[TurnRequest, Sequence[tuple[int, int] | None]]]
     within = _pooled_variance(scores)
     means = [np.mean(s) for s in scores if s]
     counts = [len(s) for s in scores if s]
-    # The spread of means holds a share of the noise within turns.
+    # The variance of means includes a share of the noise within turns.
     spread = float(np.var(means, ddof=1)) - within / float(np.mean(counts)) if len(means) > 1 else float("nan")
     return Noise(
         turns=len(turns),

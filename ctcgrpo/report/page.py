@@ -1,6 +1,6 @@
-"""From a run to one HTML page that needs no network: figures reckoned here, episodes packed beside them.
+"""Writes a run as one HTML page that needs no network: figures computed here, and compressed episodes.
 
-Everything that a model, a user or a dataset wrote travels as data and reaches the page as text, never as markup.
+Text of models, users and datasets is embedded as data, and shown as text, never as markup.
 """
 
 import base64
@@ -26,19 +26,19 @@ from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.files import write_whole
 from ctcgrpo.util.intervals import interval
 
-MOST_BYTES = 20_000_000  # of packed episodes: beyond it whole groups are left out, evenly over the steps
+MOST_BYTES = 20_000_000  # of compressed episodes; beyond it whole groups are left out, evenly over the steps
 _BINS = np.linspace(-3, 3, 25)
-_PHASES = 3  # training in so many parts, to see states and credit change
+_PHASES = 3  # parts of training, whose states and credit are compared
 _OF_EPISODE = ("kind", "step", "task", "tag", "rollout", "outcome")
 _OF_TURN = ("reasoning", "reply", "message", "reward", "info", "faults", "completion_tokens")
 _TIMES = ("seconds/rollout", "seconds/update")
 _WORDS = {"task": "scenario", "tag": "scene", "range": ", in −1 to +1"}
-"""What the page calls tasks and tags, and where scores lie."""
+"""The page's words for tasks and tags, and the range of scores."""
 _WORDS_OF_TASKS = {"task": "task", "tag": "tag", "range": ""}
 
 
 def write_report(run: Run, file: Path, trials: Sequence[Mapping[str, Any]] = ()) -> dict[str, int]:
-    """Write the page; gives how many episodes it shows, of how many, and its size in bytes."""
+    """Write the page; gives the number of episodes shown, of all episodes, and its size in bytes."""
     kept = _within(run.episodes, MOST_BYTES)
     packed = _packed([_lean(e) for e in kept])
     figures = {**figures_of(run), "shown": len(kept), "of": len(run.episodes), "trials": list(trials)}
@@ -52,7 +52,7 @@ def write_report(run: Run, file: Path, trials: Sequence[Mapping[str, Any]] = ())
 
 
 def figures_of(run: Run) -> dict[str, Any]:
-    """What the charts show."""
+    """The data of the charts."""
     trained = [e for e in run.episodes if e["kind"] == "step"]
     phases = _phases(trained)
     tags = in_order({e["tag"] for e in run.episodes} - {NO_TAG})
@@ -80,7 +80,7 @@ def figures_of(run: Run) -> dict[str, Any]:
 
 
 def _facts(run: Run) -> dict[str, str]:
-    """What a reader asks first of a run whose name they do not know: in words, by what they are of."""
+    """The run's main settings, by name, in words: model, user, data, recipe, date."""
     recipe, lora, own = run.recipe, run.recipe.policy.lora, run.recipe.environment
     repeat = shlex.join(["ctcgrpo", "train", str(run.path / "recipe.yaml"), f"run.name={recipe.run.name}-again"])
     return {
@@ -90,7 +90,7 @@ def _facts(run: Run) -> dict[str, str]:
         "validated on": "nothing" if recipe.validation is None else recipe.validation_source(),
         "recipe": f"{recipe.run.name}, seed {recipe.run.seed}",
         "date": f"{run.written:%Y-%m-%d %H:%M} UTC" if run.written else "unknown",
-        "the same again": repeat,
+        "command to repeat it": repeat,
     }
 
 
@@ -125,8 +125,8 @@ def _phases(trained: Sequence[Trace]) -> list[list[Trace]]:
 
 
 def _states(part: Sequence[Trace]) -> dict[str, Any]:
-    """The means of the info's numbers at the start and after each turn, by tag and name; an episode that is over counts with its
-    last ones."""
+    """The means of the numbers in `info` at the start and after each turn, by tag and name. A finished episode counts with its last
+    values."""
     found: dict[str, Any] = {"from": min(e["step"] for e in part), "to": max(e["step"] for e in part), "tags": {}}
     for tag in sorted({e["tag"] for e in part}):
         of_tag = [numbers_by_turn(e) for e in part if e["tag"] == tag and not e["failure"]]
@@ -139,7 +139,7 @@ def _states(part: Sequence[Trace]) -> dict[str, Any]:
 
 
 def _credit(trained: Sequence[Trace]) -> dict[str, Any]:
-    """Histograms of the turns' advantages: by turn and by scene; what lies beyond the ends is in the outermost bins."""
+    """Histograms of the turns' advantages, by turn and by scene; values beyond the ends count in the outermost bins."""
     by_turn: dict[int, list[float]] = {}
     by_scene: dict[str, list[float]] = {}
     for episode in trained:
@@ -167,7 +167,7 @@ def _failures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _lean(e: Trace) -> list[Any]:
-    """An episode as a list, without names that would stand in every one of them."""
+    """An episode as a list of values without names, to save space."""
     turns = [[t[name] for name in _OF_TURN] for t in e["turns"]]
     credit = credit_of(e)
     terms = None if credit is None else [[round(c[name], 6) for name in ("advantage", "outcome", "turn")] for c in credit]
@@ -176,7 +176,7 @@ def _lean(e: Trace) -> list[Any]:
 
 
 def _within(episodes: Sequence[Trace], most: int) -> list[Trace]:
-    """All episodes, or whole groups evenly over the steps, so that what is packed keeps to `most` bytes."""
+    """All episodes, or whole groups evenly over the steps, within `most` bytes after compression."""
     size = len(_packed([_lean(e) for e in episodes]))
     if size <= most:
         return list(episodes)

@@ -1,7 +1,7 @@
-"""What a run left behind, read for its report: episodes with the credit that each turn was trained with, validations, metrics.
+"""Reads a run's files for its report: episodes with the credit of each turn, validations, metrics.
 
-A run may still be going, and a killed one may end in half a line: what cannot be read, and what the files of a run say
-differently, is listed in `problems`.
+The run may still be training, and a killed one may end in half a line. `problems` lists unreadable lines, and contradictions
+between the files.
 """
 
 import re
@@ -25,14 +25,14 @@ from ctcgrpo.run.run_records import Validation, checked_summary, read_metrics, r
 from ctcgrpo.util.files import explained, is_complete, read_json, read_object
 from ctcgrpo.util.intervals import means
 
-Trace = dict[str, Any]  # run_records.Trace, with what is added here
+Trace = dict[str, Any]  # run_records.Trace, with the keys kind and step
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`episodes` are traces in the order of step, group and rollout, each with `kind` (step or validation); `unreadable` counts
-    lines of traces that are none. `simulator` is what the simulator said of itself (None where that is not recorded), `problems`
-    what is wrong with the files, a sentence each."""
+    """A run's records. `episodes`: traces in the order of step, group and rollout, each with `kind` (step or validation).
+    `unreadable`: the number of invalid lines in traces. `simulator`: the simulator's health answer (None where not recorded).
+    `problems`: errors in the files, a sentence each."""
 
     name: str
     recipe: Recipe
@@ -43,7 +43,7 @@ class Run:
     unreadable: int
     path: Path
     simulator: Mapping[str, Any] | None = None
-    written: datetime | None = None  # when the newest of its figures and dialogues was written
+    written: datetime | None = None  # time of the newest figures or dialogues
     problems: Sequence[str] = ()
 
 
@@ -64,21 +64,21 @@ _TRIALS = TypeAdapter(list[Trial])
 
 
 def read_trials(file: Path) -> list[Trial]:
-    """The table of a sweep. Raises OutputError for a file that holds something else."""
+    """The table of a sweep. Raises OutputError for an invalid file."""
     try:
         return _TRIALS.validate_python(read_json(file))
     except ValidationError as error:
-        raise OutputError(f"{file}: {explained(error)}; the sweep's command writes it again") from None
+        raise OutputError(f"{file}: {explained(error)}; run the sweep's command again to rewrite it") from None
 
 
 def read_run(path: Path) -> Run:
-    """Raises OutputError for a folder that holds no run, or one that has not played an episode yet."""
+    """The run in a folder. Raises OutputError for a folder without a run, and for a run without an episode."""
     folder = require_run(path)
     recipe = resolved_recipe(folder.recipe_file)
     episodes, bad = _episodes(folder.traces)
     if not episodes:
-        told = f" that can be read ({bad[0]})" if bad else ""
-        raise OutputError(f"{path} holds no episode yet{told}; there is nothing to report")
+        readable = f" that can be read ({bad[0]})" if bad else ""
+        raise OutputError(f"{path}: no episode yet{readable}; expected at least one; try again after the first step")
     validations, bad_figures = read_validations(folder.validation_file)
     metrics, bad_metrics = read_metrics(folder.metrics_file)
     simulator, bad_simulator = _simulator(path)
@@ -139,14 +139,13 @@ def _disagreements(
     *,
     finished: bool,
 ) -> list[str]:
-    """Where traces hold other episodes than those that the figures were computed from. What a run is just playing, or just played
-    when it was killed, has no figures yet."""
+    """Contradictions between traces and figures. Episodes of a step in progress, or of one that was killed, have no figures yet."""
     played: dict[tuple[str, int], list[Trace]] = {}
     for e in episodes:
         played.setdefault((e["kind"], e["step"]), []).append(e)
     steps = {"step": [m["step"] for m in metrics], "validation": [v.step for v in validations]}
     problems = [
-        f"{'metrics' if kind == 'step' else 'validation'}.jsonl lacks step {step}, which traces hold"
+        f"{'metrics' if kind == 'step' else 'validation'}.jsonl: step {step} is missing, and traces have it"
         for kind, step in played
         if step not in steps[kind] and (finished or step < max(steps[kind], default=0))
     ]
@@ -157,36 +156,36 @@ def _disagreements(
         counted = Counter((e["task"], round(e["outcome"], 9)) for e in found)
         said = Counter((name, round(x, 9)) for name, outcomes in v.outcomes.items() for x in outcomes)
         if found and counted != said:
-            problems.append(f"validation after step {v.step}: traces and validation.jsonl hold different outcomes")
+            problems.append(f"validation after step {v.step}: outcomes differ between traces and validation.jsonl")
         failed = len(played.get(("validation", v.step), ())) - len(found)
         if found and failed != v.failed:
-            both = f"{failed} failed episodes by the traces, {v.failed} by validation.jsonl"
+            both = f"{failed} failed episodes in traces, {v.failed} in validation.jsonl"
             problems.append(f"validation after step {v.step}: {both}")
         if found and any(v.scenes.get(e["task"]) != e["tag"] for e in found):
-            problems.append(f"validation after step {v.step}: traces and validation.jsonl hold different scenes")
+            problems.append(f"validation after step {v.step}: scenes differ between traces and validation.jsonl")
     return problems
 
 
 def _other_metrics(m: Mapping[str, Any], episodes: Sequence[Trace]) -> list[str]:
-    """What a line of metrics.jsonl says otherwise than the valid episodes of its step."""
+    """Contradictions between a line of metrics.jsonl and the valid episodes of its step."""
     said = m.get("episodes/valid")
     if said is None:
         return [f"metrics.jsonl: episodes/valid of step {m['step']} is missing"]
     if said != len(episodes):
-        return [f"step {m['step']}: traces hold {len(episodes)} valid episodes, metrics.jsonl says {said:g}"]
+        return [f"step {m['step']}: {len(episodes)} valid episodes in traces, {said:g} in metrics.jsonl"]
     found = [(f"outcome/{name}", e["outcome"]) for e in episodes for name in ("all", e["tag"])]
     if "reward/turn" in m:  # runs of earlier versions logged none
         found += [("reward/turn", turn["reward"]) for e in episodes for turn in e["turns"]]
     return [
-        f"step {m['step']}: {name} is {mean:+.4f} by the traces, {m.get(name)} by metrics.jsonl"
+        f"step {m['step']}: {name} is {mean:+.4f} in traces, {m.get(name)} in metrics.jsonl"
         for name, mean in means(found).items()
         if not same(m.get(name), mean)
     ]
 
 
 def _other_credit(metrics: Sequence[Mapping[str, Any]], episodes: Sequence[Trace], *, shuffled: bool) -> list[str]:
-    """Where the recorded credit is not what the run logged: its spread differs, or an advantage is not the sum of its terms (which
-    only `shuffled` advantages may be)."""
+    """Contradictions between recorded credit and metrics: another standard deviation, or an advantage that is not the sum of its
+    terms (allowed for `shuffled` advantages only)."""
     trained: dict[int, list[list[Mapping[str, float]]]] = {}
     for e in episodes:
         if (credit := credit_of(e)) is not None:
@@ -202,18 +201,18 @@ def _other_credit(metrics: Sequence[Mapping[str, Any]], episodes: Sequence[Trace
             "credit/turn_term_std": float(np.std([c["turn"] for c in turns])),
         }
         problems += [
-            f"step {m['step']}: {name} is {value:.6f} by the traces, {m.get(name)} by metrics.jsonl"
+            f"step {m['step']}: {name} is {value:.6f} in traces, {m.get(name)} in metrics.jsonl"
             for name, value in stds.items()
             if not same(m.get(name), value)
         ]
         wrong = [c["advantage"] for c in turns if not same(c["advantage"], c["outcome"] + c["turn"])]
         if wrong and not shuffled:
-            problems.append(f"step {m['step']}: advantage = {wrong[0]} is not outcome + turn (so in {len(wrong)} turns)")
+            problems.append(f"step {m['step']}: advantage = {wrong[0]}; expected outcome + turn (wrong in {len(wrong)} turns)")
     return problems
 
 
 def credit_of(episode: Trace) -> list[Mapping[str, float]] | None:
-    """The credit that each turn was trained with (outcome, turn, advantage); None for an episode that was not trained on, or that
-    has none recorded."""
+    """The credit of each turn in training (outcome, turn, advantage); None for an episode that was not trained on, or without
+    recorded credit."""
     found = [turn.get("credit") for turn in episode["turns"]]
     return found if found and None not in found else None

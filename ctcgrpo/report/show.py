@@ -1,4 +1,4 @@
-"""What a finished run shows a person: held-out scores before and after, and the same scenario played by both policies."""
+"""Prints a finished run: held-out scores before and after, and the same scenario played by both policies."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,18 +20,18 @@ from ctcgrpo.util.intervals import means
 from ctcgrpo.util.terminal import print_line
 
 Trace = Mapping[str, Any]  # run_records.Trace
-_SIDE_BY_SIDE = 100  # columns that two dialogues beside each other need
+_SIDE_BY_SIDE = 100  # terminal width from which two dialogues are side by side
 
 
 class Speech(NamedTuple):
-    """How a policy speaks: mean words a reply, and the share of its replies that it makes once only."""
+    """A policy's style: mean words per reply, and the share of replies that occur only once."""
 
     words: float
     distinct: float
 
 
 def speech(episodes: Iterable[Trace]) -> Speech:
-    """Over all replies of valid episodes. Raises OutputError where there are none."""
+    """The style over all replies of valid episodes. Raises OutputError without any reply."""
     replies = [turn["reply"] for e in episodes if e["failure"] is None for turn in e["turns"]]
     if not replies:
         raise OutputError("no valid episode has a reply")
@@ -39,7 +39,7 @@ def speech(episodes: Iterable[Trace]) -> Speech:
 
 
 def typical_scenario(before: Sequence[Trace], after: Sequence[Trace]) -> str:
-    """The scenario whose change is the median one: neither the best nor the worst that happened."""
+    """The scenario with the median change of score."""
     old, new = _scores(before), _scores(after)
     changes = {name: new[name] - old[name] for name in sorted(old.keys() & new.keys())}
     if not changes:
@@ -48,31 +48,31 @@ def typical_scenario(before: Sequence[Trace], after: Sequence[Trace]) -> str:
 
 
 def show_run(path: Path, console: Console, *, scenario: str | None = None) -> None:
-    """Print a finished run, and what is wrong with its files. Raises OutputError for a folder that holds none, for figures that are
-    damaged, and for a scenario that it did not play."""
+    """Print a finished run, and errors in its files. Raises OutputError for a folder without a finished run, for damaged figures,
+    and for a scenario that was not played."""
     folder = RunFolder(require_folder(path))
     summary, bad_figures = checked_summary(path)
     if summary is None:
-        raise OutputError(f"{path} holds no summary.json: no finished run with a validation section")
+        raise OutputError(f"{path}: no summary.json; expected a finished run with a validation section")
     (before, problems), (after, others) = (_validation(folder, figures) for figures in (summary.before, summary.after))
     chosen = scenario or typical_scenario(before, after)
     played = _scores(before).keys() & _scores(after).keys()
     if chosen not in played:
-        raise OutputError(f"scenario {chosen!r} was not played before and after; played were {', '.join(sorted(played))}")
+        raise OutputError(f"--scenario {chosen!r}: not played both before and after; expected one of {', '.join(sorted(played))}")
     noun = "scenario" if summary.environment is None else "task"
     console.print(_table(summary, speech(before), speech(after), noun))
     console.print(f"{_improvement(summary.improvement, noun, summary.environment)}\n", markup=False, highlight=False)
-    if summary.settings is not None:  # an environment of one's own has none
+    if summary.settings is not None:  # a user's own environment has none
         settings: dict[str, Any] = {**summary.settings}
         measured = eibench_on(settings.pop("data_set"))
         print_line(console, f"{measured}: {in_words(settings)}\n")
     if left_out := [f"{n} of {name}" for name, n in summary.skipped.items() if n]:
-        print_line(console, f"invalid records that were left out: {', '.join(left_out)}\n")
+        print_line(console, f"invalid records left out: {', '.join(left_out)}\n")
     console.print(_dialogues(_typical(before, chosen), _typical(after, chosen), console.width))
     print_line(
         console,
-        f"trained policy  {folder.final}\nuntrained       {folder.base if folder.base.exists() else 'as the recipe names it'}\n"
-        f"every dialogue  {folder.traces}\nfigures         {path / 'summary.json'}, {folder.metrics_file}\nanother one     "
+        f"trained policy  {folder.final}\nbase policy     {folder.base if folder.base.exists() else 'policy.model of the recipe'}\n"
+        f"all dialogues   {folder.traces}\nfigures         {path / 'summary.json'}, {folder.metrics_file}\nother scenario  "
         f"ctcgrpo show {path} --scenario ID",
     )
     for problem in (*problems, *others, *bad_figures):
@@ -95,12 +95,12 @@ def _validation(folder: RunFolder, figures: Figures) -> tuple[Sequence[Trace], l
     episodes, problems = read_traces(sorted(folder.traces.glob(f"validation-{step:06d}.rank-*.jsonl")))
     if not episodes:
         why = f" that can be read ({problems[0]})" if problems else ""
-        raise OutputError(f"{folder.traces} holds no dialogues of the validation after step {step}{why}")
+        raise OutputError(f"{folder.traces}: no dialogues of the validation after step {step}{why}")
     scores = _scores(episodes).values()
     mean = sum(scores) / len(scores) if scores else None
     if not problems and not same(mean, figures.overall):
-        both = f"the dialogues have the score {mean}, and summary.json says {figures.overall}"
-        problems.append(f"after step {step} {both}; one is damaged")
+        both = f"the mean score is {mean} in traces, {figures.overall} in summary.json"
+        problems.append(f"validation after step {step}: {both}; one of them is damaged")
     return episodes, problems
 
 
@@ -136,7 +136,7 @@ def _change(before: float | None, after: float | None) -> tuple[str, str, str]:
 
 
 def _dialogues(before: Trace, after: Trace, width: int) -> Group | Table:
-    """Side by side where both have room, else one above the other."""
+    """Both dialogues, side by side where the terminal is wide enough, else one above the other."""
     panels = _dialogue(before, "before"), _dialogue(after, "after")
     if width < _SIDE_BY_SIDE:
         return Group(*panels)

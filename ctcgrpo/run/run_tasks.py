@@ -22,7 +22,7 @@ from ctcgrpo.run.data_digest import SKIPPED, scenarios_digest, tasks_digest
 from ctcgrpo.run.recipe import OwnEnvironment, Recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.settings import briefing
-from ctcgrpo.simulator.choice import SCRIPTED, check_patience, introduced, simulator_of
+from ctcgrpo.simulator.choice import SCRIPTED, check_timeout, read_health, simulator_of
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import bearer_token
 from ctcgrpo.simulator.logs import json_log
@@ -70,8 +70,8 @@ class ScenarioTasks:
         settings, scoring = self._recipe.simulator, self._recipe.scoring
         token, limits = bearer_token(settings.token_env), {"timeout": settings.timeout, "patience": settings.patience}
         self._client = SimulatorClient(self._urls(stack, state, folder), token=token, **limits, say=say)
-        self._about = asyncio.run(introduced(self._client))
-        check_patience(self._about, settings.timeout)
+        self._about = asyncio.run(read_health(self._client))
+        check_timeout(self._about, settings.timeout)
         if self._about.get("backend") == SCRIPTED:
             for what, scenarios in self._found.items():
                 if warning := unscripted_warning(scenarios, what):

@@ -1,5 +1,5 @@
-"""Who plays the user: servers that run already, or a server of this process for a configuration. The one place that chooses, and
-names who it was (`who_played`).
+"""Who plays the user: running servers, or a server that this process starts from a configuration. Only this module chooses;
+`who_played` names the choice.
 
 By a name (`named_simulator`: scripted, a configuration's file, a URL), by a recipe's section `simulator` (`simulator_of`), or by
 the options --config and --url (`chosen_simulator`).
@@ -32,25 +32,25 @@ _PATIENCE = 20.0  # Seconds: a person waits
 
 @dataclass(frozen=True, slots=True)
 class SimulatorChoice:
-    """`urls` of servers that run already; without any, `config` is served by this process."""
+    """`urls` of running servers; without any, this process starts a server for `config`."""
 
     urls: tuple[str, ...] = ()
     config: SimulatorConfig = SCRIPTED_USER
 
     @property
     def llm(self) -> Llm | None:
-        """The LLM that is called with settings from here; a server that runs already has its own."""
+        """The LLM settings, where this process makes the calls; None for a running server, which has its own."""
         return None if self.urls else self.config.llm
 
     @property
     def timeout(self) -> float:
-        """Seconds that a request for a turn may take."""
+        """The limit of one request for a turn, in seconds."""
         return _TIMEOUT if self.llm is None else self.llm.deadline + 30
 
     @contextmanager
     def served(self, scenarios: Iterable[Scenario] = (), *, log: Log | None = None, port: int = 0) -> Iterator[tuple[str, ...]]:
-        """The URLs to ask, for as long as the context lasts. Raises RecipeError for a backend that cannot be made, ScenarioError
-        for one of `scenarios` that an own server cannot play."""
+        """The server URLs, valid within the context. Raises RecipeError for a backend that cannot be made, ScenarioError where a
+        server started here cannot play one of `scenarios`."""
         if self.urls:
             yield self.urls
             return
@@ -62,19 +62,19 @@ class SimulatorChoice:
             yield (url,)
 
     def client(self, urls: Sequence[str], *, patience: float = 600.0) -> SimulatorClient:
-        """A client of what `served` gave, not entered yet."""
+        """A client for the URLs that `served` gives; enter it with `async with`."""
         from ctcgrpo.simulator.client import SimulatorClient
 
         return SimulatorClient(list(urls), token=bearer_token(TOKEN_ENV), timeout=self.timeout, patience=patience)
 
 
 def names_a_simulator(name: str) -> bool:
-    """Whether a name is one for `named_simulator`, and not a model's."""
+    """Whether a name is one that `named_simulator` reads, rather than a model's name."""
     return name == SCRIPTED or name.startswith(_URL) or name.endswith((".yaml", ".yml"))
 
 
 def named_simulator(name: str) -> SimulatorChoice:
-    """scripted, the URL of a server, or the file of a configuration. Raises RecipeError for a configuration that cannot be read."""
+    """`name`: scripted, the URL of a server, or a configuration's file. Raises RecipeError for a file that cannot be read."""
     if name == SCRIPTED:
         return SimulatorChoice()
     return SimulatorChoice((name,)) if name.startswith(_URL) else SimulatorChoice(config=load_simulator_config(name))
@@ -96,32 +96,32 @@ def name_of(section: Simulator) -> str:
 
 @contextmanager
 def chosen_simulator(config: Path | None, urls: Sequence[str]) -> Iterator[SimulatorClient]:
-    """A client, not entered yet, for as long as the context lasts; the scripted user where neither is given. The servers' token is
-    the one in CTCGRPO_SIMULATOR_TOKEN. Raises RecipeError where both are given."""
+    """A client, valid within the context; of the scripted user where neither option is given. Enter it with `async with`. The
+    token is read from CTCGRPO_SIMULATOR_TOKEN. Raises RecipeError where both are given."""
     if urls and config is not None:
-        raise RecipeError("--config and --url exclude each other: a server has a configuration of its own")
+        raise RecipeError("--config and --url: both given; expected one, since a running server has its own configuration")
     choice = SimulatorChoice(tuple(urls), SCRIPTED_USER if config is None else load_simulator_config(config))
     with choice.served() as found:
         yield choice.client(found, patience=_PATIENCE)
 
 
-def check_patience(says: Mapping[str, Any], timeout: float) -> None:
-    """Refuse to wait for a turn no longer than the simulator may take for it, by what it says of itself."""
-    if (most := says.get("deadline") or 0) >= timeout:
-        taken = f"the simulator may take {most:g} s for a turn (llm.deadline)"
-        raise RecipeError(f"simulator.timeout is {timeout:g} s, but {taken}; it must be larger")
+def check_timeout(health: Mapping[str, Any], timeout: float) -> None:
+    """Raises RecipeError for a timeout within the simulator's own deadline for a turn, which its health answer gives."""
+    if (most := health.get("deadline") or 0) >= timeout:
+        expected = f"more than {most:g} s, which the simulator may take for a turn (llm.deadline)"
+        raise RecipeError(f"simulator.timeout = {timeout:g}; expected {expected}; try {2 * most:g}")
 
 
-async def introduced(simulator: SimulatorClient) -> dict[str, Any]:
-    """What the simulator says of itself. Raises SimulatorTransportError at once where none answers."""
+async def read_health(simulator: SimulatorClient) -> dict[str, Any]:
+    """The simulator's health answer. Raises SimulatorTransportError at once where no server answers."""
     async with simulator:
         return await simulator.health()
 
 
 def who_played(about: Mapping[str, Any] | None) -> str:
-    """Who played the user (or the judge), by what a server or an evaluation said of it (`GET /health`): the models, or the backend
-    where it has none, and its prompts; "unknown" where neither is said. A server of somebody else may say anything: what is not
-    text is left out."""
+    """Who played the user or the judge, in words: the models, or else the backend, and the prompts; "unknown" without either.
+    `about` is a health answer, or an evaluation's record of it. A third party's server may send anything: values that are not
+    text are left out."""
     about = about or {}
     models = about.get("models")
     names = [name for name in models if isinstance(name, str) and name] if isinstance(models, list | tuple) else []

@@ -1,4 +1,4 @@
-"""Asking the simulator: one method, retries for what a retry can mend, one error type for each thing that stays wrong."""
+"""The simulator's client: it retries temporary failures, and raises one error type for each kind of permanent failure."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _LARGEST = 4_000_000  # bytes of a response at most
 
 
 class _NoAnswer(Exception):
-    """An attempt that another one may mend."""
+    """An attempt that failed for a reason that a retry may solve."""
 
 
 class SimulatorClient:
     """An async context manager around one HTTP session.
 
-    `urls` are replicas of one simulator: a scenario keeps to one of them while that answers, since it may know the prefix.
-    `timeout` is the seconds that one attempt may take, `patience` how long a turn is asked for again where no server answers (a
-    server may be restarted meanwhile) or no LLM can be asked (then `say` hears until when and why); between rounds over the
-    replicas it waits `backoff` x 2^k seconds with jitter, 15 at most.
+    `urls` are replicas of one simulator. A scenario stays with one replica while that answers, which may have cached its prefix.
+    `timeout`: seconds of one attempt at most. `patience`: seconds of retries at most, where no server answers (it may be
+    restarting) or no LLM is available (`say` is then called with the reason and the end of the outage). Between rounds over the
+    replicas it waits `backoff` x 2^k seconds with jitter, at most 15.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class SimulatorClient:
         self._timeout = aiohttp.ClientTimeout(total=timeout)
         self._patience = patience
         self._backoff = backoff
-        self._jitter = random.Random()  # of its own: training's random state must not depend on retries
+        self._jitter = random.Random()  # its own generator: training's random state must not depend on retries
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> SimulatorClient:
@@ -71,8 +71,8 @@ class SimulatorClient:
             self._session = None
 
     async def health(self) -> dict[str, Any]:
-        """What the replicas that answer say of themselves. Raises SimulatorTransportError at once where none does, and where they
-        play different users."""
+        """The health answer of the replicas. Raises SimulatorTransportError at once where none answers, and where replicas that
+        answer play different users."""
         answers: dict[str, dict[str, Any]] = {}
         problems: dict[str, _NoAnswer] = {}
         for url in self._urls:
@@ -83,7 +83,7 @@ class SimulatorClient:
         if not answers:
             url, problem = next(iter(problems.items()))
             raise SimulatorTransportError(
-                f"simulator.url {url!r}: no simulator server answers there ({problem}){through_proxy(url)}; start one with "
+                f"simulator.url = {url!r}: no simulator server answers ({problem}){through_proxy(url)}; start one with "
                 "`ctcgrpo serve`, or set simulator.url=embedded"
             )
         (first, said), *others = answers.items()
@@ -93,15 +93,15 @@ class SimulatorClient:
         return said
 
     async def account(self) -> dict[str, Any]:
-        """What the simulator has spent; empty where nothing, or nobody answers any more."""
+        """What the simulator has spent; empty where it spent nothing, or no server answers any more."""
         for url in self._urls:
             with suppress(_NoAnswer):
                 return await self._get(url, ACCOUNT_PATH)
         return {}
 
     async def turn(self, request: TurnRequest) -> TurnReply:
-        """The user's reaction. Raises SimulatorTransportError where none could be had, SimulatorReplyError where a server refused
-        the request or answered what is not a TurnReply, BudgetSpent where the simulator may spend no more."""
+        """The user's reaction. Raises SimulatorTransportError where no answer came, SimulatorReplyError where a server refused
+        the request or sent no valid TurnReply, BudgetSpent where the budget is spent."""
         body = request.model_dump_json().encode()
         urls = self._order(request.scenario.id)
         started, attempts, problem = time.monotonic(), 0, ""
@@ -113,7 +113,7 @@ class SimulatorClient:
                     return _checked(url, request, await self._attempt(url, body))
                 except _NoAnswer as error:
                     problem = str(error)
-                except SimulatorTransportError as error:  # this replica has tried, or does not know us; another may
+                except SimulatorTransportError as error:  # this replica tried, or rejected our token; another may answer
                     final[url] = error
             if len(final) == len(urls):
                 raise final[urls[0]]
@@ -121,8 +121,8 @@ class SimulatorClient:
             pause = min(_LONGEST_PAUSE, self._backoff * 2 ** min(rounds - 1, 10)) * self._jitter.uniform(0.5, 1.5)
             if time.monotonic() - started + pause > self._patience:
                 raise SimulatorTransportError(
-                    f"{', '.join(urls)} gave no answer within the patience of {self._patience:g} s ({attempts} attempts), last: "
-                    f"{problem}"
+                    f"{', '.join(urls)}: no answer within the patience of {self._patience:g} s ({attempts} attempts); last "
+                    f"problem: {problem}"
                 )
             await asyncio.sleep(pause)
 
@@ -136,7 +136,7 @@ class SimulatorClient:
             try:
                 return TurnReply.model_validate_json(payload)
             except ValidationError as error:
-                raise SimulatorReplyError(f"{url} answered what is no turn reply: {error.errors()[0]['msg']}") from None
+                raise SimulatorReplyError(f"{url}: invalid response; expected a TurnReply: {error.errors()[0]['msg']}") from None
         try:
             said = TurnProblem.model_validate_json(payload)
         except ValidationError:
@@ -144,17 +144,17 @@ class SimulatorClient:
                 raise _NoAnswer(f"HTTP {status}{through_proxy(url)}: {_excerpt(payload)}") from None
             raise SimulatorReplyError(f"{url} refused the request (HTTP {status}): {_excerpt(payload)}") from None
         if said.kind == UNAVAILABLE:
-            self._tell(said.error, retry_after(response.headers) or 0.0)
+            self._log_outage(said.error, retry_after(response.headers) or 0.0)
             raise _NoAnswer(said.error)
         types = {error.kind: error for error in (SimulatorTransportError, BudgetSpent)}
         raise types.get(said.kind, SimulatorReplyError)(f"{url} (HTTP {status}): {cut(said.error, 2100)}")
 
-    def _tell(self, outage: str, seconds: float) -> None:
-        """Once for each outage, which lasts so many seconds: all turns wait for the same."""
+    def _log_outage(self, outage: str, seconds: float) -> None:
+        """Log an outage of so many seconds once, however many turns wait for its end."""
         now = time.monotonic()
         if now >= self._said_until:
             self._said_until = now + seconds
-            self._say(f"waiting for the simulator, with a patience of {self._patience:g} s: {outage}")
+            self._say(f"waiting for the simulator, at most {self._patience:g} s (patience): {outage}")
 
     def _order(self, scenario: str) -> list[str]:
         start = int.from_bytes(hashlib.sha256(scenario.encode("utf-8", "replace")).digest()[:4], "big") % len(self._urls)
@@ -170,7 +170,7 @@ class SimulatorClient:
         except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict) or (path == HEALTH_PATH and not _is_health(answer)):
-            raise _NoAnswer("what answers is no simulator server")
+            raise _NoAnswer("the answer is not that of a simulator server")
         return answer
 
     @property
@@ -195,7 +195,7 @@ async def _body(url: str, response: aiohttp.ClientResponse) -> bytes:
 
 
 def _checked(url: str, request: TurnRequest, reply: TurnReply) -> TurnReply:
-    """The reply, if its state is the request's plus the deltas: outcomes and rewards are computed from it."""
+    """The reply. Raises SimulatorReplyError unless its state is the request's plus the deltas: rewards are computed from it."""
     expected = request.state.plus(reply.anger_delta, reply.trust_delta)
     if reply.state != expected:
         raise SimulatorReplyError(

@@ -1,14 +1,14 @@
-"""Limits on the connections of a server, which hold before a token is checked.
+"""Limits on a server's connections, which apply before a token is checked.
 
-uvicorn bounds neither the size of a request's head nor the time that a request takes to arrive, and its `limit_concurrency` refuses
-requests on connections that are open already. `BoundedHttp` is uvicorn's protocol with these limits:
+uvicorn does not limit the size of a request's head or the time that it takes to arrive. Its `limit_concurrency` refuses requests
+on connections that are already open. `BoundedHttp` is uvicorn's protocol with these limits:
 
     the head of a request, or the trailers of its body, larger than MAX_HEAD     431, the connection closes
     a request that is not complete after `request_seconds`                       408, the connection closes
     a response that is not read within `request_seconds`                         the connection closes
     a connection beyond `max_connections`                                        503, the connection closes
 
-The size of a body is a matter of the application, which reads it.
+The application limits the size of a body while it reads it.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ MAX_HEAD = 32_768  # bytes of the request line and the headers together
 _SURPLUS = 256
 """Connections beyond the limit that may send their request before they get a 503; further ones get it and are closed at once."""
 _SURPLUS_SECONDS = 1.0
-_LINGER_SECONDS = 1.0  # how long what a refused client still sends is read and dropped, so that it gets to see the refusal
+_LINGER_SECONDS = 1.0  # how long a refused client's data is read and dropped, so that it receives the refusal
 _MOST_DROPPED = 32_000_000  # bytes of it at most, and of a body whose response has been sent already
 _REASONS = {
     400: "this is not an HTTP request",
@@ -36,7 +36,7 @@ _REASONS = {
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """One connection. Made by `bounded_http`, which sets the limits."""
+    """One connection; `bounded_http` makes the class with its limits."""
 
     request_seconds: float
     max_connections: int
@@ -137,11 +137,11 @@ class BoundedHttp(HttpToolsProtocol):
             self._refuse(408)
 
     def _earlier_is_open(self) -> bool:
-        """Whether a request before the one that arrives still waits for its response."""
+        """Whether an earlier request on this connection still waits for its response."""
         return bool(self.pipeline) or (self._in_head and self.cycle is not None and not self.cycle.response_complete)
 
     def _refuse(self, status: int) -> None:
-        """Close the connection; with a response where the client can tell what it is the response to."""
+        """Close the connection, with a response where the client can match it to its request."""
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
@@ -192,7 +192,7 @@ def bounded_http(request_seconds: float, max_connections: int, on_refusal: Calla
 
 
 def allow_open_files(connections: int) -> None:
-    """Raise this process's limit of open files, as far as it may, so that `within_open_files` allows so many connections."""
+    """Raise this process's limit of open files, as far as allowed, so that `within_open_files` permits `connections`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * connections if hard == resource.RLIM_INFINITY else min(2 * connections, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -202,8 +202,8 @@ def allow_open_files(connections: int) -> None:
 
 
 def within_open_files(connections: int) -> int:
-    """So many connections, or half of the files that this process may have open: the others are for the LLM's endpoints, the store,
-    and in a training run for the other end of each connection."""
+    """`connections`, or half of the files that this process may open where that is less. The other half is for the LLM endpoints,
+    the store and, in a training run, the other end of each connection."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return connections if soft == resource.RLIM_INFINITY else min(connections, max(1, soft // 2))
 

@@ -13,7 +13,7 @@ Log = structlog.typing.FilteringBoundLogger
 
 
 def _printable_json(event: object, **options: Any) -> str:
-    """The stream may be a terminal, and what endpoints answered is quoted."""
+    """JSON without control characters: the stream may be a terminal, and the log quotes endpoints."""
     return printable(json.dumps(event, ensure_ascii=False, **options))
 
 

@@ -1,7 +1,7 @@
-"""What goes over the wire between a rollout and the simulator, and what a backend has to do.
+"""The protocol between rollouts and the simulator, and the interface of a backend.
 
-The server keeps nothing between requests: a request carries the scenario, the history, the state, the round and a seed, so
-any replica can answer it and a retry is safe.
+The server is stateless: a request carries the scenario, the history, the state, the round and a seed. So any replica can answer
+it, and a retry is safe.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ctcgrpo.simulator.config import SimulatorConfig
 
 MOST_LINES, MOST_CHARACTERS = 2_000, 1_200_000
-"""What a TurnRequest may hold: lines of the history, and characters of the history and the scenario's texts together."""
+"""Limits of a TurnRequest: lines of its history, and characters of history and scenario together."""
 TURN_PATH = "/v1/turn"
 ACCOUNT_PATH = "/v1/account"
 HEALTH_PATH, READY_PATH, METRICS_PATH = "/health", "/ready", "/metrics"
@@ -33,7 +33,7 @@ class _Message(BaseModel):
 
 
 class Utterance(_Message):
-    """`reflection` is what the simulator thought before a line of the user; empty for the policy."""
+    """One line. `reflection`: the simulator's reasoning before a line of the user; empty for the policy."""
 
     speaker: Literal["policy", "user"]
     text: str
@@ -56,14 +56,14 @@ class State(_Message):
 
 
 class Anchor(_Message):
-    """A state that outcomes are measured against; the evaluation defaults may put one beyond 100."""
+    """A state that defines the scale of outcomes; the evaluation defaults may exceed 100."""
 
     anger: int = Field(ge=0)
     trust: int = Field(ge=0)
 
 
 class ScenarioCard(_Message):
-    """What a backend may know of a scenario."""
+    """The part of a scenario that a backend may read."""
 
     id: str
     scene: str = Field(pattern=SCENE_NAME)
@@ -84,7 +84,7 @@ class ScenarioCard(_Message):
 
 
 class TurnRequest(_Message):
-    """Ask the user to react. `history` ends with the policy's reply; `round` counts the policy's replies from 1."""
+    """A request for the user's reaction. `history` ends with the policy's reply; `round` counts the policy's replies from 1."""
 
     request_id: str
     scenario: ScenarioCard
@@ -97,7 +97,7 @@ class TurnRequest(_Message):
     @model_validator(mode="after")
     def _can_be_answered(self) -> TurnRequest:
         if self.history[-1].speaker != "policy":
-            raise ValueError("history must end with the policy's reply")
+            raise ValueError("history ends with another line; expected the policy's reply last")
         card = self.scenario
         size = sum(len(u.text) + len(u.reflection) for u in self.history)
         size += sum(map(len, (card.user_persona, card.policy_persona, card.opening_line, card.goal, *card.success_criteria)))
@@ -111,7 +111,7 @@ class TurnRequest(_Message):
 def turn_request(
     card: ScenarioCard, history: Sequence[Utterance], state: UserState, *, request_id: str, max_rounds: int, seed: int
 ) -> TurnRequest:
-    """The request for the user's reaction to the last reply in `history`; `state` is the one before it. Raises
+    """The request for the user's reaction to the last reply in `history`; `state` is the state before that reply. Raises
     SimulatorReplyError for texts that are too long."""
     try:
         return TurnRequest(
@@ -128,7 +128,7 @@ def turn_request(
 
 
 class Usage(_Message):
-    """What a turn took anew; nothing where it was answered from the store."""
+    """Calls and tokens of a turn; 0 for a turn answered from the store."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -152,7 +152,7 @@ UNAVAILABLE = "unavailable"  # the kind of a TurnProblem that is not for good (5
 
 
 class TurnProblem(_Message):
-    """The body of an answer that is no TurnReply: which kind of error of `ctcgrpo.errors` it is, for good; or UNAVAILABLE."""
+    """The body of an error response. `kind`: a permanent error's kind in `ctcgrpo.errors`, or UNAVAILABLE."""
 
     kind: str
     error: str
@@ -160,7 +160,7 @@ class TurnProblem(_Message):
 
 @dataclass(frozen=True, slots=True)
 class Reaction:
-    """What a backend decides; the server turns it into a TurnReply. Deltas may lie outside [-10, 10]: they are clipped."""
+    """A backend's decision, from which the server makes a TurnReply. Deltas outside [-10, 10] are clipped."""
 
     reply: str
     anger_delta: int
@@ -172,7 +172,7 @@ class Reaction:
 
 
 class SimulatorBackend(ABC):
-    """One class plays the user. Subclass it with a `name` and `react`, and name it in a configuration (README.md)."""
+    """A class that plays the user. Subclass it with a `name` and `react`, and name it in a configuration (README.md)."""
 
     name: ClassVar[str]
     options: Mapping[str, Any] = {}
@@ -181,14 +181,14 @@ class SimulatorBackend(ABC):
     def configured(
         cls, config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None], say: Callable[[str], None]
     ) -> Self:
-        """The one that a configuration describes: `on_call` sees every call to an LLM, `say` hears when none can be asked. Raises
-        RecipeError for what cannot work here."""
+        """The backend of a configuration. `on_call` gets a record of every LLM call, `say` a line for each outage. Raises
+        RecipeError for a configuration that cannot work on this machine."""
         backend = cls(**config.options)
         backend.options = config.options
         return backend
 
     def about(self) -> dict[str, Any]:
-        """What decides its reactions, and is said in the health answer and every summary: prompts, models, sampling."""
+        """What decides its reactions (prompts, models, sampling), for the health answer and every summary."""
         return {"backend": self.name, **self.options}
 
     def check(self, card: ScenarioCard) -> None:  # noqa: B027 - may be left out
@@ -196,20 +196,20 @@ class SimulatorBackend(ABC):
 
     @abstractmethod
     async def react(self, request: TurnRequest) -> Reaction:
-        """Raises SimulatorReplyError for a reaction that it cannot produce, SimulatorTransportError where what it asks
-        does not answer, BudgetSpent where it may not ask any more."""
+        """The user's reaction. Raises SimulatorReplyError where it cannot produce one, SimulatorTransportError where its
+        endpoints do not answer, BudgetSpent where the budget is spent."""
 
     def spent(self) -> Mapping[str, Any]:
-        """Over all runs that share its store; empty for one that costs nothing."""
+        """Spending over all runs that share its store; empty for a backend without costs."""
         return {}
 
     def outage(self) -> Outage | None:
-        """While nothing that it needs can be asked: for how long, and why."""
+        """The current outage of all its endpoints, or None."""
         return None
 
     def is_ready(self) -> bool:
-        """Whether turns can be answered now."""
+        """Whether it can answer turns now."""
         return True
 
     async def close(self) -> None:  # noqa: B027 - may be left out
-        """Release what is open."""
+        """Close sessions and files."""

@@ -2,12 +2,12 @@
 
     POST /v1/turn      a TurnRequest -> a TurnReply
     GET  /v1/account   what was spent
-    GET  /health       who plays the user, and how
+    GET  /health       who plays the user: backend, models, prompts
     GET  /ready        200 while turns can be answered
     GET  /metrics      for Prometheus
 
-Errors carry a TurnProblem where asking again is no use. README.md has the whole contract, connections.py the limits that hold
-before the token is checked.
+Permanent errors carry a TurnProblem. README.md has the whole contract, connections.py the limits that apply before the token is
+checked.
 """
 
 import asyncio
@@ -46,16 +46,16 @@ from ctcgrpo.simulator.service import TurnService, make_backend
 from ctcgrpo.util.naming import cut
 
 _STATUS = {SimulatorReplyError.kind: 422, SimulatorTransportError.kind: 502, BudgetSpent.kind: 402}
-_LOOK_SECONDS = 1.0  # how often a turn under way looks for an outage
-_SHORT_OUTAGE = 5.0  # Seconds: for less, nobody is sent away
-_DRAIN_AFTER_ERROR = 5  # seconds that turns in progress get where what started a server ends with an error, Ctrl-C included
+_LOOK_SECONDS = 1.0  # how often a turn in progress checks for an outage
+_SHORT_OUTAGE = 5.0  # seconds; a turn waits for the end of a shorter one, and a longer one gets 503
+_DRAIN_AFTER_ERROR = 5  # seconds for turns in progress where the caller of `running` ends with an error, except Ctrl-C
 _MOST_QUOTED, _LONGEST_REASON = 20, 2000
 _NAMESPACE = "ctcgrpo_simulator"
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 80, 160)
 
 
 class _Refused(HTTPException):
-    """A request that gets an error."""
+    """A request that is answered with an error."""
 
     def __init__(self, status: int, kind: str, error: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(status, error, headers)
@@ -63,7 +63,7 @@ class _Refused(HTTPException):
 
 
 class ServerMetrics:
-    """A registry of its own for each server, so that several live in one process."""
+    """Each server has its own registry, so that several can run in one process."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -76,9 +76,9 @@ class ServerMetrics:
 
         self.turns = counter("turns", "Turns by scene and result (ok, or the kind of error)", "scene", "result")
         self.refused = counter("refused", "Requests refused before the token was checked, by status", "status")
-        self.source = counter("answers", "Answers by where they came from", "source")
+        self.source = counter("answers", "Answers by source: backend, store, joined", "source")
         self.seconds = seconds("turn_seconds", "From a request to its answer")
-        self.under_way = Gauge("turns_under_way", "Turns being answered", namespace=_NAMESPACE, registry=registry)
+        self.under_way = Gauge("turns_under_way", "Turns in progress", namespace=_NAMESPACE, registry=registry)
         self.calls = counter("calls", "Calls to endpoints by result", "endpoint", "result")
         self.call_seconds = seconds("call_seconds", "A call to an endpoint", "endpoint")
         self.tokens = counter("tokens", "Tokens booked", "endpoint", "kind")
@@ -93,8 +93,8 @@ class ServerMetrics:
 
 
 class SimulatorServer:
-    """A server for one configuration: backend (the configured one, unless another is given), store, metrics and log put together.
-    Raises RecipeError and OutputError for what cannot work here."""
+    """A server for one configuration: backend (the configured one by default), store, metrics and log. Raises RecipeError for a
+    backend that cannot be made, OutputError for a store that cannot be opened."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class SimulatorServer:
         self.config = config
         self.metrics = ServerMetrics()
         self.log = log or json_log(io.StringIO(), "warning")
-        # As bytes: an environment variable and a header may hold any.
+        # As bytes: an environment variable and a header may contain any bytes.
         self._authorization = None if token is None else b"Bearer " + os.fsencode(token)
         self._store = Store(config.store) if config.store is not None else None
         self.backend = backend or make_backend(
@@ -121,7 +121,7 @@ class SimulatorServer:
         )
 
     def check(self, scenarios: Iterable[Scenario]) -> None:
-        """Raises ScenarioError for one that the backend cannot play."""
+        """Raises ScenarioError for a scenario that the backend cannot play."""
         for scenario in scenarios:
             try:
                 self.backend.check(ScenarioCard.of(scenario))
@@ -166,14 +166,14 @@ class SimulatorServer:
             except ValidationError as error:
                 self.metrics.turns.labels("unknown", "no_request").inc()
                 self.log.warning("turn", result="no_request")
-                few = error.error_count() <= _MOST_QUOTED  # a body of megabytes may hold a mistake every few bytes
+                few = error.error_count() <= _MOST_QUOTED  # a large body may contain an error every few bytes
                 said = str(error) if few else f"it has {error.error_count()} errors"
-                raise _Refused(400, "simulator_reply", f"this is no TurnRequest: {said}") from None
+                raise _Refused(400, "simulator_reply", f"invalid request; expected a TurnRequest: {said}") from None
             response, result = await self._answer(turn)
         seconds = time.perf_counter() - started
         self.metrics.seconds.observe(seconds)
         card = turn.scenario
-        # A label keeps its series for good.
+        # Each label makes a permanent time series.
         self.metrics.turns.labels(card.scene if card.scene in SCENES else "other", result).inc()
         turned = {"request": turn.request_id, "scenario": card.id, "scene": card.scene, "round": turn.round}
         self.log.info("turn", **turned, result=result, ms=round(1000 * seconds, 1))
@@ -182,28 +182,28 @@ class SimulatorServer:
         return response
 
     async def _answer(self, turn: TurnRequest) -> tuple[Response, str]:
-        """The answer, and what became of the turn in a word."""
+        """The response, and the result of the turn for logs and metrics: ok, or the kind of error."""
         try:
             reply = await self._reply(turn)
             return Response(reply.model_dump_json(), media_type="application/json"), "ok"
         except _Refused as error:
             return _problem(error.status_code, error.kind, error.detail, error.headers), error.kind
         except (SimulatorReplyError, SimulatorTransportError, BudgetSpent) as error:
-            if not isinstance(error, SimulatorReplyError):  # that one may quote what was said
+            if not isinstance(error, SimulatorReplyError):  # which may quote the dialogue
                 self.log.warning("failed", kind=error.kind, error=str(error))
             return _problem(_STATUS[error.kind], error.kind, str(error)), error.kind
-        except Exception as error:  # noqa: BLE001 - a defect of this program: it is logged, and the server stays up
+        except Exception as error:  # noqa: BLE001 - a bug of this program is logged, and the server keeps running
             return await self._defect(None, error), "defect"
 
     async def _defect(self, request: Request | None, error: Exception) -> Response:
         where = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)][-6:]
         self.log.error("defect", error=type(error).__name__, where=where)
         self.log.debug("defect", message=str(error))
-        # Asking again would fail again, and may cost again.
-        return _problem(500, "simulator_reply", f"a defect of the simulator: {type(error).__name__}; see its log")
+        # A retry would fail again, and may cost again.
+        return _problem(500, "simulator_reply", f"internal error of the simulator: {type(error).__name__}; see its log")
 
     async def _reply(self, turn: TurnRequest) -> TurnReply:
-        """Raises _Refused where the turn has to wait for an LLM for long: it still waits, and is joined when asked again."""
+        """Raises _Refused in a long LLM outage. The turn itself keeps waiting, and a retry of the request joins it."""
         task = asyncio.ensure_future(self.service.turn(turn))
         try:
             while True:
@@ -237,10 +237,10 @@ class SimulatorServer:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     def _check_token(self, request: Request) -> None:
-        """In constant time."""
+        """Raises _Refused without the right token; compares in constant time."""
         given = next((value for name, value in request.scope["headers"] if name == b"authorization"), b"")
         if self._authorization is not None and not hmac.compare_digest(given, self._authorization):
-            raise _Refused(401, "simulator_transport", "the bearer token is missing or wrong")
+            raise _Refused(401, "simulator_transport", "missing or wrong bearer token; expected that in server.token_env")
 
     async def _body(self, request: Request) -> bytes:
         most = self.config.server.max_body_mb
@@ -275,7 +275,7 @@ class SimulatorServer:
 
 
 def _problem(status: int, kind: str, error: str, headers: Mapping[str, str] | None = None) -> Response:
-    problem = TurnProblem(kind=kind, error=cut(error, _LONGEST_REASON))  # it may quote what the request holds
+    problem = TurnProblem(kind=kind, error=cut(error, _LONGEST_REASON))  # it may quote the request
     return Response(problem.model_dump_json(), status_code=status, headers=headers, media_type="application/json")
 
 
@@ -288,7 +288,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any free one. Raises SimulatorTransportError where it cannot be had."""
+    """A listening socket; port 0 takes any free port. Raises SimulatorTransportError where it cannot be opened."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Named as TCP, or asyncio leaves Nagle's algorithm on: 40 ms an answer.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -296,30 +296,30 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
         listener.listen(2048)
-    except (OSError, UnicodeError) as error:  # a name may be none, too
+    except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
         listener.close()
         raise SimulatorTransportError(
-            f"simulator.port is {port}: cannot listen on {cut(host)}:{port} ({getattr(error, 'strerror', error)}); "
-            "choose another port, or 0 for any free one"
+            f"simulator.port = {port}: cannot listen on {cut(host)}:{port} ({getattr(error, 'strerror', error)}); "
+            "expected a free port; try another one, or 0 for any free port"
         ) from None
     return listener
 
 
 def serve_forever(config: SimulatorConfig, host: str, port: int) -> None:
-    """Run a server in the foreground. A signal to stop lets the turns under way end first (server.drain_seconds)."""
+    """Run a server in the foreground. After a signal to stop, turns in progress may still end (server.drain_seconds)."""
     token = server_token(config.server.token_env)
     check_listening(host, token, config.server.token_env)
     server = SimulatorServer(config, log=json_log(sys.stderr, config.server.log_level), token=token)
     listener = bind(host, port)
     at = f"http://{host}:{listener.getsockname()[1]}"
-    print(f"simulator {server.backend.name!r} on {at} (Ctrl-C ends it)", flush=True)
+    print(f"simulator {server.backend.name!r} listens on {at} (Ctrl-C stops it)", flush=True)
     server.log.info("started", at=at, token=token is not None, **server.backend.about())
     server.uvicorn().run(sockets=[listener])
 
 
 @contextmanager
 def running(server: SimulatorServer, port: int = 0) -> Iterator[str]:
-    """The server in a thread of this process, on the loopback interface, for as long as the context lasts; gives its URL."""
+    """Run the server in a thread of this process, on the loopback interface, within the context; gives its URL."""
     listener = bind("127.0.0.1", port)
     inner = server.uvicorn()
     thread = threading.Thread(target=inner.run, kwargs={"sockets": [listener]}, name="simulator", daemon=True)
@@ -327,12 +327,12 @@ def running(server: SimulatorServer, port: int = 0) -> Iterator[str]:
     deadline = time.monotonic() + 30
     while not inner.started:
         if not thread.is_alive() or time.monotonic() > deadline:
-            raise SimulatorTransportError("the embedded simulator server did not start")
+            raise SimulatorTransportError("the embedded simulator server did not start within 30 s")
         time.sleep(0.01)
     drain = server.config.server.drain_seconds
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    except BaseException as error:  # nobody waits for the turns in progress any more; what an LLM answers soon is still kept
+    except BaseException as error:  # nobody waits for the turns in progress; answers that arrive soon are still stored
         drain = 0 if isinstance(error, KeyboardInterrupt) else min(drain, _DRAIN_AFTER_ERROR)
         inner.config.timeout_graceful_shutdown = drain
         raise

@@ -1,8 +1,7 @@
-"""The configured backend, and one turn with it, from a request to its answer: from the store, together with the same request
-already under way, or from the backend.
+"""Answers turns: from the store, by joining the same request in progress, or by calling the configured backend.
 
-The service alone computes the user's new state. A request that comes again costs nothing: the first one goes on even when whoever
-asked has gone, and its answer is kept.
+Only the service computes the user's new state. A repeated request costs nothing: the first one continues even when its client has
+disconnected, and its answer is stored.
 """
 
 import asyncio
@@ -26,22 +25,22 @@ _REMEMBERED = 4096
 def make_backend(
     config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None], say: Callable[[str], None]
 ) -> SimulatorBackend:
-    """The backend that a configuration describes; see SimulatorBackend.configured. Raises RecipeError for a class that cannot be
-    loaded, is no backend, or cannot be made."""
+    """The backend of a configuration; see SimulatorBackend.configured. Raises RecipeError for a class that cannot be loaded, is no
+    SimulatorBackend, or cannot be instantiated."""
     where = f"backend = {config.backend!r}"
     found: Any = load_object(BACKENDS.get(config.backend, config.backend), "backend", config.folder)
     if not (isinstance(found, type) and issubclass(found, SimulatorBackend)):
         raise RecipeError(f"{where}; expected a subclass of ctcgrpo.simulator.protocol.SimulatorBackend")
     if not hasattr(found, "name"):
-        raise RecipeError(f"{where}: {found.__name__} has no `name`, which health answers and summaries give")
+        raise RecipeError(f"{where}: {found.__name__} has no `name`; expected a text, which health answers and summaries report")
     try:
         return found.configured(config, store, on_call, say)
     except CtcGrpoError:
         raise
-    except Exception as error:  # whatever a class of one's own does, abstract methods and wrong options included
+    except Exception as error:  # a user's own class may raise anything; abstract methods and wrong options included
         if config.backend in BACKENDS:
             raise
-        raise RecipeError(f"{where}: cannot be made with options {dict(config.options)}: {blame(error)}") from error
+        raise RecipeError(f"{where}: its constructor failed with options {dict(config.options)}: {blame(error)}") from error
 
 
 async def answer(backend: SimulatorBackend, request: TurnRequest) -> TurnReply:
@@ -64,8 +63,8 @@ def turn_reply(request: TurnRequest, reaction: Reaction) -> TurnReply:
 
 
 class TurnService:
-    """Answers turns with one backend. `store`: where its answers are kept; `on_source` hears where each answer came from: backend,
-    store, or joined (an earlier request for the same turn); `on_error` of a store that could not keep one."""
+    """Answers turns with one backend. `store` keeps its answers. `on_source` gets the source of each answer: backend, store, or
+    joined (an earlier request for the same turn). `on_error` gets the error of a failed write to the store."""
 
     def __init__(
         self,
@@ -81,7 +80,7 @@ class TurnService:
         self._recent: OrderedDict[bytes, TurnReply] = OrderedDict()
 
     async def turn(self, request: TurnRequest) -> TurnReply:
-        """Raises what the backend raises."""
+        """The reply to one request. Raises the backend's errors."""
         key = content_key(request.model_dump_json())
         if key in self._recent or key in self._under_way:
             self._on_source("joined")
@@ -104,20 +103,20 @@ class TurnService:
                 self._on_source("store")
                 return turn_reply(request, reaction)
         except (OutputError, ValueError, TypeError) as error:
-            self._on_error(f"an answer in the store cannot be read, and is asked for again: {error}")
+            self._on_error(f"a stored answer is damaged, and is requested again: {error}")
         self._on_source("backend")
         reaction = await self.backend.react(request)
-        # Without what it cost: whoever is answered from the store pays nothing.
+        # Without its usage: an answer from the store costs nothing.
         kept_fields = {name: value for name, value in asdict(reaction).items() if name != "usage"}
         try:
             self._store.put(key, json.dumps(kept_fields).encode())
-        except OutputError as error:  # what is paid for is answered all the same
+        except OutputError as error:  # the answer is paid for, and is returned in any case
             self._on_error(str(error))
         return turn_reply(request, reaction)
 
     def _finished(self, key: bytes, task: asyncio.Task[TurnReply]) -> None:
         del self._under_way[key]
-        # Asking for the exception also keeps asyncio from complaining where nobody waits any more.
+        # Reading the exception also keeps asyncio from logging it where nobody waits any more.
         if not task.cancelled() and task.exception() is None:
             self._recent[key] = task.result()
             while len(self._recent) > _REMEMBERED:

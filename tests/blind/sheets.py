@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from ctcgrpo.environments.eibench.persona import told
+from ctcgrpo.environments.eibench.persona import select_sections
 from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.errors import OutputError
 from ctcgrpo.util.files import write_whole
@@ -115,7 +115,7 @@ def write_lines(runs: Sequence[HeldOut], folder: Path, number: int, seed: int) -
 
 def situation(scenario: Scenario, run: HeldOut) -> str:
     """Who speaks to whom, from the first paragraph of each persona, and what the policy was told of its role."""
-    role = _prose(told(scenario.policy_persona, run.recipe.policy.persona_sections))
+    role = _prose(select_sections(scenario.policy_persona, run.recipe.policy.persona_sections))
     who, other = _prose(_paragraph(scenario.policy_persona)), _prose(_paragraph(scenario.user_persona))
     lines = [f'- Person 1: "{who}"'] if who not in role else []
     return "\n".join([*lines, f'- Person 1 was told: "{role}"', f'- Person 2: "{other}"'])

@@ -119,7 +119,7 @@ def test_export_has_a_card_that_is_true(finished: Path, ctcgrpo: Command, tmp_pa
         (["evaluate"], "evaluating a run as it validated needs a recipe with the section scenarios (EIBench's task)"),
         (
             ["evaluate", "eibench", "--simulator", "scripted", "--as-trained", "--model"],
-            "--as-trained needs a policy in the folder of a run on scenarios",
+            "expected a policy in the folder of a run on scenarios",
         ),
     ],
 )

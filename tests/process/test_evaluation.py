@@ -68,7 +68,7 @@ def test_an_evaluation_killed_half_way_ends_like_one_that_nobody_disturbed(
     stopped = begin(in_all // 3)
     stopped.send_signal(signal.SIGINT)
     out, _ = stopped.communicate(timeout=60)
-    assert stopped.returncode == 130 and "the same command goes on" in out and "Traceback" not in out, out
+    assert stopped.returncode == 130 and "the same command resumes" in out and "Traceback" not in out, out
     killed = begin(in_all // 4)
     killed.kill()
     killed.communicate(timeout=60)

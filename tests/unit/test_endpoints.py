@@ -175,7 +175,7 @@ async def test_a_turn_waits_beyond_its_deadline_while_all_endpoints_are_unavaila
         asked = await turns(config(provider.url, deadline=0.8, patience=5), "support", "defense")
     assert asked.results == ["Thanks."] * 2 and 2.0 <= time.monotonic() - started < 4
     (said,) = asked.said
-    assert "every LLM endpoint is unavailable" in said and f"HTTP {status}: slow down" in said and "next attempt is at" in said
+    assert "every LLM endpoint is unavailable" in said and f"HTTP {status}: slow down" in said and "next attempt at" in said
 
 
 async def test_the_reason_of_an_outage_outlives_calls_that_were_under_way() -> None:
@@ -202,7 +202,7 @@ async def test_an_open_breaker_is_waited_for_and_a_patience_that_passes_names_th
         assert (await backend.react(request("Hello."))).reply == "Thanks."
         down["now"] = True
         started = time.monotonic()
-        with pytest.raises(SimulatorTransportError, match=r"beyond patience \(3 s\): m at .*HTTP 502: no upstream"):
+        with pytest.raises(SimulatorTransportError, match=r"exceeds patience = 3 s: m at .*HTTP 502: no upstream"):
             await backend.react(request("Hello.", seed=4))  # waits 1.2 s; 2.4 s more would be too much
         assert 1.1 < time.monotonic() - started < 2.5
         down["now"] = False
@@ -216,7 +216,7 @@ async def test_what_waiting_does_not_mend_fails_at_once() -> None:
         (
             error("Invalid API key", 401),
             "key_refused",
-            "no endpoint can be used: .*HTTP 401: Invalid API key .no key_env is set",
+            "no endpoint is usable: .*HTTP 401: Invalid API key .no key_env is set",
         ),
         (error("model 'm' not found", 404), "not_found", "HTTP 404: model 'm' not found .check the endpoint's url"),
     ]:
@@ -298,9 +298,12 @@ async def test_a_served_turn_waits_and_whoever_asked_is_told(monkeypatch: pytest
         (says(done(None, "content_filter")), "content filter"),
         (says(done(None, reasoning_content="So...")), "the text is in reasoning_content; start the server without"),
         (says(done(None, reasoning="So...")), "the text is in reasoning; "),
-        (says(done(None, "length", reasoning_content="So...")), "whole limit on tokens went into reasoning_content"),
-        (says(done(None, "tool_calls", tool_calls=[{"id": "1"}])), "it called a tool"),
-        (says(done("I hear you.")), "no object; it said 'I hear you.'"),
+        (
+            says(done(None, "length", reasoning_content="So...")),
+            "content is empty: reasoning_content used up the limit on tokens",
+        ),
+        (says(done(None, "tool_calls", tool_calls=[{"id": "1"}])), "the model called a tool"),
+        (says(done("I hear you.")), "no object; the last answer: 'I hear you.'"),
     ],
 )
 async def test_what_a_provider_says_is_told(answer: web.Response, told: str) -> None:
@@ -326,7 +329,7 @@ async def test_what_a_provider_says_is_told(answer: web.Response, told: str) -> 
         ),
         (says({"choices": []}), "malformed", r"expected a chat completion, got choices: \[\]", True),
         (says("upstream timeout"), "malformed", "not JSON: upstream timeout", True),
-        (says('data: {"choices": []}\n\ndata: [DONE]', 200, "text/event-stream"), "malformed", "with a stream", True),
+        (says('data: {"choices": []}\n\ndata: [DONE]', 200, "text/event-stream"), "malformed", "got a stream", True),
         (says("[" * 100_000), "malformed", "not JSON", True),
         (says(json.dumps(done()), Content_Encoding="gzip"), "disconnected", "cannot be decoded", True),
         (says(gzip.compress(b" " * 20_000_000), Content_Encoding="gzip"), "malformed", "larger than 8 MB", True),
@@ -430,7 +433,7 @@ async def test_what_is_not_set_is_not_sent() -> None:
         assert body["max_completion_tokens"] == 512 and "max_tokens" not in body
     (body,) = (await sent(endpoint__extra_body={"temperature": None, "seed": None, "thinking": {"budget": None}})).asked
     assert not {"temperature", "seed"} & set(body) and body["thinking"] == {"budget": None}
-    with pytest.raises(ValidationError, match="exclude each other"):
+    with pytest.raises(ValidationError, match="both given"):
         Llm.model_validate({"endpoints": [{"url": "http://a/v1", "model": "m"}], "max_tokens": 5, "max_completion_tokens": 6})
 
 
@@ -460,13 +463,13 @@ async def test_redirects_keep_to_their_origin(monkeypatch: pytest.MonkeyPatch) -
             asked = await turns(config(provider.url, endpoint__key_env="SOME_KEY"), "support", "defense")
         assert not elsewhere.asked
     assert asked.results[0] == "Thanks." and provider.paths[1] == "/v2/chat/completions"
-    assert f"HTTP 307: it redirects to {elsewhere.url}; use that address" in str(asked.results[1])
+    assert f"HTTP 307: it redirects to {elsewhere.url}; set url to that address" in str(asked.results[1])
 
 
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ("headers: {api-key: abc123}", r"headers: api-key is a secret: write \${NAME}"),
+        ("headers: {api-key: abc123}", r"headers: api-key is a secret; expected \${NAME}"),
         ("headers: {x-title: '${not a name}'}", "name an environment variable here"),
         ("headers: {api-key: '${sk-abc}'}", "name an environment variable here"),
         ("headers: {api-key: '${NO_SUCH_KEY}'}", r"the environment variable NO_SUCH_KEY \(headers\) is empty or not set"),
@@ -483,7 +486,7 @@ def test_headers_hold_no_secrets(tmp_path: Path, fields: str, problem: str) -> N
 def test_a_secret_in_a_query_is_refused_and_not_shown(tmp_path: Path) -> None:
     file = tmp_path / "simulator.yaml"
     file.write_text("backend: llm\nllm: {endpoints: [{url: 'http://a/v1?api_key=marked', model: m}]}\n")
-    with pytest.raises(RecipeError, match="holds no secrets") as raised:
+    with pytest.raises(RecipeError, match="the URL contains a secret") as raised:
         load_simulator_config(file)
     assert "marked" not in str(raised.value)
 

@@ -138,7 +138,7 @@ def test_profiles_that_are_wrong_are_named(tmp_path: Path) -> None:
         sage.load_profiles(tmp_path)
     file = tmp_path / "p.jsonl"
     for text, problem in {
-        "": "holds no profiles",
+        "": "no profiles",
         "{": "line 1: not valid JSON",
         "[]": "line 1: expected a JSON object",
         json.dumps(profile(task="")): "line 1: task is missing",
@@ -151,11 +151,11 @@ def test_profiles_that_are_wrong_are_named(tmp_path: Path) -> None:
     for record, problem in [
         (
             {"id": "a", "character": "c", "emo_point": 50, "history": said},
-            "line 1: emo_point is 50, but its history ends at 40",
+            "line 1: emo_point = 50; expected 40, the last of its history",
         ),
         ({"character": "c", "emo_point": 40, "history": said}, "line 1: id is None"),
         ({"id": "a", "emo_point": 40, "history": said}, "line 1: character is None"),
-        ({"id": "a", "character": "c", "emo_point": 140, "history": said}, "line 1: emo_point is 140"),
+        ({"id": "a", "character": "c", "emo_point": 140, "history": said}, "line 1: emo_point = 140"),
     ]:
         file.write_text(json.dumps(record))
         with pytest.raises(ScenarioError, match=problem):
@@ -276,18 +276,18 @@ def test_existing_judgements_are_rescored(tmp_path: Path, ctcgrpo: Command) -> N
     code, _, err = ctcgrpo("evaluate", "eqbench3", "--rescore", str(file))
     assert code == 3 and "2 runs; name one with --run: k1, k2" in err
     code, _, err = ctcgrpo("evaluate", "eibench", "--rescore", str(file))
-    assert code == 2 and "--rescore is not for eibench, but for sage, eqbench3" in err
+    assert code == 2 and "--rescore cannot be used with eibench; expected one of sage, eqbench3" in err
     for unused in (("--limit", "2"), ("--model", "x/y"), ("--judge", "x/y")):
         code, _, err = ctcgrpo("evaluate", "eqbench3", "--rescore", str(file), *unused)
-        assert code == 2 and f"{unused[0]} is not for --rescore of eqbench3" in err
+        assert code == 2 and f"{unused[0]} cannot be combined with --rescore of eqbench3" in err
 
 
 def test_files_of_eqbench3_that_are_wrong_are_named(tmp_path: Path) -> None:
     with pytest.raises(ScenarioError, match=r"scenario_prompts.txt not found.*EQ-bench/eqbench3"):
         eq.load_eqbench(tmp_path)
     for name, text, problem in [
-        ("scenario_prompts.txt", "nothing", "it holds no scenarios"),
-        ("scenario_prompts.txt", "######## 1 | only two\n", "a heading is"),
+        ("scenario_prompts.txt", "nothing", "no scenarios; expected headings"),
+        ("scenario_prompts.txt", "######## 1 | only two\n", "heading = "),
         ("rubric_scoring_prompt.txt", "{transcript} {output_format}", "it has no {debrief}"),
         ("rubric_scoring_criteria.txt", "warmth", "lacks demonstrated_empathy"),
     ]:
@@ -489,7 +489,7 @@ def test_an_answer_in_the_reasoning_alone_is_named(
     [
         ("temprature=1", "did you mean 'temperature'"),
         ("stop_seqs=null", "null leaves out temperature"),
-        ("judge.temperature=1", "no model plays the judge here"),
+        ("judge.temperature=1", "no model has the role judge"),
         ("temperature", "write NAME=VALUE"),
     ],
 )
@@ -505,7 +505,7 @@ def test_mistakes_are_named_and_no_traceback(tmp_path: Path, ctcgrpo: Command, m
         (("eibenc", "--model", "a/b"), 2, "did you mean 'eibench'?"),
         (("eibench",), 2, "--model is missing"),
         (("eibench", "--model", "a/b"), 2, "--simulator is missing"),
-        (("eibench", "--model", "gpt", "--simulator", "scripted"), 4, "neither a folder with a model .* nor PROVIDER/NAME"),
+        (("eibench", "--model", "gpt", "--simulator", "scripted"), 4, "expected a folder with a model .* or PROVIDER/NAME"),
         (("eibench", "--model", "nope/x", "--simulator", "scripted"), 2, "nope"),
         (("eibench", "--model", "nope[/b]/x", "--simulator", "scripted"), 2, "nope"),
         (
@@ -518,9 +518,9 @@ def test_mistakes_are_named_and_no_traceback(tmp_path: Path, ctcgrpo: Command, m
         (
             ("eibench", "--model", "a/b", "--simulator", "scripted", "--run", "x"),
             2,
-            "--run is not for eibench, but for eqbench3",
+            "--run cannot be used with eibench; expected one of eqbench3",
         ),
-        (("eqbench3", "--model", "a/b", "--judge", "a/b", "--run", "x"), 2, "--run is for --rescore"),
+        (("eqbench3", "--model", "a/b", "--judge", "a/b", "--run", "x"), 2, "--run needs --rescore"),
         (("eibench", "--model", "a/b", "--simulater", "scripted"), 2, "No such option: --simulater"),
         (("eibench", "--model", "openai/x", "--simulator", "scripted"), 2, "OPENAI_API_KEY"),
         (("eibench", "--model", "scripted/talker", "--simulator", "no.yaml"), 2, "'no.yaml' not found"),
@@ -528,9 +528,9 @@ def test_mistakes_are_named_and_no_traceback(tmp_path: Path, ctcgrpo: Command, m
         (
             ("eibench", "--model", "scripted/talker", "--simulator", "scripted", "--data", "x"),
             2,
-            "--data is not for eibench",
+            "--data cannot be used with eibench",
         ),
-        (("eibench", "--model", "scripted/talker", "--judge", "a/b"), 2, "--judge is not for eibench"),
+        (("eibench", "--model", "scripted/talker", "--judge", "a/b"), 2, "--judge cannot be used with eibench"),
         (("sage", "--model", "scripted/talker", "--simulator", "scripted/user", "--data", "no"), 3, "no not found"),
         (
             ("eqbench3", "--model", "scripted/talker", "--judge", "scripted/judge", "--data", "no"),
@@ -540,8 +540,8 @@ def test_mistakes_are_named_and_no_traceback(tmp_path: Path, ctcgrpo: Command, m
         (("eibench", "--model", "scripted/talker", "--simulator", "scripted", "-M", "x"), 2, "'x'; expected NAME=VALUE"),
         ((str(tmp_path),), 6, "is not the folder of a run"),
         (("run", str(tmp_path)), 6, "is not the folder of a run"),
-        ((str(tmp_path), "--model", "a/b"), 2, "--model is not for run, but for eibench, sage, eqbench3"),
-        (("foo",), 2, r"neither a benchmark .eibench, sage, eqbench3. nor the folder of a run"),
+        ((str(tmp_path), "--model", "a/b"), 2, "--model cannot be used with run; expected one of eibench, sage, eqbench3"),
+        (("foo",), 2, r"expected a benchmark .eibench, sage, eqbench3. or the folder of a run"),
         (("checkpoints/foo",), 6, "checkpoints/foo: no such folder"),
     ]:
         status, _, err = ctcgrpo("evaluate", *arguments, *out)
@@ -606,7 +606,7 @@ def test_comparison_is_paired_and_shown(tmp_path: Path, ctcgrpo: Command) -> Non
     after = {name: [score[0] + (0.2 if name < "b" else -0.1) + 0.01 * int(name[1])] for name, score in before.items()}
     a, b = made(tmp_path / "a", before), made(tmp_path / "b", after, "m/<b>")
     c = made(tmp_path / "c", {"a0": [0.0]}, "m/c", task={"rounds": 4, "variant": "training"})
-    with pytest.raises(OutputError, match="their scores mean other things .--mixed"):
+    with pytest.raises(OutputError, match="expected the same scoring; --mixed"):
         compared([a, b, c])
     found = compared([a, b, c], mixed=True)
     first, other = found["others"]
@@ -636,8 +636,8 @@ def test_comparison_is_paired_and_shown(tmp_path: Path, ctcgrpo: Command) -> Non
     (lacking / "summary.json").write_text(json.dumps({"bench": "sage", "model": "x"}))
     for folders, problem in [
         ((a,), "at least two"),
-        ((a, tmp_path), "holds no summary.json"),
-        ((a, sage_like), "mean other things"),
+        ((a, tmp_path), "no summary.json"),
+        ((a, sage_like), "expected evaluations of one benchmark"),
         ((a, lacking), "it lacks other"),
     ]:
         code, _, err = ctcgrpo("compare", *map(str, folders))
@@ -650,8 +650,8 @@ def test_comparison_is_paired_and_shown(tmp_path: Path, ctcgrpo: Command) -> Non
     ("name", "change", "problem"),
     [
         ("summary.json", lambda text: text[:200], "cannot be read"),
-        ("summary.json", lambda text: "[]", "is no summary"),
-        ("summary.json", lambda text: text.replace('"bench": "eibench"', '"bench": {}'), "is no summary"),
+        ("summary.json", lambda text: "[]", "expected the summary of an evaluation"),
+        ("summary.json", lambda text: text.replace('"bench": "eibench"', '"bench": {}'), "expected the summary of an evaluation"),
         ("summary.json", lambda text: "[" * 9000, "cannot be read"),
         ("summary.json", lambda text: text.replace('"mean": -0.3', '"mean": 0.3', 1), "score.mean = 0.3"),
         ("summary.json", lambda text: text.replace('"mean": -0.3', '"mean": NaN, "x": -0.3', 1), "score.mean = nan"),
@@ -676,7 +676,7 @@ def test_comparison_is_paired_and_shown(tmp_path: Path, ctcgrpo: Command) -> Non
         (
             "results.jsonl",
             lambda text: text.replace('"lines": [', '"lines": ["x", ', 1),
-            "line 1: no result of an evaluation",
+            "line 1: invalid result",
         ),
         ("results.jsonl", lambda text: text.replace('"scenario": "a0"', '"scenario": []', 1), "scenario = []"),
         ("results.jsonl", lambda text: text.replace('"repeat": 1', '"repeat": {}', 1), "repeat = {}"),
@@ -686,7 +686,7 @@ def test_comparison_is_paired_and_shown(tmp_path: Path, ctcgrpo: Command) -> Non
         ("results.jsonl", lambda text: text.replace('"score": -0.2', '"score": NaN', 1), "expected a finite number"),
         ("results.jsonl", lambda text: text.replace('"score": -0.2', '"score": null', 1), "either a score or a failure"),
         ("results.jsonl", lambda text: text.replace('"a0"', '"a1"'), "duplicate dialogue of scenario 'a1'"),
-        ("results.jsonl", lambda text: text.replace('"a0"', '"a9"'), "holds no scored dialogue of 'a0'"),
+        ("results.jsonl", lambda text: text.replace('"a0"', '"a9"'), "has no scored dialogue of 'a0'"),
     ],
 )
 def test_damaged_evaluations_are_named_and_never_a_traceback(
@@ -793,7 +793,7 @@ def test_a_leaderboard_keeps_apart_what_cannot_be_compared(tmp_path: Path, ctcgr
     code, _, err = ctcgrpo("leaderboard", str(tmp_path / "deep" / "nothing"))
     assert code == 6 and "no such folder" in err
     (tmp_path / "empty").mkdir()
-    assert "no evaluation below" in ctcgrpo("leaderboard", str(tmp_path / "empty"))[2]
+    assert "no evaluation in it" in ctcgrpo("leaderboard", str(tmp_path / "empty"))[2]
 
 
 def test_a_run_is_evaluated_as_it_was_validated(tmp_path: Path, ctcgrpo: Command) -> None:
@@ -923,7 +923,7 @@ def test_a_log_that_cannot_be_read_does_not_block_its_folder(tmp_path: Path) -> 
     heard: list[str] = []
     wanted = Evaluation("eibench", "scripted/talker", **options)
     assert evaluate(wanted, tmp_path, display="none", say=heard.append)["scenarios"] == first["scenarios"]
-    assert "9999-broken.eval cannot be read" in heard[0] and "nothing is played again" in heard[1]
+    assert "9999-broken.eval cannot be read" in heard[0] and "nothing to play" in heard[1]
 
 
 def test_names_from_outside_are_text_and_prices_are_reckoned(tmp_path: Path, ctcgrpo: Command) -> None:

@@ -421,9 +421,9 @@ def test_every_value_survives_a_dataset_there_and_back(tmp_path: Path) -> None:
     files = write_layout(back["train"], tmp_path / "layout")
     assert sorted(f.name for f in files) == ["support_final.jsonl"] or len(files) == 2
     assert sorted(r["id"] for _, r in read_records(tmp_path / "layout")) == sorted(r["id"] for r in records[:2])
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="already exists"):
         write_layout(back["train"], tmp_path / "layout")
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="already exists"):
         save_dataset({"train": records}, str(tmp_path / "arrow"))
     with pytest.raises(ScenarioError, match="row 1: no column 'record'"):
         from_dataset([{"id": "x"}], "here")
@@ -438,7 +438,7 @@ def test_every_value_survives_a_dataset_there_and_back(tmp_path: Path) -> None:
     odd = records[0] | {"title": "half a pair \ud800"}
     write_layout([odd], tmp_path / "odd")
     assert [r for _, r in read_records(tmp_path / "odd")] == [odd]
-    with pytest.raises(ScenarioError, match="says no licence; give --licence"):
+    with pytest.raises(ScenarioError, match="has no licence; set --licence"):
         with_origin({"id": "x", "data_source": "y"}, licence=None, source=None)
 
 
@@ -470,7 +470,7 @@ def test_the_commands(tmp_path: Path, ctcgrpo: Command) -> None:
     twin = copy.deepcopy(records[1]) | {"id": "twin"}
     write_layout([*records[:8], leak, twin], tmp_path / "dirty")
     code, out, err = ctcgrpo("scenarios", "dedup", str(tmp_path / "dirty"), "--against", "english")
-    assert code == 3 and "leaked" in out and "twin" in out and "2 of 10 records have to go (1 pairs within, 1 leaks)" in out
+    assert code == 3 and "leaked" in out and "twin" in out and "2 of 10 records are duplicates (1 pairs within, 1 leaks)" in out
     assert "--out FOLDER writes the set without them" in err
     code, out, _ = ctcgrpo(
         "scenarios", "dedup", str(tmp_path / "dirty"), "--against", "english", "--out", str(tmp_path / "clean")
@@ -494,7 +494,7 @@ def test_the_commands(tmp_path: Path, ctcgrpo: Command) -> None:
         ]
     for arguments in (("split", "chinese"), ("clean", "chinese"), ("convert", str(tmp_path / "arrow"))):
         code, _, err = ctcgrpo("scenarios", *arguments, str(tmp_path / "split"))
-        assert code == 6 and "is there already" in err
+        assert code == 6 and "already exists" in err
     code, _, err = ctcgrpo("scenarios", "stats", "chinese", "--picture", str(tmp_path / "no" / "s.png"))
     assert code == 6 and "cannot write to" in err
     write_layout(
@@ -525,4 +525,4 @@ def test_the_commands(tmp_path: Path, ctcgrpo: Command) -> None:
     code, out, _ = ctcgrpo("scenarios", "validate", str(tmp_path / "deep.jsonl"))
     assert code == 3 and "deep.jsonl, line 1: not " in out
     code, _, err = ctcgrpo("scenarios", "convert", "hf://datasets/a/b", "hf://datasets/c/d")
-    assert code == 2 and "the Hub copies them" in err
+    assert code == 2 and "source and target are both datasets" in err

@@ -53,7 +53,7 @@ def test_a_dataset_is_fetched_after_its_licence(ctcgrpo: Command, url: str, publ
     assert len(load_scenarios("eibench/train")) == 64 and len(load_scenarios("eibench/test", "test")) == 16
     assert "CC BY-NC" in (tmp_path / "home" / "eibench" / "SOURCE").read_text()
     code, _, err = ctcgrpo("scenarios", "fetch", "eibench", "--source", str(published), "--yes")
-    assert code == 6 and "is there already" in err
+    assert code == 6 and "already exists" in err
 
 
 def test_what_cannot_be_had_whole_is_not_there_at_all(ctcgrpo: Command, url: str, published: Path, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_what_cannot_be_had_whole_is_not_there_at_all(ctcgrpo: Command, url: str
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     fails("Git LFS", "eibench", "--source", url, "--yes")
     file.unlink()
-    fails("test/charm_final.jsonl cannot be had (HTTP Error 404", "eibench", "--source", url, "--yes")
+    fails("test/charm_final.jsonl cannot be downloaded (HTTP Error 404", "eibench", "--source", url, "--yes")
     fails("charm_final.jsonl cannot be copied", "eibench", "--source", str(published), "--yes")
     fails("did you mean 'eibench'", "eibensh", "--yes")
 
@@ -182,11 +182,13 @@ def test_one_invalid_record_does_not_refuse_a_data_set(ctcgrpo: Command, publish
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        pytest.param(sends(first_line, Content_Length="{length}"), "test/repair_final.jsonl came cut: ", id="cut at a line"),
-        pytest.param(sends(lambda body: b"", Content_Length="{length}"), " came cut: 0 of ", id="nothing of it"),
+        pytest.param(
+            sends(first_line, Content_Length="{length}"), "repair_final.jsonl: incomplete download, ", id="cut at a line"
+        ),
+        pytest.param(sends(lambda body: b"", Content_Length="{length}"), ": incomplete download, 0 of ", id="nothing of it"),
         pytest.param(sends(lambda body: b"", Content_Length="0"), "repair_final.jsonl: holds no scenarios", id="empty"),
         pytest.param(
-            sends(lambda body: chunks(first_line(body)), Transfer_Encoding="chunked"), "ended too early", id="cut chunks"
+            sends(lambda body: chunks(first_line(body)), Transfer_Encoding="chunked"), "closed too early", id="cut chunks"
         ),
         pytest.param(sends(first_line), "comes without a length", id="no length"),
         pytest.param(sends(lambda body: b" " * 10_000, Content_Length="1000000000000"), "1000000000000 bytes or more", id="huge"),
@@ -200,7 +202,7 @@ def test_one_invalid_record_does_not_refuse_a_data_set(ctcgrpo: Command, publish
         pytest.param(redirects("https://github.com.evil.example/x"), "redirects to", id="a host that looks known"),
         pytest.param(redirects("https://github.com@evil.example/x"), "redirects to", id="a user that looks known"),
         pytest.param(redirects("file:///etc/passwd"), "'file:///etc/passwd' is not allowed", id="a local file"),
-        pytest.param(redirects("/test/repair_final.jsonl"), "cannot be had (HTTP Error 302", id="in a circle"),
+        pytest.param(redirects("/test/repair_final.jsonl"), "cannot be downloaded (HTTP Error 302", id="in a circle"),
     ],
 )
 def test_a_server_is_not_believed(ctcgrpo: Command, published: Path, tmp_path: Path, answer: Answer, expected: str) -> None:
@@ -231,7 +233,7 @@ def test_a_slow_server_is_given_up(ctcgrpo: Command, published: Path, tmp_path: 
     monkeypatch.setattr(fetch, "_PATIENCE", 0.5)
     with mirror(published, trickles) as url:
         code, _, err = ctcgrpo("scenarios", "fetch", "eibench", "--source", url, "--yes")
-    assert code == 3 and "is not whole after 0.5 s" in err
+    assert code == 3 and "not complete after 0.5 s" in err
     assert not list((tmp_path / "home").iterdir())
 
 
@@ -333,7 +335,7 @@ LIMIT = answers(403, b'{"message": "API rate limit exceeded"}', X_RateLimit_Rema
     ("answer", "expected"),
     [
         pytest.param(LIMIT, "HTTP Error 403: Forbidden; the server allows no more requests", id="rate limit"),
-        pytest.param(answers(404, b""), "cannot be had (HTTP Error 404", id="no such commit"),
+        pytest.param(answers(404, b""), "cannot be downloaded (HTTP Error 404", id="no such commit"),
         pytest.param(answers(200, b""), "/tree: ", id="empty"),
         pytest.param(answers(200, b"<html>"), "b'<html>'; expected an object", id="a page"),
         pytest.param(answers(200, b"[" * 100_000), "[[; expected an object", id="deep"),
@@ -341,7 +343,7 @@ LIMIT = answers(403, b'{"message": "API rate limit exceeded"}', X_RateLimit_Rema
         pytest.param(sends_all(lambda body: body.replace(b'"sha": "', b'"sha": "x', 2)), "tree.0.sha = 'x0000", id="id"),
         pytest.param(sends_all(lambda body: body.replace(b"false", b"true")), "truncated = true; expected", id="truncated"),
         pytest.param(sends_all(lambda body: body.replace(b"false", b'"no"')), "truncated = 'no'", id="another type"),
-        pytest.param(sends(lambda body: body[:-50], Content_Length="{length}"), "/tree came cut: ", id="cut"),
+        pytest.param(sends(lambda body: body[:-50], Content_Length="{length}"), "/tree: incomplete download, ", id="cut"),
         pytest.param(sends(lambda body: b" " * 10_000, Content_Length="10000001"), "at most 10000000 bytes", id="huge"),
         pytest.param(
             sends(lambda body: chunks(b" " * 10**6) * 20, Transfer_Encoding="chunked"),
@@ -371,7 +373,7 @@ def test_a_slow_list_of_files_is_given_up(
     with mirror(published, trickles, "/tree") as url:
         pinned(url)
         code, _, err = ctcgrpo("scenarios", "fetch", "eibench", "--yes")
-    assert code == 3 and "/tree is not whole after 0.5 s" in err and "--unverified" in err
+    assert code == 3 and "/tree: not complete after 0.5 s" in err and "--unverified" in err
 
 
 def test_a_file_that_the_commit_lacks_is_refused(
@@ -447,7 +449,7 @@ def test_another_url_is_said_not_to_be_compared(ctcgrpo: Command, url: str, tmp_
     for text in (out, source):
         assert "NOT compared with commit" in text and f"{url} is not the published source" in text
     code, _, err = ctcgrpo("scenarios", "fetch", "eibench", "--source", url, "--yes", "--unverified")
-    assert code == 3 and "--unverified is for the published source" in err
+    assert code == 3 and "--unverified and --source: both given" in err
 
 
 def test_a_file_of_a_folder_has_a_largest_size(

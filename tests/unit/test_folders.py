@@ -72,4 +72,4 @@ def test_runs_are_named_where_they_are(runs: Path, ctcgrpo: Command) -> None:
         code, _, err = ctcgrpo(command, "checkpoints/quickstrt")
         assert code == 6 and "checkpoints/quickstrt: no such folder; did you mean 'checkpoints/quickstart'?" in err, command
     code, _, err = ctcgrpo("evaluate", "checkpoints/quickstart/final")
-    assert code == 2 and "`ctcgrpo evaluate eibench --model checkpoints/quickstart/final` evaluates it" in err
+    assert code == 2 and "try `ctcgrpo evaluate eibench --model checkpoints/quickstart/final`" in err

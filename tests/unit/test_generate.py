@@ -96,7 +96,7 @@ def test_two_hundred_are_asked_for_killed_half_way_and_each_ends_as_something(tm
         assert len(refused) == len(by_mistake["refusal"]) and all(line["attempts"] == 3 for line in refused)
         assert 0 < len(alike) < copies and len(rejected) == len(refused) + len(alike)
         assert {f"{line['scene']}" for line in report} == set(SCENES)
-        assert f"200 asked for: {states['rejected']} rejected, {states['repaired']} repaired, {states['valid']} valid" in said
+        assert f"200 requested: {states['rejected']} rejected, {states['repaired']} repaired, {states['valid']} valid" in said
         assert f"{report[0]['id']}" == "new-support-0001"
         for line in report:
             for told in (*line["repairs"], *line["reasons"]):
@@ -148,7 +148,7 @@ def test_a_folder_of_somebody_else_is_left_alone_before_anything_is_paid_for(tmp
         before = {f.name: f.read_bytes() for f in mine.iterdir()}
         for _ in range(2):
             code, _, problem = ctcgrpo("scenarios", "generate", str(file), str(mine), "--count", "4")
-            assert code == 6 and "is there already" in problem and not fake.requests
+            assert code == 6 and "already exists" in problem and not fake.requests
         assert {f.name: f.read_bytes() for f in mine.iterdir()} == before
         (tmp_path / "file").write_text("x")
         code, _, problem = ctcgrpo("scenarios", "generate", str(file), str(tmp_path / "file"), "--count", "4")
@@ -267,7 +267,7 @@ def test_seeds_that_do_not_reach(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="seeds.yaml: personalities is missing"):
         pools(file)
     for changes, problem in [
-        ({"places": ["e", "e"]}, r"places is \['e', 'e'\]; it holds 'e' twice"),
+        ({"places": ["e", "e"]}, r"places is \['e', 'e'\]; duplicate 'e'"),
         ({"themes": {"support": {"a": []}}}, r"themes.support.a is \[\]; tuple should have at least 1 item"),
         ({"themes": {"support": {}}}, "themes.support: Dictionary should have at least 1 item"),
         ({"colours": ["red"]}, "unknown field colours"),
@@ -278,7 +278,7 @@ def test_seeds_that_do_not_reach(tmp_path: Path) -> None:
     file = tmp_path / "more.yaml"
     file.write_text(yaml.safe_dump(few | {"personalities": ["g"]}))
     assert len(wanted(pools(file), count=2, scenes=("support",), examples={}, prefix="x")) == 2
-    with pytest.raises(ScenarioError, match="fewer combinations of seeds than are asked for"):
+    with pytest.raises(ScenarioError, match="fewer combinations of seeds than requested"):
         wanted(pools(file), count=3, scenes=("support",), examples={}, prefix="x")
     with pytest.raises(ScenarioError, match="no themes or relationships for scene 'charm'"):
         wanted(pools(file), count=3, scenes=("charm",), examples={}, prefix="x")
@@ -389,7 +389,7 @@ def test_cleaning_by_rule_and_by_model(tmp_path: Path, ctcgrpo: Command) -> None
         file = written(tmp_path, fake.url)
         arguments = ("scenarios", "clean", str(tmp_path / "set"), str(tmp_path / "by_model"), "--config", str(file))
         code, out, problem = ctcgrpo(*arguments)
-        assert code == 3 and "1 laid out anew, 1 left, 2 mended" in out
+        assert code == 3 and "1 laid out again, 1 left, 2 mended" in out
         assert len(fake.requests) == 2, "only what a rule could not mend"
         assert "support-train-04: left: aggressor_profile: 'A different person altogether" in out and "comes in" in out
         found = [r for _, r in read_records(tmp_path / "by_model")]

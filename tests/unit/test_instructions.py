@@ -68,7 +68,7 @@ def test_instructions_are_named_by_their_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (None, "'eibnch': there is no such file or folder; did you mean 'eibench'"),
+        (None, "'eibnch': no such file or folder; did you mean 'eibench'"),
         ("", "gives an empty text with reasons=False; say none"),
         ("{% if reasons %}Think.{% endif %}", "gives an empty text with reasons=False"),
         ("Be kind.\n{% if reasons %}", "line 2: .*a template knows one variable, reasons"),
@@ -82,7 +82,7 @@ def test_instructions_that_cannot_serve_are_refused(tmp_path: Path, text: Any, p
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(PolicyError, match=problem):
         load_instructions("eibnch" if text is None else str(file))
-    with pytest.raises(PolicyError, match=r"holds no LANGUAGE\.j2"):
+    with pytest.raises(PolicyError, match=r"expected LANGUAGE\.j2 files"):
         load_instructions(str((tmp_path / "empty").mkdir() or tmp_path / "empty"))
 
 

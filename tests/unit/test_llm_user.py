@@ -123,14 +123,14 @@ def test_three_hundred_episodes_against_an_endpoint_that_misbehaves(tiny: Path) 
             assert turn.done == (not goes_on or k == runner.play.max_turns)
     # A malformed answer fails a turn only when its correction is malformed as well: some 4 % of the turns at these rates.
     assert set(failures) <= {"simulator_reply"} and 0 < failures["simulator_reply"] < 60
-    assert all(e.failure is None or "no usable answer in 2 tries (last problem:" in e.failure.message for e in episodes)
+    assert all(e.failure is None or "no valid answer in 2 tries; last problem:" in e.failure.message for e in episodes)
     assert line.name == "fake-0 at " + llm.url.split("/")[2] and line.ready and not line.opened
 
 
 async def test_a_malformed_answer_is_asked_for_again_precisely() -> None:
     with FakeLlm(rates={"truncated": 1.0}, seed=1).serving() as llm, simulator(configuration(llm, tries=2)) as (url, _):
         with pytest.raises(
-            SimulatorReplyError, match=r"422.*fake-0 at .* no usable answer in 2 tries \(last problem: (missing|no)"
+            SimulatorReplyError, match=r"422.*fake-0 at .* no valid answer in 2 tries; last problem: (missing|no)"
         ):
             await ask(url, request("Hello."))
     first, second = (r["messages"] for r in llm.requests)
@@ -340,7 +340,7 @@ async def test_a_damaged_answer_in_the_store_is_asked_for_again(
     with simulator(configuration(llm, store=tmp_path)) as (url, server):
         assert (await ask(url, request("Hello."))).reply == "Line 2."
         assert server.backend.spent()["calls"] == 2
-    assert "an answer in" in caplog.text and "is damaged" in caplog.text
+    assert "a damaged answer in" in caplog.text and "is damaged" in caplog.text
 
 
 async def test_an_account_that_cannot_be_read_is_said_by_name(
@@ -453,8 +453,8 @@ MINIMAL = "backend: llm\nllm:\n  endpoints:\n    - {url: 'http://127.0.0.1:1/v1'
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("backend: llm\n", "section llm belongs to backend 'llm', and it needs one"),
-        ("backend: scripted\nllm: {endpoints: [{url: 'http://a/v1', model: m}]}\n", "section llm belongs to backend 'llm'"),
+        ("backend: llm\n", "expected section llm with backend 'llm', and with no other"),
+        ("backend: scripted\nllm: {endpoints: [{url: 'http://a/v1', model: m}]}\n", "expected section llm with backend 'llm'"),
         ("backend: lmm\n", "backend is 'lmm'"),
         (MINIMAL + "bugdet: {tokens: 3}\n", "unknown field bugdet; did you mean 'budget'"),
         (MINIMAL.replace("model: m", "modle: m"), r"unknown field llm.endpoints.0.modle; did you mean 'model'"),
@@ -462,11 +462,11 @@ MINIMAL = "backend: llm\nllm:\n  endpoints:\n    - {url: 'http://127.0.0.1:1/v1'
             MINIMAL.replace("model: m", "model: m, key_env: sk-abc123"),
             "key_env: name an environment variable here",
         ),
-        (MINIMAL.replace("http://", "http://user:secret@"), "holds no secrets"),
+        (MINIMAL.replace("http://", "http://user:secret@"), "the URL contains a secret"),
         (MINIMAL.replace("http://", "ftp://"), "begins with http"),
-        (MINIMAL + "budget: {tokens: 5}\n", "a budget needs a store"),
-        (MINIMAL + "store: x\nbudget: {money: 5}\n", "budget.money needs the price of every endpoint"),
-        (MINIMAL + "    - {url: 'http://127.0.0.1:1/v1', model: m}\n", "two endpoints are 'm at 127.0.0.1:1'"),
+        (MINIMAL + "budget: {tokens: 5}\n", "budget without a store"),
+        (MINIMAL + "store: x\nbudget: {money: 5}\n", "budget.money without prices; expected the price of every endpoint"),
+        (MINIMAL + "    - {url: 'http://127.0.0.1:1/v1', model: m}\n", "duplicate endpoint 'm at 127.0.0.1:1'"),
         (MINIMAL + "  samples: 0\n", "llm.samples is 0"),
         ("- a\n", "a simulator configuration is a mapping"),
     ],

@@ -81,13 +81,13 @@ def test_a_run_trains_on_it(config: Path, ctcgrpo: Command, tmp_path: Path) -> N
         ("backend: MODULE:Yours", "has no 'Yours'; known: MyUser"),
         ("backend: MODULE:Reaction", "expected a subclass of ctcgrpo.simulator.protocol.SimulatorBackend"),
         ("backend: MODULE:SimulatorBackend", "has no `name`"),
-        ("backend: MODULE:MyUser\noptions: {loss: 4}", "cannot be made with options {'loss': 4}: TypeError: .*'loss'"),
-        ("backend: scripted\noptions: {gain: 4}", "options are for a backend of your own"),
+        ("backend: MODULE:MyUser\noptions: {loss: 4}", "its constructor failed with options {'loss': 4}: TypeError: .*'loss'"),
+        ("backend: scripted\noptions: {gain: 4}", "expected options with your own backend"),
         (
             "backend: MODULE:MyUser\nllm: {endpoints: [{url: 'http://a/v1', model: m}]}",
-            "section llm belongs to backend 'llm'",
+            "expected section llm with backend 'llm'",
         ),
-        ("backend: MODULE:MyUser\nscripted: {reluctance: 0.5}", "section scripted belongs to backend 'scripted'"),
+        ("backend: MODULE:MyUser\nscripted: {reluctance: 0.5}", "expected section scripted with backend 'scripted'"),
     ],
 )
 def test_what_is_wrong_with_one_is_named(config: Path, text: str, problem: str) -> None:
@@ -107,7 +107,7 @@ async def test_a_backend_that_raises_fails_the_turn(config: Path) -> None:
             dialogue = EIBench(client, briefing=Briefing(), max_turns=3)
             dialogue.name = "x"
             await dialogue.reset(task_of(scenario).data, seed=0)
-            with pytest.raises(SimulatorReplyError, match="a defect of the simulator: KeyError"):
+            with pytest.raises(SimulatorReplyError, match="internal error of the simulator: KeyError"):
                 await dialogue.step("Hello.")
 
 

@@ -98,26 +98,26 @@ def test_a_policy_of_a_run_is_evaluated_as_it_was_trained(
     code, out, err = ctcgrpo(*asked, "--max-tokens", "8")
     assert code == 0, err
     assert (
-        "tiny/best is of the run tiny: trained on the bundled pack english/train, validated on the bundled pack english/test"
+        "tiny/best belongs to the run tiny: trained on the bundled pack english/train, validated on the bundled pack english/test"
         in out
     )
     unlike = "rounds 1 (the run: 2); scoring variant evaluation (the run: training); temperature 0.6 (the run: 1.0); "
     unlike += "top-p 0.95 (the run: 0.9); max tokens 8 (the run: 12)"
     assert out.count(unlike) == 2 and out.index(unlike) < out.index(BUNDLED) < out.rindex(unlike)
     assert "EIBench" not in out
-    command = next(line for line in out.splitlines() if line.startswith("with the run's settings: ")).partition(": ")[2]
+    command = next(line for line in out.splitlines() if line.startswith("to use the run's settings: ")).partition(": ")[2]
     assert command == "ctcgrpo evaluate eibench --model tiny/best --display none --as-trained"
 
     code, out, err = ctcgrpo(*shlex.split(command)[1:])
     assert code == 0, err
-    assert "not comparable" not in out and "with the run's settings" not in out
+    assert "not comparable" not in out and "to use the run's settings" not in out
     [folder] = (tmp_path / "checkpoints" / "evaluations" / "eibench").glob("*-as-trained")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["score"]["mean"] == pytest.approx(trained["best"]["overall"], abs=0.02)
     assert summary["task"]["rounds"] == 2 and summary["generation"]["max_tokens"] == 12 and summary["unlike_trained"] == []
 
     code, out, err = ctcgrpo(*shlex.split(command)[1:], "--rounds", "1", "--limit", "2", "--out", "mine")
-    assert code == 0 and "not comparable with its validations: rounds 1 (the run: 2)\n" in out  # an option goes before the run
+    assert code == 0 and "different settings: rounds 1 (the run: 2)\n" in out  # an option goes before the run
     assert "--out mine-as-trained" in out
     code, out, _ = ctcgrpo("show", "tiny")
     told = " ".join(out.split())
@@ -136,7 +136,7 @@ def test_a_policys_run_is_found_beside_it_and_behind_a_link(tmp_path: Path) -> N
         found = trained_as(folder)
         assert (found is not None) == folder.is_dir(), folder
         if found is not None:
-            assert found.run == run and "simulator scripted, persona sections Known facts" in found.told
+            assert found.run == run and "simulator scripted, persona sections Known facts" in found.description
             assert found.differences({**found.task, **found.sampling}) == []
             assert found.differences({**found.task, **found.sampling, "rounds": 9}) == ["rounds 9 (the run: 3)"]
     assert trained_as(tmp_path / "nothing") is None and trained_as(Path("openai/gpt-4o")) is None
@@ -144,6 +144,6 @@ def test_a_policys_run_is_found_beside_it_and_behind_a_link(tmp_path: Path) -> N
 
 def test_as_trained_needs_a_run(ctcgrpo: Command, tmp_path: Path) -> None:
     code, _, err = ctcgrpo("evaluate", "eibench", "--model", "scripted/talker", "--simulator", "scripted", "--as-trained")
-    assert code == 2 and "scripted/talker is none" in err and "checkpoints/RUN/best" in err
+    assert code == 2 and "--model = scripted/talker" in err and "checkpoints/RUN/best" in err
     code, _, err = ctcgrpo("evaluate", "sage", "--model", "scripted/talker", "--simulator", "scripted/user", "--as-trained")
-    assert code == 2 and "--as-trained is not for sage" in err
+    assert code == 2 and "--as-trained cannot be used with sage" in err

@@ -107,14 +107,14 @@ def test_options_win_over_a_preset_and_are_named(tested: Tested, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("sage", "--simulator", "a/b", "--preset", "published"), "--preset is not for sage"),
+        (("sage", "--simulator", "a/b", "--preset", "published"), "--preset cannot be used with sage"),
         (
             ("eibench", "--simulator", "scripted", "--preset", "published", "--as-trained"),
-            "--preset is not for --as-trained",
+            "--preset and --as-trained: both given",
         ),
         (("eibench", "--simulator", "scripted", "--preset", "publishd"), "published"),
         (("eibench", "--simulator", "scripted", "--tries", "2"), "tries is 2, but 'scripted' calls no LLM"),
-        (("eqbench3", "--judge", "a/b", "--reasoning", "keep"), "--reasoning is not for eqbench3"),
+        (("eqbench3", "--judge", "a/b", "--reasoning", "keep"), "--reasoning cannot be used with eqbench3"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(
@@ -196,7 +196,7 @@ def test_replies_that_are_empty_because_they_were_cut_are_counted_and_said(
         code, out, err = tested(llm.url, "--simulator", "scripted", "--max-tokens", "1024", "--out", str(tmp_path / "cut"))
     assert code == 0, err
     assert "dialogues with a reply that is empty because max_tokens cut it off: 2 of 2" in out
-    assert "mind: replies were cut before they began, and count as empty: raise --max-tokens" in out
+    assert "warning: some replies are empty since max_tokens cut off the reasoning; raise --max-tokens" in out
 
 
 async def test_a_policy_in_a_folder_heeds_what_becomes_of_reasoning_and_ends_within_its_positions(

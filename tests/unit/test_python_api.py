@@ -154,7 +154,7 @@ def test_every_step_plays_equally_many_tasks_of_each_tag(tmp_path: Path) -> None
         ({"tasks": [{"id": 1}, {"id": 1}]}, ValueError, "train_dataset: duplicate task id"),
         ({"eval_dataset": "held out"}, TypeError, r"eval_dataset\[0\] is a str"),
         ({"environment": None}, TypeError, "environment is None; expected a class or a function"),
-        ({"model": "builtin/tony"}, PolicyError, "model is 'builtin/tony'; did you mean 'builtin/tiny'"),
+        ({"model": "builtin/tony"}, PolicyError, "model = 'builtin/tony'; did you mean 'builtin/tiny'"),
         ({"max_completion_length": 5000}, ValueError, "max_completion_length = 5000; expected less than the 4096 positions"),
     ],
 )

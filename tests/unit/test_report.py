@@ -142,9 +142,9 @@ def test_recorded_credit_that_is_not_what_the_run_logged_is_named(tmp_path: Path
 
     assert problems("as-it-was") == []
     (said,) = problems("advantage", advantage=2.0)
-    assert said == "step 1: advantage = 2.0 is not outcome + turn (so in 1 turns)"
+    assert said == "step 1: advantage = 2.0; expected outcome + turn (wrong in 1 turns)"
     said, _ = problems("turn", turn=0.5)
-    assert said.startswith("step 1: credit/turn_term_std is 0.3") and "by the traces, 0.2772634" in said
+    assert said.startswith("step 1: credit/turn_term_std is 0.3") and "in traces, 0.2772634" in said
 
 
 def test_runs_without_recorded_credit_show_none(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_the_headline_and_the_facts_by_hand(tmp_path: Path) -> None:
     assert facts["model"] == "m, all weights" and facts["simulated user"] == "qwen3-max, prompts ctcgrpo/1"
     assert facts["recipe"] == "r, seed 0" and facts["validated on"] == "english/test"
     assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", facts["date"])
-    assert facts["the same again"] == f"ctcgrpo train {folder}/recipe.yaml run.name=r-again"
+    assert facts["command to repeat it"] == f"ctcgrpo train {folder}/recipe.yaml run.name=r-again"
 
 
 def test_scenes_are_told_apart_by_colour_blind_readers_too() -> None:

@@ -100,7 +100,7 @@ def test_a_run_leaves_invalid_records_out_and_says_so(ctcgrpo: Command, pack: Pa
     [
         (lambda r: r.update(script={"details": [{"about": "x"}]}), "script.details.0.words: field required"),
         (lambda r: r["script"].update(lines="abc"), "script.lines: input should be a valid dictionary"),
-        (lambda r: r.update(language="fr"), "does not speak 'fr'; it speaks en, zh"),
+        (lambda r: r.update(language="fr"), "language = 'fr'; expected one of the scripted user's: en, zh"),
     ],
 )
 def test_what_the_scripted_user_cannot_play_stops_a_run_before_it_begins(
@@ -157,8 +157,8 @@ def without_chat_template(tiny: Path, folder: Path) -> Path:
         ("rollout.max_prompt_tokens=5000", 4, "has 4096 positions; lower one of them"),
         ("policy.model=/nowhere/at/all", 4, "policy.model '/nowhere/at/all' cannot be loaded: no such folder"),
         ("policy.model=WITHOUT_TEMPLATE", 4, "has no chat template"),
-        ("simulator.url=http://127.0.0.1:9", 5, "no simulator server answers there"),
-        ("simulator.port=TAKEN", 5, "choose another port, or 0 for any free one"),
+        ("simulator.url=http://127.0.0.1:9", 5, "no simulator server answers"),
+        ("simulator.port=TAKEN", 5, "try another one, or 0 for any free port"),
         ("run.output_dir=A_FILE", 6, "cannot write to"),
         ("policy.attention=foo", 2, "policy.attention is 'foo', but packing and the transformers engine use their own"),
         ("policy.lora={target_modules: [nope]}", 4, "policy (model 'builtin/tiny', attention, lora)"),

@@ -87,7 +87,7 @@ async def test_it_ends_at_the_top_at_the_bottom_or_with_a_goodbye(user: Table, t
 async def test_answers_that_cannot_be_read_are_asked_for_again() -> None:
     _, steps = await play(Table([None, None, 10]))
     assert [step.reward for step in steps] == [0.1] * 6
-    with pytest.raises(SimulatorReplyError, match=r"asked 3 times \(last problem: cut off\)"):
+    with pytest.raises(SimulatorReplyError, match="no valid answer in 3 tries; last problem: cut off"):
         await play(Table([None]))
     with pytest.raises(ScenarioError, match="task 'a': task is missing or no text"):
         await Sage(Table([1])).reset(PROFILE | {"task": ""}, seed=1)
@@ -173,7 +173,7 @@ def test_a_trainer_in_python_and_an_endpoint_that_is_down(tmp_path: Path) -> Non
         failed = trainer.evaluate()
     assert failed["eval_failed/simulator_reply"] == 1 and failed["eval_episodes/valid"] == 0
     (episode,) = traced(tmp_path / "run", "eval-000001")
-    assert "fake gave no usable answer, asked 3 times (last problem: no signed number" in episode["failure"]["message"]
+    assert "fake: no valid answer in 3 tries; last problem: no signed number" in episode["failure"]["message"]
 
 
 def test_a_scripted_user_cannot_play_it(tmp_path: Path) -> None:

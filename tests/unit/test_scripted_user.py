@@ -501,7 +501,7 @@ def test_a_language_without_a_file_is_refused() -> None:
     request = TurnRequest(
         request_id="t", scenario=card, history=history, state=State(anger=1, trust=1), round=1, max_rounds=2, seed=0
     )
-    with pytest.raises(SimulatorReplyError, match="does not speak 'tlh'; it speaks en, zh"):
+    with pytest.raises(SimulatorReplyError, match="language = 'tlh'; expected one of the scripted user's: en, zh"):
         react(request)
 
 

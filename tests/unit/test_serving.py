@@ -37,7 +37,7 @@ async def test_a_token_is_asked_for() -> None:
     with running(SimulatorServer(SCRIPTED_USER, token="right")) as url:
         for token in (None, "wrong", "righ", "rightt"):
             async with SimulatorClient(url, token=token) as client:
-                with pytest.raises(SimulatorTransportError, match="HTTP 401.*bearer token is missing or wrong"):
+                with pytest.raises(SimulatorTransportError, match="HTTP 401.*missing or wrong bearer token"):
                     await client.turn(request("Hello."))
         async with SimulatorClient(url, token="right") as client:
             assert (await client.turn(request("Hello."))).reply
@@ -56,7 +56,7 @@ def test_beyond_loopback_a_token_is_required(ctcgrpo: Command, monkeypatch: pyte
     names = ("127.evil.com", "127.0.0.1.nip.io", "127.", "localhost.evil.com", "127.0.0.1 ", "")
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", "::ffff:10.0.0.1", *names):
         check_listening(host, "token", "X")
-        with pytest.raises(RecipeError, match=f"listening on {host!r} needs a bearer token, and X is blank or not set: set X"):
+        with pytest.raises(RecipeError, match=f"--host {host!r}: X is blank or not set; expected a bearer token .*; set X"):
             check_listening(host, None, "X")
     for blank in (None, "", " ", "\t\n "):
         monkeypatch.delenv("CTCGRPO_SIMULATOR_TOKEN", raising=False)
@@ -226,7 +226,7 @@ def test_a_person_can_chat(ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch, tm
     code, _, err = ctcgrpo("chat", "--scenario", "support-test-1")
     assert code == 3 and "did you mean 'support-test-01'?" in err
     code, _, err = ctcgrpo("chat", "--url", "http://127.0.0.1:1", "--config", str(tmp_path / "x.yaml"))
-    assert code == 2 and "exclude each other" in err
+    assert code == 2 and "both given" in err
     with FakeLlm().serving() as llm:
         file = tmp_path / "simulator.yaml"
         file.write_text(f"backend: llm\nllm:\n  endpoints:\n    - {{url: '{llm.url}', model: m}}\n")

@@ -125,7 +125,7 @@ def test_speech_and_the_typical_scenario_by_hand() -> None:
 
 
 def test_nothing_to_show_is_said(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="'x' was not played.*a, b, c"):
+    with pytest.raises(OutputError, match="'x': not played both before and after; expected one of a, b, c"):
         printed(run, "x")
     (run / "traces/validation-000007.rank-0.jsonl").unlink()
     with pytest.raises(OutputError, match="no dialogues of the validation after step 7"):

@@ -95,7 +95,7 @@ async def test_a_call_is_settled_with_the_most_where_nobody_said_what_it_cost(tm
 async def test_the_wait_for_calls_under_way_has_an_end(tmp_path: Path) -> None:
     account = Account(Budget(tokens=100), Store(tmp_path))
     async with asyncio.timeout(5), account.booking(MOST):
-        said = r"has no room for another call now: 0 calls took .*, 1 calls under way may take 60 .* \(waited 0.1 s"
+        said = r"has no room for another call now: 0 calls took .*, 1 calls in progress may take 60 .* \(waited 0.1 s"
         with pytest.raises(BudgetSpent, match=said):
             async with account.booking(MOST, 0.1):
                 pass
@@ -150,7 +150,7 @@ async def test_bookings_of_a_killed_process_cost_what_a_call_costs_on_average(
 def fill(store: Store) -> None:
     """Until nothing more can be written: neither answers nor counters."""
     for size in (20_000, 3_000, 300, 10):
-        with pytest.raises(OutputError, match=r"cannot write to .*: .*MDB_MAP_FULL.*; try making room there"):
+        with pytest.raises(OutputError, match=r"cannot write to .*: .*MDB_MAP_FULL.*; try freeing space there"):
             for k in range(1000):
                 store.put(random.Random(f"{size}, {k}").randbytes(32), bytes(size))
     with pytest.raises(OutputError, match="MDB_MAP_FULL"):
@@ -212,9 +212,9 @@ async def test_errors_of_lmdb_become_the_projects_own_and_bookings_survive_them(
     for action in actions:
         with pytest.raises(OutputError, match="store: cannot .*; try "):
             action()
-    with pytest.raises(BudgetSpent, match="what calls cost cannot be kept: store: cannot write to .*; try "):
+    with pytest.raises(BudgetSpent, match="the cost of calls cannot be recorded: store: cannot write to .*; try "):
         await booking.__aexit__(None, None, None)
-    with pytest.raises(BudgetSpent, match="cannot be kept"):
+    with pytest.raises(BudgetSpent, match="cannot be recorded"):
         async with account.booking(MOST):
             pass
     monkeypatch.setattr(store, "_env", environment)
@@ -226,7 +226,7 @@ async def test_errors_of_lmdb_become_the_projects_own_and_bookings_survive_them(
 def test_a_store_is_not_opened_on_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LMDB would end the process with SIGBUS when it first writes to its lock file."""
     monkeypatch.setattr("os.statvfs", lambda folder: SimpleNamespace(f_bavail=1, f_frsize=4096))
-    with pytest.raises(OutputError, match="store: cannot use .*: .*No space left on device; try making room there"):
+    with pytest.raises(OutputError, match="store: cannot use .*: .*No space left on device; try freeing space there"):
         Store(tmp_path / "s")
 
 
@@ -273,7 +273,7 @@ def test_a_store_that_is_cut_off_is_refused_by_name(whole: Path, tmp_path: Path,
     data = (whole / "data.mdb").read_bytes()
     size = kept if isinstance(kept, int) else int(kept * len(data))
     folder = damaged(whole, tmp_path / "s", data[:size])
-    with pytest.raises(OutputError, match=f"store: {folder}: {problem}.*; try moving the folder away: .*lost to the account"):
+    with pytest.raises(OutputError, match=f"store: {folder}: {problem}.*; try moving the folder away: .*the account starts at 0"):
         Store(folder)
 
 

@@ -67,13 +67,13 @@ def test_the_shipped_study_is_what_it_says() -> None:
         ({"variants": {"outcome_only": {}}}, "at least two of both"),
         ({"baseline": "outcome"}, "did you mean 'outcome_only'"),
         ({"primary": "last"}, "primary is 'last'"),
-        ({"variants": {"outcome_only": {"credit.alpha": 0}, "b": {"run.seed": 4}}}, "run.seed is the sweep's own"),
+        ({"variants": {"outcome_only": {"credit.alpha": 0}, "b": {"run.seed": 4}}}, "run.seed is set by the sweep"),
         ({"variants": {"outcome_only": {"credit.alpha": 0}, "../b": {}}}, "no name for a folder"),
         ({"variants": {"outcome_only": {"credit.alpha": 0}, "b": {"credit.centring": "group"}}}, "prompt with b.*centering"),
         ({"variants": {"outcome_only": {"credit.alpha": 0}, "b": {"credit.alpha": 0.0}}}, "the same recipe as"),
         ({"program": "recipes/qwen3.yaml"}, "did you mean"),
         ({"workers": 3}, "unknown field workers"),
-        ({"method": "bayes"}, "all variants are run"),
+        ({"method": "bayes"}, "expected grid, or none, with variants"),
         ({"run_cap": 3}, "run_cap does not go with variants"),
         ({"seeds": [-1, 2]}, "seeds.0 is -1"),
         ({"seeds": [True, False]}, "seeds"),
@@ -177,7 +177,7 @@ def test_a_study_is_killed_and_resumes(tmp_path: Path, ctcgrpo: Command, monkeyp
     when = (first / "model.safetensors").stat().st_mtime_ns
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "1 trials did not come to their end" in done.stdout
+    assert "1 unfinished trials run again" in done.stdout
     assert "95 % intervals over seeds; primary: area" in done.stdout and "curves.svg" in done.stdout
     assert (first / "model.safetensors").stat().st_mtime_ns == when, "a finished run ran again"
     kept = {path.name for path in (out / "runs" / "prompt" / "rollout" / "seed-1").iterdir() if path.is_dir()}
@@ -213,7 +213,7 @@ def test_a_study_is_killed_and_resumes(tmp_path: Path, ctcgrpo: Command, monkeyp
         with pytest.raises(OutputError, match=rf"seed-2 cannot be compared with .*seed-1: .*{name} differ"):
             table_of(study, open_study(study, out), out)
         (ours / name).write_text(text)
-    with pytest.raises(OutputError, match="holds another sweep .seeds differ"):
+    with pytest.raises(OutputError, match="contains another sweep .seeds differ"):
         run_sweep(*load_sweep(written(tmp_path / "s.yaml", program=str(program), seeds=[1, 2, 3])), out)
     shutil.rmtree(ours.parent / "seed-1" / "final")
     (out / "study.db").unlink()

@@ -82,12 +82,12 @@ def test_shipped_searches_hold_to_the_format_of_wandb(file: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"parameters": {}}, "give either parameters, .* or variants"),
+        ({"parameters": {}}, "expected either parameters .* or variants"),
         ({"parameters": {"credit.alpha": {"values": []}}}, "parameters.credit.alpha.values"),
         ({"parameters": {"credit.alpha": {"values": [1, 1]}}}, "duplicate value"),
-        ({"parameters": {"credit.alpha": {"value": 1, "values": [2]}}}, "give value, values, or min and max"),
+        ({"parameters": {"credit.alpha": {"value": 1, "values": [2]}}}, "expected value, values, or min and max"),
         ({"parameters": {"credit.alpha": {"min": 1}}}, "min < max"),
-        ({"parameters": {"credit.alpha": {"min": 1, "max": 2}}}, "a grid needs lists of values; credit.alpha is a range"),
+        ({"parameters": {"credit.alpha": {"min": 1, "max": 2}}}, "parameters.credit.alpha is a range; expected a list of values"),
         (
             {"parameters": {"credit.alpha": {"vals": [1]}}},
             "unknown field parameters.credit.alpha.vals; did you mean 'values'?",
@@ -103,9 +103,9 @@ def test_shipped_searches_hold_to_the_format_of_wandb(file: Path) -> None:
         ({"program": "recipes/tiny.yaml", "parameters": {"credit.alpha": {"values": [1, 2]}}}, "no validation section"),
         ({"early_terminate": {"type": "hyperband"}}, "early_terminate.min_iter is missing"),
         ({"speed": 1}, "unknown field speed"),
-        ({"variants": VARIANTS}, "give either parameters, .* or variants"),
+        ({"variants": VARIANTS}, "expected either parameters .* or variants"),
         ({"baseline": "rollout"}, "baseline does not go with parameters"),
-        ({"seeds": [3, 4]}, "parameters.run.seed: seeds are a list, given once"),
+        ({"seeds": [3, 4]}, "parameters.run.seed: expected a list of seeds"),
         ({"parameters": {"run.seed": {"min": 1, "max": 4}}, "method": "random", "run_cap": 2}, "seeds are a list"),
     ],
 )
@@ -285,7 +285,7 @@ VALIDATION = {"step": 0, "outcomes": {"a": [0.1], "b": [0.3]}, "scenes": {"a": "
         ("summary.json", summary('"overall": null, '), "after.overall = None"),
         ("summary.json", summary('"overall": "0.9", '), "before.overall = '0.9'"),
         ("summary.json", summary('"overall": true, '), "before.overall = True"),
-        ("summary.json", None, "holds no summary.json"),
+        ("summary.json", None, "no summary.json"),
         ("validation.jsonl", "{bad\n", "validation.jsonl, line 1"),
         ("validation.jsonl", "", "has no validation"),
         ("validation.jsonl", '{"step": 1}\n', "outcomes is missing"),
@@ -404,8 +404,8 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, ctcgrpo: Command, monkey
     file = written(tmp_path / "s.yaml")
     for arguments, code, problem in [
         ((str(tmp_path / "no.yaml"),), 2, "did you mean"),
-        ((str(file), "--workers", "2", "--devices", "0"), 2, "names 1 sets for 2 workers"),
-        ((str(file), "--wandb", "--name", "x"), 2, "hands the file over as it is"),
+        ((str(file), "--workers", "2", "--devices", "0"), 2, "1 sets for 2 workers"),
+        ((str(file), "--wandb", "--name", "x"), 2, "sends the file as it is"),
         ((str(file), "--wandb"), 2, "WANDB_API_KEY"),
     ]:
         status, _, err = ctcgrpo("sweep", *arguments)

@@ -82,7 +82,7 @@ def test_a_number_out_of_range_in_a_tokenizer_is_named(model: Path) -> None:
 def test_weights_that_are_not_the_configurations_are_named(model: Path) -> None:
     weights = load_file(model / "model.safetensors")
     save_file({k: v[:1].clone() if "mlp" in k else v for k, v in weights.items()}, model / "model.safetensors")
-    with pytest.raises(PolicyError, match=r"policy 'x': its weights have other sizes than its config.json says"):
+    with pytest.raises(PolicyError, match=r"policy 'x': the sizes of its weights differ from its config.json"):
         with loading_weights("policy 'x'"):
             AutoModelForCausalLM.from_pretrained(model)
     with pytest.raises(RuntimeError, match="a defect"), loading_weights("policy 'x'"):
@@ -92,7 +92,7 @@ def test_weights_that_are_not_the_configurations_are_named(model: Path) -> None:
 def test_pickled_weights_run_nothing(model: Path, tmp_path: Path) -> None:
     (model / "model.safetensors").unlink()
     torch.save({"x": Runs(tmp_path / "ran")}, model / "pytorch_model.bin")
-    with pytest.raises(PolicyError, match="its pickled weights hold more than weights, and were not loaded"):
+    with pytest.raises(PolicyError, match="its pickled weights contain other objects, and were not loaded"):
         with loading_weights("policy 'x'"):
             AutoModelForCausalLM.from_pretrained(model)
     assert not (tmp_path / "ran").exists()

@@ -1,4 +1,4 @@
-"""EIBench: a simulated user whose anger and trust each reply of the policy moves; its scenarios and their scoring.
+"""EIBench: a simulated user whose anger and trust change with each reply of the policy; its scenarios and their scoring.
 
 `EIBench` is the environment; `UserState`, `Anchors`, `outcome_score` and `turn_score` are the benchmark's records and formulas."""
 

@@ -30,9 +30,9 @@ def download(url: str, target: Path, *, largest: int, patience: float, hosts: tu
             with target.open("wb") as out:
                 size = _pour(response, out, url, largest, patience, length)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ScenarioError(f"{url} cannot be had ({_reason(error)})") from None
+        raise ScenarioError(f"{url} cannot be downloaded ({_reason(error)})") from None
     if length is not None and size != length:
-        raise ScenarioError(f"{url} came cut: {size} of {length} bytes")
+        raise ScenarioError(f"{url}: incomplete download, {size} of {length} bytes; try again")
 
 
 def copy(source: Path, target: Path, *, largest: int, patience: float) -> None:
@@ -46,7 +46,7 @@ def copy(source: Path, target: Path, *, largest: int, patience: float) -> None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, http.client.IncompleteRead):
-        return "the connection ended too early"
+        return "the connection closed too early"
     said = cut(str(error))
     if isinstance(error, urllib.error.HTTPError):
         error.close()
@@ -62,7 +62,7 @@ def _pour(found: BufferedIOBase, out: BinaryIO, place: str, largest: int, patien
         size += len(part)
         _check_size(place, size, largest)
         if time.monotonic() > deadline:
-            raise ScenarioError(f"{place} is not whole after {patience:g} s")
+            raise ScenarioError(f"{place}: not complete after {patience:g} s; try again on a faster connection")
         out.write(part)
     return size
 

@@ -1,6 +1,6 @@
-"""EIBench's task as an environment: a simulated user, whose anger and trust each reply of the policy moves.
+"""EIBench's task as an environment: a simulated user, whose anger and trust change with each reply of the policy.
 
-The reward of a turn is the turn score of the change that it made, the outcome the score of the state that the user is left in.
+The reward of a turn is the turn score of its change of state; the outcome is the score of the final state.
 Source: EIBench (arXiv 2606.15532)."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class User(Protocol):
 
 
 class SharedUser(User, Protocol):
-    """A user that many episodes ask, over a connection that is open within `async with`."""
+    """A user that many episodes share, over a connection that is open within `async with`."""
 
     async def __aenter__(self) -> Any: ...
 

@@ -70,14 +70,16 @@ def fetch(name: str, agree: Callable[[DataSet], bool], *, source: str | None = N
     Raises ScenarioError for a dataset nobody knows, for files that cannot be downloaded, are cut, altered, too large or cannot be
     read, and where the list of files is not available; OutputError where the licence is not agreed to, or the folder exists."""
     if name not in DATASETS:
-        raise ScenarioError(f"there is no dataset {name!r} to fetch; {did_you_mean(name, DATASETS)}")
+        raise ScenarioError(f"unknown dataset {name!r}; {did_you_mean(name, DATASETS)}")
     dataset, target = DATASETS[name], data_home() / name
     if source is not None and not verify:
-        raise ScenarioError("--unverified is for the published source; files of another --source may differ in any case")
+        raise ScenarioError(
+            "--unverified and --source: both given; expected one, since files of another source may differ anyway"
+        )
     if target.exists():
-        raise OutputError(f"{target} is there already; remove it to fetch it again")
+        raise OutputError(f"{target} already exists; remove it to fetch it again")
     if not agree(dataset):
-        raise OutputError(f"nothing was fetched: {name} is for those who agree to its licence ({dataset.licence})")
+        raise OutputError(f"nothing was fetched: {name} requires agreement to its licence ({dataset.licence})")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         partial = Path(folder) / name

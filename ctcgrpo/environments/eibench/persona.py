@@ -1,4 +1,4 @@
-"""What a policy is told: its role, or the sections of it that a recipe names, and the instructions on how to reply."""
+"""The policy's system prompt: its role, or the sections of it that a recipe names, and the instructions on how to reply."""
 
 import re
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ _HEADING = re.compile(r"^#+ *(.+?) *$", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Briefing:
-    """How a scenario's role becomes what the policy is told: its `sections` (None: all of it), then the `instructions`, worded for
-    a policy that `reasons` before it replies or one that does not."""
+    """Makes the policy's system prompt from a scenario's role: its `sections` (None: all), then the `instructions`, in the version
+    for a policy that `reasons` before it replies, or for one that does not."""
 
     sections: tuple[str, ...] | None = None
     instructions: Instructions = WITHOUT
@@ -24,7 +24,7 @@ class Briefing:
     def parts(self, scenario: Scenario) -> tuple[str, str]:
         """Role and instructions, either may be empty. Raises PolicyError for a section that the role does not have, or a language
         without instructions."""
-        role = told(scenario.policy_persona, self.sections).strip()
+        role = select_sections(scenario.policy_persona, self.sections).strip()
         try:
             return role, self.instructions.text(scenario.language, self.reasons)
         except PolicyError as error:
@@ -35,7 +35,7 @@ def together(role: str, instructions: str) -> str:
     return BETWEEN.join(part for part in (role, instructions) if part)
 
 
-def told(persona: str, sections: Sequence[str] | None) -> str:
+def select_sections(persona: str, sections: Sequence[str] | None) -> str:
     """The named sections of a persona (`### Heading` and the lines below) in its own order; for None all. Raises PolicyError."""
     if sections is None:
         return persona

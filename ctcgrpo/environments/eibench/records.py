@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class SceneRules(NamedTuple):
-    """What a scene asks of its records. `policy_opens`: whether the policy speaks first; None where each record says so, by an
+    """A scene's rules for its records. `policy_opens`: whether the policy speaks first; None where each record says so, by an
     `opening_line` or none. `anger_may_rise`: whether the target may lie at or above the initial anger. `script`: the part of a
     record's script that says what the scene wants to hear by name."""
 

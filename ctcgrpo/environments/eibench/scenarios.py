@@ -1,4 +1,4 @@
-"""Sets of scenarios: where they are, and what is played of them.
+"""Finds and loads sets of scenarios.
 
 A source is a JSONL file, a folder of JSONL files, or a folder with `train/` and `test/`: one JSON object a line in EIBench's record
 format (scenario_format.py), optionally wrapped as {"row": {...}}."""
@@ -122,7 +122,7 @@ def read_scenarios(source: str | Path, split: Split = "train") -> ScenarioSet:
             refusals.append(f"{of_file[0]} ({file.name}: {told})")
     found = ScenarioSet(str(source), scenarios, faults, records, refusals)
     if found.skipped > _MOST_INVALID * records and not refusals:
-        why = f"{found.skipped} of {records} records are invalid, more than half: the set is damaged, or of another format"
+        why = f"{found.skipped} of {records} records are invalid, more than half: the set is damaged, or has another format"
         refusals.append(f"{source}: {why}, and is refused with `skip` too; the first problem: {faults[0]}")
     return found
 

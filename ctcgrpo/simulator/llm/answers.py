@@ -1,14 +1,13 @@
-"""Reading what an LLM answered as the user: tolerant of form, never of meaning. Pure; one exception type.
+"""Parsing an LLM's answer as the user: tolerant of form, strict about meaning. Pure; one exception type.
 
     {"reflection": ..., "anger_delta": -3, "trust_delta": 2, "reply": ..., "continue": "yes", "stop_reason": ""}
 
-Form that is put up with: reasoning before the answer, code fences, leading plus signs, comments, trailing commas, raw
-newlines, unescaped quotes, numbers as strings, an end cut off after all that matters. What could mean two things is not
-guessed at: it is refused, with what to mend.
+Tolerated: reasoning before the answer, code fences, leading plus signs, comments, trailing commas, raw newlines, unescaped
+quotes, numbers as strings, an end cut off after the last needed field. An ambiguous answer is refused, with the field to correct.
 
-An answer that is JSON from its first brace to its last says what it says, whatever its texts quote. One that is nearly JSON is
-read only if each field stands in it once, so that nothing which it quotes can be taken for its verdict; numbers and the
-verdict on going on are then taken from the text itself, whole, and only the words from the repair.
+An answer that is valid JSON from its first brace to its last is taken as it is, whatever its texts quote. An answer that is nearly
+JSON is read only if each field occurs once, so that no quoted text can be taken for its verdict. Numbers and the field `continue`
+are then read from the text itself; only the other texts come from the repair.
 """
 
 import json
@@ -58,7 +57,7 @@ _WRITTEN_VERDICT = re.compile(
 
 
 class Unreadable(Exception):
-    """An answer that says nothing certain: `kind` of problem, and the field and value that it is about."""
+    """An answer that cannot be read with certainty: the `kind` of problem, and the field and value that it concerns."""
 
     def __init__(self, kind: ProblemKind, field: str = "", value: str = "") -> None:
         self.kind, self.field, self.value = kind, field, value
@@ -67,7 +66,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A reading of an answer: deltas are whole numbers in [-10, 10]; `reply` is not empty."""
+    """A parsed answer: deltas are whole numbers in [-10, 10]; `reply` is not empty."""
 
     reply: str
     anger_delta: int
@@ -78,8 +77,8 @@ class Answer:
 
 
 def read_answer(text: str, state: UserState | State) -> Answer:
-    """The user's answer in a completion. `state` is the one that the answer changes: it tells a new level from a change.
-    Raises Unreadable, and nothing else, for whatever it is given."""
+    """The user's answer in a completion. `state` is the state before it, which distinguishes a new level from a change.
+    Raises Unreadable, and no other exception, for any text."""
     fields = _fields(text)
     anger, trust = _deltas(fields, state)
     reply = _SPOKEN_THOUGHT.sub("", _text(fields, REPLY)).strip()
@@ -89,7 +88,7 @@ def read_answer(text: str, state: UserState | State) -> Answer:
 
 
 def _fields(text: str) -> Mapping[str, Any]:
-    """The fields of the one JSON object."""
+    """The fields of the answer's only JSON object."""
     text = text.strip()
     if not text.startswith(
         ("{", "`")
@@ -139,8 +138,8 @@ def _repaired(text: str) -> dict[str, Any]:
 
 
 def _as_written(text: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers and the verdict as they stand in the text: a repair drops signs that it does not know, and takes half a value for a
-    whole one. A field that is there and not whole keeps its source, which says what is wrong with it."""
+    """Numbers and `continue` as the text has them: a repair drops unknown signs, and takes half a value for a whole one. A field
+    whose value is not whole keeps its source text, for the error."""
     written: dict[str, Any] = {}
     for name, pattern in _WRITTEN.items():
         match = pattern.search(text)
@@ -155,7 +154,7 @@ def _as_written(text: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(fields: Mapping[str, Any], field: str) -> tuple[int, bool]:
-    """The number, and whether it has a sign."""
+    """The number of a field, and whether it has a sign."""
     value = fields.get(field)
     if value is None:
         raise Unreadable("missing", field)
@@ -166,7 +165,7 @@ def _number(fields: Mapping[str, Any], field: str) -> tuple[int, bool]:
 
 
 def _deltas(fields: Mapping[str, Any], state: UserState | State) -> tuple[int, int]:
-    """Both as changes; or both as new levels, where they cannot be changes. What can be both is refused."""
+    """Both as changes; or both as new levels, where they cannot be changes. Raises Unreadable where they can be either."""
     (anger, anger_signed), (trust, trust_signed) = _number(fields, ANGER), _number(fields, TRUST)
     largest, worst = max((abs(anger), ANGER), (abs(trust), TRUST), key=lambda size: size[0])
     changes = largest <= _BEYOND
@@ -195,7 +194,7 @@ def _goes_on(fields: Mapping[str, Any]) -> bool:
 
 
 def _text(fields: Mapping[str, Any], field: str) -> str:
-    """Without what no text may hold: control characters and halves of surrogate pairs."""
+    """A field's text without control characters and halves of surrogate pairs."""
     value = fields.get(field)
     if not isinstance(value, str):
         return ""

@@ -1,6 +1,6 @@
-"""The user, played by an LLM: ask, read, ask once more for a corrected answer, and average over k answers where that is asked for.
+"""The user, played by an LLM: call it, parse the answer, ask for a corrected one if needed, and average over k answers.
 
-What the user says and how it changes comes from an answer that could be read, or the turn fails with its reason.
+A turn is made from a valid answer, or it fails with the reason.
 """
 
 import asyncio
@@ -29,13 +29,13 @@ _LONGEST_BACK = 4000  # characters of an unreadable answer that are shown to the
 
 
 class ChatModel(Protocol):
-    """What answers chat messages: endpoints, or a model that somebody else calls."""
+    """A source of chat completions: endpoints, or a model of Inspect AI."""
 
     async def complete(
         self, messages: Sequence[Message], *, dialogue: str, seed: int, schema: dict[str, Any], deadline: Deadline
     ) -> ChatCompletion:
-        """A completion before `deadline`, held to a JSON schema where that is possible. Raises SimulatorTransportError where there
-        was none, SimulatorReplyError for a request that is refused for good, BudgetSpent where it cannot be paid for."""
+        """A completion before `deadline`, constrained to a JSON schema where possible. Raises SimulatorTransportError where none
+        came, SimulatorReplyError for a request that is refused permanently, BudgetSpent where the budget is spent."""
         ...
 
     # As in SimulatorBackend.
@@ -46,8 +46,8 @@ class ChatModel(Protocol):
 
 
 class LlmBackend(SimulatorBackend):
-    """`about` says what decides the answers beside the prompts; `samples` answers are averaged, each asked for up to `tries` times
-    until it can be read, within `deadline` seconds a turn."""
+    """`about`: what decides the answers beside the prompts. `samples` answers are averaged. Each takes up to `tries` calls until it
+    is valid, within `deadline` seconds per turn."""
 
     name = "llm"
 
@@ -75,7 +75,7 @@ class LlmBackend(SimulatorBackend):
         on_call: Callable[[CallRecord], None] = lambda record: None,
         say: Callable[[str], None] = _log.warning,
     ) -> Self:
-        """Raises RecipeError for what cannot work here: a key that is not set, a folder without the official code."""
+        """Raises RecipeError for a key that is not set, and for a folder without the official code."""
         llm = config.llm
         assert llm is not None, "the configuration requires it"
         models = sorted({endpoint.model for endpoint in llm.endpoints})
@@ -119,7 +119,7 @@ class LlmBackend(SimulatorBackend):
     async def _answer(
         self, request: TurnRequest, messages: list[Message], seed: int, deadline: Deadline
     ) -> tuple[Answer, list[ChatCompletion]]:
-        """One answer, and the calls that it took: `tries` at most."""
+        """One valid answer, and the usage of its calls, at most `tries`."""
         card = request.scenario
         calls: list[ChatCompletion] = []
         problem: Unreadable | None = None
@@ -133,7 +133,7 @@ class LlmBackend(SimulatorBackend):
             )
             last = calls[-1]
             if last.ended == "content_filter":
-                raise SimulatorReplyError(f"{last.endpoint}: its content filter withheld the user's answer")
+                raise SimulatorReplyError(f"{last.endpoint}: the provider's content filter blocked the user's answer")
             if last.ended == "refusal":
                 raise SimulatorReplyError(f"{last.endpoint}: the model refused to answer as the user: {last.note}")
             try:
@@ -144,8 +144,8 @@ class LlmBackend(SimulatorBackend):
             except Unreadable as error:
                 problem = error
         why = last.note or f"{problem}{', cut off by llm.max_tokens' if last.ended == 'length' else ''}"
-        shown = f"; it said {_excerpt(last.text)!r}" if last.text else ""
-        raise SimulatorReplyError(f"{last.endpoint} gave no usable answer in {self._tries} tries (last problem: {why}{shown})")
+        shown = f"; the last answer: {_excerpt(last.text)!r}" if last.text else ""
+        raise SimulatorReplyError(f"{last.endpoint}: no valid answer in {self._tries} tries; last problem: {why}{shown}")
 
 
 def _excerpt(text: str) -> str:
@@ -154,12 +154,12 @@ def _excerpt(text: str) -> str:
 
 
 def chosen_prompts(official: Path | None, *, reflections: bool = True) -> TemplatePrompts:
-    """The project's own, or the authors' out of a copy of their code (which is executed; they always hold earlier reflections)."""
+    """The project's own prompts, or the authors' from a copy of their code, which is executed and always includes reflections."""
     return TemplatePrompts(reflections=reflections) if official is None else OfficialPrompts(official)
 
 
 async def _together(asked: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
-    """All results; the first error ends the others and is raised itself."""
+    """All results. The first error cancels the others and is raised."""
     tasks = [asyncio.create_task(coroutine) for coroutine in asked]
     try:
         return [await task for task in tasks]
@@ -170,8 +170,8 @@ async def _together(asked: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
 
 
 def averaged(answers: Sequence[Answer], usage: Usage) -> Reaction:
-    """The mean change of k answers, rounded away from the middle of no change; the words of the answer closest to it; whether the
-    user goes on by majority."""
+    """The reaction of k answers: their mean change, rounded half away from zero; the words of the answer closest to it; a majority
+    vote on whether the user continues."""
     anger = sum(a.anger_delta for a in answers) / len(answers)
     trust = sum(a.trust_delta for a in answers) / len(answers)
     goes_on = 2 * sum(a.goes_on for a in answers) >= len(answers)
@@ -187,7 +187,7 @@ def _rounded(mean: float) -> int:
 
 
 def _answer_schema(*, bounded: bool) -> dict[str, Any]:
-    """The JSON schema of an answer, in the order in which it is to be written."""
+    """The JSON schema of an answer, its fields in the order of writing."""
 
     def text(most: int) -> dict[str, Any]:
         return {"type": "string", "maxLength": most} if bounded else {"type": "string"}

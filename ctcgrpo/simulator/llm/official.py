@@ -1,8 +1,8 @@
-"""The authors' own prompts, built by their code (EIBench/code/src/simulator_v2.py), for scores that compare with published ones.
+"""The authors' own prompts, built by their code (EIBench/code/src/simulator_v2.py), for scores comparable with published ones.
 
-This runs third-party code from a folder that the user names. Only its prompt builders are called; what it imports to make calls
-of its own is replaced by empty modules where it is not installed. Their layout does not quote what the policy said and has the
-state near its start: it is for scores that are to be compared, not for training against a policy that attacks it.
+This runs third-party code from a folder that the user names. Only its prompt builders are called; its client libraries are
+replaced by empty modules where they are not installed. Their layout does not quote the policy's text and has the state near its
+start. Use it for comparable scores, not for training, where a policy may learn to attack it.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ _CALL = "_call_openai_compatible"
 
 
 class OfficialPrompts(TemplatePrompts):
-    """What the simulator is given; a corrected answer is asked for in the project's own words. Raises RecipeError where the folder
-    does not hold the authors' code, or has other functions."""
+    """The simulator's prompts; the request for a corrected answer is the project's own. Raises RecipeError for a folder without the
+    authors' code, or with another version of it."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class OfficialPrompts(TemplatePrompts):
 
 
 class OfficialPolicyPrompts:
-    """What the policy is given in evaluation: its role and instructions by the authors' builder, then the message with which their
+    """The policy's prompts in evaluation: role and instructions by the authors' builder, then the message with which their
     evaluation asks it to open a dialogue (charm). Raises RecipeError as OfficialPrompts does."""
 
     def __init__(self, folder: Path) -> None:
@@ -87,8 +87,8 @@ def _found(folder: Path, name: Path) -> Path:
     file = next((folder / place / name for place in _PLACES if (folder / place / name).is_file()), None)
     if file is None:
         raise RecipeError(
-            f"llm.official is {str(folder)!r}: there is no {_PLACES[0] / name} in it; "
-            "name the folder of a copy of the authors' repository (Tongyi-ConvAI/Qwen-Character)"
+            f"llm.official = {str(folder)!r}; expected a folder with {_PLACES[0] / name}: "
+            "a copy of the authors' repository (Tongyi-ConvAI/Qwen-Character)"
         )
     return file
 
@@ -105,14 +105,14 @@ def _load(file: Path, *functions: str) -> types.ModuleType:
             raise RecipeError(f"llm.official: {file} cannot be loaded: {type(error).__name__}: {error}") from None
     for name in functions:
         if not callable(getattr(module, name, None)):
-            raise RecipeError(f"llm.official: {file} has no function {name}; it is not the version that this was written for")
+            raise RecipeError(f"llm.official: {file} has no function {name}; expected the version of the EIBench paper")
     return module
 
 
 @contextmanager
 def _importable(*folders: Path) -> Iterator[None]:
-    """Modules of these folders, and empty ones for _CALLERS that are not installed, for as long as the context lasts: neither they
-    nor what they add to the path stay."""
+    """Within the context, modules of these folders can be imported, and _CALLERS that are not installed are empty modules. Then the
+    modules and their additions to the path are removed."""
     path, modules = list(sys.path), set(sys.modules)
     absent = [name for name in _CALLERS if name not in modules and importlib.util.find_spec(name) is None]
     sys.modules.update({name: types.ModuleType(name) for name in absent})

@@ -1,9 +1,9 @@
-"""A turn as chat messages, from the templates in `prompts/LANGUAGE`. A language is added by adding a folder, a scene by adding a
-file to each; one without a file is put in the general words of scenes/other.j2.
+"""A turn as chat messages, from the templates in `prompts/LANGUAGE`. To add a language, add a folder; to add a scene, add a file to
+each folder. A scene without a file uses scenes/other.j2.
 
-Laid out for prefix caches, what changes least first: system message: rules, scene, persona; user message: the dialogue, which only
-grows, and at its very end the moment (state and round). Everything that anybody said is one quoted line of text each, so
-nothing in it can pass for a message, a role or a control token.
+The layout suits prefix caches. The system message holds rules, scene and persona; the user message holds the dialogue, which only
+grows, and at its end the moment (state and round). Each utterance is one quoted line of text, so that it cannot pass for a
+message, a role or a control token.
 """
 
 import json
@@ -29,8 +29,8 @@ _CONTROL = re.compile(r"[<>]|\[(?=/?g?s?[A-Z_]{3,}\])")
 
 
 class TemplatePrompts:
-    """The project's own prompts; `name` says which these are, down to their wording. `reflections`: the user's own earlier ones
-    are part of the history."""
+    """The project's own prompts; `name` contains a digest of their text. `reflections`: whether the history includes the user's own
+    earlier reflections."""
 
     def __init__(self, *, reflections: bool = True) -> None:
         self._reflections = reflections
@@ -39,11 +39,11 @@ class TemplatePrompts:
         self.name = f"ctcgrpo/{digest}{'' if reflections else '/no-reflections'}"
 
     def check(self, card: ScenarioCard) -> None:
-        """Raises SimulatorReplyError for a scenario that there are no prompts for."""
+        """Raises SimulatorReplyError for a scenario without prompts in its language."""
         try:
             _standing(card.language, card.scene, card.user_persona)
         except jinja2.TemplateError as error:
-            raise SimulatorReplyError(f"the prompts for {card.scene} in {card.language!r} are broken: {error}") from None
+            raise SimulatorReplyError(f"invalid prompt template for scene {card.scene} in {card.language!r}: {error}") from None
 
     def messages(self, request: TurnRequest) -> list[Message]:
         card, templates = request.scenario, _environment(request.scenario.language)
@@ -69,7 +69,7 @@ class TemplatePrompts:
 
 def quoted(text: str) -> str:
     """Text as one line between double quotes (a JSON string): line breaks, control, format and direction characters, angle brackets
-    and bracketed control tokens are escaped, and a very long text is cut, with its length said."""
+    and bracketed control tokens are escaped. A very long text is cut, with a note of its length."""
     whole = len(text)
     if whole > _LONGEST_LINE:
         text = text[:_LONGEST_LINE] + f" … (cut: {whole} characters in all)"
@@ -88,8 +88,8 @@ def _escaped(char: str) -> str:
 
 
 def gives_away(messages: Sequence[Message], persona: str, reply: str) -> bool:
-    """Whether a reply quotes what the LLM was told about its task, in nine words on end or sixteen characters of a script without
-    spaces. Its persona is its own to speak of."""
+    """Whether a reply quotes the LLM's instructions: nine consecutive words, or sixteen characters of a script without spaces. Its
+    persona does not count."""
     return bool(_word_runs(reply) & _word_runs(messages[0]["content"].replace(persona, "\n")))
 
 
@@ -105,7 +105,7 @@ def _word_runs(text: str) -> frozenset[tuple[str, ...]]:
 def _environment(language: str) -> jinja2.Environment:
     languages = sorted(entry.name for entry in _FOLDER.iterdir() if entry.is_dir())
     if language not in languages:
-        raise SimulatorReplyError(f"there are no prompts in {language!r}; there are {', '.join(languages)}")
+        raise SimulatorReplyError(f"no prompts for language {language!r}; expected one of {', '.join(languages)}")
     loader = jinja2.FileSystemLoader(_FOLDER / language)
     return jinja2.Environment(
         loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False, auto_reload=False
@@ -114,8 +114,8 @@ def _environment(language: str) -> jinja2.Environment:
 
 @lru_cache(maxsize=4096)
 def _standing(language: str, scene: str, user_persona: str) -> str:
-    """What stays the same throughout a dialogue: rules, then the scene, then the persona. The rest of a card is the policy's: in
-    defense its goal is the opposite of what the user wants."""
+    """The constant part of a dialogue's prompts: rules, scene, persona. The rest of a card belongs to the policy: in defense its
+    goal is the opposite of the user's."""
     templates = _environment(language)
     parts = (["rules.j2"], [f"scenes/{scene}.j2", "scenes/other.j2"], ["persona.j2"])
     return "\n".join(templates.select_template(part).render(scene=scene, user_persona=user_persona) for part in parts)

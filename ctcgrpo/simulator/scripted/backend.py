@@ -1,4 +1,4 @@
-"""The scripted user: hears a reply, changes state, answers, and decides whether to stay. No LLM, no randomness."""
+"""The scripted user: reads a reply, changes state, answers, and decides whether to continue. No LLM, no randomness."""
 
 import asyncio
 import hashlib
@@ -15,8 +15,8 @@ from ctcgrpo.simulator.scripted.rules import Finding, Heard, findings
 
 _MOST_CREDIT = 9
 _SHORT_TEMPER = 1.5
-_MEMORY = 100  # lines of the dialogue that a reply is compared with; what lies further back is forgotten
-_LONGEST_LINE = 20_000  # in characters; the rest of a longer line is not heard
+_MEMORY = 100  # recent lines of the dialogue that a reply is compared with
+_LONGEST_LINE = 20_000  # characters; the rest of a longer line is ignored
 
 
 class ScriptedBackend(SimulatorBackend):
@@ -72,7 +72,7 @@ def _known(card_json: str) -> Knowledge:
 
 
 def _readings(card_json: str, history: Sequence[Utterance]) -> list[Reading]:
-    """A reading of each of the policy's replies so far, each in the light of what had been said by then."""
+    """A reading of each of the policy's replies so far, given the dialogue before it."""
     said = tuple((utterance.speaker, _heard(utterance.text)) for utterance in history)
     ends = [k + 1 for k, (speaker, _) in enumerate(said) if speaker == "policy"]
     return [_reading(card_json, said[max(0, end - _MEMORY) : end], reply) for reply, end in enumerate(ends, 1)]
@@ -84,8 +84,8 @@ def _heard(text: str) -> str:
 
 @lru_cache(maxsize=16384)
 def _reading(card_json: str, said: tuple[tuple[str, str], ...], reply: int) -> Reading:
-    """The reading of the last line in `said`, the policy's `reply`-th from 1. Kept, since the next request of a dialogue needs all
-    earlier ones again."""
+    """The reading of the last line in `said`, the policy's `reply`-th from 1. Cached, since the next request of a dialogue needs
+    all earlier ones."""
     knowledge = _known(card_json)
     heard = [text for speaker, text in said[:-1] if speaker == "user"]
     earlier = [text for speaker, text in said[:-1] if speaker == "policy"]
@@ -100,8 +100,8 @@ def _reading(card_json: str, said: tuple[tuple[str, str], ...], reply: int) -> R
 
 
 def _deferred(now: Sequence[Finding], before: Sequence[Finding], reluctance: float) -> list[Finding]:
-    """A user who at first resists what does them good (config.Scripted). What offends does so at once; nothing of the last reply is
-    paid."""
+    """Findings of a user with reluctance (config.Scripted): gains come a turn late, losses at once. The gain of the last reply is
+    never paid."""
     resisted = [
         Finding(-reluctance * f.anger, -reluctance * f.trust, f"{f.why}, which is hard to hear") if f.is_credit else f
         for f in now
@@ -112,7 +112,7 @@ def _deferred(now: Sequence[Finding], before: Sequence[Finding], reluctance: flo
 
 
 def _temper(found: Sequence[Finding], before: State) -> tuple[int, int]:
-    """Findings as a change of state: credit is capped, and a user in a bad state takes offence more easily."""
+    """Findings as a change of state: gains are capped, and losses weigh more in a bad state."""
     temper = _SHORT_TEMPER if before.anger > 60 or before.trust < 20 else 1.0
     anger = max(-_MOST_CREDIT, sum(min(0.0, f.anger) for f in found)) + temper * sum(max(0.0, f.anger) for f in found)
     trust = min(_MOST_CREDIT, sum(max(0.0, f.trust) for f in found)) + temper * sum(min(0.0, f.trust) for f in found)
@@ -120,7 +120,7 @@ def _temper(found: Sequence[Finding], before: State) -> tuple[int, int]:
 
 
 def _mood(found: Sequence[Finding], after: State, request: TurnRequest) -> str:
-    """Which kind of line comes next; "thanks" and "leaves" end the dialogue."""
+    """The mood of the next line; "thanks" and "leaves" end the dialogue."""
     initial, target, worst = request.scenario.anchors
     if after.anger <= target.anger and after.trust >= target.trust:
         return "thanks"

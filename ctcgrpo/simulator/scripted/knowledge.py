@@ -95,28 +95,28 @@ class _Script(BaseModel):
 
 
 def script_fields() -> Iterator[tuple[str, str]]:
-    """(field, what it is for) of a record's `script`."""
+    """(field, meaning) of a record's `script`."""
     for path, model in (("script", _Script), ("script.details[]", _Detail)):
         for name, field in model.model_fields.items():
             yield f"{path}.{name}", field.description or ""
 
 
 def unscripted_warning(scenarios: Sequence[Scenario], what: str) -> str | None:
-    """A warning for scenarios without details in their `script`, where the scripted user plays them; None where all have some.
-    `what` names them."""
+    """A warning for scenarios without details in their `script`, which the scripted user plays; None where all have details.
+    `what` names the scenarios."""
     without = [scenario.id for scenario in scenarios if not scenario.script.get("details")]
     if not without:
         return None
     named = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
     return (
-        f"{len(without)} of {len(scenarios)} {what} have no script.details ({named}): the scripted user then knows only "
-        "what it derives from the personas, and tells good replies from bad ones poorly. Write a script (`ctcgrpo scenarios new "
+        f"{len(without)} of {len(scenarios)} {what} have no script.details ({named}): the scripted user derives them from the "
+        "personas, and then separates good from bad replies poorly. Write a script (`ctcgrpo scenarios new "
         "FILE` shows one, `ctcgrpo scenarios gate` tests it), or let an LLM play the user (simulator.config, simulator.url)"
     )
 
 
 def script_problems(script: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(field, what is wrong) of a record's `script`: everything that is not of the form that the scripted user reads."""
+    """(field, problem) for each part of a record's `script` that the scripted user cannot read."""
     try:
         _Script.model_validate(script)
     except ValidationError as error:

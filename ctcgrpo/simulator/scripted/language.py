@@ -1,5 +1,5 @@
-"""What the scripted user knows of a language: `languages/CODE.yaml`, whose comments say what each field is. A language is added by
-adding a file; `script` is latin or han.
+"""The scripted user's word lists of a language: `languages/CODE.yaml`, whose comments explain each field. To add a language, add a
+file; `script` is latin or han.
 """
 
 import re
@@ -25,7 +25,7 @@ _CLAUSE = re.compile(r"[，、；：,]")
 _BREAK = re.compile(r"[;:()\"“”—–]| - |--")
 _LONGEST_SENTENCE = 500
 """In characters; a longer stretch without an end is read in pieces of this length, so that no pattern meets more at once."""
-_KEPT = 8192  # texts whose reading is kept: personas and earlier lines are read again at every turn of a dialogue
+_KEPT = 8192  # size of the caches: personas and earlier lines are read again at every turn of a dialogue
 _stemmers = threading.local()  # A stemmer keeps state while it works: one for each thread
 
 _Words = Annotated[frozenset[str], BeforeValidator(lambda words: str(words).split())]
@@ -124,8 +124,8 @@ class Language:
         return frozenset(self.pronouns[t] for t in self.pronouns if t in (text if self.han else self.tokens(text)))
 
     def weight(self, stems: frozenset[str]) -> int:
-        """How much it tells that two texts share these stems: 1 for a word of everyday talk, 2 for any other. Pairs of
-        characters are too short to tell as much, and count 1."""
+        """The weight of stems that two texts share: 1 for a word of everyday talk, 2 for any other. Pairs of characters are
+        short, and count 1."""
         return len(stems) if self.han else len(stems) + len(stems - self.everyday)
 
     @cached_property
@@ -151,7 +151,7 @@ class Language:
         return (token[0] if self.han else token) in self.speakers
 
     def is_sound(self, sentence: str) -> bool:
-        """Whether it is a sentence of this language that hangs together."""
+        """Whether it is a well-formed sentence of this language."""
         if not self.han:
             first = next((char for char in sentence if char.isalnum()), "a")
             return not first.islower() and is_sound(self.tokens(sentence), self.lexicon) and not self._is_spliced(sentence)
@@ -188,10 +188,10 @@ def stem(word: str) -> str:
 
 @cache
 def load_language(code: str) -> Language:
-    """Raises SimulatorReplyError for a language without a file."""
+    """The language of a code. Raises SimulatorReplyError for a code without a file."""
     known = {file.name.removesuffix(".yaml"): file for file in _LANGUAGES.iterdir() if file.name.endswith(".yaml")}
     if code not in known:
-        raise SimulatorReplyError(f"the scripted simulator does not speak {code!r}; it speaks {', '.join(sorted(known))}")
+        raise SimulatorReplyError(f"language = {code!r}; expected one of the scripted user's: {', '.join(sorted(known))}")
     data = load_yaml(known[code].read_text(encoding="utf-8"))
     lexicon: dict[str, str] = {}
     for tags, words in (*data.pop("lexicon").items(), ("N", data["things"])):

@@ -1,8 +1,8 @@
-"""What a reply does to the scripted user: one small function a rule, each with its reason in words.
+"""How a reply changes the scripted user: one small function a rule, each with its reason in words.
 
 A rule takes what the user heard and returns Findings; a new one is a row (`_row`), or a few lines and a decorator. Points are
-changes of anger and trust before the user's temper is applied (`backend.py`). Credit is conditional: a reply has to be about this
-user's own matters before manner counts for anything, and it gets none at all when it is broken, copied or repeated.
+changes of anger and trust before the user's temper is applied (`backend.py`). Gains are conditional: manner counts only in a reply
+about this user's own matters, and a broken, copied or repeated reply gains nothing.
 """
 
 from collections import Counter
