@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from ctcgrpo.centering import make_centering
+from ctcgrpo.centering import SceneBaseline, make_centering
 from ctcgrpo.credit import credit_terms
-from ctcgrpo.errors import CreditError, RecipeError
+from ctcgrpo.errors import CreditError, OutputError, RecipeError
 from ctcgrpo.options import CreditOptions
 from ctcgrpo.preflight.check import findings
 from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.training.credit_state import load_state
 from ctcgrpo.training.samples import try_credit
 from tests.conftest import Command
 from tests.unit.test_run import FAST, TINY
@@ -180,3 +181,8 @@ def test_a_reference_without_a_module_is_a_recipe_error() -> None:
 def test_a_function_itself_is_refused_with_what_would_be_right() -> None:
     with pytest.raises(ValueError, match=r"credit.credit = <function .*; expected a name, 'my_module:my_function'"):
         try_credit(CreditOptions(credit=lambda r, gamma: r))  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_of_a_centering_without_a_state_is_not_blamed(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"saved with a centering that has no state; set credit.centering back"):
+        load_state(SceneBaseline(), tmp_path)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ctcgrpo.errors import RecipeError
+from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.experiments.spec import load_sweep
 from ctcgrpo.run.recipe_file import differences, load_recipe, resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
@@ -177,3 +177,15 @@ def test_a_shipped_variant_says_what_differs_and_no_more(name: str, extended: st
     assert len(changed) == fields
     written = {f"{section}.{field}" for section, values in own.items() for field in values}
     assert written == {".".join(field.split(".")[:2]) for field in changed}
+
+
+def test_the_folder_of_a_trainer_made_in_python_is_refused(tmp_path: Path) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "tiny.yaml", [f"run.output_dir={tmp_path}", "run.name=polite"])
+    checkpoint = tmp_path / "polite" / "checkpoint-6"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    mark_complete(checkpoint)
+    with pytest.raises(
+        OutputError, match=r"polite holds checkpoint-6 and no recipe.yaml: .* made in Python; choose another run.name"
+    ):
+        RunFolder(tmp_path / "polite").open(recipe)
