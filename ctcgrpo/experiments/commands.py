@@ -26,7 +26,7 @@ def sweep(
         bool, typer.Option("--wandb", help="Create the sweep on W&B instead, and print how to start agents.")
     ] = False,
 ) -> None:
-    """Run a recipe many times: a search over its fields, or several variants. The same command resumes the sweep."""
+    """Run a recipe many times: a search over its fields, or several variants; the same command resumes the sweep."""
     spec, recipe = load_sweep(file, overrides or [])
     if against is not None and against not in spec.variants:
         raise RecipeError(f"--against {against!r}: {did_you_mean(against, spec.variants)}")

@@ -190,7 +190,9 @@ class Sweep(Section):
         for kind, table, shared in (("environments", self.environments, ()), ("variants", self.variants, _SHARED)):
             for name, changes in table.items():
                 if not NAME.fullmatch(name):
-                    raise ValueError(f"{kind}: {name[:80]!r}; expected letters, digits, dots, - and _: it names a folder")
+                    raise ValueError(
+                        f"{kind}: {name[:80]!r}; expected letters, digits, dots, - and _ (64 at most): it names a folder"
+                    )
                 for field in changes:
                     if "." not in field:
                         raise ValueError(f"{kind}.{name}: {field!r} is a section; expected a field, as section.field")

@@ -50,7 +50,9 @@ class Server:
         self.process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert "simulator 'llm' on http://127.0.0.1" in line, line + (self.process.stderr.read() if self.process.stderr else "")
+        assert "simulator 'llm' listens on http://127.0.0.1" in line, line + (
+            self.process.stderr.read() if self.process.stderr else ""
+        )
         return self.process
 
 

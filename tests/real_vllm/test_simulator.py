@@ -103,7 +103,7 @@ def test_a_real_llm_plays_the_user(tmp_path: Path) -> None:
 
 def wait_until_ready(servers: subprocess.Popen[bytes], log: Path, url: str) -> None:
     deadline = time.monotonic() + 400
-    while not re.search(r"^simulator 'llm' on ", log.read_text(), re.MULTILINE):
+    while not re.search(r"^simulator 'llm' listens on ", log.read_text(), re.MULTILINE):
         assert servers.poll() is None and time.monotonic() < deadline, "the servers did not start"
         time.sleep(1)
 

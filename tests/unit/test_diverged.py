@@ -125,7 +125,7 @@ def test_a_policy_that_says_nothing_is_told_of(ctcgrpo: Command, tiny: Path, tmp
     code, out, err = ctcgrpo(*command, "training.updates_per_step=1")
     assert code == 0, err
     (line,) = metrics(tmp_path / "tiny")
-    assert line["replies/empty"] == 1 and "step 1: every reply is empty" in " ".join(out.split())
+    assert line["replies/empty"] == 1 and "step 1: every reply of the policy is empty" in " ".join(out.split())
 
 
 def test_divergence_is_no_pause() -> None:

@@ -129,9 +129,7 @@ def test_held_out_sets_dead_endpoints_and_budgets(tmp_path: Path, ctcgrpo: Comma
         fake.down = True
         more = written(tmp_path, fake.url, seed=1, writer={**yaml.safe_load(file.read_text())["writer"], "deadline": 1.0})
         code, said, problem = ctcgrpo("scenarios", "generate", str(more), str(tmp_path / "none"), "--count", "2")
-        assert (
-            code == 10 and "2 unanswered" in said and "2 requests got no answer; the same command asks for them again" in problem
-        )
+        assert code == 10 and "2 unanswered" in said and "2 requests got no answer; the same command re-runs them" in problem
         fake.down = False
         assert ctcgrpo("scenarios", "generate", str(more), str(tmp_path / "none"), "--count", "2")[0] == 0
         poor = written(tmp_path, fake.url, seed=2, store=str(tmp_path / "other"), budget={"tokens": 30_000})
@@ -157,7 +155,7 @@ def test_a_folder_of_somebody_else_is_left_alone_before_anything_is_paid_for(tmp
         assert ctcgrpo("scenarios", "generate", str(file), ours, "--count", "4")[0] == 0
         other = written(tmp_path, fake.url, prefix="other")
         code, _, problem = ctcgrpo("scenarios", "generate", str(other), ours, "--count", "4")
-        assert code == 6 and "another configuration wrote" in problem
+        assert code == 6 and "ours contains a set of another configuration; choose another folder" in problem
         (tmp_path / "ours" / "notes.txt").write_text("x")
         code, _, problem = ctcgrpo("scenarios", "generate", str(written(tmp_path, fake.url)), ours, "--count", "8")
         assert code == 6 and "notes.txt, which is not of this set" in problem
@@ -432,4 +430,4 @@ def test_numbers_that_open_a_line_are_no_marks() -> None:
     for prompt in ("hello", None, ["a"], [{"role": "system"}], [{"role": "system", "content": None}]):
         assert by_rule(record | {"prompt": prompt}, "here").status == "left"
     record["initial_calibration"] = {"initial_anger": float("nan"), "initial_trust": 10**400}
-    assert "initial_anger is missing, or no number near" in " ".join(by_rule(record, "here").reasons)
+    assert "initial_anger is missing, or not a number near [0, 100]" in " ".join(by_rule(record, "here").reasons)

@@ -56,7 +56,7 @@ def test_a_module_of_ones_own_goes_before_an_installed_one(tmp_path: Path, monke
         ("broken_m:f", r"importing broken_m failed: SyntaxError: .*broken_m.py, line 1"),
         ("raises_m:f", r"importing raises_m failed: ZeroDivisionError: division by zero \(.*raises_m.py, line 1\)"),
         ("good_m:functon", r"good_m \(.*good_m.py\) has no 'functon'; did you mean 'function'\?"),
-        ("good_m:number", "number of good_m .* is of type int; expected a function or a class"),
+        ("good_m:number", "number of good_m .* is a int; expected a function or a class"),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str, text: str) -> None:

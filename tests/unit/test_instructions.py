@@ -69,7 +69,7 @@ def test_instructions_are_named_by_their_words(tmp_path: Path) -> None:
     ("text", "problem"),
     [
         (None, "'eibnch': no such file or folder; did you mean 'eibench'"),
-        ("", "gives an empty text with reasons=False; say none"),
+        ("", "gives an empty text with reasons=False; set none"),
         ("{% if reasons %}Think.{% endif %}", "gives an empty text with reasons=False"),
         ("Be kind.\n{% if reasons %}", "line 2: .*a template knows one variable, reasons"),
         ("Be {{ kind }}.", "'kind' is undefined; a template knows one variable, reasons"),
@@ -228,13 +228,13 @@ def test_the_official_mode_tells_the_model_what_the_authors_evaluation_does(
     assert not any(("user", "not in charm") in call for call in calls)
     assert sys.path == path and "simulator_v2" not in sys.modules
     for option in ({"instructions": "none"}, {"opener": "Hi"}, {"reasons": True}):
-        with pytest.raises(RecipeError, match="leave out instructions, reasons, persona_sections, opener"):
+        with pytest.raises(RecipeError, match="leave out instructions, reasons, persona_sections and opener"):
             play(tmp_path / f"no-{min(option)}", official=str(folder), **option)
 
 
 def test_an_official_copy_without_its_evaluation_is_refused(tmp_path: Path) -> None:
     (authors(tmp_path) / "EIBench" / "code" / "evaluation" / "run_eval.py").unlink()
-    with pytest.raises(RecipeError, match=r"there is no EIBench/code/evaluation/run_eval\.py in it"):
+    with pytest.raises(RecipeError, match=r"expected a folder with EIBench/code/evaluation/run_eval\.py"):
         OfficialPolicyPrompts(tmp_path)
     with pytest.raises(RecipeError, match="has no function _router"):
         OfficialPolicyPrompts(authors(tmp_path, run_eval="x = 1"))

@@ -150,7 +150,7 @@ def test_a_closed_terminal_ends_no_saving(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("slow", ["policy", "user"])
 async def test_episodes_in_progress_are_given_up(parts: Parts, slow: str, deterministic: bool) -> None:
-    expected = f"{len(SLOTS)} replies of the policy and 0 answers" if slow == "policy" else "0 replies of the policy and 6"
+    expected = f"{len(SLOTS)} policy replies and 0 environment calls" if slow == "policy" else "0 policy replies and 6"
     end = math.inf
     with pytest.raises(RunInterrupted), running(server()) as url:
         engine = SlowEngine() if slow == "policy" else None
@@ -218,7 +218,7 @@ def test_a_slow_run_ends_within_a_bound_and_can_go_on(
     code, out, err = ctcgrpo(*command)
     assert code == 130 and "Traceback" not in err, err
     assert time.monotonic() - ended[0] < 6
-    waits = {"policy": "8 replies of the policy and 0 answers", "user": "0 replies of the policy and 8 answers"}[slow]
+    waits = {"policy": "8 policy replies and 0 environment calls", "user": "0 policy replies and 8 environment calls"}[slow]
     assert f"stopping: cancelling {waits} in progress (at most 15 s), then saving" in out
     assert f"Saved {folder / 'checkpoint-1'}; run the same command to resume" in err
     assert is_complete(folder / "checkpoint-1") and not (folder / "checkpoint-2").exists()
@@ -254,5 +254,5 @@ def test_an_update_in_progress_is_finished_and_saved(ctcgrpo: Command, tmp_path:
     code, out, err = ctcgrpo("train", TINY, *FAST, "training.max_steps=3", f"run.output_dir={tmp_path}")
     assert code == 130, err
     assert "stopping: waiting for the update of step 2 (the last one took " in out
-    assert f"Saved {tmp_path / 'tiny' / 'checkpoint-2'}; the same command" in err
+    assert f"Saved {tmp_path / 'tiny' / 'checkpoint-2'}; run the same command" in err
     assert is_complete(tmp_path / "tiny" / "checkpoint-2") and "step 3/3" not in out

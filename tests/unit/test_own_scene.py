@@ -39,7 +39,7 @@ def test_a_set_with_a_scene_of_ones_own_is_validated_counted_and_split(tmp_path:
     file = written(tmp_path, records())
     code, out, err = ctcgrpo("scenarios", "validate", str(file))
     assert code == 0, err
-    assert f"4 {NAME}" in out and f"note: {NAME}: not in the published set (support, defense, repair, charm)" in out
+    assert f"4 {NAME}" in out and f"note: {NAME}: not a published scene (support, defense, repair, charm)" in out
     code, out, err = ctcgrpo("scenarios", "stats", str(file), "--picture", str(tmp_path / "p.png"))
     assert code == 0 and f"{NAME} (4)" in out and (tmp_path / "p.png").exists(), err
     code, _, err = ctcgrpo("scenarios", "split", str(file), str(tmp_path / "split"), "--share", "0.5")

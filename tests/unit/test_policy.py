@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ctcgrpo.environments.eibench import opening_messages
-from ctcgrpo.environments.eibench.persona import Briefing, told
+from ctcgrpo.environments.eibench.persona import Briefing, select_sections
 from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import PolicyEngineError, PolicyError
@@ -451,18 +451,18 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(tiny: Path) -> None:
     tokenizer.add_tokens(["<|mood|>"])
     with pytest.raises(PolicyError, match=r"1 tokens beyond its embedding of 2048 rows: '<\|mood\|>' \(2048\); resize"):
         check_fits(config, tokenizer, 4096, "tiny")
-    with pytest.raises(PolicyError, match="is 4097, but 'tiny' has 4096 positions"):
+    with pytest.raises(PolicyError, match="= 4097, but 'tiny' has 4096 positions"):
         check_fits(config, tokenizer, 4097, "tiny")
 
 
 def test_what_a_policy_is_told_of_its_role() -> None:
     persona = "### Background\nYou are Ann.\n\n### Known facts\n1. It rains.\n\n### Core goal\nStay.\n"
-    assert told(persona, None) == persona
-    assert told(persona, ("Core goal", "Background")) == "### Background\nYou are Ann.\n\n### Core goal\nStay."
+    assert select_sections(persona, None) == persona
+    assert select_sections(persona, ("Core goal", "Background")) == "### Background\nYou are Ann.\n\n### Core goal\nStay."
     with pytest.raises(PolicyError, match="'Aim'.*Background, Known facts, Core goal"):
-        told(persona, ("Aim",))
+        select_sections(persona, ("Aim",))
     with pytest.raises(PolicyError, match="no sections"):
-        told("You are Ann.", ("Aim",))
+        select_sections("You are Ann.", ("Aim",))
 
 
 def test_a_builtin_policy_comes_from_its_seed_and_no_other_exists(tmp_path: Path) -> None:

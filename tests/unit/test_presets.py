@@ -113,7 +113,7 @@ def test_options_win_over_a_preset_and_are_named(tested: Tested, tmp_path: Path)
             "--preset and --as-trained: both given",
         ),
         (("eibench", "--simulator", "scripted", "--preset", "publishd"), "published"),
-        (("eibench", "--simulator", "scripted", "--tries", "2"), "tries is 2, but 'scripted' calls no LLM"),
+        (("eibench", "--simulator", "scripted", "--tries", "2"), "tries = 2: 'scripted' calls no LLM"),
         (("eqbench3", "--judge", "a/b", "--reasoning", "keep"), "--reasoning cannot be used with eqbench3"),
     ],
 )
@@ -127,7 +127,7 @@ def test_settings_that_would_do_nothing_are_refused(
 def test_tries_are_those_of_the_option_the_preset_or_the_configuration(tested: Tested, tmp_path: Path) -> None:
     with provider(lambda body: (200, chat(body, "No." if body["model"] == "user" else "I hear you."))) as llm:
         code, out, _ = tested(llm.url, "--simulator", "AT/user", "--tries", "2")
-    assert code == 7 and "no usable answer in 2 tries" in out and len(of(llm.requests, "user")) == 4
+    assert code == 7 and "no valid answer in 2 tries" in out and len(of(llm.requests, "user")) == 4
     with FakeLlm(rates={"empty": 1.0}).serving() as users, provider(both) as llm:
         settings = configuration(users).model_dump(mode="json", exclude_none=True)
         file = tmp_path / "user.yaml"

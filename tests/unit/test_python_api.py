@@ -282,7 +282,7 @@ def test_evaluate_plays_held_out_tasks(tmp_path: Path) -> None:
     other = made.evaluate([{"topic": "snow", "tag": "cold"}], metric_key_prefix="test")
     assert "test_outcome/cold" in other and len(traced(tmp_path, "test-000000")) == 3
     assert not made.model.training
-    with pytest.raises(ValueError, match="there is no eval_dataset"):
+    with pytest.raises(ValueError, match="no eval_dataset; pass one to the trainer"):
         trainer(tmp_path).evaluate()
     with pytest.raises(TypeError, match=r"predict is not supported: episodes have no labels; use evaluate"):
         made.predict(TASKS)
@@ -542,8 +542,8 @@ def test_fields_without_effect_are_refused_by_name(tmp_path: Path, name: str) ->
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps and steps_per_generation must be 1"),
         ({"alpha": -1.0}, "CTCGRPOConfig.alpha = -1.0; expected a number >= 0"),
         ({"num_iterations": 3}, "num_iterations = 3; expected a divisor of num_generations"),
-        ({"optim": "galore_adamw_layerwise"}, "optim = .*; expected an optimizer that updates once a step"),
-        ({"optim": "schedule_free_adamw"}, "optim = .*; expected an optimizer that updates once a step"),
+        ({"optim": "galore_adamw_layerwise"}, "optim = .*; expected an optimizer that updates once per step"),
+        ({"optim": "schedule_free_adamw"}, "optim = .*; expected an optimizer that updates once per step"),
         ({"save_strategy": "epoch"}, r"save_strategy = 'epoch'; expected 'steps' \(and save_steps\)"),
         ({"eval_strategy": "epoch"}, r"eval_strategy = 'epoch'; expected 'steps' \(and eval_steps\)"),
         (

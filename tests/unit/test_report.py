@@ -192,7 +192,7 @@ def test_a_real_run_has_the_credit_that_it_was_trained_with(
 
 def test_what_cannot_be_reported_is_said(tmp_path: Path, ctcgrpo: Command) -> None:
     code, _, err = ctcgrpo("report", str(tmp_path))
-    assert code == 6 and "is not the folder of a run" in err
+    assert code == 6 and "expected a run folder; it has no recipe.yaml" in err
     empty = made(tmp_path / "empty", [])
     code, _, err = ctcgrpo("report", str(empty))
     assert code == 6 and "no episode yet" in err

@@ -236,7 +236,7 @@ async def test_a_slot_that_a_failed_step_has_touched_is_not_used_again(parts: Pa
     assert batcher.under_way == 0
     again = await engine.generate(prompt, seed=1, sampling=sampling)
     assert again == await parts.engine().generate(prompt, seed=1, sampling=sampling)
-    with pytest.raises(PolicyEngineError, match="before it had the policy's weights"):
+    with pytest.raises(PolicyEngineError, match="generate was called before take_weights"):
         engine.sleep()
         await engine.generate(prompt, seed=1, sampling=sampling)
 
@@ -323,7 +323,7 @@ async def test_a_deadline_cuts_stragglers_and_says_after_how_many_turns(parts: P
     episodes = await asyncio.wait_for(runner.run(SLOTS, heard.append), 30)
     failed = [e for e in episodes if e.failure]
     assert [(e.group, e.rollout, len(e.turns)) for e in failed] == [(0, 1, 1)] and len(heard) == len(SLOTS)
-    assert failed[0].failure == Failure("deadline", "turn 2: the deadline of 6 s has passed")
+    assert failed[0].failure == Failure("deadline", "turn 2: the episode was unfinished at the deadline of 6 s")
     summaries = [summarise(e, CreditOptions()) for e in episodes]
     metrics = rollout_metrics(summaries, step_credit(summaries, CreditOptions(), make_centering("rollout")))
     assert metrics["failed/deadline"] == metrics["deadline/after_1_turns"] == 1

@@ -88,7 +88,7 @@ def test_a_run_leaves_invalid_records_out_and_says_so(ctcgrpo: Command, pack: Pa
     summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
     assert summary["skipped"] == {"scenarios.train": 2, "validation.scenarios": 2}
     code, out, _ = ctcgrpo("show", str(tmp_path / "tiny"))
-    assert code == 0 and "invalid records that were left out: 2 of scenarios.train, 2 of validation.scenarios" in out
+    assert code == 0 and "invalid records left out: 2 of scenarios.train, 2 of validation.scenarios" in out
     shutil.rmtree(tmp_path / "tiny" / "final")
     file.write_text("\n".join(file.read_text().splitlines()[:-1]), encoding="utf-8")  # what was left out may be removed
     code, _, err = ctcgrpo(*command)

@@ -89,7 +89,7 @@ async def test_answers_that_cannot_be_read_are_asked_for_again() -> None:
     assert [step.reward for step in steps] == [0.1] * 6
     with pytest.raises(SimulatorReplyError, match="no valid answer in 3 tries; last problem: cut off"):
         await play(Table([None]))
-    with pytest.raises(ScenarioError, match="task 'a': task is missing or no text"):
+    with pytest.raises(ScenarioError, match="task 'a': task is missing or not a text"):
         await Sage(Table([1])).reset(PROFILE | {"task": ""}, seed=1)
 
 

@@ -49,7 +49,7 @@ def test_a_run_warns_at_its_start(ctcgrpo: Command, tmp_path: Path, monkeypatch:
     monkeypatch.setenv(SHUTDOWN_TIMEOUT, "10")
     code, out, err = ctcgrpo("train", TINY, *FAST, f"run.output_dir={tmp_path}")
     assert code == 0, err
-    assert "warning: the launcher kills processes 10 s after it was told to stop" in out
+    assert "warning: the launcher kills processes 10 s after Ctrl-C or SIGTERM" in out
 
 
 @pytest.mark.parametrize("file", [*(ROOT / "recipes").glob("*.yaml"), ROOT / "README.md"], ids=lambda f: f.name)

