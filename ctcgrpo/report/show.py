@@ -72,7 +72,7 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
     print_line(
         console,
         f"trained policy  {folder.final}\nbase policy     {folder.base if folder.base.exists() else 'policy.model of the recipe'}\n"
-        f"all dialogues   {folder.traces}\nfigures         {path / 'summary.json'}, {folder.metrics_file}\nother scenario  "
+        f"all dialogues   {folder.traces}\nfigures         {path / 'summary.json'}, {folder.metrics_file}\nother dialogue  "
         f"ctcgrpo show {path} --scenario ID",
     )
     for problem in (*problems, *others, *bad_figures):

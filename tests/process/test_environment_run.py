@@ -187,6 +187,6 @@ def test_a_sweep_of_it(tmp_path: Path, ctcgrpo: Command) -> None:
     }
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     code, out, err = ctcgrpo("sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "sweeps"))
-    assert code == 0 and "trial-0001: +0." in out and "credit.alpha" in out, out + err
+    assert code == 0 and "trial-0001: held-out score +0." in out and "credit.alpha" in out, out + err
     code, out, err = ctcgrpo("report", str(tmp_path / "sweeps" / "sweep"))
     assert code == 0, err
