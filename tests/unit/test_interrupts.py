@@ -164,7 +164,7 @@ async def test_episodes_in_progress_are_given_up(parts: Parts, slow: str, determ
         try:
             await run
         finally:
-            assert time.monotonic() < end + 3 and str(runner.awaited).startswith("0 replies of the policy and 0 answers")
+            assert time.monotonic() < end + 3 and str(runner.awaited).startswith("0 policy replies and 0 environment calls")
     assert time.monotonic() < end + 8  # the embedded server does not end its turns first
 
 
