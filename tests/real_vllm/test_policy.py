@@ -158,7 +158,7 @@ def test_a_server_gives_what_the_colocated_engine_gives(colocated: Colocated, ba
     try:
         url = f"http://127.0.0.1:{port}/v1/"
         engine = VllmServerEngine([url], weights=Nowhere(), stop_ids=colocated.parts.stop_ids, max_length=LENGTH, run="run/0")
-        with pytest.raises(PolicyEngineError, match="before it had the policy's weights"):
+        with pytest.raises(PolicyEngineError, match="generate was called before take_weights"):
             asyncio.run(engine.generate([1], seed=0, sampling=SAMPLING))
         wait_for(f"{url}models", server)
         engine.take_weights(0)
@@ -209,7 +209,7 @@ def test_turns_are_batched_as_they_come_and_follow_the_weights(colocated: Coloca
     assert max(colocated.gap(*turn) for turn in first) > 1
     colocated.engine.sleep()
     asleep = asyncio.run(sample(colocated.engine, [[1]]))[0]
-    assert isinstance(asleep, PolicyEngineError) and "before it had the policy's weights" in str(asleep)
+    assert isinstance(asleep, PolicyEngineError) and "generate was called before take_weights" in str(asleep)
     assert max(colocated.gap(*turn) for turn in play(1)) < NOISE
 
 
