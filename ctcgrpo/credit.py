@@ -183,8 +183,8 @@ def _scale_not(deviations: list[Array], std_min: float) -> list[Array]:
 
 
 def _immediate(r: Array, gamma: float) -> Array:
-    """c = r: what the turn itself changed. Biased where a turn pays off only later: whatever the centering, it then teaches the
-    opposite."""
+    """c = r: what the turn itself changed. Biased where a turn pays off only later: whatever the centering, it can then
+    teach the opposite."""
     return r
 
 

@@ -7,7 +7,7 @@ neither PyTorch nor TRL, so that recipes are read quickly.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from operator import ge, gt, le, lt
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import pydantic
 
@@ -177,7 +177,8 @@ def out_of_bounds(values: Mapping[str, Any]) -> Iterator[str]:
         if name not in homes or value is None:
             continue
         metadata = homes[name].metadata
-        if (choices := _choices(name)) and value not in choices:
+        kind = homes[name].type
+        if get_origin(kind) is Literal and value not in (choices := get_args(kind)):
             yield f"{name} = {value!r}; expected one of {', '.join(choices)}"
         if (known := metadata["known"]) and value not in known and not (isinstance(value, str) and is_reference(value)):
             yield (
@@ -191,9 +192,3 @@ def out_of_bounds(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _fields() -> dict[str, Field[Any]]:
     return {found.name: found for home in HOMES for found in fields(home)}
-
-
-def _choices(name: str) -> tuple[str, ...]:
-    """The values of an option that is a Literal; () for another."""
-    hints = [hint for home in HOMES for option, hint in get_type_hints(home).items() if option == name]
-    return get_args(hints[0]) if get_origin(hints[0]) is Literal else ()

@@ -30,13 +30,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ctcgrpo.centering import CENTERINGS, Centering, SceneBaseline, make_centering
+from ctcgrpo.centering import CENTERINGS, Centering, SceneBaseline
 from ctcgrpo.credit import CREDITS, CreditTerms, credit_terms, turn_credits
 
 Floats = NDArray[np.float64]
 History = tuple[int, ...]
 GAMMA = 0.7
 """Of `smeared`; `reward_to_go` is undiscounted."""
+_TAG = "scene"
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,7 @@ class Enumerated:
 
     def gradient(self) -> Floats:
         """Of the expected outcome (D,)."""
-        return sum(  # type: ignore[return-value]
-            (p * R * s.sum(axis=0) for p, R, s in zip(self.probability, self.outcomes, self.scores, strict=True)),
-            np.zeros(self.scores[0].shape[1]),
-        )
+        return (self.probability * self.outcomes) @ np.array([s.sum(axis=0) for s in self.scores])
 
 
 def logits(process: Process) -> Floats:
@@ -181,10 +179,15 @@ def terms_of(of: Enumerated, groups: Groups, *, centering: str | Centering, cred
         alpha=1.0,
         centering=centering,
         credit=credit,
-        gamma=GAMMA if credit == "smeared" else 1.0,
+        gamma=_gamma(credit),
         scale="none",
         turn_scale=turn_scale,
+        tags=[_TAG] * len(flat),
     )
+
+
+def _gamma(credit: str) -> float:
+    return GAMMA if credit == "smeared" else 1.0
 
 
 def moments(of: Enumerated, groups: Groups, advantages: Sequence[Floats]) -> tuple[Floats, float]:
@@ -212,28 +215,13 @@ def row(of: Enumerated, name: str, mean: Floats, variance: float) -> Row:
 
 
 def exact_scene_baseline(of: Enumerated, credit: str) -> SceneBaseline:
-    """What `scene` learns from ever more steps under this policy: the mean credit of those that reach a turn. It stays so."""
-    gamma = GAMMA if credit == "smeared" else 1.0
-    c = turn_credits(of.rewards, credit=credit, gamma=gamma)
+    """What `scene` learns from ever more steps under this policy: the mean credit of those that reach a turn."""
+    c = turn_credits(of.rewards, credit=credit, gamma=_gamma(credit))
     means = []
     for tau in range(of.process.turns):
         reached = [(p, x[tau]) for p, x in zip(of.probability, c, strict=True) if len(x) > tau]
         means.append(sum(p * x for p, x in reached) / sum(p for p, _ in reached))
-    return _Settled(means)
-
-
-class _Settled(SceneBaseline):
-    """Knows the same of every tag, and learns nothing more."""
-
-    def __init__(self, means: Sequence[float]) -> None:
-        super().__init__()
-        self._means = tuple(means)
-
-    def of(self, tag: object) -> tuple[float, ...]:
-        return self._means
-
-    def update(self, groups: object) -> None:
-        pass
+    return SceneBaseline({_TAG: means})
 
 
 def estimators() -> Iterator[tuple[str, str, str]]:
@@ -250,13 +238,12 @@ def table(rollouts: int = 4, processes: Sequence[Process] = PROCESSES) -> list[R
     for process in processes:
         of = enumerated(process)
         groups = all_groups(of, rollouts)
-        lengths = [len(of.rewards[p]) for p in groups.members.reshape(-1)]
+        terms = terms_of(of, groups, centering="none", credit="immediate", turn_scale="none")
+        outcome = [np.full(len(term.turn), term.outcome) for term in terms]
+        rows.append(row(of, "outcome (GRPO, unscaled)", *moments(of, groups, outcome)))
         for credit, centering, turn_scale in estimators():
-            center = exact_scene_baseline(of, credit) if centering == "scene" else make_centering(centering)
+            center = exact_scene_baseline(of, credit) if centering == "scene" else centering
             terms = terms_of(of, groups, centering=center, credit=credit, turn_scale=turn_scale)
-            if not rows or rows[-1].process != process.name:
-                outcome = [np.full(n, term.outcome) for n, term in zip(lengths, terms, strict=True)]
-                rows.append(row(of, "outcome (GRPO, unscaled)", *moments(of, groups, outcome)))
             name = f"{credit}, {centering}" + (", scaled" if turn_scale != "none" else "")
             rows.append(row(of, name, *moments(of, groups, [term.turn for term in terms])))
     return rows

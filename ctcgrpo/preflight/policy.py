@@ -124,9 +124,11 @@ def context(s: Subject) -> Iterator[Finding]:
         return
     s.contexts.check(openings, noun)
     yield from map(warning, s.contexts.notes(openings.values()))
-    last = [_last_prompt(s, openings[name]) for name in measured]
-    dropped = sum(n > 0 for _, n in last) / len(last)
+    assert s.tokenizer is not None  # as contexts
+    words = s.tokenizer("word " * REPLY_TOKENS, add_special_tokens=False)["input_ids"]
     reply = min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens)
+    last = [_last_prompt(s, openings[name], Completion(tuple(words[:reply]), (), (), "stop")) for name in measured]
+    dropped = sum(n > 0 for _, n in last) / len(last)
     text = (
         f"prompt of turn {s.recipe.rollout.max_turns}, the last: at most {max(n for n, _ in last)} tokens, "
         f"{statistics.mean(n for n, _ in last):.0f} on average (replies of {reply} tokens, {lines})"
@@ -135,12 +137,9 @@ def context(s: Subject) -> Iterator[Finding]:
     yield warning(f"{text}; {share}") if dropped else ok(text)
 
 
-def _last_prompt(s: Subject, opening: Sequence[Message]) -> tuple[int, int]:
+def _last_prompt(s: Subject, opening: Sequence[Message], reply: Completion) -> tuple[int, int]:
     assert s.contexts is not None
     dialogue = s.contexts.start(opening)
-    assert s.tokenizer is not None  # as contexts
-    words = s.tokenizer("word " * REPLY_TOKENS, add_special_tokens=False)["input_ids"]
-    reply = Completion(tuple(words[: min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens)]), (), (), "stop")
     for turn in range(s.recipe.rollout.max_turns - 1):
         own = s.recipe.environment is not None
         if own and not s.heard:  # the test episode has one turn

@@ -24,19 +24,15 @@ from ctcgrpo.factory.config import FactoryConfig
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.simulator.config import SimulatorConfig
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-_SKIPPED = {".venv", ".git", "node_modules"}
+_ROOMS = ("recipes", "configs", "launch", "ctcgrpo", "tests")
+# Runs write READMEs of their own below checkpoints/.
 READMES = [
-    *sorted(
-        path
-        for folder in (ROOT, *(ROOT / name for name in ("recipes", "configs", "launch", "ctcgrpo", "tests")))
-        for path in (folder.glob("README.md") if folder == ROOT else folder.rglob("README.md"))
-        if not _SKIPPED & set(path.relative_to(ROOT).parts)
-    ),
+    ROOT / "README.md",
     ROOT / "checkpoints" / "README.md",
+    *sorted(path for room in _ROOMS for path in (ROOT / room).rglob("README.md")),
 ]
-"""Those of the repository; runs write READMEs of their own below checkpoints/."""
 
 _FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LANGUAGES = {"bash", "python", "yaml", "json", "jsonc", "text", "bibtex"}
@@ -62,6 +58,8 @@ _OTHERS = {
     "vllm",
 }
 """Programs that are not of this project: their lines are not looked into."""
+_WITH_VALUE = {"--config_file", "--num_processes", "--num_machines", "--gpu_ids", "--machine_rank", "--main_process_ip"}
+"""Options of `accelerate launch` that take a value."""
 _SETTINGS = [Recipe, SimulatorConfig, FactoryConfig, Sweep]
 
 
@@ -87,7 +85,7 @@ def _commands(text: str) -> Iterator[list[str]]:
         pending += line
         try:
             words = shlex.split(pending, comments=True)
-        except ValueError:  # a quotation that goes on in the next line
+        except ValueError:  # the quotation continues on the next line
             pending += "\n"
             continue
         pending = ""
@@ -154,9 +152,6 @@ def _check(words: list[str]) -> None:
         assert program == "pytest" or _PLACEHOLDER.fullmatch(program), f"unknown program {program}"
 
 
-_WITH_VALUE = {"--config_file", "--num_processes", "--num_machines", "--gpu_ids", "--machine_rank", "--main_process_ip"}
-
-
 def test_readmes_are_found() -> None:
     rooms = {str(path.parent.relative_to(ROOT)) for path in READMES}
     assert {".", "recipes", "configs", "launch", "tests", "checkpoints", "ctcgrpo/simulator", "ctcgrpo/training"} <= rooms
@@ -214,9 +209,10 @@ def test_yaml_names_fields(block: Block) -> None:
 
 @pytest.mark.parametrize("block", _blocks("python"))
 def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that train are run by test_python_api.py with a small model."""
+    """The block that trains is run by test_python_api.py, with a small model."""
     code = compile(block.text, str(block.file), "exec")
     if ".train()" in block.text:
+        assert block.file == ROOT / "README.md"
         return
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(ROOT / "recipes" / "examples"), *sys.path])
