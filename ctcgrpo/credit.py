@@ -4,11 +4,12 @@ A scenario s has a group of rollouts i = 1..G, each with turns tau = 1..T_i and 
 
     A_i       = (R_i - mean_s R) / (max(std_s R, std_min) + 1e-6)             outcome advantage, `scale`
     c_{i,tau} = r_{i,tau}   or   sum_{k >= tau} gamma^{k - tau} r_{i,k}       credit of a turn, `credit`
-    A_{i,tau} = A_i + alpha * (c_{i,tau} - b_{i,tau}) / d                     turn advantage; b: `centering`, d: `turn_scale`
+    A_{i,tau} = w A_i + alpha * (c_{i,tau} - b_{i,tau}) / d                   turn advantage; b: `centering`, d: `turn_scale`
 
-`smeared` is a third c; d = 1 without a `turn_scale`. r is within +-0.1, so alpha = 15 gives turn terms up to about +-1.5, beside
-outcome advantages of the order of 1 (alpha is not rescaled with `scale`; reward-to-go sums up to T turns, so its terms are
-larger). With `turn_scale: group` turn terms are of the order of alpha whatever the rewards are: begin with alpha = 1.
+w is `outcome_weight`, 1 unless stated; `smeared` and `vine` are two more c; d = 1 without a `turn_scale`. r is within +-0.1, so
+alpha = 15 gives turn terms up to about +-1.5, beside outcome advantages of the order of 1 (alpha is not rescaled with `scale`;
+reward-to-go sums up to T turns, so its terms are larger). With `turn_scale: group` turn terms are of the order of alpha whatever
+the rewards are: begin with alpha = 1.
 
 `python -m tests.exact_credit` computes the bias and the noise of each choice exactly, on small decision processes.
 
@@ -34,13 +35,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from ctcgrpo.centering import Centering, Group, make_centering
 from ctcgrpo.credit_calls import Array, called, choose, listed, numbers
+from ctcgrpo.types import turn_rewards
 
 _EPS = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class CreditTerms:
-    """What the advantages of a rollout of T turns are the sum of: the outcome term A_i, NaN for a failed rollout, and the turn
+    """What the advantages of a rollout of T turns are the sum of: the outcome term w A_i, NaN for a failed rollout, and the turn
     terms alpha * (c - b) (T,), 0 where nothing is compared."""
 
     outcome: float
@@ -79,6 +81,7 @@ def credit_terms(
     turn_scores: Sequence[ArrayLike],
     *,
     alpha: float = 15.0,
+    outcome_weight: float = 1.0,
     centering: str | Centering = "rollout",
     credit: str = "immediate",
     gamma: float = 1.0,
@@ -88,6 +91,7 @@ def credit_terms(
     turn_std_min: float = 0.01,
     center_weights: Sequence[ArrayLike] | None = None,
     tags: Sequence[Hashable] | None = None,
+    continuations: Sequence[Sequence[ArrayLike]] | None = None,
 ) -> list[CreditTerms]:
     """Both terms of the turn advantages of each of N rollouts.
 
@@ -96,10 +100,10 @@ def credit_terms(
     `std_min` for outcomes. center_weights: as turn_scores, how much each turn weighs in the means that make a baseline, for
     example its trained tokens; None weighs all alike. A centering that is given as an object (`make_centering`) is used as it is
     and then updated with all valid rollouts. tags (N,): what it may remember groups by, equal within a group; the group ids where
-    absent.
+    absent. continuations: for `vine`, as turn_scores, the outcomes of the valid continuations from after each turn, any number.
 
-    Raises ValueError for an unknown option, for sequences that do not match, and for a valid rollout without turns; CreditError
-    where a function of one's own fails or gives another form.
+    Raises ValueError for an unknown option, for sequences that do not match, for `vine` without continuations, and for a valid
+    rollout without turns; CreditError where a function of one's own fails or gives another form.
     """
     center = centering if isinstance(centering, Centering) else make_centering(centering)
     R, groups = _checked(outcomes, group_ids)
@@ -107,6 +111,8 @@ def credit_terms(
         raise ValueError(f"{len(R)} outcomes but {len(turn_scores)} sequences of turn scores")
     A = outcome_advantages(R, groups, std_min=std_min, scale=scale)
     r = [np.asarray(scores, dtype=np.float64) for scores in turn_scores]
+    if credit == VINE and (continuations is None or [len(x) for x in continuations] != [len(x) for x in r]):
+        raise ValueError(f"credit {VINE!r} needs the outcomes of the continuations from after every turn")
     w = _weights(center_weights, r)
     turn = [np.zeros(len(scores)) for scores in r]
     valid, compared_groups, deviations = [], [], []
@@ -115,7 +121,10 @@ def credit_terms(
         if compared and (empty := [i for i in members if not len(r[i])]):
             raise ValueError(f"rollout {empty[0]} has an outcome but no turns")
         tag = groups[members[0]].item() if tags is None else tags[members[0]]
-        c = turn_credits([r[i] for i in members], credit=credit, gamma=gamma)
+        if credit == VINE and continuations is not None:
+            c = vine_credits(R[members], [continuations[i] for i in members])
+        else:
+            c = turn_credits([r[i] for i in members], credit=credit, gamma=gamma)
         valid.append(Group(c, [w[i] for i in members], tag))
         if compared:
             compared_groups.append(members)
@@ -124,7 +133,7 @@ def credit_terms(
         for i, d_i in zip(members, np.split(d, np.cumsum([len(r[i]) for i in members])[:-1]), strict=True):
             turn[i] = alpha * d_i
     called(center.where, center.update, valid)
-    return [CreditTerms(float(a), terms) for a, terms in zip(A, turn, strict=True)]
+    return [CreditTerms(outcome_weight * float(a), terms) for a, terms in zip(A, turn, strict=True)]
 
 
 def turn_credits(turn_scores: Sequence[ArrayLike], *, credit: str = "immediate", gamma: float = 1.0) -> list[Array]:
@@ -132,6 +141,33 @@ def turn_credits(turn_scores: Sequence[ArrayLike], *, credit: str = "immediate",
     credited, where = choose("credit", CREDITS, credit), f"credit.credit = {credit!r}"
     r = [np.asarray(scores, dtype=np.float64) for scores in turn_scores]
     return [numbers(where, called(where, credited, x, gamma), len(x)) if len(x) else x for x in r]
+
+
+def vine_credits(outcomes: ArrayLike, continuations: Sequence[Sequence[ArrayLike]]) -> list[Array]:
+    """c_{i,tau} = V_{i,tau} - V_{i,tau-1}, for the valid rollouts of a group: how a turn changed the outcome to be expected.
+
+    V_{i,0} is the mean outcome of the siblings, V_{i,T} = R_i, and in between V_{i,tau} is the mean outcome of
+    `continuations[i][tau - 1]`, episodes that were played on from after turn tau under the same policy. Where none is valid, a turn
+    shares the change up to the next V that is known (`types.turn_rewards`). Unbiased, whatever pays off when; k continuations add
+    noise that falls with 1 / k. The credits of a rollout sum to R_i - V_{i,0}, the outcome's own advantage, so begin with
+    `outcome_weight = 0` and no centering. Source: VinePPO (arXiv 2410.01679).
+
+    Returns N arrays, the i-th (T_i,); a lone rollout has credits of 0."""
+    R = np.asarray(outcomes, dtype=np.float64)
+    if len(R) < 2:
+        return [np.zeros(len(of_turns)) for of_turns in continuations]
+    siblings = (R.sum() - R) / (len(R) - 1)
+    return [_vine(r, v, of_turns) for r, v, of_turns in zip(R.tolist(), siblings.tolist(), continuations, strict=True)]
+
+
+def _vine(outcome: float, value: float, continuations: Sequence[ArrayLike]) -> Array:
+    changes: list[float | None] = []
+    for turn, played in enumerate(continuations, 1):
+        found = [outcome] if turn == len(continuations) else np.asarray(played, dtype=np.float64)
+        now = float(np.mean(found)) if len(found) else None
+        changes.append(None if now is None else now - value)
+        value = value if now is None else now
+    return np.array(turn_rewards(changes))
 
 
 def in_loss(outcomes: ArrayLike, group_ids: ArrayLike) -> NDArray[np.bool_]:
@@ -218,6 +254,8 @@ CREDITS: dict[str, Callable[[Array, float], Array]] = {
     "reward_to_go": _reward_to_go,
     "smeared": _smeared,
 }
+VINE = "vine"  # the credit that is made of outcomes of continuations (`vine_credits`), not of turn scores
+CREDIT_NAMES = (*CREDITS, VINE)
 DISCOUNTED = ("reward_to_go", "smeared")  # the credits that read gamma
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 import pydantic
 
 from ctcgrpo.centering import CENTERINGS
-from ctcgrpo.credit import CREDITS, SCALES
+from ctcgrpo.credit import CREDIT_NAMES, SCALES
 from ctcgrpo.util.importing import is_reference
 
 Packing = Literal["auto", "segments", "flex", "flash3", "none"]  # attention kernel for rows with shared prefixes
@@ -33,6 +33,9 @@ class CreditOptions:
     """How outcome and turn rewards give the advantage of each turn: A = outcome term + alpha * turn term (ctcgrpo/credit.py)."""
 
     alpha: float = option(15.0, "weight of the turn term; 0 is outcome-only GRPO", ge=0)
+    outcome_weight: float = option(
+        1.0, "weight of the outcome term; 0 trains on turn terms alone, as credit vine does best", ge=0
+    )
     centering: str = option(
         "rollout",
         "the baseline subtracted from a turn's credit: the mean over the rollout, over the group, over the group's turns at this "
@@ -41,8 +44,14 @@ class CreditOptions:
     )
     credit: str = option(
         "immediate",
-        "a turn's credit: its reward, its discounted return (reward_to_go), or its share of its own and later rewards (smeared)",
-        known=tuple(CREDITS),
+        "a turn's credit: its reward, its discounted return (reward_to_go), its share of its own and later rewards (smeared), or "
+        "the change in the mean outcome of continuations (vine)",
+        known=CREDIT_NAMES,
+    )
+    continuations: int = option(
+        4,
+        "with credit vine: how many times an episode is played to its end again from after each of its turns but the last",
+        ge=1,
     )
     gamma: float = option(1.0, "discount per turn, for reward_to_go, smeared and custom credits", ge=0, le=1)
     center_weights: Literal["turn", "token"] = option(

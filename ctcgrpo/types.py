@@ -66,6 +66,11 @@ class Environment:
         """The outcome of a finished episode, a finite number; by default the sum of its rewards."""
         return self.episode_return
 
+    def branch(self, *, seed: int) -> "Environment | Awaitable[Environment]":
+        """A copy of this episode after a step, which continues independently of it; `seed` determines what is random from here on.
+        Only credit `vine` needs it. The runner sets the copy's `name`, and calls its `close`."""
+        raise NotImplementedError
+
     def close(self) -> Awaitable[None] | None:
         """Release the episode's resources. Exceptions are logged, and do not fail a finished episode."""
         return None
@@ -125,6 +130,7 @@ class Turn:
     it; several messages are joined by a blank line; empty without one.
 
     `reply` is the visible text, without reasoning; `reasoning` is None for a completion without a reasoning part.
+    `continuations` are the episodes that were played on from after this turn, each with the turns up to it (credit `vine`).
     `faults` names errors in the form of the completion ("broken_tags", "unclosed_reasoning",
     "empty_reasoning", "empty_reply", "cut"). `done` also holds for the last turn that an episode may have.
     """
@@ -139,6 +145,7 @@ class Turn:
     done: bool
     info: Info = field(default_factory=lambda: _NOTHING)
     dropped_exchanges: int = 0
+    continuations: "tuple[Episode, ...]" = ()
 
 
 @dataclass(frozen=True, slots=True)

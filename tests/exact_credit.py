@@ -31,12 +31,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctcgrpo.centering import CENTERINGS, Centering, SceneBaseline
-from ctcgrpo.credit import CREDITS, CreditTerms, credit_terms, turn_credits
+from ctcgrpo.credit import CREDITS, VINE, CreditTerms, credit_terms, turn_credits
 
 Floats = NDArray[np.float64]
 History = tuple[int, ...]
 GAMMA = 0.7
 """Of `smeared`; `reward_to_go` is undiscounted."""
+CONTINUATIONS = 4
+"""Of `vine`."""
 _TAG = "scene"
 
 
@@ -121,6 +123,19 @@ class Enumerated:
     def outcomes(self) -> Floats:
         return np.array([r.sum() for r in self.rewards])
 
+    def values(self) -> tuple[list[Floats], list[Floats]]:
+        """Mean and variance of the outcome after each turn of each path (T_p,)."""
+        paths, means, variances = self.process.paths(), [], []
+        for path in paths:
+            found = []
+            for tau in range(1, len(path) + 1):
+                p = self.probability * [other[:tau] == path[:tau] for other in paths]
+                mean = float(p @ self.outcomes / p.sum())
+                found.append((mean, float(p @ (self.outcomes - mean) ** 2 / p.sum())))
+            means.append(np.array([mean for mean, _ in found]))
+            variances.append(np.array([variance for _, variance in found]))
+        return means, variances
+
     def gradient(self) -> Floats:
         """Of the expected outcome (D,)."""
         return (self.probability * self.outcomes) @ np.array([s.sum(axis=0) for s in self.scores])
@@ -172,6 +187,7 @@ def terms_of(of: Enumerated, groups: Groups, *, centering: str | Centering, cred
     """The project's own credit of every rollout of every group; alpha = 1, outcomes unscaled."""
     flat = groups.members.reshape(-1)
     ids = np.repeat(np.arange(len(groups.members)), groups.members.shape[1])
+    values = of.values()[0]
     return credit_terms(
         of.outcomes[flat],
         ids,
@@ -183,6 +199,7 @@ def terms_of(of: Enumerated, groups: Groups, *, centering: str | Centering, cred
         scale="none",
         turn_scale=turn_scale,
         tags=[_TAG] * len(flat),
+        continuations=[[[v] for v in values[p]] for p in flat],
     )
 
 
@@ -214,6 +231,16 @@ def row(of: Enumerated, name: str, mean: Floats, variance: float) -> Row:
     )
 
 
+def noise_of_continuations(of: Enumerated, rollouts: int) -> float:
+    """What `CONTINUATIONS` sampled outcomes, in place of the exact values that `terms_of` takes, add to trace Var(g). A value
+    enters the credits of the turns before and after it with opposite signs."""
+    added = 0.0
+    for p, scores, variances in zip(of.probability, of.scores, of.values()[1], strict=True):
+        apart = ((scores[:-1] - scores[1:]) ** 2).sum(axis=1)
+        added += p * float(apart @ variances[:-1]) / CONTINUATIONS
+    return added / rollouts
+
+
 def exact_scene_baseline(of: Enumerated, credit: str) -> SceneBaseline:
     """What `scene` learns from ever more steps under this policy: the mean credit of those that reach a turn."""
     c = turn_credits(of.rewards, credit=credit, gamma=_gamma(credit))
@@ -228,6 +255,7 @@ def estimators() -> Iterator[tuple[str, str, str]]:
     """(credit, centering, turn_scale) of the table."""
     for credit, centering in itertools.product(CREDITS, CENTERINGS):
         yield credit, centering, "none"
+    yield VINE, "none", "none"
     yield "immediate", "group_turn", "group"
     yield "reward_to_go", "group_turn", "group"
 
@@ -245,7 +273,8 @@ def table(rollouts: int = 4, processes: Sequence[Process] = PROCESSES) -> list[R
             center = exact_scene_baseline(of, credit) if centering == "scene" else centering
             terms = terms_of(of, groups, centering=center, credit=credit, turn_scale=turn_scale)
             name = f"{credit}, {centering}" + (", scaled" if turn_scale != "none" else "")
-            rows.append(row(of, name, *moments(of, groups, [term.turn for term in terms])))
+            mean, variance = moments(of, groups, [term.turn for term in terms])
+            rows.append(row(of, name, mean, variance + (noise_of_continuations(of, rollouts) if credit == VINE else 0.0)))
     return rows
 
 

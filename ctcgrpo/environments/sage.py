@@ -12,6 +12,7 @@ the user's tenth line ends the episode and is not scored, since no user turn fol
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -88,6 +89,11 @@ class Sage(Environment):
             done=rules.is_over(self.emotion, line),
             info={"emotion": self.emotion, "change": change, "why": why},
         )
+
+    def branch(self, *, seed: int) -> Sage:
+        made = copy.copy(self)
+        made._seed, made._lines = seed, list(self._lines)
+        return made
 
     def outcome(self) -> float:
         return self.emotion / 100

@@ -5,7 +5,6 @@ The good policy is an oracle: it knows the scenario's `script`, and says of its 
 gate says that there is something to find in a scenario, not how hard it is to find."""
 
 import asyncio
-import copy
 import random
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -68,7 +67,7 @@ async def played(scenario: Scenario, turns: Candidates) -> float:
     await dialogue.reset(task_of(scenario).data, seed=0)
     said: set[str] = set()
     for replies in turns:
-        tried = {reply: copy.copy(dialogue) for reply in [r for r in replies if r not in said] or replies}
+        tried = {reply: dialogue.branch(seed=0) for reply in [r for r in replies if r not in said] or replies}
         for reply, continued in tried.items():
             await continued.step(reply)
         best = max(tried, key=lambda reply: tried[reply].answer.trust_delta - tried[reply].answer.anger_delta)

@@ -8,6 +8,7 @@ from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
+from ctcgrpo.credit import VINE
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.model.shapes import GIB
 from ctcgrpo.model.sharding import FSDP2, deepspeed_stage, offloads
@@ -36,10 +37,12 @@ class Asked(NamedTuple):
     validations: int
     episodes_per_validation: int
     calls_per_turn: int = 1
+    continuations: int = 0
 
     @property
     def calls_per_step(self) -> int:
-        return self.episodes_per_step * self.turns * self.calls_per_turn
+        continued = self.continuations * self.turns * (self.turns - 1) // 2
+        return self.episodes_per_step * (self.turns + continued) * self.calls_per_turn
 
     @property
     def calls(self) -> int:
@@ -77,10 +80,13 @@ def cost(s: Subject) -> Iterator[Finding]:
         validations=2 + (steps - 1) // validation.every if validation else 0,
         episodes_per_validation=held_out * validation.samples if validation else 0,
         calls_per_turn=llm.samples if llm else 1,
+        continuations=recipe.credit.continuations if recipe.credit.credit == VINE else 0,
     )
     what = "simulator calls" if own is None else "environment steps"
     including = "validation included" if asked.validations and held_out else "without validation"
-    yield ok(f"up to {asked.calls_per_step:,} per step, {asked.calls:,} in total, {including}", what)
+    continued = asked.calls_per_step - asked._replace(continuations=0).calls_per_step
+    of_which = f", {continued:,} of them for the continuations of credit {VINE}" if continued else ""
+    yield ok(f"up to {asked.calls_per_step:,} per step{of_which}, {asked.calls:,} in total, {including}", what)
     backend = own.factory if own else s.simulator.backend if s.simulator else None
     if backend is not None and backend not in BACKENDS:
         yield ok(f"unknown: costs of {backend} itself (LLM calls, services)")

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from ctcgrpo.credit import VINE
 from ctcgrpo.errors import CtcGrpoError, RecipeError
 from ctcgrpo.preflight.subject import NO_VALIDATION, Finding, Subject, ok, warning
 from ctcgrpo.rollout.session import Answer, Session
@@ -103,6 +104,12 @@ async def _play(s: Subject, task: Task, said: Sequence[str]) -> tuple[Sequence[M
             answers.append(await session.step(reply))
             if answers[-1].done:
                 break
+            if s.recipe.credit.credit == VINE and len(answers) == 1:
+                branch = await session.branch(f"check/{task.id}/after-1", seed=s.recipe.run.seed)
+                try:
+                    await branch.step(reply)
+                finally:
+                    await branch.close()
         if answers:
             outcome = await session.outcome()
         await session.close_or_fail()

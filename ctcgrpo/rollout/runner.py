@@ -1,5 +1,8 @@
 """Playing episodes: the policy and an environment take turns until the environment says that it is over, or the turns are.
 
+With `continuations`, episodes are then played on from after each of their turns but the last, several times, to learn what
+outcome was to be expected there (credit `vine`); these are neither trained on nor written down, but for their outcomes.
+
 What fails is a record with its reason; an environment is closed as soon as its episode is over. With `deterministic`, all episodes
 of a step take each turn together, in a fixed order, so the composition of every batch is fixed and a run repeats bit by bit;
 otherwise each goes at its own pace, and with a `deadline` those that are not over by then are failed ones.
@@ -14,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -47,19 +50,27 @@ class Awaited(Counter[str]):
 @dataclass(frozen=True, slots=True)
 class Slot:
     """An episode to be played: `group` is the task's position in the step, `rollout` the episode's in its group.
-    `seed_step` takes the step's place in the seeds where it is given."""
+    `seed_step` takes the step's place in the seeds where it is given. `continues`: for a continuation, the number of turns of the
+    episode before it, and its own number."""
 
     task: Task
     step: int
     group: int
     rollout: int
     seed_step: int | None = None
+    continues: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """In logs."""
+        after = "" if self.continues is None else "/after-{}/{}".format(*self.continues)
+        return f"{self.step}/{self.task.id}/{self.rollout}{after}"
 
     @property
     def seeds(self) -> tuple[object, ...]:
         """The parts of an episode's place that determine its seeds."""
         step = self.step if self.seed_step is None else self.seed_step
-        return step, self.group, self.task.id, self.rollout
+        return step, self.group, self.task.id, self.rollout, *(() if self.continues is None else ("after", *self.continues))
 
 
 def validation_slots(tasks: Sequence[Task], samples: int, step: int) -> list[Slot]:
@@ -77,6 +88,7 @@ class Play:
     deterministic: bool = False
     deadline: float | None = None  # seconds after the start of a batch
     seconds_per_call: float = SECONDS_PER_CALL  # that a call of an environment may take
+    continuations: int = 0  # from after each turn of an episode but its last
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,7 +107,7 @@ class RolloutRunner:
     awaited: Awaited = field(default_factory=Awaited)
 
     async def run(self, slots: Sequence[Slot], on_episode: Callable[[Episode], None] = lambda _: None) -> list[Episode]:
-        """One episode a slot, in the order of the slots; `on_episode` sees each the moment it is over.
+        """One episode a slot, in the order of the slots; `on_episode` sees each the moment it is over, before its continuations.
 
         Raises RunPaused as soon as the run is asked to stop, or a simulator may spend no more; replies and answers in progress
         are given up then.
@@ -103,18 +115,22 @@ class RolloutRunner:
         players = [_Player(self, slot, on_episode) for slot in slots]
         async with self.shared, self.engine:
             try:
-                if self.play.deterministic:
-                    await self._together(players, _Player.reset)
-                    for _ in range(self.play.max_turns):
-                        await self._together(players, _Player.policy_turn)
-                        await self._together(players, _Player.environment_turn)
-                else:
-                    await self._together(players, _Player.play_to_end, self.play.deadline)
-                    for player in players:
-                        player.cut()
+                await self._play(players)
+                await self._play([branch for player in players if player.finished for branch in player.branches])
             finally:
-                await asyncio.gather(*(player.close() for player in players))
-        return [player.episode() for player in players]
+                await asyncio.gather(*(p.close() for player in players for p in (player, *player.branches)))
+        return [player.with_continuations() for player in players]
+
+    async def _play(self, players: Sequence[_Player]) -> None:
+        if self.play.deterministic:
+            await self._together(players, _Player.reset)
+            for _ in range(self.play.max_turns):
+                await self._together(players, _Player.policy_turn)
+                await self._together(players, _Player.environment_turn)
+        else:
+            await self._together(players, _Player.play_to_end, self.play.deadline)
+            for player in players:
+                player.cut()
 
     async def _together(
         self,
@@ -146,15 +162,25 @@ class RolloutRunner:
 
 
 class _Player:
-    def __init__(self, runner: RolloutRunner, slot: Slot, on_episode: Callable[[Episode], None]) -> None:
+    """Plays a slot, from its beginning or from where `session`, `dialogue` and `turns` are."""
+
+    def __init__(
+        self,
+        runner: RolloutRunner,
+        slot: Slot,
+        on_episode: Callable[[Episode], None],
+        session: Session | None = None,
+        dialogue: Dialogue | None = None,
+        turns: Sequence[Turn] = (),
+    ) -> None:
         self._runner = runner
         self._on_episode = on_episode
         self._slot = slot
-        name = f"{slot.step}/{slot.task.id}/{slot.rollout}"
-        self._session = Session(runner.environment, name, runner.play.seconds_per_call)
+        self._session = session or Session(runner.environment, slot.name, runner.play.seconds_per_call)
         self._closing: asyncio.Task[None] | None = None
-        self._dialogue: Dialogue | None = None
-        self._turns: list[Turn] = []
+        self._dialogue = dialogue
+        self._turns = list(turns)
+        self.branches: list[_Player] = []  # its continuations
         self._pending: tuple[tuple[int, ...], int, Completion] | None = None
         self._outcome = math.nan
         self._failure: Failure | None = None
@@ -167,7 +193,15 @@ class _Player:
             await self.policy_turn()
             await self.environment_turn()
 
+    @property
+    def finished(self) -> bool:
+        """Whether the episode is over and has an outcome."""
+        return self.over and self._failure is None
+
     async def reset(self) -> None:
+        """Begins the episode, but for a continuation."""
+        if self._dialogue is not None:
+            return
         slot, play = self._slot, self._runner.play
         seed = request_seed("user", play.seed, *slot.seeds)
         try:
@@ -228,8 +262,18 @@ class _Player:
                 self._finish()
             else:
                 self._dialogue = runner.contexts.extend(self._dialogue, completion, answer.messages)
+                await self._branch()
         except EPISODE_ERRORS as error:
             self._fail(error)
+
+    async def _branch(self) -> None:
+        if self._slot.continues is not None:
+            return
+        for k in range(self._runner.play.continuations):
+            slot = replace(self._slot, continues=(len(self._turns), k))
+            with self._asking():
+                session = await self._session.branch(slot.name, seed=request_seed("user", self._runner.play.seed, *slot.seeds))
+            self.branches.append(_Player(self._runner, slot, lambda _: None, session, self._dialogue, self._turns))
 
     def cut(self) -> None:
         """The deadline has passed."""
@@ -258,6 +302,15 @@ class _Player:
         self.over = True
         self._closing = asyncio.create_task(self._session.close())
         self._on_episode(self.episode())
+
+    def with_continuations(self) -> Episode:
+        episode = self.episode()
+        found: dict[int, list[Episode]] = {}
+        for branch in self.branches if self.finished else ():
+            assert branch._slot.continues is not None
+            found.setdefault(branch._slot.continues[0], []).append(branch.episode())
+        turns = (replace(turn, continuations=tuple(found.get(k, ()))) for k, turn in enumerate(episode.turns, 1))
+        return replace(episode, turns=tuple(turns))
 
     def episode(self) -> Episode:
         slot = self._slot

@@ -15,7 +15,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from ctcgrpo.errors import CtcGrpoError, EnvironmentFailed
+from ctcgrpo.credit import VINE
+from ctcgrpo.errors import CreditError, CtcGrpoError, EnvironmentFailed
 from ctcgrpo.options import RolloutOptions
 from ctcgrpo.types import Environment, Info, Message, Step
 from ctcgrpo.util.importing import blame
@@ -49,6 +50,22 @@ class Session:
         self._limit = limit
         self._environment: Environment | None = None
         self.info: Info = {}
+
+    async def branch(self, name: str, *, seed: int) -> "Session":
+        """A session of this name that continues the episode from here. Raises CreditError where the environment cannot."""
+        environment = self._made()
+        kind = type(environment)
+        if kind.branch is Environment.branch:
+            raise CreditError(
+                f"credit {VINE!r} plays episodes on from their turns, which needs {kind.__name__}.branch; define it"
+            )
+        made = await self._call("branch", environment.branch, seed=seed)
+        if not isinstance(made, Environment) or made is environment:
+            raise EnvironmentFailed(f"branch returned {_shown(made)}; expected another Environment")
+        made.name = name
+        branched = Session(self._factory, name, self._limit)
+        branched._environment, branched.info = made, self.info
+        return branched
 
     async def reset(self, task: Mapping[str, Any], *, seed: int) -> tuple[Message, ...]:
         """At least one message."""

@@ -43,6 +43,7 @@ def _turn(turn: Turn, credit: TurnCredit | None) -> dict[str, Any]:
         "message": turn.message,
         "reward": turn.reward,
         "credit": None if credit is None else asdict(credit),
+        "continuations": [None if c.failure else c.outcome for c in turn.continuations],
         "done": turn.done,
         "info": dict(turn.info),
         "prompt_tokens": len(turn.prompt_ids),

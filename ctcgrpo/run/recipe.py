@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from ctcgrpo.centering import CENTERINGS
-from ctcgrpo.credit import CREDITS, DISCOUNTED, SCALES
+from ctcgrpo.credit import CREDIT_NAMES, DISCOUNTED, SCALES, VINE
 from ctcgrpo.environments.eibench.records import SCENES
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.model.sharding import splits_weights
@@ -220,8 +220,10 @@ class Credit(Section):
     (ctcgrpo/credit.py) is named as my_module:my_function, in a file beside the recipe or in the current directory."""
 
     alpha: float = recipe_field("alpha")
+    outcome_weight: float = recipe_field("outcome_weight")
     centering: str = recipe_field("centering")
     credit: str = recipe_field("credit")
+    continuations: int = recipe_field("continuations")
     gamma: float = recipe_field("gamma")
     center_weights: Literal["turn", "token"] = recipe_field("center_weights")
     scale: str = recipe_field("scale_rewards")
@@ -233,7 +235,7 @@ class Credit(Section):
     @field_validator("centering", "credit", "scale", "turn_scale")
     @classmethod
     def _known(cls, value: str, info: Any) -> str:
-        tables: dict[str, Iterable[str]] = {"centering": CENTERINGS, "credit": CREDITS}
+        tables: dict[str, Iterable[str]] = {"centering": CENTERINGS, "credit": CREDIT_NAMES}
         options = tables.get(info.field_name, SCALES)
         if value not in options and not is_reference(value):
             raise ValueError(f"{did_you_mean(value, options)} (a custom one: my_module:my_function)")
@@ -247,6 +249,10 @@ class Credit(Section):
             raise ValueError("center_weights is 'token', but centering 'none' uses no weights; leave center_weights out")
         if self.std_min != CreditOptions.std_min and self.scale == "none":
             raise ValueError(f"std_min is {self.std_min}, but scale 'none' does not divide; leave it out")
+        if self.continuations != CreditOptions.continuations and self.credit != VINE:
+            raise ValueError(f"continuations is {self.continuations}, but credit {self.credit!r} plays none; leave it out")
+        if self.shuffle == "turn_scores" and self.credit == VINE:
+            raise ValueError(f"shuffle is 'turn_scores', which credit {VINE!r} does not read; expected 'advantages'")
         if self.turn_std_min != CreditOptions.turn_std_min and self.turn_scale == "none":
             raise ValueError(f"turn_std_min is {self.turn_std_min}, but turn_scale 'none' does not divide; leave it out")
         return self

@@ -300,7 +300,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
     def _make_validator(self) -> Validator:
         settings, trainer = self._recipe.validation, self._trainer
         assert settings is not None
-        how = replace(trainer.runner.play, seed=settings.seed, deadline=None)
+        how = replace(trainer.runner.play, seed=settings.seed, deadline=None, continuations=0)
 
         def play(step: int, slots: Sequence[Slot]) -> list[tuple[str, float]]:
             mine = slots[self._state.process_index :: self._state.num_processes]

@@ -20,7 +20,7 @@ from ctcgrpo.types import Episode, Info, TurnCredit, TurnSample, turn_rewards
 @dataclass(frozen=True, slots=True)
 class Summary:
     """An episode in numbers; `outcome` is the raw one (NaN for a failed episode), `reward` the shaped one. `final` holds the
-    numbers of the last turn's info."""
+    numbers of the last turn's info. `continuations`: for each turn the shaped outcomes of the valid continuations from after it."""
 
     tag: str
     group: int
@@ -34,23 +34,18 @@ class Summary:
     cut_turns: int = 0
     empty_turns: int = 0
     dropped_exchanges: int = 0
+    continuations: tuple[tuple[float, ...], ...] = ()
+    failed_continuations: int = 0
 
 
 def summarise(episode: Episode, options: CreditOptions) -> Summary:
-    reward = episode.outcome
-    if options.reasons:
-        reward = shaped_outcome(
-            episode.outcome,
-            [turn_form(turn.reasoning, turn.faults) for turn in episode.turns],
-            no_reasoning=options.no_reasoning_penalty,
-            fault=options.fault_penalty,
-        )
+    continued = [turn.continuations for turn in episode.turns]
     return Summary(
         tag=episode.tag,
         group=episode.group,
         rollout=episode.rollout,
         outcome=episode.outcome,
-        reward=reward,
+        reward=_shaped(episode, options),
         turn_scores=turn_rewards([turn.reward for turn in episode.turns]),
         final=numbers(episode.final_info),
         failure=episode.failure.kind if episode.failure else None,
@@ -58,6 +53,20 @@ def summarise(episode: Episode, options: CreditOptions) -> Summary:
         cut_turns=sum("cut" in turn.faults for turn in episode.turns),
         empty_turns=sum("empty_reply" in turn.faults for turn in episode.turns),
         dropped_exchanges=max((turn.dropped_exchanges for turn in episode.turns), default=0),
+        continuations=tuple(tuple(_shaped(c, options) for c in of_turn if not c.failure) for of_turn in continued),
+        failed_continuations=sum(c.failure is not None for of_turn in continued for c in of_turn),
+    )
+
+
+def _shaped(episode: Episode, options: CreditOptions) -> float:
+    """The outcome less the penalties for the form of the reasoning."""
+    if not options.reasons:
+        return episode.outcome
+    return shaped_outcome(
+        episode.outcome,
+        [turn_form(turn.reasoning, turn.faults) for turn in episode.turns],
+        no_reasoning=options.no_reasoning_penalty,
+        fault=options.fault_penalty,
     )
 
 
@@ -100,6 +109,7 @@ def step_credit(
         groups,
         scores,
         alpha=options.alpha,
+        outcome_weight=options.outcome_weight,
         centering=centering,
         credit=options.credit,
         gamma=options.gamma,
@@ -109,6 +119,7 @@ def step_credit(
         turn_scale=options.turn_scale,
         turn_std_min=options.turn_std_min,
         tags=[s.tag for s in summaries],
+        continuations=[s.continuations for s in summaries] if options.credit == credit.VINE else None,
     )
     terms = [every[k] for k in trained]
     advantages = [t.advantage for t in terms]
@@ -133,7 +144,16 @@ def try_credit(options: CreditOptions) -> None:
     scores = ((0.1, -0.05), (0.02,), (-0.1, 0.0, 0.04), (0.03, 0.01))
     outcomes = (0.5, -0.5, 0.1, 0.1)
     summaries = [
-        Summary(f"group {k // 2}", k // 2, k % 2, outcome, outcome, of_rollout, (10,) * len(of_rollout))
+        Summary(
+            f"group {k // 2}",
+            k // 2,
+            k % 2,
+            outcome,
+            outcome,
+            of_rollout,
+            (10,) * len(of_rollout),
+            continuations=((),) * len(of_rollout),
+        )
         for k, (outcome, of_rollout) in enumerate(zip(outcomes, scores, strict=True))
     ]
     centering = make_centering(options.centering)

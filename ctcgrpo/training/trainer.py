@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase, TrainerControl
 
 from ctcgrpo.centering import make_centering
 from ctcgrpo.config import CTCGRPOConfig
+from ctcgrpo.credit import VINE
 from ctcgrpo.errors import PolicyEngineError, RunPaused, TooManyFailures, too_many_failed
 from ctcgrpo.policy.builtin import build_builtin, is_builtin
 from ctcgrpo.policy.chat_template import end_of_turn
@@ -150,6 +151,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
                 deterministic=args.deterministic,
                 deadline=args.deadline,
                 seconds_per_call=args.environment_timeout,
+                continuations=args.continuations if args.credit == VINE else 0,
             ),
             interrupted=hooks.interrupted,
         )
@@ -342,6 +344,15 @@ class CTCGRPOTrainer(CheckpointedUpdate):
                 f"step {self.rollout_step + 1}: {len(failed)} of {len(summaries)} episodes failed ({kinds}), "
                 f"above max_failed = {self.args.max_failed}{example}"
             )
+        lost = sum(s.failed_continuations for s in summaries)
+        played = lost + sum(len(of_turn) for s in summaries for of_turn in s.continuations)
+        if played and too_many_failed(lost, played, self.args.max_failed):
+            branches = (c for e in episodes for turn in e.turns for c in turn.continuations)
+            example = next((f"; for example {e.name}: {e.failure.message}" for e in branches if e.failure), "")
+            raise TooManyFailures(
+                f"step {self.rollout_step + 1}: {lost} of {played} continuations failed, above max_failed = "
+                f"{self.args.max_failed}{example}"
+            )
 
     # --- evaluation --------------------------------------------------------------------------------------------------------
 
@@ -356,7 +367,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         slots = validation_slots(tasks, samples, step)
         mine = slots[self.accelerator.process_index :: self.accelerator.num_processes]
         training = self.model.training
-        episodes = self.play(mine, f"{metric_key_prefix}-{step:06d}", replace(self.runner.play, deadline=None))
+        episodes = self.play(mine, f"{metric_key_prefix}-{step:06d}", replace(self.runner.play, deadline=None, continuations=0))
         summaries = gather_object([summarise(e, self.args) for e in episodes])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in rollout_metrics(summaries, None).items()}
         self.model.eval()  # TRL logs what training has gathered since its last log otherwise

@@ -199,6 +199,8 @@ def test_room_to_wake_and_threads_for_an_optimizer_on_the_cpu(tmp_path: Path) ->
 def test_what_a_run_costs(tmp_path: Path) -> None:
     asked = Asked(250, 128, 8, 10, 213, calls_per_turn=2)
     assert asked.calls_per_step == 2048 and asked.calls == 250 * 2048 + 10 * 213 * 16
+    vine = asked._replace(continuations=4)  # from after 7 turns, with 7 to 1 turns left
+    assert vine.calls_per_step == 2048 + 128 * 4 * 28 * 2 and vine.calls == 250 * vine.calls_per_step + 10 * 213 * 16
     assert money(1000, Tokens(2000, 200), 1.2, 6.0) == pytest.approx(3.6)
     assert hours(asked, 150, 10_000) == pytest.approx((250 * 1024 + 10 * 213 * 8) * 150 / 10_000 / 3600)
     prices = {"url": "http://127.0.0.1:9/v1", "model": "m", "price": {"prompt": 1.0, "completion": 5.0}}

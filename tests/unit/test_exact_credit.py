@@ -7,10 +7,25 @@ import pytest
 import torch
 
 from ctcgrpo.centering import make_centering
+from ctcgrpo.credit import VINE
 from ctcgrpo.options import CreditOptions
 from ctcgrpo.training.loss import token_sums
 from ctcgrpo.training.samples import Summary, step_credit
-from tests.exact_credit import PROCESSES, Enumerated, Row, all_groups, enumerated, logits, moments, table, terms_of
+from tests.exact_credit import (
+    CONTINUATIONS,
+    PROCESSES,
+    Enumerated,
+    Floats,
+    History,
+    Row,
+    all_groups,
+    enumerated,
+    logits,
+    moments,
+    noise_of_continuations,
+    table,
+    terms_of,
+)
 
 G = 3
 ROWS = {(row.process, row.estimator): row for row in table(G)}
@@ -75,6 +90,14 @@ def test_a_scaled_turn_term_points_nearly_the_same_way() -> None:
 
 
 @pytest.mark.parametrize("process", ALL)
+def test_vine_is_unbiased_whatever_pays_off_when(process: str) -> None:
+    row = of(process, VINE, "none")
+    assert row.factor == pytest.approx(1) and row.bias < 1e-9
+    assert row.noise < of(process, "reward_to_go", "group_turn_loo").noise
+    assert row.noise < ROWS[process, "outcome (GRPO, unscaled)"].noise
+
+
+@pytest.mark.parametrize("process", ALL)
 def test_baselines_lessen_noise(process: str) -> None:
     """Where the expected return is near 0 (worn), a mean over two siblings adds more noise than it takes out."""
     for centering in ("scene", *(["group_turn_loo"] if process in FIXED else [])):
@@ -85,16 +108,24 @@ def test_baselines_lessen_noise(process: str) -> None:
 
 
 def _played(of: Enumerated, groups: int, rng: np.random.Generator) -> list[tuple[Summary, int]]:
-    found = []
+    found, paths = [], of.process.paths()
+    continued = [[_after(of, path[:tau]) for tau in range(1, len(path) + 1)] for path in paths]
     for k, path in enumerate(rng.choice(len(of.probability), size=groups * G, p=of.probability / of.probability.sum())):
         rewards = of.rewards[path]
         summary = Summary(
             tag="scene", group=k // G, rollout=k % G, outcome=float(of.outcomes[path]), reward=float(of.outcomes[path]),
             turn_scores=tuple(rewards), final={}, failure=None, turn_tokens=(1,) * len(rewards), cut_turns=0,
             empty_turns=0, dropped_exchanges=0,
+            continuations=tuple(tuple(rng.choice(of.outcomes, size=CONTINUATIONS, p=p)) for p in continued[path]),
         )  # fmt: skip
         found.append((summary, int(path)))
     return found
+
+
+def _after(of: Enumerated, history: History) -> Floats:
+    """The probability of each path, given how it begins (P,)."""
+    p = of.probability * [path[: len(history)] == history for path in of.process.paths()]
+    return np.asarray(p / p.sum())
 
 
 def _gradients(of: Enumerated, played: list[tuple[Summary, int]], options: CreditOptions) -> torch.Tensor:
@@ -117,15 +148,25 @@ def _gradients(of: Enumerated, played: list[tuple[Summary, int]], options: Credi
     )
 
 
-@pytest.mark.parametrize(("credit", "centering"), [("immediate", "rollout"), ("reward_to_go", "group_turn_loo")])
+@pytest.mark.parametrize(("credit", "centering"), [("immediate", "rollout"), ("reward_to_go", "group_turn_loo"), (VINE, "none")])
 def test_training_has_the_expected_gradient(credit: str, centering: str) -> None:
     for process in PROCESSES:
         exact = enumerated(process)
-        options = CreditOptions(alpha=2.0, centering=centering, credit=credit, scale_rewards="none")
+        weight = 0.0 if credit == VINE else 1.0
+        options = CreditOptions(
+            alpha=2.0,
+            outcome_weight=weight,
+            centering=centering,
+            credit=credit,
+            scale_rewards="none",
+            continuations=CONTINUATIONS,
+        )
         sampled = _gradients(exact, _played(exact, 400, np.random.default_rng(7)), options)
         groups = all_groups(exact, G)
         terms = terms_of(exact, groups, centering=centering, credit=credit, turn_scale="none")
-        expected, variance = moments(exact, groups, [term.outcome + 2.0 * term.turn for term in terms])
+        expected, variance = moments(exact, groups, [weight * term.outcome + 2.0 * term.turn for term in terms])
+        if credit == VINE:
+            variance += 4.0 * noise_of_continuations(exact, G)
         error = sampled.mean(dim=0).numpy() - expected
         assert float(error @ error) < 9 * variance / len(sampled)  # its expectation is variance / len
         spread = float(sampled.var(dim=0).sum())

@@ -82,6 +82,7 @@ def test_overrides() -> None:
         ("credit.gamma=0.9", "credit: gamma is 0.9, but credit is 'immediate'; only reward_to_go and smeared discount"),
         ("policy.fault_penalty=0.1", "policy: fault_penalty is 0.1, but reasons is false; set policy.reasons=true"),
         ("credit.turn_std_min=0.1", "credit: turn_std_min is 0.1, but turn_scale 'none' does not divide; leave it out"),
+        ("credit.continuations=2", "credit: continuations is 2, but credit 'immediate' plays none; leave it out"),
         ("credit.turn_scale=groups", r"credit.turn_scale is 'groups'; did you mean 'group'\?"),
         ("credit.gamma=1.5", "credit.gamma is 1.5; input should be less than or equal to 1"),
         ("credit.centering=rolout", r"credit.centering is 'rolout'; did you mean 'rollout'\?"),

@@ -49,7 +49,7 @@ def written(file: Path, **changes: Any) -> Path:
 def test_the_shipped_study_is_what_it_says() -> None:
     study, recipe = load_sweep(ROOT / "configs" / "sweeps" / "credit_study.yaml")
     points = study.grid()
-    assert len(points) == 2 * 8 and study.seeds_of(recipe) == [1, 2, 3, 4, 5] and study.primary == "area"
+    assert len(points) == 2 * 12 and study.seeds_of(recipe) == [1, 2, 3, 4, 5] and study.primary == "area"
     by_variant = {
         (p["environment"], p["variant"]): load_recipe(study.program, changes=overrides(study.changes(p))) for p in points
     }

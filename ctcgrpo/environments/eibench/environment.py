@@ -6,6 +6,7 @@ Source: EIBench (arXiv 2606.15532)."""
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -47,7 +48,7 @@ class EIBench(Environment):
     """One dialogue with `user`, the scripted one where absent. A task's `scenario` is a Scenario (`scenario_tasks`).
 
     `briefing`: what the policy is told of its role; `max_turns`: its replies at most, which the user is told; `turn_weights`: of
-    anger and trust in a turn's reward, by scene. After a step `state` and `answer` are the user's, and `copy.copy` branches off."""
+    anger and trust in a turn's reward, by scene. After a step `state` and `answer` are the user's."""
 
     def __init__(
         self,
@@ -95,6 +96,11 @@ class EIBench(Environment):
             done=not answer.goes_on,
             info={**self.state._asdict(), "why": answer.why},
         )
+
+    def branch(self, *, seed: int) -> EIBench:
+        made = copy.copy(self)  # whose attributes no method changes in place
+        made._seed = seed
+        return made
 
     def outcome(self) -> float:
         return outcome_score(self.state, self._scenario.anchors, self._variant)
