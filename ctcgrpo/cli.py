@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from ctcgrpo import __version__
+from ctcgrpo.audit import commands as auditing
 from ctcgrpo.environments.eibench.scenarios import load_scenes
 from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
@@ -258,7 +259,7 @@ def _gpus() -> int:
 _PANELS: Mapping[str, Sequence[Callable[..., None]]] = {
     "Train and look at a run": (train, show, chat, reporting.report),
     "Check, evaluate, export": (check, evaluation.compare, evaluation.leaderboard, export),
-    "Many runs": (experiments.sweep,),
+    "Many runs": (experiments.sweep, auditing.audit),
     "Scenarios and the simulated user": (serve, noise),
     "Reference": (reference.fields, reference.metrics, version),
 }

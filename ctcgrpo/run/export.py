@@ -36,7 +36,7 @@ from ctcgrpo.run.settings import template_kwargs
 from ctcgrpo.simulator.choice import who_played
 from ctcgrpo.training.checkpoint_pickles import weights_only
 from ctcgrpo.types import NO_TAG
-from ctcgrpo.util.files import checkpoints, disk_problem, is_complete, missing_in
+from ctcgrpo.util.files import disk_problem
 from ctcgrpo.util.naming import first_line
 
 Dtype = Literal["bfloat16", "float32"]
@@ -54,7 +54,7 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
     if out.exists():
         raise OutputError(f"{out} already exists; choose another folder with --out")
     recipe = resolved_recipe(folder.recipe_file)
-    source = _source(folder, which)
+    source = folder.policy(which)
     card = model_card(recipe, _summary(folder, recipe), which=which)
     base = folder.starting_policy(recipe, say)
     try:
@@ -113,17 +113,6 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
     except Exception as error:  # noqa: BLE001 - what its HTTP library raises changes with it; the export is written in any case
         raise OutputError(f"upload to {repository} failed: {hub_reason(error)}; the export in {folder} is complete") from None
     return f"https://huggingface.co/{repository}"
-
-
-def _source(folder: RunFolder, which: str) -> Path:
-    steps = {str(step): path for step, path in sorted(checkpoints(folder.path).items())}
-    there = {"final": folder.final, "best": folder.best, **steps}
-    complete = [name for name, path in there.items() if is_complete(path)]
-    if which not in complete:
-        lacks = missing_in(there[which]) if which in there and there[which].exists() else None
-        why = f" ({lacks})" if lacks else ""
-        raise OutputError(f"{folder.path}: no complete {which!r}{why}; available: {', '.join(complete) or 'none'}")
-    return there[which]
 
 
 _TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.1}

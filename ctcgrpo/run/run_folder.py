@@ -75,6 +75,17 @@ class RunFolder:
             raise OutputError(f"{self.base}: {lacks}; restore the folder, or start another run with run.name=NAME")
         return str(self.base)
 
+    def policy(self, which: str) -> Path:
+        """The folder of a policy of the run: `which` is final, best, or the number of a checkpoint. Raises OutputError."""
+        steps = {str(step): path for step, path in sorted(checkpoints(self.path).items())}
+        there = {"final": self.final, "best": self.best, **steps}
+        complete = [name for name, path in there.items() if is_complete(path)]
+        if which not in complete:
+            lacks = missing_in(there[which]) if which in there and there[which].exists() else None
+            why = f" ({lacks})" if lacks else ""
+            raise OutputError(f"{self.path}: no complete {which!r}{why}; available: {', '.join(complete) or 'none'}")
+        return there[which]
+
     @contextlib.contextmanager
     def lock(self, say: Callable[[str], None]) -> Iterator[None]:
         """Create the folder and lock it against other runs within the context. Raises OutputError where it is not writable, and

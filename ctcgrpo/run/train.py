@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,16 @@ def train(recipe: Recipe) -> Path:
         raise OutputError(f"cannot write to {recipe.folder}: {reason}. {_saved(RunFolder(recipe.folder))}; {free}") from None
 
 
+@contextlib.contextmanager
+def opened(recipe: Recipe) -> Iterator[CTCGRPOTrainer]:
+    """The trainer of a recipe in a new run folder, with its engine and its simulator, for whoever plays without training. Raises as
+    `train`."""
+    with contextlib.ExitStack() as stack:
+        run = _Run(recipe, stack)
+        stack.callback(run.stop)
+        yield run.trainer
+
+
 class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
     def __init__(self, recipe: Recipe, stack: contextlib.ExitStack) -> None:
         self._recipe = recipe
@@ -123,6 +133,14 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         if steps := on_main(self._state, lambda: self._folder.extended_from(recipe)):
             self._progress.say(_extension(arguments, steps * self.updates_per_step, recipe))
         self._validator = self._make_validator() if recipe.validation else None
+
+    @property
+    def trainer(self) -> CTCGRPOTrainer:
+        return self._trainer
+
+    def stop(self) -> None:
+        """Stop showing progress."""
+        self._progress.stop()
 
     def _open_folder(self, stack: contextlib.ExitStack) -> Path | None:
         """Lock the folder and prepare it. Returns the checkpoint to resume from."""

@@ -96,6 +96,10 @@ class CheckpointedUpdate(PolicyUpdate):
         with self._weights_only(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def load_weights(self, folder: Path) -> None:
+        """The weights, or the adapter, of a checkpoint or of a saved policy."""
+        self._load_from_checkpoint(str(folder))
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with self._weights_only(checkpoint):
             super()._load_rng_state(checkpoint)

@@ -161,6 +161,11 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         self.stop_requested = False  # whether any process was interrupted; synchronised at the end of a step
         self.phase = "the start of the run"  # current activity, for log lines
 
+    @property
+    def tasks_per_step(self) -> int:
+        """Groups in a step."""
+        return int(self.args.generation_batch_size // self.args.num_generations)
+
     def _schedule(self, args: CTCGRPOConfig) -> list[list[int]]:
         """The tasks of each step, by position. Sets `args.max_steps`, and leaves the order to the schedule."""
         per_step, odd = divmod(args.generation_batch_size, args.num_generations)
@@ -238,8 +243,9 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         started = time.perf_counter()
         self._log_number("policy_version", self.state.global_step)
         episodes = self.collect(self.rollout_step + 1, [row["task"] for row in inputs])
+        self._hooks.update(self.rollout_step + 1)
         summaries = gather_object([summarise(e, self.args) for e in episodes])
-        self._refuse_failures(summaries, episodes)
+        self.refuse_failures(summaries, episodes)
         credit = step_credit(summaries, self.args, self.centering, step=self.rollout_step, seed=self.args.seed)
         add_credit(self._trace_file(step_name(self.rollout_step + 1)), episodes, credit.turns)
         for name, value in rollout_metrics(summaries, credit).items():
@@ -273,9 +279,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         places = (divmod(first + k, size) for k in range(len(positions)))
         slots = [Slot(self._tasks[position], step, *place) for position, place in zip(positions, places, strict=True)]
         self._hooks.rollouts(step, len(slots))
-        episodes = self.play(slots, step_name(step))
-        self._hooks.update(step)
-        return episodes
+        return self.play(slots, step_name(step))
 
     def play(self, slots: Sequence[Slot], name: str, play: Play | None = None) -> list[Episode]:
         """Play episodes with the current policy, on every process (each with its own slots), and write their traces to
@@ -335,7 +339,9 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         self._log_number("logprob_gap", math.nan if overall == -math.inf else overall)
         return current
 
-    def _refuse_failures(self, summaries: Sequence[Summary], episodes: Sequence[Episode]) -> None:
+    def refuse_failures(self, summaries: Sequence[Summary], episodes: Sequence[Episode]) -> None:
+        """Raises TooManyFailures where the episodes of a step, or their continuations, are no longer representative. `summaries`:
+        of all processes; `episodes`: of this one."""
         failed = [s for s in summaries if s.failure]
         if too_many_failed(len(failed), len(summaries), self.args.max_failed):
             kinds = {kind: sum(s.failure == kind for s in failed) for kind in sorted({str(s.failure) for s in failed})}

@@ -24,11 +24,12 @@ from ctcgrpo.errors import PolicyError, TrainingDiverged
 from ctcgrpo.model.attention import use_layouts, with_layout
 from ctcgrpo.model.finite import nonfinite_gradient, nonfinite_weight, refuse_nonfinite
 from ctcgrpo.model.head import score_trained_positions_only
+from ctcgrpo.model.sketch import GradientSketch
 from ctcgrpo.model.tree_attention import how_to_attend, row_multiple, tree_layout
 from ctcgrpo.training.exchange import gather_arrays, gather_samples
 from ctcgrpo.training.loss import TokenSums, token_sums
 from ctcgrpo.training.planning import Plan, forward_costs, plan
-from ctcgrpo.training.rows import Row
+from ctcgrpo.training.rows import Row, dummy_row, plain_rows
 from ctcgrpo.types import TurnSample
 from ctcgrpo.util.processes import raise_on_all
 
@@ -215,6 +216,25 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
             ends = np.cumsum([len(everybodys[k].completion_ids) for k in places])
             scored |= dict(zip(places.tolist(), np.split(flat, ends[:-1]), strict=True)) if len(places) else {}
         return [scored[before + k] for k in range(len(samples))]
+
+    def sketches(self, samples: Sequence[TurnSample]) -> Floats:
+        """Sketches (N, D) of the gradient of each sample's summed log-probability (its mean, where turns weigh alike), the
+        policy-gradient direction that its advantage multiplies. All processes call it, each with its own samples."""
+        policy = self.accelerator.unwrap_model(self.model)
+        policy.train()
+        pad = self._tokenizer.pad_token_id
+        rows = plain_rows(samples, tokens_per_row=self.args.tokens_per_row, pad_id=pad)
+        [most] = [max(int(n) for [found] in gather_arrays(self.accelerator, [np.array([len(rows)])]) for n in found)]
+        with GradientSketch(policy, seed=self.args.seed) as sketch:
+            found = np.zeros((len(samples), sketch.size), dtype=np.float32)
+            for row in (*rows, *[dummy_row(pad)] * (most - len(rows))):  # sharded weights are gathered on all processes together
+                row = row.to(self.accelerator.device)
+                logprobs, _ = self._score(policy, row)
+                parts = sketch.of(logprobs * row.turn_weights if self.args.loss_weights == "turn" else logprobs)
+                at, which = (row.at // row.input_ids.shape[1]).tolist(), row.sample.tolist()
+                for sequence, place in dict(zip(at, which, strict=True)).items():
+                    found[place] = parts[sequence].cpu().numpy()
+        return found
 
     @torch.no_grad()
     def _scored(self, model: torch.nn.Module, rows: Sequence[Row]) -> tuple[Ints, Floats]:
