@@ -129,6 +129,8 @@ def test_a_wrong_result_is_found_before_the_run_and_by_check(ctcgrpo: Command, t
     assert code == 2 and err.startswith(f"error: {text}") and not (tmp_path / "tiny").exists()
     (found,) = (f for f in findings(load_recipe(TINY, ["credit.centering=own_m:f"]))[0] if f.about == "credit")
     assert found.level == "failed" and found.text.startswith(text)
+    code, _, err = ctcgrpo("train", TINY, "credit.scale=own_m:f", f"run.output_dir={tmp_path}")
+    assert code == 2 and err.startswith("error: credit.scale = 'own_m:f' raised TypeError"), err
 
 
 WRONG = """\
@@ -169,20 +171,20 @@ class Half(Centering):
 def test_a_wrong_result_is_named(tmp_path: Path, option: str, name: str, text: str) -> None:
     (tmp_path / "wrong_m.py").write_text(WRONG)
     chosen: Any = {option: f"wrong_m:{name}"}
-    with pytest.raises(CreditError, match=rf"credit.{option} = 'wrong_m:{name}'.*{text}"):
+    with pytest.raises(CreditError, match=rf"^{option}(_rewards)? = 'wrong_m:{name}'.*{text}"):
         credit_terms([0.1, 0.9], [0, 0], [[0.1, 0.2], [0.1, 0.3]], **chosen)
 
 
 def test_a_reference_without_a_module_is_a_recipe_error() -> None:
-    with pytest.raises(RecipeError, match="credit.centering = 'absent_m:f': there is no module 'absent_m'"):
+    with pytest.raises(RecipeError, match="^centering = 'absent_m:f': there is no module 'absent_m'"):
         make_centering("absent_m:f")
 
 
 def test_a_function_itself_is_refused_with_what_would_be_right() -> None:
-    with pytest.raises(ValueError, match=r"credit.credit = <function .*; expected a name, 'my_module:my_function'"):
+    with pytest.raises(ValueError, match=r"^credit = <function .*; expected a name, 'my_module:my_function'"):
         try_credit(CreditOptions(credit=lambda r, gamma: r))  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_of_a_centering_without_a_state_is_not_blamed(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"saved with a centering that has no state; set credit.centering back"):
+    with pytest.raises(OutputError, match=r"saved with a centering that has no state; set centering back"):
         load_state(SceneBaseline(), tmp_path)
