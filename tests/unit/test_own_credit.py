@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from ctcgrpo.centering import SceneBaseline, make_centering
+from ctcgrpo.centering import make_centering
 from ctcgrpo.credit import credit_terms
-from ctcgrpo.errors import CreditError, OutputError, RecipeError
+from ctcgrpo.errors import CreditError, RecipeError
 from ctcgrpo.options import CreditOptions
 from ctcgrpo.preflight.check import findings
 from ctcgrpo.run.recipe_file import load_recipe
-from ctcgrpo.training.credit_state import load_state
 from ctcgrpo.training.samples import try_credit
 from tests.conftest import Command
 from tests.unit.test_run import FAST, TINY
@@ -89,7 +88,7 @@ def test_a_state_of_ones_own_survives_a_resume(ctcgrpo: Command, tmp_path: Path)
             command = ["train", TINY, *FAST, "credit.centering=own_state_m:Running", f"run.output_dir={tmp_path}"]
             code, _, err = ctcgrpo(*command, f"training.max_steps={n}", f"run.name={name}")
             assert code == 0, err
-        return json.loads((tmp_path / name / "checkpoint-2" / "credit_state.json").read_text())
+        return json.loads((tmp_path / name / "checkpoint-2" / "credit_state.json").read_text())["state"]
 
     whole = state("whole", 2)
     assert whole["n"] == 2 * 8 * 2 and whole == state("resumed", 1, 2)
@@ -183,8 +182,3 @@ def test_a_reference_without_a_module_is_a_recipe_error() -> None:
 def test_a_function_itself_is_refused_with_what_would_be_right() -> None:
     with pytest.raises(ValueError, match=r"^credit = <function .*; expected a name, 'my_module:my_function'"):
         try_credit(CreditOptions(credit=lambda r, gamma: r))  # type: ignore[arg-type]
-
-
-def test_a_checkpoint_of_a_centering_without_a_state_is_not_blamed(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"saved with a centering that has no state; set centering back"):
-        load_state(SceneBaseline(), tmp_path)
