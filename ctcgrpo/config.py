@@ -147,6 +147,7 @@ class CTCGRPOConfig(CreditOptions, RolloutOptions, UpdateOptions, GRPOConfig):  
         self.per_device_eval_batch_size = self.num_generations_eval  # TRL requires a multiple
         if self.bf16 is not False and not self.fp16 and not torch.accelerator.is_available():
             self.use_cpu = True
+        self.dataloader_pin_memory &= torch.cuda.is_available()
         if getattr(self, "activation_checkpointing", False) is None:  # TRL sets the old name, of which transformers warns
             self.activation_checkpointing = self.gradient_checkpointing
         try:
