@@ -28,7 +28,7 @@ class Centering:
     """A baseline. For one with a state over steps, subclass it and define `update`, `state_dict` and `load_state_dict` together.
     Every process makes one instance per run, without arguments."""
 
-    where = "credit.centering"  # the name in errors
+    where = "centering"  # the name in errors
 
     def __call__(self, group: Group) -> Baselines:
         """The baseline of each rollout of the group, which has two or more."""
@@ -65,7 +65,7 @@ def make_centering(name: str) -> Centering:
     """The centering of that name, a new object. Raises ValueError for an unknown name, RecipeError for a reference that cannot be
     loaded, CreditError for a class that is no Centering, or only part of one with a state."""
     chosen: Any = choose("centering", CENTERINGS, name)
-    where = f"credit.centering = {name!r}"
+    where = f"centering = {name!r}"
     if not isinstance(chosen, type):
         made: Centering = _Stateless(chosen)
     elif not issubclass(chosen, Centering):

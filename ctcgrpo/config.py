@@ -147,7 +147,19 @@ class CTCGRPOConfig(CreditOptions, RolloutOptions, UpdateOptions, GRPOConfig):  
         self.per_device_eval_batch_size = self.num_generations_eval  # TRL requires a multiple
         if self.bf16 is not False and not self.fp16 and not torch.accelerator.is_available():
             self.use_cpu = True
-        super().__post_init__()
+        self.dataloader_pin_memory &= torch.cuda.is_available()
+        if getattr(self, "activation_checkpointing", False) is None:  # TRL sets the old name, of which transformers warns
+            self.activation_checkpointing = self.gradient_checkpointing
+        try:
+            super().__post_init__()
+        except ValueError:
+            episodes = self.generation_batch_size  # known once TRL has the number of processes
+            if not episodes or episodes % self.num_generations == 0:
+                raise
+            raise ValueError(
+                f"CTCGRPOConfig.per_device_train_batch_size x processes = {self.per_device_train_batch_size} x {self.world_size} = "
+                f"{episodes} episodes a step; expected a multiple of num_generations ({self.num_generations}): a task has that many"
+            ) from None
 
 
 def without_effect() -> dict[str, Any]:

@@ -65,7 +65,7 @@ def outcome_advantages(outcomes: ArrayLike, group_ids: ArrayLike, *, std_min: fl
     advantages = np.where(np.isnan(R), np.nan, 0.0)
     comparable = _comparable_groups(R, groups)
     deviations = [R[members] - R[members].mean() for members in comparable]
-    for members, a in zip(comparable, _scaled("scale", scale, deviations, std_min), strict=True):
+    for members, a in zip(comparable, _scaled("scale_rewards", scale, deviations, std_min), strict=True):
         advantages[members] = a
     return advantages
 
@@ -138,7 +138,7 @@ def credit_terms(
 
 def turn_credits(turn_scores: Sequence[ArrayLike], *, credit: str = "immediate", gamma: float = 1.0) -> list[Array]:
     """c_{i,tau}: N arrays, the i-th (T_i,)."""
-    credited, where = choose("credit", CREDITS, credit), f"credit.credit = {credit!r}"
+    credited, where = choose("credit", CREDITS, credit), f"credit = {credit!r}"
     r = [np.asarray(scores, dtype=np.float64) for scores in turn_scores]
     return [numbers(where, called(where, credited, x, gamma), len(x)) if len(x) else x for x in r]
 
@@ -263,8 +263,8 @@ DISCOUNTED = ("reward_to_go", "smeared")  # the credits that read gamma
 
 
 def _scaled(field: str, name: str, deviations: list[Array], std_min: float) -> list[Array]:
-    """The deviations of each group, scaled by the function that `field` names; checked."""
-    where, scale = f"credit.{field} = {name!r}", choose(field, SCALES, name)
+    """The deviations of each group, scaled by the function that the option `field` names; checked."""
+    where, scale = f"{field} = {name!r}", choose(field, SCALES, name)
     found = listed(where, called(where, scale, deviations, std_min), len(deviations), "groups")
     return [numbers(where, scaled, len(d)) for scaled, d in zip(found, deviations, strict=True)]
 

@@ -14,13 +14,14 @@ _F = TypeVar("_F")
 
 
 def choose(what: str, options: Mapping[str, _F], name: str) -> _F:
+    """The function that `name` stands for; `what` is the option of CTCGRPOConfig, which errors begin with."""
     if not isinstance(name, str):
-        raise ValueError(f"credit.{what} = {name!r}; expected a name, 'my_module:my_function': settings are recorded as text")
+        raise ValueError(f"{what} = {name!r}; expected a name, 'my_module:my_function': settings are recorded as text")
     if is_reference(name):
-        chosen: _F = load_object(name, f"credit.{what}")
+        chosen: _F = load_object(name, what)
         return chosen
     if name not in options:
-        raise ValueError(f"credit.{what} = {name!r}; expected one of {', '.join(options)}, or my_module:my_function")
+        raise ValueError(f"{what} = {name!r}; expected one of {', '.join(options)}, or my_module:my_function")
     return options[name]
 
 

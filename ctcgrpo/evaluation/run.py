@@ -38,11 +38,12 @@ from ctcgrpo.evaluation.results import summarise, write_results
 from ctcgrpo.evaluation.users import TEMPERATURE, chosen_user
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS, load_instructions
 from ctcgrpo.run.folders import check_model, is_model
-from ctcgrpo.run.recipe_file import differences, resolved_recipe
+from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.simulator.choice import SCRIPTED, named_simulator
 from ctcgrpo.simulator.llm.backend import chosen_prompts
 from ctcgrpo.util.files import missing_in, read_json, write_whole
+from ctcgrpo.util.naming import differences
 from ctcgrpo.util.proxies import settle_environment
 from ctcgrpo.util.sections import named_value
 

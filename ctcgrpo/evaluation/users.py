@@ -27,29 +27,13 @@ from ctcgrpo.llm_client.endpoints import Deadline, Outage
 from ctcgrpo.simulator.choice import SimulatorChoice, named_simulator, read_health
 from ctcgrpo.simulator.config import SimulatorConfig
 from ctcgrpo.simulator.llm.backend import LlmBackend, chosen_prompts
-from ctcgrpo.simulator.protocol import SimulatorBackend, TurnReply, TurnRequest
+from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
 from ctcgrpo.simulator.scripted.backend import ScriptedBackend
-from ctcgrpo.simulator.service import answer
+from ctcgrpo.simulator.service import InProcess
 from ctcgrpo.types import Message
 
 TEMPERATURE = 0.7
 MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
-
-
-class InProcess:
-    """A backend in this process."""
-
-    def __init__(self, backend: SimulatorBackend) -> None:
-        self._backend = backend
-
-    async def turn(self, request: TurnRequest) -> TurnReply:
-        """Raises SimulatorReplyError and SimulatorTransportError, which make the sample a failed one."""
-        self._backend.check(request.scenario)
-        return await answer(self._backend, request)
-
-    async def about(self) -> dict[str, Any]:
-        """What decides how the user reacts."""
-        return self._backend.about()
 
 
 class Served:

@@ -60,8 +60,8 @@ class GradientSketch:
         self._hooks, self._start, self._parts = [], None, {}
 
     def of(self, values: torch.Tensor) -> torch.Tensor:
-        """Sketches (B, D) of the gradients of a sum of `values`, from the forward pass over B sequences that made them, each with the
-        gradient of its own part of the sum. Gradients of weights are neither computed nor touched."""
+        """Sketches (B, D) of the gradients of a sum of `values`, from the forward pass over B sequences that made them: each has
+        the gradient of its own part of the sum. Gradients of weights are neither computed nor touched."""
         assert self._start is not None, "no forward pass within `with`"
         batch = len(self._start)
         torch.autograd.grad(values.sum(), [self._start], allow_unused=True)

@@ -29,6 +29,7 @@ FOLD = "\n\n"  # between system message and first line where both stand in the f
 _MARKUP = re.compile(r"\s*[<\[{|].+[>\]}|]\s*", re.DOTALL)
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _RENDER_SECONDS = 30.0
+ANOTHER = "set another chat_template (in a recipe policy.chat_template, a file)"  # advice in errors
 _MANY = 16  # exchanges of the longest dialogue that is probed: some templates keep the last messages only
 _TODAY = "PROBE-TODAY"
 _TEMPLATE_ERRORS = (
@@ -63,8 +64,9 @@ class ChatTemplate:
         self._kwargs = dict(kwargs or {})
         self.name = f"the chat template of {tokenizer.name_or_path!r}"
         if not getattr(tokenizer, "chat_template", None):
-            advice = "choose an instruct model, or set its chat_template (in a recipe policy.chat_template, a file)"
-            raise PolicyError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; {advice}")
+            raise PolicyError(
+                f"tokenizer {tokenizer.name_or_path!r} has no chat template; choose an instruct model, or {ANOTHER}"
+            )
         self.layout = lru_cache(maxsize=256)(self._find_layout)
 
     def render(self, messages: Sequence[Message], **kwargs: Any) -> str:
@@ -75,7 +77,7 @@ class ChatTemplate:
                 return str(self._tokenizer.apply_chat_template(list(messages), **told))
         except TimeoutError:
             after = f"after {_RENDER_SECONDS:g} s"
-            raise PolicyError(f"{self.name} was still rendering {after}; set policy.chat_template") from None
+            raise PolicyError(f"{self.name} was still rendering {after}; {ANOTHER}") from None
         except _TEMPLATE_ERRORS as error:
             roles = ", ".join(m["role"] for m in messages)
             reason = str(error) or type(error).__name__
@@ -114,8 +116,7 @@ class ChatTemplate:
             shorter, longer = next((a, b) for a, b in zip(expected, parts, strict=True) if a != b)
             was, now = next((a, b) for a, b in zip(shorter, longer, strict=True) if a != b)
             change = f"where it wrote {was[-60:]!r} it writes {now[-60:]!r} once the dialogue is longer"
-            advice = "set policy.chat_template to a file with another one"
-            raise PolicyError(f"{self.name} does not render message by message: {change}; {advice}")
+            raise PolicyError(f"{self.name} does not render message by message: {change}; {ANOTHER}")
         return Layout(tuple(opens), before_first, first_prompt, tuple(between), before, prompt, folded)
 
     def _parts(self, first: list[Message], heard: Roles, exchanges: int, folded: bool) -> list[str]:
@@ -142,7 +143,7 @@ class ChatTemplate:
                 raise PolicyError(self._why_lost(contents, text, messages))
             parts.append(before)
         if again := next((content for content in contents if text.count(content) > 1), None):
-            raise PolicyError(f"{self.name} repeats the {_role(again, messages)} message; set policy.chat_template")
+            raise PolicyError(f"{self.name} repeats the {_role(again, messages)} message; {ANOTHER}")
         return [*parts, rest]
 
     def _why_lost(self, contents: Sequence[str], text: str, messages: list[Message]) -> str:
@@ -152,7 +153,7 @@ class ChatTemplate:
             how = f"renders messages in another order ({', '.join(order)})"
         else:
             how = f"{'rewrites' if lost.casefold() in text.casefold() else 'drops'} the {_role(lost, messages)} message"
-        return f"{self.name} {how}; set policy.chat_template to a file with another one"
+        return f"{self.name} {how}; {ANOTHER}"
 
 
 class _NoSystemRole(Exception):

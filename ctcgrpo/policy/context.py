@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ctcgrpo.environments.eibench.persona import BETWEEN, together
 from ctcgrpo.errors import PolicyEngineError, PolicyError
-from ctcgrpo.policy.chat_template import USUAL, ChatTemplate, ControlTokens, Layout, Roles
+from ctcgrpo.policy.chat_template import ANOTHER, USUAL, ChatTemplate, ControlTokens, Layout, Roles
 from ctcgrpo.policy.reasoning import CLOSE, OPEN, parse_completion
 from ctcgrpo.types import Completion, Heard, Message
 
@@ -97,7 +97,7 @@ class ContextBuilder:
         self._sampled_lead = before[len(self._prompt) :] if before.startswith(self._prompt) else ""
         if unsaid := self._sampled_lead.replace(OPEN, "").replace(CLOSE, "").strip():
             problem = f"{self._template.name} writes {unsaid!r} before a reply in history, but not in the prompt for one"
-            raise PolicyError(f"{problem}; set another chat_template (in a recipe policy.chat_template)")
+            raise PolicyError(f"{problem}; {ANOTHER}")
         self._remember()
 
     def _remember(self) -> None:
@@ -217,8 +217,7 @@ class ContextBuilder:
         at = next((k for k, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
         here, there = (self._tokenizer.convert_ids_to_tokens(list(part[max(0, at - 2) : at + 4])) for part in (ids, own))
         what = f"{name}: the prompt of turn {turn} is not what {self._template.name} renders: at token {at} it has {here}"
-        advice = "set policy.chat_template to a file whose template keeps messages as they are"
-        return f"{what}, the template's own text {there}; {advice}"
+        return f"{what}, the template's own text {there}; {ANOTHER}"
 
     def _encode_head(self, head: tuple[Line, ...], last: bool) -> Ids:
         layout = self._layout(_roles(None, head))

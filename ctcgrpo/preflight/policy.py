@@ -19,6 +19,7 @@ from ctcgrpo.policy.model_wheel import refuse_unfetchable
 from ctcgrpo.policy.reasoning import CLOSE, OPEN
 from ctcgrpo.preflight.subject import LINE_TOKENS, REPLY_TOKENS, Finding, Subject, failed, ok, sample, warning
 from ctcgrpo.run.folders import check_model
+from ctcgrpo.run.recipe import credit_named
 from ctcgrpo.run.settings import briefing, context_builder, lora_config, template_kwargs
 from ctcgrpo.training.samples import try_credit
 from ctcgrpo.types import Completion, Heard, Message
@@ -30,7 +31,8 @@ _MEASURED = 48  # maximum scenarios per scene whose prompts are measured
 
 def credit(s: Subject) -> Iterator[Finding]:
     options = s.recipe.credit_options()
-    try_credit(options)
+    with credit_named():
+        try_credit(options)
     yield ok(f"{options.credit}, centered on {options.centering}, scale {options.scale_rewards}")
 
 

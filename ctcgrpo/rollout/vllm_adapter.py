@@ -192,7 +192,7 @@ def require(part: Any, *attributes: str) -> None:
 
 def vllm_generation(model: Any, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
     if importlib.util.find_spec("vllm") is None:
-        raise PolicyError("rollout.engine needs vLLM, which is not installed; run pip install 'ctcgrpo[vllm]'")
+        raise PolicyError("vLLM is not installed; run pip install 'ctcgrpo[vllm]'")
     from trl.generation.vllm_generation import VLLMGeneration
 
     where = "vLLM could not be started" if options["mode"] == "colocate" else f"server {options['server_base_url']}"

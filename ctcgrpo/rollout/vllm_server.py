@@ -203,7 +203,7 @@ class VllmServerEngine(PolicyEngine):
         if length is not None and length < self._max_length:
             raise PolicyEngineError(
                 f"{url}: {served['id']} has max_model_len = {length}; expected at least {self._max_length} "
-                "(rollout.max_prompt_tokens + max_new_tokens); start it with --max-model-len"
+                "(a prompt and a reply at their limits); start it with --max-model-len"
             )
         self._models[url] = str(served["id"])
         return self._models[url]

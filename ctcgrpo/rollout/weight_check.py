@@ -72,6 +72,6 @@ def _difference(
             return PolicyEngineError(
                 f"{url} samples from other weights than it was sent: its log-probabilities differ from the trainer's by "
                 f"{mean:.3g} nats on average over {len(apart)} tokens; expected at most {bound:.2g}; check that it serves the "
-                "recipe's policy.model, unquantized, then restart the server and the run"
+                "model that is trained, unquantized, then restart the server and the run"
             )
     return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 from ctcgrpo.centering import CENTERINGS
 from ctcgrpo.credit import CREDIT_NAMES, DISCOUNTED, SCALES, VINE
 from ctcgrpo.environments.eibench.records import SCENES
-from ctcgrpo.errors import RecipeError
+from ctcgrpo.errors import CreditError, RecipeError
 from ctcgrpo.model.sharding import splits_weights
 from ctcgrpo.options import CreditOptions, LossWeights, OldLogprobs, Packing, SamplingDtype, recipe_field
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS
@@ -23,6 +24,16 @@ from ctcgrpo.util.sections import Section, environment_name
 
 _UNUSED: dict[str, Any] = {"simulator": True, "scoring": True, "policy": {"instructions", "persona_sections"}}
 """Sections and fields that a recipe with a custom environment does not have."""
+
+
+@contextlib.contextmanager
+def credit_named() -> Iterator[None]:
+    """Errors of a custom credit, which begin with an option of CTCGRPOConfig, begin with the recipe's field instead."""
+    try:
+        yield
+    except CreditError as error:
+        option, _, rest = str(error).partition(" ")
+        raise CreditError(f"credit.{'scale' if option == 'scale_rewards' else option} {rest}") from error
 
 
 class Run(Section):

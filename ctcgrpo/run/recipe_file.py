@@ -13,7 +13,7 @@ from typing import Any
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.util.importing import load_object
-from ctcgrpo.util.naming import cut, did_you_mean, quoted
+from ctcgrpo.util.naming import did_you_mean, quoted
 from ctcgrpo.util.sections import named_value, parse_mapping, read_text, refuse_unknown, validated
 
 _PYTHON_KEY = "'"
@@ -71,18 +71,6 @@ def resolved_recipe(file: str | Path) -> Recipe:
 def overrides(chosen: Mapping[str, Any]) -> list[str]:
     """Values as overrides of a recipe, as YAML reads them."""
     return [f"{name}={v if isinstance(v, str) else json.dumps(v, default=str)}" for name, v in chosen.items()]
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-    """The fields in which two resolved recipes differ, each as "field: old -> new"."""
-    found: list[str] = []
-    for key in [*old, *(k for k in new if k not in old)]:
-        a, b, name = old.get(key), new.get(key), f"{path}{key}"
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{name}.")
-        elif a != b:
-            found.append(f"{cut(name)}: {cut(str(a))} -> {cut(str(b))}")
-    return found
 
 
 def _layers(path: Path, extending: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:

@@ -31,7 +31,7 @@ from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.policy.builtin import is_built, wheel_of
 from ctcgrpo.policy.model_wheel import Say, fetch_model
 from ctcgrpo.run.recipe import Recipe
-from ctcgrpo.run.recipe_file import differences, resolved_recipe
+from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_records import Summary, read_metrics, resumed_validations
 from ctcgrpo.util.files import (
     RESTORE,
@@ -44,7 +44,7 @@ from ctcgrpo.util.files import (
     refuse_to_resume,
     write_whole,
 )
-from ctcgrpo.util.naming import first_line
+from ctcgrpo.util.naming import differences, first_line
 from ctcgrpo.util.workers import lock_folder
 
 BEST_STEP = "STEP"

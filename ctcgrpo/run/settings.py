@@ -137,7 +137,6 @@ def trainer_config(recipe: Recipe, processes: int) -> CTCGRPOConfig:
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
         ddp_timeout=training.process_timeout,
-        dataloader_pin_memory=torch.cuda.is_available(),
     )
     if training.sharding == FSDP2 and training.bf16:
         config.fsdp_plugin_args["mixed_precision_policy"] = fsdp2_precision()

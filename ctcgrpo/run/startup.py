@@ -4,7 +4,6 @@ import functools
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Final
 
@@ -13,10 +12,8 @@ from ctcgrpo.util.terminal import say
 _NOT_FOR_USERS: Final = {
     "DeepSpeed": "Setting accelerator to CPU",
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-    "transformers.trainer": "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
 }
-"""By logger, the beginning of a warning that needs no action: no GPU, no optional kernel, and an output layer that is tied to
-the embeddings and so is in no checkpoint."""
+"""By logger, the beginning of a warning that needs no action: no GPU, no optional kernel."""
 
 
 SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
@@ -42,8 +39,6 @@ def announce_loading(doing: str, libraries: str = "PyTorch and transformers") ->
 def _silence() -> None:
     # TRL reports usage to its authors by default; this must be the user's choice.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # TRL's defaults use options that transformers will rename; a user cannot act on that.
-    warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6.*", category=FutureWarning)
     for name, beginning in _NOT_FOR_USERS.items():
         logging.getLogger(name).addFilter(_without(beginning))
 

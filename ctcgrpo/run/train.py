@@ -46,7 +46,7 @@ from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.run.data_digest import data_changes, folder_digest
 from ctcgrpo.run.folders import check_model
 from ctcgrpo.run.progress import RunProgress
-from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.recipe import Recipe, credit_named
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.run_records import Validation
 from ctcgrpo.run.run_tasks import run_tasks
@@ -70,7 +70,7 @@ def train(recipe: Recipe) -> Path:
     episodes) save a checkpoint to resume from.
     """
     try:
-        with contextlib.ExitStack() as stack:
+        with credit_named(), contextlib.ExitStack() as stack:
             return _Run(recipe, stack).train_to_end()
     except (OSError, RuntimeError, SafetensorError) as error:
         if (reason := disk_problem(error)) is None:

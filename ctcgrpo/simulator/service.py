@@ -62,6 +62,22 @@ def turn_reply(request: TurnRequest, reaction: Reaction) -> TurnReply:
     )
 
 
+class InProcess:
+    """A user in this process, without a store."""
+
+    def __init__(self, backend: SimulatorBackend) -> None:
+        self._backend = backend
+
+    async def turn(self, request: TurnRequest) -> TurnReply:
+        """Raises SimulatorReplyError and SimulatorTransportError, which make the episode a failed one."""
+        self._backend.check(request.scenario)
+        return await answer(self._backend, request)
+
+    async def about(self) -> dict[str, Any]:
+        """What decides how the user reacts."""
+        return self._backend.about()
+
+
 class TurnService:
     """Answers turns with one backend. `store` keeps its answers. `on_source` gets the source of each answer: backend, store, or
     joined (an earlier request for the same turn). `on_error` gets the error of a failed write to the store."""

@@ -46,7 +46,7 @@ class CheckpointedUpdate(PolicyUpdate):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.refuse_nonfinite_weights()
-        state = state_text(self.centering)  # on all processes: what fails here fails on all of them
+        credit = state_text(self.args, self.centering)  # on all processes: what fails here fails on all of them
         # transformers would remove other checkpoints, and push this one, before it is complete
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         push, self.args.push_to_hub = self.args.push_to_hub, False
@@ -58,8 +58,7 @@ class CheckpointedUpdate(PolicyUpdate):
         self.accelerator.wait_for_everyone()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.accelerator.is_main_process:
-            if state is not None:
-                (folder / CREDIT_STATE).write_text(state, encoding="utf-8")
+            (folder / CREDIT_STATE).write_text(credit, encoding="utf-8")
             mark_complete(folder)
             self._rotate()
         self.accelerator.wait_for_everyone()
@@ -100,6 +99,12 @@ class CheckpointedUpdate(PolicyUpdate):
         """The weights, or the adapter, of a checkpoint or of a saved policy."""
         self._load_from_checkpoint(str(folder))
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A tied weight is loaded under the other name."""
+        tied = self.model.all_tied_weights_keys
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with self._weights_only(checkpoint):
             super()._load_rng_state(checkpoint)
@@ -114,7 +119,7 @@ class CheckpointedUpdate(PolicyUpdate):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._restore_schedule()
-            load_state(self.centering, Path(checkpoint))
+            load_state(self.args, self.centering, Path(checkpoint))
 
     def _restore_schedule(self) -> None:
         """An extended run takes its learning rate from the longer schedule, not from the end of the shorter one."""

@@ -159,7 +159,7 @@ def try_credit(options: CreditOptions) -> None:
     centering = make_centering(options.centering)
     for step in range(2):  # in the second a centering may remember the first
         step_credit(summaries, options, centering, step=step)
-    state_text(centering)
+    state_text(options, centering)
 
 
 def turn_samples(

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -50,6 +50,11 @@ from ctcgrpo.types import Environment, Episode, Task, TurnSample
 from ctcgrpo.util.processes import on_main, raise_on_all, run_coroutine, together
 
 PLAYING = "episodes"
+INSTEAD = dict.fromkeys(
+    ("reward_funcs", "reward_processing_classes", "tools", "rollout_func", "environment_factory"),
+    "environment=MyEnvironment, whose Step.reward and outcome() are the rewards (ctcgrpo/environments/README.md)",
+) | {"quantization_config": "CTCGRPOConfig(model_init_kwargs={'quantization_config': ...})"}
+"""Arguments of GRPOTrainer that this trainer does not take, and what to pass instead."""
 
 
 class RolloutHooks:
@@ -100,7 +105,11 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         *,
         contexts: ContextBuilder | None = None,
         hooks: RolloutHooks = NO_HOOKS,
+        **unknown: NoReturn,
     ) -> None:
+        for argument in unknown:
+            instead = f"; instead pass {INSTEAD[argument]}" if argument in INSTEAD else ""
+            raise TypeError(f"CTCGRPOTrainer does not take {argument}{instead}")
         name = model if isinstance(model, str) else model.config._name_or_path
         self.base_model = name
         if args is None:

@@ -62,7 +62,7 @@ def _import(module: str, where: str, folders: list[Path]) -> Any:
             looked = ", ".join(dict.fromkeys(here))
             raise RecipeError(
                 f"{where}: there is no module {error.name!r} in {looked} or installed; put {error.name.replace('.', '/')}.py "
-                "beside the recipe, or set PYTHONPATH"
+                "there, or set PYTHONPATH"
             ) from None
         raise RecipeError(f"{where}: importing {module} failed: {blame(error)}") from error
     except Exception as error:  # whatever a user's module does when it is imported

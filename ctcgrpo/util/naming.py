@@ -1,8 +1,10 @@
-"""Names and values in messages: suggestions for misspelt names, detection of paths, shortened values."""
+"""Names and values in messages: suggestions for misspelt names, detection of paths, shortened values,
+differences."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 _MOST = 200  # characters of a value that a message quotes
 _LISTED = 30
@@ -16,6 +18,18 @@ def cut(text: str, most: int = _MOST) -> str:
 def quoted(value: object) -> str:
     """The repr of a value, cut."""
     return cut(repr(value))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """The fields in which two mappings (of resolved recipes, of options) differ, each as "field: old -> new"."""
+    found: list[str] = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        a, b, name = old.get(key), new.get(key), f"{path}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{name}.")
+        elif a != b:
+            found.append(f"{cut(name)}: {cut(str(a))} -> {cut(str(b))}")
+    return found
 
 
 def first_line(error: BaseException) -> str:

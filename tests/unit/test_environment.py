@@ -34,9 +34,6 @@ from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.rollout.traces import add_credit, trace_record
 from ctcgrpo.run.run_records import read_traces
-from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
-from ctcgrpo.simulator.scripted import ScriptedBackend
-from ctcgrpo.simulator.service import answer
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.samples import step_credit, summarise
 from ctcgrpo.types import Completion, Environment, Episode, Info, Message, Step, Task, turn_rewards
@@ -407,16 +404,11 @@ def test_an_environment_may_score_every_few_turns(parts: Parts, tmp_path: Path) 
     assert [[turn["credit"]["advantage"] for turn in e["turns"]] for e in traces] == [pytest.approx(a), pytest.approx(b)]
 
 
-class InProcess:
-    async def turn(self, request: TurnRequest) -> TurnReply:
-        return await answer(ScriptedBackend(), request)
-
-
 def test_eibench_weighs_its_axes_by_scene() -> None:
     scenario: Scenario = next(s for s in load_scenarios("english/test", "test") if s.scene == "support")
 
     async def first(weights: dict[Any, tuple[float, float]]) -> tuple[float, dict[str, Any]]:
-        environment = EIBench(InProcess(), briefing=Briefing(), max_turns=4, turn_weights=weights)
+        environment = EIBench(briefing=Briefing(), max_turns=4, turn_weights=weights)
         await environment.reset(task_of(scenario).data, seed=1)
         step = await environment.step("You gave everything for that stall, and it is gone.")
         assert step.reward is not None

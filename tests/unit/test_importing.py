@@ -48,7 +48,7 @@ def test_a_module_of_ones_own_goes_before_an_installed_one(tmp_path: Path, monke
         ("a b:c", "expected module:attribute"),
         (":f", "expected module:attribute"),
         ("broken_m:", "expected module:attribute"),
-        ("absent_m:f", r"there is no module 'absent_m' in .*put absent_m.py beside the recipe"),
+        ("absent_m:f", r"there is no module 'absent_m' in .*put absent_m.py there, or set PYTHONPATH"),
         (
             "needs_m:f",
             r"importing needs_m failed: ModuleNotFoundError: No module named 'absent_lib' \(.*needs_m.py, line 2\)",

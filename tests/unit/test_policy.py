@@ -261,7 +261,7 @@ def test_a_template_that_does_not_come_to_an_end(tokenizer: Any, monkeypatch: py
     endless = AutoTokenizer.from_pretrained(tiny)
     endless.chat_template = "{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}"
     monkeypatch.setattr("ctcgrpo.policy.chat_template._RENDER_SECONDS", 0.3)
-    with pytest.raises(PolicyError, match=r"still rendering after 0.3 s; set policy.chat_template"):
+    with pytest.raises(PolicyError, match=r"still rendering after 0.3 s; set another chat_template"):
         builder(endless)
 
 

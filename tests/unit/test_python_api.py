@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import math
 import os
@@ -23,11 +24,12 @@ from peft import LoraConfig, PeftModel
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from ctcgrpo import CTCGRPOConfig, CTCGRPOTrainer, Environment, Step
 from ctcgrpo.config import WITHOUT_EFFECT, without_effect
-from ctcgrpo.errors import OutputError, PolicyError, TooManyFailures
+from ctcgrpo.errors import CreditError, OutputError, PolicyError, RecipeError, TooManyFailures
+from ctcgrpo.training.trainer import INSTEAD
 from ctcgrpo.types import Task
 from ctcgrpo.util.files import is_complete
 from tests.conftest import ROOT
@@ -154,6 +156,14 @@ def test_every_step_plays_equally_many_tasks_of_each_tag(tmp_path: Path) -> None
         ({"tasks": [{"id": 1}, {"id": 1}]}, ValueError, "train_dataset: duplicate task id"),
         ({"eval_dataset": "held out"}, TypeError, r"eval_dataset\[0\] is a str"),
         ({"environment": None}, TypeError, "environment is None; expected a class or a function"),
+        (
+            {"environment": None, "reward_funcs": len},
+            TypeError,
+            r"does not take reward_funcs; instead pass environment=MyEnvironment, whose Step.reward and outcome",
+        ),
+        ({"rewards": len}, TypeError, "CTCGRPOTrainer does not take rewards$"),
+        ({"credit": "absent_m:f"}, RecipeError, "^credit = 'absent_m:f': there is no module 'absent_m'"),
+        ({"scale_rewards": "math:sqrt"}, CreditError, "^scale_rewards = 'math:sqrt' raised TypeError"),
         ({"model": "builtin/tony"}, PolicyError, "model = 'builtin/tony'; did you mean 'builtin/tiny'"),
         ({"max_completion_length": 5000}, ValueError, "max_completion_length = 5000; expected less than the 4096 positions"),
     ],
@@ -316,6 +326,25 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(tmp_path: Path, by_path: bool)
     assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == list(range(1, 7))
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
     assert is_complete(tmp_path / "resumed" / "checkpoint-4") and is_complete(tmp_path / "resumed" / "checkpoint-6")
+
+
+def test_another_credit_does_not_resume(tmp_path: Path) -> None:
+    trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()
+    for options, change in (
+        ({"centering": "scene"}, "centering: rollout -> scene"),
+        ({"credit": "reward_to_go", "alpha": 1.0}, "alpha: 15.0 -> 1.0; credit: immediate -> reward_to_go"),
+    ):
+        with pytest.raises(OutputError, match=rf"checkpoint-1 was saved with another credit \({change}\); undo the change"):
+            trainer(tmp_path, **options).train(resume_from_checkpoint=True)
+
+
+def test_a_tied_head_is_not_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    made.train()
+    assert made.model.all_tied_weights_keys
+    caplog.clear()
+    made.train(resume_from_checkpoint=True)
+    assert not [record.message for record in caplog.records if "missing keys" in record.message]
 
 
 def test_there_is_nothing_to_resume(tmp_path: Path) -> None:
@@ -550,12 +579,28 @@ def test_fields_without_effect_are_refused_by_name(tmp_path: Path, name: str) ->
             {"save_strategy": "steps", "save_steps": 3, "num_iterations": 2},
             "save_steps = 3; expected a multiple of num_iterations",
         ),
-        ({"per_device_train_batch_size": 3}, "must be divisible by num_generations"),
+        (
+            {"per_device_train_batch_size": 3},
+            r"per_device_train_batch_size x processes = 3 x 1 = 3 episodes a step; expected a multiple of num_generations \(2\)",
+        ),
     ],
 )
 def test_values_that_cannot_be_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
+
+
+def test_every_argument_of_grpo_trainer_is_taken_or_named() -> None:
+    theirs, ours = (set(inspect.signature(made.__init__).parameters) for made in (GRPOTrainer, CTCGRPOTrainer))
+    assert theirs - ours == set(INSTEAD)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning", "error::UserWarning")
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_run_warns_of_nothing(tmp_path: Path, checkpointing: bool) -> None:
+    made = trainer(tmp_path, **({} if checkpointing else {"gradient_checkpointing": False}))  # True is TRL's default
+    made.train()
+    assert made.args.gradient_checkpointing == checkpointing
 
 
 def test_every_other_field_of_grpo_config_is_decided() -> None:

@@ -13,7 +13,8 @@ import yaml
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.experiments.spec import load_sweep
 from ctcgrpo.run.recipe import Recipe
-from ctcgrpo.run.recipe_file import differences, load_recipe, resolved_recipe
+from ctcgrpo.run.recipe_file import load_recipe, resolved_recipe
+from ctcgrpo.util.naming import differences
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -13,9 +13,10 @@ import yaml
 
 from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.experiments.spec import load_sweep
-from ctcgrpo.run.recipe_file import differences, load_recipe, resolved_recipe
+from ctcgrpo.run.recipe_file import load_recipe, resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.util.files import mark_complete
+from ctcgrpo.util.naming import differences
 from tests.conftest import ROOT, Command
 
 OPENING, CLOSING = "'''': CTC-GRPO recipe\n", "# '''; from ctcgrpo.cli import run_recipe; run_recipe(__file__)\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -142,6 +144,10 @@ def test_a_run_with_a_pickle_in_its_checkpoint_does_not_resume(ctcgrpo: Command,
     assert code == 6 and f"{checkpoint}: a file contains more than weights" in err and not (tmp_path / "ran").exists()
 
 
+def with_state(**state: Any) -> Callable[[bytes], bytes]:
+    return lambda data: json.dumps(json.loads(data) | {"state": state}).encode()
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "problem"),
     [
@@ -160,9 +166,14 @@ def test_a_run_with_a_pickle_in_its_checkpoint_does_not_resume(ctcgrpo: Command,
         ("trainer_state.json", lambda data: b'{"global_step": "1"}', "global_step = '1'"),
         ("credit_state.json", lambda data: b"[" * 9, "credit_state.json cannot be read"),
         ("credit_state.json", lambda data: b"[]", "credit_state.json: expected a JSON object, got a list"),
-        ("credit_state.json", lambda data: b'{"sums": {"a": [NaN]}, "weights": {"a": [1]}}', "credit_state.json cannot be"),
-        ("credit_state.json", lambda data: b'{"sums": {"a": [1]}, "weights": {"a": [0]}}', "weights must be positive"),
-        ("credit_state.json", lambda data: b'{"sums": {"a": [1]}, "weights": {"a": [1, 2]}}', "differ in length"),
+        (
+            "credit_state.json",
+            with_state(sums={"a": [math.nan]}, weights={"a": [1]}),
+            "cannot be used: centering =",
+        ),
+        ("credit_state.json", with_state(sums={"a": [1]}, weights={"a": [0]}), "weights must be positive"),
+        ("credit_state.json", with_state(sums={"a": [1]}, weights={"a": [1, 2]}), "differ in length"),
+        ("credit_state.json", lambda data: b'{"state": null}', "credit_state.json: expected the options of the credit"),
     ],
 )
 def test_a_damaged_checkpoint_that_is_marked_complete_is_named(

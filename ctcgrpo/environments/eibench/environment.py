@@ -19,7 +19,7 @@ from ctcgrpo.options import RolloutOptions
 from ctcgrpo.rollout.engine import request_seed
 from ctcgrpo.simulator.protocol import ScenarioCard, TurnReply, TurnRequest, Utterance, turn_request
 from ctcgrpo.simulator.scripted import ScriptedBackend
-from ctcgrpo.simulator.service import answer
+from ctcgrpo.simulator.service import InProcess
 from ctcgrpo.types import Environment, Message, Step, Task
 
 _PERSONA = Briefing()  # the whole role, and no instructions
@@ -39,11 +39,6 @@ class SharedUser(User, Protocol):
     async def __aexit__(self, *error: Any) -> Any: ...
 
 
-class _ScriptedUser:
-    async def turn(self, request: TurnRequest) -> TurnReply:
-        return await answer(ScriptedBackend(), request)
-
-
 class EIBench(Environment):
     """One dialogue with `user`, the scripted one where absent. A task's `scenario` is a Scenario (`scenario_tasks`).
 
@@ -59,7 +54,7 @@ class EIBench(Environment):
         variant: Variant = "training",
         turn_weights: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
-        self._user: User = _ScriptedUser() if user is None else user
+        self._user: User = InProcess(ScriptedBackend()) if user is None else user
         self._briefing = briefing
         self._max_turns = max_turns
         self._variant: Variant = variant
