@@ -34,6 +34,7 @@ from ctcgrpo.evaluation.results import summarise, write_results
 from ctcgrpo.run.folders import is_model, require_folder, require_run
 from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.startup import announce_loading
+from ctcgrpo.util.importing import installing
 from ctcgrpo.util.naming import is_path
 from ctcgrpo.util.terminal import Terminal, say
 
@@ -117,7 +118,7 @@ def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
     try:
         from ctcgrpo.evaluation.run import evaluate as played
     except ImportError as error:
-        raise RecipeError(f"evaluate needs the extra eval: pip install 'ctcgrpo[eval]' ({error})") from None
+        raise RecipeError(f"evaluate needs the extra eval: {installing('eval')} ({error})") from None
 
     return partial(
         played,
@@ -210,7 +211,7 @@ def _compare(found: Mapping[str, Any], out: Path, dialogues: int, console: Termi
     try:
         from ctcgrpo.evaluation.forest import write_comparison
     except ImportError:
-        say("plot and page need the extra eval: pip install 'ctcgrpo[eval]'")
+        say(f"plot and page need the extra eval: {installing('eval')}")
         return
     written = write_comparison(found, most_changed(found, dialogues) if dialogues else [], out)
     say(f"plot and page: {', '.join(map(str, written))}")

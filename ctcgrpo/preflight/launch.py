@@ -18,6 +18,7 @@ from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.saving import checkpoint_bytes, notice_seconds, save_seconds, too_little_time
 from ctcgrpo.run.startup import SHUTDOWN_TIMEOUT
+from ctcgrpo.util.importing import installing
 from ctcgrpo.util.proxies import open_url
 
 
@@ -38,7 +39,7 @@ def libraries(s: Subject) -> Iterator[Finding]:
     missing = [name for name in used if importlib.util.find_spec(name) is None]
     for name in missing:
         extra = {"bitsandbytes": "qlora"}.get(name, name)
-        yield failed(f"{name} is not installed; run pip install 'ctcgrpo[{extra}]'")
+        yield failed(f"{name} is not installed; run {installing(extra)}")
     if not missing:
         yield ok(", ".join(used) or "no optional libraries needed")
 
