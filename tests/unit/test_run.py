@@ -380,8 +380,8 @@ def test_a_run_that_resumes_meets_the_same_data(ctcgrpo: Command, pack: Path, ti
     whole = file.read_text()
 
     def refused(*reasons: str) -> None:
-        code, _, err = ctcgrpo(*command)
-        assert code == 6 and all(reason in err for reason in reasons), err
+        code, out, err = ctcgrpo(*command)
+        assert code == 6 and all(reason in err for reason in reasons) and "resumes from" not in out, err
 
     lines = whole.splitlines(keepends=True)
     file.write_text("".join(lines[:8]))
@@ -403,7 +403,7 @@ def test_a_run_that_resumes_meets_the_same_data(ctcgrpo: Command, pack: Path, ti
     refused("policy.chat_template: 1 altered (template.jinja)", "run.name=NAME")
     shutil.copy(model / "chat_template.jinja", template)
     code, out, err = ctcgrpo(*command)
-    assert code == 0 and "step 2/2" in out, err
+    assert code == 0 and "tiny resumes from checkpoint-1: policy" in out and "step 2/2" in out, err
 
 
 def test_a_finished_run_can_be_given_more_steps(ctcgrpo: Command, tmp_path: Path) -> None:
