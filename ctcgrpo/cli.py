@@ -149,8 +149,9 @@ def chat(
         say(line, sys.stderr)
     chosen = find_scenario(found.scenarios, scenario)
     briefing = Briefing(instructions=load_instructions(instructions))
-    with chosen_simulator(config, url or []) as simulator:
-        asyncio.run(chat(chosen, briefing, simulator, Terminal(80), lambda: input("You: "), rounds=rounds))
+    console = Terminal(80)
+    with chosen_simulator(config, url or [], console) as simulator:
+        asyncio.run(chat(chosen, briefing, simulator, console, lambda: input("You: "), rounds=rounds))
 
 
 def noise(
@@ -182,10 +183,10 @@ def noise(
     turns = recorded_turns(
         files, scenarios, dialogues=dialogues, max_rounds=rounds, warn=lambda text: say(f"warning: {text}", sys.stderr)
     )
-    with chosen_simulator(config, url or []) as simulator:
+    console = Terminal(120)
+    with chosen_simulator(config, url or [], console) as simulator:
         says = asyncio.run(read_health(simulator))
         measured = asyncio.run(measure(turns, simulator, replays=replays))
-    console = Terminal(120)
     console.print(noise_table(measured, f"noise of the simulator on turns of {run}"))
     console.print(f"simulator: {says}", markup=False, highlight=False, soft_wrap=True)
 

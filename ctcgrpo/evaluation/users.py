@@ -4,6 +4,7 @@ ours, or a simulator server that runs already. Prompts, reading and states are t
 import atexit
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def chosen_user(
         return InProcess(ScriptedBackend())
     if tries is not None and choice.llm is not None:
         section = choice.llm.model_copy(update={"tries": tries})
-        choice = SimulatorChoice(config=choice.config.model_copy(update={"llm": section}))
+        choice = replace(choice, config=choice.config.model_copy(update={"llm": section}))
     return Served(choice)
 
 

@@ -86,7 +86,7 @@ def test_a_shipped_recipe_prints_its_plan(file: Path, ctcgrpo: Command, tmp_path
         (["scenarios.train=eibench/nowhere"], "scenarios", "ctcgrpo scenarios fetch eibench"),
         (["validation.scenarios=english/train"], "validation", "64 scenarios are also in scenarios.train"),
         (["policy.model=Nobody/Nothing-8B"], "model", "policy.model = 'Nobody/Nothing-8B' cannot be loaded"),
-        (["rollout.max_prompt_tokens=4000", "rollout.max_new_tokens=200"], "model", "= 4200, but 'builtin/tiny' has 4096"),
+        (["rollout.max_prompt_tokens=4000", "rollout.max_new_tokens=200"], "model", "set rollout.max_prompt_tokens=3896 or less"),
         (["policy.lora={target_modules: [q_proj, nope]}"], "adapter", "the model has no nope; available: down_proj, gate_proj"),
         (
             ["policy.attention=flash_attention_2", "training.packing=none", "rollout.engine=vllm_server",
@@ -104,7 +104,7 @@ def test_a_shipped_recipe_prints_its_plan(file: Path, ctcgrpo: Command, tmp_path
             ["rollout.engine=vllm_server", "rollout.deterministic=false", "rollout.vllm.urls=[http://127.0.0.1:9]"],
             "policy servers", "expected a vLLM server with development endpoints",
         ),
-        (["rollout.engine=vllm_colocated", "rollout.deterministic=false"], "libraries", "pip install 'ctcgrpo[vllm]'"),
+        (["rollout.engine=vllm_colocated", "rollout.deterministic=false"], "libraries", "pip install '.[vllm]' in the clone"),
         (["hardware.gpu=H100"], "memory", "did you mean 'H100-80GB'"),
         (["hardware.gpu=A10G-24GB", "training.tokens_per_row=99000000"], "memory", "lower training.tokens_per_row"),
         (
@@ -124,6 +124,20 @@ def test_a_broken_recipe_gets_its_reason(
     monkeypatch.delenv("DASHSCOPE_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert reason in failed(look(tmp_path, *overrides))[about]
+
+
+def test_a_provider_that_does_not_answer_is_named_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctcgrpo.preflight.eibench._DEADLINE", 0.5)
+    file = tmp_path / "llm.yaml"
+    for url, reason in {
+        "http://127.0.0.1:9/v1": "m at 127.0.0.1:9: cannot connect: Cannot connect to host 127.0.0.1:9",
+        "http://nobody.invalid/v1": "m at nobody.invalid: cannot connect: Cannot connect to host nobody.invalid:80",
+    }.items():
+        file.write_text(yaml.safe_dump({"backend": "llm", "llm": {"endpoints": [{"url": url, "model": "m"}]}}))
+        said = failed(look(tmp_path, f"simulator.config={file}"))["simulator"]
+        assert said.startswith(f"simulator {file}: no endpoint answered within 0.5 s") and reason in said
+    refused = failed(look(tmp_path, f"simulator.config={file}", "simulator.timeout=100"))["simulator"]
+    assert "simulator.timeout = 100; expected more than 180 s" in refused  # the configuration's deadline, not the test's
 
 
 def test_a_launcher_that_shards_otherwise_is_refused(tmp_path: Path) -> None:
