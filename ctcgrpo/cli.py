@@ -94,14 +94,15 @@ def check(
 ) -> None:
     """Validate a recipe without a GPU, and print the estimated memory, time and cost of its run."""
     settings = load_recipe(recipe, overrides or [])
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     announce_loading(f"checking {settings.run.name}")
+    gpus = _gpus()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from transformers.utils import logging as transformers_logging
 
     from ctcgrpo.preflight.check import findings, print_findings
 
     transformers_logging.disable_progress_bar()
-    found, subject = findings(settings)
+    found, subject = findings(settings, gpus=gpus)
     print_findings(found, subject.memory, Terminal(132), settings.run.name)
     if any(finding.level == "failed" for finding in found):
         sys.exit(RecipeError.exit_code)

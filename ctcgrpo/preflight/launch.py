@@ -45,8 +45,16 @@ def libraries(s: Subject) -> Iterator[Finding]:
 
 
 def processes(s: Subject) -> Iterator[Finding]:
-    wanted = s.recipe.hardware.processes
+    wanted, here = s.recipe.hardware.processes, s.gpus * s.recipe.hardware.nodes
     s.recipe.check_processes(wanted)
+    if 0 < here < wanted:
+        shared = ""
+        if s.recipe.tasks_per_step * s.recipe.rollout.group_size % here:
+            shared = f", and scenarios.per_step or rollout.group_size so that their product is a multiple of {here}"
+        yield warning(
+            f"hardware.processes = {wanted}, and {s.recipe.hardware.nodes} x {s.gpus} GPUs are here (nodes x this machine's); for "
+            f"these set hardware.processes={here}{shared}, and launch with --num_processes {here}"
+        )
     episodes = s.recipe.tasks_per_step * s.recipe.rollout.group_size // wanted
     text = f"{wanted} with {episodes} episodes per step each (hardware.processes)"
     split = episodes % s.recipe.rollout.group_size > 0
