@@ -66,8 +66,9 @@ class ScenarioTasks:
     def start(self, stack: ExitStack, state: PartialState, folder: RunFolder, say: Say) -> Callable[[], Environment]:
         """The factory of an episode's environment, on every process. `stack` closes what this starts."""
         settings, scoring = self._recipe.simulator, self._recipe.scoring
-        choice, limits = simulator_of(settings), {"timeout": settings.timeout, "patience": settings.patience}
-        self._client = choice.client(self._urls(choice, stack, state, folder), settings.token_env, **limits, say=say)
+        choice = simulator_of(settings)
+        options: dict[str, Any] = {"timeout": settings.timeout, "patience": settings.patience, "say": say}
+        self._client = choice.client(self._urls(choice, stack, state, folder), settings.token_env, **options)
         self._about = asyncio.run(read_health(self._client))
         check_timeout(self._about, settings.timeout)
         if self._about.get("backend") == SCRIPTED:
