@@ -66,7 +66,7 @@ class Served:
     async def about(self) -> dict[str, Any]:
         says = await read_health(self._choice.client(self._urls))
         about = {name: value for name, value in says.items() if name not in ("status", "deadline", "version")}
-        return about | _priced(self._choice.config)
+        return about | priced(self._choice.config)
 
 
 class InspectModel:
@@ -136,7 +136,7 @@ def chosen_user(
     return Served(choice)
 
 
-def _priced(config: SimulatorConfig) -> dict[str, Any]:
+def priced(config: SimulatorConfig) -> dict[str, Any]:
     """What a million tokens cost, where all endpoints agree on that."""
     prices = {endpoint.price for endpoint in config.llm.endpoints} if config.llm is not None else set()
     price = prices.pop() if len(prices) == 1 else None
