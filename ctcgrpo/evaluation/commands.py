@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ctcgrpo.errors import GateFailed, OutputError, RecipeError, TooManyFailures, too_many_failed
+from ctcgrpo.evaluation import presets
 from ctcgrpo.evaluation.benches import named
 from ctcgrpo.evaluation.compare import compared, most_changed, ranked
 from ctcgrpo.evaluation.options import (
@@ -140,6 +141,13 @@ def _announce(trained: Trained, wanted: Evaluation, given: Given) -> None:
             say(f"to use the run's settings: {_command_as_trained(trained, given)}")
 
 
+def _announce_preset(wanted: Evaluation) -> None:
+    from ctcgrpo.evaluation.run import settings_before
+
+    if wanted.preset is not None:
+        say(presets.in_words(wanted.preset, presets.preset_differences(wanted.preset, settings_before(wanted))))
+
+
 def _command_as_trained(trained: Trained, given: Given) -> str:
     """The same command with the run's settings, in a folder of its own."""
     words = ["ctcgrpo", "evaluate", "eibench"]
@@ -176,6 +184,7 @@ def _evaluate_model(options: ModelOptions, given: Given, console: Terminal) -> N
     wanted = wanted_evaluation(options.bench, options.model, given, trained)
     if trained is not None:
         _announce(trained, wanted, given)
+    _announce_preset(wanted)
     kind = f"{_AS_TRAINED if 'as_trained' in given else ''}{f'-{wanted.preset}' if wanted.preset else ''}"
     slug = re.sub(r"[^\w.-]", "-", wanted.model).strip("-")
     summary = play(wanted, options.out or _OUT / options.bench / f"{slug}{kind}")
@@ -197,6 +206,7 @@ def _evaluate_run(run: Path, given: Given, console: Terminal) -> None:
     wanted = evaluations_of(folder, task, generation, roles, limit=given.get("limit"), preset=preset, say=say)
     if (trained := trained_as(folder.final)) is not None:
         say(trained.description)
+    _announce_preset(next(iter(wanted.values())))
     out = given.get("out") or run / "evaluations"
     folders = {which: out / f"eibench-{which}{f'-{preset}' if preset else ''}" for which in wanted}
     summaries = [play(evaluation, folders[which]) for which, evaluation in wanted.items()]
