@@ -154,7 +154,7 @@ def without_chat_template(tiny: Path, folder: Path) -> Path:
         ("rollout.gruop_size=4", 2, "unknown field rollout.gruop_size; did you mean 'group_size'?"),
         ("scenarios.per_step=5", 2, "scenarios.per_step is 5 for 4 scenes"),
         ("rollout.max_prompt_tokens=100", 4, "rollout.max_prompt_tokens) is 100; raise it or drop the scenario"),
-        ("rollout.max_prompt_tokens=5000", 4, "has 4096 positions; lower one of them"),
+        ("rollout.max_prompt_tokens=5000", 4, "has 4096 positions; set rollout.max_prompt_tokens=4072 or less"),
         ("policy.model=/nowhere/at/all", 4, "policy.model '/nowhere/at/all' cannot be loaded: no such folder"),
         ("policy.model=WITHOUT_TEMPLATE", 4, "has no chat template"),
         ("simulator.url=http://127.0.0.1:9", 5, "no simulator server answers"),
