@@ -95,14 +95,15 @@ def check(
 ) -> None:
     """Validate a recipe without a GPU, and print the estimated memory, time and cost of its run."""
     settings = load_recipe(recipe, overrides or [])
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     announce_loading(f"checking {settings.run.name}")
+    gpus = _gpus()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from transformers.utils import logging as transformers_logging
 
     from ctcgrpo.preflight.check import findings, print_findings
 
     transformers_logging.disable_progress_bar()
-    found, subject = findings(settings)
+    found, subject = findings(settings, gpus=gpus)
     print_findings(found, subject.memory, Terminal(132), settings.run.name)
     if any(finding.level == "failed" for finding in found):
         sys.exit(RecipeError.exit_code)
@@ -150,8 +151,9 @@ def chat(
         say(line, sys.stderr)
     chosen = find_scenario(found.scenarios, scenario)
     briefing = Briefing(instructions=load_instructions(instructions))
-    with chosen_simulator(config, url or []) as simulator:
-        asyncio.run(chat(chosen, briefing, simulator, Terminal(80), lambda: input("You: "), rounds=rounds))
+    console = Terminal(80)
+    with chosen_simulator(config, url or [], console) as simulator:
+        asyncio.run(chat(chosen, briefing, simulator, console, lambda: input("You: "), rounds=rounds))
 
 
 def noise(
@@ -183,10 +185,10 @@ def noise(
     turns = recorded_turns(
         files, scenarios, dialogues=dialogues, max_rounds=rounds, warn=lambda text: say(f"warning: {text}", sys.stderr)
     )
-    with chosen_simulator(config, url or []) as simulator:
+    console = Terminal(120)
+    with chosen_simulator(config, url or [], console) as simulator:
         says = asyncio.run(read_health(simulator))
         measured = asyncio.run(measure(turns, simulator, replays=replays))
-    console = Terminal(120)
     console.print(noise_table(measured, f"noise of the simulator on turns of {run}"))
     console.print(f"simulator: {says}", markup=False, highlight=False, soft_wrap=True)
 

@@ -26,6 +26,7 @@ from ctcgrpo.environments import sage_protocol as rules
 from ctcgrpo.environments.sage_protocol import START, USER_TURNS, Unreadable, profile_of
 from ctcgrpo.errors import RecipeError, SimulatorReplyError
 from ctcgrpo.llm_client.account import Account
+from ctcgrpo.llm_client.calls import ChatCompletion
 from ctcgrpo.llm_client.endpoints import Deadline, EndpointPool
 from ctcgrpo.llm_client.store import Store
 from ctcgrpo.rollout.engine import request_seed
@@ -115,8 +116,8 @@ class Sage(Environment):
 
 class SageEpisodes(contextlib.AbstractAsyncContextManager["SageEpisodes"]):
     """Makes the environment of each episode. All call the endpoints of a simulator's configuration (configs/simulator/*.yaml,
-    backend llm), which are open while a batch is played. Answers are plain text, whatever `output` the endpoints have for EIBench.
-    Raises RecipeError for a configuration without an LLM."""
+    backend llm), which are open while a batch is played; several may enter it at once. Answers are plain text, whatever `output`
+    the endpoints have for EIBench. Raises RecipeError for a configuration without an LLM."""
 
     def __init__(self, simulator: str) -> None:
         config = load_simulator_config(Path(simulator).expanduser())
@@ -125,28 +126,38 @@ class SageEpisodes(contextlib.AbstractAsyncContextManager["SageEpisodes"]):
         endpoints = tuple(endpoint.model_copy(update={"output": "text"}) for endpoint in config.llm.endpoints)
         self._llm = config.llm.model_copy(update={"endpoints": endpoints})
         self._account = Account(config.budget, None if config.store is None else Store(config.store))
-        self._models = ", ".join(sorted({endpoint.model for endpoint in endpoints}))
+        self.models = sorted({endpoint.model for endpoint in endpoints})
         self._pool: EndpointPool | None = None
+        self._entered = 0
 
     def __call__(self) -> Sage:
-        return Sage(self, self._models)
+        return Sage(self, ", ".join(self.models))
 
     async def ask(self, prompt: str, *, dialogue: str, seed: int) -> str:
+        return readable(await self.complete(prompt, dialogue=dialogue, seed=seed))
+
+    async def complete(self, prompt: str, *, dialogue: str, seed: int) -> ChatCompletion:
         assert self._pool is not None, "within `async with`"
         message: Message = {"role": "user", "content": prompt}
         deadline = Deadline(self._llm.deadline)
-        answer = await self._pool.complete([message], dialogue=dialogue, seed=seed, schema={}, deadline=deadline)
-        if answer.ended == "length":
-            raise Unreadable("cut off by llm.max_tokens")
-        if not answer.text:
-            raise Unreadable(answer.note or "empty")
-        return answer.text
+        return await self._pool.complete([message], dialogue=dialogue, seed=seed, schema={}, deadline=deadline)
 
     async def __aenter__(self) -> SageEpisodes:
-        self._pool = EndpointPool(self._llm, self._account)
+        self._entered += 1
+        self._pool = self._pool or EndpointPool(self._llm, self._account)
         return self
 
     async def __aexit__(self, *error: Any) -> None:
-        pool, self._pool = self._pool, None
-        if pool is not None:
+        self._entered -= 1
+        if not self._entered and self._pool is not None:
+            pool, self._pool = self._pool, None
             await pool.close()
+
+
+def readable(answer: ChatCompletion) -> str:
+    """The text of an answer. Raises Unreadable for one that was cut off, and for one without a text."""
+    if answer.ended == "length":
+        raise Unreadable("cut off by llm.max_tokens")
+    if not answer.text:
+        raise Unreadable(answer.note or "empty")
+    return answer.text

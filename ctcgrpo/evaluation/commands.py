@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ctcgrpo.errors import GateFailed, OutputError, RecipeError, TooManyFailures, too_many_failed
+from ctcgrpo.evaluation import presets
 from ctcgrpo.evaluation.benches import named
 from ctcgrpo.evaluation.compare import compared, most_changed, ranked
 from ctcgrpo.evaluation.options import (
@@ -34,6 +35,7 @@ from ctcgrpo.evaluation.results import summarise, write_results
 from ctcgrpo.run.folders import is_model, require_folder, require_run
 from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.startup import announce_loading
+from ctcgrpo.util.importing import installing
 from ctcgrpo.util.naming import is_path
 from ctcgrpo.util.terminal import Terminal, say
 
@@ -117,7 +119,7 @@ def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
     try:
         from ctcgrpo.evaluation.run import evaluate as played
     except ImportError as error:
-        raise RecipeError(f"evaluate needs the extra eval: pip install 'ctcgrpo[eval]' ({error})") from None
+        raise RecipeError(f"evaluate needs the extra eval: {installing('eval')} ({error})") from None
 
     return partial(
         played,
@@ -137,6 +139,13 @@ def _announce(trained: Trained, wanted: Evaluation, given: Given) -> None:
         if unlike := trained.differences(settings_before(wanted)):
             say(f"warning: not comparable with the run's validations; different settings: {'; '.join(unlike)}")
             say(f"to use the run's settings: {_command_as_trained(trained, given)}")
+
+
+def _announce_preset(wanted: Evaluation) -> None:
+    from ctcgrpo.evaluation.run import settings_before
+
+    if wanted.preset is not None:
+        say(presets.in_words(wanted.preset, presets.preset_differences(wanted.preset, settings_before(wanted))))
 
 
 def _command_as_trained(trained: Trained, given: Given) -> str:
@@ -175,6 +184,7 @@ def _evaluate_model(options: ModelOptions, given: Given, console: Terminal) -> N
     wanted = wanted_evaluation(options.bench, options.model, given, trained)
     if trained is not None:
         _announce(trained, wanted, given)
+    _announce_preset(wanted)
     kind = f"{_AS_TRAINED if 'as_trained' in given else ''}{f'-{wanted.preset}' if wanted.preset else ''}"
     slug = re.sub(r"[^\w.-]", "-", wanted.model).strip("-")
     summary = play(wanted, options.out or _OUT / options.bench / f"{slug}{kind}")
@@ -196,6 +206,7 @@ def _evaluate_run(run: Path, given: Given, console: Terminal) -> None:
     wanted = evaluations_of(folder, task, generation, roles, limit=given.get("limit"), preset=preset, say=say)
     if (trained := trained_as(folder.final)) is not None:
         say(trained.description)
+    _announce_preset(next(iter(wanted.values())))
     out = given.get("out") or run / "evaluations"
     folders = {which: out / f"eibench-{which}{f'-{preset}' if preset else ''}" for which in wanted}
     summaries = [play(evaluation, folders[which]) for which, evaluation in wanted.items()]
@@ -210,7 +221,7 @@ def _compare(found: Mapping[str, Any], out: Path, dialogues: int, console: Termi
     try:
         from ctcgrpo.evaluation.forest import write_comparison
     except ImportError:
-        say("plot and page need the extra eval: pip install 'ctcgrpo[eval]'")
+        say(f"plot and page need the extra eval: {installing('eval')}")
         return
     written = write_comparison(found, most_changed(found, dialogues) if dialogues else [], out)
     say(f"plot and page: {', '.join(map(str, written))}")

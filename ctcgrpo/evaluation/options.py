@@ -150,7 +150,12 @@ class SageOptions(ModelOptions):
 
     bench = "sage"
     rescored_with = ("rescore", "simulator")
-    simulator: Annotated[str | None, Option(help="PROVIDER/NAME of the simulator; with --rescore its name.")] = None
+    simulator: Annotated[
+        str | None,
+        Option(
+            help="Who plays the user: a configuration (configs/simulator, backend llm) or PROVIDER/NAME; with --rescore a name."
+        ),
+    ] = None
     data: Data = None
     rescore: Rescore = None
 
@@ -181,7 +186,7 @@ def split_options(bench: str, given: Given) -> tuple[Given, Given, dict[str, str
     generation = {name: given[name] for name in SAMPLING if name in given}
     other = named(bench).other
     name = given.get(other)
-    if name is None or (bench == "eibench" and names_a_simulator(name)):
+    if name is None or (other == "simulator" and names_a_simulator(name)):
         return task, generation, {}
     task.pop(other, None)
     return task, generation, {other: model_name(name, option_name(other))}

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ctcgrpo.environments.eibench.scenarios import described
 from ctcgrpo.evaluation.played import shown_name, shown_value
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS
-from ctcgrpo.simulator.choice import named_simulator
+from ctcgrpo.simulator.choice import named_simulator, names_a_simulator
 
 TRIES = 3  # default limit on calls to the user's LLM per turn, until its answer is valid
 _DIALOGUE = ("rounds", "variant", "reasoning")
@@ -27,10 +28,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "simulator.temperature": 0.7,
         "simulator.top_p": None,
         "simulator.seed": None,
+        "scenarios": "eibench/test",
+        "simulator": "qwen3-max",
     }
 }
 """Task arguments and sampling settings by name; a setting that is None is not sent. The official mode has its own `instructions`,
-`reasons` and `opener`; `tries` and the simulator's sampling apply to an LLM user."""
+`reasons` and `opener`; `tries` and the simulator's sampling apply to an LLM user. `scenarios` and `simulator` need data and a
+provider: they are not set, only compared."""
 
 
 def preset_differences(name: str, played: Mapping[str, Any]) -> list[str]:
@@ -38,11 +42,33 @@ def preset_differences(name: str, played: Mapping[str, Any]) -> list[str]:
     wanted = PRESETS[name]
     names = [*_DIALOGUE, *_SAMPLING, *(() if played.get("official") is not None else _BRIEFING)]
     names += ["tries", "simulator.temperature", "simulator.top_p"] if "tries" in played else []
-    return [
+    differing = [
         f"{shown_name(key)} {shown_value(key, played.get(key))} ({name}: {shown_value(key, wanted[key])})"
         for key in names
         if played.get(key) != wanted[key]
     ]
+    data, published = described(played["scenarios"]), described(wanted["scenarios"])
+    if data not in (published, described("eibench")):
+        differing.append(f"data {data} ({name}: {published})")
+    if limit := played.get("limit"):
+        differing.append(f"the first {limit} scenarios ({name}: all)")
+    models = _models(played["simulator"])
+    if not all(wanted["simulator"] in model.lower() for model in models):
+        differing.append(f"user {', '.join(models)} ({name}: {wanted['simulator']})")
+    if played.get("official") is None:
+        differing.append(f"prompts of ctcgrpo ({name}: the authors', --official FOLDER)")
+    return differing
+
+
+def in_words(name: str, differing: Sequence[str]) -> str:
+    """A preset and an evaluation's differences to it, as a line."""
+    return f"preset: {name}{', but ' if differing else ''}{', '.join(differing)}"
+
+
+def _models(simulator: str) -> list[str]:
+    """The models of the user's LLM; the simulator's name where this process does not know them."""
+    llm = named_simulator(simulator).llm if names_a_simulator(simulator) else None
+    return [simulator] if llm is None else sorted({endpoint.model for endpoint in llm.endpoints})
 
 
 def with_preset(

@@ -7,6 +7,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from ctcgrpo.evaluation import presets
 from ctcgrpo.evaluation.benches import FAULTS, Bench, named
 from ctcgrpo.evaluation.played import in_words, settings_of, title_of
 from ctcgrpo.simulator.choice import who_played
@@ -53,7 +54,7 @@ def _figures(bench: Bench, found: Mapping[str, Any], *, key: str = "mean", chang
 def _lines(bench: Bench, summary: Mapping[str, Any]) -> list[str]:
     lines = [f"settings: {in_words(settings_of(summary))}"]
     if preset := summary.get("preset"):
-        lines.append(f"preset: {preset['name']}{', but ' if preset['differs'] else ''}{', '.join(preset['differs'])}")
+        lines.append(presets.in_words(preset["name"], preset["differs"]))
     scored = summary["results"] - summary["failed"]
     for name, what in bench.measures.items():
         found = summary["measures"][name]

@@ -12,13 +12,15 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import inspect_ai
 from inspect_ai._util.error import PrerequisiteError
+from inspect_ai.log import EvalLog
 from inspect_ai.model import GenerateConfig, get_model
 from rich.errors import MarkupError
 from rich.text import Text
@@ -97,10 +99,8 @@ def evaluate(
     wanted = with_defaults(wanted)
     settle_environment()  # for the providers' clients
     bench = named(wanted.bench)
-    log = newest_log(folder / "logs", say)
     default = inspect.signature(_registry.eibench).parameters["scenarios"].default
     of = _fingerprint(bench.name, wanted.model.removeprefix(LOCAL), wanted.task, default)
-    _refuse_another(folder, {**asdict(wanted), "of": of}, begun=log is not None)
     options: dict[str, Any] = {
         "log_dir": str(folder / "logs"),
         "display": display,
@@ -110,40 +110,42 @@ def evaluate(
         "max_samples": connections,
         "max_connections": connections,
     }
-    try:
-        if log is None or not log.eval.dataset.sample_ids:
-            roles = {
-                role: get_model(name, config=GenerateConfig(**{"timeout": PATIENCE, **wanted.role_generation.get(role, {})}))
-                for role, name in wanted.roles.items()
-            }
-            played = inspect_ai.eval(
-                f"ctcgrpo/{bench.name}",
-                model=wanted.model,
-                model_args=dict(wanted.model_args),
-                model_roles=roles or None,
-                task_args=dict(wanted.task),
-                limit=wanted.limit,
-                **options,
-                **{"timeout": PATIENCE, **wanted.generation},
-            )
-        elif log.status != "success" or log.results is None or log.results.completed_samples < log.results.total_samples:
-            played = inspect_ai.eval_retry(log.location, **options)
-        else:
-            say(f"{folder}: complete since {log.eval.created[:10]}, nothing to play")
-            played = [log]
-    except CtcGrpoError:
-        raise
-    except KeyboardInterrupt:
-        raise RunInterrupted("interrupted; the same command resumes") from None
-    except Exception as error:
-        raise _explained(error, wanted) from error
-    finally:
-        _close_policies()
-    if not played or played[0].status == "cancelled":  # Inspect returns after Ctrl-C
-        raise RunInterrupted("interrupted; the same command resumes")
-    log = played[0]
-    if log.status == "error":
-        raise PolicyError(f"{wanted.bench} failed: {log.error.message if log.error else 'no reason given'}")
+    newest = newest_log(folder / "logs", say)
+    with _recorded(folder, {**asdict(wanted), "of": of}, newest) as log:
+        try:
+            if log is None or not log.eval.dataset.sample_ids:
+                roles = {
+                    role: get_model(name, config=GenerateConfig(**{"timeout": PATIENCE, **wanted.role_generation.get(role, {})}))
+                    for role, name in wanted.roles.items()
+                }
+                played = inspect_ai.eval(
+                    f"ctcgrpo/{bench.name}",
+                    model=wanted.model,
+                    model_args=dict(wanted.model_args),
+                    model_roles=roles or None,
+                    task_args=dict(wanted.task),
+                    limit=wanted.limit,
+                    **options,
+                    **{"timeout": PATIENCE, **wanted.generation},
+                )
+            elif log.status != "success" or log.results is None or log.results.completed_samples < log.results.total_samples:
+                played = inspect_ai.eval_retry(log.location, **options)
+            else:
+                say(f"{folder}: complete since {log.eval.created[:10]}, nothing to play")
+                played = [log]
+        except CtcGrpoError:
+            raise
+        except KeyboardInterrupt:
+            raise RunInterrupted("interrupted; the same command resumes") from None
+        except Exception as error:
+            raise _explained(error, wanted) from error
+        finally:
+            _close_policies()
+        if not played or played[0].status == "cancelled":  # Inspect returns after Ctrl-C
+            raise RunInterrupted("interrupted; the same command resumes")
+        log = played[0]
+        if log.status == "error":
+            raise PolicyError(f"{wanted.bench} failed: {log.error.message if log.error else 'no reason given'}")
     results, facts = results_of(log)
     facts |= {"data": of["data"], "data_set": data_set(bench.name, wanted.task, default)}
     if "instructions" in of:
@@ -171,21 +173,40 @@ def _close_policies() -> None:
         module.close_all()
 
 
-def _refuse_another(folder: Path, asked: Mapping[str, Any], *, begun: bool) -> None:
-    """Raises OutputError for a folder with another evaluation; records this one in it."""
-    file = folder / "evaluation.json"
-    asked = json.loads(json.dumps(asked))
+@contextmanager
+def _recorded(folder: Path, asked: Mapping[str, Any], log: EvalLog | None) -> Iterator[EvalLog | None]:
+    """Record an evaluation in its folder; gives the log to resume. One without a scored dialogue does not bind the folder: other
+    settings replace it. An error before anything is played leaves the folder as it was. Raises OutputError for a folder with
+    another evaluation."""
+    file, logs = folder / "evaluation.json", folder / "logs"
+    asked, before = json.loads(json.dumps(asked)), None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if begun and file.exists():
+        if log is not None and file.exists():
             before = read_json(file)
             if not isinstance(before, dict):
                 raise OutputError(f"{file}: expected the settings of an evaluation; choose another folder with --out")
             if changed := differences(before, asked):
-                raise OutputError(f"{folder} contains another evaluation ({'; '.join(changed)}); choose another with --out")
+                # An interrupted log has no results either, but may have scored dialogues.
+                if log.status != "success" or (log.results is not None and log.results.completed_samples):
+                    raise OutputError(f"{folder} contains another evaluation ({'; '.join(changed)}); choose another with --out")
+                log = None
+        folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(asked, indent=2) + "\n")
     except OSError as error:
         raise OutputError(f"cannot write to {folder} ({error.strerror}); choose another with --out") from None
+    written = set(logs.glob("*.eval"))
+    try:
+        yield log
+    except BaseException:
+        if set(logs.glob("*.eval")) == written:
+            if before is not None:
+                write_whole(file, json.dumps(before, indent=2) + "\n")
+            else:
+                file.unlink()
+                for empty in (logs, folder):
+                    with suppress(OSError):
+                        empty.rmdir()
+        raise
 
 
 def _explained(error: Exception, wanted: Evaluation) -> Exception:
@@ -219,6 +240,8 @@ def _fingerprint(bench: str, model: str, task: Mapping[str, Any], scenarios: str
     that figures of others under the same names are not taken for the same; `scenarios` is the default of the task. Raises
     ScenarioError, RecipeError and SimulatorTransportError for what is not there."""
     found: dict[str, Any] = {"data": _data(bench, task, scenarios)}
+    if bench == "sage" and (simulator := task.get("simulator")) is not None:
+        found["simulator"] = named_simulator(simulator).config.digest
     folder = Path(model).expanduser()
     if folder.is_dir():  # names, sizes and times: weights are too large to be read for this
         files = sorted(file for pattern in _POLICY_FILES for file in folder.glob(pattern))
@@ -273,8 +296,8 @@ def with_defaults(wanted: Evaluation) -> Evaluation:
 
 
 def settings_before(wanted: Evaluation) -> dict[str, Any]:
-    """The settings that an evaluation of eibench will have: arguments of the task and of sampling together, and how an LLM that
-    plays the user is sampled."""
+    """The settings that an evaluation of eibench will have: arguments of the task and of sampling together, how an LLM that
+    plays the user is sampled, and the limit on scenarios."""
     wanted = with_defaults(wanted)
     defaults = {name: parameter.default for name, parameter in inspect.signature(_registry.eibench).parameters.items()}
     unset = names_of(wanted.task.get("unset", ""))
@@ -289,7 +312,7 @@ def settings_before(wanted: Evaluation) -> dict[str, Any]:
         default = {} if "simulator.temperature" in unset else {"temperature": TEMPERATURE}
         sampled = {**default, **wanted.role_generation.get("simulator", {})}
         played |= {f"simulator.{name}": sampled.get(name) for name in ("temperature", "top_p")}
-    return {**played, "simulator": wanted.roles.get("simulator", played["simulator"])}
+    return {**played, "simulator": wanted.roles.get("simulator", played["simulator"]), "limit": wanted.limit}
 
 
 def evaluations_of(

@@ -1,10 +1,15 @@
 """SAGE as a task of Inspect: dialogues with the environment that a policy can be trained in too (ctcgrpo/environments/sage.py).
 
 inspect eval ctcgrpo/sage --model PROVIDER/MODEL --model-role simulator=PROVIDER/MODEL -T data=FOLDER
+inspect eval ctcgrpo/sage --model PROVIDER/MODEL -T simulator=configs/simulator/qwen3_max.yaml -T data=FOLDER
 """
 
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
+from typing import Any
 
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
@@ -14,36 +19,61 @@ from inspect_ai.scorer import Score
 from inspect_ai.solver import TaskState
 from inspect_ai.util import span
 
-from ctcgrpo.environments.sage import Sage, prompt, prompts_name
+from ctcgrpo.environments.sage import Answers, Sage, SageEpisodes, prompt, prompts_name, readable
 from ctcgrpo.environments.sage_protocol import Unreadable, load_profiles, measures
+from ctcgrpo.errors import RecipeError
 from ctcgrpo.evaluation.benches import data_folder
 from ctcgrpo.evaluation.generation import SAMPLING, Unset, config_of, names_of
 from ctcgrpo.evaluation.record import Record, recorded_task
 from ctcgrpo.evaluation.speaking import played_by, say, temperature_of
+from ctcgrpo.evaluation.users import priced
 from ctcgrpo.rollout.engine import request_seed
+from ctcgrpo.simulator.choice import named_simulator
 
 _TEMPERATURE = 0.7
 
 
 @task
-def sage(data: str | None = None, repeats: int = 1, seed: int = 0, unset: Unset = "") -> Task:
+def sage(data: str | None = None, simulator: str | None = None, repeats: int = 1, seed: int = 0, unset: Unset = "") -> Task:
     """SAGE: 100 Chinese users; the score is the mean final emotion, from 0 to 100.
 
     Args:
       data: your copy of the profiles: the file, or its folder; by default $CTCGRPO_DATA/sage.
+      simulator: the user: absent for the model with the role `simulator`; a configuration's file with backend llm.
       repeats: dialogues per profile; a profile counts with their mean.
       seed: seed of the samples, where providers support it.
       unset: settings to leave out, where providers refuse them: temperature,top_p,max_tokens,seed; simulator.NAME for those
         of the simulator.
     """
     profiles = {profile.id: profile for profile in load_profiles(data_folder("sage", data))}
-    simulator, left_out = played_by("simulator"), names_of(unset)
-    temperature = None if "simulator.temperature" in left_out else temperature_of(simulator, _TEMPERATURE)
+    left_out = names_of(unset)
+    about: dict[str, Any] = {"prompts": prompts_name()}
+    answers: Callable[[Record], Answers]
+    opened: AbstractAsyncContextManager[object] = nullcontext()
+    if simulator is None:
+        model = played_by("simulator")
+        temperature = None if "simulator.temperature" in left_out else temperature_of(model, _TEMPERATURE)
+        about |= {"models": [str(model)], "temperature": temperature}
+        answers = partial(_Simulator, model, left_out)
+    else:
+        config = named_simulator(simulator).config
+        if config.llm is None:
+            raise RecipeError(
+                f"simulator = {simulator!r}: an LLM plays SAGE's user; expected a configuration with backend llm "
+                "(configs/simulator/qwen3_max.yaml) or PROVIDER/NAME"
+            )
+        opened = episodes = SageEpisodes(simulator)
+        about |= {"models": episodes.models, "temperature": config.llm.temperature, **priced(config)}
+        answers = partial(_Configured, episodes)
 
     async def converse(state: TaskState, record: Record) -> None:
-        record.about = {"models": [str(simulator)], "prompts": prompts_name(), "temperature": temperature}
+        record.about = about
+        async with opened:
+            await play(state, record)
+
+    async def play(state: TaskState, record: Record) -> None:
         where = ("sage", seed, str(state.sample_id), state.epoch)
-        user = Sage(_Simulator(simulator, record, left_out), str(simulator))
+        user = Sage(answers(record), ", ".join(about["models"]))
         opening = await user.reset(profiles[str(state.sample_id)]._asdict(), seed=request_seed(*where))
         record.user_said(opening[-1]["content"], {"emotion": user.emotion})
         for turn in count(1):
@@ -88,8 +118,8 @@ class _Simulator:
     """The model in the role of SAGE's user; its tokens are added to `record`."""
 
     model: Model
-    record: Record
     left_out: frozenset[str]
+    record: Record
 
     async def ask(self, prompt: str, *, dialogue: str, seed: int) -> str:
         temperature = temperature_of(self.model, _TEMPERATURE)
@@ -99,3 +129,16 @@ class _Simulator:
         if said.cut:
             raise Unreadable("cut off by max_tokens")
         return said.text
+
+
+@dataclass(frozen=True)
+class _Configured:
+    """The LLM of a simulator's configuration; its tokens are added to `record`."""
+
+    episodes: SageEpisodes
+    record: Record
+
+    async def ask(self, prompt: str, *, dialogue: str, seed: int) -> str:
+        answer = await self.episodes.complete(prompt, dialogue=dialogue, seed=seed)
+        self.record.spend("simulator", (answer.prompt_tokens, answer.completion_tokens))
+        return readable(answer)

@@ -4,6 +4,7 @@ ours, or a simulator server that runs already. Prompts, reading and states are t
 import atexit
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Served:
     async def about(self) -> dict[str, Any]:
         says = await read_health(self._choice.client(self._urls))
         about = {name: value for name, value in says.items() if name not in ("status", "deadline", "version")}
-        return about | _priced(self._choice.config)
+        return about | priced(self._choice.config)
 
 
 class InspectModel:
@@ -115,11 +116,11 @@ def chosen_user(
         return InProcess(ScriptedBackend())
     if tries is not None and choice.llm is not None:
         section = choice.llm.model_copy(update={"tries": tries})
-        choice = SimulatorChoice(config=choice.config.model_copy(update={"llm": section}))
+        choice = replace(choice, config=choice.config.model_copy(update={"llm": section}))
     return Served(choice)
 
 
-def _priced(config: SimulatorConfig) -> dict[str, Any]:
+def priced(config: SimulatorConfig) -> dict[str, Any]:
     """What a million tokens cost, where all endpoints agree on that."""
     prices = {endpoint.price for endpoint in config.llm.endpoints} if config.llm is not None else set()
     price = prices.pop() if len(prices) == 1 else None

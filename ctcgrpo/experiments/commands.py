@@ -10,6 +10,7 @@ import typer
 
 from ctcgrpo.errors import RecipeError, RunFailed
 from ctcgrpo.experiments.spec import NAME, load_sweep
+from ctcgrpo.util.importing import installing
 from ctcgrpo.util.naming import did_you_mean
 from ctcgrpo.util.terminal import Terminal, print_line
 
@@ -42,7 +43,7 @@ def sweep(
         from ctcgrpo.experiments.picture import drawn
         from ctcgrpo.experiments.table import all_equal, curves_by_environment, printed, table_of
     except ImportError as error:
-        raise RecipeError(f"sweeping needs the extra sweep: pip install 'ctcgrpo[sweep]' ({error})") from None
+        raise RecipeError(f"sweeping needs the extra sweep: {installing('sweep')} ({error})") from None
     check_devices(workers, devices or [])
     console = Terminal(168 if spec.variants else 140)
     label = name or spec.name or file.stem

@@ -17,6 +17,7 @@ from ctcgrpo.environments.eibench.scenario_format import Split
 from ctcgrpo.environments.eibench.scenarios import by_scene, has_splits, load_scenarios, load_set, read_records
 from ctcgrpo.errors import RecipeError, RunFailed, ScenarioError
 from ctcgrpo.run.startup import announce_loading
+from ctcgrpo.util.importing import installing
 from ctcgrpo.util.terminal import Terminal, say
 
 Record = dict[str, Any]
@@ -342,8 +343,8 @@ def _excerpt(record: Record) -> str:
 
 @contextlib.contextmanager
 def _needs_the_extra() -> Iterator[None]:
-    """Around imports of what `pip install ctcgrpo[factory]` brings."""
+    """Around imports of what the extra factory brings."""
     try:
         yield
     except ImportError as error:
-        raise RecipeError(f"this command needs the extra factory: pip install 'ctcgrpo[factory]' ({error})") from None
+        raise RecipeError(f"this command needs the extra factory: {installing('factory')} ({error})") from None

@@ -105,12 +105,14 @@ def load_config(model: str, revision: str | None = None) -> PretrainedConfig:
         raise PolicyError(f"policy.model {model!r} cannot be loaded: config.json: {hub_reason(error)}") from None
 
 
-def check_fits(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, longest: int, name: str) -> None:
-    """Raises PolicyError where a model of `config` lacks positions for `longest` tokens, or embeddings of the tokenizer's."""
+def check_fits(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, prompt: int, reply: int, name: str) -> None:
+    """Raises PolicyError where a model of `config` lacks positions for so many tokens of prompt and reply, or embeddings of the
+    tokenizer's."""
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        asked = f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest}"
-        raise PolicyError(f"{asked}, but {name!r} has {limit} positions; lower one of them")
+    if limit is not None and prompt + reply > limit:
+        asked = f"rollout.max_prompt_tokens + rollout.max_new_tokens = {prompt} + {reply} = {prompt + reply}"
+        fits = f"rollout.max_prompt_tokens={limit - reply}" if reply < limit else f"rollout.max_new_tokens={limit // 4}"
+        raise PolicyError(f"{asked}, but {name!r} has {limit} positions; set {fits} or less")
     rows = getattr(config.get_text_config(), "vocab_size", None)
     beyond = sorted((k, token) for token, k in tokenizer.get_vocab().items() if rows is not None and k >= rows)
     if beyond:

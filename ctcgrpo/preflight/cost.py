@@ -14,6 +14,7 @@ from ctcgrpo.model.shapes import GIB
 from ctcgrpo.model.sharding import FSDP2, deepspeed_stage, offloads
 from ctcgrpo.preflight.eibench import Verbose, played
 from ctcgrpo.preflight.memory import PHASES, Load, memory_plan
+from ctcgrpo.preflight.remedies import advice
 from ctcgrpo.preflight.subject import LINE_TOKENS, REASONED_TOKENS, REPLY_TOKENS, Finding, Subject, failed, ok, sample, warning
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.simulator.config import BACKENDS
@@ -162,8 +163,7 @@ def memory(s: Subject) -> Iterator[Finding]:
     worst = max(PHASES, key=plan.total)
     text = f"{plan.total(worst) / GIB:.1f} of {gpu}'s {plan.card / GIB:.1f} GiB, with the peak in the {worst}"
     if not plan.fits:
-        what = "rollout.vllm.gpu_memory" if worst == "rollout" else "training.tokens_per_row"
-        yield failed(f"{text}; lower {what}, shard more (training.sharding), use more GPUs, or set policy.lora")
+        yield failed(f"{text}; {advice(s.recipe, s.shape, load, plan.card)}")
         return
     if plan.kv_tokens is not None and plan.total("rollout") > _FULL_AT_WAKE * plan.card:
         share = f"{plan.total('rollout') / plan.card:.0%} in rollouts; memory fragmented by the update may keep vLLM from waking"
@@ -175,7 +175,8 @@ def memory(s: Subject) -> Iterator[Finding]:
     wanted = f"{load.rollouts} rollouts of full length need {plan.kv_wanted:,}"
     room = f"vLLM's KV cache holds {plan.kv_tokens:,} tokens; {wanted}"
     if plan.kv_tokens < s.longest:
-        yield failed(f"{room}: too small for one rollout ({s.longest:,}); raise rollout.vllm.gpu_memory")
+        small = f"{room}: too small for one rollout ({s.longest:,})"
+        yield failed(f"{small}; {advice(s.recipe, s.shape, load, plan.card)}")
     else:
         yield (warning(f"{room}: some rollouts will wait") if plan.kv_tokens < plan.kv_wanted else ok(room))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ctcgrpo.environments.eibench import EIBench, User, task_of
@@ -11,11 +12,11 @@ from ctcgrpo.errors import RecipeError, SimulatorTransportError
 from ctcgrpo.preflight.subject import NO_VALIDATION, Finding, Subject, failed, ok, warning
 from ctcgrpo.simulator.choice import SCRIPTED, check_timeout, simulator_of
 from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import bearer_token
 from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 
 _PATIENCE = 20.0  # timeout of the test turn in seconds
+_DEADLINE = 15.0  # and of the LLM's answer to it, after which the server names the endpoint's problem
 
 
 def scenarios(s: Subject) -> Iterator[Finding]:
@@ -50,9 +51,13 @@ def simulator(s: Subject) -> Iterator[Finding]:
         raise RecipeError(f"{problem}; {advice}")
     choice = simulator_of(settings)
     s.simulator = None if choice.urls else choice.config
-    with choice.served([*s.scenarios, *s.held_out]) as urls:
-        token, timeout = bearer_token(settings.token_env, s.variables), _PATIENCE if choice.urls else choice.timeout
-        client = SimulatorClient(urls, token=token, timeout=timeout, patience=2)
+    tested = choice
+    if (llm := choice.llm) is not None:
+        check_timeout({"deadline": llm.deadline}, settings.timeout)
+        hasty = llm.model_copy(update={"deadline": min(llm.deadline, _DEADLINE), "patience": 0.0})
+        tested = replace(choice, config=choice.config.model_copy(update={"llm": hasty}))
+    with tested.served([*s.scenarios, *s.held_out]) as urls:
+        client = tested.client(urls, settings.token_env, s.variables, patience=2)
         says, reply = asyncio.run(_canary(client, s.examples[0]))
     check_timeout(says, settings.timeout)
     who = ", ".join(map(str, says.get("models") or [says.get("backend")]))
@@ -69,7 +74,9 @@ async def _canary(client: SimulatorClient, scenario: Scenario) -> tuple[dict[str
             says = await client.health()
             dialogue = await played(client, scenario, ["Hello. I am here and I am listening."], 8)
     except TimeoutError:
-        raise SimulatorTransportError(f"no response to a test turn within {_PATIENCE:g} s") from None
+        raise SimulatorTransportError(
+            f"{client.name}: no response to a test turn within {_PATIENCE:g} s; the server's log names the cause"
+        ) from None
     return says, dialogue.answer.reply[:60]
 
 

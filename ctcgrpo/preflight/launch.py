@@ -18,6 +18,7 @@ from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.saving import checkpoint_bytes, notice_seconds, save_seconds, too_little_time
 from ctcgrpo.run.startup import SHUTDOWN_TIMEOUT
+from ctcgrpo.util.importing import installing
 from ctcgrpo.util.proxies import open_url
 
 
@@ -38,14 +39,22 @@ def libraries(s: Subject) -> Iterator[Finding]:
     missing = [name for name in used if importlib.util.find_spec(name) is None]
     for name in missing:
         extra = {"bitsandbytes": "qlora"}.get(name, name)
-        yield failed(f"{name} is not installed; run pip install 'ctcgrpo[{extra}]'")
+        yield failed(f"{name} is not installed; run {installing(extra)}")
     if not missing:
         yield ok(", ".join(used) or "no optional libraries needed")
 
 
 def processes(s: Subject) -> Iterator[Finding]:
-    wanted = s.recipe.hardware.processes
+    wanted, here = s.recipe.hardware.processes, s.gpus * s.recipe.hardware.nodes
     s.recipe.check_processes(wanted)
+    if 0 < here < wanted:
+        shared = ""
+        if s.recipe.tasks_per_step * s.recipe.rollout.group_size % here:
+            shared = f", and scenarios.per_step or rollout.group_size so that their product is a multiple of {here}"
+        yield warning(
+            f"hardware.processes = {wanted}, and {s.recipe.hardware.nodes} x {s.gpus} GPUs are here (nodes x this machine's); for "
+            f"these set hardware.processes={here}{shared}, and launch with --num_processes {here}"
+        )
     episodes = s.recipe.tasks_per_step * s.recipe.rollout.group_size // wanted
     text = f"{wanted} with {episodes} episodes per step each (hardware.processes)"
     split = episodes % s.recipe.rollout.group_size > 0

@@ -54,7 +54,7 @@ def model(s: Subject) -> Iterator[Finding]:
         raise PolicyError(f"policy.model = {name!r} cannot be loaded ({str(error).splitlines()[0]}){plan}") from None
     s.shape, s.config = shape_of(config), config
     s.tokenizer = load_tokenizer(path, policy.revision, policy.chat_template)
-    check_fits(config, s.tokenizer, s.longest, name)
+    check_fits(config, s.tokenizer, s.recipe.rollout.max_prompt_tokens, s.recipe.rollout.max_new_tokens, name)
     yield ok(f"{name}, {s.shape.parameters / 1e6:,.1f} million parameters")
     ends = stop_ids(path, s.tokenizer, policy.revision, template_kwargs(s.recipe))
     s.contexts = context_builder(s.recipe, s.tokenizer, ends)

@@ -62,6 +62,7 @@ class Subject:
     contexts: ContextBuilder | None = None
     simulator: SimulatorConfig | None = None
     memory: MemoryPlan | None = None
+    gpus: int = 0  # of this machine
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:

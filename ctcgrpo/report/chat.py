@@ -54,8 +54,10 @@ async def chat(
 
     for message in opening:
         hear(message["content"])
+    waiting = Text(f"waiting for {simulator.name}")
     async with simulator:
-        await simulator.health()
+        with console.status(waiting):
+            await simulator.health()
         for _ in range(rounds):
             try:
                 said = ask().strip()  # blocking: nothing else runs meanwhile, and Ctrl-C ends it at once
@@ -64,7 +66,7 @@ async def chat(
             if not said:
                 break
             before = environment.state
-            with console.status("..."):
+            with console.status(waiting):
                 await environment.step(said)
             state, answer = environment.state, environment.answer
             better = (state.trust - before.trust) - (state.anger - before.anger)

@@ -20,6 +20,7 @@ from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.rollout.continuous import Batcher, Finished
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.types import Completion
+from ctcgrpo.util.importing import installing
 from ctcgrpo.util.naming import first_line
 
 
@@ -192,7 +193,7 @@ def require(part: Any, *attributes: str) -> None:
 
 def vllm_generation(model: Any, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
     if importlib.util.find_spec("vllm") is None:
-        raise PolicyError("vLLM is not installed; run pip install 'ctcgrpo[vllm]'")
+        raise PolicyError(f"vLLM is not installed; run {installing('vllm')}")
     from trl.generation.vllm_generation import VLLMGeneration
 
     where = "vLLM could not be started" if options["mode"] == "colocate" else f"server {options['server_base_url']}"

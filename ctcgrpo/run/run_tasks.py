@@ -22,9 +22,7 @@ from ctcgrpo.run.data_digest import SKIPPED, scenarios_digest, tasks_digest
 from ctcgrpo.run.recipe import OwnEnvironment, Recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.settings import briefing
-from ctcgrpo.simulator.choice import SCRIPTED, check_timeout, read_health, simulator_of
-from ctcgrpo.simulator.client import SimulatorClient
-from ctcgrpo.simulator.config import bearer_token
+from ctcgrpo.simulator.choice import SCRIPTED, SimulatorChoice, check_timeout, read_health, simulator_of
 from ctcgrpo.simulator.logs import json_log
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from ctcgrpo.training.tasks import tasks_of
@@ -68,8 +66,9 @@ class ScenarioTasks:
     def start(self, stack: ExitStack, state: PartialState, folder: RunFolder, say: Say) -> Callable[[], Environment]:
         """The factory of an episode's environment, on every process. `stack` closes what this starts."""
         settings, scoring = self._recipe.simulator, self._recipe.scoring
-        token, limits = bearer_token(settings.token_env), {"timeout": settings.timeout, "patience": settings.patience}
-        self._client = SimulatorClient(self._urls(stack, state, folder), token=token, **limits, say=say)
+        choice = simulator_of(settings)
+        options: dict[str, Any] = {"timeout": settings.timeout, "patience": settings.patience, "say": say}
+        self._client = choice.client(self._urls(choice, stack, state, folder), settings.token_env, **options)
         self._about = asyncio.run(read_health(self._client))
         check_timeout(self._about, settings.timeout)
         if self._about.get("backend") == SCRIPTED:
@@ -96,10 +95,8 @@ class ScenarioTasks:
         async with self._client:
             return await self._client.account()
 
-    def _urls(self, stack: ExitStack, state: PartialState, folder: RunFolder) -> tuple[str, ...]:
+    def _urls(self, choice: SimulatorChoice, stack: ExitStack, state: PartialState, folder: RunFolder) -> tuple[str, ...]:
         """The simulator's URLs for all processes; the main one runs the embedded server."""
-        settings = self._recipe.simulator
-        choice = simulator_of(settings)
         if choice.urls:
             return choice.urls
         if state.num_processes > int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)):
@@ -110,7 +107,7 @@ class ScenarioTasks:
 
         def start() -> tuple[str, ...]:
             log = json_log(stack.enter_context(folder.simulator_log.open("a", encoding="utf-8")))
-            return stack.enter_context(choice.served(self._scenarios, log=log, port=settings.port))
+            return stack.enter_context(choice.served(self._scenarios, log=log, port=self._recipe.simulator.port))
 
         return tuple(on_main(state, start))
 

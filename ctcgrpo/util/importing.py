@@ -15,6 +15,11 @@ _INSTALLED = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
 FORM = "module:attribute, for example my_module:my_function"
 
 
+def installing(extras: str) -> str:
+    """The command that installs extras, as a user types it: the project is installed from a clone."""
+    return f"pip install '.[{extras}]' in the clone of ctcgrpo"
+
+
 def is_reference(name: str) -> bool:
     """Whether a name has the form `module:attribute`."""
     return ":" in name

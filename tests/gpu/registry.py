@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ctcgrpo.util.importing import installing
 from tests.gpu import SUBJECTS
 
 Figures = Mapping[str, str | int | float]
@@ -80,7 +81,7 @@ def why_not(check: Check, machine: Machine) -> str | None:
     if machine.on_cpu and not check.on_cpu:
         return f"needs {_gpus(check.gpus)}"
     if missing := [name for name in check.modules if importlib.util.find_spec(name) is None]:
-        return f"needs {', '.join(missing)}, not installed here (pip install 'ctcgrpo[vllm,deepspeed]')"
+        return f"needs {', '.join(missing)}, not installed here ({installing('vllm,deepspeed')})"
     if machine.on_cpu:
         return None
     if check.gpus > machine.gpus:

@@ -131,8 +131,12 @@ def test_an_endpoint_that_is_down_stops_the_run_and_it_resumes(ctcgrpo: Command,
         assert code == 0, err
         (tmp_path / "down" / "final" / "COMPLETE").unlink()
         configured(tmp_path / "s.yaml", llm, deadline=1, endpoint={"model": "another"})
-        code, _, err = ctcgrpo(*command)
-        assert code == 6 and "simulator changed since the run began (models: ['m'] -> ['another']" in err
+        code, out, err = ctcgrpo(*command)
+        assert (
+            code == 6
+            and "resumes from" not in out
+            and "simulator changed since the run began (models: ['m'] -> ['another']" in err
+        )
     simulator = json.loads((tmp_path / "down" / "summary.json").read_text())["simulator"]
     assert simulator["models"] == ["m"] and simulator["prompts"].startswith("ctcgrpo/")
     assert simulator["spent"]["calls"] == len(simulator_calls(tmp_path / "down"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ from ctcgrpo.environments.eibench.scenarios import PACKS, read_records
 from ctcgrpo.model.shapes import GIB, published_shapes, shape_of
 from ctcgrpo.policy.smollm2 import SMOLLM2
 from ctcgrpo.preflight.check import findings
-from ctcgrpo.preflight.cost import Asked, Tokens, hours, money
+from ctcgrpo.preflight.cost import Asked, Tokens, hours, memory, money
+from ctcgrpo.preflight.launch import processes, threads
 from ctcgrpo.preflight.memory import Load, memory_plan
-from ctcgrpo.preflight.subject import Finding
+from ctcgrpo.preflight.subject import Finding, Subject
 from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.util.files import mark_complete
 from tests.conftest import ROOT, Command
@@ -86,7 +89,7 @@ def test_a_shipped_recipe_prints_its_plan(file: Path, ctcgrpo: Command, tmp_path
         (["scenarios.train=eibench/nowhere"], "scenarios", "ctcgrpo scenarios fetch eibench"),
         (["validation.scenarios=english/train"], "validation", "64 scenarios are also in scenarios.train"),
         (["policy.model=Nobody/Nothing-8B"], "model", "policy.model = 'Nobody/Nothing-8B' cannot be loaded"),
-        (["rollout.max_prompt_tokens=4000", "rollout.max_new_tokens=200"], "model", "= 4200, but 'builtin/tiny' has 4096"),
+        (["rollout.max_prompt_tokens=4000", "rollout.max_new_tokens=200"], "model", "set rollout.max_prompt_tokens=3896 or less"),
         (["policy.lora={target_modules: [q_proj, nope]}"], "adapter", "the model has no nope; available: down_proj, gate_proj"),
         (
             ["policy.attention=flash_attention_2", "training.packing=none", "rollout.engine=vllm_server",
@@ -104,9 +107,9 @@ def test_a_shipped_recipe_prints_its_plan(file: Path, ctcgrpo: Command, tmp_path
             ["rollout.engine=vllm_server", "rollout.deterministic=false", "rollout.vllm.urls=[http://127.0.0.1:9]"],
             "policy servers", "expected a vLLM server with development endpoints",
         ),
-        (["rollout.engine=vllm_colocated", "rollout.deterministic=false"], "libraries", "pip install 'ctcgrpo[vllm]'"),
+        (["rollout.engine=vllm_colocated", "rollout.deterministic=false"], "libraries", "pip install '.[vllm]' in the clone"),
         (["hardware.gpu=H100"], "memory", "did you mean 'H100-80GB'"),
-        (["hardware.gpu=A10G-24GB", "training.tokens_per_row=99000000"], "memory", "lower training.tokens_per_row"),
+        (["hardware.gpu=A10G-24GB", "training.tokens_per_row=99000000"], "memory", "it fits with training.tokens_per_row="),
         (
             ["hardware.gpu=A10G-24GB", "rollout.engine=vllm_colocated", "rollout.deterministic=false",
              "rollout.vllm.gpu_memory=0.05"],
@@ -124,6 +127,20 @@ def test_a_broken_recipe_gets_its_reason(
     monkeypatch.delenv("DASHSCOPE_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert reason in failed(look(tmp_path, *overrides))[about]
+
+
+def test_a_provider_that_does_not_answer_is_named_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctcgrpo.preflight.eibench._DEADLINE", 0.5)
+    file = tmp_path / "llm.yaml"
+    for url, reason in {
+        "http://127.0.0.1:9/v1": "m at 127.0.0.1:9: cannot connect: Cannot connect to host 127.0.0.1:9",
+        "http://nobody.invalid/v1": "m at nobody.invalid: cannot connect: Cannot connect to host nobody.invalid:80",
+    }.items():
+        file.write_text(yaml.safe_dump({"backend": "llm", "llm": {"endpoints": [{"url": url, "model": "m"}]}}))
+        said = failed(look(tmp_path, f"simulator.config={file}"))["simulator"]
+        assert said.startswith(f"simulator {file}: no endpoint answered within 0.5 s") and reason in said
+    refused = failed(look(tmp_path, f"simulator.config={file}", "simulator.timeout=100"))["simulator"]
+    assert "simulator.timeout = 100; expected more than 180 s" in refused  # the configuration's deadline, not the test's
 
 
 def test_a_launcher_that_shards_otherwise_is_refused(tmp_path: Path) -> None:
@@ -176,10 +193,6 @@ def test_scenarios_that_the_scripted_user_knows_nothing_of_are_warned_of(tmp_pat
 
 
 def test_room_to_wake_and_threads_for_an_optimizer_on_the_cpu(tmp_path: Path) -> None:
-    from ctcgrpo.preflight.cost import memory
-    from ctcgrpo.preflight.launch import threads
-    from ctcgrpo.preflight.subject import Subject
-
     recipes = {file: load_recipe(file) for file in (ROOT / "recipes").glob("qwen3_8b*.yaml")}
     assert len(recipes) == 4
     for file, recipe in recipes.items():
@@ -194,6 +207,57 @@ def test_room_to_wake_and_threads_for_an_optimizer_on_the_cpu(tmp_path: Path) ->
     for environment, levels in (({}, ["warning"]), ({"OMP_NUM_THREADS": "1"}, ["warning"]), ({"OMP_NUM_THREADS": "8"}, [])):
         assert [f.level for f in threads(Subject(offload, tmp_path, environment))] == levels
     assert not list(threads(Subject(load_recipe(file), tmp_path, {})))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "named"),
+    [
+        ("qwen3_8b", ["hardware.processes=4"], ["rollout.vllm.gpu_memory=0.5", "policy.lora={rank: 16}"]),
+        (
+            "qwen3_8b",
+            ["hardware.processes=4", "hardware.gpu=A100-40GB", "training.gradient_checkpointing=false"],
+            [
+                "no single change suffices",
+                "training.gradient_checkpointing=true training.sharding=configs/deepspeed/zero3_offload",
+            ],
+        ),
+        ("qwen3_0.6b", ["hardware.gpu=RTX4080-16GB", "rollout.max_batch=64"], ["rollout.max_batch=32 (", "lora={rank: 16}"]),
+        ("qwen3_8b_lora", ["training.tokens_per_row=262144"], ["tokens_per_row=65536", "max_prompt_tokens="]),
+        ("qwen3_8b", ["rollout.vllm.gpu_memory=0.2"], ["fits with rollout.vllm.gpu_memory=0.25"]),
+    ],
+)
+def test_what_would_make_room_is_named_and_does(name: str, overrides: list[str], named: list[str], tmp_path: Path) -> None:
+    def planned(*more: str) -> Finding:
+        recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", [*overrides, *more])
+        *_, last = memory(Subject(recipe, tmp_path, shape=published_shapes()[recipe.policy.model]))
+        return last
+
+    told = planned()
+    assert told.level == "failed" and all(part in told.text for part in named), told.text
+    for change in re.split(r" \([\d.]+ GiB\)(?: or |$)", told.text.rpartition("fits with ")[2])[:-1]:
+        assert planned(*shlex.split(change)).level != "failed", change
+
+
+def test_a_plan_that_nothing_saves_says_so(tmp_path: Path) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "qwen3_8b.yaml", ["hardware.gpu=RTX4080-16GB", "hardware.processes=1"])
+    (found,) = memory(Subject(recipe, tmp_path, shape=published_shapes()["Qwen/Qwen3-8B"]))
+    assert "it does not fit, even with " in found.text and "use a larger card, or a smaller model" in found.text
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "expected"),
+    [
+        (0, 1, None),
+        (8, 1, None),
+        (4, 2, None),
+        (4, 1, "hardware.processes=4, and launch with --num_processes 4"),
+        (3, 1, "of 3,"),
+    ],
+)
+def test_fewer_gpus_than_planned_are_said_with_the_field(gpus: int, nodes: int, expected: str | None, tmp_path: Path) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "qwen3_8b.yaml", [f"hardware.nodes={nodes}"])
+    found = [f.text for f in processes(Subject(recipe, tmp_path, gpus=gpus)) if f.level == "warning"]
+    assert found == [] if expected is None else len(found) == 1 and expected in found[0], found
 
 
 def test_what_a_run_costs(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import yaml
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
-from inspect_ai.model import ModelOutput
+from inspect_ai.model import ChatMessageUser, ModelOutput
 
 from ctcgrpo.environments import sage_protocol as sage
 from ctcgrpo.environments.eibench.records import SCENES
@@ -131,6 +131,49 @@ def test_a_dialogue_of_sage_by_hand(tmp_path: Path) -> None:
     assert [line.state["emotion"] for line in found.lines if line.speaker == "user"] == [40, 48, 56, 64, 72, 80, 88, 96, 100]
     assert found.lines[2].text == "嗯，你说得对。" and found.lines[2].why == "觉得被理解了"
     assert found.tokens["simulator"][1] > 0
+
+
+def test_a_configured_llm_plays_sages_user(tmp_path: Path, ctcgrpo: Command) -> None:
+    (tmp_path / sage.PROFILES).write_text("".join(json.dumps(profile(id=name)) + "\n" for name in "ab"))
+
+    def said(body: dict[str, Any]) -> tuple[int, Any]:
+        return 200, answered(body, inspect_models.confidant([ChatMessageUser(content=body["messages"][-1]["content"])], None))
+
+    file, price = tmp_path / "user.yaml", {"prompt": 1.0, "completion": 5.0}
+    played = ("evaluate", "sage", "--model", "scripted/talker", "--data", str(tmp_path), "--display", "none")
+    with provider(said) as llm:
+        endpoint = {"url": llm.url, "model": "m", "price": price}
+        file.write_text(yaml.safe_dump({"backend": "llm", "llm": {"endpoints": [endpoint], "temperature": 0.4}}))
+        code, out, err = ctcgrpo(*played, "--simulator", str(file), "--out", str(tmp_path / "out"))
+    assert code == 0, err
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["score"]["mean"] == 100.0 and summary["failed"] == 0 and len(llm.requests) == 2 * 2 * 8
+    assert {body["temperature"] for body in llm.requests} == {0.4} and "response_format" not in llm.requests[0]
+    assert summary["other"]["models"] == ["m"] and summary["tokens"]["simulator"]["output"] > 0
+    assert summary["cost"]["simulator"]["money"] > 0 and "simulator: m, prompts ctcgrpo-sage/" in " ".join(out.split())
+    for other in ("scripted", "http://127.0.0.1:1"):
+        code, _, err = ctcgrpo(*played, "--simulator", other, "--out", str(tmp_path / "none"))
+        assert code == 2 and f"simulator = {other!r}: an LLM plays SAGE's user" in err and not (tmp_path / "none").exists()
+
+
+def test_an_evaluation_that_fails_at_its_start_leaves_nothing(tmp_path: Path, ctcgrpo: Command) -> None:
+    out = tmp_path / "out"
+    asked = ("evaluate", "eibench", "--model", "scripted/talker", "--simulator", "scripted", "--rounds", "1", "--limit", "2")
+    asked += ("--display", "none", "--out", str(out))
+    for wrong in (("-M", "foo=1"), ("--model", "nope/x"), ("--tries", "2")):
+        code, _, err = ctcgrpo(*asked, *wrong)
+        assert code == 2 and not out.exists(), err
+    with provider(lambda body: (400, "no such model")) as llm:
+        file = tmp_path / "user.yaml"
+        file.write_text(yaml.safe_dump({"backend": "llm", "llm": {"endpoints": [{"url": llm.url, "model": "m"}]}}))
+        code, told, err = ctcgrpo(*asked, "--simulator", str(file))
+    assert code == 7 and "no such model" in told, err
+    before = (out / "evaluation.json").read_text()
+    assert ctcgrpo(*asked, "-M", "foo=1")[0] == 2 and (out / "evaluation.json").read_text() == before
+    code, _, err = ctcgrpo(*asked)  # with a user that works: nothing was scored with the other
+    assert code == 0 and len(read_results(out)) == 2, err
+    code, _, err = ctcgrpo(*asked, "--rounds", "2")
+    assert code == 6 and "contains another evaluation (task.rounds: 1 -> 2)" in err
 
 
 def test_profiles_that_are_wrong_are_named(tmp_path: Path) -> None:
@@ -836,7 +879,7 @@ def test_a_run_is_evaluated_as_it_was_validated(tmp_path: Path, ctcgrpo: Command
     assert (run / "evaluations" / "comparison.html").exists()
     few = ("--max-tokens", "8", "--limit", "2", "--display", "none")
     code, out, err = ctcgrpo("evaluate", str(run), "--preset", "published", *few)
-    assert code == 0 and out.count("preset: published, but max tokens 8 (published: 8192)") == 2, err
+    assert code == 0 and out.count("preset: published, but max tokens 8 (published: 8192)") == 3, err
     summary = json.loads((run / "evaluations" / "eibench-final-published" / "summary.json").read_text())
     assert summary["settings"]["variant"] == "evaluation" and summary["settings"]["top_p"] is None
 

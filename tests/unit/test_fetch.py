@@ -69,6 +69,7 @@ def test_what_cannot_be_had_whole_is_not_there_at_all(ctcgrpo: Command, url: str
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     fails("Git LFS", "eibench", "--source", url, "--yes")
     file.unlink()
+    fails("git clone https://github.com/Tongyi-ConvAI/Qwen-Character`", "eibench", "--source", url, "--yes")
     fails("test/charm_final.jsonl cannot be downloaded (HTTP Error 404", "eibench", "--source", url, "--yes")
     fails("charm_final.jsonl cannot be copied", "eibench", "--source", str(published), "--yes")
     fails("did you mean 'eibench'", "eibensh", "--yes")
@@ -361,6 +362,7 @@ def test_without_the_list_of_files_nothing_is_fetched(
         pinned(url)
         code, out, err = ctcgrpo("scenarios", "fetch", "eibench", "--yes")
         assert code == 3 and expected in err and "--unverified" in err and "Traceback" not in err, err
+        assert "git clone https://github.com/Tongyi-ConvAI/Qwen-Character` and" in err and "--source CLONE/EIBench/data" in err
         assert "fetching" not in out and not list((tmp_path / "home").iterdir())
         code, out, err = ctcgrpo("scenarios", "fetch", "eibench", "--yes", "--unverified")
     assert code == 0 and "NOT compared with commit" in out, err

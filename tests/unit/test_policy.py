@@ -447,12 +447,14 @@ def test_the_end_of_a_turn_is_a_stop_id(tiny: Path, tmp_path: Path) -> None:
 def test_a_tokenizer_beyond_the_embedding_is_refused(tiny: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     config = load_config(str(tiny))
-    check_fits(config, tokenizer, 4096, "tiny")
+    check_fits(config, tokenizer, 3996, 100, "tiny")
     tokenizer.add_tokens(["<|mood|>"])
     with pytest.raises(PolicyError, match=r"1 tokens beyond its embedding of 2048 rows: '<\|mood\|>' \(2048\); resize"):
-        check_fits(config, tokenizer, 4096, "tiny")
-    with pytest.raises(PolicyError, match="= 4097, but 'tiny' has 4096 positions"):
-        check_fits(config, tokenizer, 4097, "tiny")
+        check_fits(config, tokenizer, 3996, 100, "tiny")
+    with pytest.raises(PolicyError, match="= 9216, but 'tiny' has 4096 positions; set rollout.max_prompt_tokens=3072 or less"):
+        check_fits(config, tokenizer, 8192, 1024, "tiny")
+    with pytest.raises(PolicyError, match=r"; set rollout.max_new_tokens=1024 or less"):
+        check_fits(config, tokenizer, 1, 4096, "tiny")
 
 
 def test_what_a_policy_is_told_of_its_role() -> None:

@@ -40,6 +40,16 @@ Tested = Callable[..., tuple[int, str, str]]
 USER = {"reflection": "", "anger_delta": 1, "trust_delta": 1, "reply": "Well.", "continue": "yes", "stop_reason": ""}
 
 
+def of_fixture(summary: dict[str, Any]) -> list[str]:
+    """What the fixture does differently beside its settings."""
+    return [
+        "data the bundled pack english/test (published: EIBench (eibench/test))",
+        "the first 2 scenarios (published: all)",
+        f"user {summary['roles']['simulator']} (published: qwen3-max)",
+        "prompts of ctcgrpo (published: the authors', --official FOLDER)",
+    ]
+
+
 def both(body: dict[str, Any]) -> tuple[int, Any]:
     """The model, and the user where that is asked."""
     return 200, chat(body, json.dumps(USER) if body["model"] == "user" else "I hear you.")
@@ -62,7 +72,10 @@ def test_the_published_preset_decides_what_is_sent(tested: Tested, tmp_path: Pat
     assert (sent["temperature"], sent["max_tokens"], user["temperature"]) == (0.7, 8192, 0.7)
     assert "top_p" not in sent and not {"top_p", "seed"} & set(user)
     summary = summary_in(tmp_path / "out")
-    assert summary["preset"] == {"name": "published", "differs": ["rounds 1 (published: 8)"]}  # the fixture's rounds
+    assert summary["preset"] == {
+        "name": "published",
+        "differs": ["rounds 1 (published: 8)", *of_fixture(summary)],
+    }  # the fixture's rounds
     assert summary["settings"] == {
         "rounds": 1,
         "variant": "evaluation",
@@ -77,8 +90,10 @@ def test_the_published_preset_decides_what_is_sent(tested: Tested, tmp_path: Pat
         "max_tokens": 8192,
         "limit": 2,
     }
-    assert "preset: published, but rounds 1 (published: 8)" in out
     told = " ".join(out.split())
+    assert (
+        told.count(f"preset: published, but rounds 1 (published: 8), {', '.join(of_fixture(summary))}") == 2
+    )  # first, and in the summary
     assert "earlier reasoning stripped, tries of the user's LLM 3, opener You speak first., instructions eibench (" in told
     assert "told to reason yes, temperature 0.7, top-p not set" in told
 
@@ -92,7 +107,8 @@ def test_options_win_over_a_preset_and_are_named(tested: Tested, tmp_path: Path)
     sent, user = of(llm.requests, "m")[0], of(llm.requests, "user")[0]
     assert (sent["temperature"], sent["top_p"], sent["max_completion_tokens"]) == (0.2, 0.9, 300)
     assert "max_tokens" not in sent and user["temperature"] == 0.1
-    assert summary_in(tmp_path / "out")["preset"]["differs"] == [
+    summary = summary_in(tmp_path / "out")
+    assert summary["preset"]["differs"] == [
         "rounds 1 (published: 8)",
         "scoring variant training (published: evaluation)",
         "earlier reasoning kept (published: stripped)",
@@ -101,6 +117,7 @@ def test_options_win_over_a_preset_and_are_named(tested: Tested, tmp_path: Path)
         "max tokens not set (published: 8192)",
         "tries of the user's LLM 5 (published: 3)",
         "the user's temperature 0.1 (published: 0.7)",
+        *of_fixture(summary),
     ]
 
 
@@ -263,7 +280,19 @@ def test_base_and_final_of_a_run_are_evaluated_by_a_preset(tmp_path: Path) -> No
         assert wanted.generation == {"temperature": 0.1, "max_tokens": 8192}
         assert wanted.task["rounds"] == 8 and wanted.task["variant"] == "evaluation" and wanted.task["reasoning"] == "strip"
         assert wanted.task["scenarios"] == "english/test" and wanted.task["simulator"] == "scripted"
-        assert preset_differences("published", settings_before(wanted)) == ["temperature 0.1 (published: 0.7)"]
+        differing = preset_differences("published", settings_before(wanted))
+        assert differing[0] == "temperature 0.1 (published: 0.7)" and differing[3] == "user scripted (published: qwen3-max)"
+
+
+def test_the_published_data_user_and_prompts_are_no_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = Path(__file__).parents[2] / "configs" / "simulator" / "qwen3_max.yaml"
+    played = {"scenarios": "eibench/test", "simulator": str(file), "official": "code", "limit": None}
+    assert [text for text in preset_differences("published", played) if text.startswith(("data", "user", "prompts", "the"))] == []
+    other = preset_differences("published", {**played, "simulator": "http://127.0.0.1:8765", "scenarios": "eibench/train"})
+    assert other[-2:] == [
+        "data EIBench (eibench/train) (published: EIBench (eibench/test))",
+        "user http://127.0.0.1:8765 (published: qwen3-max)",
+    ]
 
 
 def test_other_settings_are_kept_apart(tmp_path: Path) -> None:

@@ -219,6 +219,13 @@ def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     exec(code, {"__name__": "readme"})
 
 
+def test_extras_are_installed_from_the_clone() -> None:
+    folders = [ROOT, *(ROOT / name for name in ("ctcgrpo", "recipes", "configs", "launch", "tests"))]
+    files = [file for folder in folders for file in folder.glob("*" if folder == ROOT else "**/*")]
+    texts = {f: f.read_text(encoding="utf-8") for f in files if f.suffix in (".py", ".md", ".yaml", ".sh", ".sbatch")}
+    assert len(texts) > 300 and [str(file) for file, text in texts.items() if "pip install 'ctcgrpo" + "[" in text] == []
+
+
 def test_a_wrong_option_is_noticed() -> None:
     for line in ("ctcgrpo train recipes/tiny.yaml --fast", "ctcgrpo evaluate eibench --modle x", "ctcgrpo nothing"):
         with pytest.raises(typer.TyperException):

@@ -154,7 +154,7 @@ def without_chat_template(tiny: Path, folder: Path) -> Path:
         ("rollout.gruop_size=4", 2, "unknown field rollout.gruop_size; did you mean 'group_size'?"),
         ("scenarios.per_step=5", 2, "scenarios.per_step is 5 for 4 scenes"),
         ("rollout.max_prompt_tokens=100", 4, "rollout.max_prompt_tokens) is 100; raise it or drop the scenario"),
-        ("rollout.max_prompt_tokens=5000", 4, "has 4096 positions; lower one of them"),
+        ("rollout.max_prompt_tokens=5000", 4, "has 4096 positions; set rollout.max_prompt_tokens=4072 or less"),
         ("policy.model=/nowhere/at/all", 4, "policy.model '/nowhere/at/all' cannot be loaded: no such folder"),
         ("policy.model=WITHOUT_TEMPLATE", 4, "has no chat template"),
         ("simulator.url=http://127.0.0.1:9", 5, "no simulator server answers"),
@@ -380,8 +380,8 @@ def test_a_run_that_resumes_meets_the_same_data(ctcgrpo: Command, pack: Path, ti
     whole = file.read_text()
 
     def refused(*reasons: str) -> None:
-        code, _, err = ctcgrpo(*command)
-        assert code == 6 and all(reason in err for reason in reasons), err
+        code, out, err = ctcgrpo(*command)
+        assert code == 6 and all(reason in err for reason in reasons) and "resumes from" not in out, err
 
     lines = whole.splitlines(keepends=True)
     file.write_text("".join(lines[:8]))
@@ -403,7 +403,7 @@ def test_a_run_that_resumes_meets_the_same_data(ctcgrpo: Command, pack: Path, ti
     refused("policy.chat_template: 1 altered (template.jinja)", "run.name=NAME")
     shutil.copy(model / "chat_template.jinja", template)
     code, out, err = ctcgrpo(*command)
-    assert code == 0 and "step 2/2" in out, err
+    assert code == 0 and "tiny resumes from checkpoint-1: policy" in out and "step 2/2" in out, err
 
 
 def test_a_finished_run_can_be_given_more_steps(ctcgrpo: Command, tmp_path: Path) -> None:

@@ -13,8 +13,13 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
+from rich.console import Console
 
+from ctcgrpo.environments.eibench.persona import Briefing
+from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import RecipeError, SimulatorReplyError, SimulatorTransportError
+from ctcgrpo.report.chat import chat as play_as_person
+from ctcgrpo.simulator.choice import chosen_simulator
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, bearer_token, check_listening
 from ctcgrpo.simulator.logs import json_log
@@ -233,3 +238,19 @@ def test_a_person_can_chat(ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch, tm
         said = iter(["Hello."])
         code, out, err = ctcgrpo("chat", "--config", str(file))
     assert code == 0 and "Line 1." in out and len(llm.requests) == 1
+    said = iter(["Hello."])  # the endpoint has gone
+    file.write_text(file.read_text() + "  deadline: 0.5\n")
+    code, out, err = ctcgrpo("chat", "--config", str(file))
+    assert code == 5 and f"error: simulator {file}: no endpoint answered within 0.5 s" in err and "cannot connect" in err
+    assert urlsplit(llm.url).netloc in err and err.count("127.0.0.1:") == 2  # no URL of the server in this process
+
+
+def test_a_person_sees_what_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    console = Console(file=io.StringIO(), force_terminal=True)
+    real = console.status
+    monkeypatch.setattr(console, "status", lambda text, **how: (shown.append(str(text)), real(text, **how))[1])
+    with chosen_simulator(None, [], console) as simulator:
+        scenario = load_scenarios("english/test")[0]
+        asyncio.run(play_as_person(scenario, Briefing(), simulator, console, iter(["Hello.", ""]).__next__))
+    assert shown == ["starting the simulator scripted", *["waiting for simulator scripted"] * 2]

@@ -32,7 +32,7 @@ _LIST_LARGEST, _LIST_PATIENCE = 10_000_000, 60.0  # of a list of files, where Gi
 class DataSet:
     """Where a dataset is published, by whom and under what. `source` holds the files of `names`, with so many scenarios a split
     (`counts`); it may redirect to `hosts`, over https. `listing` is where GitHub's API lists the files of `commit`, those of the
-    dataset in `folder`."""
+    dataset in `folder`; `repository` is what git clones."""
 
     title: str
     licence: str
@@ -40,9 +40,18 @@ class DataSet:
     commit: str
     folder: str
     listing: str
+    repository: str
     names: tuple[str, ...]
     counts: Mapping[Split, int]
     hosts: tuple[str, ...]
+
+    @property
+    def by_hand(self) -> str:
+        """How to get the files where this machine cannot download them."""
+        return (
+            f"by hand: where there is a connection, `git clone {self.repository}` and, in the clone, `git checkout {self.commit}`; "
+            f"copy the clone here, and pass --source CLONE/{self.folder}"
+        )
 
 
 # As it was when it was looked at: figures are comparable only on the same scenarios.
@@ -55,6 +64,7 @@ DATASETS = {
         commit=_COMMIT,
         folder="EIBench/data",
         listing=f"https://api.github.com/repos/Tongyi-ConvAI/Qwen-Character/git/trees/{_COMMIT}?recursive=1",
+        repository="https://github.com/Tongyi-ConvAI/Qwen-Character",
         names=tuple(f"{split}/{scene}_final.jsonl" for split in ("train", "test") for scene in SCENES),
         counts={"train": 2009, "test": 213},
         hosts=("github.com", "raw.githubusercontent.com", "media.githubusercontent.com"),
@@ -123,9 +133,9 @@ def _listed(dataset: DataSet, source: str | None, verify: bool, scratch: Path) -
         try:
             return listed_by_github(dataset.listing, scratch), f"compared with {commit} by {dataset.listing}"
         except ScenarioError as error:
-            advice = f"pass the {dataset.folder} folder of a clone with --source, or take the files unchecked with --unverified"
             problem = f"{error}; without it the files cannot be compared with {commit}"
-            raise ScenarioError(f"{problem}. Try again later, {advice}") from None
+            advice = "Try again later, or take the files unchecked with --unverified"
+            raise ScenarioError(f"{problem}. {advice}, or {dataset.by_hand}") from None
     if _is_url(source):
         return None, f"{unknown}: {source} is not the published source"
     listed = listed_by_clone(Path(source), dataset.commit)
@@ -144,11 +154,10 @@ def _fetch_file(dataset: DataSet, source: str | None, file: str, target: Path) -
         try:
             download(place, target, largest=_LARGEST, patience=_PATIENCE, hosts=dataset.hosts)
         except ScenarioError as error:
-            advice = f"try again, or clone the repository elsewhere and pass its {dataset.folder} folder with --source"
-            raise ScenarioError(f"{error}; {advice}") from None
+            raise ScenarioError(f"{error}; try again, or {dataset.by_hand}") from None
     content = target.read_bytes()
     if content.startswith(b"version https://git-lfs"):
-        advice = "clone the repository with LFS and pass its folder with --source"
+        advice = f"clone {dataset.repository} with LFS and pass --source CLONE/{dataset.folder}"
         raise ScenarioError(f"{place} is a pointer to a file in Git LFS; {advice}")
     return content
 
