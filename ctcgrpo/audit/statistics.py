@@ -149,7 +149,7 @@ def _gain(m: _Moment, batch: int) -> Floats:
     """(C, W), in units of the reference's length: of a step of length 1."""
     length = np.sqrt(np.maximum(m.square + m.spread / batch, 0))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(length > 0, m.along / length, np.nan)
+        return np.asarray(np.where(length > 0, m.along / length, np.nan))
 
 
 def _range(drawn: Floats) -> tuple[float, float]:

@@ -15,7 +15,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from ctcgrpo.errors import PolicyError
 
@@ -28,7 +30,7 @@ class GradientSketch:
     process. Raises PolicyError for a model without such a layer."""
 
     def __init__(self, model: nn.Module, *, directions: int = DIRECTIONS, seed: int = 0) -> None:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel | PeftModel) else None
         self._layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad and m is not head]
         if not self._layers:
             raise PolicyError(f"{type(model).__name__} has no trainable linear layer, so its gradients cannot be sketched")
@@ -92,11 +94,12 @@ class GradientSketch:
                 part = torch.einsum("btk,btl->bkl", projected, (gradient @ outputs.to(gradient.dtype)).float()).flatten(1)
                 self._parts[place] = self._parts[place] + part if place in self._parts else part
 
-            output.register_hook(backward)
+            output.register_hook(backward)  # type: ignore[no-untyped-call]
 
         return hook
 
 
 def _signs(size: int, directions: int, generator: torch.Generator) -> torch.Tensor:
     """(size, directions), +-1 / sqrt(directions)."""
-    return (torch.randint(0, 2, (size, directions), generator=generator) * 2 - 1) / directions**0.5
+    signs: torch.Tensor = (torch.randint(0, 2, (size, directions), generator=generator) * 2 - 1) / directions**0.5
+    return signs
