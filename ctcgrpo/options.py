@@ -162,6 +162,11 @@ class UpdateOptions:
         "compute prefixes shared by turns and rollouts once. Attention kernel: auto (by device), segments, flex "
         "(flex_attention), or flash3 (TRL's, on Hopper). none: one padded sequence per turn",
     )
+    audit_every: int | None = option(
+        None,
+        "steps between credit audits on the episodes of training (ctcgrpo/audit/README.md); one costs about two or three updates",
+        ge=1,
+    )
 
 
 HOMES = (CreditOptions, RolloutOptions, UpdateOptions)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import Field
 
+from ctcgrpo.audit.kinds import kinds, package_sections
+from ctcgrpo.audit.record import FILE
 from ctcgrpo.credit import VINE
 from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.run.folders import require_run
@@ -25,7 +26,6 @@ from ctcgrpo.util.terminal import Terminal, say
 if TYPE_CHECKING:
     from ctcgrpo.options import CreditOptions
 
-BASELINE = "grpo"
 _WHAT = "list of kinds of credit"
 
 
@@ -50,27 +50,24 @@ def audit(
     """
     with tempfile.TemporaryDirectory(prefix="ctcgrpo-audit-") as scratch:
         recipe, adapter = _recipe(source, overrides or [], groups, which, Path(scratch))
-        compared = compared_credits(recipe, credits, continuations=continuations)
+        found_kinds = compared(recipe, credits, continuations=continuations)
         announce_loading(f"auditing {source}")
         from ctcgrpo.audit.measure import measure, played_steps
-        from ctcgrpo.audit.table import credit_table, drawn, effects_table
+        from ctcgrpo.audit.table import drawn, tables
         from ctcgrpo.run.train import opened
 
         with opened(recipe) as trainer:
             if adapter is not None:
                 trainer.load_weights(adapter)
             steps = played_steps(trainer, recipe.training.max_steps, continuations=continuations, say=say)
-            found = measure(trainer, steps, compared, baseline=BASELINE)
-            main = trainer.accelerator.is_main_process
-    if not main:
+            found = measure(trainer, steps, found_kinds, str(source))
+            is_main = trainer.accelerator.is_main_process
+    if not is_main:
         return
-    console = Terminal(132)
-    console.print(credit_table(found, f"credit audit of {source}"))
-    if (effects := effects_table(found)) is not None:
-        console.print(effects)
-    target = json_file or (source / "audit.json" if source.is_dir() else None)
-    if target is not None:
-        _write(target, json.dumps({"source": str(source), **found}, indent=1).encode())
+    for table in tables(found):
+        Terminal(132).print(table)
+    if (target := json_file or (source / FILE if source.is_dir() else None)) is not None:
+        _write(target, found.model_dump_json(indent=1).encode())
     if picture is not None:
         _write(picture, drawn(found))
 
@@ -78,34 +75,21 @@ def audit(
 class Kinds(Section):
     """Kinds of credit to compare, by name."""
 
-    credits: dict[str, Credit]
+    credits: dict[str, Credit] = Field(description="what to compare: sections credit of a recipe, by names of your own")
 
 
-def compared_credits(recipe: Recipe, file: Path | None, *, continuations: int) -> dict[str, CreditOptions]:
-    """The kinds of credit to compare, by name, with GRPO, and with the recipe's own where it is none of them. Raises RecipeError
-    for a file that does not hold such, and for `vine` in it without continuations."""
-    where = Path("credits.yaml") if file is None else file
-    text = (files("ctcgrpo.audit") / "credits.yaml").read_text(encoding="utf-8") if file is None else read_text(where, _WHAT)
-    data = parse_mapping(text, where, Kinds, _WHAT)
-    if isinstance(sections := data.get("credits"), Mapping):
-        data["credits"] = {name: _inheriting(section, recipe.credit) for name, section in sections.items()}
-    kinds = {BASELINE: Credit(alpha=0), **validated(data, Kinds, where).credits}
-    for name, credit in list(kinds.items()):
-        if credit.credit == VINE and not continuations:
-            if file is not None:
-                raise RecipeError(f"{where}: credits.{name}.credit = {VINE!r} needs --continuations of 1 or more")
-            del kinds[name]
-    if recipe.credit not in kinds.values() and (recipe.credit.credit != VINE or continuations):
-        kinds["recipe"] = recipe.credit
-    return {name: recipe.model_copy(update={"credit": credit}).credit_options() for name, credit in kinds.items()}
-
-
-def _inheriting(section: Any, of: Credit) -> Any:
-    """A section with the recipe's weight and scale where it has none."""
-    if not isinstance(section, Mapping):
-        return section
-    scale = {} if "scale" in section else {"scale": of.scale, "std_min": of.std_min}
-    return {"alpha": of.alpha, **scale, **section}
+def compared(recipe: Recipe, file: Path | None, *, continuations: int) -> dict[str, CreditOptions]:
+    """What to compare: the kinds of the package, or those of a file, and the recipe's own. Raises RecipeError for a file that does
+    not hold such, and for `vine` in it without continuations."""
+    sections = package_sections()
+    if file is not None:
+        text = read_text(file, _WHAT)
+        credits = validated(parse_mapping(text, file, Kinds, _WHAT), Kinds, file).credits
+        sections = {name: credit.model_dump(exclude_unset=True) for name, credit in credits.items()}
+        for name, credit in credits.items():
+            if credit.credit == VINE and not continuations:
+                raise RecipeError(f"{file}: credits.{name}.credit = {VINE!r} needs --continuations of 1 or more")
+    return kinds(sections, recipe.credit_options(), vine=continuations > 0)
 
 
 def _recipe(source: Path, overrides: Sequence[str], groups: int, which: str, scratch: Path) -> tuple[Recipe, Path | None]:

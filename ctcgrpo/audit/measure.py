@@ -3,21 +3,25 @@ kind of credit, since advantages enter it linearly."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate.utils import gather_object
 
 from ctcgrpo import __version__
-from ctcgrpo.audit.statistics import Floats, Turns, agreement, credit_figures, prediction
+from ctcgrpo.audit.kinds import BASELINE, kinds, of_one_step, package_sections
+from ctcgrpo.audit.record import Audit, OfTag, StepMoments, estimate, of_credit
+from ctcgrpo.audit.statistics import Floats, Turns, agreement, credit_figures, moments, prediction
 from ctcgrpo.centering import make_centering
-from ctcgrpo.credit import in_loss, vine_credits
+from ctcgrpo.credit import VINE, in_loss, vine_credits
 from ctcgrpo.errors import RunFailed
 from ctcgrpo.options import CreditOptions
 from ctcgrpo.training.samples import Key, StepCredit, Summary, step_credit, summarise, turn_samples
-from ctcgrpo.training.trainer import CTCGRPOTrainer
 from ctcgrpo.types import Episode
+
+if TYPE_CHECKING:
+    from ctcgrpo.training.trainer import CTCGRPOTrainer
 
 Say = Callable[[str], None]
 REFERENCE = "outcome"
@@ -36,7 +40,7 @@ class PlayedStep:
     sketches: np.ndarray[Any, np.dtype[np.float32]]
 
 
-def played_steps(trainer: CTCGRPOTrainer, steps: int, *, continuations: int, say: Say = lambda _: None) -> list[PlayedStep]:
+def played_steps(trainer: "CTCGRPOTrainer", steps: int, *, continuations: int, say: Say = lambda _: None) -> list[PlayedStep]:
     """The first `steps` batches of the trainer's schedule, with the policy that it has now. All processes call it. Raises
     TooManyFailures, RunPaused."""
     trainer.runner.play = replace(trainer.runner.play, continuations=continuations)
@@ -59,7 +63,7 @@ def played_steps(trainer: CTCGRPOTrainer, steps: int, *, continuations: int, say
     return found
 
 
-def sketched(trainer: CTCGRPOTrainer, episodes: Sequence[Episode]) -> PlayedStep:
+def sketched(trainer: "CTCGRPOTrainer", episodes: Sequence[Episode]) -> PlayedStep:
     """This process's episodes of a step, with the sketches of their turns."""
     summaries = gather_object([summarise(e, trainer.args) for e in episodes])
     trainer.refuse_failures(summaries, episodes)
@@ -72,7 +76,7 @@ def sketched(trainer: CTCGRPOTrainer, episodes: Sequence[Episode]) -> PlayedStep
 
 
 def group_gradients(
-    trainer: CTCGRPOTrainer, steps: Sequence[PlayedStep], credits: Mapping[str, CreditOptions]
+    trainer: "CTCGRPOTrainer", steps: Sequence[PlayedStep], credits: Mapping[str, CreditOptions]
 ) -> dict[str, Floats]:
     """By kind of credit (N, D): the sketched gradient of each group of each step. All processes call it, with the same result."""
     found = {}
@@ -139,32 +143,55 @@ def _error(outcomes: Sequence[float]) -> float:
     return float(np.var(outcomes, ddof=1)) / len(outcomes)
 
 
-def measure(
-    trainer: CTCGRPOTrainer, steps: Sequence[PlayedStep], credits: Mapping[str, CreditOptions], *, baseline: str
-) -> dict[str, Any]:
-    """The figures of an audit as plain data. `baseline` is one of `credits`, which gains are relative to. All processes call it.
-    Raises RunFailed where too few groups can be compared."""
-    outcome_alone = replace(credits[baseline], alpha=0.0, scale_rewards="none", outcome_weight=1.0, credit="immediate")
-    gradients = group_gradients(trainer, steps, {REFERENCE: outcome_alone, **credits})
+def measure(trainer: "CTCGRPOTrainer", steps: Sequence[PlayedStep], found: Mapping[str, CreditOptions], source: str) -> Audit:
+    """The figures of steps that one policy has played. `found`: what to compare, with BASELINE. All processes call it. Raises
+    RunFailed where groups are too few, or too alike, to be compared."""
+    gradients = _with_reference(trainer, steps, found)
     groups = len(gradients[REFERENCE])
     if groups < _FEWEST:
         raise RunFailed(f"{groups} groups with two valid episodes or more; an audit needs at least {_FEWEST}: raise --groups")
     if not np.any(np.abs(gradients[REFERENCE]) > _NOTHING):
         raise RunFailed(f"the outcomes of the {groups} groups do not vary, so nothing can be compared: try more --groups")
-    batch = trainer.tasks_per_step
-    figures = credit_figures(gradients, reference=REFERENCE, baseline=baseline, batch=batch)
-    effects = effects_by_tag(steps) if trainer.runner.play.continuations > 1 else {}
+    batch, continuations = trainer.tasks_per_step, trainer.runner.play.continuations
+    figures = credit_figures(gradients, reference=REFERENCE, baseline=BASELINE, batch=batch)
+    by_tag = effects_by_tag(steps) if continuations > 1 else {}
     valid = [s for step in steps for s in step.summaries if not s.failure]
-    return {
-        "version": __version__,
-        "groups": groups,
-        "episodes": len(valid),
-        "failed": sum(len(step.summaries) for step in steps) - len(valid),
-        "turns": sum(len(s.turn_scores) for s in valid),
-        "continuations": trainer.runner.play.continuations,
-        "batch": batch,
-        "baseline": baseline,
-        "credits": {name: asdict(of) for name, of in figures.items() if name != REFERENCE},
-        "agreement": asdict(agreement(gradients, reference=REFERENCE, batch=batch)),
-        "rewards_predict_effects": {tag: {"groups": len(found), **asdict(prediction(found))} for tag, found in effects.items()},
+    return Audit(
+        version=__version__,
+        source=source,
+        groups=groups,
+        batch=batch,
+        baseline=BASELINE,
+        credits={name: of_credit(of) for name, of in figures.items() if name != REFERENCE},
+        episodes=len(valid),
+        failed=sum(len(step.summaries) for step in steps) - len(valid),
+        turns=sum(len(s.turn_scores) for s in valid),
+        continuations=continuations,
+        agreement=estimate(agreement(gradients, reference=REFERENCE, batch=batch)),
+        tags={tag: OfTag(groups=len(of), correlation=estimate(prediction(of))) for tag, of in by_tag.items()},
+    )
+
+
+def audit_step(trainer: "CTCGRPOTrainer", step: int, episodes: Sequence[Episode]) -> StepMoments | None:
+    """The moments of a step of training (from 1), before its update; `episodes` are this process's. None where fewer than two
+    groups can be compared. All processes call it."""
+    played = sketched(trainer, episodes)
+    found = of_one_step(kinds(package_sections(), trainer.args, vine=trainer.args.credit == VINE))
+    gradients = _with_reference(trainer, [played], found)
+    groups = len(gradients[REFERENCE])
+    if groups < 2:
+        return None
+    m = moments(gradients, reference=REFERENCE)
+    of_credits = {
+        name: (float(m.square[k, 0]), float(m.spread[k, 0]), float(m.along[k, 0]))
+        for k, name in enumerate(gradients)
+        if name != REFERENCE
     }
+    return StepMoments(step=step, groups=groups, reference=float(m.reference[0]), credits=of_credits)
+
+
+def _with_reference(
+    trainer: "CTCGRPOTrainer", steps: Sequence[PlayedStep], found: Mapping[str, CreditOptions]
+) -> dict[str, Floats]:
+    outcome_alone = replace(found[BASELINE], alpha=0.0, scale_rewards="none", outcome_weight=1.0)
+    return group_gradients(trainer, steps, {REFERENCE: outcome_alone, **found})

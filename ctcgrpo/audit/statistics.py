@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2_000
+_KNOWN = 0.95  # share of the resamples in which a figure must be known for an interval
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A value and its 95 % interval. NaN where it cannot be told: the square of a mean's length came out negative, or zero."""
+    """A value and its 95 % interval. NaN where it cannot be told: an estimated squared length, or the baseline's gain, came out
+    negative; of an interval where that happened in more than 5 % of the resamples."""
 
     value: float
     low: float
@@ -59,24 +61,39 @@ def credit_figures(
 ) -> dict[str, CreditFigures]:
     """Figures by credit. `gradients`: (N, D) by credit, of the same groups in the same order; `reference` is o, `baseline` what
     gains are relative to, `batch` is B. Raises ValueError with fewer than three groups."""
-    names = list(gradients)
-    moments = _Moments(gradients, reference)
-    n = moments.groups
-    if n < 3:
-        raise ValueError(f"{n} groups; expected at least 3")
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(float)
+    found = _Moments(gradients, reference)
+    if found.groups < 3:
+        raise ValueError(f"{found.groups} groups; expected at least 3")
+    drawn = _drawn(found.groups, seed)
     drawn = drawn[(drawn > 0).sum(axis=1) > 1]
-    whole, resampled = moments.of(np.ones((1, n))), moments.of(drawn)
-    base = names.index(baseline)
-    return {
-        name: CreditFigures(
-            *(
-                Figure(float(of_all[k, 0]), *_range(of_drawn[k]))
-                for of_all, of_drawn in zip(_figures(whole, batch, base), _figures(resampled, batch, base), strict=True)
-            )
-        )
-        for k, name in enumerate(names)
-    }
+    return _with_intervals(list(gradients), found.of(np.ones((1, found.groups))), found.of(drawn), batch, baseline)
+
+
+def pooled_figures(
+    steps: Sequence[tuple[int, "Moments"]], names: Sequence[str], *, baseline: str, batch: int, seed: int = 0
+) -> dict[str, CreditFigures]:
+    """Figures over several steps of training, each with its number of groups and their moments, `names` being the credits of these.
+    Only groups of one step are paired, since the policy changes; the intervals are a bootstrap over steps."""
+    n = np.array([groups for groups, _ in steps], dtype=float)
+    pairs = n * (n - 1)
+    made = [m for _, m in steps]
+
+    def mean(weights: Floats) -> Moments:
+        of_pairs, of_groups = weights * pairs, weights * n
+        of_pairs, of_groups = (w / w.sum(axis=1, keepdims=True) for w in (of_pairs, of_groups))
+        square = np.array([m.square[:, 0] for m in made]).T
+        within = np.array([m.spread[:, 0] for m in made]).T + square  # the mean of |g|^2
+        squares = square @ of_pairs.T
+        along = np.array([m.along[:, 0] for m in made]).T @ of_pairs.T
+        return Moments(squares, within @ of_groups.T - squares, along, of_pairs @ np.array([m.reference[0] for m in made]))
+
+    return _with_intervals(names, mean(np.ones((1, len(n)))), mean(_drawn(len(n), seed)), batch, baseline)
+
+
+def moments(gradients: Mapping[str, Floats], *, reference: str) -> "Moments":
+    """The moments of two groups or more, weighted alike: W = 1."""
+    found = _Moments(gradients, reference)
+    return found.of(np.ones((1, found.groups)))
 
 
 def agreement(gradients: Mapping[str, Floats], *, reference: str, batch: int, splits: int = 200, seed: int = 0) -> Agreement:
@@ -100,7 +117,7 @@ def agreement(gradients: Mapping[str, Floats], *, reference: str, batch: int, sp
 
 
 @dataclass(frozen=True, slots=True)
-class _Moment:
+class Moments:
     """Unbiased estimates (C, W) for W weightings of the groups: |mu_c|^2, tr Sigma_c, <mu_c, mu_o>; and |mu_o|^2 (W,)."""
 
     square: Floats
@@ -120,12 +137,12 @@ class _Moments:
         self._with_reference = [g @ o.T for g in every]
         self._reference = o @ o.T
 
-    def of(self, weights: Floats) -> _Moment:
+    def of(self, weights: Floats) -> Moments:
         """`weights` (W, N): how often each group counts."""
         squares = np.array([_between(products, weights) for products in self._own])
         within = np.array([weights @ np.diag(products) / weights.sum(axis=1) for products in self._own])
         along = np.array([_between(products, weights) for products in self._with_reference])
-        return _Moment(squares, within - squares, along, _between(self._reference, weights))
+        return Moments(squares, within - squares, along, _between(self._reference, weights))
 
 
 def _between(products: Floats, weights: Floats) -> Floats:
@@ -135,7 +152,25 @@ def _between(products: Floats, weights: Floats) -> Floats:
     return np.asarray(pairs / counts)
 
 
-def _figures(m: _Moment, batch: int, base: int) -> tuple[Floats, Floats, Floats]:
+def _with_intervals(names: Sequence[str], whole: Moments, drawn: Moments, batch: int, baseline: str) -> dict[str, CreditFigures]:
+    base = names.index(baseline)
+    return {
+        name: CreditFigures(
+            *(
+                Figure(float(of_all[k, 0]), *_range(of_drawn[k]))
+                for of_all, of_drawn in zip(_figures(whole, batch, base), _figures(drawn, batch, base), strict=True)
+            )
+        )
+        for k, name in enumerate(names)
+    }
+
+
+def _drawn(n: int, seed: int) -> Floats:
+    """How often each of n is drawn, for each resample."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(float)
+
+
+def _figures(m: Moments, batch: int, base: int) -> tuple[Floats, Floats, Floats]:
     """noise, cosine and relative gain (C, W)."""
     gain = _gain(m, batch)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -145,7 +180,7 @@ def _figures(m: _Moment, batch: int, base: int) -> tuple[Floats, Floats, Floats]
     return noise, np.clip(cosine, -1, 1), relative
 
 
-def _gain(m: _Moment, batch: int) -> Floats:
+def _gain(m: Moments, batch: int) -> Floats:
     """(C, W), in units of the reference's length: of a step of length 1."""
     length = np.sqrt(np.maximum(m.square + m.spread / batch, 0))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -154,7 +189,7 @@ def _gain(m: _Moment, batch: int) -> Floats:
 
 def _range(drawn: Floats) -> tuple[float, float]:
     known = drawn[~np.isnan(drawn)]
-    if not len(known):
+    if len(known) < _KNOWN * len(drawn):
         return math.nan, math.nan
     low, high = np.quantile(known, [0.025, 0.975], method="nearest")  # which may be infinite
     return float(low), float(high)
@@ -176,9 +211,7 @@ def prediction(groups: Sequence[Turns], *, seed: int = 0) -> Figure:
     """How well a turn's reward predicts its effect on the outcome: their correlation, with the noise of estimated effects taken out
     of their variance. NaN where rewards or effects do not vary. The interval is a bootstrap over groups."""
     sums = np.array([_sums(group) for group in groups])
-    n = len(groups)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(float)
-    return Figure(float(_correlation(sums.sum(axis=0)[None])[0]), *_range(_correlation(drawn @ sums)))
+    return Figure(float(_correlation(sums.sum(axis=0)[None])[0]), *_range(_correlation(_drawn(len(groups), seed) @ sums)))
 
 
 def _sums(of: Turns) -> Floats:
@@ -191,4 +224,4 @@ def _correlation(sums: Floats) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
         var_r, var_e = rr / n - (r / n) ** 2, ee / n - (e / n) ** 2 - noise / n
         found = (re / n - r * e / n**2) / np.sqrt(np.where((var_r > 1e-12) & (var_e > 1e-12), var_r * var_e, np.nan))
-    return np.clip(found, -1, 1)
+    return np.asarray(np.clip(found, -1, 1))

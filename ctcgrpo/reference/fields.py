@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_origin
 
+from ctcgrpo.audit.commands import Kinds
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.experiments.spec import Sweep
 from ctcgrpo.factory.config import FactoryConfig
@@ -22,6 +23,7 @@ FILES: Mapping[str, tuple[type[Section], str]] = {
     "simulator-config": (SimulatorConfig, "configs/simulator/*.yaml"),
     "factory-config": (FactoryConfig, "configs/factory/*.yaml"),
     "sweep": (Sweep, "configs/sweeps/*.yaml"),
+    "audit-credits": (Kinds, "ctcgrpo audit --credits FILE"),
 }
 """By the name that `ctcgrpo fields` takes: the section that a whole file is, and where such files are."""
 

@@ -17,6 +17,8 @@ import jinja2
 import numpy as np
 
 from ctcgrpo import __version__
+from ctcgrpo.audit.record import OfCredit
+from ctcgrpo.audit.table import by_gain, caption, shown
 from ctcgrpo.environments.eibench.records import in_order
 from ctcgrpo.report.reading import Run, Trace, credit_of
 from ctcgrpo.run.recipe import OwnEnvironment
@@ -76,7 +78,20 @@ def figures_of(run: Run) -> dict[str, Any]:
         "failures": _failures(run.metrics),
         "states": [_states(part) for part in phases],
         "credit": _credit(trained),
+        "audits": [
+            {
+                "caption": caption(a),
+                "rows": [[name, *_of_credit(of)] for name, of in by_gain(a)],
+                "baseline": a.baseline,
+                "tags": [[tag, str(of.groups), shown(of.correlation)] for tag, of in a.tags.items()],
+            }
+            for a in run.audits
+        ],
     }
+
+
+def _of_credit(of: OfCredit) -> list[str]:
+    return [shown(of.gain), shown(of.cosine), shown(of.noise, ".0f", "unbounded")]
 
 
 def _facts(run: Run) -> dict[str, str]:

@@ -16,6 +16,8 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from ctcgrpo.audit.pooled import pooled
+from ctcgrpo.audit.record import FILE, STEPS_FILE, Audit, read_audit, read_steps
 from ctcgrpo.errors import OutputError
 from ctcgrpo.run.folders import require_run
 from ctcgrpo.run.recipe import Recipe
@@ -44,6 +46,7 @@ class Run:
     path: Path
     simulator: Mapping[str, Any] | None = None
     written: datetime | None = None  # time of the newest figures or dialogues
+    audits: Sequence[Audit] = ()  # of the trained policy, and of steps of training
     problems: Sequence[str] = ()
 
 
@@ -82,12 +85,13 @@ def read_run(path: Path) -> Run:
     validations, bad_figures = read_validations(folder.validation_file)
     metrics, bad_metrics = read_metrics(folder.metrics_file)
     simulator, bad_simulator = _simulator(path)
+    audits, bad_audits = _audits(path, recipe.tasks_per_step)
     finished = is_complete(folder.final)
     try:
         _, bad_figures = checked_summary(path)
     except OutputError as error:
         bad_figures.append(str(error))
-    problems = [*bad, *bad_figures, *bad_metrics, *bad_simulator]
+    problems = [*bad, *bad_figures, *bad_metrics, *bad_simulator, *bad_audits]
     problems += _disagreements(episodes, validations, metrics, finished=finished)
     problems += _other_credit(metrics, episodes, shuffled=recipe.credit.shuffle == "advantages")
     return Run(
@@ -101,6 +105,7 @@ def read_run(path: Path) -> Run:
         path=path,
         simulator=simulator,
         written=_written(folder),
+        audits=audits,
         problems=problems,
     )
 
@@ -125,6 +130,15 @@ def _simulator(run: Path) -> tuple[dict[str, Any] | None, list[str]]:
         return (read_object(file), []) if file.exists() else (None, [])
     except OutputError as error:
         return None, [str(error)]
+
+
+def _audits(run: Path, batch: int) -> tuple[list[Audit], list[str]]:
+    steps, problems = read_steps(run / STEPS_FILE)
+    found = [audit] if (audit := pooled(steps, source=str(run), batch=batch)) else []
+    try:
+        return [*([read_audit(run / FILE)] if (run / FILE).exists() else []), *found], problems
+    except OutputError as error:
+        return found, [*problems, str(error)]
 
 
 def _written(folder: RunFolder) -> datetime:

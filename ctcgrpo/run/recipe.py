@@ -295,6 +295,7 @@ class Training(Section):
         "none", description="none (every process holds the policy), fsdp2, or a DeepSpeed configuration (configs/deepspeed)"
     )
     bf16: bool = Field(False, description="mixed precision: bfloat16 compute on float32 weights")
+    audit_every: int | None = recipe_field("audit_every")
     process_timeout: int = Field(
         3600,
         ge=1,

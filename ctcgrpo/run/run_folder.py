@@ -11,6 +11,7 @@ checkpoints/RUN/
     simulator.jsonl   the log of the embedded simulator server
     validation.jsonl  one line a validation
     summary.json      before, after, and the improvement between them
+    audit.jsonl       one line an audited step (training.audit_every); audit.json: the figures of `ctcgrpo audit`
     traces/*.jsonl    one line an episode, with the credit that each turn was trained with
     checkpoint-N/     after N optimizer steps; complete once it has the file COMPLETE, which lists size and digest of every file
     best/             the policy with the best validation; best.newer/ until a checkpoint has that step

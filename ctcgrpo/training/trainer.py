@@ -29,6 +29,8 @@ from datasets import Dataset
 from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase, TrainerControl
 
+from ctcgrpo.audit.measure import audit_step
+from ctcgrpo.audit.record import STEPS_FILE
 from ctcgrpo.centering import make_centering
 from ctcgrpo.config import CTCGRPOConfig
 from ctcgrpo.credit import VINE
@@ -261,6 +263,8 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             self._log_number(name, value)
         seconds = time.perf_counter() - started
         self._log_number("seconds/rollout", seconds)
+        if self.args.audit_every and (self.rollout_step + 1) % self.args.audit_every == 0:
+            self._audit(episodes)
         waited = sum(e.seconds_environment for e in episodes)
         self._log_number("seconds/simulator_per_episode", waited / max(1, len(episodes)))
         self._log_number("tokens_per_second", sum(sum(s.turn_tokens) for s in summaries) / seconds)
@@ -280,6 +284,15 @@ class CTCGRPOTrainer(CheckpointedUpdate):
                 samples = [[replace(sample, old_logprobs=next(current)) for sample in part] for part in samples]
             self._log_number("seconds/recompute", time.perf_counter() - started)
         return samples
+
+    def _audit(self, episodes: Sequence[Episode]) -> None:
+        """Append the moments of this step to OUTPUT_DIR/audit.jsonl."""
+        started = time.perf_counter()
+        found = audit_step(self, self.rollout_step + 1, episodes)
+        if found is not None and self.accelerator.is_main_process:
+            with Path(self.args.output_dir, STEPS_FILE).open("a", encoding="utf-8") as out:
+                out.write(found.model_dump_json() + "\n")
+        self._log_number("seconds/audit", time.perf_counter() - started)
 
     def collect(self, step: int, positions: Sequence[int]) -> list[Episode]:
         """Play this process's contiguous share of the episodes of `step` (from 1); `positions`: of their tasks in the dataset."""

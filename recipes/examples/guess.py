@@ -8,6 +8,7 @@ policy, which begins with random weights. A turn earns 0.25 where its reply fits
 its own doing, which the turn term of the credit knows (alpha 10); with alpha 0 every turn is credited with the whole episode.
 """
 
+import copy
 from itertools import product
 
 from ctcgrpo import CTCGRPOConfig, CTCGRPOTrainer, Environment, Step
@@ -25,6 +26,9 @@ class Guess(Environment):
         word, is_long = self.words.pop(0), len(reply.strip()) > 3
         fits = is_long == (word == "dax")
         return Step(self.words[0] if self.words else None, reward=0.25 * fits, done=not self.words, info={"fits": float(fits)})
+
+    def branch(self, *, seed):  # only the credit vine and `ctcgrpo audit` ask for it
+        return copy.deepcopy(self)
 
 
 def train_tasks():
