@@ -40,7 +40,8 @@ FAILED = (1, 2)
 
 @dataclass
 class Outcome:
-    """`gradients`, `norm` and `logprobs` are those of the first step; `moved` is final minus initial weights."""
+    """`gradients`, `norm`, `logprobs` and `sketches` (of this process's turns) are those of the first step; `moved` is final minus
+    initial weights."""
 
     processes: int
     backend: str
@@ -48,6 +49,7 @@ class Outcome:
     gradients: dict[str, torch.Tensor]
     norm: float
     logprobs: dict[str, list[tuple[float, ...]]]
+    sketches: torch.Tensor
     moved: dict[str, torch.Tensor]
 
 
@@ -128,6 +130,8 @@ class _Capture(TrainerCallback):
 class _BeforeTraining(TrainerCallback):
     """Log-probabilities under the first weights, once the model is wrapped as it will be trained."""
 
+    sketches = torch.zeros(0)
+
     def __init__(self, trainer: CTCGRPOTrainer, capture: _Capture, logprobs: list[tuple[float, ...]]) -> None:
         self.trainer, self.capture, self.logprobs = trainer, capture, logprobs
 
@@ -137,6 +141,7 @@ class _BeforeTraining(TrainerCallback):
             self.capture.keep_before(trainer.model_wrapped)
         samples = trainer._new_batch([{"task": 0}] * (GROUPS * GROUP_SIZE // trainer.accelerator.num_processes))[0]
         self.logprobs += trainer.logprobs(trainer.model_wrapped, samples)
+        self.sketches = torch.from_numpy(trainer.sketches(samples))
 
 
 def _gradient(parameter: Any) -> torch.Tensor | None:
@@ -309,7 +314,7 @@ def run(
         made: list[int] = []
         plain_update = trainer.update_rows
         trainer.update_rows = lambda model, rows: (made.append(len(rows)), plain_update(model, rows))[1]  # type: ignore
-        trainer.add_callback(_BeforeTraining(trainer, capture, logprobs := []))
+        trainer.add_callback(at_first := _BeforeTraining(trainer, capture, logprobs := []))
         trainer.train()
         norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
         return Outcome(
@@ -319,6 +324,7 @@ def run(
             gradients=capture.gradients,
             norm=float(norms[0]),
             logprobs={str(trainer.accelerator.process_index): logprobs},
+            sketches=at_first.sketches,
             moved={n: p - before[n] for n, p in weights(trainer.model).items()},
         )
 

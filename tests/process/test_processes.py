@@ -91,6 +91,8 @@ def test_two_processes_are_the_same_as_one(
     assert len(together) == len(one.logprobs["0"])
     for a, b in zip(one.logprobs["0"], together, strict=True):
         assert a == pytest.approx(b, abs=1e-5)
+    sketches = torch.cat([part.sketches for part in parts])
+    assert len(one.sketches) == len(together) and torch.allclose(sketches, one.sketches, rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
