@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import Field
 
-from ctcgrpo.audit.kinds import kinds, package_sections
+from ctcgrpo.audit.kinds import BASELINE, kinds, package_sections
 from ctcgrpo.audit.record import FILE
 from ctcgrpo.credit import VINE
 from ctcgrpo.errors import OutputError, RecipeError
@@ -20,6 +20,7 @@ from ctcgrpo.run.recipe import Credit, Recipe
 from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.startup import announce_loading
+from ctcgrpo.util.naming import did_you_mean
 from ctcgrpo.util.sections import Section, parse_mapping, read_text, validated
 from ctcgrpo.util.terminal import Terminal, say
 
@@ -37,6 +38,7 @@ def audit(
         int, typer.Option(min=0, help="Continuations from after each turn, for vine and for effects of turns; 0 plays none.")
     ] = 2,
     credits: Annotated[Path | None, typer.Option(help="YAML: kinds of credit by name, each a section `credit`.")] = None,
+    baseline: Annotated[str, typer.Option(help="The kind that gains are relative to.")] = BASELINE,
     which: Annotated[str, typer.Option(help="Of a run: final, best, or a checkpoint's number.")] = "final",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file (a run: RUN/audit.json).")
@@ -51,6 +53,8 @@ def audit(
     with tempfile.TemporaryDirectory(prefix="ctcgrpo-audit-") as scratch:
         recipe, adapter = _recipe(source, overrides or [], groups, which, Path(scratch))
         found_kinds = compared(recipe, credits, continuations=continuations)
+        if baseline not in found_kinds:
+            raise RecipeError(f"--baseline {baseline!r}; {did_you_mean(baseline, found_kinds)}")
         announce_loading(f"auditing {source}")
         from ctcgrpo.audit.measure import measure, played_steps
         from ctcgrpo.audit.table import drawn, tables
@@ -60,7 +64,7 @@ def audit(
             if adapter is not None:
                 trainer.load_weights(adapter)
             steps = played_steps(trainer, recipe.training.max_steps, continuations=continuations, say=say)
-            found = measure(trainer, steps, found_kinds, str(source))
+            found = measure(trainer, steps, found_kinds, str(source), baseline=baseline)
             is_main = trainer.accelerator.is_main_process
     if not is_main:
         return

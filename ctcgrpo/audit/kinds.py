@@ -12,7 +12,7 @@ from ctcgrpo.options import CreditOptions
 from ctcgrpo.util.strict_yaml import load_yaml
 
 BASELINE = "grpo"
-"""The kind that gains are relative to."""
+"""The kind that gains are relative to, unless another one is named."""
 _NAMES = {"scale": "scale_rewards", "shuffle": "shuffle_credit"}  # of a recipe's fields as options
 _INHERITED = ("alpha", "scale_rewards", "std_min", "reasons", "no_reasoning_penalty", "fault_penalty")
 

@@ -143,9 +143,16 @@ def _error(outcomes: Sequence[float]) -> float:
     return float(np.var(outcomes, ddof=1)) / len(outcomes)
 
 
-def measure(trainer: "CTCGRPOTrainer", steps: Sequence[PlayedStep], found: Mapping[str, CreditOptions], source: str) -> Audit:
-    """The figures of steps that one policy has played. `found`: what to compare, with BASELINE. All processes call it. Raises
-    RunFailed where groups are too few, or too alike, to be compared."""
+def measure(
+    trainer: "CTCGRPOTrainer",
+    steps: Sequence[PlayedStep],
+    found: Mapping[str, CreditOptions],
+    source: str,
+    *,
+    baseline: str = BASELINE,
+) -> Audit:
+    """The figures of steps that one policy has played. `found`: what to compare, with `baseline`, which gains are relative to. All
+    processes call it. Raises RunFailed where groups are too few, or too alike, to be compared."""
     gradients = _with_reference(trainer, steps, found)
     groups = len(gradients[REFERENCE])
     if groups < _FEWEST:
@@ -153,7 +160,7 @@ def measure(trainer: "CTCGRPOTrainer", steps: Sequence[PlayedStep], found: Mappi
     if not np.any(np.abs(gradients[REFERENCE]) > _NOTHING):
         raise RunFailed(f"the outcomes of the {groups} groups do not vary, so nothing can be compared: try more --groups")
     batch, continuations = trainer.tasks_per_step, trainer.runner.play.continuations
-    figures = credit_figures(gradients, reference=REFERENCE, baseline=BASELINE, batch=batch)
+    figures = credit_figures(gradients, reference=REFERENCE, baseline=baseline, batch=batch)
     by_tag = effects_by_tag(steps) if continuations > 1 else {}
     valid = [s for step in steps for s in step.summaries if not s.failure]
     return Audit(
@@ -161,7 +168,7 @@ def measure(trainer: "CTCGRPOTrainer", steps: Sequence[PlayedStep], found: Mappi
         source=source,
         groups=groups,
         batch=batch,
-        baseline=BASELINE,
+        baseline=baseline,
         credits={name: of_credit(of) for name, of in figures.items() if name != REFERENCE},
         episodes=len(valid),
         failed=sum(len(step.summaries) for step in steps) - len(valid),

@@ -223,7 +223,8 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
         policy = self.accelerator.unwrap_model(self.model)
         policy.train()
         pad = self._tokenizer.pad_token_id
-        rows = plain_rows(samples, tokens_per_row=self.args.tokens_per_row, pad_id=pad)
+        # Half the length of a row of the update, so that its memory is enough here too.
+        rows = plain_rows(samples, tokens_per_row=self.args.tokens_per_row // 2, pad_id=pad)
         [most] = [max(int(n) for [found] in gather_arrays(self.accelerator, [np.array([len(rows)])]) for n in found)]
         with GradientSketch(policy, seed=self.args.seed) as sketch:
             found = np.zeros((len(samples), sketch.size), dtype=np.float32)

@@ -61,6 +61,14 @@ def dialogues(
 
 
 def policy(device: torch.device, layers: int = 4, width: int = 256) -> Qwen3ForCausalLM:
+    model = random_qwen3(layers, width).to(device)
+    score_trained_positions_only()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    use_layouts(model)
+    return model
+
+
+def random_qwen3(layers: int = 4, width: int = 256) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     heads = width // 128  # the head size of every Qwen3
     config = Qwen3Config(
@@ -72,11 +80,7 @@ def policy(device: torch.device, layers: int = 4, width: int = 256) -> Qwen3ForC
         intermediate_size=3 * width,
         vocab_size=VOCABULARY,
     )
-    model = Qwen3ForCausalLM(config).to(device)
-    score_trained_positions_only()
-    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    use_layouts(model)
-    return model
+    return Qwen3ForCausalLM(config)
 
 
 class Unshared(Layout):
@@ -154,6 +158,11 @@ def peak(packed: bool, reasoning: int, groups: int, tokens_per_row: int, threads
         tokens_per_row=tokens_per_row,
         device=device,
     )
+    return most_resident(run)
+
+
+def most_resident(run: Callable[[], object]) -> int:
+    """MiB that a call takes at its most, beyond what the process had before."""
     before = most = resident()
     over = threading.Event()
 

@@ -43,8 +43,9 @@ def test_of_a_run_and_on_the_way(ctcgrpo: Command, tmp_path: Path) -> None:
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "seconds/audit" in m] == [2, 4]
 
-    code, out, err = ctcgrpo("audit", str(run), "--groups", "8", "--continuations", "0")
+    code, out, err = ctcgrpo("audit", str(run), "--groups", "8", "--continuations", "0", "--baseline", "rollout")
     assert code == 0, err
+    assert read_audit(run / "audit.json").baseline == "rollout" and "gain relative to rollout" in out
     assert "vine" not in out and read_audit(run / "audit.json").continuations == 0
     of_policy, on_the_way = figures_of(read_run(run))["audits"]
     assert of_policy["caption"].startswith("8 groups, 32 episodes") and on_the_way["caption"].startswith("8 groups of 2 steps")
@@ -59,6 +60,7 @@ def test_of_a_run_and_on_the_way(ctcgrpo: Command, tmp_path: Path) -> None:
     [
         ((str(GUESS), "--which", "best", "--groups", "2"), "'--groups'"),
         (("recipes",), "expected a run folder; it has no recipe.yaml"),
+        ((str(GUESS), "--baseline", "grop"), "--baseline 'grop'; did you mean 'grpo'?"),
         ((str(GUESS), "--credits", "none.yaml"), "list of kinds of credit 'none.yaml' not found"),
     ],
 )
