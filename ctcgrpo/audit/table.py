@@ -59,7 +59,8 @@ def caption(found: Audit) -> str:
     if (agreed := found.agreement) is not None:
         text += f" Halves of the groups rank the credits with a correlation of {shown(agreed)}."
     if found.credits[found.baseline].gain.low is None:
-        text += f" The gain of {found.baseline} itself cannot be told from 0 with these groups: play four times as many, or name another --baseline."
+        text += f" The gain of {found.baseline} itself cannot be told from 0 with these groups: play four times as many, or name "
+        text += "another --baseline."
     return text
 
 
