@@ -48,13 +48,12 @@ def make_trainer(folder="checkpoints/guess", seed=0, **options):
         per_device_train_batch_size=64,  # episodes: 8 tasks, each played 8 times
         max_turns=4,
         max_completion_length=1,
-        max_steps=40,
         learning_rate=3e-3,
         lr_scheduler_type="constant",
         bf16=False,
         logging_steps=1,
         save_strategy="no",
-        **{"alpha": 10.0, "entropy_coef": 0.0} | options,
+        **{"alpha": 10.0, "entropy_coef": 0.0, "max_steps": 40} | options,
     )
     return CTCGRPOTrainer("builtin/tiny", args, Guess, train_dataset=train_tasks(), eval_dataset=held_out_tasks())
 
