@@ -103,6 +103,8 @@ class CTCGRPOConfig(CreditOptions, RolloutOptions, UpdateOptions, GRPOConfig):  
     disable_dropout: bool = field(default=True, metadata={"help": "whether the policy has no dropout"})
 
     def __post_init__(self) -> None:
+        if isinstance(self.scale_rewards, bool):  # as GRPOConfig takes it
+            self.scale_rewards = "group" if self.scale_rewards else "none"
         if wrong := next(out_of_bounds(vars(self)), None):
             raise ValueError(f"CTCGRPOConfig.{wrong}")
         for name, default in without_effect().items():

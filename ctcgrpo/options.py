@@ -14,6 +14,7 @@ import pydantic
 from ctcgrpo.centering import CENTERINGS
 from ctcgrpo.credit import CREDIT_NAMES, SCALES
 from ctcgrpo.util.importing import is_reference
+from ctcgrpo.util.naming import nearest
 
 Packing = Literal["auto", "segments", "flex", "flash3", "none"]  # attention kernel for rows with shared prefixes
 LossWeights = Literal["token", "turn"]  # the unit of equal weight in the loss: a trained token, or a trained turn
@@ -195,10 +196,11 @@ def out_of_bounds(values: Mapping[str, Any]) -> Iterator[str]:
         if get_origin(kind) is Literal and value not in (choices := get_args(kind)):
             yield f"{name} = {value!r}; expected one of {', '.join(choices)}"
         if (known := metadata["known"]) and value not in known and not (isinstance(value, str) and is_reference(value)):
-            yield (
-                f"{name} = {value!r}; expected one of {', '.join(known)}, or a custom one as "
-                "'my_module:my_function' (settings are recorded as text, so pass a name, not a function)"
-            )
+            close = nearest(value, known) if isinstance(value, str) else None
+            hint = f"; did you mean {close!r}?" if close else ""
+            if callable(value):
+                hint = " (settings are recorded as text, so pass a name, not a function)"
+            yield (f"{name} = {value!r}; expected one of {', '.join(known)}, or a custom one as 'my_module:my_function'{hint}")
         if any(not _BOUNDS[bound][0](value, limit) for bound, limit in metadata["bounds"].items()):
             expected = " and ".join(f"{_BOUNDS[bound][1]} {limit:g}" for bound, limit in metadata["bounds"].items())
             yield f"{name} = {value!r}; expected a number {expected}"

@@ -68,7 +68,7 @@ class Environment:
 
     def branch(self, *, seed: int) -> "Environment | Awaitable[Environment]":
         """A copy of this episode after a step, which continues independently of it; `seed` determines what is random from here on.
-        Only credit `vine` needs it. The runner sets the copy's `name`, and calls its `close`."""
+        Only credit `vine` needs it. The runner sets the copy's `name` and `episode_return`, and calls its `close`."""
         raise NotImplementedError
 
     def close(self) -> Awaitable[None] | None:

@@ -1,6 +1,7 @@
 """Checks of a custom environment: import, tasks, one complete episode, and unusual replies."""
 
 import asyncio
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -14,6 +15,8 @@ from ctcgrpo.run.run_tasks import environment_factory, read_tasks, refuse_uneven
 from ctcgrpo.types import Message, Task
 
 _REPLY, _EMOJI = "I see.", "\U0001f642\U0001f44d\U0001f3fd"
+_BLOCKED = 1.0  # seconds for which an environment may keep the event loop to itself
+_PAUSE = 0.01
 _RESETS = 8  # tasks of each set whose first messages are looked at, at most
 
 
@@ -54,20 +57,28 @@ def episode(s: Subject) -> Iterator[Finding]:
         return
     openings = {task.id: _played(s, task, ())[0] for task in _evenly(s.tasks)}
     openings |= {f"{task.id} (held out)": _played(s, task, ())[0] for task in _evenly(s.held_out_tasks)}
-    _, answers, outcome = _played(s, s.tasks[0], [_REPLY] * s.recipe.rollout.max_turns)
+    started = time.monotonic()
+    _, answers, outcome, blocked = _played(s, s.tasks[0], [_REPLY] * s.recipe.rollout.max_turns)
+    seconds = time.monotonic() - started
     s.openings = openings
     s.heard = [answer.messages for answer in answers if answer.messages]
     rewards = [answer.reward for answer in answers]
     turns = len(rewards)
     over = "done" if answers[-1].done else f"not done after rollout.max_turns = {turns}"
     earned = ", ".join("not scored" if reward is None else f"{reward:+.3f}" for reward in rewards[:5])
+    took = f" in {seconds:.0f} s" if seconds >= 1 else ""
     text = (
-        f"task {s.tasks[0].id!r} with the reply {_REPLY!r}: {turns} {'turn' if turns == 1 else 'turns'} ({over}), rewards "
+        f"task {s.tasks[0].id!r} with the reply {_REPLY!r}: {turns} {'turn' if turns == 1 else 'turns'} ({over}){took}, rewards "
         f"{earned}{', ...' if turns > 5 else ''}, outcome {outcome:+.3f}"
     )
     blank = all(reward is None for reward in rewards) and not outcome
     nothing = f"{text}: no turn is scored and the outcome is 0, so there is no training signal"
     yield warning(nothing) if blank else ok(text)
+    if blocked > _BLOCKED:
+        yield warning(
+            f"the constructor or an async method blocks for {blocked:.1f} s, in which all other episodes wait: await what takes "
+            "time, or make it a plain method, which runs in a thread"
+        )
 
 
 def replies(s: Subject) -> Iterator[Finding]:
@@ -85,22 +96,37 @@ def replies(s: Subject) -> Iterator[Finding]:
     yield from bad or [ok(f"{', '.join(odd)}: no error")]
 
 
-def _played(s: Subject, task: Task, said: Sequence[str]) -> tuple[Sequence[Message], Sequence[Answer], float]:
-    """First messages, answers and outcome of an episode with at most these replies. Raises RecipeError that names the task."""
+_Played = tuple[Sequence[Message], Sequence[Answer], float, float]
+
+
+def _played(s: Subject, task: Task, said: Sequence[str]) -> _Played:
+    """First messages, answers and outcome of an episode with at most these replies, and the longest time in seconds for which it
+    blocked the event loop. Raises RecipeError that names the task."""
     try:
         return asyncio.run(_play(s, task, said))
     except CtcGrpoError as error:
         raise RecipeError(f"{_settings(s).factory}, task {task.id!r}: {error}") from error
 
 
-async def _play(s: Subject, task: Task, said: Sequence[str]) -> tuple[Sequence[Message], Sequence[Answer], float]:
+async def _play(s: Subject, task: Task, said: Sequence[str]) -> _Played:
     assert s.factory is not None
     session = Session(s.factory, f"check/{task.id}", _settings(s).timeout)
     answers: list[Answer] = []
-    outcome = 0.0
+    outcome = blocked = 0.0
+
+    async def watch() -> None:
+        nonlocal blocked
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(_PAUSE / 2)
+            blocked = max(blocked, time.monotonic() - before)
+
+    watcher = asyncio.create_task(watch())
     try:
+        await asyncio.sleep(_PAUSE)
         opening = await session.reset(task.data, seed=s.recipe.run.seed)
         for reply in said:
+            await asyncio.sleep(_PAUSE)  # for the watcher, so that each call counts for itself
             answers.append(await session.step(reply))
             if answers[-1].done:
                 break
@@ -115,7 +141,9 @@ async def _play(s: Subject, task: Task, said: Sequence[str]) -> tuple[Sequence[M
         await session.close_or_fail()
     finally:
         await session.close()
-    return opening, answers, outcome
+    await asyncio.sleep(_PAUSE)
+    watcher.cancel()
+    return opening, answers, outcome, blocked
 
 
 def _settings(s: Subject) -> OwnEnvironment:

@@ -57,12 +57,14 @@ class Session:
         kind = type(environment)
         if kind.branch is Environment.branch:
             raise CreditError(
-                f"credit {VINE!r} plays episodes on from their turns, which needs {kind.__name__}.branch; define it"
+                f"credit {VINE!r} plays episodes on from their turns, which needs {kind.__name__}.branch; define it, in most "
+                "environments as copy.deepcopy(self) with random state from the seed (ctcgrpo/environments/README.md)"
             )
+        earned = environment.episode_return
         made = await self._call("branch", environment.branch, seed=seed)
         if not isinstance(made, Environment) or made is environment:
             raise EnvironmentFailed(f"branch returned {_shown(made)}; expected another Environment")
-        made.name = name
+        made.name, made.episode_return = name, earned
         branched = Session(self._factory, name, self._limit)
         branched._environment, branched.info = made, self.info
         return branched

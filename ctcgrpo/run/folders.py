@@ -34,7 +34,9 @@ def require_run(folder: Path) -> RunFolder:
     if RunFolder(folder).recipe_file.exists():
         return RunFolder(folder)
     hint = f"; the run is {folder.parent}" if RunFolder(folder.parent).recipe_file.exists() else ""
-    if not hint and RunFolder(folder).traces.is_dir():
+    if not hint and (folder / "data.json").exists():
+        hint = "; the run there ended before its first step: run its command again"
+    elif not hint and RunFolder(folder).traces.is_dir():
         hint = "; it is the output of a CTCGRPOTrainer, with its dialogues in traces/"
     raise OutputError(f"{folder}: expected a run folder; it has no recipe.yaml{hint}")
 

@@ -23,8 +23,9 @@ class _Done(MofNCompleteColumn):
 class RunProgress:
     """Shows the phase, steps, the mean outcome, failures and the time left, on the main process only."""
 
-    def __init__(self, *, name: str, steps: int, enabled: bool, console: Terminal | None = None) -> None:
+    def __init__(self, *, name: str, steps: int, enabled: bool, processes: int = 1, console: Terminal | None = None) -> None:
         self._name = name
+        self._each = f" on each of {processes} processes" if processes > 1 else ""
         self._steps = steps
         self._enabled = enabled
         self._console = console or Terminal(80)
@@ -54,7 +55,7 @@ class RunProgress:
         """A step begins; `step` counts from 1."""
         self._plays(episodes, "  episodes")
         if not self._knows_pace and not self._live:
-            self.say(f"step {step}: playing {episodes} episodes")
+            self.say(f"step {step}: playing {episodes} episodes{self._each}")
 
     def update(self, step: int) -> None:
         """The step's episodes are played, and the policy is trained on them."""

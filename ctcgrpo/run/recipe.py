@@ -255,7 +255,9 @@ class Credit(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Credit:
         if self.gamma != 1.0 and self.credit not in DISCOUNTED and not is_reference(self.credit):
-            raise ValueError(f"gamma is {self.gamma}, but credit is {self.credit!r}; only {' and '.join(DISCOUNTED)} discount")
+            raise ValueError(
+                f"gamma is {self.gamma}, but credit {self.credit!r} does not discount; leave it out, or set credit.gamma=1"
+            )
         if self.center_weights == "token" and self.centering == "none":
             raise ValueError("center_weights is 'token', but centering 'none' uses no weights; leave center_weights out")
         if self.std_min != CreditOptions.std_min and self.scale == "none":

@@ -75,8 +75,8 @@ def train(recipe: Recipe) -> Path:
     except (OSError, RuntimeError, SafetensorError) as error:
         if (reason := disk_problem(error)) is None:
             raise
-        free = "free disk space, then run the same command to resume from there"
-        raise OutputError(f"cannot write to {recipe.folder}: {reason}. {_saved(RunFolder(recipe.folder))}; {free}") from None
+        saved = _saved(RunFolder(recipe.folder), "free disk space, then ")
+        raise OutputError(f"cannot write to {recipe.folder}: {reason}. {saved}") from None
 
 
 @contextlib.contextmanager
@@ -100,7 +100,9 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         self._state: PartialState = arguments.distributed_state
         self._folder = RunFolder(recipe.folder)
         main = self._state.is_main_process
-        self._progress = RunProgress(name=recipe.run.name, steps=recipe.training.max_steps, enabled=main)
+        self._progress = RunProgress(
+            name=recipe.run.name, steps=recipe.training.max_steps, enabled=main, processes=self._state.num_processes
+        )
         self._resume: Path | None = self._open_folder(stack)
         model, tokenizer, contexts = self._policy()
         environment = self._tasks.start(stack, self._state, self._folder, self._progress.say)
@@ -217,9 +219,10 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
                 self._validator.validate(self._recipe.training.max_steps)
         except (RunPaused, TooManyFailures, PolicyEngineError) as error:
             progress.stop()
-            progress.say("saving a checkpoint")
-            trainer.save_now()
-            raise type(error)(f"{error}. {_saved(self._folder)}; run the same command to resume from there") from None
+            if trainer.state.global_step:
+                progress.say("saving a checkpoint")
+                trainer.save_now()
+            raise type(error)(f"{error}. {_saved(self._folder)}") from None
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{error}. {self._how_to_start_over()}") from None
         finally:
@@ -355,9 +358,12 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         return f"The last good checkpoint is {checkpoint}; start another run from it with the corrected recipe: {again}"
 
 
-def _saved(folder: RunFolder) -> str:
+def _saved(folder: RunFolder, first: str = "") -> str:
+    """What a stopped run left, and how to continue it; `first`: what has to be done before."""
     checkpoint = folder.newest_checkpoint()
-    return f"Saved {checkpoint}" if checkpoint else "No checkpoint was saved yet"
+    if checkpoint is None:
+        return f"There is no checkpoint yet; {first}run the same command to start again"
+    return f"Saved {checkpoint}; {first}run the same command to resume from there"
 
 
 def _set_single_process() -> None:

@@ -71,7 +71,8 @@ def step_schedule(tags: Sequence[str], *, steps: int, per_step: int, seed: int |
     if per_step % len(by_tag):
         raise ValueError(
             f"{per_step} tasks a step (per_device_train_batch_size x processes / num_generations) for {len(by_tag)} tags "
-            f"({', '.join(sorted(by_tag)[:5])}); expected a multiple of {len(by_tag)}: a step plays the same number of each tag"
+            f"({', '.join(sorted(by_tag)[:5])}); expected a multiple of {len(by_tag)}: a step plays the same number of each tag; "
+            f"set per_device_train_batch_size x processes to a multiple of {len(by_tag)} x num_generations"
         )
     share = per_step // len(by_tag)
     decks = [_deal(positions, None if seed is None else random.Random(f"{seed}/{tag}")) for tag, positions in by_tag.items()]

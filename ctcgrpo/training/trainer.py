@@ -14,6 +14,7 @@ TRL and transformers keep everything else: loading, PEFT, optimizer, schedule, d
 
 import contextlib
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -52,6 +53,7 @@ from ctcgrpo.types import Environment, Episode, Task, TurnSample
 from ctcgrpo.util.processes import on_main, raise_on_all, run_coroutine, together
 
 PLAYING = "episodes"
+_log = logging.getLogger(__name__)
 INSTEAD = dict.fromkeys(
     ("reward_funcs", "reward_processing_classes", "tools", "rollout_func", "environment_factory"),
     "environment=MyEnvironment, whose Step.reward and outcome() are the rewards (ctcgrpo/environments/README.md)",
@@ -60,8 +62,7 @@ INSTEAD = dict.fromkeys(
 
 
 class RolloutHooks:
-    """Callbacks of a trainer on its rollouts; a subclass can observe and stop them. The methods here do nothing. All
-    processes call them."""
+    """Callbacks of a trainer on its rollouts; a subclass can observe and stop them. All processes call them."""
 
     def before_rollouts(self, step: int) -> None:
         """Called after `step` trained batches of rollouts, before the next one."""
@@ -70,7 +71,9 @@ class RolloutHooks:
         """This process begins to play `episodes` episodes of a step (from 1)."""
 
     def episode(self, episode: Episode) -> None:
-        """An episode is over."""
+        """An episode is over. By default a failed one is logged as a warning."""
+        if episode.failure:
+            _log.warning("episode %s failed: %s: %s", episode.name, episode.failure.kind, episode.failure.message)
 
     def update(self, step: int) -> None:
         """The episodes of a step are over; its update begins."""

@@ -3,6 +3,7 @@ named with its line."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from ctcgrpo.run.recipe_file import load_recipe
 from tests.conftest import ROOT, Command
 
 GUESS = ROOT / "recipes" / "examples" / "guess.yaml"
-MODULE = '''from ctcgrpo import Environment, Step
+MODULE = '''import time
+
+from ctcgrpo import Environment, Step
 
 
 class Count(Environment):
@@ -48,6 +51,18 @@ class Count(Environment):
 
 def helper(reply):
     return {}[reply]
+
+
+class Blocking(Count):
+    async def step(self, reply):
+        time.sleep(1.2)
+        return Count.step(self, reply)
+
+
+class Slow(Blocking):
+    def step(self, reply):
+        time.sleep(1.2)
+        return Count.step(self, reply)
 
 
 def tasks():
@@ -155,6 +170,7 @@ def test_what_is_broken_is_named_with_its_line(overrides: list[str], about: str,
             f"{at('raise ValueError')}",
         ),
         (["environment.options={broken: nothing}"], "episode", "no turn is scored and the outcome is 0, so there is"),
+        (["environment.factory=count_down:Blocking"], "episode", "an async method blocks for 1.2 s, in which all other episodes"),
         (["rollout.max_prompt_tokens=60"], "context", "of the tasks drop exchanges by then"),
     ],
 )  # fmt: skip
@@ -163,3 +179,8 @@ def test_what_is_to_mind(overrides: list[str], about: str, reason: str, folder: 
     bad = {f.about: f for many in found.values() for f in many if f.level != "ok"}
     assert bad[about].level == "warning" and reason.format(file=folder / "count_down.py") in bad.pop(about).text
     assert not bad
+
+
+def test_a_plain_method_blocks_no_other_episode(folder: Path) -> None:
+    [found] = look(folder, "environment.factory=count_down:Slow")["episode"]
+    assert found.level == "ok" and re.search(r"2 turns \(done\) in \d+ s, rewards", found.text), found

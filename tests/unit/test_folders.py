@@ -68,6 +68,13 @@ def test_runs_are_named_where_they_are(runs: Path, ctcgrpo: Command) -> None:
         require_run(Path("checkpoints/quickstart/final"))
     with pytest.raises(OutputError, match="is a file; expected a folder"):
         require_folder(Path("checkpoints/quickstart/recipe.yaml"))
+    for name, hint in (
+        ("traces", "it is the output of a CTCGRPOTrainer"),
+        ("data.json", "the run there ended before its first step"),
+    ):
+        Path("begun", name).mkdir(parents=True)  # a recipe's run writes traces/ and data.json before recipe.yaml
+        with pytest.raises(OutputError, match=f"has no recipe.yaml; {hint}"):
+            require_run(Path("begun"))
     for command in ("show", "report", "noise", "export", "evaluate", "leaderboard"):
         code, _, err = ctcgrpo(command, "checkpoints/quickstrt")
         assert code == 6 and "checkpoints/quickstrt: no such folder; did you mean 'checkpoints/quickstart'?" in err, command

@@ -256,3 +256,15 @@ def test_an_update_in_progress_is_finished_and_saved(ctcgrpo: Command, tmp_path:
     assert "stopping: waiting for the update of step 2 (the last one took " in out
     assert f"Saved {tmp_path / 'tiny' / 'checkpoint-2'}; run the same command" in err
     assert is_complete(tmp_path / "tiny" / "checkpoint-2") and "step 3/3" not in out
+
+
+def test_a_run_that_stops_in_its_first_step_has_nothing_to_resume_from(
+    ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take_weights(self: ContinuousEngine, version: int) -> None:
+        raise PolicyEngineError("http://server:8000 is gone")
+
+    monkeypatch.setattr(ContinuousEngine, "take_weights", take_weights)
+    code, out, err = ctcgrpo("train", TINY, *FAST, "validation=null", f"run.output_dir={tmp_path}")
+    assert code == 4 and "saving a checkpoint" not in out, out
+    assert "http://server:8000 is gone. There is no checkpoint yet; run the same command to start again" in err

@@ -55,6 +55,12 @@ def play(run: RunProgress, wait: Callable[[float], None], episodes: int, seconds
         run.episode(EPISODE)
 
 
+def test_a_process_counts_its_own_episodes() -> None:
+    out = io.StringIO()
+    RunProgress(name="q", steps=5, enabled=True, processes=2, console=Terminal(100, file=out)).rollouts(1, 4)
+    assert out.getvalue() == "step 1: playing 4 episodes on each of 2 processes\n"
+
+
 def test_no_part_of_the_first_step_is_silent(wait: Callable[[float], None]) -> None:
     run, out = shown(terminal=False)
     run.start(0)

@@ -137,7 +137,7 @@ def test_every_step_plays_equally_many_tasks_of_each_tag(tmp_path: Path) -> None
     assert logged(made, "outcome/rare") and logged(made, "outcome/frequent")
     expected = (
         r"3 tasks a step \(per_device_train_batch_size x processes / num_generations\) for 2 tags \(frequent, rare\); "
-        "expected a multiple of 2"
+        "expected a multiple of 2: .* set per_device_train_batch_size x processes to a multiple of 2 x num_generations"
     )
     with pytest.raises(ValueError, match=expected):
         trainer(tmp_path, tasks=tasks, per_device_train_batch_size=6)
@@ -163,6 +163,8 @@ def test_every_step_plays_equally_many_tasks_of_each_tag(tmp_path: Path) -> None
         ),
         ({"rewards": len}, TypeError, "CTCGRPOTrainer does not take rewards$"),
         ({"credit": "absent_m:f"}, RecipeError, "^credit = 'absent_m:f': there is no module 'absent_m'"),
+        ({"credit": "reward_togo"}, ValueError, "or a custom one as 'my_module:my_function'; did you mean 'reward_to_go'"),
+        ({"centering": len}, ValueError, r"or a custom one as .* \(settings are recorded as text, so pass a name"),
         ({"scale_rewards": "math:sqrt"}, CreditError, "^scale_rewards = 'math:sqrt' raised TypeError"),
         ({"model": "builtin/tony"}, PolicyError, "model = 'builtin/tony'; did you mean 'builtin/tiny'"),
         ({"max_completion_length": 5000}, ValueError, "max_completion_length = 5000; expected less than the 4096 positions"),
@@ -176,6 +178,11 @@ def test_what_cannot_be_is_named(tmp_path: Path, parts: dict[str, Any], error: t
 
 
 # --- models --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "scale"), [(True, "group"), (False, "none")])
+def test_scale_rewards_is_a_bool_too_as_in_trl(tmp_path: Path, given: bool, scale: str) -> None:
+    assert config(tmp_path, scale_rewards=given).scale_rewards == scale
 
 
 @pytest.mark.parametrize("tokenizer", [True, False])
@@ -484,7 +491,7 @@ class Broken(Count):
         ("constructor", "turn 1: the environment's constructor raised OSError: no display"),
     ],
 )
-def test_a_broken_episode_is_a_failed_one(tmp_path: Path, how: str, reason: str) -> None:
+def test_a_broken_episode_is_a_failed_one(tmp_path: Path, how: str, reason: str, caplog: pytest.LogCaptureFixture) -> None:
     environment = type("OneBroken", (Broken,), {"how": how, "made": 0})
     made = trainer(tmp_path, environment, environment_timeout=0.5 if how == "hangs" else 60, max_steps=2, tasks=TASKS)
     before = weights(made)
@@ -492,6 +499,8 @@ def test_a_broken_episode_is_a_failed_one(tmp_path: Path, how: str, reason: str)
     assert made.state.global_step == 2 and logged(made, "failed/environment") == [1, 1]
     (failure,) = [line["failure"] for line in traced(tmp_path) if line["failure"]]
     assert failure["kind"] == "environment" and failure["message"].startswith(reason)
+    shown = [record.message for record in caplog.records if "failed: environment" in record.message]
+    assert len(shown) == 2 and failure["message"] in shown[0]  # a line an episode, without another set-up of logging
     assert all(bool(torch.isfinite(p).all()) for p in weights(made).values())
     assert any(not torch.equal(before[name], value) for name, value in weights(made).items())
 

@@ -80,7 +80,10 @@ def test_overrides() -> None:
         ("credits.alpha=10", r"unknown field credits; did you mean 'credit'\?"),
         ("rollout.group_size=1", "rollout.group_size is 1; input should be greater than or equal to 2"),
         ("credit.alpha=much", "credit.alpha is 'much'; input should be a valid number"),
-        ("credit.gamma=0.9", "credit: gamma is 0.9, but credit is 'immediate'; only reward_to_go and smeared discount"),
+        (
+            "credit.gamma=0.9",
+            "credit: gamma is 0.9, but credit 'immediate' does not discount; leave it out, or set credit.gamma=1",
+        ),
         ("policy.fault_penalty=0.1", "policy: fault_penalty is 0.1, but reasons is false; set policy.reasons=true"),
         ("credit.turn_std_min=0.1", "credit: turn_std_min is 0.1, but turn_scale 'none' does not divide; leave it out"),
         ("credit.continuations=2", "credit: continuations is 2, but credit 'immediate' plays none; leave it out"),

@@ -76,10 +76,11 @@ class Dice(Environment):
 
     def branch(self, *, seed: int) -> "Dice":
         made = Dice(self.broken)
-        made.shown, made.dice, made.branched, made.episode_return = self.shown, random.Random(seed), True, self.episode_return
+        made.shown, made.dice, made.branched = self.shown, random.Random(seed), True
         return made
 
     def outcome(self) -> float:
+        assert self.episode_return == pytest.approx(sum(self.shown) / 10)  # in a branch too, which did not copy it
         return float(sum(self.shown))
 
     async def close(self) -> None:
