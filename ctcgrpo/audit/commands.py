@@ -14,7 +14,7 @@ from pydantic import Field
 from ctcgrpo.audit.kinds import BASELINE, kinds, package_sections
 from ctcgrpo.audit.record import FILE
 from ctcgrpo.credit import VINE
-from ctcgrpo.errors import OutputError, RecipeError
+from ctcgrpo.errors import CreditError, OutputError, RecipeError
 from ctcgrpo.run.folders import require_run
 from ctcgrpo.run.recipe import Credit, Recipe
 from ctcgrpo.run.recipe_file import load_recipe
@@ -37,7 +37,9 @@ def audit(
     continuations: Annotated[
         int, typer.Option(min=0, help="Continuations from after each turn, for vine and for effects of turns; 0 plays none.")
     ] = 2,
-    credits: Annotated[Path | None, typer.Option(help="YAML: kinds of credit by name, each a section `credit`.")] = None,
+    credits: Annotated[
+        Path | None, typer.Option(help="YAML, credits: {NAME: {centering: group, ...}}; default: the package's.")
+    ] = None,
     baseline: Annotated[str, typer.Option(help="The kind that gains are relative to.")] = BASELINE,
     which: Annotated[str, typer.Option(help="Of a run: final, best, or a checkpoint's number.")] = "final",
     json_file: Annotated[
@@ -63,7 +65,10 @@ def audit(
         with opened(recipe) as trainer:
             if adapter is not None:
                 trainer.load_weights(adapter)
-            steps = played_steps(trainer, recipe.training.max_steps, continuations=continuations, say=say)
+            try:
+                steps = played_steps(trainer, recipe.training.max_steps, continuations=continuations, say=say)
+            except CreditError as error:  # the environment cannot be branched
+                raise CreditError(f"{error}; or pass --continuations 0") from None
             found = measure(trainer, steps, found_kinds, str(source), baseline=baseline)
             is_main = trainer.accelerator.is_main_process
     if not is_main:

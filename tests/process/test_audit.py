@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ctcgrpo.audit.record import read_audit, read_steps
 from ctcgrpo.cli import train_here
@@ -60,7 +61,7 @@ def test_of_a_run_and_on_the_way(ctcgrpo: Command, tmp_path: Path) -> None:
     [
         ((str(GUESS), "--which", "best", "--groups", "2"), "'--groups'"),
         (("recipes",), "expected a run folder; it has no recipe.yaml"),
-        ((str(GUESS), "--baseline", "grop"), "--baseline 'grop'; did you mean 'grpo'?"),
+        ((str(GUESS), "--baseline", "rolout"), "--baseline 'rolout'; did you mean 'rollout'?"),
         ((str(GUESS), "--credits", "none.yaml"), "list of kinds of credit 'none.yaml' not found"),
     ],
 )
@@ -72,3 +73,13 @@ def test_what_cannot_be_audited(ctcgrpo: Command, arguments: tuple[str, ...], me
 def test_outcomes_that_do_not_vary(ctcgrpo: Command) -> None:
     code, _, err = ctcgrpo("audit", str(GUESS), *SMALL, "rollout.max_new_tokens=1", "rollout.temperature=0.001", "--groups", "3")
     assert code == 10 and "the outcomes of the 4 groups do not vary" in err
+
+
+def test_an_environment_that_cannot_be_branched(ctcgrpo: Command, tmp_path: Path) -> None:
+    (tmp_path / "alone.py").write_text("from guess import *\n\nclass Alone(Guess):\n    branch = Guess.__mro__[1].branch\n")
+    (tmp_path / "guess.py").write_text(GUESS.with_suffix(".py").read_text())
+    own = {"extends": str(GUESS), "environment": {"factory": "alone:Alone", "tasks": "alone:train_tasks"}, "validation": None}
+    (tmp_path / "alone.yaml").write_text(yaml.safe_dump(own))
+    code, _, err = ctcgrpo("audit", str(tmp_path / "alone.yaml"), *SMALL, "--groups", "4")
+    assert code == 2 and "needs Alone.branch" in err and "or pass --continuations 0" in err
+    assert ctcgrpo("audit", str(tmp_path / "alone.yaml"), *SMALL, "--groups", "4", "--continuations", "0")[0] == 0
