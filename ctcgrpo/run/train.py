@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ from ctcgrpo.training.trainer import PLAYING, CTCGRPOTrainer, RolloutHooks
 from ctcgrpo.types import Episode
 from ctcgrpo.util.files import disk_problem, file_digest, mark_complete
 from ctcgrpo.util.importing import load_object, source_of
+from ctcgrpo.util.naming import differences
 from ctcgrpo.util.processes import STOP_SECONDS, interrupts, on_main, together
 
 
@@ -75,8 +76,8 @@ def train(recipe: Recipe) -> Path:
     except (OSError, RuntimeError, SafetensorError) as error:
         if (reason := disk_problem(error)) is None:
             raise
-        free = "free disk space, then run the same command to resume from there"
-        raise OutputError(f"cannot write to {recipe.folder}: {reason}. {_saved(RunFolder(recipe.folder))}; {free}") from None
+        saved = _saved(RunFolder(recipe.folder))
+        raise OutputError(f"cannot write to {recipe.folder}: {reason}. Free disk space. {saved}") from None
 
 
 @contextlib.contextmanager
@@ -105,7 +106,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         model, tokenizer, contexts = self._policy()
         environment = self._tasks.start(stack, self._state, self._folder, self._progress.say)
         if user := self._tasks.user():
-            self._record("simulator.json", user)
+            self._record("simulator.json", user, compare=_user_changes)
         starts = "starts" if self._resume is None else f"resumes from {self._resume.name}"
         self._progress.say(
             f"{recipe.run.name} {starts}: policy {recipe.policy.model}, {len(self._tasks.train)} {self._tasks.noun} to train on, "
@@ -219,7 +220,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
             progress.stop()
             progress.say("saving a checkpoint")
             trainer.save_now()
-            raise type(error)(f"{error}. {_saved(self._folder)}; run the same command to resume from there") from None
+            raise type(error)(f"{error}. {_saved(self._folder)}") from None
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{error}. {self._how_to_start_over()}") from None
         finally:
@@ -355,9 +356,17 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         return f"The last good checkpoint is {checkpoint}; start another run from it with the corrected recipe: {again}"
 
 
+def _user_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Differences between two users, with what the digest `settings` covers."""
+    covered = "options, sampling, max_tokens, and of each endpoint url, model, output, bounded_strings, seed, extra_body"
+    return [f"{change} of {covered}" if change.startswith("settings: ") else change for change in differences(old, new)]
+
+
 def _saved(folder: RunFolder) -> str:
     checkpoint = folder.newest_checkpoint()
-    return f"Saved {checkpoint}" if checkpoint else "No checkpoint was saved yet"
+    if checkpoint is None:
+        return "No checkpoint was saved yet; run the same command to resume from step 1"
+    return f"Saved {checkpoint}; run the same command to resume from there"
 
 
 def _set_single_process() -> None:
