@@ -135,10 +135,9 @@ def generate(
         if verdict.problem:
             say(f"{verdict.id}: gate: {verdict.problem}")
     say(f"{len(outcomes)} requested: {_counted(outcomes)}; report: {out / REPORT}")
-    say(
-        f"all answers in {settings.store}: {spent['calls']} calls, {spent['prompt_tokens']} + {spent['completion_tokens']} tokens, "
-        f"{spent['money']:.2f} {spent['currency']}"
-    )
+    money = f", {spent['money']:.2f} {spent['currency']}" if spent["money"] else ""  # none without prices
+    tokens = f"{spent['prompt_tokens']} + {spent['completion_tokens']} tokens"
+    say(f"all answers in {settings.store}: {spent['calls']} calls, {tokens}{money}")
     if unanswered := sum(outcome.status == "unanswered" for outcome in outcomes):
         raise RunFailed(f"{unanswered} requests got no answer; the same command re-runs them")
 
