@@ -1,7 +1,8 @@
 """Stands in for `ctcgrpo train` where the coordinator of a sweep is tested: leaves what a run leaves, in no time.
 
 The score of a run is -(alpha - 10)^2 / 100 + seed / 100, the same on each of four scenarios but for their places. $FAKE_TRAIN says
-how it misbehaves: `fail=ALPHA` ends with an error, `slow=SECONDS` takes so long a validation, `count=FILE` gets a line a start.
+how it misbehaves: `fail=ALPHA` ends with an error, `poor=ALPHA` with its budget spent, `slow=SECONDS` takes so long a validation,
+`count=FILE` gets a line a start.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ def main() -> None:
     if float(how.get("fail", "nan")) == alpha:
         print("error: policy.model 'x' cannot be loaded", flush=True)
         sys.exit(4)
+    if float(how.get("poor", "nan")) == alpha:
+        print("stopped: the budget of 1 USD is spent. Saved checkpoint-1", flush=True)
+        sys.exit(1)  # as of accelerate's launcher
     score = -((alpha - 10) ** 2) / 100 + seed / 100
     records = []
     for step in (0, 1, 2, 3):

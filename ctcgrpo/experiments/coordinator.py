@@ -31,7 +31,7 @@ import optuna
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from ctcgrpo.errors import OutputError, RecipeError, RunInterrupted
+from ctcgrpo.errors import BudgetSpent, OutputError, RecipeError, RunInterrupted
 from ctcgrpo.experiments.spec import Parameter, Sweep
 from ctcgrpo.experiments.table import all_equal, point_of, table_of
 from ctcgrpo.run.recipe import Recipe
@@ -44,6 +44,7 @@ from ctcgrpo.util.workers import end_with_parent, lock_folder
 TRAIN = (sys.executable, "-m", "ctcgrpo", "train")
 _POLL = 0.2
 _FOLDER = "folder"
+_STOPPED = "stopped: "  # how the last line of a run that paused begins
 _PORTS = 100  # distance between the ports of two workers
 _FREE = ("seconds", "description")  # fields of a sweep that may change before it is resumed
 
@@ -58,6 +59,7 @@ class _Running:
     folder: Path
     worker: int
     process: subprocess.Popen[bytes] | None = None
+    log_start: int = 0
     reported: set[int] = field(default_factory=set)
     pruned: bool = False
 
@@ -201,7 +203,13 @@ class _Coordinator:
             self._study.tell(one.trial, state=TrialState.PRUNED)
             self._say(f"{one.folder.name}: stopped after step {max(one.reported)} (early_terminate): worse than other trials")
             return True
-        return self._failed(one, _last_words(one.run)) if code else self._next_seed(one)
+        if not code:
+            return self._next_seed(one)
+        reason = _last_words(one.run, one.log_start)
+        if reason.startswith(_STOPPED):  # its budget or quota is spent: other trials would stop too
+            trial = one.folder.relative_to(self._folder)
+            raise BudgetSpent(f"{trial}: {reason.removeprefix(_STOPPED)}. The sweep pauses; its own command resumes it")
+        return self._failed(one, reason)
 
     def _next_seed(self, one: _Running) -> bool:
         try:
@@ -235,6 +243,7 @@ class _Coordinator:
         place = [f"run.seed={seed}", f"run.name=seed-{seed}", f"run.output_dir={one.folder}"]
         command = [*self._train, str(self._sweep.program), *overrides(one.changes), *self._extra, *place]
         with (one.folder / f"seed-{seed}.log").open("ab") as log:
+            one.log_start = log.tell()
             how: dict[str, Any] = {"start_new_session": True, "preexec_fn": end_with_parent}
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log, **how)
 
@@ -309,10 +318,11 @@ def _is_worse(one: _Running) -> bool:
     return False
 
 
-def _last_words(run: RunFolder) -> str:
+def _last_words(run: RunFolder, start: int) -> str:
+    """The reason at the end of a run's log, behind byte `start`."""
     log = run.path.parent / f"{run.path.name}.log"
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if line.startswith(("error:", "stopped:"))), (lines or ["nothing"])[-1])
+    lines = [line for line in log.read_bytes()[start:].decode(errors="replace").splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if line.startswith(("error:", _STOPPED))), (lines or ["nothing"])[-1])
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------------------

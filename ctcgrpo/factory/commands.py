@@ -1,6 +1,7 @@
 """`ctcgrpo scenarios ...`."""
 
 import contextlib
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -70,7 +71,7 @@ def _consequence(source: str, split: Split) -> str:
     if found.refusals:
         return "; a run refuses the set"
     left_out = f"; a run with scenarios.invalid=skip leaves out {found.skipped}, and trains on {len(found.scenarios)}"
-    return left_out if found.skipped else ""
+    return left_out if found.skipped else "; a run plays them all (--loose checks only what a run needs)"
 
 
 @app.command()
@@ -134,10 +135,9 @@ def generate(
         if verdict.problem:
             say(f"{verdict.id}: gate: {verdict.problem}")
     say(f"{len(outcomes)} requested: {_counted(outcomes)}; report: {out / REPORT}")
-    say(
-        f"all answers in {settings.store}: {spent['calls']} calls, {spent['prompt_tokens']} + {spent['completion_tokens']} tokens, "
-        f"{spent['money']:.2f} {spent['currency']}"
-    )
+    money = f", {spent['money']:.2f} {spent['currency']}" if spent["money"] else ""  # none without prices
+    tokens = f"{spent['prompt_tokens']} + {spent['completion_tokens']} tokens"
+    say(f"all answers in {settings.store}: {spent['calls']} calls, {tokens}{money}")
     if unanswered := sum(outcome.status == "unanswered" for outcome in outcomes):
         raise RunFailed(f"{unanswered} requests got no answer; the same command re-runs them")
 
@@ -179,7 +179,8 @@ def gate(source: Source, split: Part = "train") -> None:
     verdicts = [played(scenario) for scenario in _valid(source, split)]
     failed = [verdict for verdict in verdicts if verdict.problem]
     for verdict in failed:
-        say(f"{verdict.id}: {verdict.problem} ({_outcomes(verdict.good, verdict.mediocre, verdict.bad)})")
+        outcomes = f" ({_outcomes(verdict.good, verdict.mediocre, verdict.bad)})"
+        say(f"{verdict.id}: {verdict.problem}{'' if math.isnan(verdict.good) else outcomes}")
     if failed:
         raise ScenarioError(f"{source}: {len(failed)} of {len(verdicts)} scenarios fail the gate; the reasons are listed above")
     good, mediocre, bad = (fmean(of) for of in zip(*((v.good, v.mediocre, v.bad) for v in verdicts), strict=True))

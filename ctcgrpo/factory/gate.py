@@ -42,7 +42,7 @@ def gate(scenario: Scenario) -> Verdict:
     if lines is None:
         return Verdict(scenario.id, *nothing, f"there are no canned policies in {scenario.language!r}")
     if not details:
-        return Verdict(scenario.id, *nothing, "its record has no script, which the good policy needs")
+        return Verdict(scenario.id, *nothing, "its record has no script, which the good policy needs (an LLM user does not)")
     try:
         ScriptedBackend().check(ScenarioCard.of(scenario))
         good = asyncio.run(played(scenario, _fillings(scenario, details, lines["good"])))

@@ -90,7 +90,7 @@ async def _all(
             outcome = await _written(config, answers, request, [examples[request.scene][k] for k in request.examples])
             done += 1
             if done % max(1, len(asked) // 20) == 0:
-                say(f"{done} of {len(asked)} scenarios written")
+                say(f"{done} of {len(asked)} requests ended")
             return outcome
 
         try:

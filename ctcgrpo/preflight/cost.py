@@ -13,7 +13,7 @@ from ctcgrpo.errors import RecipeError
 from ctcgrpo.model.shapes import GIB
 from ctcgrpo.model.sharding import FSDP2, deepspeed_stage, offloads
 from ctcgrpo.preflight.eibench import Verbose, played
-from ctcgrpo.preflight.memory import PHASES, Load, memory_plan
+from ctcgrpo.preflight.memory import FULL_AT_WAKE, PHASES, Load, memory_plan
 from ctcgrpo.preflight.remedies import advice
 from ctcgrpo.preflight.subject import LINE_TOKENS, REASONED_TOKENS, REPLY_TOKENS, Finding, Subject, failed, ok, sample, warning
 from ctcgrpo.run.recipe import Recipe
@@ -25,7 +25,6 @@ from ctcgrpo.util.strict_yaml import load_yaml
 VERDICT_TOKENS = 250  # assumed average tokens of a response of the simulator's LLM
 _CHARACTERS_PER_TOKEN = {"zh": 1.6}
 _OTHER_LANGUAGES = 4.0
-_FULL_AT_WAKE = 0.9  # share of GPU memory above which fragmentation may keep a colocated vLLM from waking
 _PLAYED = 4  # maximum scenarios per scene whose prompts are measured
 
 
@@ -92,10 +91,14 @@ def cost(s: Subject) -> Iterator[Finding]:
     if backend is not None and backend not in BACKENDS:
         yield ok(f"unknown: costs of {backend} itself (LLM calls, services)")
     elif llm is None and recipe.simulator.url == "embedded":
-        yield ok("none: the scripted user makes no LLM calls")
+        if s.simulator is not None or recipe.simulator.config is None:  # else it could not be read
+            yield ok("none: the scripted user makes no LLM calls")
     else:
         yield _simulator_cost(s, asked)
-    if rate := recipe.hardware.tokens_per_second:
+    rate = recipe.hardware.tokens_per_second
+    if rate is None and recipe.hardware.gpu:
+        yield ok("unknown; set hardware.tokens_per_second to the metric tokens_per_second of a pilot", "hours")
+    elif rate is not None:
         each = min(REASONED_TOKENS if recipe.policy.reasons else REPLY_TOKENS, recipe.rollout.max_new_tokens)
         took = hours(asked, each, rate)
         yield ok(f"{took:.1f} of sampling at {rate:,.0f} tokens/s and {each} tokens a reply, plus updates", "hours")
@@ -107,20 +110,28 @@ def _simulator_cost(s: Subject, asked: Asked) -> Finding:
     tokens = _simulator_tokens(s)
     millions = (tokens.prompt + tokens.completion) / 1e6
     text = (
-        f"about {asked.calls_per_step * millions:.1f} million tokens per step, {asked.calls * millions:,.0f} million in total "
-        f"(per call {tokens.prompt:.0f} prompt and {VERDICT_TOKENS} completion tokens; replies of {REPLY_TOKENS} tokens, lines of "
-        f"{LINE_TOKENS}{'' if s.scenarios else '; estimated on the bundled English scenarios'})"
+        f"about {_short(asked.calls_per_step * millions)} million tokens per step, {_short(asked.calls * millions)} million in "
+        f"total (per call {tokens.prompt:.0f} prompt and {VERDICT_TOKENS} completion tokens; replies of {_reply_tokens(s)} "
+        f"tokens, lines of {LINE_TOKENS}{'' if s.scenarios else '; estimated on the bundled English scenarios'})"
     )
     prices = [e.price for e in llm.endpoints if e.price.prompt or e.price.completion] if llm else []
     if prices and config is not None:
         worst = max(money(asked.calls, tokens, p.prompt, p.completion) for p in prices)
-        text += f"; up to {worst:,.0f} {config.budget.currency} at the most expensive endpoint's prices"
+        text += f"; up to {_short(worst)} {config.budget.currency} at the most expensive endpoint's prices"
         limit = config.budget.money
         if limit is not None and worst > limit:
             return warning(f"{text}, but budget.money = {limit:g}: the run will pause when it is spent")
     elif llm is not None:
         text += "; no cost estimate: llm.endpoints have no price"
     return ok(text)
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def _reply_tokens(s: Subject) -> int:
+    return min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens)
 
 
 def _simulator_tokens(s: Subject) -> Tokens:
@@ -131,7 +142,7 @@ def _simulator_tokens(s: Subject) -> Tokens:
     for scenario in sample(s.examples, _PLAYED):
         rate = _CHARACTERS_PER_TOKEN.get(scenario.language, _OTHER_LANGUAGES)
         thought_tokens = VERDICT_TOKENS - LINE_TOKENS if thinks else 0
-        line, reply, thought = ("x" * math.ceil(n * rate) for n in (LINE_TOKENS, REPLY_TOKENS, thought_tokens))
+        line, reply, thought = ("x" * math.ceil(n * rate) for n in (LINE_TOKENS, _reply_tokens(s), thought_tokens))
         user = Verbose(line, thought)
         asyncio.run(played(user, scenario, [reply] * rounds, rounds))
         for request in user.asked:
@@ -165,9 +176,9 @@ def memory(s: Subject) -> Iterator[Finding]:
     if not plan.fits:
         yield failed(f"{text}; {advice(s.recipe, s.shape, load, plan.card)}")
         return
-    if plan.kv_tokens is not None and plan.total("rollout") > _FULL_AT_WAKE * plan.card:
+    if plan.kv_tokens is not None and plan.total("rollout") > FULL_AT_WAKE * plan.card:
         share = f"{plan.total('rollout') / plan.card:.0%} in rollouts; memory fragmented by the update may keep vLLM from waking"
-        yield warning(f"{text}, {share}; lower rollout.vllm.gpu_memory to stay below {_FULL_AT_WAKE:.0%}")
+        yield warning(f"{text}, {share}; lower rollout.vllm.gpu_memory to stay below {FULL_AT_WAKE:.0%}")
     else:
         yield ok(text)
     if plan.kv_tokens is None:

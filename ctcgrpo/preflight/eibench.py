@@ -45,12 +45,12 @@ def validation(s: Subject) -> Iterator[Finding]:
 def simulator(s: Subject) -> Iterator[Finding]:
     """One test turn with the run's simulator: it costs a call."""
     settings = s.recipe.simulator
+    choice = simulator_of(settings)
+    s.simulator = None if choice.urls else choice.config
     if settings.url == "embedded" and s.recipe.hardware.nodes > 1:
         problem = f"simulator.url = 'embedded' with hardware.nodes = {s.recipe.hardware.nodes}: other nodes cannot reach it"
         advice = "start `ctcgrpo serve CONFIG --host 0.0.0.0` and set its URL, or use launch/slurm.sbatch"
         raise RecipeError(f"{problem}; {advice}")
-    choice = simulator_of(settings)
-    s.simulator = None if choice.urls else choice.config
     tested = choice
     if (llm := choice.llm) is not None:
         check_timeout({"deadline": llm.deadline}, settings.timeout)

@@ -16,6 +16,7 @@ Phase = Literal["rollout", "update"]
 PHASES: tuple[Phase, ...] = ("rollout", "update")
 _NF4_BYTES = 0.52
 _RUNTIME = 2 * GIB  # CUDA's context, NCCL's buffers, and what fragmentation loses
+FULL_AT_WAKE = 0.9  # share of GPU memory above which fragmentation may keep a colocated vLLM from waking
 _VLLM_RUNTIME = 2 * GIB  # vLLM's activations and CUDA graphs, inside its share
 _BUCKETS = 2 * GIB  # DeepSpeed's communication buffers under ZeRO-1 and -2, and the parameters that ZeRO-3 holds gathered
 _FLOAT32_BUCKET = 4 * 500_000_000

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from ctcgrpo.model.shapes import GIB, Shape
-from ctcgrpo.preflight.memory import PHASES, Load, memory_plan
+from ctcgrpo.preflight.memory import FULL_AT_WAKE, PHASES, Load, memory_plan
 from ctcgrpo.run.recipe import Recipe
 
 _Value = tuple[str, Mapping[str, Any]]
@@ -56,15 +56,17 @@ def advice(recipe: Recipe, shape: Shape, load: Load, card: float) -> str:
         plan = memory_plan(shape, changed, card)
         return plan.kv_tokens is not None and plan.kv_tokens < changed.longest, max(map(plan.total, PHASES))
 
-    def fits(*changes: _Value) -> bool:
-        return peak(changes) <= (False, card)
+    def fits(*changes: _Value, most: float = card) -> bool:
+        return peak(changes) <= (False, most)
 
     def shown(*changes: _Value) -> str:
         return f"{' '.join(text for text, _ in changes)} ({peak(changes)[1] / GIB:.1f} GiB)"
 
     known = list(remedies(recipe, load))
-    if alone := [shown(value) for remedy in known if (value := next(filter(fits, remedy), None)) is not None]:
-        return f"it fits with {' or '.join(alone)}"
+    for most in (FULL_AT_WAKE * card, card)[not load.gpu_memory :]:
+        mildest = (next((value for value in remedy if fits(value, most=most)), None) for remedy in known)
+        if alone := [shown(value) for value in mildest if value is not None]:
+            return f"it fits with {' or '.join(alone)}"
     taken: list[_Value] = []
     for remedy in known:
         suffices = (value for value in remedy if fits(*taken, value))

@@ -231,8 +231,10 @@ class RunFolder:
 
     def changes(self, recipe: Recipe) -> list[str]:
         """Differences between the recorded recipe and this one. Free to change: the run's folder, `hardware`, a larger number of
-        steps, and the folder of modules (data.json has digests of their content)."""
-        free: dict[str, Any] = {"hardware": True, "run": {"output_dir", "name"}, "environment": {"folder"}}
+        steps, the folder of modules (data.json has digests of their content), and where servers are, which a job that is submitted
+        again finds on other nodes (simulator.json says who plays the user; a server of the policy is sent its weights)."""
+        free: dict[str, Any] = {"hardware": True, "run": {"output_dir", "name"}, "environment": {"folder"}, "simulator": True}
+        free["rollout"] = {"vllm": {"urls"}}
         if self.extended_from(recipe):
             free["training"] = {"max_steps"}
         old, now = (resolved.model_dump(mode="json", exclude=free) for resolved in (self._recorded(), recipe))

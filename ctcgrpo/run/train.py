@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ from ctcgrpo.training.trainer import PLAYING, CTCGRPOTrainer, RolloutHooks
 from ctcgrpo.types import Episode
 from ctcgrpo.util.files import disk_problem, file_digest, mark_complete
 from ctcgrpo.util.importing import load_object, source_of
+from ctcgrpo.util.naming import differences
 from ctcgrpo.util.processes import STOP_SECONDS, interrupts, on_main, together
 
 
@@ -107,7 +108,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         model, tokenizer, contexts = self._policy()
         environment = self._tasks.start(stack, self._state, self._folder, self._progress.say)
         if user := self._tasks.user():
-            self._record("simulator.json", user)
+            self._record("simulator.json", user, compare=_user_changes)
         starts = "starts" if self._resume is None else f"resumes from {self._resume.name}"
         self._progress.say(
             f"{recipe.run.name} {starts}: policy {recipe.policy.model}, {len(self._tasks.train)} {self._tasks.noun} to train on, "

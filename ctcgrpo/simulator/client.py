@@ -166,7 +166,8 @@ class SimulatorClient:
         now = time.monotonic()
         if now >= self._said_until:
             self._said_until = now + seconds
-            self._say(f"waiting for the simulator, at most {self._patience:g} s (patience): {outage}")
+            limit = f"at most {self._patience:g} s (simulator.patience), or less by its llm.patience"
+            self._say(f"waiting for the simulator, {limit}: {outage}")
 
     def _order(self, scenario: str) -> list[str]:
         start = int.from_bytes(hashlib.sha256(scenario.encode("utf-8", "replace")).digest()[:4], "big") % len(self._urls)

@@ -46,11 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_and_write(next(c for c in checks if c.name == asked.run), machine, asked.answer)
         return 0
     chosen = [c for c in checks if not asked.only or any(part in c.name for part in asked.only)]
+    if asked.list and asked.cpu:
+        chosen = [c for c in chosen if c.on_cpu]
     if not chosen:
         parser.error(f"--only {' '.join(asked.only)}: no check has such a name; --list names them")
     if asked.list:
         for check in chosen:
-            say(f"{check.name:<64}{_needs(check)}")
+            say(f"{check.name:<80}{_needs(check)}")
         return 0
     if not asked.cpu and not torch.cuda.device_count():  # not is_available(): that would initialise CUDA here
         say("no GPU here: every check that needs one is not run; --cpu runs what needs none")
@@ -109,7 +111,7 @@ def _cell(text: str) -> str:
 def _needs(check: Check) -> str:
     needs = [f"{check.gpus} GPU{'s' * (check.gpus > 1)}{' or a CPU' * check.on_cpu}", *check.modules]
     needs += [f"{check.gib:g} GiB"] if check.gib else []
-    return f"{', '.join(needs)}; about {check.seconds} s"
+    return f"{', '.join(needs)}; about {check.seconds} s on a GPU"
 
 
 if __name__ == "__main__":

@@ -136,6 +136,7 @@ def test_an_endpoint_that_is_down_stops_the_run_and_it_resumes(ctcgrpo: Command,
             code == 6
             and "resumes from" not in out
             and "simulator changed since the run began (models: ['m'] -> ['another']" in err
+            and " of options, sampling, max_tokens, and of each endpoint url, model, " in err
         )
     simulator = json.loads((tmp_path / "down" / "summary.json").read_text())["simulator"]
     assert simulator["models"] == ["m"] and simulator["prompts"].startswith("ctcgrpo/")

@@ -451,7 +451,7 @@ def test_the_commands(tmp_path: Path, ctcgrpo: Command) -> None:
     write_layout([broken, *records[1:3]], tmp_path / "broken")
     code, out, err = ctcgrpo("scenarios", "validate", str(tmp_path / "broken"))
     assert code == 3 and "support_final.jsonl, line 1: support-train-01: rub_goals.target_anger: is 74" in out
-    assert "2 problems in 1 of 3 records" in err and "leaves out" not in err
+    assert "2 problems in 1 of 3 records" in err and "a run plays them all (--loose " in err
     assert ctcgrpo("scenarios", "validate", str(tmp_path / "broken"), "--loose")[0] == 0
     broken["worst_case"]["worst_anger_min"] = 0
     write_layout([*records[1:3], broken], tmp_path / "invalid")

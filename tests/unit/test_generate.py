@@ -351,7 +351,11 @@ def test_what_does_not_pass_the_gate_is_reported(tmp_path: Path, ctcgrpo: Comman
     write_layout(records, tmp_path / "set")
     code, out, problem = ctcgrpo("scenarios", "gate", str(tmp_path / "set"))
     assert code == 3 and "2 of 3 scenarios" in problem
-    assert "support-train-01: its record has no script" in out and "support-train-02: the good policy is not 0.3 ahead" in out
+    assert (
+        "support-train-01: its record has no script" in out
+        and "nan" not in out
+        and "support-train-02: the good policy is not 0.3 ahead" in out
+    )
     french = load_scenarios(tmp_path / "set")[2]
     from dataclasses import replace
 

@@ -120,6 +120,9 @@ def test_the_report_is_written_and_a_failure_is_the_exit_code(
     assert "1 ok, 1 FAILED, 1 not run" in capsys.readouterr().out
     assert __main__.main(["--list", "--only", "ZeRO-2"]) == 0
     assert "1 GPU or a CPU, deepspeed, 22 GiB; about 90 s" in capsys.readouterr().out
+    assert __main__.main(["--list", "--cpu"]) == 0
+    listed = capsys.readouterr().out
+    assert "ZeRO-2" in listed and "vLLM" not in listed
     with pytest.raises(SystemExit):
         __main__.main(["--only", "no such check"])
     assert "no check has such a name" in capsys.readouterr().err

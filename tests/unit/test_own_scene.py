@@ -83,6 +83,7 @@ def test_a_recipe_of_the_published_scenes_names_what_it_leaves_out(tmp_path: Pat
     ("override", "problem"),
     [
         ("scenarios.scenes=[suport]", "asks for suport, which english/train has none of; it has 16 charm"),
+        ("scenarios.scenes=[suport]", "; try 'scenarios.scenes=[charm,defense,repair,support]'"),
         (
             "scoring.turn_weights={suport: [0.5, 0.5]}",
             "turn_weights: 'suport' is not in scenarios.scenes; did you mean 'support'",

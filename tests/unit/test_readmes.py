@@ -219,6 +219,21 @@ def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     exec(code, {"__name__": "readme"})
 
 
+def test_messages_of_the_troubleshooting_are_those_of_the_program() -> None:
+    """What a reader searches for: every part of three words and more stands in the source, whatever its values are."""
+    files = [
+        file
+        for folder in ("ctcgrpo", "launch")
+        for file in (ROOT / folder).rglob("*")
+        if file.suffix in (".py", ".sh", ".sbatch")
+    ]
+    source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(file.read_text(encoding="utf-8") for file in files))
+    page = (ROOT / "launch" / "README.md").read_text(encoding="utf-8").partition("## Troubleshooting")[2]
+    messages = [m for row in re.findall(r"^\| (`.*?) \| ", page, re.M) for m in re.findall(r"`([^`]+)`", row)]
+    parts = [part.strip() for m in messages for part in re.split(r"\.\.\.|\bN\b", m) if len(part.split()) >= 3]
+    assert len(parts) > 20 and [part for part in parts if part not in source] == []
+
+
 def test_extras_are_installed_from_the_clone() -> None:
     folders = [ROOT, *(ROOT / name for name in ("ctcgrpo", "recipes", "configs", "launch", "tests"))]
     files = [file for folder in folders for file in folder.glob("*" if folder == ROOT else "**/*")]

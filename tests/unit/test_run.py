@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctcgrpo.environments.eibench.scenarios import PACKS
 from ctcgrpo.errors import OutputError, SimulatorReplyError
+from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.run_records import Validation
@@ -480,6 +481,22 @@ def test_a_run_folder_resumes_elsewhere(ctcgrpo: Command, tmp_path: Path) -> Non
     moved = ["train", TINY, *FAST, f"run.output_dir={tmp_path / 'there'}", "run.name=moved"]
     code, _, err = ctcgrpo(*moved)
     assert code == 0 and (tmp_path / "there" / "moved" / "final").exists(), err
+
+
+def test_servers_may_be_elsewhere_when_a_run_resumes(tmp_path: Path) -> None:
+    """As in a job that is submitted again, and gets other nodes."""
+
+    def recipe(node: str, *more: str) -> Recipe:
+        places = [f"simulator.url=http://{node}:8765", f"rollout.vllm.urls=[http://{node}:8000]"]
+        served = ["rollout.engine=vllm_server", "rollout.deterministic=false", f"run.output_dir={tmp_path}"]
+        return load_recipe(TINY, [*places, *served, *more])
+
+    folder = RunFolder(tmp_path / "tiny")
+    folder.path.mkdir()
+    folder.begin(recipe("node-1"), 0)
+    assert folder.changes(recipe("node-2", "simulator.timeout=300")) == []
+    (changed,) = folder.changes(recipe("node-2", "rollout.vllm.gpu_memory=0.3"))
+    assert changed.startswith("rollout.vllm.gpu_memory: ")
 
 
 def test_a_best_policy_counts_once_a_checkpoint_has_its_step(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import optuna
 import pytest
 import yaml
 
-from ctcgrpo.errors import OutputError, RecipeError, RunFailed
+from ctcgrpo.errors import BudgetSpent, OutputError, RecipeError, RunFailed
 from ctcgrpo.experiments import coordinator
 from ctcgrpo.experiments.coordinator import _link_best, run_sweep, score_of
 from ctcgrpo.experiments.spec import Sweep, load_sweep
@@ -236,6 +236,18 @@ def test_runs_that_fail_are_told_with_their_reason_and_run_again(tmp_path: Path,
     mended = run(file, tmp_path / "out")
     assert [row["state"] for row in mended] == ["done"] * 4 and {row["trial"] for row in mended} == {r["trial"] for r in rows}
     assert len(starts.read_text().splitlines()) - before == 4, "and what was finished did not"
+
+
+def test_a_spent_budget_pauses_the_sweep_and_the_same_command_resumes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = tmp_path / "starts"
+    file = written(tmp_path / "s.yaml", parameters={"credit.alpha": {"values": [0, 5, 10]}, "run.seed": {"values": [1]}})
+    monkeypatch.setenv("FAKE_TRAIN", f"poor=5,count={starts}")
+    with pytest.raises(BudgetSpent, match=r"trial-0001: the budget of 1 USD is spent. Saved checkpoint-1. The sweep pauses"):
+        run(file, tmp_path / "out")
+    assert len(starts.read_text().splitlines()) == 2  # alpha 10 was not tried
+    monkeypatch.setenv("FAKE_TRAIN", f"fail=10,count={starts}")
+    states = {row["params"]["credit.alpha"]: row["state"] for row in run(file, tmp_path / "out")}
+    assert states == {0: "done", 5: "done", 10: "failed"} and len(starts.read_text().splitlines()) == 4
 
 
 def test_a_search_ends_at_its_cap_also_where_trials_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

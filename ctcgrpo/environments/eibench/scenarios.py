@@ -148,7 +148,9 @@ def load_scenes(source: str | Path, scenes: Sequence[str], invalid: Invalid = "s
     if missing := set(scenes) - {s.scene for s in found}:
         left_out = f"; {every.skipped} invalid records are left out" if every.skipped else ""
         asked = f"scenarios.scenes asks for {', '.join(sorted(missing))}, which {source} has none of"
-        raise ScenarioError(f"{asked}{left_out}; it has {by_scene(every.scenarios)}")
+        there = ",".join(sorted({s.scene for s in every.scenarios}))
+        advice = f"; try 'scenarios.scenes=[{there}]'" if there else ""
+        raise ScenarioError(f"{asked}{left_out}; it has {by_scene(every.scenarios)}{advice}")
     return replace(every, scenarios=found, unasked=by_scene(s for s in every.scenarios if s.scene not in (*scenes, *SCENES)))
 
 
