@@ -367,6 +367,12 @@ def _saved(folder: RunFolder, first: str = "") -> str:
     return f"Saved {checkpoint}; {first}run the same command to resume from there"
 
 
+def _user_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Differences between two users, with what the digest `settings` covers."""
+    covered = "options, sampling, max_tokens, and of each endpoint url, model, output, bounded_strings, seed, extra_body"
+    return [f"{change} (digest of {covered})" if change.startswith("settings: ") else change for change in differences(old, new)]
+
+
 def _set_single_process() -> None:
     """Set the variables of a process group of one process, which DeepSpeed requires."""
     for name in ("RANK", "LOCAL_RANK"):
