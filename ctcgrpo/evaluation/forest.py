@@ -104,7 +104,7 @@ def _picture(found: Mapping[str, Any]) -> bytes:
         f"{found['title']}: score, difference to {found['baseline']['name']} (paired, 95 % interval)",
         f"{bench.other}: {found['other']}",
         f"settings: {found['settings']}",
-        *(f"mind: {warning}" for warning in found["warnings"]),
+        *(f"note: {warning}" for warning in found["warnings"]),
     ]
     axes.set_xlabel("\n".join(_short(line, 110) for line in told), parse_math=False)
     axes.spines[["top", "right", "left"]].set_visible(False)
