@@ -40,10 +40,10 @@ def compared(folders: Sequence[Path], names: Sequence[str] | None = None, *, mix
             unlike = f"different benchmarks: {folders[0]} is {first['bench']}, {folder} is {summary['bench']}"
             raise OutputError(f"{unlike}; expected evaluations of one benchmark")
         both = _meaning(first), _meaning(summary)
-        if not mixed and (unlike := [name for name in both[0] | both[1] if both[0].get(name) != both[1].get(name)]):
-            has = [", ".join(f"{name} {meant.get(name, 'not set')}" for name in unlike) for meant in both]
+        if not mixed and (differing := [name for name in both[0] | both[1] if both[0].get(name) != both[1].get(name)]):
+            has = [", ".join(f"{name} {meant.get(name, 'not set')}" for name in differing) for meant in both]
             raise OutputError(
-                f"different {' and '.join(unlike)}: {folders[0]} has {has[0]}; {folder} has {has[1]}; evaluate both alike, or "
+                f"different {' and '.join(differing)}: {folders[0]} has {has[0]}; {folder} has {has[1]}; evaluate both alike, or "
                 "compare them anyway with --mixed"
             )
     settings, *theirs = map(settings_of, summaries)

@@ -686,7 +686,7 @@ def test_comparison_is_paired_and_shown(tmp_path: Path, ctcgrpo: Command) -> Non
     assert first["groups"]["a"]["difference"] == pytest.approx(0.22) and first["groups"]["a"]["ci95"][0] > 0
     assert first["groups"]["b"]["ci95"][1] < 0
     assert other["n"] == 1 and other["difference"] == pytest.approx(0.5) and other["ci95"] is None
-    assert any("rounds differs" in w for w in found["warnings"]) and any("9 scenarios" in w for w in found["warnings"])
+    assert any("rounds differs" in w for w in found["warnings"]) and any("score for them: 9" in w for w in found["warnings"])
     changed = most_changed(compared([a, b]), 2)
     assert [item["scenario"] for item in changed] == ["a4", "a3", "b0", "b1"]
     code, out, err = ctcgrpo("compare", str(a), str(b))
