@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inspect_ai._util.error import PrerequisiteError
 from inspect_ai.model import ChatMessageUser, ModelOutput
+from matplotlib.image import imread
 
 from ctcgrpo.environments import sage_protocol as sage
 from ctcgrpo.environments.eibench.records import SCENES
@@ -716,6 +717,15 @@ def test_comparison_is_paired_and_shown(tmp_path: Path, ctcgrpo: Command) -> Non
         assert code == 6 and problem in err
     made(tmp_path / "d", {"z9": [0.0]})
     assert "no scored scenario in common" in ctcgrpo("compare", str(a), str(tmp_path / "d"))[2]
+
+
+def test_a_comparisons_picture_holds_its_caption(tmp_path: Path) -> None:
+    """A long name moves the plot to the right; the caption with all settings stays within the picture."""
+    scores = {name: [0.1] for name in ("a1", "a2")}
+    a = made(tmp_path / "a", scores, f"m/{'long-' * 8}a", task={"rounds": 4, "variant": "training"})
+    b = made(tmp_path / "b", scores, f"m/{'long-' * 8}b")
+    picture, _ = write_comparison(compared([a, b], mixed=True), [], tmp_path)
+    assert (imread(picture)[:, [0, -1]] == 1).all()
 
 
 @pytest.mark.parametrize(
