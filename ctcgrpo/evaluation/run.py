@@ -214,7 +214,7 @@ def _explained(error: Exception, wanted: Evaluation) -> Exception:
     told = plain(" ".join(str(getattr(error, "message", error)).split())).removeprefix("ERROR: ")
     where = ", ".join(f"--{role} {name}" for role, name in {"model": wanted.model, **wanted.roles}.items())
     if isinstance(error, PrerequisiteError) or "not recognized" in told:
-        hint = "; for another OpenAI-compatible endpoint: openai-api/SERVICE/NAME" if "not recognized" in told else ""
+        hint = " For another OpenAI-compatible endpoint: openai-api/SERVICE/NAME" if "not recognized" in told else ""
         return RecipeError(f"{where}: {told}{hint}")
     if isinstance(error, TypeError) and "unexpected keyword" in told:
         return RecipeError(f"-M: {told}")
