@@ -49,11 +49,13 @@ def profile_of(record: Mapping[str, Any], place: str) -> Profile:
 
 
 def load_profiles(path: Path) -> list[Profile]:
-    """The profiles of a file, or of the folder that holds it. Raises ScenarioError naming file, line and field."""
-    file = path / PROFILES if path.is_dir() else path
+    """The profiles of a file, or of a folder that holds it at any depth. Raises ScenarioError naming file, line and field."""
+    file = min(path.rglob(PROFILES), default=path / PROFILES) if path.is_dir() else path
     if not file.is_file():
-        where = "SAGE's profiles are in the folder SAGE of Tencent/digitalhuman (MIT)"
-        raise ScenarioError(f"{file} not found; expected your copy of {PROFILES} or its folder; set --data ({where})")
+        source = "git clone https://github.com/Tencent/digitalhuman, folder SAGE (MIT)"
+        raise ScenarioError(
+            f"{file} not found; expected SAGE's profiles or a folder with them; set --data to your copy: {source}"
+        )
     found: dict[str, Profile] = {}
     for place, record in read_json_lines(file, ScenarioError):
         profile = profile_of(record, place)

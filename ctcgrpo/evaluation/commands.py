@@ -187,8 +187,10 @@ def _evaluate_model(options: ModelOptions, given: Given, console: Terminal) -> N
     _announce_preset(wanted)
     kind = f"{_AS_TRAINED if 'as_trained' in given else ''}{f'-{wanted.preset}' if wanted.preset else ''}"
     slug = re.sub(r"[^\w.-]", "-", wanted.model).strip("-")
-    summary = play(wanted, options.out or _OUT / options.bench / f"{slug}{kind}")
+    folder = options.out or _OUT / options.bench / f"{slug}{kind}"
+    summary = play(wanted, folder)
     print_summary(summary, console)
+    say(f"results: {folder}")
     _check_gates(summary, options.fail_under)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo.errors import OutputError
+from ctcgrpo.evaluation.benches import named
 from ctcgrpo.evaluation.played import in_words, settings_of, shown_name, shown_value, title_of
 from ctcgrpo.evaluation.report import other_of
 from ctcgrpo.evaluation.results import RESULTS, SUMMARY, Result, read_results, read_summary
@@ -38,9 +39,13 @@ def compared(folders: Sequence[Path], names: Sequence[str] | None = None, *, mix
         if summary["bench"] != first["bench"]:
             unlike = f"different benchmarks: {folders[0]} is {first['bench']}, {folder} is {summary['bench']}"
             raise OutputError(f"{unlike}; expected evaluations of one benchmark")
-        if not mixed and (meant := _meaning(summary)) != _meaning(first):
-            unlike = f"different scoring: {folders[0]} has {_meaning(first)}; {folder} has {meant}"
-            raise OutputError(f"{unlike}; expected the same scoring; --mixed compares them anyway")
+        both = _meaning(first), _meaning(summary)
+        if not mixed and (differing := [name for name in both[0] | both[1] if both[0].get(name) != both[1].get(name)]):
+            has = [", ".join(f"{name} {meant.get(name, 'not set')}" for name in differing) for meant in both]
+            raise OutputError(
+                f"different {' and '.join(differing)}: {folders[0]} has {has[0]}; {folder} has {has[1]}; evaluate both alike, or "
+                "compare them anyway with --mixed"
+            )
     settings, *theirs = map(settings_of, summaries)
     shared = {key: value for key, value in settings.items() if all(key in o and o[key] == value for o in theirs)}
     return {
@@ -57,9 +62,10 @@ def compared(folders: Sequence[Path], names: Sequence[str] | None = None, *, mix
     }
 
 
-def _meaning(summary: Mapping[str, Any]) -> str:
+def _meaning(summary: Mapping[str, Any]) -> dict[str, Any]:
     settings = settings_of(summary)
-    return ", ".join([other_of(summary), *(f"{name} {settings[name]}" for name in _MEANING if name in settings)])
+    other = {named(summary["bench"]).other: other_of(summary)}
+    return other | {shown_name(name): settings[name] for name in _MEANING if name in settings}
 
 
 def _against(first: Mapping[str, Any], other: Mapping[str, Any], a: Path, b: Path, name: str) -> dict[str, Any]:
@@ -103,7 +109,7 @@ def _warnings(names: Sequence[str], summaries: Sequence[Mapping[str, Any]]) -> l
         ]
         found += [f"{part} differs: {names[0]} has {cut(str(a))}, {name} {cut(str(b))}" for part, a, b in pairs]
         if missing := len(set(first["scenarios"]) ^ set(summary["scenarios"])):
-            found.append(f"{missing} scenarios are left out: scored only in one of {names[0]} and {name}")
+            found.append(f"scenarios left out, since only one of {names[0]} and {name} has a score for them: {missing}")
     return found
 
 

@@ -110,7 +110,11 @@ class _Played:
     ] = None
     connections: Annotated[int | None, Option(min=1, help="Concurrent dialogues, and calls to a provider.")] = None
     price: Annotated[
-        tuple[float, float] | None, Option(help="US dollars per million input tokens, and per million output tokens.")
+        tuple[float, float] | None,
+        Option(
+            metavar="INPUT OUTPUT",
+            help="The model's price: US dollars per million input tokens and per million output tokens, as --price 2.5 10.",
+        ),
     ] = None
     display: Annotated[Literal["full", "rich", "plain", "none"] | None, Option(help="Inspect's display while it plays.")] = None
     out: Annotated[Path | None, Option(help="The folder for results (default: by benchmark and model).")] = None

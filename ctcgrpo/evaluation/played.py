@@ -21,7 +21,7 @@ BRIEFING = ("instructions", "reasons", "persona_sections")  # arguments of tasks
 _TASK = ("rounds", "variant", "reasoning", "tries", "official", "opener", "rescored", *BRIEFING)
 """Arguments of tasks that decide what a score means."""
 _SHOWN = {
-    "reasons": "told to reason",
+    "reasons": "instructed to reason:",
     "top_p": "top-p",
     "top_k": "top-k",
     "max_tokens": "max tokens",

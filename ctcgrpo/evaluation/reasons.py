@@ -7,10 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from inspect_ai._util.error import PrerequisiteError
 from inspect_ai.event import ModelEvent
 from inspect_ai.log import transcript
 from inspect_ai.model import Model
 from pydantic import ValidationError
+from rich.errors import MarkupError
+from rich.text import Text
 
 from ctcgrpo.llm_client.reasons import CallFailed, error_body, error_object, failure_of
 
@@ -31,9 +34,21 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, _MISREAD) and (said := unread()):
         return said
     chain = [part for part in chain if type(part).__name__ != "RetryError"]  # says nothing itself
-    told = dict.fromkeys(f"{type(part).__name__}: {' '.join(str(part).split())}".removesuffix(": ") for part in chain)
+    told = dict.fromkeys(f"{type(part).__name__}: {' '.join(_words(part).split())}".removesuffix(": ") for part in chain)
     text = "; ".join(reversed(told))
     return text if len(text) <= _MOST else f"... {text[-_MOST:]}"
+
+
+def _words(error: BaseException) -> str:
+    return plain(str(error)).removeprefix("ERROR: ") if isinstance(error, PrerequisiteError) else str(error)
+
+
+def plain(text: str) -> str:
+    """Without rich's markup, where it is markup."""
+    try:
+        return Text.from_markup(text).plain
+    except MarkupError:
+        return text
 
 
 def prepared(model: Model) -> Model:

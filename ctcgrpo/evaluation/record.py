@@ -18,7 +18,7 @@ from inspect_ai.util import StoreModel
 from ctcgrpo import errors
 from ctcgrpo.evaluation.benches import FAULTS
 from ctcgrpo.evaluation.results import Line, Result
-from ctcgrpo.evaluation.speaking import Said
+from ctcgrpo.evaluation.speaking import Said, tokens_in
 
 _KINDS = {
     error.__name__: error.kind
@@ -120,7 +120,17 @@ def results_of(header: EvalLog) -> tuple[list[Result], dict[str, Any]]:
         "prices": {} if price is None else {"simulator": price},
         "began": log.eval.created,
         "log": Path(log.location).name,
+        "used": _used(log),
     }
+
+
+def _used(log: EvalLog) -> dict[str, tuple[int, int]]:
+    """Tokens (input, output) of Inspect's calls by role, those of repeated dialogues too. Without the evaluated model where it
+    also plays a role: Inspect counts by name."""
+    used = {role: tokens_in(usage) for role, usage in log.stats.role_usage.items()}
+    alone = log.eval.model not in {getattr(found, "model", None) for found in (log.eval.model_roles or {}).values()}
+    usage = log.stats.model_usage.get(log.eval.model) if alone else None
+    return used if usage is None else {**used, "model": tokens_in(usage)}
 
 
 def result_of(sample: EvalSample) -> Result:

@@ -73,7 +73,7 @@ def _lines(bench: Bench, summary: Mapping[str, Any]) -> list[str]:
         )
     if summary["failed"]:
         kinds = ", ".join(f"{n} {kind}" for kind, n in summary["failures"].items())
-        lines.append(f"failed, not in any figure: {summary['failed']} of {summary['results']} ({kinds})")
+        lines.append(f"failed, left out of all figures: {summary['failed']} of {summary['results']} ({kinds})")
         told = summary.get("reasons", [])
         lines += [f"  {reason['count']} x {reason['kind']}: {_ended(reason['example'])}" for reason in told[:_MOST_REASONS]]
         if (more := len(told) - _MOST_REASONS) > 0:
@@ -101,8 +101,8 @@ def _ended(message: str) -> str:
 def print_comparison(found: Mapping[str, Any], console: Console) -> None:
     """`found`: what compare.compared gives."""
     bench = named(found["bench"])
-    title = f"{found['title']}: against {found['baseline']['name']} ({bench.other}: {found['other']})"
-    table = _table(title, ("", "it was", "is", "better by", "95 % interval", "scenarios"), ("",))
+    title = f"{found['title']}: compared with {found['baseline']['name']} ({bench.other}: {found['other']})"
+    table = _table(title, ("", "baseline", "score", "difference", "95 % interval", "scenarios"), ("",))
     for other in found["others"]:
         for k, (name, row) in enumerate({other["name"]: other, **other["groups"]}.items()):
             difference, spread = _figures(bench, row, key="difference", change=True)
@@ -112,7 +112,7 @@ def print_comparison(found: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     console.print(Text(f"settings: {found['settings']}"), soft_wrap=True)
     for warning in found["warnings"]:
-        console.print(Text(f"mind: {warning}", style="yellow"), soft_wrap=True)
+        console.print(Text(f"note: {warning}", style="yellow"), soft_wrap=True)
 
 
 def print_leaderboard(boards: Sequence[Mapping[str, Any]], console: Console) -> None:

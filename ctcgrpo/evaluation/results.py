@@ -99,7 +99,7 @@ def figures(values: Sequence[tuple[str, float]]) -> dict[str, Any]:
 
 def summarise(bench: Bench, results: Sequence[Result], facts: Mapping[str, Any]) -> dict[str, Any]:
     """The summary of an evaluation. `facts` are what else decides its figures: model, simulator or judge, settings, versions; with
-    `prices` by role, for a million tokens."""
+    `prices` by role, for a million tokens, and where known the tokens `used` by role, those of repeated dialogues too."""
     scored = [r for r in results if r.score is not None]
     measures = {}
     for name in bench.measures:
@@ -111,10 +111,13 @@ def summarise(bench: Bench, results: Sequence[Result], facts: Mapping[str, Any])
             if set(by_scenario) <= {0.0, 1.0}:  # drawing from them knows no other values
                 measures[name]["ci95"] = list(share_interval(int(sum(by_scenario)), len(by_scenario)))
     failures = Counter(r.failure[0] for r in results if r.failure is not None)
-    tokens = {role: {"input": 0, "output": 0} for role in sorted({role for r in results for role in r.tokens})}
+    used = facts.get("used", {})
+    tokens = {role: {"input": 0, "output": 0} for role in sorted({*used, *(role for r in results for role in r.tokens)})}
     for role, (read, written) in (spent for r in results for spent in r.tokens.items()):
         tokens[role]["input"] += read
         tokens[role]["output"] += written
+    for role, (read, written) in used.items():
+        tokens[role] = {"input": max(read, tokens[role]["input"]), "output": max(written, tokens[role]["output"])}
     return {
         "bench": bench.name,
         **facts,
@@ -169,7 +172,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     file = folder / SUMMARY
     if not file.exists():
         require_folder(folder)
-        raise OutputError(f"{folder}: no {SUMMARY}; expected a finished evaluation{_evaluations_in(folder)}")
+        resumed = "; the command that began it resumes it" if (folder / "evaluation.json").exists() else ""
+        raise OutputError(f"{folder}: no {SUMMARY}; expected a finished evaluation{resumed or _evaluations_in(folder)}")
     found = read_json(file)
     summary: dict[str, Any] = found if isinstance(found, dict) else {}
     known = isinstance(bench := summary.get("bench"), str) and bench in BENCHES

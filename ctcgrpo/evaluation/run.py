@@ -22,8 +22,6 @@ import inspect_ai
 from inspect_ai._util.error import PrerequisiteError
 from inspect_ai.log import EvalLog
 from inspect_ai.model import GenerateConfig, get_model
-from rich.errors import MarkupError
-from rich.text import Text
 
 from ctcgrpo.environments.eibench.scenarios import load_set
 from ctcgrpo.environments.sage_protocol import load_profiles
@@ -34,7 +32,7 @@ from ctcgrpo.evaluation.eqbench3_protocol import load_eqbench
 from ctcgrpo.evaluation.generation import LOCAL_TOKENS, SAMPLING, names_of
 from ctcgrpo.evaluation.played import BRIEFING, data_set, settings_of, trained_as, validated_as
 from ctcgrpo.evaluation.presets import TRIES, asks_an_llm, preset_differences, with_preset
-from ctcgrpo.evaluation.reasons import PATIENCE
+from ctcgrpo.evaluation.reasons import PATIENCE, plain
 from ctcgrpo.evaluation.record import newest_log, results_of
 from ctcgrpo.evaluation.results import summarise, write_results
 from ctcgrpo.evaluation.users import TEMPERATURE, chosen_user
@@ -76,8 +74,9 @@ def model_name(model: str, option: str = "--model") -> str:
     if is_model(Path(model).expanduser()):
         return f"{LOCAL}{model}"
     if "/" not in model:
+        user = "scripted, a file of configs/simulator, a simulator server's URL, " if option == "--simulator" else ""
         raise PolicyError(
-            f"{option} {model!r}: expected a folder with a model (checkpoints/RUN/final) or PROVIDER/NAME (openai/gpt-4o, "
+            f"{option} {model!r}: expected {user}a folder with a model (checkpoints/RUN/final) or PROVIDER/NAME (openai/gpt-4o, "
             "openai-api/local/NAME, hf/NAME, vllm/NAME)"
         )
     return model
@@ -121,7 +120,8 @@ def evaluate(
                 played = inspect_ai.eval(
                     f"ctcgrpo/{bench.name}",
                     model=wanted.model,
-                    model_args=dict(wanted.model_args),
+                    model_args={name: value for name, value in wanted.model_args.items() if name != "base_url"},
+                    model_base_url=wanted.model_args.get("base_url"),
                     model_roles=roles or None,
                     task_args=dict(wanted.task),
                     limit=wanted.limit,
@@ -211,23 +211,16 @@ def _recorded(folder: Path, asked: Mapping[str, Any], log: EvalLog | None) -> It
 
 def _explained(error: Exception, wanted: Evaluation) -> Exception:
     """An error of Inspect or a provider for a user's mistake as one line; any other error unchanged."""
-    told = _plain(" ".join(str(getattr(error, "message", error)).split())).removeprefix("ERROR: ")
+    told = plain(" ".join(str(getattr(error, "message", error)).split())).removeprefix("ERROR: ")
     where = ", ".join(f"--{role} {name}" for role, name in {"model": wanted.model, **wanted.roles}.items())
     if isinstance(error, PrerequisiteError) or "not recognized" in told:
-        return RecipeError(f"{where}: {told}")
+        hint = " For another OpenAI-compatible endpoint: openai-api/SERVICE/NAME" if "not recognized" in told else ""
+        return RecipeError(f"{where}: {told}{hint}")
     if isinstance(error, TypeError) and "unexpected keyword" in told:
         return RecipeError(f"-M: {told}")
     if isinstance(error, OSError):
         return PolicyError(f"{where}: {told}")
     return error
-
-
-def _plain(text: str) -> str:
-    """Without rich's markup, where it is markup."""
-    try:
-        return Text.from_markup(text).plain
-    except MarkupError:
-        return text
 
 
 def parse_settings(parts: Sequence[str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from inspect_ai.model import (
     GenerateConfig,
     Model,
     ModelOutput,
+    ModelUsage,
     get_model,
 )
 from inspect_ai.model._providers.mockllm import MockLLM
@@ -128,10 +129,11 @@ def why_empty(output: ModelOutput) -> str:
 
 
 def tokens_of(output: ModelOutput) -> tuple[int, int]:
+    return (0, 0) if output.usage is None else tokens_in(output.usage)
+
+
+def tokens_in(usage: ModelUsage) -> tuple[int, int]:
     """Read (cached ones too) and written."""
-    usage = output.usage
-    if usage is None:
-        return 0, 0
     cached = (usage.input_tokens_cache_read or 0) + (usage.input_tokens_cache_write or 0)
     return usage.input_tokens + cached, usage.output_tokens
 

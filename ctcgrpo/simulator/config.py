@@ -110,7 +110,7 @@ class Endpoint(Section):
     def label(self) -> str:
         """Its name in logs and metrics."""
         parts = urlsplit(self.url)
-        key = f" by {', '.join(self.secrets)}" if self.secrets else ""
+        key = f" (key {', '.join(self.secrets)})" if self.secrets else ""
         return f"{self.model} at {parts.netloc}{parts.path.removesuffix('/v1')}{key}"
 
 

@@ -65,7 +65,7 @@ def test_a_leaderboard_names_and_separates_settings(tmp_path: Path, ctcgrpo: Com
 def test_a_comparison_refuses_other_rounds_and_names_other_sampling(tmp_path: Path, ctcgrpo: Command) -> None:
     a, b = played(tmp_path / "a"), played(tmp_path / "b", 0.3, "m/b", temperature=1.0, top_k=20)
     other = played(tmp_path / "c", rounds=4)
-    with pytest.raises(OutputError, match="rounds 8.*rounds 4.*--mixed"):
+    with pytest.raises(OutputError, match="^different rounds: .*a has rounds 8; .*c has rounds 4; .*--mixed"):
         compared([a, other])
     code, out, err = ctcgrpo("compare", str(a), str(b))
     assert (code, err) == (0, "")

@@ -95,7 +95,7 @@ def test_the_published_preset_decides_what_is_sent(tested: Tested, tmp_path: Pat
         told.count(f"preset: published, but rounds 1 (published: 8), {', '.join(of_fixture(summary))}") == 2
     )  # first, and in the summary
     assert "earlier reasoning stripped, tries of the user's LLM 3, opener You speak first., instructions eibench (" in told
-    assert "told to reason yes, temperature 0.7, top-p not set" in told
+    assert "instructed to reason: yes, temperature 0.7, top-p not set" in told
 
 
 def test_options_win_over_a_preset_and_are_named(tested: Tested, tmp_path: Path) -> None:
