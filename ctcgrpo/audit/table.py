@@ -16,7 +16,7 @@ _PLAIN, _BETTER, _WORSE, _UNSURE = "#24292f", "#1a7f37", "#b42318", "#57606a"
 def tables(found: Audit) -> Iterator[Table]:
     """Kinds of credit by gain, the largest first; and, with continuations, how well turn rewards predict effects, by tag."""
     table = Table(title=f"credit audit of {found.source}", title_style="bold", caption=caption(found), caption_justify="left")
-    table.add_column("credit")
+    table.add_column("credit", no_wrap=True)
     for name in (f"gain relative to {found.baseline}", "cosine to the outcome's gradient", "noise: groups"):
         table.add_column(name, justify="right")
     for name, of in by_gain(found):

@@ -17,6 +17,11 @@ GUESS = ROOT / "recipes" / "examples" / "guess.yaml"
 SMALL = ["environment.per_step=4", "rollout.group_size=4"]
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+
+
 def test_of_a_recipe(ctcgrpo: Command, tmp_path: Path) -> None:
     written, picture = tmp_path / "audit.json", tmp_path / "audit.svg"
     options = ("--groups", "9", "--continuations", "2", "--json", str(written), "--picture", str(picture))
