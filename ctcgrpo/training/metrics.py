@@ -28,9 +28,8 @@ def rollout_metrics(summaries: Sequence[Summary], credit: StepCredit | None) -> 
         metrics["credit/turn_term_std"] = credit.turn_term_std
         metrics["credit/outcome_term_std"] = credit.outcome_term_std
         metrics["credit/groups_without_signal"] = credit.groups_without_signal
-        if any(s.continuations for s in valid):
-            failed = sum(s.failed_continuations for s in valid)
-            played = failed + sum(len(of_turn) for s in valid for of_turn in s.continuations)
+        failed = sum(s.failed_continuations for s in valid)
+        if played := failed + sum(len(of_turn) for s in valid for of_turn in s.continuations):
             metrics |= {"continuations/played": float(played), "continuations/failed": float(failed)}
     for tag in sorted({s.tag for s in valid}):
         here = [s for s in valid if s.tag == tag]

@@ -163,6 +163,9 @@ def test_training_on_it(tmp_path: Path) -> None:
     assert made.play([Slot(Task("t", {}, "all"), 1, 0, 0)], "again")[0].turns[0].continuations
     metrics = made.evaluate([{"id": "t"}])
     assert metrics["eval_outcome/all"] >= 0 and "eval_continuations/played" not in metrics
+    plain = trainer(tmp_path / "plain", Dice, max_steps=1)
+    plain.train()
+    assert not any("continuations/played" in entry for entry in plain.state.log_history)
     broken = trainer(tmp_path / "broken", lambda: Dice(broken=True), max_steps=1, **options)
     with pytest.raises(TooManyFailures, match=r"16 of 16 continuations failed.*the dice are lost"):
         broken.train()
