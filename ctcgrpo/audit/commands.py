@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +53,8 @@ def audit(
     Plays groups as the recipe says, without training, and computes each turn's gradient once. ctcgrpo/audit/README.md says what the
     figures are.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("ctcgrpo audit runs in one process; on several, set training.audit_every")
     with tempfile.TemporaryDirectory(prefix="ctcgrpo-audit-") as scratch:
         recipe, adapter = _recipe(source, overrides or [], groups, which, Path(scratch))
         found_kinds = compared(recipe, credits, continuations=continuations)
@@ -70,9 +73,6 @@ def audit(
             except CreditError as error:  # the environment cannot be branched
                 raise CreditError(f"{error}; or pass --continuations 0") from None
             found = measure(trainer, steps, found_kinds, str(source), baseline=baseline)
-            is_main = trainer.accelerator.is_main_process
-    if not is_main:
-        return
     for table in tables(found):
         Terminal(132).print(table)
     if (target := json_file or (source / FILE if source.is_dir() else None)) is not None:

@@ -75,6 +75,12 @@ def test_what_cannot_be_audited(ctcgrpo: Command, arguments: tuple[str, ...], me
     assert code != 0 and message in err
 
 
+def test_several_processes_are_refused(ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = ctcgrpo("audit", str(GUESS))
+    assert code == 2 and "ctcgrpo audit runs in one process" in err
+
+
 def test_outcomes_that_do_not_vary(ctcgrpo: Command) -> None:
     code, _, err = ctcgrpo("audit", str(GUESS), *SMALL, "rollout.max_new_tokens=1", "rollout.temperature=0.001", "--groups", "3")
     assert code == 10 and "the outcomes of the 4 groups do not vary" in err
