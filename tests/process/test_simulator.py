@@ -122,7 +122,7 @@ def test_an_endpoint_that_is_down_stops_the_run_and_it_resumes(ctcgrpo: Command,
         command += ["validation.scenarios=english/test", "validation.every=5"]
         llm.down = True
         code, _, err = ctcgrpo(*command)
-        assert code == 7 and "episodes failed" in err and "run the same command to resume" in err
+        assert code == 7 and "episodes failed" in err and "There is no checkpoint yet; run the same command to start again" in err
         traces = list((tmp_path / "down" / "traces").glob("validation-*.jsonl"))
         failures = [json.loads(line)["failure"] for file in traces for line in file.read_text().splitlines()]
         assert len(failures) == 16 and all(f["kind"] == "simulator_transport" and "HTTP 503" in f["message"] for f in failures)

@@ -132,6 +132,8 @@ def test_a_broken_recipe_gets_its_reason(
 
 def test_a_provider_that_does_not_answer_is_named_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctcgrpo.preflight.eibench._DEADLINE", 0.5)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
     file = tmp_path / "llm.yaml"
     for url, reason in {
         "http://127.0.0.1:9/v1": "m at 127.0.0.1:9: cannot connect: Cannot connect to host 127.0.0.1:9",

@@ -1009,7 +1009,10 @@ def test_a_log_that_cannot_be_read_does_not_block_its_folder(tmp_path: Path) -> 
     assert "9999-broken.eval cannot be read" in heard[0] and "nothing to play" in heard[1]
 
 
-def test_names_from_outside_are_text_and_prices_are_reckoned(tmp_path: Path, ctcgrpo: Command) -> None:
+def test_names_from_outside_are_text_and_prices_are_reckoned(
+    tmp_path: Path, ctcgrpo: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")  # in a narrow terminal names are cut
     results = [Result(k, 1, "x[/y] $\\frac$", 0.1, tokens={"model": (1_000_000, 500_000)}) for k in "ab"]
     facts = {
         "model": "m/[red]a[/b]",
