@@ -21,6 +21,7 @@ from ctcgrpo.run.recipe import Credit, Recipe
 from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.startup import announce_loading
+from ctcgrpo.util.files import write_whole
 from ctcgrpo.util.naming import did_you_mean
 from ctcgrpo.util.sections import Section, parse_mapping, read_text, validated
 from ctcgrpo.util.terminal import Terminal, say
@@ -76,7 +77,7 @@ def audit(
     for table in tables(found):
         Terminal(132).print(table)
     if (target := json_file or (source / FILE if source.is_dir() else None)) is not None:
-        _write(target, found.model_dump_json(indent=1).encode())
+        _write(target, found.model_dump_json(indent=1))
     if picture is not None:
         _write(picture, drawn(found))
 
@@ -120,10 +121,10 @@ def _recipe(source: Path, overrides: Sequence[str], groups: int, which: str, scr
     return load_recipe(file, [*overrides, *alone]), None if asked.policy.lora is None else policy
 
 
-def _write(file: Path, data: bytes) -> None:
+def _write(file: Path, text: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
+        write_whole(file, text)
     except OSError as error:
         raise OutputError(f"cannot write {file}: {error.strerror}") from None
     say(f"wrote {file}")

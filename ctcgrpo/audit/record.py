@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ctcgrpo.audit.statistics import Agreement, CreditFigures, Figure
+from ctcgrpo.audit.statistics import CreditFigures, Figure
 from ctcgrpo.errors import OutputError
 from ctcgrpo.util.files import collect_records, explained, read_object
 
@@ -71,14 +71,9 @@ class StepMoments(BaseModel):
     credits: dict[str, tuple[float, float, float]]
 
 
-def estimate(figure: Figure | Agreement) -> Estimate:
-    value = figure.mean if isinstance(figure, Agreement) else figure.value
-    return Estimate(
-        **{
-            name: x if math.isfinite(x) else None
-            for name, x in zip(("value", "low", "high"), (value, figure.low, figure.high), strict=True)
-        }
-    )
+def estimate(figure: Figure) -> Estimate:
+    value, low, high = (x if math.isfinite(x) else None for x in (figure.value, figure.low, figure.high))
+    return Estimate(value=value, low=low, high=high)
 
 
 def of_credit(figures: CreditFigures) -> OfCredit:

@@ -45,17 +45,6 @@ class CreditFigures:
     gain: Figure
 
 
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """Spearman's rank correlation of the gains of all credits between two disjoint halves of the groups: mean and 95 % range over
-    random splits. Around 0, the order of the table is chance; the range says nothing of what half the data would not show."""
-
-    splits: int
-    mean: float
-    low: float
-    high: float
-
-
 def credit_figures(
     gradients: Mapping[str, Floats], *, reference: str, baseline: str, batch: int, seed: int = 0
 ) -> dict[str, CreditFigures]:
@@ -96,21 +85,22 @@ def moments(gradients: Mapping[str, Floats], *, reference: str) -> "Moments":
     return found.of(np.ones((1, found.groups)))
 
 
-def agreement(gradients: Mapping[str, Floats], *, reference: str, batch: int, splits: int = 200, seed: int = 0) -> Agreement:
-    """How far two halves of the groups rank the credits (but `reference`) alike by their gain."""
+def agreement(gradients: Mapping[str, Floats], *, reference: str, batch: int, splits: int = 200, seed: int = 0) -> Figure:
+    """Spearman's rank correlation of the gains of all credits (but `reference`) between two disjoint halves of the groups: mean and
+    95 % range over random splits. Around 0, the order of the table is chance."""
     from scipy import stats
 
-    moments = _Moments(gradients, reference)
+    every = _Moments(gradients, reference)
     ranked = [k for k, name in enumerate(gradients) if name != reference]
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(splits):
-        order = rng.permutation(moments.groups)
-        halves = np.zeros((2, moments.groups))
-        halves[0, order[: moments.groups // 2]], halves[1, order[moments.groups // 2 :]] = 1, 1
-        gains = _gain(moments.of(halves), batch)[ranked]
+        order = rng.permutation(every.groups)
+        halves = np.zeros((2, every.groups))
+        halves[0, order[: every.groups // 2]], halves[1, order[every.groups // 2 :]] = 1, 1
+        gains = _gain(every.of(halves), batch)[ranked]
         found.append(float(stats.spearmanr(gains[:, 0], gains[:, 1], nan_policy="omit").statistic))
-    return Agreement(splits, float(np.nanmean(found)), *_range(np.array(found)))
+    return Figure(float(np.nanmean(found)), *_range(np.array(found)))
 
 
 # --- moments ---------------------------------------------------------------------------------------------------------------
@@ -154,13 +144,9 @@ def _between(products: Floats, weights: Floats) -> Floats:
 
 def _with_intervals(names: Sequence[str], whole: Moments, drawn: Moments, batch: int, baseline: str) -> dict[str, CreditFigures]:
     base = names.index(baseline)
+    both = list(zip(_figures(whole, batch, base), _figures(drawn, batch, base), strict=True))
     return {
-        name: CreditFigures(
-            *(
-                Figure(float(of_all[k, 0]), *_range(of_drawn[k]))
-                for of_all, of_drawn in zip(_figures(whole, batch, base), _figures(drawn, batch, base), strict=True)
-            )
-        )
+        name: CreditFigures(*(Figure(float(value[k, 0]), *_range(resampled[k])) for value, resampled in both))
         for k, name in enumerate(names)
     }
 

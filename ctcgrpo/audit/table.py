@@ -64,7 +64,7 @@ def caption(found: Audit) -> str:
     return text
 
 
-def drawn(found: Audit) -> bytes:
+def drawn(found: Audit) -> str:
     """The gains with their intervals as SVG. Raises RecipeError without matplotlib."""
     try:
         import matplotlib
@@ -88,7 +88,7 @@ def drawn(found: Audit) -> bytes:
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", color="#d0d7de", linewidth=0.6)
         axes.set_axisbelow(True)
-        out = io.BytesIO()
+        out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()
 

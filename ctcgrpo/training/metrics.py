@@ -29,7 +29,7 @@ def rollout_metrics(summaries: Sequence[Summary], credit: StepCredit | None) -> 
         metrics["credit/outcome_term_std"] = credit.outcome_term_std
         metrics["credit/groups_without_signal"] = credit.groups_without_signal
         failed = sum(s.failed_continuations for s in valid)
-        if played := failed + sum(len(of_turn) for s in valid for of_turn in s.continuations):
+        if played := sum(s.played_continuations for s in valid):
             metrics |= {"continuations/played": float(played), "continuations/failed": float(failed)}
     for tag in sorted({s.tag for s in valid}):
         here = [s for s in valid if s.tag == tag]

@@ -37,6 +37,11 @@ class Summary:
     continuations: tuple[tuple[float, ...], ...] = ()
     failed_continuations: int = 0
 
+    @property
+    def played_continuations(self) -> int:
+        """Failed ones included."""
+        return self.failed_continuations + sum(map(len, self.continuations))
+
 
 def summarise(episode: Episode, options: CreditOptions) -> Summary:
     continued = [turn.continuations for turn in episode.turns]

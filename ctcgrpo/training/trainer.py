@@ -376,7 +376,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
                 f"above max_failed = {self.args.max_failed}{example}"
             )
         lost = sum(s.failed_continuations for s in summaries)
-        played = lost + sum(len(of_turn) for s in summaries for of_turn in s.continuations)
+        played = sum(s.played_continuations for s in summaries)
         if played and too_many_failed(lost, played, self.args.max_failed):
             branches = (c for e in episodes for turn in e.turns for c in turn.continuations)
             example = next((f"; for example {e.name}: {e.failure.message}" for e in branches if e.failure), "")

@@ -80,7 +80,7 @@ def test_halves_agree_where_credits_differ_beyond_their_noise() -> None:
     chance = {"outcome": signal} | {f"c{k}": signal + rng.normal(size=(40, 30)) for k in range(6)}
     sure = agreement(clear, reference="outcome", batch=4)
     unsure = agreement(chance, reference="outcome", batch=4)
-    assert sure.low > 0.5 and sure.mean > unsure.mean + 0.3 and unsure.low < 0.2
+    assert sure.low > 0.5 and sure.value > unsure.value + 0.3 and unsure.low < 0.2
 
 
 def test_prediction_takes_the_noise_of_effects_out() -> None:
