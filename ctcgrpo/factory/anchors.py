@@ -1,4 +1,4 @@
-"""The rules of anchors, and the smallest move that keeps them.
+"""The rules of anchors, and the smallest change that satisfies them.
 
 every value    a multiple of 5 in [0, 100]
 anger          target < initial < worst    (target and initial below worst where anger may rise: defense, scenes of your own)
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ctcgrpo.environments.eibench.records import scene_rules
 
 STEP = 5
-_FAR_OFF = 1000  # beyond this a number is no level that went astray
+_FAR_OFF = 1000  # a larger number is not a mistyped level, and counts as missing
 _LEVELS = tuple(range(0, 101, STEP))
 _MISSING = "is missing, or not a number near [0, 100]"
 
@@ -34,7 +34,7 @@ class Move(NamedTuple):
 
 
 def anchor_problems(record: Mapping[str, Any], scene: str) -> Iterator[tuple[str, str]]:
-    """(field, what is wrong) for each rule that a record breaks; for an axis with a value missing, that alone."""
+    """(field, problem) for each broken rule. For an axis with a missing value only that is reported."""
     for axis in FIELDS:
         values, missing = _levels(record, axis)
         for field in missing:
@@ -51,9 +51,9 @@ def anchor_problems(record: Mapping[str, Any], scene: str) -> Iterator[tuple[str
 
 
 def repaired(record: Mapping[str, Any], scene: str) -> tuple[dict[str, Any], list[Move]]:
-    """The record with anchors (whole numbers) that keep the rules, moved as little as possible (the sum of all moves), and the
-    moves. Raises ValueError for a value that is missing or no number: what was meant cannot be known."""
-    told = dict(record)
+    """The record with valid anchors (whole numbers), changed as little as possible (sum of absolute changes), and the changes.
+    Raises ValueError for a value that is missing or not a number, since nothing determines a repair."""
+    result = dict(record)
     moves = []
     for axis, places in FIELDS.items():
         values, missing = _levels(record, axis)
@@ -61,14 +61,14 @@ def repaired(record: Mapping[str, Any], scene: str) -> tuple[dict[str, Any], lis
             raise ValueError(f"{missing[0]} {_MISSING}")
         after = nearest_levels(axis, scene, tuple(values.values()))  # type: ignore[arg-type]
         for (section, field), old, new in zip(places, values.values(), after, strict=True):
-            told[section] = {**told[section], field: new}
+            result[section] = {**result[section], field: new}
             if old != new:
                 moves.append(Move(f"{section}.{field}", old, new))
-    return told, moves
+    return result, moves
 
 
 def nearest_levels(axis: str, scene: str, values: Levels) -> tuple[int, int, int]:
-    """The levels in order that are nearest to `values`; of equally near ones those that keep initial, then target."""
+    """The valid levels nearest to `values`. Ties: those that keep initial, then target."""
 
     def distance(levels: tuple[int, int, int]) -> Levels:
         moved = [abs(a - b) for a, b in zip(levels, values, strict=True)]
@@ -96,7 +96,7 @@ def _order(axis: str, anger_may_rise: bool) -> str:
 
 
 def _levels(record: Mapping[str, Any], axis: str) -> tuple[dict[str, float], list[str]]:
-    """The values of an axis by field, and the fields that hold no number that a level could have been."""
+    """The values of an axis by field, and the fields without a usable number."""
     values, missing = {}, []
     for section, field in FIELDS[axis]:
         part = record.get(section)

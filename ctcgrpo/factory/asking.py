@@ -1,4 +1,4 @@
-"""Answers that are paid for once: kept in the store, and taken from there when the same is asked again."""
+"""Model answers with a cache: each is stored, and a repeated request is answered from the store."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ from ctcgrpo.types import Message
 
 
 class Answers(contextlib.AbstractAsyncContextManager["Answers"]):
-    """The answers of a configuration's writer; `pool` counts what they cost. `say` hears when no endpoint is available."""
+    """The answers of a configuration's writer; `pool` counts their cost. `say` logs when no endpoint is available."""
 
     def __init__(self, config: FactoryConfig, store: Store, say: Callable[[str], None]) -> None:
         self._store, self.pool = store, EndpointPool(config.writer, Account(config.budget, store), say=say)
@@ -22,8 +22,8 @@ class Answers(contextlib.AbstractAsyncContextManager["Answers"]):
         self._room = asyncio.Semaphore(sum(endpoint.concurrency for endpoint in config.writer.endpoints))
 
     async def ask(self, key: bytes, messages: Sequence[Message], *, dialogue: str, schema: dict[str, Any]) -> str:
-        """The text of an answer; `key` says what is asked, and decides the seed. Raises SimulatorTransportError where there is
-        none, BudgetSpent where none can be paid for, SimulatorReplyError for a refusal and for an answer without a text."""
+        """The text of an answer; `key` identifies the request and determines its seed. Raises SimulatorTransportError where no
+        endpoint answers, BudgetSpent when the budget is spent, SimulatorReplyError for a refusal or an answer without text."""
         async with self._room:
             if (kept := self._store.get(key)) is not None:
                 return kept.decode()

@@ -1,4 +1,4 @@
-"""Cleaning a set: anchors by the smallest move; the layout of personas by rule or else by a model. No word is lost or comes in."""
+"""Cleans a set: anchors with the smallest change; the layout of personas by rule, or else by a model. No word is lost or added."""
 
 import asyncio
 import difflib
@@ -33,7 +33,7 @@ _PROMPT = (
 
 @dataclass(frozen=True, slots=True)
 class Cleaned:
-    """What became of a record. `differences` shows what was there and what is there now; `reasons` why it was left."""
+    """The result for a record. `differences`: changed lines, before and after. `reasons`: of a record that could not be cleaned."""
 
     record: dict[str, Any]
     status: Status
@@ -42,38 +42,38 @@ class Cleaned:
 
 
 def by_rule(record: Mapping[str, Any], place: str) -> Cleaned:
-    """Mend what a rule can; `left` with its reasons where problems remain, `no scenario` where none can be read from it."""
-    told: dict[str, Any] = json.loads(json.dumps(record))
+    """Repair a record by rule. Status `left`: problems remain, with reasons; `no scenario`: the record cannot be read."""
+    cleaned: dict[str, Any] = json.loads(json.dumps(record))
     try:
         language, scene = _kind(record, place)
     except ScenarioError as error:
-        return Cleaned(told, "no scenario", reasons=[str(error)])
+        return Cleaned(cleaned, "no scenario", reasons=[str(error)])
     reasons: list[str] = []
     moves: list[Move] = []
     try:
-        told, moves = repaired(told, scene)
+        cleaned, moves = repaired(cleaned, scene)
     except ValueError as error:
         reasons.append(str(error))
     for role, profile in _ROLES:
-        before = told[profile]["system_prompt"]
+        before = cleaned[profile]["system_prompt"]
         after = mended(before, role, language)
-        if unkept(before, after, language):  # what a rule would lose it leaves alone
+        if unkept(before, after, language):  # a rule that would lose text is not applied
             after = before
-        _replace(told, profile, after)
+        _replace(cleaned, profile, after)
         reasons += [f"{profile}: {problem}" for problem in layout_problems(after, role, language)]
-    changed = [*map(str, moves), *differences(record, told)]
-    return Cleaned(told, "left" if reasons else "mended" if changed else "clean", changed, reasons)
+    changed = [*map(str, moves), *differences(record, cleaned)]
+    return Cleaned(cleaned, "left" if reasons else "mended" if changed else "clean", changed, reasons)
 
 
 def _kind(record: Mapping[str, Any], place: str) -> tuple[str, str]:
-    """Language and scene. Anchors are no matter here: `read_record` refuses the very ones that are to be repaired."""
+    """Language and scene, read without the anchors: `read_record` refuses those that are to be repaired."""
     anchors = ("initial_calibration", "rub_goals", "worst_case")
     scenario = read_record({key: value for key, value in record.items() if key not in anchors}, place)
     return scenario.language, scenario.scene
 
 
 def by_model(left: Sequence[Cleaned], config: FactoryConfig) -> list[Cleaned]:
-    """Have the personas that no rule could mend laid out again; an answer that loses words, or brings in others, is not taken."""
+    """Have a model lay out the personas that no rule could repair. An answer that loses or adds words is rejected."""
 
     async def every(store: Store) -> list[Cleaned]:
         async with Answers(config, store, print) as answers:
@@ -105,7 +105,7 @@ async def _laid_out(cleaned: Cleaned, config: FactoryConfig, answers: Answers) -
             continue
         found = json_object(text)
         if isinstance(found, str) or not all(isinstance(found.get(title, ""), str) for title in titles):
-            reasons.append(f"{profile}: {found if isinstance(found, str) else 'the answer holds something else than texts'}")
+            reasons.append(f"{profile}: {found if isinstance(found, str) else 'the answer has values that are not texts'}")
             continue
         after = mended("\n\n".join(f"### {title}\n{found.get(title, '')}" for title in titles), role, language)
         problems = [*layout_problems(after, role, language), *unkept(persona, after, language)]
@@ -117,7 +117,7 @@ async def _laid_out(cleaned: Cleaned, config: FactoryConfig, answers: Answers) -
 
 
 def unkept(before: str, after: str, language: str) -> list[str]:
-    """What a new layout did to the sentences, beside their order. Titles that it knows and marks of lists are its own."""
+    """Sentences lost or added by a new layout, in any order. Known titles and list marks are ignored."""
     old, new = (Counter(_sentences(text, language)) for text in (before, after))
     lost = [f"{sentence[:60]!r} is lost" for sentence in old - new]
     return lost + [f"{sentence[:60]!r} comes in" for sentence in new - old]
@@ -125,25 +125,25 @@ def unkept(before: str, after: str, language: str) -> list[str]:
 
 def _sentences(persona: str, language: str) -> list[str]:
     titles = layouts()[language].titles.values() if language in layouts() else ()
-    known = {name for of_role in titles for names in of_role for name in names}
-    told = []
+    known_titles = {name for of_role in titles for names in of_role for name in names}
+    found = []
     for line in persona.splitlines():
         title = re.fullmatch(r"[\s#*【\[]*(.*?)[\s*】\]:：]*", line)
-        if title and title[1] in known:
+        if title and title[1] in known_titles:
             continue
         bare = without_mark(line.strip().lstrip("#").strip())
-        told += [" ".join(sentence.split()) for sentence in _SENTENCE.split(bare) if sentence and sentence.strip()]
-    return told
+        found += [" ".join(sentence.split()) for sentence in _SENTENCE.split(bare) if sentence and sentence.strip()]
+    return found
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Lines of the personas that went (-) and came (+), each with its field."""
-    told = []
+    """Removed (-) and added (+) lines of the personas, each with its field."""
+    found = []
     for _, profile in _ROLES:
         old, new = (record[profile]["system_prompt"].splitlines() for record in (before, after))
         changes = (line for line in difflib.unified_diff(old, new, n=0, lineterm="") if line[:3] not in ("+++", "---"))
-        told += [f"{profile}: {line}" for line in changes if line[:1] in "+-" and line[1:].strip()]
-    return told
+        found += [f"{profile}: {line}" for line in changes if line[:1] in "+-" and line[1:].strip()]
+    return found
 
 
 def _replace(record: dict[str, Any], profile: str, persona: str) -> None:

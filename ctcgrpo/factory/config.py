@@ -1,4 +1,4 @@
-"""The configuration of a writer of scenarios (configs/factory/*.yaml): which model, which language and seeds, at what cost."""
+"""The configuration of scenario generation (configs/factory/*.yaml): model, language, seeds, budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ctcgrpo.util.sections import Section, parse_mapping, read_text, validated
 
 
 class Writer(Calls):
-    """The model that writes."""
+    """The model that writes scenarios."""
 
     temperature: float | None = Field(0.9, ge=0, description="sampling temperature; null: not sent")
     max_tokens: int = Field(6000, ge=1, description="limit on the tokens of an answer; a scenario takes some 2,500")
@@ -31,7 +31,7 @@ class FactoryConfig(Section):
     seeds: Path | None = Field(None, description="pools of seeds; left out: the package's own of the language")
     scenes: tuple[str, ...] = Field(SCENES, min_length=1, description="the scenes that are written")
     examples: str | None = Field(None, description="a set whose scenarios are shown: english/train, chinese/train, a path")
-    shots: int = Field(2, ge=0, description="examples that each request holds")
+    shots: int = Field(2, ge=0, description="examples in each request")
     attempts: int = Field(3, ge=1, description="calls at most per scenario; each repeats the faults of the last answer")
     prefix: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]*$", description="of ids: PREFIX-SCENE-0001")
     licence: str = Field(description="of what is written, carried in every record")
@@ -51,7 +51,7 @@ class FactoryConfig(Section):
 
 
 def load_factory_config(file: Path) -> FactoryConfig:
-    """Raises RecipeError naming file, field, value and what would be right."""
+    """Raises RecipeError naming file, field, value and what is expected."""
     text = read_text(file, "factory configuration")
     config = validated(parse_mapping(text, file, FactoryConfig, "factory configuration"), FactoryConfig, file)
     return config.model_copy(update={"store": config.store.expanduser()})

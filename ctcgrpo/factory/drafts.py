@@ -1,4 +1,4 @@
-"""A draft: what a writer answers, and the record that it becomes. Tolerant of form, never of content."""
+"""Drafts: a model's answer, and the record made of it. Errors of form are repaired, errors of content are not."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from ctcgrpo.factory.sampling import Wanted
 
 _THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
 _MOST, _MOST_BRACES = 40_000, 200
-"""Of an answer that is looked at: characters (a record has some 4,000), and opening braces and brackets (some 60)."""
+"""Limits of an answer: characters (a record has some 4,000), and opening braces and brackets (some 60)."""
 _SCRIPTED: Mapping[str, Mapping[str, str]] = {
     "boundary": {"words": "limit", "offer": "offer"},
     "repair": {"fault": "fault", "remedy": "remedy"},
@@ -71,7 +71,7 @@ class _Reactions(_Part):
 
 
 class Draft(_Part):
-    """The JSON that a writer is held to. `limit` and `offer` belong to defense, `fault` and `remedy` to repair."""
+    """The JSON schema of an answer. `limit` and `offer` belong to defense, `fault` and `remedy` to repair."""
 
     title: str
     user: _User
@@ -92,7 +92,7 @@ class Draft(_Part):
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What became of an answer: a `record` that keeps every rule, with the `moves` of its anchors, or its `faults`."""
+    """The result of an answer: a valid `record` with the `moves` of its anchors, or its `faults`."""
 
     record: dict[str, Any] | None = None
     moves: list[Move] = field(default_factory=list)
@@ -101,17 +101,17 @@ class Written:
 
 @cache
 def schema() -> dict[str, Any]:
-    """The JSON schema of a draft as endpoints take it: every field required, nothing else allowed, no defaults."""
-    told = Draft.model_json_schema()
-    for part in (told, *told.get("$defs", {}).values()):
+    """The JSON schema of a draft for structured output: every field required, no others allowed, no defaults."""
+    result = Draft.model_json_schema()
+    for part in (result, *result.get("$defs", {}).values()):
         part["additionalProperties"] = False
         part["required"] = list(part["properties"])
         part.pop("description", None)
-    return told
+    return result
 
 
 def read_draft(text: str, asked: Wanted, *, language: str, licence: str, source: str) -> Written:
-    """What an answer to `asked` is worth. Raises nothing for whatever the answer is."""
+    """Parse an answer to the request `asked`. Never raises; faults are in the result."""
     data = json_object(text)
     if isinstance(data, str):
         return Written(faults=[data])
@@ -126,7 +126,7 @@ def read_draft(text: str, asked: Wanted, *, language: str, licence: str, source:
 
 
 def json_object(text: str) -> dict[str, Any] | str:
-    """The JSON object in an answer, or what is wrong with it."""
+    """The JSON object in an answer, or a description of the problem."""
     text = _THOUGHT.sub("", text).strip()[:_MOST]
     start, end = text.find("{"), text.rfind("}")
     if not text:
@@ -134,16 +134,16 @@ def json_object(text: str) -> dict[str, Any] | str:
     if start < 0:
         return f"the answer holds no JSON object, but says {text[:80]!r}"
     if text.count("{") + text.count("[") > _MOST_BRACES:
-        return "the answer is no JSON object that anybody would write"
+        return "the answer is not a plausible JSON object: too many braces"
     try:
         found = json.loads(text[start : end + 1], strict=False)
     except ValueError:
         found = json_repair.loads(text[start:])
-    return found if isinstance(found, dict) else "the answer is no JSON object"
+    return found if isinstance(found, dict) else "the answer is not a JSON object"
 
 
 def _own_faults(draft: Draft, asked: Wanted) -> Iterator[str]:
-    """What no rule of finished records says."""
+    """Faults that the rules of finished records do not cover."""
     rules = scene_rules(asked.scene)
     if rules.policy_opens and draft.opening_line:
         yield "opening_line: the policy speaks first here, so it must be empty"
@@ -152,7 +152,7 @@ def _own_faults(draft: Draft, asked: Wanted) -> Iterator[str]:
             yield f"{name}: at least four words are needed"
     for k, detail in enumerate(draft.details):
         if not any(word.lower() in detail.line.lower() for word in detail.words):
-            yield f"details.{k}.words: none of them stands in the line"
+            yield f"details.{k}.words: none of them is in the line"
 
 
 def record_of(draft: Draft, asked: Wanted, *, language: str, licence: str, source: str) -> dict[str, Any]:
@@ -185,15 +185,15 @@ def record_of(draft: Draft, asked: Wanted, *, language: str, licence: str, sourc
 
 
 def _persona(language: str, role: Role, parts: BaseModel) -> str:
-    told = []
+    written = []
     for names, (_, part) in zip(layouts()[language].titles[role], parts, strict=True):
         text = part if isinstance(part, str) else "\n".join(f"{k}. {without_mark(fact)}" for k, fact in enumerate(part, 1))
-        told.append(f"### {names[0]}\n{text}")
-    return "\n\n".join(told)
+        written.append(f"### {names[0]}\n{text}")
+    return "\n\n".join(written)
 
 
 def shown(record: Mapping[str, Any], scenario: Scenario) -> str:
-    """A finished record as a draft, for an example; "" for one whose script or sections show too little."""
+    """A finished record as a draft, for use as an example; "" if its script or sections are incomplete."""
     script = scenario.script
     if not script.get("details") or not script.get("lines") or scenario.language not in layouts():
         return ""
@@ -201,11 +201,11 @@ def shown(record: Mapping[str, Any], scenario: Scenario) -> str:
 
     def parts(persona: str, role: Role, keys: Iterable[str]) -> dict[str, Any]:
         found = dict(sections(persona))
-        told: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for key, names in zip(keys, titles[role], strict=True):
             text = next((found[name] for name in names if name in found), "")
-            told[key] = [without_mark(line) for line in text.splitlines()] if key == "facts" else text
-        return told
+            values[key] = [without_mark(line) for line in text.splitlines()] if key == "facts" else text
+        return values
 
     states = scenario.anchors._asdict().items()
     draft = {

@@ -1,10 +1,10 @@
 """Near-duplicates: within a set, and against held-out sets; and splitting a set without them on both sides.
 
-Two records are alike by text, the cosine of their TF-IDF vectors over words (pairs of characters in Chinese): the order of
-sentences does not matter, and words exchanged for others of the same meaning cost no more than their share. Or they are alike by
-seed: made from the same combination of theme, keyword, relationship and place.
+Two records are near-duplicates by text if the cosine of their TF-IDF vectors over words (in Chinese: pairs of characters) is high;
+the order of sentences does not matter, and a synonym changes only its own share. They are near-duplicates by seed if they were
+made from the same combination of theme, keyword, relationship and place.
 
-Vectors are hashed (scikit-learn), so memory grows with the number of records alone, and compared in blocks."""
+Vectors are hashed (scikit-learn), so memory depends only on the number of records, and are compared in blocks."""
 
 import random
 import re
@@ -26,7 +26,7 @@ from ctcgrpo.simulator.scripted.language import stem
 Record = Mapping[str, Any]
 Level = Literal["copy", "close paraphrase", "paraphrase", "same seeds"]
 THRESHOLD = 0.5
-"""Cosine from which two records count as one. No two of the bundled packs reach 0.25 (tests/unit/test_factory.py)."""
+"""Cosine from which two records are near-duplicates. No two of the bundled packs reach 0.25 (tests/unit/test_factory.py)."""
 SEED_FIELDS = ("theme", "keyword", "relationship", "place")
 _COPY, _CLOSE = 0.98, 0.8
 _FEATURES = 2**18
@@ -37,7 +37,7 @@ _RUN = re.compile(rf"[{_UNSPACED}]+")
 
 
 class Pair(NamedTuple):
-    """Two records that are one: `a` and `b` are their places in the two lists that were compared; `similarity` in [0, 1]."""
+    """Near-duplicates: `a` and `b` are indices into the two lists that were compared; `similarity` is in [0, 1]."""
 
     a: int
     b: int
@@ -49,7 +49,7 @@ class Pair(NamedTuple):
 
 
 def duplicates(records: Sequence[Record], held_out: Sequence[Record] = (), *, threshold: float = THRESHOLD) -> list[Pair]:
-    """Pairs of `records` (a) with `held_out` (b); without held-out ones, pairs within `records` (a < b). The most alike first."""
+    """Pairs of `records` (a) with `held_out` (b); without held-out records, pairs within `records` (a < b). Most similar first."""
     if not records:
         return []
     found = {(p.a, p.b): p for p in _same_seeds(records, held_out)}
@@ -62,18 +62,18 @@ def duplicates(records: Sequence[Record], held_out: Sequence[Record] = (), *, th
 def to_drop(
     records: Sequence[Record], within: Sequence[Pair], held_out: Sequence[Record] = (), leaks: Sequence[Pair] = ()
 ) -> dict[int, str]:
-    """Which records go, and why: those like a held-out one (`leaks`), and of those alike (`within`) all but the first."""
-    told: dict[int, str] = {}
+    """The records to drop, with reasons: near-duplicates of held-out ones (`leaks`), and all but the first of those in `within`."""
+    reasons: dict[int, str] = {}
     for pair in leaks:
-        told.setdefault(pair.a, f"is like {held_out[pair.b].get('id')} of a held-out set ({pair})")
+        reasons.setdefault(pair.a, f"is like {held_out[pair.b].get('id')} of a held-out set ({pair})")
     for pair in sorted(within, key=lambda p: (p.b, p.a)):
-        if pair.a not in told:
-            told.setdefault(pair.b, f"is like {records[pair.a].get('id')} ({pair})")
-    return told
+        if pair.a not in reasons:
+            reasons.setdefault(pair.b, f"is like {records[pair.a].get('id')} ({pair})")
+    return reasons
 
 
 def clusters(pairs: Sequence[Pair], size: int) -> list[int]:
-    """For each of `size` records the smallest index of those that it is connected with over pairs within the set."""
+    """For each of `size` records the smallest index in its connected component of pairs."""
     edges = ([pair.a for pair in pairs], [pair.b for pair in pairs])
     _, labels = connected_components(csr_matrix((np.ones(len(pairs)), edges), shape=(size, size)), directed=False)
     first: dict[int, int] = {}
@@ -81,7 +81,7 @@ def clusters(pairs: Sequence[Pair], size: int) -> list[int]:
 
 
 def text_of(record: Record) -> str:
-    """What a record tells, without titles of sections, which all records share."""
+    """The text of a record, without section titles, which all records share."""
     user, policy = record.get("aggressor_profile") or {}, record.get("defender_profile") or {}
     parts = [str(text or "") for text in (record.get("title"), user.get("opening_line"), record.get("goal_one_liner"))]
     for profile in (user, policy):
@@ -97,7 +97,7 @@ def _tokens(text: str) -> list[str]:
 
 @cache
 def _background() -> csr_matrix:
-    """Counts of the bundled packs: with them, how rare a word is does not depend on a small set alone."""
+    """Counts of the bundled packs, so that the inverse document frequencies of a small set are not arbitrary."""
     splits: tuple[Split, ...] = get_args(Split)
     return _counts([text_of(r) for name in BUNDLED for split in splits for _, r in read_records(name, split)])
 
@@ -108,7 +108,7 @@ def _counts(texts: Sequence[str]) -> csr_matrix:
 
 
 def _alike(ours: Sequence[str], theirs: Sequence[str], threshold: float) -> Iterator[tuple[int, int, float]]:
-    """Pairs of both, or, where there are no others, within our own."""
+    """Pairs between the two lists, or within the first if the second is empty."""
     sides = [_counts(texts) for texts in (ours, theirs) if texts]
     weighing = TfidfTransformer(sublinear_tf=True).fit(vstack([_background(), *sides]))
     weighted = [weighing.transform(counts).astype(np.float32) for counts in sides]
@@ -132,7 +132,7 @@ def _same_seeds(records: Sequence[Record], held_out: Sequence[Record]) -> Iterat
 
 
 def _combination(record: Record) -> tuple[str, ...]:
-    """The seeds of a record with its scene; empty where it does not say all of them."""
+    """The seeds of a record with its scene; empty if any is missing."""
     seed = record.get("seed")
     if not isinstance(seed, Mapping) or not all(seed.get(field) for field in SEED_FIELDS):
         return ()
@@ -140,8 +140,8 @@ def _combination(record: Record) -> tuple[str, ...]:
 
 
 def held_out(records: Sequence[Record], *, share: float, seed: int = 0, threshold: float) -> list[bool]:
-    """Which records are held out. Records that are alike (`duplicates`), directly or over others, stay together; of each scene the
-    groups whose sizes sum up nearest to `share` of its records, at least one and not all where there are two."""
+    """Which records are held out. Connected near-duplicates (`duplicates`) stay on one side. Of each scene the groups whose sizes
+    sum nearest to `share` of its records are held out: at least one, and not all, if there are two."""
     groups: dict[int, list[int]] = defaultdict(list)
     for k, root in enumerate(clusters(duplicates(records, threshold=threshold), len(records))):
         groups[root].append(k)
@@ -159,7 +159,7 @@ def held_out(records: Sequence[Record], *, share: float, seed: int = 0, threshol
 
 
 def _nearest_sum(groups: Sequence[Sequence[int]], wanted: float) -> list[int]:
-    """The groups, at least one and not all, whose sizes sum up nearest to `wanted`."""
+    """The groups, at least one and not all, whose sizes sum nearest to `wanted`."""
     total = sum(map(len, groups))
     most = min(total - 1, round(2 * wanted) + max(map(len, groups)))
     last: dict[int, tuple[int, int]] = {0: (-1, 0)}  # sum -> the group that it was first reached with, and the sum before
@@ -168,8 +168,8 @@ def _nearest_sum(groups: Sequence[Sequence[int]], wanted: float) -> list[int]:
             if (more := reached + len(group)) <= most and more not in last:
                 last[more] = (k, reached)
     size = min((size for size in last if size), key=lambda size: (abs(size - wanted), size))
-    told = []
+    chosen = []
     while size:
         k, size = last[size]
-        told.append(k)
-    return told
+        chosen.append(k)
+    return chosen

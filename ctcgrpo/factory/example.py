@@ -1,4 +1,4 @@
-"""`ctcgrpo scenarios new`: a complete record to start from, and notes on every field of it (notes.md) in a file beside it."""
+"""`ctcgrpo scenarios new`: a complete example record, and a file with notes on each of its fields (notes.md)."""
 
 import json
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from ctcgrpo.factory.layout import layouts
 from ctcgrpo.simulator.scripted.knowledge import script_fields
 from ctcgrpo.util.files import write_whole
 
-PACK_OF = {"en": "english", "zh": "chinese"}  # by language the bundled pack that examples are taken from
-_REPEATED = ("prompt", "licence", "seed")  # what the packs' records hold beside what a record needs
+PACK_OF = {"en": "english", "zh": "chinese"}  # by language: the bundled pack that examples come from
+_REPEATED = ("prompt", "licence", "seed")  # fields of the packs' records that a record does not need
 
 
 def example(scene: str, language: str) -> dict[str, Any]:
-    """A complete record, `script` included, that keeps every rule; of a scene of one's own one of support, under its name."""
+    """A complete and valid record with a `script`. For a custom scene it is a record of support under that name."""
     shown = scene if scene in SCENES else "support"
     record = next(r for _, r in read_records(PACK_OF[language], "train") if r["scene_tag"] == shown)
     own = {key: value for key, value in record.items() if key not in _REPEATED}
@@ -27,8 +27,8 @@ def example(scene: str, language: str) -> dict[str, Any]:
 
 
 def write_example(file: Path, scene: str, language: str) -> tuple[Path, Path]:
-    """Write an example to FILE.jsonl and the notes to FILE.md; gives both. Raises RecipeError for a name that no scene can have
-    or that does not end in .jsonl, OutputError where one of them exists or cannot be written."""
+    """Write an example to FILE.jsonl and the notes to FILE.md; returns both. Raises RecipeError for an invalid scene or
+    a file name that does not end in .jsonl, OutputError if a file exists or cannot be written."""
     if problem := scene_problem(scene):
         raise RecipeError(f"--scene {scene!r}: {problem}")
     if file.suffix != ".jsonl":
@@ -47,10 +47,10 @@ def write_example(file: Path, scene: str, language: str) -> tuple[Path, Path]:
 
 
 def notes(record: Mapping[str, Any], file: Path, scene: str, language: str) -> str:
-    """What each field of the record is for, and the next steps, in Markdown."""
-    rows = [f"| `{field}` | {'yes' if needed else 'no'} | {told} |" for field, needed, told in record_fields()]
-    own = [(field, told) for field, told in script_fields() if field.split(".")[1].removesuffix("[]") in record["script"]]
-    rows += [f"| `{field}` | no | {told} |" for field, told in own]
+    """Markdown: the purpose of each field, and the next steps."""
+    rows = [f"| `{field}` | {'yes' if needed else 'no'} | {purpose} |" for field, needed, purpose in record_fields()]
+    own = [(field, purpose) for field, purpose in script_fields() if field.split(".")[1].removesuffix("[]") in record["script"]]
+    rows += [f"| `{field}` | no | {purpose} |" for field, purpose in own]
     layout = layouts()[language]
     titles = {role: ", ".join(f"`### {names[0]}`" for names in of_role) for role, of_role in layout.titles.items()}
     facts = "`, `".join(sorted(names[0] for names in layout.titles["user"] if names[0] in layout.facts))

@@ -1,8 +1,8 @@
-"""The quality gate: the scripted user plays a scenario with a good, a mediocre and a bad canned policy. Where it cannot tell them
-apart, no policy can be trained on it, with that user.
+"""The quality gate: a scenario is played with a good, a mediocre and a bad canned policy against the scripted user. If their
+outcomes hardly differ, the scenario with this user gives no training signal.
 
-The good policy is an oracle: it knows the scenario's `script`, and says of its canned sentences the one that does most good. So the
-gate says that there is something to find in a scenario, not how hard it is to find."""
+The good policy is an oracle: it reads the scenario's `script`, and of its canned sentences chooses the one with the best effect. So
+the gate shows that good replies exist, not how hard they are to find."""
 
 import asyncio
 import random
@@ -19,9 +19,9 @@ from ctcgrpo.simulator.protocol import ScenarioCard
 from ctcgrpo.simulator.scripted import ScriptedBackend
 from ctcgrpo.util.strict_yaml import load_yaml
 
-Candidates = Sequence[Sequence[str]]  # by turn: the replies that a policy has for it; the one that does most good is said
+Candidates = Sequence[Sequence[str]]  # by turn: a policy's possible replies; the one with the best effect is used
 ROUNDS = 6
-MARGIN = 0.3  # outcome (in [-1, 1]) by which the good policy has to be ahead of both others
+MARGIN = 0.3  # outcome (in [-1, 1]) by which the good policy must exceed both others
 
 
 class Verdict(NamedTuple):
@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
 
 
 def gate(scenario: Scenario) -> Verdict:
-    """Play a scenario. One that cannot be played, or has no script, has a problem that says so, and outcomes of NaN."""
+    """Play a scenario. Where it cannot be played, or has no script, the outcomes are NaN and `problem` gives the reason."""
     nan = float("nan")
     nothing = (nan, nan, nan)
     details, lines = scenario.script.get("details"), canned().get(scenario.language)
@@ -50,14 +50,14 @@ def gate(scenario: Scenario) -> Verdict:
         mediocre, bad = (asyncio.run(played(scenario, turns)) for turns in others)
     except SimulatorReplyError as error:
         return Verdict(scenario.id, *nothing, str(error))
-    told = [name for name, other in (("mediocre", mediocre), ("bad", bad)) if good < other + MARGIN]
-    problem = f"the good policy is not {MARGIN:g} ahead of the {' and the '.join(told)} one" if told else ""
+    close = [name for name, other in (("mediocre", mediocre), ("bad", bad)) if good < other + MARGIN]
+    problem = f"the good policy is not {MARGIN:g} ahead of the {' and the '.join(close)} one" if close else ""
     return Verdict(scenario.id, good, mediocre, bad, problem)
 
 
 @cache
 def canned() -> Mapping[str, Mapping[str, list[str]]]:
-    """By language: what the three policies say."""
+    """The sentences of the three policies, by language."""
     return dict(load_yaml((files("ctcgrpo.factory") / "canned.yaml").read_text(encoding="utf-8")))
 
 
@@ -79,21 +79,21 @@ async def played(scenario: Scenario, turns: Candidates) -> float:
 
 
 def _fillings(scenario: Scenario, details: Sequence[Mapping[str, Any]], frames: Sequence[str]) -> Candidates:
-    """For each turn every frame, filled with words of the detail that the user has raised by then (in the first turn of the one to
-    come), and with what the scene wants to hear by name: a boundary and an offer, a fault and a remedy."""
+    """For each turn every frame, filled with words of the detail that the user has raised by then (in the first turn: of the next
+    one), and with what the scene requires: a boundary and an offer, a fault and a remedy."""
     rng = random.Random(f"gate/{scenario.id}")
     asked = {**scenario.script.get("boundary", {}), **scenario.script.get("repair", {})}
     musts = [list(words) for words in asked.values() if words]
-    told: list[list[str]] = []
+    turns: list[list[str]] = []
     for k in range(ROUNDS):
         detail = details[max(0, k - 1) % len(details)]
         words = list(detail["words"])
         sense = list(detail["sense"]) or words
         raised = [word for word in words if word.lower() in str(detail["line"]).lower()] or words
-        told.append([])
+        turns.append([])
         for frame in frames:
             b, c = rng.choice(sense), rng.choice(sense)
-            told[-1].append(frame.format(a=rng.choice(raised), b=b, c=c))
+            turns[-1].append(frame.format(a=rng.choice(raised), b=b, c=c))
             if musts:
-                told[-1].append(frame.format(a=rng.choice(raised), b=b, c=rng.choice(musts[k % len(musts)])))
-    return told
+                turns[-1].append(frame.format(a=rng.choice(raised), b=b, c=rng.choice(musts[k % len(musts)])))
+    return turns

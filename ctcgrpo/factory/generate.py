@@ -1,5 +1,5 @@
-"""Writing a set: ask a model for each scenario, read, repair, ask again, and say what became of each. What was paid for is kept in
-the store, so the same command after a kill asks for nothing twice; all else is recomputed, and comes out alike."""
+"""Generates a set: requests each scenario from a model, parses and repairs the answer, retries, and reports the result of each
+request. Answers are stored, so a re-run after a kill pays for none again; everything else is recomputed, with the same result."""
 
 import asyncio
 import hashlib
@@ -29,12 +29,12 @@ from ctcgrpo.util.files import write_whole
 Say = Callable[[str], None]
 Status = Literal["valid", "repaired", "rejected", "unanswered"]
 REPORT = "report.json"
-_LONGEST_BACK = 12_000  # characters of a faulty answer that its writer is shown again
+_LONGEST_BACK = 12_000  # characters of a faulty answer that are sent back with its faults
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one request. `reasons` of a rejection (or of no answer); `repairs` of anchors, as FIELD: before -> after."""
+    """The result of one request. `reasons`: of a rejection, or of no answer. `repairs`: of anchors, as FIELD: before -> after."""
 
     asked: Wanted
     status: Status
@@ -44,17 +44,17 @@ class Outcome:
     attempts: int = 0
 
     def line(self) -> dict[str, Any]:
-        told = {name: getattr(self, name) for name in ("status", "reasons", "repairs", "attempts")}
-        return {"id": self.asked.id, "scene": self.asked.scene, **told, "seed": self.asked.seed._asdict()}
+        fields = {name: getattr(self, name) for name in ("status", "reasons", "repairs", "attempts")}
+        return {"id": self.asked.id, "scene": self.asked.scene, **fields, "seed": self.asked.seed._asdict()}
 
 
 def generate(
     config: FactoryConfig, *, count: int, held_out: Sequence[Mapping[str, Any]] = (), say: Say = print
 ) -> tuple[list[Outcome], Mapping[str, Any]]:
-    """An outcome for each of `count` requests, and what all answers in the store have cost. None may be like one of `held_out`.
+    """An outcome for each of `count` requests, and the cost of all stored answers. Near-duplicates of `held_out` are rejected.
 
-    Raises RecipeError for a key that is not set, ScenarioError for seeds or examples that cannot be had, BudgetSpent where the
-    budget is spent: what was answered by then is kept."""
+    Raises RecipeError for an API key that is not set, ScenarioError for seeds or examples that cannot be read, and BudgetSpent when
+    the budget is spent; answers received by then are stored."""
     examples = _examples(config)
     draws = config.model_dump(include={"scenes", "shots", "prefix", "seed"})
     asked = wanted(pools(config.seeds or config.language), count=count, examples=examples, **draws)
@@ -64,7 +64,7 @@ def generate(
 
 
 def _examples(config: FactoryConfig) -> dict[str, dict[str, str]]:
-    """By scene and id, as shown. Raises ScenarioError for a scene that the set shows nothing of."""
+    """Examples as drafts, by scene and id. Raises ScenarioError for a scene without an example."""
     if config.examples is None or not config.shots:
         return {}
     found: dict[str, dict[str, str]] = {scene: {} for scene in config.scenes}
@@ -102,11 +102,11 @@ async def _all(
 
 
 def messages(config: FactoryConfig, asked: Wanted, examples: Sequence[str]) -> list[Message]:
-    """What a writer is asked for one scenario."""
-    text = (files("ctcgrpo.factory") / "prompts" / f"{config.language}.j2").read_text(encoding="utf-8")
-    template = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(text)
-    told = template.render(scene=asked.scene, seed=asked.seed, examples=examples)
-    system, _, user = told.partition("\n====\n")
+    """The prompt for one scenario."""
+    source = (files("ctcgrpo.factory") / "prompts" / f"{config.language}.j2").read_text(encoding="utf-8")
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(source)
+    prompt = template.render(scene=asked.scene, seed=asked.seed, examples=examples)
+    system, _, user = prompt.partition("\n====\n")
     return [{"role": "system", "content": system.strip()}, {"role": "user", "content": user.strip()}]
 
 
@@ -136,19 +136,19 @@ async def _written(config: FactoryConfig, answers: Answers, asked: Wanted, examp
 
 
 def _without_duplicates(outcomes: Sequence[Outcome], held_out: Sequence[Mapping[str, Any]]) -> list[Outcome]:
-    """Of records that are alike the first stays; those like a held-out one go."""
-    told = list(outcomes)
+    """Reject near-duplicates, except the first of each, and near-duplicates of held-out records."""
+    results = list(outcomes)
     written = [(k, outcome.record) for k, outcome in enumerate(outcomes) if outcome.record is not None]
     records = [record for _, record in written]
     leaks = duplicates(records, held_out) if held_out else []
     for place, reason in to_drop(records, duplicates(records), held_out, leaks).items():
         k = written[place][0]
-        told[k] = replace(told[k], status="rejected", record=None, reasons=[reason])
-    return told
+        results[k] = replace(results[k], status="rejected", record=None, reasons=[reason])
+    return results
 
 
 def check_target(folder: Path, config: FactoryConfig) -> list[Path]:
-    """The files that this configuration wrote to a folder before. Raises OutputError for a folder that holds something else."""
+    """The files that this configuration wrote to a folder before. Raises OutputError for a folder with anything else in it."""
     report = folder / REPORT
     if not report.is_file():
         check_new(folder)
@@ -163,18 +163,18 @@ def check_target(folder: Path, config: FactoryConfig) -> list[Path]:
 
 
 def _digest(config: FactoryConfig) -> str:
-    """Of what decides the records: neither where answers are kept, nor who answers and at what cost."""
-    told = config.model_dump_json(exclude={"store", "budget", "writer", "attempts"})
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    """A digest of the fields that determine the records: not of the store, the budget or the writer."""
+    settings = config.model_dump_json(exclude={"store", "budget", "writer", "attempts"})
+    return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 
 def write_set(outcomes: Sequence[Outcome], folder: Path, config: FactoryConfig) -> list[Path]:
-    """The records by scene, and the report: what became of each request. What the same configuration wrote there before goes."""
+    """Write the records, a file for each scene, and the report on each request. Replaces an earlier set of this configuration."""
     for file in check_target(folder, config):
         file.unlink(missing_ok=True)
     files = write_layout([outcome.record for outcome in outcomes if outcome.record is not None], folder)
     requests = [outcome.line() for outcome in outcomes]
-    told = {"config": _digest(config), "files": [file.name for file in files], "requests": requests}
+    report = {"config": _digest(config), "files": [file.name for file in files], "requests": requests}
     with writing(folder):
-        write_whole(folder / REPORT, json.dumps(told, ensure_ascii=False, indent=1) + "\n")
+        write_whole(folder / REPORT, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     return files

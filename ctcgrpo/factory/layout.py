@@ -1,4 +1,4 @@
-"""The sections of a persona: `### Title` lines with text below. What can be mended by rule is mended here."""
+"""The sections of a persona, `### Title` lines with text below: checks, and repair by rule."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +14,11 @@ _TITLE = re.compile(r"^\s*#{1,6}\s*(.+?)\s*[:：]?\s*$")
 _LOOSE_TITLE = re.compile(r"^\s*(?:#{1,6}\s*)?(?:\*\*|【|\[)?\s*(.+?)\s*(?:\*\*|】|\])?\s*[:：]?\s*(?:\*\*)?\s*$")
 _FACT = re.compile(r"^\d+[.、)](?!\d) ?\S")
 _MARK = re.compile(r"^\s*(?:[-*•·](?=\s)|[（(]?\d+[.、)）](?!\d))\s*")
-"""Of a list. Before a digit it is a number or a time: 3.5 million, 08.15."""
+"""A list mark. Not before a digit, as in a number or a time: 3.5 million, 08.15."""
 
 
 class Layout(NamedTuple):
-    """Of one language: for each role the accepted titles of its sections in order, and those of sections of facts."""
+    """The layout of a language: for each role the accepted titles of its sections in order; and the titles of sections of facts."""
 
     titles: Mapping[Role, list[list[str]]]
     facts: list[str]
@@ -39,19 +39,19 @@ def sections(persona: str) -> list[tuple[str, str]]:
             found.append((title[1], []))
         else:
             found[-1][1].append(line)
-    told = [(title, "\n".join(lines).strip()) for title, lines in found]
-    return told[1:] if not told[0][1] else told
+    parts = [(title, "\n".join(lines).strip()) for title, lines in found]
+    return parts[1:] if not parts[0][1] else parts
 
 
 def layout_problems(persona: str, role: Role, language: str) -> Iterator[str]:
-    """What is wrong with the sections of a persona, each in words; nothing for a language without a layout."""
+    """Problems of a persona's sections; none for a language without a layout."""
     if language not in layouts():
         return
     layout = layouts()[language]
     wanted, found = layout.titles[role], sections(persona)
     known = [name for names in wanted for name in names]
     if found and found[0][0] == "":
-        yield f"text stands before the first section ({found[0][1][:30]!r})"
+        yield f"text before the first section ({found[0][1][:30]!r})"
         found = found[1:]
     titles = [title for title, _ in found]
     for names in wanted:
@@ -71,11 +71,11 @@ def layout_problems(persona: str, role: Role, language: str) -> Iterator[str]:
         if not text:
             yield f"section {title!r} is empty"
         elif title in layout.facts and not all(_FACT.match(line) for line in text.splitlines() if line.strip()):
-            yield f"section {title!r} is no numbered list"
+            yield f"section {title!r} is not a numbered list"
 
 
 def mended(persona: str, role: Role, language: str) -> str:
-    """The persona with what a rule can mend: marks, names and order of titles, numbers of facts, blank lines. No word changes."""
+    """The persona repaired by rule: marks, names and order of titles, numbers of facts, blank lines. No word changes."""
     if language not in layouts():
         return persona
     layout = layouts()[language]
@@ -89,11 +89,11 @@ def mended(persona: str, role: Role, language: str) -> str:
     found = sections("\n".join(lines))
     if all(title in by_name for title, _ in found if title):
         found.sort(key=lambda section: _place(section[0], wanted) if section[0] else -1)
-    told = []
+    parts = []
     for name, text in found:
         body = _numbered(text) if name in layout.facts else text
-        told.append(f"### {name}\n{body}" if name else body)
-    return "\n\n".join(told)
+        parts.append(f"### {name}\n{body}" if name else body)
+    return "\n\n".join(parts)
 
 
 def _numbered(text: str) -> str:
@@ -104,7 +104,7 @@ def _numbered(text: str) -> str:
 
 
 def without_mark(line: str) -> str:
-    """A line without the mark that makes it one of a list."""
+    """A line without its list mark."""
     return _MARK.sub("", line)
 
 

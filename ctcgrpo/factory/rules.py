@@ -1,7 +1,7 @@
-"""What makes a record fit to train on: one small function a rule, each problem with its field.
+"""The rules for records, one small function each.
 
-A rule takes a raw record and yields (field, what is wrong); a new one is a few lines, and its name in RULES. `format` comes first:
-a record that cannot be read as a Scenario is not looked at further."""
+A rule takes a raw record and yields (field, problem). A new rule is a function of a few lines, listed in RULES. The format is
+checked first: for a record that cannot be read as a Scenario no other rule is checked."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,22 +20,22 @@ Found = Iterator[tuple[str, str]]
 
 SHORTEST, LONGEST = 60, 6000  # characters of a persona
 _FOREIGN = {
-    "holds a placeholder": re.compile(
+    "contains a placeholder": re.compile(
         r"\{\{|\}\}|\bTODO\b|\bTBD\b|lorem ipsum|<[a-z_]+>|\[(?:name|place|age|insert[^\]]*)\]|［?(?:此处|在此)填写", re.I
     ),
-    "holds markup of a model's answer": re.compile(r"```|</?think>"),
+    "contains markup of a model's answer": re.compile(r"```|</?think>"),
     "reads like a refusal": re.compile(
         r"\bas an ai\b|\b(?:i am|i'm) (?:sorry|unable)[^.]{0,40}\b(?:assist|help|create|generate|comply)|"
         r"作为(?:一个|一名)?(?:AI|人工智能)|我(?:无法|不能)(?:协助|提供|生成|创作)",
         re.I,
     ),
-    "holds characters that are no text": re.compile(r"[\ud800-\udfff\ufffd\x00-\x08\x0b\x0c\x0e-\x1f]"),
+    "contains characters that are not text": re.compile(r"[\ud800-\udfff\ufffd\x00-\x08\x0b\x0c\x0e-\x1f]"),
 }
 _HAN, _LATIN = re.compile(r"[\u4e00-\u9fff]"), re.compile(r"[A-Za-z]")
 
 
 class Problem(NamedTuple):
-    """A rule that a record breaks; `place` is its file and line."""
+    """A broken rule; `place` is the record's file and line."""
 
     place: str
     id: str
@@ -51,7 +51,7 @@ class Problem(NamedTuple):
 
 
 def problems(records: Iterable[tuple[str, Record]], split: Split = "train") -> Iterator[Problem]:
-    """Every rule that is broken, in the order of the records (place, record)."""
+    """All broken rules, in the order of the records (place, record)."""
     seen: dict[str, str] = {}
     for place, record in records:
         scenario, faults = check_record(record, place, split)
@@ -80,8 +80,8 @@ def layout(record: Record, scenario: Scenario) -> Found:
 
 
 def whole(record: Record, scenario: Scenario) -> Found:
-    """Everything that the simulator's prompt, a card or a reader needs."""
-    # A language that a record leaves out is told by its text.
+    """The fields that prompts and reports need are there."""
+    # A missing language is detected from the text.
     for field in ("title", "goal_one_liner", "data_source", *({"language"} & record.keys())):
         if not str(record.get(field) or "").strip():
             yield field, "is missing or empty"
@@ -93,30 +93,30 @@ def whole(record: Record, scenario: Scenario) -> Found:
 def length(record: Record, scenario: Scenario) -> Found:
     for profile, _, persona in _personas(scenario):
         if not SHORTEST <= len(persona) <= LONGEST:
-            yield f"{profile}.system_prompt", f"has {len(persona)} characters; {SHORTEST} to {LONGEST} are right"
+            yield f"{profile}.system_prompt", f"has {len(persona)} characters; expected {SHORTEST} to {LONGEST}"
 
 
 def prompt(record: Record, scenario: Scenario) -> Found:
-    """`prompt` says the same as the profiles that it is made of."""
+    """`prompt` equals the profiles that it is made of."""
     if "prompt" not in record:
         return
     wanted = [("system", scenario.policy_persona)]
     wanted += [("user", scenario.opening_line)] if scenario.opening_line else []
     if not isinstance(record["prompt"], list):
-        yield "prompt", f"is {record['prompt']!r}; it is a list of chat messages"
+        yield "prompt", f"is {record['prompt']!r}; expected a list of chat messages"
         return
     found = [(m.get("role"), str(m.get("content", "")).strip()) for m in record["prompt"] if isinstance(m, Mapping)]
-    roles, right = ([role for role, _ in messages] for messages in (found, wanted))
-    if roles != right:
-        yield "prompt", f"has the roles {roles}; in {scenario.scene} it has {right}"
+    roles, expected = ([role for role, _ in messages] for messages in (found, wanted))
+    if roles != expected:
+        yield "prompt", f"has the roles {roles}; expected {expected} in {scenario.scene}"
         return
-    for (role, text), (_, meant) in zip(found, wanted, strict=True):
-        if text != meant:
-            yield "prompt", f"its {role} message is not what the profile says"
+    for (role, text), (_, expected_text) in zip(found, wanted, strict=True):
+        if text != expected_text:
+            yield "prompt", f"its {role} message differs from the profile"
 
 
 def written(record: Record, scenario: Scenario) -> Found:
-    """Nothing is left over from a template, or from a model that talked of something else."""
+    """No remains of a template or of a model's answer."""
     for field, text in texts(record):
         for message, pattern in _FOREIGN.items():
             if match := pattern.search(text):
@@ -134,7 +134,7 @@ def language(record: Record, scenario: Scenario) -> Found:
 
 
 def script(record: Record, scenario: Scenario) -> Found:
-    """The scripted user can play it, where it has rules for the language."""
+    """The scripted user can play the script, if it has rules for the language."""
     if not scenario.script:
         return
     yield from script_problems(scenario.script)
@@ -152,7 +152,7 @@ RULES = (anchors, layout, whole, length, prompt, written, language, script)
 
 
 def texts(record: Record) -> Iterator[tuple[str, str]]:
-    """(field, text) of all that models and people read in a record."""
+    """(field, text) of all texts that models and people read."""
     for field in ("title", "goal_one_liner"):
         yield field, str(record.get(field) or "")
     for field in ("aggressor_profile.system_prompt", "aggressor_profile.opening_line", "defender_profile.system_prompt"):

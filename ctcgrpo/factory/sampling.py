@@ -1,4 +1,4 @@
-"""What is asked for: for each scenario to come a combination of seeds, none twice, and a few examples. Deterministic."""
+"""Draws requests: for each scenario a unique combination of seeds and a few examples. Deterministic."""
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ Choice = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_is_a_ch
 
 
 class Pools(Section):
-    """seeds/CODE.yaml: themes with their keywords, and relationships, by scene; and what all scenes share."""
+    """seeds/CODE.yaml: themes with their keywords, and relationships, by scene; and what is common to all scenes."""
 
     themes: dict[str, Annotated[dict[str, Choice], Field(min_length=1)]]
     relationships: dict[str, Choice]
@@ -54,7 +54,7 @@ class Wanted(NamedTuple):
 
 
 def pools(source: str | Path) -> Pools:
-    """Of a language that comes along ("en"), or in a file. Raises RecipeError naming file, field, value and what would be right."""
+    """The pools of a bundled language ("en"), or in a file. Raises RecipeError naming file, field, value and what is expected."""
     known = sorted(f.name.removesuffix(".yaml") for f in _SEEDS.iterdir() if f.name.endswith(".yaml"))
     file = Path(str(_SEEDS / f"{source}.yaml")) if str(source) in known else Path(source)
     return validated(parse_mapping(read_text(file, "seeds"), file, Pools, "seeds"), Pools, file)
@@ -70,9 +70,9 @@ def wanted(
     prefix: str,
     seed: int = 0,
 ) -> list[Wanted]:
-    """`count` scenarios, as evenly over scenes, and within a scene over themes, as the numbers allow. A longer list begins
-    with the shorter one. Raises ScenarioError for a scene without seeds, and where there are fewer combinations than scenarios."""
-    told = []
+    """`count` requests, spread evenly over scenes, and within a scene over themes. A longer list begins with the shorter one.
+    Raises ScenarioError for a scene without seeds, and if there are fewer combinations than requests."""
+    requests = []
     makers = {scene: _of_scene(found, scene, seed) for scene in scenes}
     for k, scene in enumerate(islice(cycle(scenes), count)):
         if (combination := next(makers[scene], None)) is None:
@@ -80,12 +80,12 @@ def wanted(
         name = f"{prefix}-{scene}-{k // len(scenes) + 1:04d}"
         known = list(examples.get(scene, ()))
         shown = random.Random(f"examples/{seed}/{name}").sample(known, min(shots, len(known)))
-        told.append(Wanted(name, scene, combination, tuple(shown)))
-    return told
+        requests.append(Wanted(name, scene, combination, tuple(shown)))
+    return requests
 
 
 def _of_scene(found: Pools, scene: str, seed: int) -> Iterator[Seed]:
-    """The seeds of a scene, one after the other: themes in turn, everything else drawn."""
+    """The seeds of a scene: themes in rotation, everything else drawn at random."""
     if scene not in found.themes or scene not in found.relationships:
         raise ScenarioError(f"seeds: no themes or relationships for scene {scene!r}; they have {', '.join(found.themes)}")
     rng = random.Random(f"seeds/{seed}/{scene}")

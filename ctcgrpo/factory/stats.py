@@ -1,4 +1,4 @@
-"""Whether a set is balanced: counts by scene and seed, lengths, distances between anchors; as a table and as a picture."""
+"""Statistics of a set: counts by scene and seed, lengths, distances between anchors; as a table and as a picture."""
 
 import io
 import itertools
@@ -31,8 +31,8 @@ _COLORS = ("#0969da", "#cf222e", "#8250df", "#1a7f37")
 
 
 class Stats(NamedTuple):
-    """`seeds`: how often each value of a seed field occurs, where records have seeds. `lengths` (in `unit`: tokens, or characters
-    where no tokenizer was given) and `distances` (levels): for each scene the values of its records."""
+    """`seeds`: counts of each value of a seed field. `lengths` (in `unit`: tokens, or characters without a tokenizer) and
+    `distances` (levels): by scene, the values of its records."""
 
     scenes: Mapping[str, int]
     languages: Mapping[str, int]
@@ -48,7 +48,7 @@ class Stats(NamedTuple):
 
 
 def stats_of(scenarios: Sequence[Scenario], count: Callable[[str], int] | None = None) -> Stats:
-    """`count`: the tokens of a text."""
+    """`count` gives the number of tokens of a text."""
     measure = count or len
     by_scene = {scene: [s for s in scenarios if s.scene == scene] for scene in in_order(s.scene for s in scenarios)}
     seeds = [seed for s in scenarios if isinstance(seed := s.extras.get("seed"), Mapping)]
@@ -67,7 +67,7 @@ def stats_of(scenarios: Sequence[Scenario], count: Callable[[str], int] | None =
 
 
 def tables_of(stats: Stats, title: str) -> list[Table]:
-    """By scene; and by seed, where records have seeds."""
+    """A table by scene, and one by seed if records have seeds."""
     languages = ", ".join(f"{n} {code}" for code, n in stats.languages.items())
     table = Table("", title=f"{title}: {sum(stats.scenes.values())} scenarios ({languages})")
     for scene, n in stats.scenes.items():
@@ -76,7 +76,7 @@ def tables_of(stats: Stats, title: str) -> list[Table]:
         table.add_row(name, *(_spread(by_scene[scene]) for scene in stats.scenes))
     if not stats.seeds:
         return [table]
-    seeds = Table(title="seeds", caption="effective: as many values, equally frequent, would be as varied")
+    seeds = Table(title="seeds", caption="effective: the number of equally frequent values with the same entropy")
     for name in ("seed", "values", "effective", "most frequent"):
         seeds.add_column(name, justify="left" if name in ("seed", "most frequent") else "right")
     for field, counts in stats.seeds.items():
@@ -86,7 +86,7 @@ def tables_of(stats: Stats, title: str) -> list[Table]:
 
 
 def effective(counts: Mapping[str, int]) -> float:
-    """The exponential of the entropy of a distribution: how many equally frequent values would be as varied."""
+    """The effective number of values: the exponential of the distribution's entropy."""
     return float(np.exp(entropy(list(counts.values()))))
 
 

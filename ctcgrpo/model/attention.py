@@ -1,8 +1,8 @@
-"""Attention with a layout: who sees whom among the tokens of a forward pass, told to the model beside its inputs.
+"""Attention with a layout, an argument of the forward call that defines which tokens attend to which.
 
-transformers lets a model's attention be replaced by name. Ours is its sdpa, unless the call carries a `layout`; then that decides:
-a tree of shared prefixes in the update, a cache of running dialogues in generation. A layout travels in the forward call, never in
-the model, so that gradient checkpointing, which calls layers again, meets the one that belongs to its inputs.
+transformers allows a model's attention to be replaced by name. Ours is its sdpa, unless the call has a `layout`: a tree of shared
+prefixes in the update, or a cache of running dialogues in generation. The layout is an argument and not part of the model, so that
+gradient checkpointing, which calls layers again, uses the one of its inputs.
 """
 
 import inspect
@@ -29,20 +29,20 @@ class Layout(ABC):
 
     @abstractmethod
     def attend(self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
-        """query (B, heads, T, D), key and value (B, key heads, T, D) of layer `module` -> (B, T, heads, D). `window`: how many
-        positions a token sees, itself included; None for all before it."""
+        """query (B, heads, T, D), key and value (B, key heads, T, D) of layer `module` -> (B, T, heads, D). `window`: the
+        number of positions that a token attends to, itself included; None for all earlier ones."""
 
 
 def with_layout(layout: Layout | None, attention_mask: Tensor | None) -> dict[str, Any]:
-    """The arguments of a model's forward call that put `layout` in force; without one, those of a call with a plain mask."""
+    """The arguments of a model's forward call for `layout`, or for a plain mask if there is none."""
     if layout is None:
         return {"attention_mask": attention_mask}
-    # A mask of four dimensions is taken as made already: none is built, and ours never looks at it.
+    # transformers builds no mask where it gets one with four dimensions. Our attention does not use it.
     return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "layout": layout}
 
 
 def use_layouts(model: PreTrainedModel | PeftModel) -> None:
-    """From now on `model`, or the one beneath its adapter, heeds layouts. Raises PolicyError for one that cannot."""
+    """Enable layouts for `model`, or for the base model of its adapter. Raises PolicyError as `refuse_layouts`."""
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     refuse_layouts(model)
@@ -50,8 +50,8 @@ def use_layouts(model: PreTrainedModel | PeftModel) -> None:
 
 
 def refuse_layouts(model: PreTrainedModel) -> None:
-    """Raises PolicyError for a model whose layers see others in another way than by attention to earlier positions (recurrent
-    ones), or that our attention would compute wrongly (sinks, soft caps)."""
+    """Raises PolicyError for a model with layers that are not causal attention (recurrent ones), or with features that our
+    attention does not compute (sinks, soft caps)."""
     if problem := _problem(model):
         raise PolicyError(
             f"{type(model).__name__} cannot share prefixes or reuse its cache: {problem}; "
@@ -82,7 +82,7 @@ def _problem(model: PreTrainedModel) -> str | None:
 
 
 def _rope_types(config: Any) -> set[str]:
-    """Of all layers: the parameters are one mapping, or one for each kind of layer."""
+    """The types of rotary positions of all layers: the parameters are one mapping, or one for each kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     each = [parameters, *(p for p in parameters.values() if isinstance(p, Mapping))]
     return {str(p["rope_type"]) for p in each if "rope_type" in p}

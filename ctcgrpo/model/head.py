@@ -1,10 +1,9 @@
-"""Scoring trained positions only, on every device, in pieces that suit it.
+"""Limits TRL's fused head to trained positions, on every device, and sets its chunk size on CPUs.
 
-TRL's fused head does so where Triton runs. Elsewhere it scores every position, so that accelerators that compile for each
-shape need not recompile; on a CPU that made most of the update (25 s of a step, where 6 s will do). There its
-pieces of 4,096 tokens also fall out of the caches, and each of a dozen passes over one is paid for in page faults: with 256
-tokens 3,200 of them and a vocabulary of 6,144 took 0.6 s forward and backward, with 1,024 they took 0.85 s, with 4,096 1.5 s.
-"""
+The head does this itself where Triton runs. Elsewhere it scores every position, to avoid recompilation for each shape; on a CPU
+that took most of the update (25 s of a step instead of 6 s). Its chunks of 4,096 tokens also exceed a CPU's caches: 3,200 tokens
+with a vocabulary of 6,144 took 0.6 s forward and backward in chunks of 256, 0.85 s in chunks of 1,024, and 1.5 s in chunks of
+4,096."""
 
 import torch
 from trl.kernels import chunked_logprob
@@ -14,13 +13,15 @@ _TOKENS_WITHOUT_GPU = 256
 
 
 def score_trained_positions_only() -> None:
-    """From now on TRL's fused head projects only positions with a label. The kernel behind it looks the device up by itself."""
+    """Make TRL's fused head project only positions with a label. The kernel itself checks the device."""
 
     def compact(device: torch.device) -> bool:
         return True
 
     if not hasattr(utils, "_use_triton") or not hasattr(chunked_logprob, "TOKEN_CHUNK_SIZE"):
-        raise RuntimeError("this version of TRL chooses what its fused head scores in another way; look at training/head.py")
+        raise RuntimeError(
+            "this version of TRL selects the positions that its fused head scores in another way; see model/head.py"
+        )
     utils._use_triton = compact
     if not torch.cuda.is_available():
         chunked_logprob.TOKEN_CHUNK_SIZE = _TOKENS_WITHOUT_GPU

@@ -1,4 +1,4 @@
-"""Keys and values of several dialogues, each in a slot: written and read by the model's attention (model/attention.py)."""
+"""A cache of keys and values of several dialogues, each in a slot, written and read by the model's attention (attention.py)."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -11,25 +11,25 @@ from torch.nn.functional import scaled_dot_product_attention
 from ctcgrpo.errors import RunInterrupted
 from ctcgrpo.model.attention import Layout, masked_attention
 
-_BLOCK = 64  # room grows, and attention reads, in steps of so many tokens
+_BLOCK = 64  # granularity in tokens of the cache's size and of what attention reads
 
 
 class KvCache:
-    """A tensor (slots, key heads, room, D) of keys and one of values a layer, made when a layer first writes."""
+    """For each layer tensors (slots, key heads, room, D) of keys and of values, allocated when the layer first writes."""
 
     def __init__(self) -> None:
         self.slots = self.room = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def reserve(self, slots: int, tokens: int) -> None:
-        """Room for at least so many slots and tokens in each; what is there stays."""
+        """Grow to at least `slots` slots of `tokens` tokens; keeps the contents."""
         if slots <= self.slots and tokens <= self.room:
             return
         if slots > self.slots:
             self.slots = max(slots, min(2 * self.slots, slots + 16))
         if tokens > self.room:
             self.room = -(-tokens // _BLOCK) * _BLOCK
-        for index in self._layers:  # one at a time: the old ones make room
+        for index in self._layers:  # one at a time, so that the old tensors are freed
             self._layers[index] = tuple(map(self._grown, self._layers[index]))  # type: ignore[assignment]
 
     def _grown(self, old: Tensor) -> Tensor:
@@ -38,15 +38,15 @@ class KvCache:
         return new
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What a layer keeps, made like its first key and value."""
+        """The keys and values of a layer, allocated with the shape and type of its first ones."""
         if index not in self._layers:
-            # Zeros: what nobody may see is masked, but a NaN there would come through.
+            # Zeros: masked positions have weight 0, but 0 * NaN is NaN.
             key, value = (x.new_zeros(self.slots, x.shape[1], self.room, x.shape[3]) for x in (key, value))
             self._layers[index] = key, value
         return self._layers[index]
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """The first tokens of one slot to another."""
+        """Copy the first tokens of a slot to another."""
         for x in chain.from_iterable(self._layers.values()):
             x[target, :, :tokens] = x[source, :, :tokens]
 
@@ -58,9 +58,9 @@ class KvCache:
 class CacheLayout(Layout):
     """R rows of T new tokens each, written to and reading from the cache.
 
-    `slots`: (R,) the row's slots, or their number for the first so many, which are read in place; `positions` (R, T): where
-    each new token stands in its slot, behind all that it sees. Rows of fewer tokens have their padding at the position behind their
-    last, which nobody sees before another token overwrites it.
+    `slots`: (R,) the slots of the rows, or a number R for the first R slots, which are read in place. `positions` (R, T): the
+    position of each new token in its slot, after all tokens that it attends to. Shorter rows have their padding at the position
+    after their last token, which is overwritten before any token attends to it.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class CacheLayout(Layout):
         positions: Tensor,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`interrupted` is asked in each layer; once it holds, the forward pass ends with RunInterrupted."""
+        """`interrupted` is called in each layer; if it returns True, the forward pass raises RunInterrupted."""
         self._cache = cache
         self._interrupted = interrupted
         device = positions.device
@@ -96,7 +96,7 @@ class CacheLayout(Layout):
         return masked_attention(query, k, v, mask, scale).transpose(1, 2)
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(R, 1, T, width), 0 where a token sees what stands there, -inf elsewhere."""
+        """(R, 1, T, width): 0 where a token attends to a position, -inf elsewhere."""
         if (window, dtype) not in self._masks:
             there = torch.arange(self._width, device=self._positions.device)
             here = self._positions.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Models that a plan can be made for: their shape, as published or from their own configuration."""
+"""Shapes of models, published or from a configuration, for estimates of memory."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +13,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A dense decoder: what memory depends on."""
+    """The sizes of a dense decoder."""
 
     hidden: int
     layers: int
@@ -35,13 +35,13 @@ class Shape:
         return self.layers * self.per_layer + self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     def lora_parameters(self, rank: int) -> int:
-        """Of adapters on all linear maps of all layers."""
+        """Parameters of adapters on all linear maps of all layers."""
         h, q, kv, mlp = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate
         return rank * self.layers * ((h + q) + 2 * (h + kv) + (q + h) + 3 * (h + mlp))
 
     @property
     def kv_bytes(self) -> int:
-        """Of keys and values a token, in bfloat16."""
+        """Bytes of keys and values per token, in bfloat16."""
         return 2 * 2 * self.layers * self.kv_heads * self.head_dim
 
 
@@ -52,7 +52,7 @@ def published_shapes() -> dict[str, Shape]:
 
 
 def shape_of(config: Any) -> Shape:
-    """Raises PolicyError for a model that is no dense decoder, of which the plan would be wrong."""
+    """Raises PolicyError for a model that is not a dense decoder."""
     try:
         heads = config.num_attention_heads
         return Shape(
@@ -66,5 +66,5 @@ def shape_of(config: Any) -> Shape:
             tied=bool(config.tie_word_embeddings),
         )
     except AttributeError as error:
-        what = f"{config.model_type!r} is no dense decoder that can be planned for"
+        what = f"{config.model_type!r} is not a dense decoder, so its memory cannot be estimated"
         raise PolicyError(f"policy.model: {what} ({error})") from None

@@ -1,8 +1,8 @@
-"""Sketches of gradients, a sample at a time: a few thousand numbers whose inner products are those of the gradients, on the mean.
+"""Sketches of per-sample gradients: a few thousand numbers whose inner products are unbiased estimates of the gradients'.
 
 The gradient of a sample in a linear layer is the sum over its tokens of (gradient of the output) x (input). Both are projected onto
-k random directions before they are multiplied, so that a layer has k^2 numbers, no gradient of the weights is ever computed, and
-weights may be sharded or adapters. For gradients g, h of one layer and projections P, Q with independent signs / sqrt(k),
+k random directions before they are multiplied. A layer has k^2 numbers, no gradient of weights is computed, and weights may be
+sharded or adapters. For gradients g, h of one layer and projections P, Q with independent signs / sqrt(k),
 
     E <P g Q', P h Q'> = <g, h>,
 
@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 from ctcgrpo.errors import PolicyError
 
 DIRECTIONS = 8
-"""k: the directions that inputs and gradients of a layer are projected onto."""
+"""k: the number of directions that inputs and gradients of a layer are projected onto."""
 
 
 class GradientSketch:
-    """Sketches the gradients of the trainable linear layers of a model, within `with`. The same seed projects the same way on every
+    """Within `with`, sketches the gradients of a model's trainable linear layers. The same seed gives the same projections on every
     process. Raises PolicyError for a model without such a layer."""
 
     def __init__(self, model: nn.Module, *, directions: int = DIRECTIONS, seed: int = 0) -> None:
@@ -62,8 +62,8 @@ class GradientSketch:
         self._hooks, self._start, self._parts = [], None, {}
 
     def of(self, values: torch.Tensor) -> torch.Tensor:
-        """Sketches (B, D) of the gradients of a sum of `values`, from the forward pass over B sequences that made them: each has
-        the gradient of its own part of the sum. Gradients of weights are neither computed nor touched."""
+        """Sketches (B, D) of the gradient of the sum of `values`, split by the B sequences of the forward pass that computed them.
+        Gradients of weights are neither computed nor changed."""
         assert self._start is not None, "no forward pass within `with`"
         batch = len(self._start)
         torch.autograd.grad(values.sum(), [self._start], allow_unused=True)
@@ -73,7 +73,7 @@ class GradientSketch:
         return found
 
     def _begin(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        """The gradient is asked for back to the embeddings, even where they are frozen, so that it passes every layer."""
+        """Require gradients of the embeddings' output, even if they are frozen, so that the backward pass reaches every layer."""
         if not torch.is_grad_enabled():
             return output
         self._start = output if output.requires_grad else output.requires_grad_()
@@ -85,7 +85,7 @@ class GradientSketch:
                 return
             if output.dim() != 3:
                 raise PolicyError(
-                    f"a {type(module).__name__} gets tokens without their sequence, so gradients cannot be told apart"
+                    f"a {type(module).__name__} gets tokens without a sequence dimension, so gradients cannot be split by sequence"
                 )
             inputs, outputs = (p.to(output.device) for p in self._projections[place])
             projected = (args[0].detach() @ inputs.to(args[0].dtype)).float()

@@ -1,8 +1,8 @@
-"""Attention in a row of shared prefixes: each token sees its own sequence, wherever in the row its beginning lies.
+"""Attention in a row of shared prefixes: each token attends to its own sequence, whose prefix may be anywhere in the row.
 
-Three ways with the same result: segment by segment with sdpa (any device), flex_attention (CUDA), and TRL's tree attention
-on FlashAttention 3 (Hopper). A row is cut into segments; a segment's tokens see the path from its sequence's first token, in
-order, up to themselves.
+Three implementations with the same result: sdpa segment by segment (any device), flex_attention (CUDA), and TRL's tree attention
+with FlashAttention 3 (Hopper). A row consists of segments; a segment's tokens attend to the path from the first token of their
+sequence up to themselves.
 """
 
 import importlib.util
@@ -24,30 +24,30 @@ from ctcgrpo.options import Packing
 
 TreeAttention = Literal["segments", "flex", "flash3"]
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Of batch, head, query and key positions: whether the query sees the key."""
+"""A function of batch, head, query and key positions: whether the query attends to the key."""
 
-_BLOCK = 128  # flex_attention skips what nobody sees in squares of so many tokens
+_BLOCK = 128  # flex_attention skips empty blocks of this size
 _MOST_GRAPHS = 64
-_STRIP = 8  # so many rows of squares are looked at together: 16,384 tokens take 16 MiB
+_STRIP = 8  # rows of blocks that are evaluated at once: 16 MiB for 16,384 tokens
 
 
 def row_multiple(how: TreeAttention | None) -> int:
-    """What a row's length has to be a multiple of. flex_attention has a graph for rows of several squares, one for a single square
-    and others for parts of one: with two squares at least, the first does for all."""
+    """A row's length must be a multiple of this. flex_attention compiles one graph for rows of several blocks, and others for rows
+    of one block or less: with at least two blocks one graph is enough."""
     return 2 * _BLOCK if how == "flex" else 1
 
 
 def how_to_attend(packing: Packing, device: torch.device, *, half: bool) -> TreeAttention | None:
-    """How rows of shared prefixes are attended to on a device, None for rows that share nothing. `auto`: TRL's kernel on Hopper
-    where the package `kernels` is installed and compute is in 16 bits (`half`), flex_attention on other CUDA, segments
-    elsewhere. Raises RecipeError for a way that cannot be had; the kernel is fetched here, before anything is sampled."""
+    """The implementation for rows of shared prefixes on a device, None for rows without sharing. `auto`: TRL's kernel on Hopper if
+    the package `kernels` is installed and compute is in 16 bits (`half`), flex_attention on other CUDA devices, segments
+    elsewhere. Raises RecipeError for an unavailable one. The kernel is fetched here, before anything is sampled."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     suits = hopper and half and importlib.util.find_spec("kernels") is not None
     if packing == "flash3" and not suits:
         needs = "a Hopper GPU, 16-bit compute and the package kernels"
-        raise RecipeError(f"packing is 'flash3', which needs {needs}; use auto, flex or segments")
+        raise RecipeError(f"packing = 'flash3'; expected {needs}; try auto, flex or segments")
     if packing == "flex" and device.type != "cuda":
-        raise RecipeError(f"packing is 'flex', which cannot be trained on {device.type}; use auto or segments")
+        raise RecipeError(f"packing = 'flex', which cannot be trained on {device.type}; try auto or segments")
     if packing == "flash3" or (packing == "auto" and suits):
         _fetch_kernel()
         return "flash3"
@@ -69,10 +69,9 @@ def _fetch_kernel() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """A row of T tokens as segments laid end to end. `lengths` (S,): their tokens; `paths` (sum of path lengths,): for each
-    segment in turn the row's positions of its sequence from the first token to the segment's last; `path_lengths` (S,).
-    `ends` (T,): the end of what descends from each token, which in the row lies right behind it. Padding, behind the last
-    segment, sees padding alone."""
+    """A row of T tokens as consecutive segments. `lengths` (S,): their numbers of tokens. `paths` (sum of path lengths,): for each
+    segment the row's positions of its sequence, from the first token to the segment's last; `path_lengths` (S,). `ends` (T,): the
+    end of each token's descendants, directly after it in the row. Padding, after the last segment, attends only to padding."""
 
     lengths: tuple[int, ...]
     path_lengths: tuple[int, ...]
@@ -85,7 +84,7 @@ def tree_layout(segments: Segments, how: TreeAttention, device: torch.device) ->
     if how == "segments":
         return SegmentLayout(segments, segments.paths.to(device))
     if how == "flex":
-        # On a CPU it cannot be trained once compiled.
+        # On a CPU the compiled version has no backward pass.
         return FlexLayout(segments.ends.to(device), segments.positions.to(device), compiled=device.type != "cpu")
     starts = [torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in (segments.lengths, segments.path_lengths)]
     longest = max(segments.lengths), max(segments.path_lengths)
@@ -98,8 +97,8 @@ class SegmentLayout(Layout):
         self._masks: dict[tuple[int | None, torch.dtype], list[Tensor | None]] = {}
 
     def attend(self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
-        # Gathered with tokens in front, where a token's heads lie together, and as one operation: a slice a segment would write
-        # a gradient as long as the row for each of them.
+        # One gather, with tokens as the first dimension, so that a token's heads are contiguous: a slice for each segment would
+        # have a gradient of the row's length each.
         keys, values = (
             x[0].transpose(0, 1).index_select(0, self._paths).split_with_sizes(self._segments.path_lengths) for x in (key, value)
         )
@@ -111,8 +110,8 @@ class SegmentLayout(Layout):
         return torch.cat(seen, dim=2).transpose(1, 2)
 
     def _masks_of(self, window: int | None, dtype: torch.dtype) -> Sequence[Tensor | None]:
-        """For each segment (n, path): its last n tokens see what comes before them; None where plain causality says the same.
-        What is seen depends on distance alone, so all are cut from one strip: every layer keeps its masks for the backward pass."""
+        """For each segment (n, path) the mask of its n tokens over their path; None where a causal mask is the same. The mask
+        depends only on the distance, so all are views of one strip: every layer keeps its masks for the backward pass."""
         if (window, dtype) not in self._masks:
             sizes = list(zip(self._segments.lengths, self._segments.path_lengths, strict=True))
             height, before = max(n for n, _ in sizes), max(path - n for n, path in sizes)
@@ -131,12 +130,12 @@ class SegmentLayout(Layout):
 
 
 class FlexLayout(Layout):
-    """The row lies in the order of a walk through the tree, so what descends from a token is the stretch behind it."""
+    """The row is in depth-first order, so the descendants of a token directly follow it."""
 
     def __init__(self, ends: Tensor, positions: Tensor, *, compiled: bool) -> None:
         """`ends`, `positions` (T,): as in Segments. Raises ValueError where T is no multiple of `row_multiple`."""
         if len(ends) % row_multiple("flex"):
-            raise ValueError(f"a row of {len(ends)} tokens; flex_attention wants a multiple of {row_multiple('flex')}")
+            raise ValueError(f"a row of {len(ends)} tokens; flex_attention needs a multiple of {row_multiple('flex')}")
         self._ends, self._positions, self._compiled = ends, positions, compiled
         self._masks: dict[int | None, BlockMask] = {}
 
@@ -164,7 +163,7 @@ class FlexLayout(Layout):
 
 
 def _block_mask(sees: Sees, tokens: int, device: torch.device) -> BlockMask:
-    """What torch's create_block_mask makes, without T x T booleans and without a graph of its own."""
+    """As torch's create_block_mask, without T x T booleans and without compiling a graph."""
     at = torch.arange(tokens, device=device)
     nothing = torch.zeros((), dtype=torch.long, device=device)
     squares = []
@@ -178,16 +177,16 @@ def _block_mask(sees: Sees, tokens: int, device: torch.device) -> BlockMask:
 
 
 def _ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Of squares (rows, columns): how many of each row are chosen (1, 1, rows), and their columns, those in front
+    """For blocks (rows, columns): the number chosen in each row (1, 1, rows), and the columns with the chosen ones first
     (1, 1, rows, columns)."""
     columns = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32)[None, None], columns.to(torch.int32)[None, None]
 
 
 def _flex_compiled(query: Tensor, key: Tensor, value: Tensor, **options: object) -> object:
-    """flex_attention as one graph for rows of all lengths (and one each without gradients, with a window, of another type). Raises
-    torch's FailOnRecompileLimitHit beyond _MOST_GRAPHS, where Dynamo would fall back to scores of all pairs."""
-    # Beside the call: the limit is one of the thread's, and with checkpointing layers run again in autograd's.
+    """flex_attention, with one graph for rows of all lengths (and others without gradients, with a window, or of another type).
+    Raises torch's FailOnRecompileLimitHit beyond _MOST_GRAPHS, where Dynamo would fall back to computing all pairs."""
+    # Set at every call: the limit is per thread, and with checkpointing layers run again in autograd's threads.
     if dynamo.recompile_limit < _MOST_GRAPHS:
         dynamo.recompile_limit = _MOST_GRAPHS
     return _graph()(query, key, value, **options)
@@ -207,7 +206,7 @@ class Flash3Layout(Layout):
     longest: tuple[int, int]
 
     def attend(self, module: Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
-        # Where it is needed: it is experimental, says so when imported, and takes seconds.
+        # Imported only when used: it takes seconds and warns that it is experimental.
         from trl.experimental.async_grpo.packing import tree_attention
 
         output: Tensor = tree_attention(

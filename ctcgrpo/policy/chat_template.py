@@ -1,13 +1,13 @@
 """The text that a chat template puts around the messages of a dialogue, found by rendering probes.
 
-A prompt is the messages that a dialogue begins with (its head: mostly a system message and a line of the user), and after each
-reply of the policy what it hears next (mostly a line of the user), with the template's own text between them:
+A prompt consists of the first messages of a dialogue (its head: usually a system message and a line of the user), then of each
+reply of the policy and the observation after it (usually a line of the user), with the template's own text between them:
 
     opens[0] SYSTEM opens[1] USER before_reply REPLY between[0] USER ... prompt
 
-A template that drops, repeats, moves or rewrites a message, or that renders a dialogue otherwise once it is longer, is refused: its
-contexts would differ from the model's training. One that knows no system role gets the system message at the head in the first
-user turn."""
+A template is refused if it drops, repeats, moves or rewrites a message, or renders earlier messages differently in a longer
+dialogue: contexts would differ from those that the model was trained on. For a template without a system role the system message
+is put into the first user turn."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ Message = dict[str, str]
 Roles = tuple[str, ...]
 USUAL: Roles = ("system", "user")  # how most dialogues begin
 
-FOLD = "\n\n"  # between system message and first line where both stand in the first user turn
+FOLD = "\n\n"  # between system message and first line where both are in the first user turn
 _MARKUP = re.compile(r"\s*[<\[{|].+[>\]}|]\s*", re.DOTALL)
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _RENDER_SECONDS = 30.0
@@ -35,17 +35,17 @@ _TODAY = "PROBE-TODAY"
 _TEMPLATE_ERRORS = (
     TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
-"""What an expression in a template may raise."""
+"""Exceptions that an expression in a template may raise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The template's text around the messages of dialogues whose messages have certain roles.
 
-    `opens` (n,): before each message of the head. `between` (m,): before each message that the policy hears after a reply.
-    `before_first_reply` and `before_reply` stand between a message (the head's last, a later one) and the policy's reply;
-    `first_prompt` and `prompt` stand there in place of them while the reply is still to be sampled. `folded`: the system message at
-    the head is part of the first user turn."""
+    `opens` (n,): before each message of the head. `between` (m,): before each message of an observation after a reply.
+    `before_first_reply`, `before_reply`: between a message (the head's last, a later one) and the policy's reply in history.
+    `first_prompt`, `prompt`: the same where the reply is still to be sampled. `folded`: the system message is part of the first
+    user turn."""
 
     opens: tuple[str, ...]
     before_first_reply: str
@@ -57,7 +57,7 @@ class Layout:
 
 
 class ChatTemplate:
-    """One tokenizer's chat template with the arguments that it is rendered with. Raises PolicyError where there is none."""
+    """A tokenizer's chat template with its arguments for rendering. Raises PolicyError where there is none."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None = None) -> None:
         self._tokenizer = tokenizer
@@ -70,11 +70,11 @@ class ChatTemplate:
         self.layout = lru_cache(maxsize=256)(self._find_layout)
 
     def render(self, messages: Sequence[Message], **kwargs: Any) -> str:
-        """The prompt for the policy's next reply. Raises PolicyError where the template refuses these messages or does not end."""
-        told = {"tokenize": False, "add_generation_prompt": True, **self._kwargs, **kwargs}
+        """The prompt for the policy's next reply. Raises PolicyError where the template refuses them or does not terminate."""
+        arguments = {"tokenize": False, "add_generation_prompt": True, **self._kwargs, **kwargs}
         try:
             with time_limit(_RENDER_SECONDS):
-                return str(self._tokenizer.apply_chat_template(list(messages), **told))
+                return str(self._tokenizer.apply_chat_template(list(messages), **arguments))
         except TimeoutError:
             after = f"after {_RENDER_SECONDS:g} s"
             raise PolicyError(f"{self.name} was still rendering {after}; {ANOTHER}") from None
@@ -84,19 +84,19 @@ class ChatTemplate:
             raise PolicyError(f"{self.name} refuses messages ({roles}): {reason.splitlines()[0]}") from None
 
     def messages(self, head: Sequence[Message], exchanges: Sequence[tuple[str, str]] = ()) -> list[Message]:
-        """A dialogue as the template is given it. Exchanges are (reply, user line)."""
+        """The messages of a dialogue, as passed to the template. Exchanges are (reply, user line)."""
         folded = self.layout(tuple(m["role"] for m in head)).folded
         heard = [(reply, ({"role": "user", "content": line},)) for reply, line in exchanges]
         return [*(_folded(head) if folded else head), *_exchanged(heard)]
 
     def uses_today(self) -> bool:
-        """Whether today's date enters prompts, so that the same dialogue has another context tomorrow."""
+        """Whether prompts contain today's date, so that the same dialogue has another context tomorrow."""
         head = [{"role": role, "content": f"PROBE-{role}"} for role in USUAL]
         shadowed = "{% macro strftime_now(format) %}" + _TODAY + "{% endmacro %}" + self._tokenizer.get_chat_template()
         return _TODAY in self.render(self.messages(head), chat_template=shadowed)
 
     def _find_layout(self, head: Roles, heard: Roles = ("user",)) -> Layout:
-        """For dialogues with these roles at the head and after each reply. Raises PolicyError where it cannot serve them."""
+        """For dialogues with these roles at the head and after each reply. Raises PolicyError where it cannot render them."""
         first = [{"role": role, "content": f"PROBE-HEAD-{k:02}"} for k, role in enumerate(head)]
         try:
             return self._layout(first, heard, folded=False)
@@ -120,7 +120,7 @@ class ChatTemplate:
         return Layout(tuple(opens), before_first, first_prompt, tuple(between), before, prompt, folded)
 
     def _parts(self, first: list[Message], heard: Roles, exchanges: int, folded: bool) -> list[str]:
-        """What the template writes around the messages of a dialogue, each of which it must render once and in its place."""
+        """The template's text around the messages of a dialogue, each of which must be rendered once and in order."""
         said = []
         for k in range(exchanges):
             lines = [{"role": role, "content": f"PROBE-LINE-{k:02}-{j:02}"} for j, role in enumerate(heard)]
@@ -161,7 +161,7 @@ class _NoSystemRole(Exception):
 
 
 def _folded(head: Sequence[Message]) -> list[Message]:
-    """Messages without the system message at their head: it goes into the first user turn, or is that turn."""
+    """Messages with the system message merged into the first user turn, or as that turn."""
     system, *others = head
     line = others.pop(0)["content"] if others and others[0]["role"] == "user" else None
     content = system["content"] if line is None else system["content"] + FOLD + line
@@ -177,8 +177,8 @@ def _role(content: str, messages: list[Message]) -> str:
 
 
 class ControlTokens:
-    """The tokens that no text of a person or a policy may turn into: special tokens, and added ones that look like markup. `ids`
-    leaves out what stands for unknown text and for bytes, since any text may need them."""
+    """Control tokens: special tokens, and added tokens that look like markup. Text of users and policies must not become one. `ids`
+    leaves out the tokens for unknown text and for bytes, since any text may need them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         by_text = {text: k for text, k in tokenizer.get_added_vocab().items() if _MARKUP.fullmatch(text)}
@@ -189,15 +189,15 @@ class ControlTokens:
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def find(self, text: str) -> list[tuple[int, int]]:
-        """Where `text` spells such tokens out, as (start, end)."""
+        """Where `text` contains the text of such tokens, as (start, end)."""
         return [match.span() for match in self._pattern.finditer(text)]
 
     def first(self, text: str) -> int | None:
-        """The id of the first one in `text`."""
+        """The id of the first control token in `text`."""
         return next((self._by_text[text[start:end]] for start, end in self.find(text)), None)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None = None) -> int | None:
-    """The control token that the template writes behind a reply; None where it ends replies with plain text."""
+    """The control token that the template writes after a reply; None if it ends replies with plain text."""
     template = ChatTemplate(tokenizer, kwargs)
     return ControlTokens(tokenizer).first(template.layout(USUAL).between[0])

@@ -1,16 +1,15 @@
 """The token ids that each turn of the policy is sampled from, and trained on.
 
-A context is laid out segment by segment, each encoded once, in one piece, as the chat template's whole text would be:
+A context is a sequence of segments. Each is encoded once and in one piece, with the ids that the chat template's whole text has:
 
     head (system, first user line) | reply | user line | reply | user line | ... | generation prompt
 
-so the unchanged part of a turn's prompt equals the earlier turn's, id by id. A dialogue may lack the system message, and a "line"
-may be several messages, as far as the chat template renders them. Replies are the sampled ids themselves, as long as they read in
-the dialogue as the template writes them. With `reasoning="strip"` (the paper) earlier turns keep their visible reply
-only, as the model is deployed; with "keep" they keep every sampled token. What persons and policies say never becomes a control
-token, whatever it spells.
+so the unchanged part of a turn's prompt equals the earlier turn's, id by id. The system message is optional, and a "line" may be
+several messages, if the chat template renders them. Replies are the sampled ids, if they decode to what the template writes. With
+`reasoning="strip"` (the paper) earlier turns keep only their visible reply, as the model is deployed; with "keep" they keep every
+sampled token. Text of users and policies never becomes a control token.
 
-A prompt that is too long drops the oldest exchange, never the system prompt and never what the policy heard last."""
+A prompt that is too long drops the oldest exchange, but never the system prompt or the latest observation."""
 
 from __future__ import annotations
 
@@ -34,15 +33,15 @@ ReasoningPolicy = Literal["strip", "keep"]
 Ids = tuple[int, ...]
 
 _ANCHORS = ("a", ".", "1", "Q", "。", "\n")
-"""What a text in the middle of a dialogue is encoded behind: the first of these that merges with nothing of it."""
+"""Prefixes for encoding a text in the middle of a dialogue: the first whose tokens do not merge with the text's is used."""
 _ODD_REPLY = 'I hear you. "Quite" & <i>so</i>:\n\n- it\'s {1}\n  100 %'
 _ODD_LINE = 'It is "so" & <i>so</i>, ' + "and so on, " * 60 + "as I said."
-"""Words that a template which escapes, shortens or re-formats contents would change."""
+"""Probes: a template that escapes, shortens or re-formats contents changes them."""
 
 
 class Line(NamedTuple):
-    """A message that the policy did not sample. `content` is words; the `instructions` behind it are text of the developer's, so
-    that control tokens in them (<think>) are such."""
+    """A message that the policy did not sample. `instructions` is the developer's text after `content`; only there control tokens
+    (<think>) are encoded as such."""
 
     role: str
     content: str
@@ -54,7 +53,7 @@ class Line(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """A reply of the policy as context ids, and what the policy heard then."""
+    """A reply of the policy as context ids, and the observation after it."""
 
     reply_ids: Ids
     lines: tuple[Line, ...]
@@ -62,7 +61,7 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A conversation so far, from the policy's side. `opening`: what it heard first; empty where the policy opens."""
+    """A dialogue so far, as the policy sees it. `opening`: the first observation; empty where the policy opens."""
 
     system: Line | None
     opening: tuple[Line, ...]
@@ -74,7 +73,7 @@ class Dialogue:
 
 
 class ContextBuilder:
-    """Builds prompts for one tokenizer and chat template. Raises PolicyError for a template that cannot serve."""
+    """Builds prompts for one tokenizer and chat template. Raises PolicyError for a template that cannot be used."""
 
     def __init__(
         self,
@@ -92,7 +91,7 @@ class ContextBuilder:
         self._template = ChatTemplate(tokenizer, template_kwargs)
         self._control = ControlTokens(tokenizer)
         self._prompt = self._template.layout(USUAL).prompt
-        # Where the template writes a space before a reply and leaves it out of the prompt, the policy samples it.
+        # If the template writes a space before a reply but not at the end of the prompt, the policy samples it.
         before = self._template.layout(USUAL).before_reply
         self._sampled_lead = before[len(self._prompt) :] if before.startswith(self._prompt) else ""
         if unsaid := self._sampled_lead.replace(OPEN, "").replace(CLOSE, "").strip():
@@ -110,7 +109,7 @@ class ContextBuilder:
         return OPEN in self._prompt and CLOSE not in self._prompt.rpartition(OPEN)[2]
 
     def notes(self, openings: Iterable[Sequence[Message]]) -> list[str]:
-        """What a user should know of how dialogues that begin so are put into prompts."""
+        """Remarks for the log on how dialogues with these first messages are put into prompts."""
         roles = {tuple(message["role"] for message in messages) for messages in openings}
         folded = [each for each in roles if self._template.layout(each).folded]
         notes = []
@@ -126,8 +125,8 @@ class ContextBuilder:
         return [f"{self._template.name} {note}" for note in notes]
 
     def start(self, messages: Sequence[Message]) -> Dialogue:
-        """The dialogue that begins with these messages: a system message or none, then mostly a user's line, or nothing where the
-        policy opens. Raises PolicyEngineError where the policy has nothing to reply to, and for roles in an order that the chat
+        """The dialogue that begins with these messages: an optional system message, then usually a user's line, or nothing where
+        the policy opens. Raises PolicyEngineError where there is nothing to reply to, and for an order of roles that the chat
         template cannot render."""
         roles = [message["role"] for message in messages]
         if not roles or roles[-1] == "assistant":
@@ -139,7 +138,7 @@ class ContextBuilder:
         return Dialogue(lines[0], lines[1:]) if roles[0] == "system" else Dialogue(None, lines)
 
     def extend(self, dialogue: Dialogue, completion: Completion, heard: Heard) -> Dialogue:
-        """The dialogue after a completion and what the policy heard then. Raises PolicyEngineError as `start` does for roles."""
+        """The dialogue after a completion and the next observation. Raises PolicyEngineError for roles as `start` does."""
         ids = completion.token_ids
         if ids and ids[-1] in self.stop_ids:
             ids = ids[:-1]
@@ -151,9 +150,9 @@ class ContextBuilder:
         return replace(dialogue, exchanges=(*dialogue.exchanges, Exchange(ids, lines)))
 
     def prompt(self, dialogue: Dialogue) -> tuple[Ids, int]:
-        """The prompt ids of the policy's next turn, and how many exchanges were dropped to make them fit."""
+        """The prompt ids of the policy's next turn, and the number of exchanges dropped to fit `max_prompt_tokens`."""
         exchanges = dialogue.exchanges
-        # Where the policy opens, what it heard last lives in the last exchange, which therefore has to stay.
+        # Where the policy opens, the latest observation is in the last exchange, which therefore has to stay.
         last_droppable = len(exchanges) - (0 if dialogue.opening else 1)
         for dropped in range(max(0, last_droppable) + 1):
             opening = exchanges[dropped - 1].lines if dropped and dialogue.opening else dialogue.opening
@@ -169,15 +168,15 @@ class ContextBuilder:
         raise PolicyEngineError(f"system prompt and latest user line take {len(ids)} tokens; {limit}")
 
     def _layout(self, head: Roles, heard: Roles = ("user",)) -> Layout:
-        """Raises PolicyEngineError for roles that the template cannot render: an episode brought them."""
+        """Raises PolicyEngineError, which fails the episode, for roles that the template cannot render."""
         try:
             return self._template.layout(head, heard)
         except PolicyError as error:
             raise PolicyEngineError(str(error)) from None
 
     def check(self, openings: Mapping[str, Sequence[Message]], noun: str = "scenario") -> None:
-        """Refuse, before any rollout, tasks (their first messages, by id; errors call one a `noun`) whose first prompt does not
-        fit, and a template or tokenizer under which the ids of a dialogue are not those of the template's own text."""
+        """Check, before any rollout, that the first prompts of tasks fit (`openings`: their first messages, by id; errors call one
+        a `noun`), and that the ids of a dialogue are those of the template's own text. Raises PolicyError."""
         for name, messages in openings.items():
             try:
                 self.prompt(self.start(messages))
@@ -188,14 +187,14 @@ class ContextBuilder:
 
     @cached_property
     def _rendered(self) -> ContextBuilder:
-        """Itself without a bound, and with the history that templates render: earlier turns without their reasoning."""
+        """A copy without a limit of length that strips reasoning from earlier turns, as templates do."""
         twin = copy(self)
         twin._max_prompt_tokens, twin._reasoning = sys.maxsize, "strip"
         twin._remember()
         return twin
 
     def check_dialogue(self, name: str, messages: Sequence[Message]) -> None:
-        """Hold the prompts of a dialogue's first turns against the template's text of the same messages. Raises PolicyError."""
+        """Compare the prompts of a dialogue's first turns with the template's text of the same messages. Raises PolicyError."""
         dialogue = self.start(messages)
         lines = [line for line in (dialogue.system, *dialogue.opening) if line is not None]
         head = [{"role": line.role, "content": line.text} for line in lines]
@@ -206,7 +205,7 @@ class ContextBuilder:
             text = self._template.render(self._template.messages(head, said))
             ids, _ = self.prompt(dialogue)
             own = tuple(self._tokenizer.encode(text, add_special_tokens=False))
-            # Behind a reply a tokenizer may merge what was sampled with what follows; the text is the same all the same.
+            # After a reply a tokenizer may merge sampled tokens with what follows; then only the texts are compared.
             if ids != own and (self._text(ids) != self._text(own) or not (said or spelled)):
                 raise PolicyError(self._difference(name, len(said) + 1, ids, own))
             said.append((reply, f"{last}\n{_ODD_LINE}"))
@@ -225,19 +224,19 @@ class ContextBuilder:
         return self._encode(_around(head, layout.opens, ending))
 
     def _encode_lines(self, head: Roles, lines: tuple[Line, ...], last: bool) -> Ids:
-        """What the policy hears after a reply, with the end of that reply and the start of the next one."""
+        """An observation after a reply, with the end of that reply and the start of the next one."""
         layout = self._layout(head, _roles(None, lines))
         ending = self._ending(layout.prompt, layout.before_reply, last)
         return self._encode(_around(lines, layout.between, ending), behind=_ANCHORS)
 
     def _ending(self, prompt: str, before_reply: str, last: bool) -> str:
-        # What is kept was sampled behind the generation prompt, which may open the reasoning; history proper may not.
+        # With "keep", replies were sampled after the generation prompt, which may open the reasoning; history does not open it.
         return prompt if last or self._reasoning == "keep" else before_reply.removesuffix(self._sampled_lead)
 
     def _as_rendered(self, ids: Ids) -> Ids:
-        """The visible part of a completion as it stands in later prompts: the sampled ids where they read as the template writes
-        the reply. Else (white space around it, a tag or a token across its edge, a control token in it) the reply's text is
-        encoded, which is exact: it is context only."""
+        """The visible part of a completion in later prompts: the sampled ids, if they decode to what the template writes. Else
+        (white space around it, a tag or a token across its edge, a control token in it) the encoded text of the reply. This is
+        exact, since these ids are context and are not trained on."""
         parsed = parse_completion(self._tokenizer.decode(ids), "stop", self.opens_reasoning)
         wanted = self._sampled_lead + parsed.reply
         visible = ids if parsed.reasoning is None else self._tail(ids, wanted)
@@ -246,7 +245,7 @@ class ContextBuilder:
         return self._encode_reply(parsed.reply)
 
     def _tail(self, ids: Ids, wanted: str) -> Ids:
-        """The shortest end of the ids that is at least as long a text as `wanted`."""
+        """The shortest suffix of the ids whose text is at least as long as `wanted`."""
         ends = (ids[cut:] for cut in range(len(ids) - 1, -1, -1))
         return next((end for end in ends if len(self._text(end)) >= len(wanted)), ids)
 
@@ -254,13 +253,13 @@ class ContextBuilder:
         return self._encode([self._sampled_lead, reply], behind=(self._prompt, *_ANCHORS))
 
     def _text(self, ids: Ids) -> str:
-        """How ids read in the middle of a dialogue; at its start some tokenizers leave a space out."""
+        """The text of ids in the middle of a dialogue; at the start of a text some tokenizers drop a space."""
         anchor = self._plainly(_ANCHORS[0])
         return str(self._tokenizer.decode([*anchor, *ids])).removeprefix(self._tokenizer.decode(anchor))
 
     def _encode(self, parts: Sequence[str], behind: Sequence[str] = ()) -> Ids:
-        """Texts of the template (even places) and words of persons (odd places) in one piece, so that no seam between them shows;
-        `behind`: what precedes them. No control token comes out of words."""
+        """Encode texts of the template (even positions) and of messages (odd positions) in one piece, so that tokens merge across
+        their boundaries as in the whole text. `behind`: prefixes. Texts of messages give no control tokens."""
         text = "".join(parts)
         starts = list(accumulate(map(len, parts), initial=0))
         words = [(start, part) for start, part in zip(starts[1::2], parts[1::2], strict=False)]
@@ -277,12 +276,12 @@ class ContextBuilder:
         raise PolicyEngineError(f"a line reads as control tokens to this tokenizer, however it is cut: {text[:80]!r}")
 
     def _encode_behind(self, text: str, anchors: Sequence[str]) -> Ids:
-        """A text in the middle of a dialogue: encoded behind another one, whose ids are taken away."""
+        """The ids of a text in the middle of a dialogue: it is encoded after a prefix, whose ids are removed."""
         for anchor in anchors:
             before, whole = self._plainly(anchor), self._plainly(anchor + text)
             if whole[: len(before)] == before:
                 return whole[len(before) :]
-        raise PolicyEngineError(f"this tokenizer merges {text[:40]!r} with whatever stands before it")
+        raise PolicyEngineError(f"this tokenizer merges {text[:40]!r} with any text before it")
 
     def _plainly(self, text: str) -> Ids:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
@@ -303,7 +302,7 @@ def _roles(system: Line | None, lines: Sequence[Line]) -> Roles:
 
 
 def _around(lines: Sequence[Line], before: Sequence[str], ending: str) -> list[str]:
-    """Texts of the template (even places) and words of persons (odd places) by turns."""
+    """Texts of the template (even positions) and of messages (odd positions), alternating."""
     parts = [before[0]]
     for line, literal in zip(lines, (*before[1:], ending), strict=True):
         parts += [line.content, line.text.removeprefix(line.content) + literal]

@@ -1,11 +1,11 @@
-"""Playing episodes: the policy and an environment take turns until the environment says that it is over, or the turns are.
+"""Plays episodes: policy and environment alternate until the environment is done, or `max_turns` is reached.
 
-With `continuations`, episodes are then played on from after each of their turns but the last, several times, to learn what
-outcome was to be expected there (credit `vine`); these are neither trained on nor written down, but for their outcomes.
+With `continuations`, each episode is then continued several times from after each turn but the last, to estimate the expected
+outcome there (credit `vine`). Continuations are not trained on; only their outcomes are recorded.
 
-What fails is a record with its reason; an environment is closed as soon as its episode is over. With `deterministic`, all episodes
-of a step take each turn together, in a fixed order, so the composition of every batch is fixed and a run repeats bit by bit;
-otherwise each goes at its own pace, and with a `deadline` those that are not over by then are failed ones.
+A failed episode is recorded with its reason. An environment is closed as soon as its episode is over. With `deterministic`, all
+episodes of a step take each turn together and in a fixed order, so that every batch has the same composition and a run is
+reproducible bit by bit. Otherwise episodes run independently, and those that are unfinished at the `deadline` fail.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ class Awaited(Counter[str]):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """An episode to be played: `group` is the task's position in the step, `rollout` the episode's in its group.
-    `seed_step` takes the step's place in the seeds where it is given. `continues`: for a continuation, the number of turns of the
-    episode before it, and its own number."""
+    """An episode to play. `group` is the task's position in the step, `rollout` the episode's in its group. `seed_step` replaces
+    the step in the seeds. `continues`, for a continuation: the number of turns before it, and its index."""
 
     task: Task
     step: int
@@ -62,19 +61,19 @@ class Slot:
 
     @property
     def name(self) -> str:
-        """In logs."""
+        """The episode's name in logs."""
         after = "" if self.continues is None else "/after-{}/{}".format(*self.continues)
         return f"{self.step}/{self.task.id}/{self.rollout}{after}"
 
     @property
     def seeds(self) -> tuple[object, ...]:
-        """The parts of an episode's place that determine its seeds."""
+        """What the seeds of the episode depend on."""
         step = self.step if self.seed_step is None else self.seed_step
         return step, self.group, self.task.id, self.rollout, *(() if self.continues is None else ("after", *self.continues))
 
 
 def validation_slots(tasks: Sequence[Task], samples: int, step: int) -> list[Slot]:
-    """What a validation plays: `samples` episodes a task, with the same seeds after whatever step."""
+    """The episodes of a validation: `samples` for each task, with the same seeds at every step."""
     return [Slot(task, step, group, k, seed_step=0) for group, task in enumerate(tasks) for k in range(samples)]
 
 
@@ -87,14 +86,14 @@ class Play:
     seed: int
     deterministic: bool = False
     deadline: float | None = None  # seconds after the start of a batch
-    seconds_per_call: float = SECONDS_PER_CALL  # that a call of an environment may take
-    continuations: int = 0  # from after each turn of an episode but its last
+    seconds_per_call: float = SECONDS_PER_CALL  # timeout of a call of an environment
+    continuations: int = 0  # of each turn of an episode but its last
 
 
 @dataclass(slots=True, kw_only=True)
 class RolloutRunner:
-    """Plays slots with one engine, each against an environment of its own. `shared` is what they have in common (a client), entered
-    while a batch is played."""
+    """Plays slots with one engine, each with its own environment. `shared`, for example a client, is entered while a batch is
+    played."""
 
     engine: PolicyEngine
     environment: Callable[[], Environment]
@@ -107,10 +106,9 @@ class RolloutRunner:
     awaited: Awaited = field(default_factory=Awaited)
 
     async def run(self, slots: Sequence[Slot], on_episode: Callable[[Episode], None] = lambda _: None) -> list[Episode]:
-        """One episode a slot, in the order of the slots; `on_episode` sees each the moment it is over, before its continuations.
+        """One episode for each slot, in order. `on_episode` is called when an episode ends, before its continuations are played.
 
-        Raises RunPaused as soon as the run is asked to stop, or a simulator may spend no more; replies and answers in progress
-        are given up then.
+        Raises RunPaused when the run is interrupted or a simulator's budget is spent; calls in progress are cancelled.
         """
         players = [_Player(self, slot, on_episode) for slot in slots]
         async with self.shared, self.engine:
@@ -162,7 +160,7 @@ class RolloutRunner:
 
 
 class _Player:
-    """Plays a slot, from its beginning or from where `session`, `dialogue` and `turns` are."""
+    """Plays a slot: from the start, or from the given session, dialogue and turns."""
 
     def __init__(
         self,
@@ -199,7 +197,7 @@ class _Player:
         return self.over and self._failure is None
 
     async def reset(self) -> None:
-        """Begins the episode, but for a continuation."""
+        """Start the episode. A continuation has started already."""
         if self._dialogue is not None:
             return
         slot, play = self._slot, self._runner.play
@@ -276,12 +274,12 @@ class _Player:
             self.branches.append(_Player(self._runner, slot, lambda _: None, session, self._dialogue, self._turns))
 
     def cut(self) -> None:
-        """The deadline has passed."""
+        """Fail the episode if it is unfinished at the deadline."""
         if not self.over:
             self._fail(DeadlinePassed(f"the episode was unfinished at the deadline of {self._runner.play.deadline:g} s"))
 
     async def close(self) -> None:
-        """Once the environment is closed: now, or since the episode is over."""
+        """Close the environment, or wait until it is closed."""
         self._closing = self._closing or asyncio.create_task(self._session.close())
         await self._closing
 

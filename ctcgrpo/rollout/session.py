@@ -152,7 +152,7 @@ def _blamed(what: str) -> Iterator[None]:
 
 
 async def _in_thread(call: Callable[[], Any]) -> Any:
-    """As `asyncio.to_thread`, in a thread of its own: one that never ends keeps no other call waiting, and no process alive."""
+    """As `asyncio.to_thread`, in a new daemon thread: a call that never returns blocks neither other calls nor the exit."""
     loop, context = asyncio.get_running_loop(), contextvars.copy_context()
     answered: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
 

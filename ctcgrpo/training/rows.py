@@ -1,7 +1,7 @@
-"""Rows: what one forward and backward pass takes, and what of it is trained.
+"""Rows: the input of one forward and backward pass, and which of its tokens are trained.
 
-How samples are cut into rows, and whether they share what they have in common (packing.py) or stand one beside the other,
-padded, as `plain_rows` has them, changes nothing but speed and memory.
+Whether samples share their prefixes (packing.py) or are padded side by side (`plain_rows`), and how they are split into rows,
+changes only speed and memory.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ IGNORE = -100
 class Row:
     """B sequences of T tokens, and E trained tokens.
 
-    `input_ids`, `positions` (B, T); `labels` (B, T): the token that each position is to predict, -100 for none. `attention_mask`
-    (B, T) says what is no padding; a row with `segments` has no mask, and B = 1. A trained token is an entry: `at` (E,) is the
-    flat position in (B, T) that predicts it, `advantages` (E,), `old_logprobs` (E,) or None, `sample` (E,) its sample's
-    place among those that the rows were made from. Entries of a sample are in order and together. Samples that
-    share a position have entries of their own there. A dummy row, which keeps processes in step, has no entries.
+    `input_ids`, `positions` (B, T). `labels` (B, T): the token that each position predicts, -100 for none. `attention_mask` (B, T):
+    1 for tokens, 0 for padding; a row with `segments` has no mask, and B = 1. Each trained token is an entry: `at` (E,) is the flat
+    position in (B, T) that predicts it; `advantages` (E,); `old_logprobs` (E,) or None; `sample` (E,) is the index of its sample.
+    The entries of a sample are contiguous and in order. Samples that share a position each have an entry there. A dummy row, which
+    gives all processes the same number of rows, has no entries.
     """
 
     input_ids: torch.Tensor
@@ -41,12 +41,12 @@ class Row:
 
     @property
     def samples(self) -> int:
-        """How many samples have entries here."""
+        """Number of samples with entries in this row."""
         return len(set(self.sample.tolist()))
 
     @property
     def turn_weights(self) -> torch.Tensor:
-        """(E,): 1 / (trained tokens of its sample), so that those of a sample sum to 1. A row has all tokens of its samples."""
+        """(E,): 1 / (trained tokens of its sample), so that a sample's entries sum to 1. A row has all tokens of its samples."""
         _, which, counts = torch.unique(self.sample, return_inverse=True, return_counts=True)
         weights: torch.Tensor = 1.0 / counts.to(torch.float32)[which]
         return weights
@@ -56,7 +56,7 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """Positions that are no padding."""
+        """Number of positions without padding."""
         if self.segments is not None:
             return sum(self.segments.lengths)
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
@@ -66,8 +66,8 @@ _TENSORS = ("input_ids", "positions", "labels", "at", "advantages", "old_logprob
 
 
 def plain_rows(samples: Sequence[TurnSample], *, tokens_per_row: int, pad_id: int) -> list[Row]:
-    """Rows of at most `tokens_per_row` padded tokens each (a longer sample makes a row of its own), longest first, so that
-    a row that does not fit into memory fails at once."""
+    """Padded rows of at most `tokens_per_row` tokens; a longer sample has a row of its own. Longest first, so that a row that does
+    not fit into memory fails early."""
     order = sorted(range(len(samples)), key=lambda k: len(samples[k]), reverse=True)
     rows: list[list[int]] = []
     for k in order:
@@ -94,12 +94,12 @@ def _padded(samples: Sequence[TurnSample], chosen: Sequence[int], pad_id: int) -
 
 
 def entries(samples: Sequence[TurnSample], chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """(advantages, old log-probabilities, sample) of the trained tokens of the chosen samples, one after the other."""
+    """(advantages, old log-probabilities, sample) of the trained tokens of the chosen samples, concatenated."""
     counts = torch.tensor([len(samples[k].completion_ids) for k in chosen], dtype=torch.long)
     given = [samples[k].old_logprobs for k in chosen]
     old = [numbers for numbers in given if numbers is not None]
     if old and len(old) < len(given):
-        raise ValueError("either all samples of a row have old log-probabilities or none has")
+        raise ValueError("some samples of a row have old log-probabilities and others do not; expected all or none")
     return (
         torch.tensor([samples[k].advantage for k in chosen], dtype=torch.float32).repeat_interleave(counts),
         torch.from_numpy(np.concatenate(old)) if old else None,
@@ -108,7 +108,7 @@ def entries(samples: Sequence[TurnSample], chosen: Sequence[int]) -> tuple[torch
 
 
 def dummy_row(pad_id: int) -> Row:
-    """A row that runs through the model and changes nothing; its one label is there because a head may need one."""
+    """A row without trained tokens, for a process that has fewer rows than others. It has one label, since some heads need one."""
     ids, positions, labels = torch.full((1, 2), pad_id), torch.arange(2).unsqueeze(0), torch.tensor([[pad_id, IGNORE]])
     nothing = torch.zeros(0, dtype=torch.long)
     return Row(ids, positions, labels, nothing, torch.zeros(0), None, nothing, attention_mask=torch.ones_like(ids))

@@ -174,9 +174,9 @@ def test_layouts_are_broken_and_mended() -> None:
         "section 'Aim' is missing ('Aims' is there)",
         "section 'Aims' is unknown",
     ]
-    assert "text stands before the first section ('Hello.')" in list(layout_problems("Hello.\n" + persona, "user", "en"))
+    assert "text before the first section ('Hello.')" in list(layout_problems("Hello.\n" + persona, "user", "en"))
     assert "duplicate section 'Aim'" in list(layout_problems(persona + "\n\n### Aim\nx", "user", "en"))
-    assert "no numbered list" in " ".join(layout_problems(re.sub(r"^1\. ", "", persona, flags=re.M), "user", "en"))
+    assert "not a numbered list" in " ".join(layout_problems(re.sub(r"^1\. ", "", persona, flags=re.M), "user", "en"))
     assert mended(persona + "\n\n### Secrets\nx", "user", "en").endswith("### Secrets\nx"), "what is unknown stays"
     assert list(layout_problems("anything", "user", "fr")) == []
 
@@ -504,7 +504,7 @@ def test_the_commands(tmp_path: Path, ctcgrpo: Command) -> None:
     assert code == 3 and "[bold]x[/nope]" in out
     assert "[/x] 1" in ctcgrpo("scenarios", "stats", str(tmp_path / "markup"))[1]
     write_layout([{**records[0], "prompt": None}, {**records[1], "prompt": 5}], tmp_path / "nulls")
-    assert "prompt: is None; it is a list of chat messages" in ctcgrpo("scenarios", "validate", str(tmp_path / "nulls"))[1]
+    assert "prompt: is None; expected a list of chat messages" in ctcgrpo("scenarios", "validate", str(tmp_path / "nulls"))[1]
     (tmp_path / "bad.jsonl").write_text("{\n" + json.dumps(records[0] | {"scene_tag": "../war", "title": 5}) + "\n[]\n")
     for how in ((), ("--loose",)):
         code, out, err = ctcgrpo("scenarios", "validate", str(tmp_path / "bad.jsonl"), *how)

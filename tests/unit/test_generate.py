@@ -217,8 +217,8 @@ def test_what_is_wrong_with_a_draft_is_told_to_its_writer() -> None:
     draft["details"][2]["words"] = ["elsewhere", "nowhere"]
     draft["title"] = "[name] at the door"
     assert read(draft).faults == [
-        "details.2.words: none of them stands in the line",
-        "title: holds a placeholder ('[name]')",
+        "details.2.words: none of them is in the line",
+        "title: contains a placeholder ('[name]')",
     ]
     assert "opening_line: the policy speaks first" in read(as_draft("support"), "charm").faults[0]
     assert any("limit: at least four words" in fault for fault in read(as_draft("support"), "defense").faults)

@@ -215,7 +215,7 @@ def test_too_many_graphs_raise_and_never_fall_back(monkeypatch: pytest.MonkeyPat
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
             attend(768)
     torch._dynamo.reset()
-    with pytest.raises(ValueError, match="a row of 200 tokens; flex_attention wants a multiple of 256"):
+    with pytest.raises(ValueError, match="a row of 200 tokens; flex_attention needs a multiple of 256"):
         FlexLayout(torch.full((200,), 200), torch.arange(200), compiled=True)
 
 
@@ -342,8 +342,8 @@ def test_what_cannot_share_prefixes_is_refused_by_name() -> None:
     with pytest.raises(PolicyError, match=r"rotary positions \(longrope\) depend on the longest one of a batch"):
         use_layouts(stretched)
     use_layouts(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, attn_pdrop=0.0)))
-    with pytest.raises(RecipeError, match="'flex', which cannot be trained on cpu; use auto or segments"):
+    with pytest.raises(RecipeError, match="'flex', which cannot be trained on cpu; try auto or segments"):
         how_to_attend("flex", CPU, half=False)
-    with pytest.raises(RecipeError, match="needs a Hopper GPU"):
+    with pytest.raises(RecipeError, match="expected a Hopper GPU"):
         how_to_attend("flash3", CPU, half=True)
     assert how_to_attend("auto", CPU, half=True) == "segments" and how_to_attend("none", CPU, half=False) is None

@@ -227,9 +227,9 @@ def test_a_shipped_deepspeed_configuration_sums_gradients_in_float32(file: Path)
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "is no DeepSpeed configuration"),
-        ("{}", "is no DeepSpeed configuration with a ZeRO stage"),
-        ('{"zero_optimization": {"stage": 7}}', "stage 7; it is 1, 2 or 3"),
+        ("{", "expected a DeepSpeed configuration"),
+        ("{}", "expected a DeepSpeed configuration with a ZeRO stage"),
+        ('{"zero_optimization": {"stage": 7}}', "stage = 7; expected 1, 2 or 3"),
         ('{"zero_optimization": {"stage": 2}}', "data_types.grad_accum_dtype = None; expected 'fp32'"),
         (
             '{"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "bf16"}',
