@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from ctcgrpo.options import CreditOptions, RolloutOptions, UpdateOptions, out_of_bounds
+from ctcgrpo.options import CreditOptions, Importance, RolloutOptions, UpdateOptions, out_of_bounds
 
 WITHOUT_EFFECT: dict[str, str] = {
     name: instead
@@ -38,7 +38,7 @@ WITHOUT_EFFECT: dict[str, str] = {
         "all tokens are trained on": "top_entropy_quantile",
         "entropy_coef is constant": "use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target",
         "max_turns bounds the replies of an episode": "max_tool_calling_iterations",
-        "old_logprobs selects the log-probabilities of the ratio": (
+        "importance and importance_max set the importance weights": (
             "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max "
             "vllm_importance_sampling_clip_min vllm_importance_sampling_cap"
         ),
@@ -137,11 +137,22 @@ class CTCGRPOConfig(CreditOptions, RolloutOptions, UpdateOptions, GRPOConfig):  
                 f"CTCGRPOConfig.num_iterations = {self.num_iterations}; expected a divisor of num_generations "
                 f"({self.num_generations}): each update takes an equal share of every group"
             )
-        if self.old_logprobs == "recorded" and (self.top_p < 1 or self.top_k):
+        if self.old_logprobs == "recorded" and self._truncates:
             raise ValueError(
                 "CTCGRPOConfig.old_logprobs = 'recorded' with top_p or top_k, which renormalise recorded log-probabilities; "
                 "expected 'recomputed', or top_p = 1 and top_k = 0"
             )
+        if self.importance not in ("auto", "none"):
+            if self.old_logprobs == "recorded":
+                raise ValueError(
+                    f"CTCGRPOConfig.importance = {self.importance!r} with old_logprobs = 'recorded', whose ratio contains the "
+                    "importance weight already; expected old_logprobs = 'recomputed', or importance = 'none'"
+                )
+            if self.use_vllm and self._truncates:
+                raise ValueError(
+                    f"CTCGRPOConfig.importance = {self.importance!r} with use_vllm and top_p or top_k: vLLM does not report the "
+                    "probability that truncation kept; expected importance = 'none', or top_p = 1 and top_k = 0"
+                )
         if self.deterministic and self.deadline is not None:
             raise ValueError("CTCGRPOConfig.deadline depends on the clock, so it excludes deterministic; leave one out")
         if self.num_generations_eval is None:  # type: ignore[has-type]
@@ -162,6 +173,17 @@ class CTCGRPOConfig(CreditOptions, RolloutOptions, UpdateOptions, GRPOConfig):  
                 f"CTCGRPOConfig.per_device_train_batch_size x processes = {self.per_device_train_batch_size} x {self.world_size} = "
                 f"{episodes} episodes a step; expected a multiple of num_generations ({self.num_generations}): a task has that many"
             ) from None
+
+    @property
+    def _truncates(self) -> bool:
+        return self.top_p < 1 or bool(self.top_k)
+
+    @property
+    def importance_level(self) -> Importance:
+        """`importance` with auto resolved."""
+        if self.importance != "auto":
+            return self.importance
+        return "token" if self.use_vllm and not self._truncates and self.old_logprobs == "recomputed" else "none"
 
 
 def without_effect() -> dict[str, Any]:

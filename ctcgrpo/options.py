@@ -19,6 +19,7 @@ from ctcgrpo.util.naming import nearest
 Packing = Literal["auto", "segments", "flex", "flash3", "none"]  # attention kernel for rows with shared prefixes
 LossWeights = Literal["token", "turn"]  # the unit of equal weight in the loss: a trained token, or a trained turn
 OldLogprobs = Literal["recomputed", "recorded"]
+Importance = Literal["none", "token", "turn", "episode"]  # what an importance weight is the ratio of
 SamplingDtype = Literal["policy", "bfloat16"]
 
 _BOUNDS = {"ge": (ge, ">="), "gt": (gt, ">"), "le": (le, "<="), "lt": (lt, "<")}
@@ -153,6 +154,13 @@ class UpdateOptions:
         "recomputed",
         "recomputed by the trainer, or recorded by the engine (only without top-p and top-k)",
     )
+    importance: Literal["auto", "none", "token", "turn", "episode"] = option(
+        "auto",
+        "importance weights: the probability under the trainer's policy over that under the engine's, for each token, turn or "
+        "episode, multiplied to its advantage. auto: token with vLLM without top-p and top-k, else none. episode costs a forward "
+        "pass over all samples",
+    )
+    importance_max: float = option(3.0, "upper bound of an importance weight", ge=1)
     tokens_per_row: int = option(
         16384,
         "maximum tokens in one forward and backward pass: distinct ones, or padded ones without packing",

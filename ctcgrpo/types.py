@@ -114,14 +114,20 @@ class Completion:
 
     `token_ids` (n,) are the sampled ids, end-of-turn token included when one was sampled. `logprobs` (n,) are natural
     logs under the distribution that was sampled from: temperature applied, top-p and top-k renormalised. `log_kept`
-    (n,) is the log of the probability mass that top-p and top-k kept, so `logprobs + log_kept` is the log-probability
-    at the sampling temperature without truncation; it is empty where the engine cannot tell.
+    (n,) is the log of the probability mass that top-p and top-k kept; it is empty where the engine does not report it.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     log_kept: tuple[float, ...]
     finish_reason: Literal["stop", "length"]
+
+    @property
+    def untruncated(self) -> tuple[float, ...] | None:
+        """Log-probabilities (n,) at the sampling temperature without top-p and top-k; None where `log_kept` is not known."""
+        if len(self.log_kept) < len(self.logprobs):
+            return None
+        return tuple(logprob + kept for logprob, kept in zip(self.logprobs, self.log_kept, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,19 +210,21 @@ class TurnSample:
 
     `prompt_ids` (p,) and `completion_ids` (n,) become int32 arrays. `old_logprobs` (n,), a float32 array, are log-probabilities at
     the sampling temperature, of the policy before the step's first update; None: the current ones are used
-    (ratio 1).
+    (ratio 1). `sampled_logprobs` (n,), float32, are the engine's, for importance weights; None: no weights.
     """
 
     prompt_ids: npt.NDArray[np.int32]
     completion_ids: npt.NDArray[np.int32]
     advantage: float
     old_logprobs: npt.NDArray[np.float32] | None = None
+    sampled_logprobs: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt_ids", "completion_ids"):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.int32))
-        if self.old_logprobs is not None:
-            object.__setattr__(self, "old_logprobs", np.asarray(self.old_logprobs, dtype=np.float32))
+        for name in ("old_logprobs", "sampled_logprobs"):
+            if (logprobs := getattr(self, name)) is not None:
+                object.__setattr__(self, name, np.asarray(logprobs, dtype=np.float32))
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)

@@ -74,7 +74,7 @@ def fixed_episodes(base: str) -> list[Episode]:
                 ratios = torch.tensor([rng.uniform(0.7, 1.4) for _ in completion_ids])
                 old = naive_logprobs(model, prompt, completion_ids)[0] - ratios.log()
                 reward = (rng.randint(-10, 10) + rng.randint(-10, 10)) / 200
-                completion = Completion(completion_ids, tuple(old.tolist()), (), "stop")
+                completion = Completion(completion_ids, tuple(old.tolist()), (0.0,) * len(old), "stop")
                 turns.append(Turn(prompt, completion, "", None, (), "", reward, False))
                 prompt = prompt + seen + some(3, 12)
             failed = (group, rollout) == FAILED
@@ -241,7 +241,6 @@ def build_trainer(
             epsilon=CLIP,
             loss_weights=loss_weights,
             entropy_coef=ENTROPY_BONUS,
-            old_logprobs="recorded" if updates == 1 else "recomputed",
             max_failed=max_failed,
             lr_scheduler_type="constant",
             logging_steps=1,
@@ -251,6 +250,7 @@ def build_trainer(
             save_total_limit=3,
             **{
                 "bf16": False,
+                "old_logprobs": "recorded" if updates == 1 else "recomputed",
                 "learning_rate": 1e-3,
                 "model_init_kwargs": {"dtype": "float32"},
                 "max_grad_norm": 0.0,
@@ -363,10 +363,12 @@ def main() -> None:
     parser.add_argument("--shift", action="store_true")
     parser.add_argument("--backend")
     parser.add_argument("--kl", type=float, default=0.0)
+    parser.add_argument("--importance", default="none")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; compare gradients and norm of the first step")
     args = parser.parse_args()
     how = {"tokens_per_row": args.tokens_per_row, "shift": args.shift, "backend": args.backend}
-    outcome = run(args.base, **how, beta=args.kl, bf16=args.bf16)
+    old = {"old_logprobs": "recomputed"} if args.importance != "none" else {}
+    outcome = run(args.base, **how, beta=args.kl, bf16=args.bf16, importance=args.importance, **old)
     rank = next(iter(outcome.logprobs))
     torch.save(vars(outcome), args.out.with_suffix(f".rank{rank}.pt"))
     if torch.distributed.is_initialized():  # left to the interpreter's end, its threads may abort the process

@@ -290,6 +290,8 @@ class Training(Section):
     entropy_bonus: float = recipe_field("entropy_coef")
     kl: float = Field(0.0, ge=0, description="weight of the KL term to the reference policy (before training); the paper uses 0")
     old_logprobs: OldLogprobs = recipe_field("old_logprobs")
+    importance: Literal["auto", "none", "token", "turn", "episode"] = recipe_field("importance")
+    importance_max: float = recipe_field("importance_max")
     tokens_per_row: int = recipe_field("tokens_per_row")
     packing: Packing = recipe_field("packing")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
@@ -385,6 +387,17 @@ class Recipe(Section):
                 "training.old_logprobs is 'recorded' with top-p or top-k, under which recorded log-probabilities are "
                 "renormalised over the kept mass; expected 'recomputed', or rollout.top_p=1 and rollout.top_k=0"
             )
+        if (level := self.training.importance) not in ("auto", "none"):
+            if self.training.old_logprobs == "recorded":
+                raise ValueError(
+                    f"training.importance is {level!r} with training.old_logprobs 'recorded', whose ratio contains the weight "
+                    "already; expected training.old_logprobs 'recomputed', or training.importance 'none'"
+                )
+            if self.rollout.engine != "transformers" and (self.rollout.top_p < 1 or self.rollout.top_k):
+                raise ValueError(
+                    f"training.importance is {level!r} with {self.rollout.engine} and top-p or top-k: vLLM does not report the "
+                    "probability that truncation kept; expected 'none', or rollout.top_p=1 and rollout.top_k=0"
+                )
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from ctcgrpo.training.packing import prefix_tree
+from ctcgrpo.training.rows import old_logprobs, sampled_logprobs
 from ctcgrpo.types import TurnSample
 
 Arrays = list[npt.NDArray[np.generic]]
@@ -41,24 +42,23 @@ def gather_arrays(accelerator: Accelerator, arrays: Sequence[npt.NDArray[np.gene
 
 
 def packed(samples: Sequence[TurnSample]) -> Arrays:
-    """Samples as seven arrays: order, lengths, prompt lengths and forks (N,) int32, own tokens int32, advantages (N,) float64, old
-    log-probabilities float32 of all samples in order, empty where they have none."""
+    """Samples as eight arrays: order, lengths, prompt lengths and forks (N,) int32, own tokens int32, advantages (N,) float64, old
+    and sampled log-probabilities float32 of all samples in order, empty where they have none."""
+    nothing = np.zeros(0, np.float32)
     if not samples:
-        return [*(np.zeros(0, np.int32) for _ in range(5)), np.zeros(0), np.zeros(0, np.float32)]
+        return [*(np.zeros(0, np.int32) for _ in range(5)), np.zeros(0), nothing, nothing]
     tree = prefix_tree(samples)
     ends = zip(tree.offsets[:-1] + tree.forks, tree.offsets[1:], strict=True)
     own = [tree.tokens[start:end] for start, end in ends]
-    old = [sample.old_logprobs for sample in samples if sample.old_logprobs is not None]
-    if old and len(old) < len(samples):
-        raise ValueError("either all samples of a process have old log-probabilities or none has")
+    old, sampled = old_logprobs(samples), sampled_logprobs(samples)
     integers = (tree.order, tree.lengths, tree.prompts, tree.forks, np.concatenate(own))
     advantages = np.array([sample.advantage for sample in samples])
-    return [*(x.astype(np.int32) for x in integers), advantages, np.concatenate(old) if old else np.zeros(0, np.float32)]
+    return [*(x.astype(np.int32) for x in integers), advantages, *(nothing if x is None else x for x in (old, sampled))]
 
 
 def unpacked(arrays: Sequence[npt.NDArray[np.generic]]) -> list[TurnSample]:
     """The samples that `packed` made the arrays of, in their order."""
-    order, lengths, prompts, forks, own, advantages, old = arrays
+    order, lengths, prompts, forks, own, advantages, old, sampled = arrays
     ids: dict[int, tuple[npt.NDArray[np.int32], int]] = {}
     before, start = np.zeros(0, np.int32), 0
     for place, length, prompt, fork in zip(order.tolist(), lengths.tolist(), prompts.tolist(), forks.tolist(), strict=True):
@@ -69,7 +69,7 @@ def unpacked(arrays: Sequence[npt.NDArray[np.generic]]) -> list[TurnSample]:
     for place in range(len(order)):
         tokens, prompt = ids[place]
         n = len(tokens) - prompt
-        recorded = old[at : at + n].astype(np.float32) if len(old) else None
-        samples.append(TurnSample(tokens[:prompt], tokens[prompt:], float(advantages[place]), recorded))
+        logprobs = (x[at : at + n].astype(np.float32) if len(x) else None for x in (old, sampled))
+        samples.append(TurnSample(tokens[:prompt], tokens[prompt:], float(advantages[place]), *logprobs))
         at += n
     return samples

@@ -6,10 +6,11 @@ changes only speed and memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ctcgrpo.model.tree_attention import Segments
@@ -24,9 +25,9 @@ class Row:
 
     `input_ids`, `positions` (B, T). `labels` (B, T): the token that each position predicts, -100 for none. `attention_mask` (B, T):
     1 for tokens, 0 for padding; a row with `segments` has no mask, and B = 1. Each trained token is an entry: `at` (E,) is the flat
-    position in (B, T) that predicts it; `advantages` (E,); `old_logprobs` (E,) or None; `sample` (E,) is the index of its sample.
-    The entries of a sample are contiguous and in order. Samples that share a position each have an entry there. A dummy row, which
-    gives all processes the same number of rows, has no entries.
+    position in (B, T) that predicts it; `advantages` (E,); `old_logprobs`, `sampled_logprobs` (E,), or None; `sample` (E,) is the
+    index of its sample. The entries of a sample are contiguous and in order. Samples that share a position each have an entry
+    there. A dummy row, which gives all processes the same number of rows, has no entries.
     """
 
     input_ids: torch.Tensor
@@ -35,6 +36,7 @@ class Row:
     at: torch.Tensor
     advantages: torch.Tensor
     old_logprobs: torch.Tensor | None
+    sampled_logprobs: torch.Tensor | None
     sample: torch.Tensor
     attention_mask: torch.Tensor | None = None
     segments: Segments | None = None
@@ -62,7 +64,9 @@ class Row:
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
 
-_TENSORS = ("input_ids", "positions", "labels", "at", "advantages", "old_logprobs", "sample", "attention_mask")
+_TENSORS = (
+    "input_ids", "positions", "labels", "at", "advantages", "old_logprobs", "sampled_logprobs", "sample", "attention_mask",
+)  # fmt: skip
 
 
 def plain_rows(samples: Sequence[TurnSample], *, tokens_per_row: int, pad_id: int) -> list[Row]:
@@ -93,22 +97,40 @@ def _padded(samples: Sequence[TurnSample], chosen: Sequence[int], pad_id: int) -
     return Row(input_ids, positions, labels, torch.cat(at), *entries(samples, chosen), attention_mask=mask)
 
 
-def entries(samples: Sequence[TurnSample], chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """(advantages, old log-probabilities, sample) of the trained tokens of the chosen samples, concatenated."""
+def entries(
+    samples: Sequence[TurnSample], chosen: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """(advantages, old log-probabilities, sampled log-probabilities, sample) of the trained tokens of the chosen samples,
+    concatenated."""
     counts = torch.tensor([len(samples[k].completion_ids) for k in chosen], dtype=torch.long)
-    given = [samples[k].old_logprobs for k in chosen]
-    old = [numbers for numbers in given if numbers is not None]
-    if old and len(old) < len(given):
-        raise ValueError("some samples of a row have old log-probabilities and others do not; expected all or none")
+    old, sampled = (joined(samples[k] for k in chosen) for joined in (old_logprobs, sampled_logprobs))
     return (
         torch.tensor([samples[k].advantage for k in chosen], dtype=torch.float32).repeat_interleave(counts),
-        torch.from_numpy(np.concatenate(old)) if old else None,
+        None if old is None else torch.from_numpy(old),
+        None if sampled is None else torch.from_numpy(sampled),
         torch.tensor(chosen, dtype=torch.long).repeat_interleave(counts),
     )
+
+
+def old_logprobs(samples: Iterable[TurnSample]) -> npt.NDArray[np.float32] | None:
+    """Those of all samples, concatenated; None where they have none. Raises ValueError where only some have."""
+    return _concatenated([sample.old_logprobs for sample in samples], "old")
+
+
+def sampled_logprobs(samples: Iterable[TurnSample]) -> npt.NDArray[np.float32] | None:
+    """As `old_logprobs`."""
+    return _concatenated([sample.sampled_logprobs for sample in samples], "sampled")
+
+
+def _concatenated(given: Sequence[npt.NDArray[np.float32] | None], what: str) -> npt.NDArray[np.float32] | None:
+    present = [logprobs for logprobs in given if logprobs is not None]
+    if present and len(present) < len(given):
+        raise ValueError(f"some samples have {what} log-probabilities and others do not; expected all or none")
+    return np.concatenate(present) if present else None
 
 
 def dummy_row(pad_id: int) -> Row:
     """A row without trained tokens, for a process that has fewer rows than others. It has one label, since some heads need one."""
     ids, positions, labels = torch.full((1, 2), pad_id), torch.arange(2).unsqueeze(0), torch.tensor([[pad_id, IGNORE]])
     nothing = torch.zeros(0, dtype=torch.long)
-    return Row(ids, positions, labels, nothing, torch.zeros(0), None, nothing, attention_mask=torch.ones_like(ids))
+    return Row(ids, positions, labels, nothing, torch.zeros(0), None, None, nothing, attention_mask=torch.ones_like(ids))

@@ -4,17 +4,21 @@ Credit needs whole groups, and groups may be spread over processes: each process
 the summaries are gathered, and every process computes the same credit and picks its own.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from ctcgrpo import credit
 from ctcgrpo.centering import Centering, make_centering
 from ctcgrpo.environments.eibench.scoring import shaped_outcome, turn_form
+from ctcgrpo.errors import PolicyEngineError
 from ctcgrpo.options import CreditOptions
 from ctcgrpo.training.credit_state import state_text
-from ctcgrpo.types import Episode, Info, TurnCredit, TurnSample, turn_rewards
+from ctcgrpo.types import Completion, Episode, Info, TurnCredit, TurnSample, turn_rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,21 +172,48 @@ def try_credit(options: CreditOptions) -> None:
 
 
 def turn_samples(
-    episodes: Sequence[Episode], advantages: Mapping[Key, tuple[float, ...]], *, recorded: bool = False
+    episodes: Sequence[Episode], advantages: Mapping[Key, tuple[float, ...]], *, recorded: bool = False, sampled: bool = False
 ) -> list[TurnSample]:
-    """One sample for each turn of each episode that is trained on; `recorded` takes the engine's log-probabilities as
-    the old ones."""
+    """One sample for each turn of each episode that is trained on. `recorded`: with the engine's log-probabilities as the old ones;
+    `sampled`: with those without truncation, for importance weights. Raises PolicyEngineError where the engine has none."""
     return [
         TurnSample(
             prompt_ids=np.array(turn.prompt_ids, dtype=np.int32),
             completion_ids=np.array(turn.completion.token_ids, dtype=np.int32),
             advantage=advantage,
             old_logprobs=np.array(turn.completion.logprobs, dtype=np.float32) if recorded else None,
+            sampled_logprobs=_sampled(turn.completion) if sampled else None,
         )
         for episode in episodes
         if (key := (episode.group, episode.rollout)) in advantages
         for turn, advantage in zip(episode.turns, advantages[key], strict=True)
     ]
+
+
+def _sampled(completion: Completion) -> npt.NDArray[np.float32]:
+    if (logprobs := completion.untruncated) is None:
+        raise PolicyEngineError(
+            "importance weights need log-probabilities without top-p and top-k, which the engine does not report; set importance "
+            "to 'none', or top_p = 1 and top_k = 0"
+        )
+    return np.array(logprobs, dtype=np.float32)
+
+
+def episode_weights(
+    episodes: Sequence[Episode], samples: Sequence[TurnSample], current: Sequence[npt.NDArray[np.float32]], *, bound: float
+) -> list[float]:
+    """The importance weight of each sample's episode, in [0, bound]: the probability of all of its replies under the trainer's
+    policy over that under the engine's. `episodes`: those that `turn_samples` made `samples` of, in order, without those that it
+    left out. `current`: the trainer's log-probabilities of each sample."""
+    turns = [len(episode.turns) for episode in episodes]
+    logs = [
+        float(now.sum() - s.sampled_logprobs.sum())
+        for s, now in zip(samples, current, strict=True)
+        if s.sampled_logprobs is not None
+    ]
+    ends = np.cumsum([0, *turns])
+    sums = [math.fsum(logs[a:b]) for a, b in pairwise(ends.tolist())]
+    return [math.exp(min(total, math.log(bound))) for total, n in zip(sums, turns, strict=True) for _ in range(n)]
 
 
 def update_of(episode: Episode, updates: int) -> int:

@@ -46,7 +46,7 @@ from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot, validation_slots
 from ctcgrpo.rollout.traces import TraceWriter, add_credit, step_name, trace_file
 from ctcgrpo.training.checkpointing import CheckpointedUpdate
 from ctcgrpo.training.metrics import rollout_metrics
-from ctcgrpo.training.samples import Summary, step_credit, summarise, try_credit, turn_samples, update_of
+from ctcgrpo.training.samples import Summary, episode_weights, step_credit, summarise, try_credit, turn_samples, update_of
 from ctcgrpo.training.tasks import step_schedule, tags_of, tasks_of
 from ctcgrpo.training.update import Floats
 from ctcgrpo.types import Environment, Episode, Task, TurnSample
@@ -273,20 +273,42 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         self._log_number("tokens_per_second", sum(sum(s.turn_tokens) for s in summaries) / seconds)
 
         updates, recorded = self.args.num_iterations, self.args.old_logprobs == "recorded"
-        parts = [[e for e in episodes if update_of(e, updates) == k] for k in range(updates)]
-        samples = [turn_samples(p, credit.advantages, recorded=recorded) for p in parts]
-        if updates > 1 or not self._checked:
+        level = self.args.importance_level
+        trained = [e for e in episodes if (e.group, e.rollout) in credit.turns]
+        parts = [[e for e in trained if update_of(e, updates) == k] for k in range(updates)]
+        samples = [turn_samples(p, credit.advantages, recorded=recorded, sampled=level != "none") for p in parts]
+        recomputes = updates > 1 or level == "episode"
+        if recomputes or not self._checked:
             started = time.perf_counter()
             everything = [sample for part in samples for sample in part]
             few = self._few(everything)
             if not self._checked and self._how is not None:
                 self._refuse_other_logprobs(few)
             self._checked = True
-            current = iter(self._check_recorded(episodes, everything if updates > 1 else few))
+            current = self._check_recorded(episodes, everything if recomputes else few)
+            if level == "episode":
+                everything = self._weighted([e for part in parts for e in part], everything, current)
             if updates > 1 and not recorded:
-                samples = [[replace(sample, old_logprobs=next(current)) for sample in part] for part in samples]
+                everything = [replace(sample, old_logprobs=now) for sample, now in zip(everything, current, strict=True)]
+            rest = iter(everything)
+            samples = [[next(rest) for _ in part] for part in samples]
             self._log_number("seconds/recompute", time.perf_counter() - started)
         return samples
+
+    def _weighted(
+        self, episodes: Sequence[Episode], samples: Sequence[TurnSample], current: Sequence[Floats]
+    ) -> list[TurnSample]:
+        """Samples with the importance weight of their episode in their advantage, which is the same as a weight in the loss."""
+        bound = self.args.importance_max
+        weights = episode_weights(episodes, samples, current, bound=bound)
+        truncated = sum(weight >= bound * (1 - 1e-9) for weight in weights)
+        turns, total, most = self._sum_over_processes([float(len(weights)), math.fsum(weights), float(truncated)])
+        self._log_number("importance/mean", total / max(1.0, turns))
+        self._log_number("importance/truncated", most / max(1.0, turns))
+        return [
+            replace(sample, advantage=sample.advantage * weight, sampled_logprobs=None)
+            for sample, weight in zip(samples, weights, strict=True)
+        ]
 
     def _audit(self, episodes: Sequence[Episode]) -> None:
         """Append the moments of this step to OUTPUT_DIR/audit.jsonl."""
@@ -356,8 +378,8 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         gaps = [-math.inf]
         for sample, now in zip(samples, current, strict=True):
             completion = recorded[_key(sample.prompt_ids, sample.completion_ids)]
-            # Where an engine cannot tell what top-p and top-k kept, its log-probabilities are of another distribution.
-            gaps += [abs(r + k - c) for r, k, c in zip(completion.logprobs, completion.log_kept, now, strict=False)]
+            # Truncated log-probabilities are of another distribution, and are not compared.
+            gaps += [abs(r - c) for r, c in zip(completion.untruncated or (), now, strict=False)]
         # The maxima below propagate NaN, so that it is visible. -inf: nothing was compared.
         largest = torch.tensor(gaps, dtype=torch.float32, device=self.accelerator.device).max()
         overall = float(self.accelerator.gather(largest.unsqueeze(0)).max())

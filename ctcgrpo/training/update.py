@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import fields
@@ -33,9 +34,14 @@ from ctcgrpo.training.rows import Row, dummy_row, plain_rows
 from ctcgrpo.types import TurnSample
 from ctcgrpo.util.processes import raise_on_all
 
+_log = logging.getLogger(__name__)
 PACKED_TOLERANCE = 0.02
 """How far packed log-probabilities may be from plain ones on the mean, in nats. bfloat16 differs by some 0.01 between any two ways
 of computing attention; a wrong one differs by more than 0.1."""
+
+LARGE_GAP = 0.1
+"""Mean difference in nats between log-probabilities of the engine and of the trainer from which a run warns. Between vLLM and a
+trainer in bfloat16 it is some 0.01."""
 
 _COMPARED_TOKENS = 2048
 """How many tokens (each sample with its context) of a process are scored in two ways before a run trains on them."""
@@ -176,6 +182,9 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
             entropy_bonus=self.args.entropy_coef,
             reference=self._reference(model, row) if self.beta else None,
             kl_weight=self.beta,
+            sampled_logprobs=row.sampled_logprobs,
+            importance_max=self.args.importance_max,
+            by_turn=row.sample if self.args.importance_level == "turn" else None,
         )
 
     @torch.no_grad()
@@ -298,6 +307,16 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
         self._log_number("ratio", over_all["ratio"] / tokens)
         if self.beta:
             self._log_number("kl", over_all["kl"] / tokens)
+        if self.args.importance_level in ("token", "turn"):
+            self._log_number("importance/gap", gap := over_all["gap"] / tokens)
+            if gap > LARGE_GAP and self.accelerator.is_main_process:
+                _log.warning(
+                    "step %d: log-probabilities of the engine and of the trainer differ by %.2g nats a token on average; expected "
+                    "at most %g. Likely causes: another precision or quantization, another chat template, or old weights",
+                    *(self.rollout_step + 1, gap, LARGE_GAP),
+                )
+            self._log_number("importance/mean", over_all["importance"] / tokens)
+            self._log_number("importance/truncated", over_all["truncated"] / tokens)
         self._log_number("trained_tokens", tokens)
         return torch.tensor(loss, device=self.accelerator.device)
 

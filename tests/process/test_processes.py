@@ -44,40 +44,42 @@ SHARDED = {k: v for k, v in ENVIRONMENT.items() if k != "ACCELERATE_USE_CPU"}
 SHARDED |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
 
 
-@pytest.fixture(scope="module")
-def one(tiny: Path) -> sameness.Outcome:
-    return sameness.run(str(tiny), packing="none")
+KL, BY_TURN, BY_EPISODE = ("--kl", "0.5"), ("--importance", "turn"), ("--importance", "episode")
 
 
 @pytest.fixture(scope="module")
-def one_with_kl(tiny: Path) -> sameness.Outcome:
-    return sameness.run(str(tiny), packing="none", beta=0.5)
+def ones(tiny: Path) -> dict[tuple[str, ...], sameness.Outcome]:
+    """Of one process, by the options that the two are run with."""
+    return {
+        (): sameness.run(str(tiny), packing="none"),
+        KL: sameness.run(str(tiny), packing="none", beta=0.5),
+        BY_TURN: sameness.run(str(tiny), packing="none", importance="turn", old_logprobs="recomputed"),
+        BY_EPISODE: sameness.run(str(tiny), packing="none", importance="episode", old_logprobs="recomputed"),
+    }
 
 
 @pytest.mark.parametrize(
-    ("backend", "kl", "ran"),
+    ("backend", "options", "ran"),
     [
-        ("", 0.0, "DistributedDataParallel"),
-        ("zero1", 0.0, "DeepSpeedEngine, ZeRO-1"),
-        ("zero2", 0.5, "DeepSpeedEngine, ZeRO-2"),
-        ("zero3", 0.5, "DeepSpeedEngine, ZeRO-3"),
-        ("fsdp2", 0.0, "FSDPQwen3ForCausalLM"),
+        ("", (), "DistributedDataParallel"),
+        ("zero1", BY_TURN, "DeepSpeedEngine, ZeRO-1"),
+        ("zero2", KL, "DeepSpeedEngine, ZeRO-2"),
+        ("zero3", KL, "DeepSpeedEngine, ZeRO-3"),
+        ("fsdp2", BY_EPISODE, "FSDPQwen3ForCausalLM"),
     ],
 )
 def test_two_processes_are_the_same_as_one(
-    one: sameness.Outcome,
-    one_with_kl: sameness.Outcome,
+    ones: dict[tuple[str, ...], sameness.Outcome],
     backend: str,
-    kl: float,
+    options: tuple[str, ...],
     ran: str,
     tiny: Path,
     tmp_path: Path,
 ) -> None:
     """One of them plain, the two with shared prefixes."""
-    if kl:
-        assert not sameness.is_same(one, one_with_kl)
-        one = one_with_kl
-    options = ["--kl", str(kl), *(["--backend", backend] if backend else [])]
+    assert not options or not sameness.is_same(ones[()], ones[options])
+    one = ones[options]
+    options += ("--backend", backend) if backend else ()
     command = [*TORCHRUN, "-m", "tests.sameness", str(tmp_path / "two"), str(tiny), *options]
     environment = SHARDED if backend else ENVIRONMENT
     launched = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

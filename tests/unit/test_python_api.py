@@ -561,6 +561,19 @@ def test_ctrl_c_ends_training_at_once_and_closes_episodes(tmp_path: Path, in_not
 # --- options -------------------------------------------------------------------------------------------------------------
 
 
+def test_importance_weights_are_on_by_default_with_vllm_as_in_trl() -> None:
+    def config(**options: Any) -> CTCGRPOConfig:
+        return CTCGRPOConfig("out", bf16=False, num_generations=2, per_device_train_batch_size=2, **options)
+
+    assert config().importance_level == "none" and config(use_vllm=True).importance_level == "token"
+    assert config(use_vllm=True, top_k=20).importance_level == "none"
+    assert config(use_vllm=True, old_logprobs="recorded").importance_level == "none"
+    with pytest.raises(ValueError, match="vLLM does not report the probability that truncation kept"):
+        config(use_vllm=True, top_p=0.9, importance="turn")
+    with pytest.raises(ValueError, match="whose ratio contains the importance weight already"):
+        config(importance="token", old_logprobs="recorded")
+
+
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
 def test_fields_without_effect_are_refused_by_name(tmp_path: Path, name: str) -> None:
     default = without_effect()[name]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from ctcgrpo import credit
 from ctcgrpo.errors import PolicyError
 from ctcgrpo.model.tree_attention import SegmentLayout
-from ctcgrpo.options import LossWeights, Packing
+from ctcgrpo.options import Importance, LossWeights, Packing
 from ctcgrpo.types import Failure
 from tests import sameness
 
@@ -62,6 +62,55 @@ def test_gradients_are_those_of_the_formula_turn_by_turn(tiny: Path, plain: same
             assert apart < 1e-5, name
     norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
     assert plain.norm == pytest.approx(float(norm), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("level", "packing"), [("token", "segments"), ("turn", "segments"), ("turn", "none"), ("episode", "segments")]
+)
+def test_gradients_with_importance_weights_are_those_of_the_formula(tiny: Path, level: Importance, packing: Packing) -> None:
+    bound = 1.1
+    found = sameness.run(
+        str(tiny), tokens_per_row=300, packing=packing, importance=level, importance_max=bound, old_logprobs="recomputed"
+    )
+    episodes = sameness.fixed_episodes(str(tiny))
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype="float32").train()
+    advantages = credit.turn_advantages(
+        [e.outcome for e in episodes], [e.group for e in episodes], [[t.reward or 0.0 for t in e.turns] for e in episodes]
+    )
+    valid = [(e, a) for e, a in zip(episodes, advantages, strict=True) if e.failure is None]
+    tokens = sum(len(t.completion.token_ids) for e, _ in valid for t in e.turns)
+    truncated = 0
+    for episode, turn_advantages in valid:
+        scored = [sameness.naive_logprobs(model, turn.prompt_ids, turn.completion.token_ids) for turn in episode.turns]
+        logs = [logp.detach() - torch.tensor(t.completion.logprobs) for (logp, _), t in zip(scored, episode.turns, strict=True)]
+        whole = torch.stack([log.sum() for log in logs]).sum()
+        for (logp, entropy), log, advantage in zip(scored, logs, turn_advantages, strict=True):
+            exponent = {"token": log, "turn": log.sum(), "episode": whole}[level]
+            v = exponent.exp().clamp(max=bound)
+            truncated += int((v == bound).sum())
+            (-(v * advantage * logp + sameness.ENTROPY_BONUS * entropy).sum() / tokens).backward()
+    assert truncated
+    for name, parameter in model.named_parameters():
+        if name in found.gradients:
+            apart = (parameter.grad - found.gradients[name]).norm() / parameter.grad.norm()
+            assert apart < 1e-5, name
+
+
+def test_a_large_gap_between_engine_and_trainer_is_a_warning(
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def logged(name: str, **config: Any) -> list[dict[str, float]]:
+        trainer = sameness.build_trainer(str(tiny), str(tmp_path / name), old_logprobs="recomputed", **config)
+        trainer.train()
+        return [entry for entry in trainer.state.log_history if "trained_tokens" in entry]
+
+    assert "importance/gap" not in logged("none")[0]  # auto: the engine is transformers
+    first = logged("token", importance="token", importance_max=1.2)[0]
+    # The fixed episodes have ratios of 0.7 to 1.4, uniformly.
+    assert 0.1 < first["importance/gap"] < 0.25 and 0.9 < first["importance/mean"] < 1.05
+    assert 0.1 < first["importance/truncated"] < 0.4
+    assert "step 1: log-probabilities of the engine and of the trainer differ by" in caplog.text
+    assert 1 < logged("episode", importance="episode", updates=2)[0]["importance/mean"] <= 3  # products over some 80 tokens
 
 
 @pytest.mark.parametrize(

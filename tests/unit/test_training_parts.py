@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,11 +19,12 @@ from ctcgrpo.centering import SceneBaseline, make_centering
 from ctcgrpo.credit import turn_advantages
 from ctcgrpo.environments.eibench.records import SCENES, Anchors, Scenario, UserState
 from ctcgrpo.environments.eibench.scoring import turn_score
+from ctcgrpo.errors import PolicyEngineError
 from ctcgrpo.options import CreditOptions
-from ctcgrpo.training.loss import TokenSums, token_sums
+from ctcgrpo.training.loss import TokenSums, importance_weights, token_sums
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.rows import dummy_row, plain_rows
-from ctcgrpo.training.samples import step_credit, summarise, turn_samples, update_of
+from ctcgrpo.training.samples import episode_weights, step_credit, summarise, turn_samples, update_of
 from ctcgrpo.training.tasks import step_schedule
 from ctcgrpo.types import Completion, Episode, Failure, Turn, TurnSample
 
@@ -196,7 +199,7 @@ def test_a_dummy_row_trains_nothing() -> None:
 
 
 def test_rows_do_not_mix_samples_with_and_without_old_logprobs() -> None:
-    with pytest.raises(ValueError, match="either all samples"):
+    with pytest.raises(ValueError, match="some samples have old log-probabilities and others do not"):
         plain_rows([TurnSample((1,), (2,), 0.0), TurnSample((1,), (2,), 0.0, (-1.0,))], tokens_per_row=99, pad_id=0)
 
 
@@ -267,6 +270,54 @@ def test_the_turn_term_sums_to_zero_over_what_the_loss_weighs(
             w = row.turn_weights if weights == "turn" else torch.ones(len(row.at))
             total += float((w * row.advantages).sum())
         assert total == pytest.approx(0.0, abs=1e-4)
+
+
+def test_importance_weights_by_hand() -> None:
+    # Two turns: tokens 0 and 1, and token 2. Ratios trainer / engine 2, 1.2 and 0.5.
+    old, sampled = torch.zeros(3), -torch.tensor([2.0, 1.2, 0.5]).log()
+    assert importance_weights(old, sampled, bound=1.5).tolist() == pytest.approx([1.5, 1.2, 0.5])
+    by_turn = importance_weights(old, sampled, bound=3.0, sample=torch.tensor([4, 4, 1]))
+    assert by_turn.tolist() == pytest.approx([2.4, 2.4, 0.5])
+    advantages, logprobs = torch.tensor([1.0, -1.0, 2.0]), torch.zeros(3, requires_grad=True)
+    sums = token_sums(
+        logprobs, torch.ones(3), None, advantages, clip=0.2, entropy_bonus=0.0, sampled_logprobs=sampled, importance_max=1.5
+    )
+    sums.loss.backward()
+    # The gradient of a token is -v A: the weight itself is constant.
+    assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx([-1.5, 1.2, -1.0])
+    assert float(sums.importance) == pytest.approx(3.2) and int(sums.truncated) == 1
+    assert float(sums.gap) == pytest.approx(math.log(2) + math.log(1.2) + math.log(2))
+
+
+def test_importance_weights_of_episodes_make_the_engines_samples_those_of_the_policy() -> None:
+    """By enumeration of all episodes of two turns with two tokens each: E_q[w f] = E_p[f], without a bound that is reached."""
+    rng = np.random.default_rng(0)
+    p, q = (np.log(rng.dirichlet(np.ones(3), size=4)) for _ in range(2))  # (position, token), independent positions
+    value = rng.normal(size=(3,) * 4)
+    found = expected = turns_only = 0.0
+    for path in itertools.product(range(3), repeat=4):
+        log_p, log_q = ([float(table[k, token]) for k, token in enumerate(path)] for table in (p, q))
+        replies = [
+            Turn((), Completion(path[a:b], tuple(log_q[a:b]), (0.0,) * 2, "stop"), "", None, (), "", 0.0, False)
+            for a, b in ((0, 2), (2, 4))
+        ]
+        one = Episode("s", "t", 1, 0, 0, tuple(replies), 1.0)
+        samples = turn_samples([one], {(0, 0): (1.0, 1.0)}, sampled=True)
+        current = [np.array(log_p[:2], np.float32), np.array(log_p[2:], np.float32)]
+        weights = episode_weights([one], samples, current, bound=1e6)
+        assert weights[0] == weights[1] == pytest.approx(math.exp(sum(log_p) - sum(log_q)), rel=1e-5)
+        found += math.exp(sum(log_q)) * weights[0] * value[path]
+        expected += math.exp(sum(log_p)) * value[path]
+        turns_only += math.exp(sum(log_q)) * value[path]
+    assert found == pytest.approx(expected, rel=1e-5) and abs(turns_only - expected) > 0.01
+    assert episode_weights([one], samples, [c + 9 for c in current], bound=2.0) == pytest.approx([2.0, 2.0])
+
+
+def test_an_engine_without_untruncated_logprobs_gives_no_importance_weights() -> None:
+    turn = Turn((1,), Completion((5,), (-1.0,), (), "stop"), "", None, (), "", 0.0, True)
+    one = Episode("s", "t", 1, 0, 0, (turn,), 1.0)
+    with pytest.raises(PolicyEngineError, match="which the engine does not report; set importance to 'none'"):
+        turn_samples([one], {(0, 0): (1.0,)}, sampled=True)
 
 
 def test_without_old_logprobs_the_gradient_is_that_of_logprobs() -> None:
