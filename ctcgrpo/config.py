@@ -153,6 +153,13 @@ class CTCGRPOConfig(CreditOptions, RolloutOptions, UpdateOptions, GRPOConfig):  
                     f"CTCGRPOConfig.importance = {self.importance!r} with use_vllm and top_p or top_k: vLLM does not report the "
                     "probability that truncation kept; expected importance = 'none', or top_p = 1 and top_k = 0"
                 )
+        if self.overlap and self.importance == "auto" and self.use_vllm and self._truncates and self.old_logprobs == "recomputed":
+            raise ValueError(
+                "CTCGRPOConfig.overlap = 1 trains on episodes of older weights, and with use_vllm and top_p or top_k there are no "
+                "importance weights to correct for it; expected top_p = 1 and top_k = 0, or importance = 'none' to accept it"
+            )
+        if self.deterministic and self.overlap:
+            raise ValueError("CTCGRPOConfig.overlap = 1 depends on the clock, so it excludes deterministic; leave one out")
         if self.deterministic and self.deadline is not None:
             raise ValueError("CTCGRPOConfig.deadline depends on the clock, so it excludes deterministic; leave one out")
         if self.num_generations_eval is None:  # type: ignore[has-type]
@@ -183,7 +190,8 @@ class CTCGRPOConfig(CreditOptions, RolloutOptions, UpdateOptions, GRPOConfig):  
         """`importance` with auto resolved."""
         if self.importance != "auto":
             return self.importance
-        return "token" if self.use_vllm and not self._truncates and self.old_logprobs == "recomputed" else "none"
+        differs, known = self.use_vllm or self.overlap, not (self.use_vllm and self._truncates)
+        return "token" if differs and known and self.old_logprobs == "recomputed" else "none"
 
 
 def without_effect() -> dict[str, Any]:

@@ -111,6 +111,13 @@ class RolloutOptions:
         "bfloat16 instructions, at 2 bytes per parameter",
     )
     deterministic: bool = option(False, "fix the composition of every batch, so that runs repeat bit by bit")
+    overlap: int = option(
+        0,
+        "1: play the next step's episodes while this step's updates run. They are sampled from weights that are one step old. "
+        "Needs vLLM servers, or the transformers engine with a bfloat16 copy",
+        ge=0,
+        le=1,
+    )
     deadline: float | None = option(
         None,
         "seconds after which a step's unfinished episodes fail. This removes long dialogues, which biases training towards "
@@ -157,8 +164,8 @@ class UpdateOptions:
     importance: Literal["auto", "none", "token", "turn", "episode"] = option(
         "auto",
         "importance weights: the probability under the trainer's policy over that under the engine's, for each token, turn or "
-        "episode, multiplied to its advantage. auto: token with vLLM without top-p and top-k, else none. episode costs a forward "
-        "pass over all samples",
+        "episode, multiplied to its advantage. auto: token with vLLM without top-p and top-k, and with overlap; else none. episode "
+        "costs a forward pass over all samples",
     )
     importance_max: float = option(3.0, "upper bound of an importance weight", ge=1)
     tokens_per_row: int = option(

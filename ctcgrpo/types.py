@@ -177,7 +177,7 @@ class Episode:
 
     `outcome` is finite, or NaN exactly when `failure` is set. `group` is the position of the task in its step and `rollout` the
     position of the episode in its group; both are global, not per process. `opening` is the first observation, empty where
-    the policy begins; `info` is that of the start.
+    the policy begins; `info` is that of the start. `version`: optimizer steps of the weights that it was sampled from.
     """
 
     task: str
@@ -190,6 +190,7 @@ class Episode:
     failure: Failure | None = None
     opening: str = ""
     info: Info = field(default_factory=lambda: _NOTHING)
+    version: int | None = None
     seconds_policy: float = 0.0
     seconds_environment: float = 0.0
 

@@ -25,6 +25,7 @@ class Batcher(ABC):
     others from the one that trains, while nothing is under way."""
 
     name: str
+    has_own_weights = False  # as PolicyEngine.has_own_weights
 
     @abstractmethod
     def take_weights(self) -> None:
@@ -71,6 +72,7 @@ class _Request:
 class ContinuousEngine(PolicyEngine):
     def __init__(self, batcher: Batcher, *, interrupted: Callable[[], bool] = lambda: False) -> None:
         self._batcher = batcher
+        self.has_own_weights = batcher.has_own_weights
         self._interrupted = interrupted
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampling")
         self._names = count()

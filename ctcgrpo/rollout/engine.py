@@ -32,6 +32,7 @@ class PolicyEngine(ABC):
     `async with engine`."""
 
     version: int | None = None  # optimizer steps of the weights that it samples from; None before the first
+    has_own_weights: bool = False  # whether it can sample while the trained weights change
 
     def take_weights(self, version: int) -> None:
         """Load the trained policy's current weights. Raises PolicyEngineError where the transfer fails, and while requests are in

@@ -323,6 +323,7 @@ class _Player:
             failure=self._failure,
             opening="" if self._dialogue is None else self._dialogue.opening_text,
             info=self._session.info,
+            version=self._runner.engine.version,
             seconds_policy=self._seconds_policy,
             seconds_environment=self._seconds_environment,
         )

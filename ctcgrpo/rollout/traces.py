@@ -25,6 +25,7 @@ def trace_record(episode: Episode, credit: Sequence[TurnCredit] | None = None) -
         "tag": episode.tag,
         "group": episode.group,
         "rollout": episode.rollout,
+        "version": episode.version,
         "outcome": episode.outcome if episode.failure is None else None,
         "failure": None if episode.failure is None else {"kind": episode.failure.kind, "message": episode.failure.message},
         "opening": episode.opening,

@@ -69,6 +69,7 @@ class TransformersBatcher(Batcher):
         use_layouts(model)
         self._trained = self._model = model
         self._dtype = dtype
+        self.has_own_weights = dtype is not None
         self._autocast = autocast if dtype is None else nullcontext
         self._interrupted = interrupted
         self._pad_id = pad_id

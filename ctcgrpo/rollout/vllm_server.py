@@ -36,6 +36,8 @@ class Weights(Protocol):
 
 
 class VllmServerEngine(PolicyEngine):
+    has_own_weights = True
+
     def __init__(
         self,
         urls: Sequence[str],

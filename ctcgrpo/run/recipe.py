@@ -174,6 +174,7 @@ class Rollout(Section):
     dtype: SamplingDtype = recipe_field("sampling_dtype")
     vllm: Vllm = Vllm()  # type: ignore[call-arg]
     deterministic: bool = recipe_field("deterministic")
+    overlap: int = recipe_field("overlap")
     deadline: float | None = recipe_field("deadline")
     max_failed: float = recipe_field("max_failed")
 
@@ -422,6 +423,21 @@ class Recipe(Section):
             )
         if self.policy.quantization != "none" and self.rollout.dtype != "policy":
             raise ValueError("rollout.dtype needs unquantized weights; leave it out, or policy.quantization")
+        if self.rollout.overlap and self.rollout.deterministic:
+            raise ValueError("rollout.overlap is 1, which depends on the clock, with rollout.deterministic; leave one out")
+        if self.rollout.overlap and engine != "vllm_server" and (engine, self.rollout.dtype) != ("transformers", "bfloat16"):
+            raise ValueError(
+                f"rollout.overlap is 1 with rollout.engine {engine!r}, which samples from the trained weights themselves; expected "
+                "'vllm_server', or 'transformers' with rollout.dtype=bfloat16"
+            )
+        truncates = self.rollout.top_p < 1 or bool(self.rollout.top_k)
+        uncorrected = self.training.importance == "auto" and self.training.old_logprobs == "recomputed"
+        if self.rollout.overlap and engine == "vllm_server" and truncates and uncorrected:
+            raise ValueError(
+                "rollout.overlap is 1, which trains on episodes of older weights, and with vLLM and top-p or top-k there are no "
+                "importance weights to correct for it; expected rollout.top_p=1 and rollout.top_k=0, or training.importance=none "
+                "to accept it"
+            )
         if engine != "transformers" and self.rollout.deterministic:
             raise ValueError(
                 "rollout.deterministic needs rollout.engine 'transformers': the composition of vLLM's batches is not fixed"

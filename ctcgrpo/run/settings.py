@@ -16,7 +16,7 @@ from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.instructions import load_instructions
 from ctcgrpo.run.recipe import Recipe
 
-_OF_ROLLOUT = {"max_turns", "temperature", "top_p", "top_k", "max_batch", "deterministic", "deadline", "max_failed"}
+_OF_ROLLOUT = {"max_turns", "temperature", "top_p", "top_k", "max_batch", "deterministic", "overlap", "deadline", "max_failed"}
 _OF_TRAINING = {
     *("tokens_per_row", "packing", "dual_clip", "loss_weights", "old_logprobs", "importance", "importance_max", "audit_every"),
     *("learning_rate", "weight_decay", "max_grad_norm", "bf16"),

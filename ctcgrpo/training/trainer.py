@@ -8,7 +8,8 @@ How it differs from GRPOTrainer:
 2. each turn of an episode is a sample of its own, with its own advantage (`ctcgrpo.credit`);
 3. `training_step` is a whole optimizer step over all of them (`PolicyUpdate.update`);
 4. a step of rollouts can make several updates (`num_iterations`), each on an equal share of every group, with old
-   log-probabilities recomputed once before the first.
+   log-probabilities recomputed once before the first;
+5. with `overlap`, the next step's episodes are played while this step's updates run.
 TRL and transformers keep everything else: loading, PEFT, optimizer, schedule, distribution, logging, checkpoints.
 """
 
@@ -21,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.engines import make_engine
 from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot, validation_slots
 from ctcgrpo.rollout.traces import TraceWriter, add_credit, step_name, trace_file
+from ctcgrpo.training.ahead import Played, PlayingAhead
 from ctcgrpo.training.checkpointing import CheckpointedUpdate
 from ctcgrpo.training.metrics import rollout_metrics
 from ctcgrpo.training.samples import Summary, episode_weights, step_credit, summarise, try_credit, turn_samples, update_of
@@ -52,6 +54,7 @@ from ctcgrpo.training.update import Floats
 from ctcgrpo.types import Environment, Episode, Task, TurnSample
 from ctcgrpo.util.processes import on_main, raise_on_all, run_coroutine, together
 
+_T = TypeVar("_T")
 PLAYING = "episodes"
 _log = logging.getLogger(__name__)
 INSTEAD = dict.fromkeys(
@@ -169,6 +172,15 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             ),
             interrupted=hooks.interrupted,
         )
+        if args.overlap and not self.engine.has_own_weights:
+            raise ValueError(
+                "overlap = 1 needs an engine with weights of its own: vLLM servers (use_vllm, vllm_mode = 'server'), or the "
+                "transformers engine with sampling_dtype = 'bfloat16'"
+            )
+        self._step_tasks = schedule
+        self._ahead: PlayingAhead | None = None
+        self._played: Played | None = None
+        self._engine_free: float | None = None  # when the engine finished its last batch
         self._updates: list[list[TurnSample]] = []
         self.centering = make_centering(args.centering)
         self._checked = False
@@ -221,6 +233,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             self.engine.version = None  # weights may have changed between calls
             return super().train(*args, **kwargs)
         finally:
+            self._drop_ahead()
             self.engine.version = None  # the best weights may be loaded under the last version number
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
@@ -233,6 +246,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         update = self.state.global_step % updates
         self.refuse_nonfinite_weights()
         if update == 0 or not self._updates:
+            self._await_ahead()
             self._hooks.before_rollouts(self.rollout_step)
             self._updates = self._new_batch(inputs)
             self.phase = f"{'the update' if updates == 1 else f'the {updates} updates'} of step {self.rollout_step + 1}"
@@ -254,9 +268,11 @@ class CTCGRPOTrainer(CheckpointedUpdate):
     # --- one batch of rollouts -------------------------------------------------------------------------------------------
 
     def _new_batch(self, inputs: Sequence[dict[str, Any]]) -> list[list[TurnSample]]:
-        started = time.perf_counter()
-        self._log_number("policy_version", self.state.global_step)
-        episodes = self.collect(self.rollout_step + 1, [row["task"] for row in inputs])
+        played = self._take_played(self.rollout_step + 1, [row["task"] for row in inputs])
+        episodes = played.episodes
+        if self.args.overlap:
+            self._play_ahead(self.rollout_step + 2)
+        self._log_number("policy_version", played.version)
         self._hooks.update(self.rollout_step + 1)
         summaries = gather_object([summarise(e, self.args) for e in episodes])
         self.refuse_failures(summaries, episodes)
@@ -264,8 +280,12 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         add_credit(self._trace_file(step_name(self.rollout_step + 1)), episodes, credit.turns)
         for name, value in rollout_metrics(summaries, credit).items():
             self._log_number(name, value)
-        seconds = time.perf_counter() - started
+        seconds = played.seconds
         self._log_number("seconds/rollout", seconds)
+        if self.args.overlap:
+            self._log_number("overlap/staleness", self.state.global_step - played.version)
+            self._log_number("overlap/trainer_waited", played.waited)
+            self._log_number("overlap/share", 1 - played.waited / seconds)
         if self.args.audit_every and (self.rollout_step + 1) % self.args.audit_every == 0:
             self._audit(episodes)
         waited = sum(e.seconds_environment for e in episodes)
@@ -321,12 +341,16 @@ class CTCGRPOTrainer(CheckpointedUpdate):
 
     def collect(self, step: int, positions: Sequence[int]) -> list[Episode]:
         """Play this process's contiguous share of the episodes of `step` (from 1); `positions`: of their tasks in the dataset."""
+        slots = self._slots(step, positions)
+        self._hooks.rollouts(step, len(slots))
+        return self.play(slots, step_name(step))
+
+    def _slots(self, step: int, positions: Sequence[int]) -> list[Slot]:
+        """Of this process; `positions` as in `collect`."""
         size = self.args.num_generations
         first = self.accelerator.process_index * len(positions)
         places = (divmod(first + k, size) for k in range(len(positions)))
-        slots = [Slot(self._tasks[position], step, *place) for position, place in zip(positions, places, strict=True)]
-        self._hooks.rollouts(step, len(slots))
-        return self.play(slots, step_name(step))
+        return [Slot(self._tasks[position], step, *place) for position, place in zip(positions, places, strict=True)]
 
     def play(self, slots: Sequence[Slot], name: str, play: Play | None = None) -> list[Episode]:
         """Play episodes with the current policy, on every process (each with its own slots), and write their traces to
@@ -334,29 +358,101 @@ class CTCGRPOTrainer(CheckpointedUpdate):
 
         When any process is asked to pause (Ctrl-C, a spent budget), all of them raise RunPaused together.
         """
+        self._await_ahead()
+        before = self.phase
+        self._take_weights()
+        self.phase = PLAYING
+        try:
+            return self._finished(lambda: self._run(slots, name, replace(self.runner, play=play or self.runner.play)))
+        finally:
+            self.phase = before
+
+    def _take_weights(self) -> None:
+        self._refuse_sharded_sampling()
+        before, self.phase = self.phase, "the transfer of the policy's weights to the engine"
+        together(lambda: self.engine.take_weights(self.state.global_step))
+        self.phase = before
+
+    def _run(self, slots: Sequence[Slot], name: str, runner: RolloutRunner) -> list[Episode]:
         write = TraceWriter(self._trace_file(name))
 
         def on_episode(episode: Episode) -> None:
             write(episode)
             self._hooks.episode(episode)
 
-        self._refuse_sharded_sampling()
-        before, self.phase = self.phase, "the transfer of the policy's weights to the engine"
-        together(lambda: self.engine.take_weights(self.state.global_step))
-        self.phase = PLAYING
-        episodes: list[Episode] = []
+        return run_coroutine(runner.run(slots, on_episode))
+
+    def _finished(self, wait: Callable[[], _T]) -> _T:
+        """The result of `wait`, when it is there on all processes, and the engine had the same weights throughout."""
         pause: RunPaused | None = None
+        result: _T | None = None
         try:
-            runner = replace(self.runner, play=play or self.runner.play)
-            episodes = run_coroutine(runner.run(slots, on_episode))
+            result = wait()
         except RunPaused as error:
             pause = error
         finally:
             self.engine.sleep()
-            self.phase = before
         raise_on_all(pause)
         together(self.engine.confirm)
-        return episodes
+        return cast(_T, result)
+
+    # --- overlap -----------------------------------------------------------------------------------------------------------
+
+    def _play_ahead(self, step: int) -> None:
+        """Begin to play the episodes of `step` (from 1), if the run has it, with the current weights, in a thread."""
+        if step > len(self._step_tasks):
+            return
+        self._take_weights()
+        if self._engine_free is not None:
+            self._log_number("overlap/engine_waited", time.perf_counter() - self._engine_free)
+        tasks = [task for task in self._step_tasks[step - 1] for _ in range(self.args.num_generations)]
+        share = len(tasks) // self.accelerator.num_processes
+        tasks = tasks[self.accelerator.process_index * share :][:share]
+        slots = self._slots(step, tasks)
+
+        def play(stopped: Callable[[], bool]) -> list[Episode]:
+            interrupted = self._hooks.interrupted
+            runner = replace(self.runner, interrupted=lambda: stopped() or interrupted())
+            return self._run(slots, step_name(step), runner)
+
+        self._ahead = PlayingAhead(step, tasks, self.state.global_step, play)
+
+    def _await_ahead(self) -> None:
+        """Wait for the batch that is played ahead, if there is one. The engine is idle afterwards."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return
+        before, self.phase = self.phase, PLAYING
+        self._hooks.rollouts(ahead.step, len(ahead.tasks))
+        try:
+            self._played = self._finished(ahead.wait)
+        finally:
+            self._engine_free = ahead.ended
+            self.phase = before
+
+    def _take_played(self, step: int, tasks: Sequence[int]) -> Played:
+        """The episodes of a step (from 1): those played ahead, or else played now."""
+        played, self._played = self._played, None
+        if played is not None:
+            if (played.step, list(played.tasks)) != (step, list(tasks)):
+                raise RuntimeError(f"step {played.step} was played ahead, and the trainer asks for another one ({step})")
+            return played
+        started, version = time.perf_counter(), self.state.global_step
+        episodes = self.collect(step, tasks)
+        self._engine_free = time.perf_counter()
+        seconds = self._engine_free - started
+        return Played(step, tasks, version, episodes, seconds, seconds)
+
+    def _drop_ahead(self) -> None:
+        """Cancel a batch that is played ahead when training ends early. It is played again when the run resumes."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.stop()
+            self.engine.sleep()
+            self._trace_file(step_name(ahead.step)).unlink(missing_ok=True)
+        if self._played is not None:
+            self._trace_file(step_name(self._played.step)).unlink(missing_ok=True)
+        self._played = None
 
     def _refuse_sharded_sampling(self) -> None:
         plugin = self.accelerator.state.deepspeed_plugin

@@ -1,0 +1,255 @@
+"""Episodes of the next step are played while a step's updates run, from one version of the weights, and none is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ctcgrpo import CTCGRPOConfig, CTCGRPOTrainer, Environment, Step
+from ctcgrpo.errors import PolicyEngineError, RecipeError, RunInterrupted, TooManyFailures
+from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.training.ahead import PlayingAhead
+from ctcgrpo.training.trainer import RolloutHooks
+
+ROOT = Path(__file__).parents[2]
+TASKS = [{"id": f"t{k}", "words": f"Say {k}."} for k in range(8)]
+PATIENCE = 60.0
+
+
+class Talk(Environment):
+    """Two turns; a reply earns what its length says."""
+
+    began: threading.Event
+    steps_begun: set[int]
+
+    async def reset(self, task: Any, *, seed: int) -> str:
+        self.turns = 0
+        Talk.steps_begun.add(int(self.name.split("/")[0]) if self.name[0].isdigit() else 0)
+        Talk.began.set()
+        await asyncio.sleep(0)
+        return str(task["words"])
+
+    def step(self, reply: str) -> Step:
+        self.turns += 1
+        return Step("And?", reward=len(reply) / 50, done=self.turns == 2)
+
+
+@pytest.fixture(autouse=True)
+def nothing_begun() -> None:
+    Talk.began, Talk.steps_begun = threading.Event(), set()
+
+
+def trainer(folder: Path, hooks: RolloutHooks | None = None, environment: Any = Talk, **options: Any) -> CTCGRPOTrainer:
+    defaults: dict[str, Any] = {
+        "overlap": 1,
+        "sampling_dtype": "bfloat16",
+        "num_generations": 2,
+        "per_device_train_batch_size": 4,
+        "max_turns": 2,
+        "max_completion_length": 6,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "bf16": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return CTCGRPOTrainer(
+        "builtin/tiny",
+        args=CTCGRPOConfig(str(folder), **defaults | options),
+        environment=environment,
+        train_dataset=TASKS,
+        eval_dataset=TASKS[:2],
+        **({"hooks": hooks} if hooks else {}),
+    )
+
+
+def traces(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """The episodes of each step."""
+    files = sorted((folder / "traces").glob("step-*"))
+    return {int(f.stem.split("-")[1].split(".")[0]): [json.loads(line) for line in f.read_text().splitlines()] for f in files}
+
+
+def logged(made: CTCGRPOTrainer, name: str) -> list[float]:
+    return [entry[name] for entry in made.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize("overlap", [1, 0])
+def test_the_next_step_is_played_while_the_update_runs(tmp_path: Path, overlap: int) -> None:
+    made = trainer(tmp_path, overlap=overlap, max_steps=3)
+    update, seen = made.update, []
+
+    def slow_update(*args: Any) -> torch.Tensor:
+        """Ends only once an episode of the next step has begun, if one may."""
+        step = made.rollout_step + 1
+        if overlap and step < 3:
+            while step + 1 not in Talk.steps_begun:
+                assert Talk.began.wait(PATIENCE)
+                Talk.began.clear()
+        seen.append(max(Talk.steps_begun))
+        return update(*args)
+
+    made.update = slow_update  # type: ignore[method-assign]
+    made.train()
+    assert seen == ([2, 3, 3] if overlap else [1, 2, 3])
+    assert logged(made, "policy_version") == ([0, 0, 1] if overlap else [0, 1, 2])
+    assert logged(made, "overlap/staleness") == ([0, 1, 1] if overlap else [])
+    assert all(0 <= share <= 1 for share in logged(made, "overlap/share"))
+    assert len(logged(made, "overlap/engine_waited")) == (2 if overlap else 0)
+    assert ("importance/mean" in made.state.log_history[0]) == bool(overlap)
+
+
+def test_a_batch_comes_from_one_version_and_every_task_is_played_once(tmp_path: Path) -> None:
+    made = trainer(tmp_path, max_steps=3, learning_rate=1e-3, save_strategy="steps", save_steps=1, save_total_limit=9)
+    parts: dict[int, list[Any]] = {}
+    new_batch = made._new_batch
+
+    def keep(inputs: Any) -> Any:
+        parts[made.rollout_step + 1] = (found := new_batch(inputs))[0]
+        return found
+
+    made._new_batch = keep  # type: ignore[method-assign]
+    made.train()
+    played = traces(tmp_path)
+    assert sorted(played) == [1, 2, 3] and all(len(episodes) == 4 for episodes in played.values())
+    assert [{e["version"] for e in played[k]} for k in (1, 2, 3)] == [{0}, {0}, {1}]
+    assert sorted(e["task"] for step in played.values() for e in step)[::2] == sorted(
+        {e["task"] for s in played.values() for e in s}
+    )
+    assert all(turn["credit"] for step in played.values() for e in step for turn in e["turns"])
+    # Step 3 was sampled from the weights after one update, and not from those that it trained (after two).
+    models = {k: AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{k}", dtype="float32").eval() for k in (1, 2)}
+    gaps = dict.fromkeys(models, 0.0)
+    for sample in parts[3]:
+        ids, n = torch.tensor([[*sample.prompt_ids.tolist(), *sample.completion_ids.tolist()]]), len(sample.completion_ids)
+        for k, model in models.items():
+            with torch.no_grad():
+                scores = model(ids).logits[0, -n - 1 : -1].log_softmax(-1)[range(n), ids[0, -n:]]
+            gaps[k] += float((scores - torch.from_numpy(sample.sampled_logprobs)).abs().sum())
+    assert gaps[1] < gaps[2] / 4, gaps  # the engine's copy is in bfloat16
+
+
+class StopsDuring(RolloutHooks):
+    """Asks to stop once an episode of a step has begun."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def interrupted(self) -> bool:
+        return self.step in Talk.steps_begun
+
+
+class Waits(Talk):
+    """Its third step does not end until it is cancelled."""
+
+    async def reset(self, task: Any, *, seed: int) -> str:
+        line = await super().reset(task, seed=seed)
+        if self.name.startswith("3/"):
+            await asyncio.sleep(3600)
+        return line
+
+
+def test_a_stopped_run_plays_what_was_ahead_again(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 9}
+    stopped = trainer(tmp_path, hooks=StopsDuring(3), environment=Waits, **options)
+    try:
+        stopped.train()
+    except RunInterrupted:
+        stopped.save_now()
+    # Step 2 was trained or about to be; step 3 was in progress, and left no episodes that were not trained on.
+    reached = stopped.state.global_step
+    assert reached in (1, 2) and not [t for t in threading.enumerate() if t.name == "rollouts"]
+    assert all(e["version"] is not None for e in traces(tmp_path).get(3, []))
+    Talk.steps_begun.clear()
+    resumed = trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4 and min(Talk.steps_begun) == reached + 1
+    played = traces(tmp_path)
+    assert sorted(played) == [1, 2, 3, 4] and all(len(episodes) == 4 for episodes in played.values())
+    assert {e["version"] for e in played[reached + 1]} == {reached}  # again, with the newest weights
+
+
+def test_an_error_in_the_trainer_ends_the_batch_ahead(tmp_path: Path) -> None:
+    made = trainer(tmp_path, environment=Waits)
+
+    def fails(*args: Any) -> torch.Tensor:
+        if made.rollout_step == 1:
+            raise ValueError("an error of the update")
+        return update(*args)
+
+    update, made.update = made.update, fails  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="an error of the update"):
+        made.train()
+    assert not [t for t in threading.enumerate() if t.name == "rollouts"] and sorted(traces(tmp_path)) == [1, 2]
+
+
+class Breaks(Talk):
+    def step(self, reply: str) -> Step:
+        if self.name.startswith("2/"):
+            raise OSError("the disk is full")
+        return super().step(reply)
+
+
+def test_failures_of_a_batch_ahead_are_those_of_its_step(tmp_path: Path) -> None:
+    made = trainer(tmp_path, environment=Breaks)
+    with pytest.raises(TooManyFailures, match="step 2: 4 of 4 episodes failed.*the disk is full"):
+        made.train()
+    assert made.state.global_step == 1
+
+
+def test_evaluations_use_current_weights(tmp_path: Path) -> None:
+    made = trainer(tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, num_iterations=1)
+    made.train()
+    files = sorted((tmp_path / "traces").glob("eval-*"))
+    assert [{json.loads(line)["version"] for line in f.read_text().splitlines()} for f in files] == [{1}, {2}, {3}]
+    assert sorted(traces(tmp_path)) == [1, 2, 3] and len(logged(made, "eval_outcome/all")) == 3
+
+
+def test_several_updates_of_a_batch(tmp_path: Path) -> None:
+    made = trainer(tmp_path, max_steps=6, num_iterations=2)
+    made.train()
+    assert logged(made, "overlap/staleness") == [0, 2, 2] and logged(made, "policy_version") == [0, 0, 2]
+
+
+def test_what_an_engine_raises_reaches_the_trainer() -> None:
+    def play(stopped: Any) -> list[Any]:
+        raise PolicyEngineError("http://127.0.0.1:9 did not answer")
+
+    ahead = PlayingAhead(2, [0], 0, play)
+    with pytest.raises(PolicyEngineError, match="did not answer"):
+        ahead.wait()
+    ahead.stop()
+
+
+def test_what_excludes_overlap_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="overlap = 1 needs an engine with weights of its own"):
+        trainer(tmp_path, sampling_dtype="policy")
+    with pytest.raises(ValueError, match="so it excludes deterministic"):
+        trainer(tmp_path, deterministic=True)
+    with pytest.raises(ValueError, match="there are no importance weights to correct for it"):
+        trainer(tmp_path, use_vllm=True, vllm_mode="server", top_k=20)
+    tiny = ROOT / "recipes" / "tiny.yaml"
+    free = ["rollout.overlap=1", "rollout.deterministic=false"]
+    load_recipe(tiny, [*free, "rollout.dtype=bfloat16"])
+    served = ["rollout.engine=vllm_server", "rollout.vllm.urls=[http://127.0.0.1:9]"]
+    load_recipe(tiny, [*free, *served, "rollout.top_k=20", "training.importance=none"])
+    for overrides, message in (
+        (
+            ["rollout.overlap=1", "rollout.deterministic=true", "rollout.dtype=bfloat16"],
+            "with rollout.deterministic; leave one out",
+        ),
+        (free, "which samples from the trained weights themselves"),
+        ([*free, "rollout.engine=vllm_colocated"], "which samples from the trained weights themselves"),
+        ([*free, *served, "rollout.top_p=0.9"], "there are no importance weights to correct for it"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(tiny, overrides)
