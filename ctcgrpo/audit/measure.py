@@ -54,12 +54,14 @@ def played_steps(trainer: "CTCGRPOTrainer", steps: int, *, continuations: int, s
         started = time.perf_counter()
         episodes = trainer.collect(step, everyone[first : first + share].tolist())
         seconds = time.perf_counter() - started
+        if accelerator.is_main_process:
+            turns = sum(len(e.turns) for e in episodes)
+            say(f"batch {step} of {steps}: episodes took {seconds:.0f} s; computing the gradients of {turns} turns")
         found.append(sketched(trainer, episodes))
         if accelerator.is_main_process:
             scored = [e.outcome for e in episodes if e.failure is None]
             mean = f"mean outcome {np.mean(scored):+.3f}, " if scored else ""
-            gradients = time.perf_counter() - started - seconds
-            say(f"batch {step} of {steps}: {mean}{seconds:.0f} s for episodes, {gradients:.0f} s for gradients")
+            say(f"batch {step} of {steps}: {mean}gradients took {time.perf_counter() - started - seconds:.0f} s")
     return found
 
 
