@@ -55,7 +55,7 @@ class ScenarioTask(vf.Task[ScenarioData]):  # type: ignore[misc]
 
 class ScenariosConfig(vf.TasksetConfig):  # type: ignore[misc]
     scenarios: str = "english"
-    """A bundled pack, a dataset under $CTCGRPO_DATA (eibench), a file or a folder."""
+    """A bundled pack, a dataset under $CTCGRPO_DATA (eibench), a file, a folder, or a data set on the Hub."""
     split: Split = "train"
     """The folder of the source where it has both. The outcome is scored as in training (train) or in evaluations (test)."""
     instructions: str = DEFAULT_INSTRUCTIONS
