@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcgrpo.environments.eibench.records import Scenario
+from ctcgrpo.errors import RecipeError
 from ctcgrpo.types import Task
 from ctcgrpo.util.files import file_digest
 
@@ -58,6 +59,13 @@ def data_changes(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping
         if found:
             changes.append(f"{subject}: {', '.join(found)}{_at_commits(old, new, subject)}")
     return changes
+
+
+def refuse_other_commits(main: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """Raises RecipeError where this process reads a data set at another commit than the main process: a branch moved in between."""
+    if field := next((field for field in main if here.get(field) != main[field]), None):
+        commits = f"the main process read commit {main[field]}, another process {here.get(field)}"
+        raise RecipeError(f"{field}: {commits}; expected the same; try {field}=hf://datasets/NAME@{main[field]}")
 
 
 def moved_commits(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ import pytest
 from ctcgrpo.environments.eibench.scenarios import PACKS, load_scenarios, load_set, read_records
 from ctcgrpo.errors import RecipeError, ScenarioError
 from ctcgrpo.factory.storage import to_dataset
+from ctcgrpo.run.data_digest import refuse_other_commits
 from ctcgrpo.run.run_tasks import read_tasks
 from ctcgrpo.util import hub_data
 from ctcgrpo.util.hub_data import commit_of, hub_source, unpinned
@@ -227,6 +228,14 @@ def test_a_run_records_the_commit_and_notices_another(hub: FakeHub, ctcgrpo: Com
     assert f"try scenarios.train=hf://datasets/NAME@{second}" in said
     code, said = train(f"{source}@{second}")  # as the message says
     assert code == 0 and recorded()["scenarios.train"] == second, said
+
+
+def test_processes_with_different_commits_are_refused() -> None:
+    refuse_other_commits({"scenarios.train": "a" * 40}, {"scenarios.train": "a" * 40})
+    with pytest.raises(
+        RecipeError, match=r"scenarios\.train: .*a{40}, another process b{40}; .*try scenarios\.train=hf://.*@a{40}"
+    ):
+        refuse_other_commits({"scenarios.train": "a" * 40}, {"scenarios.train": "b" * 40})
 
 
 def test_the_command_reads_a_hub_named_by_the_environment(tmp_path: Path) -> None:
