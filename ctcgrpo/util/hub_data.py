@@ -1,7 +1,7 @@
 """Data sets on the Hub as sources of records: hf://datasets/OWNER/NAME[@REVISION][/SPLIT, /CONFIGURATION/SPLIT or /FILE].
 
 The Hub's library resolves the revision to a commit, once in a process, and keeps the files of the commit in its cache; from there
-they are read without a network too. `datasets` says which files make a split, and reads tables (Parquet, CSV, Arrow). JSON is read
+they are read without a network too. `datasets` says which files make a split, and reads tables (Parquet, CSV). JSON is read
 by `record_files`, since Arrow gives all rows the same fields, which records do not have.
 """
 
@@ -21,7 +21,7 @@ from ctcgrpo.util.record_files import SUFFIXES, OnBad, is_record_file, read_reco
 
 HUB = "hf://datasets/"
 _SOURCE = re.compile(r"hf://datasets/(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^/@]+))?(?:/(?P<part>[^@]+))?")
-_TABLES = (".parquet", ".csv", ".csv.gz", ".arrow")
+_TABLES = (".parquet", ".csv")
 _FETCHED = ["README.md", *(f"*{s}" for suffix in (*SUFFIXES, *_TABLES) for s in (suffix, suffix.upper()))]
 
 
