@@ -131,7 +131,7 @@ _URLS = typer.Option(help="URL of a running simulator server; repeat for replica
 
 def chat(
     scenario: Annotated[str | None, typer.Option(help="Scenario id; default: the first one.")] = None,
-    scenarios: Annotated[str, typer.Option(help="Scenarios: a path, a bundled pack, or a dataset.")] = "english/test",
+    scenarios: Annotated[str, typer.Option(help="Scenarios: a path, a pack, a dataset, or hf://...")] = "english/test",
     config: Annotated[Path | None, _CONFIG] = None,
     url: Annotated[list[str] | None, _URLS] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Maximum number of replies.")] = 8,

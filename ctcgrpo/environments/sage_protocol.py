@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ctcgrpo.errors import ScenarioError
-from ctcgrpo.util.files import read_json_lines
+from ctcgrpo.util.record_files import read_record_file
 
 START, SUCCESS, FAILURE, USER_TURNS = 40, 100, 10, 10
 PROFILES = "simulator_profile_withfirsttalk.jsonl"
@@ -57,7 +57,7 @@ def load_profiles(path: Path) -> list[Profile]:
             f"{file} not found; expected SAGE's profiles or a folder with them; set --data to your copy: {source}"
         )
     found: dict[str, Profile] = {}
-    for place, record in read_json_lines(file, ScenarioError):
+    for place, record in read_record_file(file, ScenarioError):
         profile = profile_of(record, place)
         if profile.id in found:
             raise ScenarioError(f"{place}: duplicate id {profile.id!r}")

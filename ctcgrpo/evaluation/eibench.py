@@ -65,7 +65,8 @@ def eibench(
     """The task of EIBench on a set of scenarios; EIBench's own are eibench/test.
 
     Args:
-      scenarios: a path, a bundled pack (english/test) or a dataset under $CTCGRPO_DATA (eibench/test: the 213 published ones).
+      scenarios: a path, a bundled pack (english/test), a dataset under $CTCGRPO_DATA (eibench/test: the 213 published ones), or
+        a data set on the Hub (hf://datasets/OWNER/NAME).
       simulator: the user: absent for the model with the role `simulator`; scripted; a configuration's file; a server's URL.
       rounds: limit on the model's replies.
       variant: scoring of the final state: evaluation (as published) or training.

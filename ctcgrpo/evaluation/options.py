@@ -47,7 +47,7 @@ class _Scenarios:
         str | None,
         Option(help="Who plays the user: scripted, a configuration (configs/simulator), a server's URL, or PROVIDER/NAME."),
     ] = None
-    scenarios: Annotated[str | None, Option(help="A path, a pack, or eibench/test.")] = None
+    scenarios: Annotated[str | None, Option(help="A path, a pack, eibench/test, or hf://...")] = None
     invalid: Annotated[
         Literal["skip", "refuse"] | None,
         Option(help="Invalid records: skip (default) leaves them out with a warning, refuse stops."),

@@ -23,7 +23,9 @@ from ctcgrpo.util.terminal import Terminal, say
 
 Record = dict[str, Any]
 app = typer.Typer(help="Fetch, generate, check and convert sets of scenarios.", no_args_is_help=True)
-Source = Annotated[str, typer.Argument(help="A path, a bundled pack (english/train) or a dataset (eibench/train).")]
+Source = Annotated[
+    str, typer.Argument(help="A path, a bundled pack (english/train), a dataset (eibench/train), or hf://datasets/OWNER/NAME.")
+]
 Part = Annotated[Split, typer.Option(help="The folder, where the source has both.")]
 Threshold = Annotated[float, typer.Option(min=0.05, max=1.0, help="TF-IDF cosine from which two records are duplicates.")]
 

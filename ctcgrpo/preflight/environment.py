@@ -38,7 +38,7 @@ def validation(s: Subject) -> Iterator[Finding]:
     if s.recipe.validation is None:
         yield NO_VALIDATION
         return
-    s.held_out_tasks = read_tasks(s.recipe.validation_source(), "validation.tasks", _settings(s).folder)
+    s.held_out_tasks = read_tasks(s.recipe.validation_source(), "validation.tasks", _settings(s).folder, "test")
     trained = {*_contents(s.tasks).values(), *_named(s.tasks)}
     both = [name for name, said in _contents(s.held_out_tasks).items() if said in trained]
     both = list(dict.fromkeys([*both, *(name for name in _named(s.held_out_tasks) if name in trained)]))

@@ -102,7 +102,10 @@ class Policy(Section):
 class Scenarios(Section):
     """The scenarios that are trained on."""
 
-    train: str = Field(description="a path, a bundled pack (english/train), or a dataset in $CTCGRPO_DATA (eibench/train)")
+    train: str = Field(
+        description="a path, a bundled pack (english/train), a dataset in $CTCGRPO_DATA (eibench/train), or a data set on the Hub "
+        "(hf://datasets/OWNER/NAME[@REVISION][/SPLIT])"
+    )
     scenes: tuple[str, ...] = Field(
         SCENES, min_length=1, description="scenes to train on, without duplicates: of the published set, or custom ones"
     )
@@ -131,7 +134,8 @@ class OwnEnvironment(Section):
     )
     options: dict[str, Any] = Field({}, description="keyword arguments for the factory")
     tasks: str = Field(
-        description="training tasks: a JSON lines file with one object per task, or module:function that returns them"
+        description="training tasks: a file of JSON lines or JSON with one object per task, a folder of them, a data set on the "
+        "Hub (hf://datasets/OWNER/NAME[@REVISION][/SPLIT]), or module:function that returns them"
     )
     timeout: float = recipe_field("environment_timeout")
     per_step: int = Field(8, ge=1, description="tasks per step; the same number of each tag")

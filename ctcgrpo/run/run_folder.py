@@ -6,7 +6,7 @@ checkpoints/RUN/
     metrics.jsonl     one line a step
     simulator.json    the simulator's backend and models, for scenarios
     data.json         digests of the scenarios or tasks, of a local model's files, of a chat template, and of the modules of a
-                      custom environment and custom credits; skipped records
+                      custom environment and custom credits; commits of data sets on the Hub; skipped records
     sharding.json     configuration of DeepSpeed or FSDP2
     simulator.jsonl   the log of the embedded simulator server
     validation.jsonl  one line a validation
@@ -45,6 +45,7 @@ from ctcgrpo.util.files import (
     refuse_to_resume,
     write_whole,
 )
+from ctcgrpo.util.hub_data import unpinned
 from ctcgrpo.util.naming import differences, first_line
 from ctcgrpo.util.workers import lock_folder
 
@@ -161,6 +162,11 @@ class RunFolder:
             shutil.rmtree(self._newer_best, ignore_errors=True)
         write_whole(self.metrics_file, "".join(json.dumps(metrics) + "\n" for metrics in kept_metrics))
 
+    def recorded(self, name: str) -> Mapping[str, Any]:
+        """What `record_or_compare` recorded in a file; nothing without one. Raises OutputError where it is damaged."""
+        file = self.path / name
+        return _object(file) if file.exists() else {}
+
     def record_or_compare(
         self,
         name: str,
@@ -231,13 +237,14 @@ class RunFolder:
 
     def changes(self, recipe: Recipe) -> list[str]:
         """Differences between the recorded recipe and this one. Free to change: the run's folder, `hardware`, a larger number of
-        steps, the folder of modules (data.json has digests of their content), and where servers are, which a job that is submitted
-        again finds on other nodes (simulator.json says who plays the user; a server of the policy is sent its weights)."""
+        steps, the folder of modules and revisions of data sets on the Hub (data.json has digests of their content), and where
+        servers are, which a job that is submitted again finds on other nodes (simulator.json says who plays the user; a server of
+        the policy is sent its weights)."""
         free: dict[str, Any] = {"hardware": True, "run": {"output_dir", "name"}, "environment": {"folder"}, "simulator": True}
         free["rollout"] = {"vllm": {"urls"}}
         if self.extended_from(recipe):
             free["training"] = {"max_steps"}
-        old, now = (resolved.model_dump(mode="json", exclude=free) for resolved in (self._recorded(), recipe))
+        old, now = (_unpinned(resolved.model_dump(mode="json", exclude=free)) for resolved in (self._recorded(), recipe))
         return differences(old, now)
 
     def _recorded(self) -> Recipe:
@@ -247,6 +254,16 @@ class RunFolder:
         except RecipeError as error:
             reason = f"the run's recipe.yaml cannot be read: {first_line(error)}"
             raise OutputError(f"{self.path}: {reason}; start another run with run.name=NAME") from None
+
+
+def _unpinned(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe whose data sets on the Hub have no revision."""
+    return {
+        name: {field: unpinned(value) if isinstance(value, str) else value for field, value in section.items()}
+        if name in ("scenarios", "environment", "validation") and isinstance(section, dict)
+        else section
+        for name, section in recipe.items()
+    }
 
 
 def _object(file: Path) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from typing import Any, cast
 from accelerate import PartialState
 
 from ctcgrpo.environments.eibench import EIBenchEpisodes, opening_messages, task_of
+from ctcgrpo.environments.eibench.scenario_format import Split
 from ctcgrpo.environments.eibench.scenarios import load_scenes, load_set
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.evaluation.played import validation_settings
-from ctcgrpo.run.data_digest import SKIPPED, scenarios_digest, tasks_digest
+from ctcgrpo.run.data_digest import COMMITS, SKIPPED, scenarios_digest, tasks_digest
 from ctcgrpo.run.recipe import OwnEnvironment, Recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.settings import briefing
@@ -27,9 +28,11 @@ from ctcgrpo.simulator.logs import json_log
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from ctcgrpo.training.tasks import tasks_of
 from ctcgrpo.types import Environment, Message, Task
-from ctcgrpo.util.files import file_digest, read_json_lines
+from ctcgrpo.util.files import file_digest
+from ctcgrpo.util.hub_data import commit_of, hub_parts, is_hub
 from ctcgrpo.util.importing import blame, is_reference, load_object, source_of
 from ctcgrpo.util.processes import on_main
+from ctcgrpo.util.record_files import FORMATS, read_record_file, record_files
 
 Say = Callable[[str], None]
 
@@ -54,6 +57,7 @@ class ScenarioTasks:
     def data(self) -> dict[str, dict[str, str]]:
         """Digests of the tasks, by the recipe field that names them."""
         data = {name: scenarios_digest(found.scenarios) for name, found in self._sets.items()}
+        data |= commits({name: found.source for name, found in self._sets.items()})
         if faults := [fault for found in self._sets.values() for fault in found.faults]:
             data[SKIPPED] = {fault.place: str(fault) for fault in faults}
         return data
@@ -113,7 +117,7 @@ class ScenarioTasks:
 
 
 class OwnTasks:
-    """Tasks from JSON lines files, and an environment named as `module:attribute`; methods as those of ScenarioTasks."""
+    """Tasks from files or a data set, and an environment named as `module:attribute`; methods as those of ScenarioTasks."""
 
     noun = "tasks"
     warnings: Sequence[str] = ()
@@ -123,13 +127,15 @@ class OwnTasks:
         self._factory = environment_factory(settings)
         self.train = read_tasks(settings.tasks, "environment.tasks", settings.folder)
         held_out = recipe.validation_source() if recipe.validation else None
-        self.held_out = [] if held_out is None else read_tasks(held_out, "validation.tasks", settings.folder)
+        self.held_out = [] if held_out is None else read_tasks(held_out, "validation.tasks", settings.folder, "test")
+        self._sources = {"environment.tasks": settings.tasks, "validation.tasks": held_out or ""}
         refuse_uneven_tags(settings, self.train)
 
     def data(self) -> dict[str, dict[str, str]]:
         data = {"environment.tasks": tasks_digest(self.train)}
         if self.held_out:
             data["validation.tasks"] = tasks_digest(self.held_out)
+        data |= commits(self._sources)
         if (source := source_of(self._settings.factory)) is not None:
             data["environment.factory"] = {source.name: file_digest(source)}
         return data
@@ -172,21 +178,42 @@ def refuse_uneven_tags(settings: OwnEnvironment, tasks: Sequence[Task]) -> None:
         )
 
 
-def read_tasks(source: str, what: str, folder: Path | None = None) -> list[Task]:
-    """The tasks of a JSON lines file, or those that `module:function` returns. `Environment.reset` gets the whole object; `id`
-    names it (default: its position, from 0), `tag` stratifies. Raises RecipeError, naming the field `what`, for a source that
-    cannot be read or has no task, and for duplicate ids."""
-    if is_reference(source):
+def commits(sources: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """The entry COMMITS of data.json, by the field that names a data set on the Hub; nothing where none does."""
+    found = {field: commit_of(source, RecipeError) for field, source in sources.items() if is_hub(source)}
+    return {COMMITS: found} if found else {}
+
+
+def read_tasks(source: str, what: str, folder: Path | None = None, split: Split = "train") -> list[Task]:
+    """The tasks of a file of records, of a folder of such files, or of a data set on the Hub; or those that `module:function`
+    returns. `Environment.reset` gets the whole object; `id` names it (default: its position, from 0), `tag` stratifies. `split` is
+    read of a folder or data set that has splits. Raises RecipeError, naming the field `what`, for a source that cannot be read or
+    has no task, and for duplicate ids."""
+    where = f"{what} = {source!r}"
+    if is_hub(source):
+        rows = [row for part in hub_parts(source, split, RecipeError) for _, row in part.read(None)]
+    elif is_reference(source):
         give = load_object(source, what, folder)
         try:
             rows = give()
         except Exception as error:  # whatever a user's function does
             raise RecipeError(f"{what} = {source!r} raised {blame(error)}") from error
-    elif not Path(source).is_file():
-        raise RecipeError(f"{what} = {source!r}: no such file; expected a JSON lines file, or module:function")
     else:
-        rows = [row for _, row in read_json_lines(Path(source), RecipeError)]
+        rows = [row for file in _task_files(Path(source), where, split) for _, row in read_record_file(file, RecipeError)]
     try:
-        return list(tasks_of(rows, f"{what} = {source!r}"))
+        return list(tasks_of(rows, where))
     except (TypeError, ValueError) as error:
         raise RecipeError(str(error)) from None
+
+
+def _task_files(path: Path, where: str, split: Split) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise RecipeError(
+            f"{where}: no such file; expected records in {FORMATS}, a folder, hf://datasets/NAME, or module:function"
+        )
+    folder = path / split if (path / split).is_dir() else path
+    if not (files := record_files(folder)):
+        raise RecipeError(f"{where}: no {FORMATS} files in {folder}")
+    return files

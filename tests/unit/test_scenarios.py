@@ -173,7 +173,7 @@ def test_broken_files(tmp_path: Path, record: dict[str, Any]) -> None:
     with pytest.raises(ScenarioError, match="holds no scenarios"):
         load_scenarios(write(tmp_path, ""))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ScenarioError, match=r"no \*.jsonl files"):
+    with pytest.raises(ScenarioError, match=r"no \*\.jsonl or \*\.json"):
         load_scenarios(tmp_path / "empty")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ScenarioError, match="cannot be read as UTF-8"):

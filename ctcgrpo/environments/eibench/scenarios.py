@@ -1,20 +1,24 @@
 """Finds and loads sets of scenarios.
 
-A source is a JSONL file, a folder of JSONL files, or a folder with `train/` and `test/`: one JSON object a line in EIBench's record
-format (scenario_format.py), optionally wrapped as {"row": {...}}."""
+A source is a file of records (util/record_files.py), a folder of them, a folder with `train/` and `test/`, or a data set on the Hub
+(util/hub_data.py). A record has EIBench's format (scenario_format.py), optionally wrapped as {"row": {...}}, or as JSON in a column
+`record`, as `ctcgrpo scenarios convert` writes it."""
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ctcgrpo.environments.eibench.records import SCENES, Scenario
 from ctcgrpo.environments.eibench.scenario_format import Fault, Split, check_record
 from ctcgrpo.errors import ScenarioError
-from ctcgrpo.util.files import read_json_lines
+from ctcgrpo.util.files import parse_json, reason_of, reject
+from ctcgrpo.util.hub_data import Part, hub_parts, is_hub
 from ctcgrpo.util.naming import did_you_mean, is_path, quoted
+from ctcgrpo.util.record_files import FORMATS, OnBad, is_record_file, read_record_file, record_files
 
 Invalid = Literal["skip", "refuse"]
 PACKS = Path(__file__).parent / "packs"
@@ -76,7 +80,7 @@ def load_set(source: str | Path, split: Split = "train", invalid: Invalid = "ski
         more = f" ({others} more; `ctcgrpo scenarios validate {source}` lists all)" if others else ""
         raise ScenarioError(f"{wrong[0]}{more}")
     if not found.scenarios:
-        raise ScenarioError(f"{source}: holds no scenarios; expected one JSON object a line in *.jsonl")
+        raise ScenarioError(f"{source}: holds no scenarios; expected records in {FORMATS}")
     return found
 
 
@@ -96,9 +100,9 @@ def read_scenarios(source: str | Path, split: Split = "train") -> ScenarioSet:
     def unreadable(place: str, message: str) -> None:
         faults.append(Fault(place, "?", "", message))
 
-    for file in _files(source, split):
+    for part in _parts(source, split):
         valid_before, faults_before = len(scenarios), len(faults)
-        for place, record in _records_of(file, unreadable):
+        for place, record in _records_of(part, unreadable):
             scenario, wrong = check_record(record, place, split)
             faults += wrong
             name = record.get("id")
@@ -119,7 +123,7 @@ def read_scenarios(source: str | Path, split: Split = "train") -> ScenarioSet:
         records += lines
         if lines and not valid:
             told = "its only record is invalid" if lines == 1 else f"none of its {lines} records is valid"
-            refusals.append(f"{of_file[0]} ({file.name}: {told})")
+            refusals.append(f"{of_file[0]} ({part.name.rpartition('/')[2]}: {told})")
     found = ScenarioSet(str(source), scenarios, faults, records, refusals)
     if found.skipped > _MOST_INVALID * records and not refusals:
         why = f"{found.skipped} of {records} records are invalid, more than half: the set is damaged, or has another format"
@@ -127,18 +131,34 @@ def read_scenarios(source: str | Path, split: Split = "train") -> ScenarioSet:
     return found
 
 
-def read_records(
-    source: str | Path, split: Split = "train", on_bad: Callable[[str, str], None] | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(source: str | Path, split: Split = "train", on_bad: OnBad | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The raw records of a source in file order, unwrapped, each with its place (file and line). Raises ScenarioError for a source
-    that is not there, and, unless `on_bad` takes them (place, message), for lines that hold no JSON object."""
-    for file in _files(source, split):
-        yield from _records_of(file, on_bad)
+    that is not there, and, unless `on_bad` takes them (place, message), for what holds no JSON object."""
+    for part in _parts(source, split):
+        yield from _records_of(part, on_bad)
 
 
-def _records_of(file: Path, on_bad: Callable[[str, str], None] | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    for place, record in read_json_lines(file, ScenarioError, on_bad=on_bad):
+def _records_of(part: Part, on_bad: OnBad | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    for place, record in part.read(on_bad):
+        if part.table and isinstance(record.get("record"), str):
+            try:
+                record = parse_json(record["record"])
+            except (ValueError, RecursionError) as problem:
+                reject(place, f"its column 'record' is not valid JSON: {reason_of(problem)}", ScenarioError, on_bad)
+                continue
+            if not isinstance(record, dict):
+                reject(place, "its column 'record' holds no JSON object", ScenarioError, on_bad)
+                continue
+        elif part.table:
+            record = _without_nulls(record)
         yield place, record["row"] if isinstance(record.get("row"), dict) else record
+
+
+def _without_nulls(value: Any) -> Any:
+    """A row of a table without the fields that its record does not have."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def load_scenes(source: str | Path, scenes: Sequence[str], invalid: Invalid = "skip") -> ScenarioSet:
@@ -179,6 +199,16 @@ def _tried(source: str | Path) -> list[Path]:
     return [Path(source), PACKS / source, data_home() / source]
 
 
+def _parts(source: str | Path, split: Split) -> list[Part]:
+    if is_hub(source):
+        return hub_parts(str(source), split, ScenarioError)
+    return [Part(str(file), partial(_read_file, file)) for file in _files(source, split)]
+
+
+def _read_file(file: Path, on_bad: OnBad | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    return read_record_file(file, ScenarioError, on_bad=on_bad)
+
+
 def _files(source: str | Path, split: Split) -> list[Path]:
     try:
         found = next((path for path in _tried(source) if path.exists()), None)
@@ -190,20 +220,23 @@ def _files(source: str | Path, split: Split) -> list[Path]:
     if found.is_file():
         return [found]
     folder = found / split if (found / split).is_dir() else found
-    files = sorted(folder.glob("*.jsonl"))
+    try:
+        files = record_files(folder)
+    except OSError as error:
+        raise ScenarioError(f"{folder}: cannot be read: {error.strerror}") from None
     if not files:
-        raise ScenarioError(f"{folder}: no *.jsonl files in this folder")
+        raise ScenarioError(f"{folder}: no {FORMATS} files in this folder")
     return files
 
 
 def _not_found(source: str) -> ScenarioError:
-    if is_path(source) or source.endswith(".jsonl"):
+    if is_path(source) or is_record_file(source):
         return ScenarioError(f"scenarios {source!r}: no such file or folder")
     if source.split("/")[0] == "eibench":
         hint = "ctcgrpo scenarios fetch eibench puts it there; CC BY-NC 4.0, not part of this package"
         return ScenarioError(f"scenarios {source!r} not found under {data_home()} ({hint})")
-    here = {path.parents[1].name for path in data_home().glob("*/*/*.jsonl")}
-    here |= {path.parent.name for path in data_home().glob("*/*.jsonl")}
+    here = {path.parents[1].name for path in data_home().glob("*/*/*") if is_record_file(path.name)}
+    here |= {path.parent.name for path in data_home().glob("*/*") if is_record_file(path.name)}
     names = [f"{name}{part}" for name in (*BUNDLED, *here, "eibench") for part in ("", "/train", "/test")]
     tried = ", ".join(map(str, _tried(source)))
     return ScenarioError(f"scenarios {source!r} not found; {did_you_mean(source, set(names))} (looked at {tried})")
