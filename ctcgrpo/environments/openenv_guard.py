@@ -51,8 +51,6 @@ class Guard:
         asked = self._authorization is not None and scope["path"] != _OPEN
         if asked and not hmac.compare_digest(headers.get(b"authorization", b""), self._authorization or b""):
             return 401, "missing or wrong bearer token"
-        if scope["type"] == "http" and int(headers.get(b"content-length", b"0")) > self._most:
-            return 413, f"the request is larger than {self._most:,} bytes"
         return None
 
     def _bounded(self, receive: Receive) -> Receive:
