@@ -88,7 +88,8 @@ class OpenEnv(Environment):
     async def reset(self, task: Mapping[str, Any], *, seed: int) -> Heard:
         """Sends the task's row and the seed to the server's reset. A `seed` of the row replaces the episode's: where it picks the
         task, all rollouts of a group need the same one."""
-        result = await self._begin({"seed": seed, **task})
+        # A data set fills the fields that a row lacks with None.
+        result = await self._begin({"seed": seed, **{name: value for name, value in task.items() if value is not None}})
         seen = self._observation(result, "reset")
         if result.done:
             raise self._failed("the first observation has done = true, so there is nothing to reply to")
