@@ -196,8 +196,11 @@ def test_a_trainer_in_python_trains_on_it(scaffold: str, tmp_path: Path) -> None
 
 
 def test_check_plays_an_episode_on_it(ctcgrpo: Command, scaffold: str, tmp_path: Path) -> None:
-    code, out, err = ctcgrpo("check", str(recipe(tmp_path, scaffold)))
-    assert code == 0 and "rewards +0.600, +0.600" in said(out), out + err
+    """With a function in a file beside the recipe."""
+    (tmp_path / "parrot_words.py").write_text("def twice(reply):\n    return {'message': reply[:2] * 2}\n")
+    chosen = "environment.options.action=parrot_words:twice"
+    code, out, err = ctcgrpo("check", str(recipe(tmp_path, scaffold)), chosen)
+    assert code == 0 and "rewards +0.400, +0.400" in said(out), out + err
 
 
 def test_check_of_an_unreachable_server_says_so(ctcgrpo: Command, tmp_path: Path) -> None:
