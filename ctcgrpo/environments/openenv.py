@@ -40,8 +40,8 @@ _TEXTS = ("message", "text", "prompt", "content", "response")
 _ROLES = ("system", "user")
 _SCHEMES = ("http", "https", "ws", "wss")
 _FULL, _INVALID = "CAPACITY_REACHED", "VALIDATION_ERROR"  # error codes of OpenEnv
-_PAUSE, _LONGEST_PAUSE = 0.1, 2.0  # seconds between two tries to get a session of a full server
-_CONNECT_SECONDS = 30.0
+_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between two tries to get a session of a full server
+_CONNECT_SECONDS = 60.0  # at most; a busy server takes long to accept hundreds of connections
 _OWN_VARIABLES = "CTCGRPO_"
 _LONGEST_REASON = 500
 _WRONG = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, WebSocketException)
@@ -138,7 +138,7 @@ class OpenEnv(Environment):
         while True:
             self._client = client = _Session(
                 base_url=self._url,
-                connect_timeout_s=_CONNECT_SECONDS,
+                connect_timeout_s=min(_CONNECT_SECONDS, self._timeout),
                 message_timeout_s=self._timeout,
                 websocket_ping_interval_s=None,  # a server that is busy for long is not gone; `timeout` limits its answers
                 mode="simulation",
