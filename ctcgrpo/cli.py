@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,13 +18,14 @@ from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
 from ctcgrpo.experiments import commands as experiments
 from ctcgrpo.factory import commands as scenarios
+from ctcgrpo.options import RolloutOptions
 from ctcgrpo.reference import commands as reference
 from ctcgrpo.report import commands as reporting
 from ctcgrpo.run.folders import check_model, require_run
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.startup import LAUNCHED, SHUTDOWN_TIMEOUT, announce_loading
-from ctcgrpo.util.importing import load_object
+from ctcgrpo.util.importing import installing, load_object
 from ctcgrpo.util.naming import cut
 from ctcgrpo.util.proxies import settle_environment
 from ctcgrpo.util.terminal import Terminal, say
@@ -113,16 +114,40 @@ def serve(
     config: Annotated[Path | None, typer.Argument(help="A file of configs/simulator; default: the scripted user.")] = None,
     host: Annotated[str, typer.Option(help="Interface to listen on; all but loopback need a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8765,
+    openenv: Annotated[bool, typer.Option("--openenv", help="Serve whole dialogues as an OpenEnv environment.")] = False,
+    scenarios: Annotated[str, typer.Option(help="With --openenv: a path, a bundled pack, or a dataset.")] = "english/train",
+    max_turns: Annotated[int, typer.Option(min=1, help="With --openenv: maximum number of replies.")] = RolloutOptions.max_turns,
+    instructions: Annotated[str, typer.Option(help="With --openenv: eibench, short, none, or a file.")] = "eibench",
 ) -> None:
     """Run a simulator server.
 
     ctcgrpo/simulator/README.md documents its HTTP contract, with a curl example; `ctcgrpo fields simulator-config` lists the
-    fields of its configuration.
+    fields of its configuration. With --openenv the server plays whole dialogues for clients of OpenEnv.
     """
-    from ctcgrpo.simulator.config import SCRIPTED_USER, load_simulator_config
+    from ctcgrpo.simulator.config import SCRIPTED_USER, SimulatorConfig, load_simulator_config
     from ctcgrpo.simulator.server import serve_forever
 
-    serve_forever(SCRIPTED_USER if config is None else load_simulator_config(config), host, port)
+    chosen = SCRIPTED_USER if config is None else load_simulator_config(config)
+    if not openenv:
+        serve_forever(chosen, host, port)
+        return
+    from ctcgrpo.environments.eibench.persona import Briefing
+    from ctcgrpo.environments.eibench.scenarios import load_set
+    from ctcgrpo.policy.instructions import load_instructions
+
+    found = load_set(scenarios)
+    for line in found.report():
+        say(line, sys.stderr)
+    briefing = Briefing(instructions=load_instructions(instructions))
+    try:
+        from ctcgrpo.simulator.openenv import OpenEnvServer
+    except ModuleNotFoundError as error:
+        raise RecipeError(f"--openenv needs the extra openenv: {installing('openenv')} ({error})") from None
+
+    def make(settings: SimulatorConfig, **options: Any) -> OpenEnvServer:
+        return OpenEnvServer(settings, found.scenarios, briefing=briefing, max_turns=max_turns, **options)
+
+    serve_forever(chosen, host, port, make)
 
 
 _CONFIG = typer.Option(help="Simulator configuration (configs/simulator); default: the scripted user.")

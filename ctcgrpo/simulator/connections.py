@@ -8,7 +8,8 @@ on connections that are already open. `BoundedHttp` is uvicorn's protocol with t
     a response that is not read within `request_seconds`                         the connection closes
     a connection beyond `max_connections`                                        503, the connection closes
 
-The application limits the size of a body while it reads it.
+The application limits the size of a body while it reads it. A connection that becomes a WebSocket keeps its place among
+`max_connections`; uvicorn's protocol for WebSockets limits its messages.
 """
 
 import asyncio
@@ -49,7 +50,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._in_head, self._complete = True, False  # of the request that arrives
         self._fields = self._unparsed = 0  # bytes of its headers; bytes since its head or body last advanced
         self._dropped = 0  # bytes that came after the response
-        self._advanced = self._surplus = self._refused = False
+        self._advanced = self._surplus = self._refused = self._upgraded = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -65,10 +66,18 @@ class BoundedHttp(HttpToolsProtocol):
             self._arriving = self.loop.call_later(seconds, self._late)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_timers()
+        super().connection_lost(exc)
+
+    def handle_websocket_upgrade(self) -> None:
+        self._upgraded = True
+        self._cancel_timers()
+        super().handle_websocket_upgrade()
+
+    def _cancel_timers(self) -> None:
         for timer in (self._arriving, self._leaving):
             if timer is not None:
                 timer.cancel()
-        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._refused or (self.cycle is not None and self.cycle.response_complete and not self._complete):
@@ -83,6 +92,8 @@ class BoundedHttp(HttpToolsProtocol):
             return
         self._advanced = False
         super().data_received(data)
+        if self._upgraded:  # another protocol reads what follows
+            return
         self._unparsed = 0 if self._advanced else self._unparsed + len(data)
         if self._unparsed > MAX_HEAD:
             self._refuse(431)

@@ -20,8 +20,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -108,7 +109,7 @@ class SimulatorServer:
         self.metrics = ServerMetrics()
         self.log = log or json_log(io.StringIO(), "warning")
         # As bytes: an environment variable and a header may contain any bytes.
-        self._authorization = None if token is None else b"Bearer " + os.fsencode(token)
+        self.token, self._authorization = token, None if token is None else b"Bearer " + os.fsencode(token)
         self._store = Store(config.store) if config.store is not None else None
         self.backend = backend or make_backend(
             config, self._store, self.metrics.on_call, say=lambda text: self.log.warning(UNAVAILABLE, error=text)
@@ -119,6 +120,16 @@ class SimulatorServer:
             on_source=lambda source: self.metrics.source.labels(source).inc(),
             on_error=lambda message: self.log.error("store", error=message),
         )
+
+    @property
+    def websockets(self) -> Mapping[str, Any]:
+        """Options of uvicorn.Config."""
+        return {"ws": "none"}
+
+    @property
+    def title(self) -> str:
+        """What is served, in words."""
+        return f"simulator {self.backend.name!r}"
 
     def check(self, scenarios: Iterable[Scenario]) -> None:
         """Raises ScenarioError for a scenario that the backend cannot play."""
@@ -147,13 +158,17 @@ class SimulatorServer:
         try:
             yield
         finally:
-            await self.backend.close()
-            try:
-                self.log.info("stopped", **self.backend.spent())
-            except OutputError as error:
-                self.log.error("stopped", error=str(error))
-            if self._store is not None:
-                self._store.close()
+            await self.close()
+
+    async def close(self) -> None:
+        """Close the backend and the store."""
+        await self.backend.close()
+        try:
+            self.log.info("stopped", **self.backend.spent())
+        except OutputError as error:
+            self.log.error("stopped", error=str(error))
+        if self._store is not None:
+            self._store.close()
 
     async def _turn(self, request: Request) -> Response:
         started = time.perf_counter()
@@ -268,8 +283,8 @@ class SimulatorServer:
             access_log=False,
             lifespan="on",
             http=http,
-            ws="none",
             timeout_graceful_shutdown=limits.drain_seconds,
+            **self.websockets,
         )
         return uvicorn.Server(config)
 
@@ -305,14 +320,15 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve_forever(config: SimulatorConfig, host: str, port: int) -> None:
-    """Run a server in the foreground. After a signal to stop, turns in progress may still end (server.drain_seconds)."""
+def serve_forever(config: SimulatorConfig, host: str, port: int, make: Callable[..., SimulatorServer] = SimulatorServer) -> None:
+    """Run a server in the foreground; `make` makes it. After a signal to stop, turns in progress may still end
+    (server.drain_seconds)."""
     token = server_token(config.server.token_env)
     check_listening(host, token, config.server.token_env)
-    server = SimulatorServer(config, log=json_log(sys.stderr, config.server.log_level), token=token)
+    server = make(config, log=json_log(sys.stderr, config.server.log_level), token=token)
     listener = bind(host, port)
     at = f"http://{host}:{listener.getsockname()[1]}"
-    print(f"simulator {server.backend.name!r} listens on {at} (Ctrl-C stops it)", flush=True)
+    print(f"{server.title} listens on {at} (Ctrl-C stops it)", flush=True)
     server.log.info("started", at=at, token=token is not None, **server.backend.about())
     server.uvicorn().run(sockets=[listener])
 

@@ -9,6 +9,7 @@ import pytest
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.util.importing import load_object, source_of
+from tests.conftest import Command
 
 
 def test_an_object_is_found_beside_the_recipe_and_in_the_current_directory(
@@ -70,3 +71,20 @@ def test_a_mistake_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ref
     assert f"credit.centering = {reference!r}" in str(raised.value)
     for name in ("needs_m", "broken_m", "raises_m", "good_m"):
         sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("module", ["ctcgrpo.environments.openenv", "ctcgrpo.simulator.openenv"])
+def test_openenv_that_is_not_installed_is_named_with_its_extra(
+    ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "openenv"]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in (module, "ctcgrpo.environments.openenv_server"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "openenv", None)
+    if module == "ctcgrpo.simulator.openenv":
+        code, _, err = ctcgrpo("serve", "--openenv")
+        assert code == 2 and "--openenv needs the extra openenv: pip install '.[openenv]'" in err
+    else:
+        with pytest.raises(RecipeError, match=r"OpenEnv needs the extra openenv: pip install '.\[openenv\]'"):
+            load_object(f"{module}:OpenEnv", "environment.factory")
