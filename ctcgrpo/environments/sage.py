@@ -99,10 +99,10 @@ class Sage(Environment):
     def outcome(self) -> float:
         return self.emotion / 100
 
-    async def _ask(self, turn: int, name: str, read: Callable[[str], _T], **told: Any) -> tuple[str, _T]:
+    async def _ask(self, turn: int, name: str, read: Callable[[str], _T], **facts: Any) -> tuple[str, _T]:
         dialogue = "\n".join(f"{who}：{text}" for who, text in self._lines)
         template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(prompt(name))
-        asked = template.render(profile=self._profile, dialogue=dialogue, **told)
+        asked = template.render(profile=self._profile, dialogue=dialogue, **facts)
         problem = ""
         for attempt in range(ATTEMPTS):
             seed = request_seed(self._seed, turn, name, attempt)

@@ -120,8 +120,8 @@ def eibench(
                     seed=request_seed(seed, *place, round - 1),
                     reasoning_history=None if reasoning is None else _HISTORY[reasoning],
                 )
-                told = state.messages if prompts is None else _officially(prompts, scenario, state.messages)
-                reply = await say(told, role="model", config=config, keep_reasoning=reasoning == "keep")
+                messages = state.messages if prompts is None else _officially(prompts, scenario, state.messages)
+                reply = await say(messages, role="model", config=config, keep_reasoning=reasoning == "keep")
                 state.messages.append(reply.message)
                 record.model_said(reply)
                 before = environment.state._asdict()
@@ -158,8 +158,8 @@ def eibench(
 
 
 def _opening(scenario: Scenario, briefing: Briefing, opener: str | None) -> list[ChatMessage]:
-    told, *said = opening_messages(scenario, briefing)
-    system = ChatMessageSystem(content=told["content"], metadata={INSTRUCTIONS: told["instructions"]})
+    first, *said = opening_messages(scenario, briefing)
+    system = ChatMessageSystem(content=first["content"], metadata={INSTRUCTIONS: first["instructions"]})
     line = said[0]["content"] if said else opener
     return [system, *([ChatMessageUser(content=line)] if line else [])]
 
@@ -169,11 +169,11 @@ def _officially(prompts: OfficialPolicyPrompts, scenario: Scenario, messages: Se
     said = messages[1:]
     system, *wanted = prompts.messages(scenario, [(m.role, m.text) for m in said])
 
-    told: list[ChatMessage] = [ChatMessageSystem(content=system["content"])]
+    chat: list[ChatMessage] = [ChatMessageSystem(content=system["content"])]
     for old, new in zip_longest(said[: len(wanted)], wanted):
         kept = old is not None and (old.role, old.text) == (new["role"], new["content"])
-        told.append(old if kept else MESSAGES[new["role"]](content=new["content"]))
-    return told
+        chat.append(old if kept else MESSAGES[new["role"]](content=new["content"]))
+    return chat
 
 
 def measured(states: Sequence[UserState], scenario: Scenario, variant: Variant) -> dict[str, float]:

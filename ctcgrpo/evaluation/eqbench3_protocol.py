@@ -61,8 +61,8 @@ class EqBench:
     @property
     def digest(self) -> str:
         """Of what the judge is told, down to its wording."""
-        told = json.dumps([self.rubrics, self.criteria], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:8]
+        prompts = json.dumps([self.rubrics, self.criteria], sort_keys=True)
+        return hashlib.sha256(prompts.encode()).hexdigest()[:8]
 
     def asked(self, scenario: EqScenario) -> list[str]:
         """The user's messages, in order, the debrief last where there is one."""

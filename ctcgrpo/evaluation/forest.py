@@ -89,14 +89,14 @@ def _picture(found: Mapping[str, Any]) -> bytes:
         (_drawable(name if whole else f"{name} (n = {row['n']})", k), row, whole)
         for k, (name, row, whole) in enumerate(_rows(found))
     ]
-    told = [
+    notes = [
         f"{found['title']}: score, difference to {found['baseline']['name']} (paired, 95 % interval)",
         f"{bench.other}: {found['other']}",
         f"settings: {found['settings']}",
         *(f"note: {warning}" for warning in found["warnings"]),
     ]
-    told = [part for line in told for part in textwrap.wrap(printable(line), 120)]
-    figure = Figure(figsize=(8.5, 0.8 + 0.34 * len(rows) + 0.18 * len(told)), layout="constrained", dpi=150)
+    notes = [part for line in notes for part in textwrap.wrap(printable(line), 120)]
+    figure = Figure(figsize=(8.5, 0.8 + 0.34 * len(rows) + 0.18 * len(notes)), layout="constrained", dpi=150)
     axes: Axes = figure.add_subplot()
     for place, (_, row, whole) in enumerate(rows):
         color = _COLORS[_verdict(row)]
@@ -108,7 +108,7 @@ def _picture(found: Mapping[str, Any]) -> bytes:
         label.set_fontweight("bold" if whole else "normal")
         label.set_parse_math(False)
     axes.invert_yaxis()
-    figure.supxlabel("\n".join(told), fontsize="small", parse_math=False)
+    figure.supxlabel("\n".join(notes), fontsize="small", parse_math=False)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#d0d7de", linewidth=0.6)

@@ -215,19 +215,19 @@ def wanted_evaluation(bench: str, model: str, given: Given, trained: Trained | N
         )
     if unset:
         task["unset"] = ",".join(sorted(unset))
-    of_run: Mapping[str, Any] = {}
+    run_settings: Mapping[str, Any] = {}
     if "as_trained" in given:
         if trained is None:
             raise RecipeError(
                 f"--as-trained: --model = {model}; expected a policy in the folder of a run on scenarios; try "
                 "--model checkpoints/RUN/best"
             )
-        of_run, generation = trained.task, {**trained.sampling, **generation}
+        run_settings, generation = trained.task, {**trained.sampling, **generation}
     elif bench == "eibench" and trained is not None and preset is None:
         # A policy expects the briefing of its training: the run's own, unless options differ.
-        of_run = briefed_as(trained.recipe)
+        run_settings = briefed_as(trained.recipe)
     left_out = {"simulator" if roles else "", *(BRIEFING if "official" in task else ())}
-    task = {**{name: value for name, value in of_run.items() if name not in left_out}, **task}
+    task = {**{name: value for name, value in run_settings.items() if name not in left_out}, **task}
     if not roles and "simulator" not in task:
         raise RecipeError(f"--{named(bench).other} is missing; {bench} needs it beside --model")
     return Evaluation(

@@ -34,8 +34,8 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, _MISREAD) and (said := unread()):
         return said
     chain = [part for part in chain if type(part).__name__ != "RetryError"]  # says nothing itself
-    told = dict.fromkeys(f"{type(part).__name__}: {' '.join(_words(part).split())}".removesuffix(": ") for part in chain)
-    text = "; ".join(reversed(told))
+    parts = dict.fromkeys(f"{type(part).__name__}: {' '.join(_words(part).split())}".removesuffix(": ") for part in chain)
+    text = "; ".join(reversed(parts))
     return text if len(text) <= _MOST else f"... {text[-_MOST:]}"
 
 

@@ -74,9 +74,9 @@ def _lines(bench: Bench, summary: Mapping[str, Any]) -> list[str]:
     if summary["failed"]:
         kinds = ", ".join(f"{n} {kind}" for kind, n in summary["failures"].items())
         lines.append(f"failed, left out of all figures: {summary['failed']} of {summary['results']} ({kinds})")
-        told = summary.get("reasons", [])
-        lines += [f"  {reason['count']} x {reason['kind']}: {_ended(reason['example'])}" for reason in told[:_MOST_REASONS]]
-        if (more := len(told) - _MOST_REASONS) > 0:
+        reasons = summary.get("reasons", [])
+        lines += [f"  {reason['count']} x {reason['kind']}: {_ended(reason['example'])}" for reason in reasons[:_MOST_REASONS]]
+        if (more := len(reasons) - _MOST_REASONS) > 0:
             lines.append(f"  and {more} more reasons; see results.jsonl")
     if without := [group for group, found in summary["groups"].items() if not found["n"]]:
         lines.append(f"the overall score is incomplete: no score for {', '.join(without)}")

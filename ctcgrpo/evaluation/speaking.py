@@ -58,7 +58,7 @@ async def say(
     config: GenerateConfig,
     keep_reasoning: bool = False,
 ) -> Said:
-    """What a model says next, in a role; without `model`, the one that is evaluated. Reasoning is told apart whether its provider
+    """What a model says next, in a role; without `model`, the one that is evaluated. Reasoning is separated whether its provider
     does so or leaves it between <think> tags; `keep_reasoning` puts it into `message`, in the form in which it came. Raises the
     role's error where there is nothing that the model said."""
     output = await generated(messages, role=role, model=model or get_model(), config=config)
@@ -79,9 +79,9 @@ async def say(
 
 
 def _reasoning_of(sampled: ChatMessageAssistant, parsed: ParsedReply) -> list[ContentReasoning]:
-    """What a model thought before its reply, as its provider told it apart, or else as it stood between tags."""
-    told = [] if isinstance(sampled.content, str) else [p for p in sampled.content if isinstance(p, ContentReasoning)]
-    return told or ([ContentReasoning(reasoning=parsed.reasoning)] if parsed.reasoning else [])
+    """What a model thought before its reply, as its provider reports it, or else the text between tags."""
+    reasoning = [] if isinstance(sampled.content, str) else [p for p in sampled.content if isinstance(p, ContentReasoning)]
+    return reasoning or ([ContentReasoning(reasoning=parsed.reasoning)] if parsed.reasoning else [])
 
 
 @cache

@@ -64,7 +64,7 @@ class InspectModel:
     async def complete(
         self, messages: Sequence[Message], *, dialogue: str, seed: int, schema: dict[str, Any], deadline: Deadline
     ) -> ChatCompletion:
-        told: list[ChatMessage] = [MESSAGES[m["role"]](content=m["content"]) for m in messages]
+        prompt: list[ChatMessage] = [MESSAGES[m["role"]](content=m["content"]) for m in messages]
         config = config_of(
             "simulator",
             self._left_out,
@@ -72,7 +72,7 @@ class InspectModel:
             temperature=self.temperature,
             response_schema=ResponseSchema(name="answer", json_schema=JSONSchema.model_validate(schema), strict=True),
         )
-        output = await generated(told, role="simulator", model=self._model, config=config)
+        output = await generated(prompt, role="simulator", model=self._model, config=config)
         message = output.choices[0].message
         ended = "length" if output.stop_reason == "max_tokens" else str(output.stop_reason)
         note = "" if message.text.strip() else why_empty(output)

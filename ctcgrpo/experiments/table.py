@@ -146,9 +146,9 @@ def printed(rows: Sequence[Mapping[str, Any]], title: str, primary: str | None =
         elif row["score"] is not None:
             low, high = row["ci95"]
             figures = [f"{row['score']:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{row['gain']:+.3f}"]
-        told = row["state"] if not row["reason"] else f"{row['state']}: {row['reason']}"
+        status = row["state"] if not row["reason"] else f"{row['state']}: {row['reason']}"
         cells = [*(row[name] for name in trial), *(_shown(row["params"].get(name)) for name in names), *figures]
-        shown = (*cells, str(len(row["by_seed"]) or "-"), "" if told == "done" else told)
+        shown = (*cells, str(len(row["by_seed"]) or "-"), "" if status == "done" else status)
         table.add_row(*map(Text, shown))  # a reason is the last line of a log: text, never markup
     return table
 

@@ -131,8 +131,8 @@ def generate(
     outcomes, spent = written(settings, count=count, held_out=_held_out(against))
     files = write_set(outcomes, out, settings)
     for outcome in outcomes:
-        for told in (*outcome.repairs, *outcome.reasons):
-            say(f"{outcome.asked.id}: {outcome.status}: {told}")
+        for line in (*outcome.repairs, *outcome.reasons):
+            say(f"{outcome.asked.id}: {outcome.status}: {line}")
     for verdict in map(gate, load_scenarios(out) if files else ()):
         if verdict.problem:
             say(f"{verdict.id}: gate: {verdict.problem}")
@@ -164,8 +164,8 @@ def clean(
         for k, cleaned in zip(left, by_model([found[k] for k in left], load_factory_config(config)), strict=True):
             found[k] = cleaned
     for cleaned in found:
-        for told in (*cleaned.differences, *(f"{cleaned.status}: {reason}" for reason in cleaned.reasons)):
-            say(f"{cleaned.record.get('id')}: {told}")
+        for line in (*cleaned.differences, *(f"{cleaned.status}: {reason}" for reason in cleaned.reasons)):
+            say(f"{cleaned.record.get('id')}: {line}")
     kept = [cleaned.record for cleaned in found if cleaned.status != "no scenario"]
     write_layout(kept, out)
     say(f"{source}: {_counted(found)}; {len(kept)} records are in {out}")
@@ -210,10 +210,10 @@ def dedup(
     if out is not None:
         check_new(out)
     records = _records(source, split)
-    held = _held_out(against)
+    held_out = _held_out(against)
     within = duplicates(records, threshold=threshold)
-    leaks = duplicates(records, held, threshold=threshold) if held else []
-    for title, pairs, others in (("within the set", within, records), ("leaks from held-out sets", leaks, held)):
+    leaks = duplicates(records, held_out, threshold=threshold) if held_out else []
+    for title, pairs, others in (("within the set", within, records), ("leaks from held-out sets", leaks, held_out)):
         if pairs:
             table = Table("", "record", "is like", "what they say", show_lines=True)
             table.title = escape(f"{source}: {len(pairs)} pairs {title}")
@@ -221,7 +221,7 @@ def dedup(
                 a, b = records[pair.a], others[pair.b]
                 table.add_row(str(pair), *map(escape, (str(a.get("id")), str(b.get("id")), f"{_excerpt(a)}\n{_excerpt(b)}")))
             Terminal(132).print(table)
-    dropped = to_drop(records, within, held, leaks)
+    dropped = to_drop(records, within, held_out, leaks)
     for k, reason in dropped.items():
         say(f"{records[k]['id']}: {reason}")
     say(f"{source}: {len(dropped)} of {len(records)} records are duplicates ({len(within)} pairs within, {len(leaks)} leaks)")

@@ -27,13 +27,13 @@ HUB = "hf://datasets/"
 
 def with_origin(record: Record, *, licence: str | None, source: str | None) -> dict[str, Any]:
     """The record with its licence and source; what it says itself stays. Raises ScenarioError where neither it nor they say one."""
-    told = dict(record)
+    completed = dict(record)
     for field, given in (("licence", licence), ("data_source", source)):
-        if not told.get(field):
+        if not completed.get(field):
             if not given:
                 raise ScenarioError(f"scenario {record.get('id')!r} has no {field}; set --{field.removeprefix('data_')}")
-            told[field] = given
-    return told
+            completed[field] = given
+    return completed
 
 
 def write_layout(records: Iterable[Record], folder: Path) -> list[Path]:

@@ -97,14 +97,14 @@ def _walk(model: type[Section], *, path: str, key: str, note: str) -> Iterator[F
             own.append(Field(here, its_key, kind, default, field.description or "", said.get("option", "")))
             continue
         assert issubclass(section, Section)
-        told = ["required"] if field.is_required() else []
+        notes = ["required"] if field.is_required() else []
         if get_origin(field.annotation) is dict:
-            here, told = f"{here}.NAME", [*told, "one for each name"]
+            here, notes = f"{here}.NAME", [*notes, "one for each name"]
         elif get_origin(field.annotation) is tuple:
-            here, told = f"{here}[]", [*told, "a list: one for each entry"]
+            here, notes = f"{here}[]", [*notes, "a list: one for each entry"]
         elif not field.is_required() and field.default is None:
-            told = ["absent by default"]
-        below.append(_walk(section, path=here, key=its_key, note="; ".join(told)))
+            notes = ["absent by default"]
+        below.append(_walk(section, path=here, key=its_key, note="; ".join(notes)))
     yield Fields(path, key, " ".join((model.__doc__ or "").split()), note, tuple(own))
     for sections in below:
         yield from sections
@@ -147,8 +147,8 @@ def _mapping(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         return str(schema["title"])
     names = allowed(schema["propertyNames"], definitions) if "propertyNames" in schema else "any name"
     values = schema.get("additionalProperties")
-    held = allowed(values, definitions) if isinstance(values, Mapping) else "any value"
-    return f"mapping{_least(schema, 'minProperties')} of {names} to {held}"
+    values_of = allowed(values, definitions) if isinstance(values, Mapping) else "any value"
+    return f"mapping{_least(schema, 'minProperties')} of {names} to {values_of}"
 
 
 def _least(schema: Mapping[str, Any], name: str) -> str:

@@ -1,7 +1,7 @@
 """Turn samples from all processes to each: as arrays, what several samples begin with once.
 
-A process's samples in the order of a walk through the tree of their prefixes (packing.py) are told by how much each has from the
-one before (`forks`) and its own tokens. Arrays of all processes are gathered as tensors, padded to the longest.
+A process's samples, in depth-first order of the tree of their prefixes (packing.py), are encoded by the length that each shares
+with the one before (`forks`) and its own tokens. Arrays of all processes are gathered as tensors, padded to the longest.
 """
 
 from collections.abc import Sequence

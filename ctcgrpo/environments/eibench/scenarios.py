@@ -122,8 +122,8 @@ def read_scenarios(source: str | Path, split: Split = "train") -> ScenarioSet:
         lines = valid + len({fault.place for fault in of_file})
         records += lines
         if lines and not valid:
-            told = "its only record is invalid" if lines == 1 else f"none of its {lines} records is valid"
-            refusals.append(f"{of_file[0]} ({part.name.rpartition('/')[2]}: {told})")
+            problem = "its only record is invalid" if lines == 1 else f"none of its {lines} records is valid"
+            refusals.append(f"{of_file[0]} ({part.name.rpartition('/')[2]}: {problem})")
     found = ScenarioSet(str(source), scenarios, faults, records, refusals)
     if found.skipped > _MOST_INVALID * records and not refusals:
         why = f"{found.skipped} of {records} records are invalid, more than half: the set is damaged, or has another format"

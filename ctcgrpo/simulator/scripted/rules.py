@@ -45,8 +45,8 @@ class Heard:
     @property
     def tells(self) -> bool:
         """Whether it comes with something of its own persona that it has not told yet."""
-        told = frozenset().union(*(r.tells for r in self.earlier))
-        return self.knowledge.language.weight(self.reading.tells - told) >= TELLING
+        already = frozenset().union(*(r.tells for r in self.earlier))
+        return self.knowledge.language.weight(self.reading.tells - already) >= TELLING
 
     @property
     def fresh(self) -> list[Detail]:
