@@ -22,7 +22,8 @@ from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import OutputError
 from ctcgrpo.report import page as pages
 from ctcgrpo.report.page import figures_of, write_report
-from ctcgrpo.report.reading import credit_of, read_run
+from ctcgrpo.report.parts import credit_of
+from ctcgrpo.report.reading import read_run
 from ctcgrpo.training.samples import turn_samples
 from ctcgrpo.types import TurnSample
 from ctcgrpo.util.files import mark_complete
