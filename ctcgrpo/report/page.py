@@ -10,7 +10,6 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +42,29 @@ _WORDS_OF_TASKS = {"task": "task", "tag": "tag", "range": ""}
 def write_report(run: Run, file: Path, trials: Sequence[Mapping[str, Any]] = ()) -> dict[str, int]:
     """Write the page; gives the number of episodes shown, of all episodes, and its size in bytes."""
     kept = _within(run.episodes, MOST_BYTES)
-    packed = _packed([_lean(e) for e in kept])
+    packed = _packed([lean(e) for e in kept])
     figures = {**figures_of(run), "shown": len(kept), "of": len(run.episodes), "trials": list(trials)}
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        (files("ctcgrpo.report") / "page.html.j2").read_text(encoding="utf-8")
-    )
-    facts = {"name": run.name, "version": __version__, "words": figures["words"]}
-    page = template.render(figures=_packed(figures), episodes=packed, **facts)
-    write_whole(file, page)
+    write_whole(file, _render(run.name, figures["words"], figures=_packed(figures), episodes=packed))
     return {"shown": len(kept), "of": len(run.episodes), "bytes": file.stat().st_size}
+
+
+def live_page(name: str, run: Run | None, nonce: str) -> str:
+    """The page that asks for a run's figures and dialogues again and again. Its script and style have the `nonce`. `run` is None
+    before there is one."""
+    return _render(name, _WORDS if run is None else words_of(run), live=True, nonce=nonce)
+
+
+def words_of(run: Run) -> dict[str, str]:
+    """The page's words for tasks and tags."""
+    return _WORDS if run.recipe.environment is None else _WORDS_OF_TASKS
+
+
+def _render(name: str, words: Mapping[str, str], **parts: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ctcgrpo.report", ""), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    facts = {"live": False, "nonce": "", "version": __version__, **parts}
+    return environment.get_template("page.html.j2").render(name=name, words=words, **facts)
 
 
 def figures_of(run: Run) -> dict[str, Any]:
@@ -65,7 +78,7 @@ def figures_of(run: Run) -> dict[str, Any]:
         "max_steps": run.recipe.training.max_steps,
         "problems": list(run.problems),
         "facts": _facts(run),
-        "words": _WORDS if run.recipe.environment is None else _WORDS_OF_TASKS,
+        "words": words_of(run),
         "tags": tags,
         "headline": _headline(run.validations),
         "credit_options": run.recipe.credit.model_dump(mode="json"),
@@ -180,7 +193,7 @@ def _failures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return dict(found)
 
 
-def _lean(e: Trace) -> list[Any]:
+def lean(e: Trace) -> list[Any]:
     """An episode as a list of values without names, to save space."""
     turns = [[t[name] for name in _OF_TURN] for t in e["turns"]]
     credit = credit_of(e)
@@ -191,7 +204,7 @@ def _lean(e: Trace) -> list[Any]:
 
 def _within(episodes: Sequence[Trace], most: int) -> list[Trace]:
     """All episodes, or whole groups evenly over the steps, within `most` bytes after compression."""
-    size = len(_packed([_lean(e) for e in episodes]))
+    size = len(_packed([lean(e) for e in episodes]))
     if size <= most:
         return list(episodes)
     groups = list(dict.fromkeys((e["kind"], e["step"], e["group"]) for e in episodes))

@@ -40,9 +40,10 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`kind` is step or validation. `valid` and `failures` (by kind) count episodes. `outcomes` of the valid ones by task, `scenes`:
-    their tags. `means`, `stds`: what metrics.jsonl should have, by its names. `states`: by tag and name. `by_turn`, `by_scene`:
-    advantages. `wrong`: advantages that are not the sum of their terms, and `trained` counts turns with credit."""
+    """`kind` is step or validation. `valid` and `failures` (by kind) count episodes. `outcomes` (by task) and `scenes` (tags by
+    task) are of the valid ones. `means`, `stds`: what metrics.jsonl should have, by its names. `states`: by tag and name.
+    `by_turn`, `by_scene`: advantages. `wrong`: advantages that are not the sum of their terms. `trained` counts turns with
+    credit."""
 
     kind: str
     step: int
@@ -110,13 +111,17 @@ def credit_of(episode: Trace) -> list[Mapping[str, float]] | None:
 
 def mean_path(paths: Sequence[Paths]) -> list[float]:
     """The mean of the paths at the start and after each turn. A finished episode counts with its last values."""
-    longest = max(length for of_part in paths for length in of_part)
-    total, n = np.zeros(longest), 0
+    by_length: dict[int, tuple[int, list[float]]] = {}
     for of_part in paths:
-        for count, sums in of_part.values():
-            total += np.pad(np.asarray(sums, dtype=float), (0, longest - len(sums)), mode="edge")
-            n += count
-    return [float(x) for x in (total / n).round(2)]
+        for length, (n, sums) in of_part.items():
+            by_length[length] = _plus(by_length.get(length), n, sums)
+    longest = max(by_length)
+    total = sum(np.pad(sums, (0, longest - length), mode="edge") for length, (_, sums) in by_length.items())
+    return [float(x) for x in np.round(total / sum(n for n, _ in by_length.values()), 2)]
+
+
+def _plus(found: tuple[int, list[float]] | None, n: int, sums: Sequence[float]) -> tuple[int, list[float]]:
+    return (n, list(sums)) if found is None else (found[0] + n, [a + b for a, b in zip(found[1], sums, strict=True)])
 
 
 def joined(spreads: Sequence[Spread]) -> Spread:
@@ -131,8 +136,7 @@ def _states(valid: Sequence[Trace]) -> dict[str, dict[str, Paths]]:
     for e in valid:
         for name, path in numbers_by_turn(e).items():
             lengths = found.setdefault(e["tag"], {}).setdefault(name, {})
-            n, sums = lengths.get(len(path), (0, [0.0] * len(path)))
-            lengths[len(path)] = (n + 1, [a + b for a, b in zip(sums, path, strict=True)])
+            lengths[len(path)] = _plus(lengths.get(len(path)), 1, path)
     return {tag: dict(names) for tag, names in found.items()}
 
 

@@ -32,7 +32,8 @@ Place = tuple[str, int]  # kind (step or validation) and step
 @dataclass(frozen=True, slots=True)
 class Run:
     """A run's records. `episodes`: traces in the order of step, group and rollout, each with `kind` (step or validation).
-    `parts`: what charts need of all of them. `unreadable`: the number of invalid lines in traces. `simulator`: the simulator's health answer (None where not recorded).
+    `parts`: what charts need of all of them. `unreadable`: the number of invalid lines in traces. `simulator`: the simulator's
+    health answer (None where not recorded).
     `problems`: errors in the files, a sentence each."""
 
     name: str
