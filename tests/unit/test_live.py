@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -28,6 +27,7 @@ from ctcgrpo.report.page import figures_of
 from ctcgrpo.report.reading import read_run
 from tests.browsing import shows, watched, with_browser
 from tests.conftest import ROOT, Command
+from tests.served import Served, serving
 from tests.unit.test_report import EPISODES, HOSTILE, episode, made
 from tests.unit.test_run import FAST, TINY
 
@@ -220,42 +220,10 @@ def test_what_is_served_is_json_for_any_text(tmp_path: Path) -> None:
 # --- served --------------------------------------------------------------------------------------------------------------------
 
 
-class Served:
-    """`ctcgrpo report --live` as a process of its own."""
-
-    def __init__(self, folder: Path, *options: str, **variables: str) -> None:
-        command = [sys.executable, "-m", "ctcgrpo", "report", str(folder), "--live", *options]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
-        self.process = subprocess.Popen(command, env=environment, stdout=self._output, stderr=subprocess.STDOUT, text=True)
-        while not (match := re.search(r"(http://\S+).*\n.*\n", self.said)):
-            assert self.process.poll() is None, f"it ended: {self.said}"
-            time.sleep(0.05)
-        self.url = match[1]
-        self.port = self.url.rpartition(":")[2]
-
-    @property
-    def said(self) -> str:
-        return os.pread(self._output.fileno(), 100_000, 0).decode()
-
-    def end(self, how: int = signal.SIGINT) -> str:
-        self.process.send_signal(how)
-        self.process.wait(timeout=20)
-        return self.said.partition(self.url)[2]
-
-
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Served]]:
-    started: list[Served] = []
-
-    def start(folder: Path, *options: str, **variables: str) -> Served:
-        started.append(Served(folder, *options, **variables))
-        return started[-1]
-
-    yield start
-    for served in started:
-        if served.process.poll() is None:
-            served.end(signal.SIGKILL)
+    with serving() as start:
+        yield lambda folder, *options, **variables: start(*["report", str(folder), "--live", *options], **variables)
 
 
 def ask(url: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
