@@ -12,7 +12,7 @@ function duration(seconds) {
   const minutes = Math.round(seconds / 60);
   return minutes < 60 ? `${minutes} min` : minutes < 2880 ? `${Math.floor(minutes / 60)} h ${minutes % 60} min` : `${Math.round(minutes / 1440)} days`;
 }
-function say(text, warn) { renew("state", [text, warn], () => { byId("said").textContent = text; byId("state").classList.toggle("warn", warn); }); }
+function say(text, warn) { renew("state", [text, warn], () => { byId("said").textContent = inOrder(text); byId("state").classList.toggle("warn", warn); }); }
 function sayState() {
   const silent = Math.max(0, (Date.now() + offset) / 1000 - live.written), patience = Math.max(180, 4 * (live.seconds ?? 0));
   const ago = `the newest file is ${duration(silent)} old`;
@@ -52,7 +52,7 @@ function failures(found) {
 function latest(episodes, key) {
   const group = grouped(episodes).find(g => keyOf(g[0]) === key), turns = (group ?? []).flatMap(e => e[10] ?? []);
   const where = group ? `${group[0][0] === "step" ? "Step" : "Validation after step"} ${group[0][1]}, ${group[0][2]} (${group[0][3]}). ` : "No dialogue yet.";
-  byId("latest-where").textContent = where + (group ? turns.length ? "A turn's colour is its advantage." : "Not trained on: without credit." : "");
+  byId("latest-where").textContent = inOrder(where) + (group ? turns.length ? "A turn's colour is its advantage." : "Not trained on: without credit." : "");
   showGroup(byId("latest"), group);
 }
 function draw(data) {

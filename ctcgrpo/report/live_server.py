@@ -3,7 +3,7 @@
     GET /       the page, which has no figures of its own
     GET /data   figures and newest dialogues as gzipped JSON; 304 where the page has them (If-None-Match)
 
-A thread reads the folder while somebody asks, at most a tenth of the time.
+A thread reads the folder while somebody asks.
 """
 
 import gzip
@@ -29,8 +29,8 @@ from ctcgrpo.report.reading import Run
 from ctcgrpo.util.page_server import page_response, serve_page
 from ctcgrpo.util.terminal import printable
 
-_LEAST_SECONDS, _MOST_SECONDS = 1.0, 10.0  # between two readings
-_SHARE = 9  # times as long as a reading took
+_LEAST_SECONDS = 1.0  # between two readings
+_SHARE = 9  # times as long as a reading took, so that readings take at most a tenth of a core
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,9 @@ class Watcher:
         while True:
             self._asked.wait()
             self._asked.clear()
-            started = time.monotonic()
+            started, first = time.thread_time(), self._snapshot.run is None
             self._renew()
-            time.sleep(min(_MOST_SECONDS, max(_LEAST_SECONDS, _SHARE * (time.monotonic() - started))))
+            time.sleep(_LEAST_SECONDS if first else max(_LEAST_SECONDS, _SHARE * (time.thread_time() - started)))
 
     def _renew(self) -> None:
         try:

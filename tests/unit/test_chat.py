@@ -318,14 +318,14 @@ def test_a_person_talks_in_a_browser(browser: Any, run: Path, serve: Callable[..
         boxes = [page.locator(".reply").nth(k).bounding_box() for k in range(2)]
         assert (boxes[0]["y"] == boxes[1]["y"]) == (width == 1280)  # side by side where there is room
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        answer = {"text": HOSTILE, "reasoning": HOSTILE, "note": HOSTILE}
+        answer = {"text": f"\u202e{HOSTILE}", "reasoning": HOSTILE, "note": HOSTILE}
         found = {"id": "x", "policies": [HOSTILE, "b"], "turns": [{"line": HOSTILE, "replies": [answer, answer]}] * 3}
         page.route("**/say", lambda route, request, found=found: route.fulfill(json=found))
         page.fill("#line", "Well.")
         page.click("#send")
         page.wait_for_selector(".replies >> nth=2")
         assert "<script>document.title='owned'" in page.inner_text("#turns") and page.locator("#turns img").count() == 0
-        assert page.title() == "base and trained: chat" and wrong == []
+        assert page.title() == "base and trained: chat" and wrong == [] and "\u202e" not in page.inner_text("#turns")
         if shots:
             page.screenshot(path=f"{shots}/chat-{width}.png")
         page.close()

@@ -308,7 +308,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, ctcgrpo: Command) -
 def test_a_page_follows_in_place(browser: Any, tmp_path: Path, serve: Callable[..., Served]) -> None:
     folder = made(tmp_path / "<b>r", [], finished=False, **SMALL)
     hostile = episode(2, 0, 0.3, [(40, 60)], [(0.5, 0.2)], task=HOSTILE, opening=HOSTILE, tag="charm")
-    hostile["turns"][0] |= {"reply": HOSTILE, "reasoning": HOSTILE, "message": HOSTILE}
+    hostile["turns"][0] |= {"reply": HOSTILE, "reasoning": HOSTILE, "message": f"\u202e{HOSTILE}\u2066"}
     broken = episode(2, 1, None, [], task=HOSTILE, tag="charm", failure={"kind": "judge", "message": HOSTILE})
     add(folder, 1, *EPISODES, hostile, broken)
     served = serve(folder)
@@ -318,6 +318,7 @@ def test_a_page_follows_in_place(browser: Any, tmp_path: Path, serve: Callable[.
         page.wait_for_selector("body[data-ready=yes]")
         assert page.locator("#latest .episode").count() == 2
         assert "<script>document.title='owned'" in page.locator("#latest").inner_text() and page.title() == "<b>r: live report"
+        assert not re.search("[\u202a-\u202e\u2066-\u2069]", page.inner_text("body"))
         assert page.locator("img").count() == 0 and page.evaluate("document.documentElement.scrollWidth") <= width
         if shots:
             page.screenshot(path=f"{shots}/live-{width}.png", full_page=True)
@@ -369,7 +370,7 @@ def test_a_run_that_is_watched_by_a_server_that_dies_is_unharmed(
     kills = 0
     while train.poll() is None:
         said.add(re.sub(r"[;:,].*", "", page.inner_text("#said")).rstrip("."))
-        if kills < 3 and page.evaluate("document.body.dataset.ready === 'yes'"):
+        if kills < 2 and page.evaluate("document.body.dataset.ready === 'yes'"):
             served.end(signal.SIGKILL)
             served = serve(tmp_path / "tiny", "--port", served.port)
             page.reload()
