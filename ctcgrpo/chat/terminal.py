@@ -20,7 +20,7 @@ async def talk_in_terminal(
     talk: Talk, console: Console, ask: Callable[[], str], *, seed: int, reasoning: bool = False, rounds: int | None = None
 ) -> Conversation:
     """Talk until an empty line, the end of input, or `rounds` replies. `ask` reads the person's next line, and raises EOFError at
-    the end of input. Gives the conversation."""
+    the end of input. Gives the conversation. Raises PolicyEngineError where the policy opens and cannot."""
     conversation = talk.start
     _introduce(talk, console)
     while rounds is None or len(conversation.replies) < rounds:
@@ -37,6 +37,8 @@ async def talk_in_terminal(
             with console.status(Text(f"{' and '.join(conversation.policies)}: sampling")):
                 conversation = await converse(conversation, line, talk.speakers, seed)
         except PolicyEngineError as error:
+            if awaits_opening(conversation):  # no other line of the person would help
+                raise
             print_line(console, f"error: {error}", "red")
             continue
         console.print(_replies(conversation.policies, conversation.replies[-1], reasoning, console.width))

@@ -24,7 +24,7 @@ from ctcgrpo.chat.conversation import Conversation, awaits_opening, shown
 from ctcgrpo.chat.opening import Talk, in_words
 from ctcgrpo.chat.speaker import converse
 from ctcgrpo.errors import EPISODE_ERRORS
-from ctcgrpo.util.page_server import page_response, serve_page
+from ctcgrpo.report.page_server import page_response, serve_page
 
 _MOST_CONVERSATIONS = 200
 _MOST_BYTES = 100_000  # of a request

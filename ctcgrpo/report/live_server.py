@@ -25,8 +25,8 @@ from ctcgrpo.errors import CtcGrpoError
 from ctcgrpo.report.live import Live, LiveReader
 from ctcgrpo.report.live_figures import live_figures
 from ctcgrpo.report.page import figures_of, live_page
+from ctcgrpo.report.page_server import page_response, serve_page
 from ctcgrpo.report.reading import Run
-from ctcgrpo.util.page_server import page_response, serve_page
 from ctcgrpo.util.terminal import printable
 
 _LEAST_SECONDS = 1.0  # between two readings
