@@ -13,6 +13,7 @@ import typer
 
 from ctcgrpo import __version__
 from ctcgrpo.audit import commands as auditing
+from ctcgrpo.chat import commands as chatting
 from ctcgrpo.environments.eibench.scenarios import load_scenes
 from ctcgrpo.errors import CtcGrpoError, RecipeError, RunInterrupted, RunPaused
 from ctcgrpo.evaluation import commands as evaluation
@@ -154,33 +155,6 @@ _CONFIG = typer.Option(help="Simulator configuration (configs/simulator); defaul
 _URLS = typer.Option(help="URL of a running simulator server; repeat for replicas.")
 
 
-def chat(
-    scenario: Annotated[str | None, typer.Option(help="Scenario id; default: the first one.")] = None,
-    scenarios: Annotated[str, typer.Option(help="Scenarios: a path, a pack, a dataset, or hf://...")] = "english/test",
-    config: Annotated[Path | None, _CONFIG] = None,
-    url: Annotated[list[str] | None, _URLS] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Maximum number of replies.")] = 8,
-    instructions: Annotated[str, typer.Option(help="Instructions on how to reply: eibench, short, none, or a file.")] = "eibench",
-) -> None:
-    """Play the policy's role against the simulated user."""
-    import asyncio
-
-    from ctcgrpo.environments.eibench.persona import Briefing
-    from ctcgrpo.environments.eibench.scenarios import load_set
-    from ctcgrpo.policy.instructions import load_instructions
-    from ctcgrpo.report.chat import chat, find_scenario
-    from ctcgrpo.simulator.choice import chosen_simulator
-
-    found = load_set(scenarios, "test")
-    for line in found.report():
-        say(line, sys.stderr)
-    chosen = find_scenario(found.scenarios, scenario)
-    briefing = Briefing(instructions=load_instructions(instructions))
-    console = Terminal(80)
-    with chosen_simulator(config, url or [], console) as simulator:
-        asyncio.run(chat(chosen, briefing, simulator, console, lambda: input("You: "), rounds=rounds))
-
-
 def noise(
     run: Annotated[Path, typer.Argument(help="Run folder; its recorded dialogues are replayed.")],
     config: Annotated[Path | None, _CONFIG] = None,
@@ -284,7 +258,7 @@ def _gpus() -> int:
 
 
 _PANELS: Mapping[str, Sequence[Callable[..., None]]] = {
-    "Train and look at a run": (train, show, chat, reporting.report),
+    "Train and look at a run": (train, show, chatting.chat, reporting.report),
     "Check, evaluate, export": (check, evaluation.compare, evaluation.leaderboard, export),
     "Many runs": (experiments.sweep, auditing.audit),
     "Scenarios and the simulated user": (serve, noise),

@@ -36,7 +36,8 @@ fi
 cat <<NEXT
 
 next
-  talk to the simulated user yourself     $bin/ctcgrpo chat --instructions short
+  talk with the policy, before and after  $bin/ctcgrpo chat --policy $folder/$name/final --compare --web
+  reply to the simulated user yourself    $bin/ctcgrpo chat --instructions short
   all dialogues and curves in a page      $bin/ctcgrpo report $folder/$name
   what evaluations need                   ./launch/install.sh eval
   the benchmark, before and after         $bin/ctcgrpo evaluate $folder/$name

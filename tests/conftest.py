@@ -69,3 +69,15 @@ def ctcgrpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return int(code or 0), out, err
 
     return run
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    from tests.browsing import CHROMIUM
+
+    with sync_playwright() as p:
+        opened = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()

@@ -8,75 +8,39 @@ drops its oldest exchange, and requests of all dialogues are batched. In a run's
 from __future__ import annotations
 
 import secrets
-import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from inspect_ai.model import ChatMessage, ChatMessageAssistant, GenerateConfig, ModelAPI, ModelOutput, ModelUsage
 from inspect_ai.tool import ToolChoice, ToolInfo
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ctcgrpo.environments.eibench.persona import BETWEEN
 from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.evaluation.eibench import INSTRUCTIONS
 from ctcgrpo.evaluation.generation import LOCAL_TOKENS
-from ctcgrpo.model.finite import refuse_nonfinite
 from ctcgrpo.policy.context import ContextBuilder, Dialogue, Line, ReasoningPolicy
-from ctcgrpo.policy.loading import load_tokenizer, loading_weights, stop_ids
 from ctcgrpo.policy.reasoning import OPEN
-from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import Sampling
-from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
 from ctcgrpo.run.folders import is_model
+from ctcgrpo.run.opened_policy import OpenedPolicy, run_around
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
-from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.settings import context_builder, template_kwargs
 from ctcgrpo.types import Completion
 
 _REMEMBERED = 65536  # size of the cache of replies' ids, for later turns
 _KEPT: Mapping[str, ReasoningPolicy] = {"none": "strip", "all": "keep"}  # by Inspect's reasoning_history
 
 
-class _Parts:
-    """A loaded model."""
+class _Parts(OpenedPolicy):
+    """The loaded policy, with contexts of each kind, so that an unusable template is refused before anything is played."""
 
     def __init__(self, name: str, recipe: Recipe | None, max_batch: int) -> None:
-        """Load model and tokenizer. Raises PolicyError where this fails."""
-        self._recipe = recipe
-        self.tokenizer = load_tokenizer(name)
-        self.stop_ids = stop_ids(name, self.tokenizer, template_kwargs=None if recipe is None else template_kwargs(recipe))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        with loading_weights(f"{name} cannot be loaded"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-        refuse_nonfinite(model, name)
-        self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
-        # One of each kind, so that an unusable template is refused before anything is played.
+        super().__init__(name, recipe, max_batch=max_batch)
         asked: tuple[ReasoningPolicy | None, ...] = (None, *_KEPT.values())
-        self.contexts = {reasoning: self._contexts(reasoning) for reasoning in asked}
-        batcher = TransformersBatcher(model, pad_id=self.tokenizer.pad_token_id, stop_ids=self.stop_ids, max_batch=max_batch)
-        self.engine = ContinuousEngine(batcher)
-        self.engine.take_weights(0)
-
-    def room_after(self, prompt: int) -> int:
-        """The maximum length of a reply within the model's positions."""
-        return sys.maxsize if self.positions is None else max(1, self.positions - prompt)
-
-    def _contexts(self, reasoning: ReasoningPolicy | None) -> ContextBuilder:
-        """The recipe's contexts, with another `reasoning` if given. Without a recipe, prompts leave room for a reply."""
-        if self._recipe is None:
-            positions = self.positions or 32768
-            room = max(positions // 2, positions - 4096)
-            return ContextBuilder(self.tokenizer, stop_ids=self.stop_ids, max_prompt_tokens=room, reasoning=reasoning or "strip")
-        policy = self._recipe.policy
-        if reasoning is not None:
-            policy = policy.model_copy(update={"reasoning_context": reasoning})
-        return context_builder(self._recipe.model_copy(update={"policy": policy}), self.tokenizer, self.stop_ids)
+        self.contexts_by_reasoning = {reasoning: self.contexts(reasoning) for reasoning in asked}
 
 
 _MADE: weakref.WeakSet[LocalPolicy] = weakref.WeakSet()
@@ -106,8 +70,8 @@ class LocalPolicy(ModelAPI):
         self._model = str(folder) if folder.exists() else model_name
         if folder.exists() and not is_model(folder):
             raise PolicyError(f"{model_name}: no model in it; expected a folder with a config.json (checkpoints/RUN/final)")
-        run_recipe = RunFolder(folder.resolve().parent).recipe_file
-        file = run_recipe if recipe is None and run_recipe.exists() else recipe
+        run = run_around(model_name)
+        file = run.recipe_file if recipe is None and run is not None else recipe
         self._recipe = None if file is None else resolved_recipe(file)
         self._max_batch = max_batch
         _MADE.add(self)
@@ -123,7 +87,7 @@ class LocalPolicy(ModelAPI):
     ) -> ModelOutput:
         if tools:
             raise PolicyEngineError("tools were offered; expected none: local policies do not call tools")
-        contexts = self._parts.contexts[_KEPT.get(config.reasoning_history or "")]
+        contexts = self._parts.contexts_by_reasoning[_KEPT.get(config.reasoning_history or "")]
         prompt_ids, _ = contexts.prompt(self._dialogue(input, contexts))
         completion = await self._parts.engine.generate(
             prompt_ids,

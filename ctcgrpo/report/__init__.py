@@ -1,1 +1,1 @@
-"""A run as an HTML page (`ctcgrpo report`), in the terminal (`show`), and as a conversation (`chat`)."""
+"""A run as an HTML page (`ctcgrpo report`) and in the terminal (`show`)."""

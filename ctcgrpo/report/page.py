@@ -9,7 +9,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,16 @@ from ctcgrpo import __version__
 from ctcgrpo.audit.record import OfCredit
 from ctcgrpo.audit.table import by_gain, caption, shown
 from ctcgrpo.environments.eibench.records import in_order
-from ctcgrpo.report.reading import Run, Trace, credit_of
+from ctcgrpo.report.parts import BINS, Part, Spread, Trace, credit_of, joined, mean_path
+from ctcgrpo.report.reading import Run
 from ctcgrpo.run.recipe import OwnEnvironment
-from ctcgrpo.run.run_records import Validation, improvement, numbers_by_turn
+from ctcgrpo.run.run_records import Validation, improvement
 from ctcgrpo.simulator.choice import who_played
 from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.files import write_whole
 from ctcgrpo.util.intervals import interval
 
 MOST_BYTES = 20_000_000  # of compressed episodes; beyond it whole groups are left out, evenly over the steps
-_BINS = np.linspace(-3, 3, 25)
 _PHASES = 3  # parts of training, whose states and credit are compared
 _OF_EPISODE = ("kind", "step", "task", "tag", "rollout", "outcome")
 _OF_TURN = ("reasoning", "reply", "message", "reward", "info", "faults", "completion_tokens")
@@ -42,30 +42,43 @@ _WORDS_OF_TASKS = {"task": "task", "tag": "tag", "range": ""}
 def write_report(run: Run, file: Path, trials: Sequence[Mapping[str, Any]] = ()) -> dict[str, int]:
     """Write the page; gives the number of episodes shown, of all episodes, and its size in bytes."""
     kept = _within(run.episodes, MOST_BYTES)
-    packed = _packed([_lean(e) for e in kept])
+    packed = _packed([lean(e) for e in kept])
     figures = {**figures_of(run), "shown": len(kept), "of": len(run.episodes), "trials": list(trials)}
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        (files("ctcgrpo.report") / "page.html.j2").read_text(encoding="utf-8")
-    )
-    facts = {"name": run.name, "version": __version__, "words": figures["words"]}
-    page = template.render(figures=_packed(figures), episodes=packed, **facts)
-    write_whole(file, page)
+    write_whole(file, _render(run.name, figures["words"], figures=_packed(figures), episodes=packed))
     return {"shown": len(kept), "of": len(run.episodes), "bytes": file.stat().st_size}
+
+
+def live_page(name: str, run: Run | None, nonce: str) -> str:
+    """The page that asks for a run's figures and dialogues again and again. Its script and style have the `nonce`. `run` is None
+    before there is one."""
+    return _render(name, _WORDS if run is None else words_of(run), live=True, nonce=nonce)
+
+
+def words_of(run: Run) -> dict[str, str]:
+    """The page's words for tasks and tags."""
+    return _WORDS if run.recipe.environment is None else _WORDS_OF_TASKS
+
+
+def _render(name: str, words: Mapping[str, str], **parts: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ctcgrpo.report", ""), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    facts = {"live": False, "nonce": "", "version": __version__, **parts}
+    return environment.get_template("page.html.j2").render(name=name, words=words, **facts)
 
 
 def figures_of(run: Run) -> dict[str, Any]:
     """The data of the charts."""
-    trained = [e for e in run.episodes if e["kind"] == "step"]
-    phases = _phases(trained)
-    tags = in_order({e["tag"] for e in run.episodes} - {NO_TAG})
+    trained = [part for part in run.parts if part.kind == "step"]
+    tags = in_order({tag for part in run.parts for tag in part.tags} - {NO_TAG})
     return {
         "name": run.name,
         "finished": run.finished,
-        "steps": max((e["step"] for e in trained), default=0),
+        "steps": max((part.step for part in trained), default=0),
         "max_steps": run.recipe.training.max_steps,
         "problems": list(run.problems),
         "facts": _facts(run),
-        "words": _WORDS if run.recipe.environment is None else _WORDS_OF_TASKS,
+        "words": words_of(run),
         "tags": tags,
         "headline": _headline(run.validations),
         "credit_options": run.recipe.credit.model_dump(mode="json"),
@@ -76,7 +89,7 @@ def figures_of(run: Run) -> dict[str, Any]:
         ],
         "times": [{"step": m["step"], **{name: m.get(name) for name in _TIMES}} for m in run.metrics],
         "failures": _failures(run.metrics),
-        "states": [_states(part) for part in phases],
+        "states": [_states(phase) for phase in _phases(trained)],
         "credit": _credit(trained),
         "audits": [
             {
@@ -126,51 +139,50 @@ def _headline(validations: Sequence[Validation]) -> dict[str, Any] | None:
 def _validation(validation: Validation) -> dict[str, Any]:
     scores = {"overall": list(validation.by_scenario.values()), **validation.by_scene}
     found = {
-        name: {"mean": sum(values) / len(values), "ci95": list(interval(values)), "n": len(values)}
+        name: {"mean": sum(values) / len(values), "ci95": list(_interval(tuple(values))), "n": len(values)}
         for name, values in scores.items()
         if values and name != NO_TAG
     }
     return {"step": validation.step, "failed": validation.failed, "scores": found}
 
 
-def _phases(trained: Sequence[Trace]) -> list[list[Trace]]:
-    steps = sorted({e["step"] for e in trained})
-    parts = np.array_split(np.array(steps, dtype=int), min(_PHASES, len(steps)) or 1)
-    return [[e for e in trained if e["step"] in part] for part in parts if len(part)]
+@lru_cache(maxsize=4096)
+def _interval(values: tuple[float, ...]) -> tuple[float, float]:
+    """A live report shows the same validations again and again."""
+    return interval(values)
 
 
-def _states(part: Sequence[Trace]) -> dict[str, Any]:
-    """The means of the numbers in `info` at the start and after each turn, by tag and name. A finished episode counts with its last
-    values."""
-    found: dict[str, Any] = {"from": min(e["step"] for e in part), "to": max(e["step"] for e in part), "tags": {}}
-    for tag in sorted({e["tag"] for e in part}):
-        of_tag = [numbers_by_turn(e) for e in part if e["tag"] == tag and not e["failure"]]
-        for name in dict.fromkeys(name for numbers in of_tag for name in numbers):
-            paths = [numbers[name] for numbers in of_tag if name in numbers]
-            longest = max(map(len, paths))
-            table = np.array([path + [path[-1]] * (longest - len(path)) for path in paths], dtype=float)
-            found["tags"].setdefault(tag, {})[name] = table.mean(axis=0).round(2).tolist()
+def _phases(trained: Sequence[Part]) -> list[list[Part]]:
+    steps = sorted({part.step for part in trained})
+    phases = np.array_split(np.array(steps, dtype=int), min(_PHASES, len(steps)) or 1)
+    return [[part for part in trained if phase[0] <= part.step <= phase[-1]] for phase in phases if len(phase)]
+
+
+def _states(phase: Sequence[Part]) -> dict[str, Any]:
+    """The means of the numbers in `info` at the start and after each turn, by tag and name."""
+    found: dict[str, Any] = {"from": min(p.step for p in phase), "to": max(p.step for p in phase), "tags": {}}
+    for tag in sorted({tag for part in phase for tag in part.tags}):
+        names = dict.fromkeys(name for part in phase for name in part.states.get(tag, ()))
+        if names:
+            found["tags"][tag] = {
+                name: mean_path([part.states[tag][name] for part in phase if name in part.states.get(tag, ())]) for name in names
+            }
     return found
 
 
-def _credit(trained: Sequence[Trace]) -> dict[str, Any]:
+def _credit(trained: Sequence[Part]) -> dict[str, Any]:
     """Histograms of the turns' advantages, by turn and by scene; values beyond the ends count in the outermost bins."""
-    by_turn: dict[int, list[float]] = {}
-    by_scene: dict[str, list[float]] = {}
-    for episode in trained:
-        for turn, credit in enumerate(credit_of(episode) or (), 1):
-            by_turn.setdefault(turn, []).append(credit["advantage"])
-            by_scene.setdefault(episode["tag"], []).append(credit["advantage"])
 
-    def counts(values: Sequence[float]) -> dict[str, Any]:
-        clipped = np.clip(values, _BINS[0] + 1e-9, _BINS[-1] - 1e-9)
-        counted = np.histogram(clipped, _BINS)[0].tolist()
-        return {"counts": counted, "mean": float(np.mean(values)), "std": float(np.std(values))}
+    def counts(spreads: Sequence[Spread]) -> dict[str, Any]:
+        spread = joined(spreads)
+        return {"counts": spread.counts, "mean": spread.mean, "std": spread.std}
 
+    turns = sorted({turn for part in trained for turn in part.by_turn})
+    scenes = sorted({tag for part in trained for tag in part.by_scene})
     return {
-        "bins": _BINS.tolist(),
-        "turns": {str(turn): counts(values) for turn, values in sorted(by_turn.items())},
-        "scenes": {tag: counts(values) for tag, values in sorted(by_scene.items())},
+        "bins": BINS.tolist(),
+        "turns": {str(turn): counts([part.by_turn[turn] for part in trained if turn in part.by_turn]) for turn in turns},
+        "scenes": {tag: counts([part.by_scene[tag] for part in trained if tag in part.by_scene]) for tag in scenes},
     }
 
 
@@ -181,7 +193,7 @@ def _failures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return dict(found)
 
 
-def _lean(e: Trace) -> list[Any]:
+def lean(e: Trace) -> list[Any]:
     """An episode as a list of values without names, to save space."""
     turns = [[t[name] for name in _OF_TURN] for t in e["turns"]]
     credit = credit_of(e)
@@ -192,7 +204,7 @@ def _lean(e: Trace) -> list[Any]:
 
 def _within(episodes: Sequence[Trace], most: int) -> list[Trace]:
     """All episodes, or whole groups evenly over the steps, within `most` bytes after compression."""
-    size = len(_packed([_lean(e) for e in episodes]))
+    size = len(_packed([lean(e) for e in episodes]))
     if size <= most:
         return list(episodes)
     groups = list(dict.fromkeys((e["kind"], e["step"], e["group"]) for e in episodes))

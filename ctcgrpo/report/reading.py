@@ -12,34 +12,35 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from ctcgrpo.audit.pooled import pooled
 from ctcgrpo.audit.record import FILE, STEPS_FILE, Audit, read_audit, read_steps
 from ctcgrpo.errors import OutputError
+from ctcgrpo.report.parts import Part, Trace, part_of
 from ctcgrpo.run.folders import require_run
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.run_records import Validation, checked_summary, read_metrics, read_traces, read_validations, same
 from ctcgrpo.util.files import explained, is_complete, read_json, read_object
-from ctcgrpo.util.intervals import means
 
-Trace = dict[str, Any]  # run_records.Trace, with the keys kind and step
+Place = tuple[str, int]  # kind (step or validation) and step
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """A run's records. `episodes`: traces in the order of step, group and rollout, each with `kind` (step or validation).
-    `unreadable`: the number of invalid lines in traces. `simulator`: the simulator's health answer (None where not recorded).
+    `parts`: what charts need of all of them. `unreadable`: the number of invalid lines in traces. `simulator`: the simulator's
+    health answer (None where not recorded).
     `problems`: errors in the files, a sentence each."""
 
     name: str
     recipe: Recipe
     finished: bool
     episodes: Sequence[Trace]
+    parts: Sequence[Part]
     validations: Sequence[Validation]
     metrics: Sequence[Mapping[str, Any]]
     unreadable: int
@@ -78,50 +79,77 @@ def read_run(path: Path) -> Run:
     """The run in a folder. Raises OutputError for a folder without a run, and for a run without an episode."""
     folder = require_run(path)
     recipe = resolved_recipe(folder.recipe_file)
-    episodes, bad = _episodes(folder.traces)
+    episodes: list[Trace] = []
+    parts: list[Part] = []
+    bad: list[str] = []
+    for (kind, step), files in trace_files(folder.traces).items():
+        found, problems = read_place(kind, step, files)
+        episodes += found
+        bad += problems
+        if found:
+            parts.append(part_of(kind, step, found))
     if not episodes:
         readable = f" that can be read ({bad[0]})" if bad else ""
         raise OutputError(f"{path}: no episode yet{readable}; expected at least one; try again after the first step")
-    validations, bad_figures = read_validations(folder.validation_file)
-    metrics, bad_metrics = read_metrics(folder.metrics_file)
-    simulator, bad_simulator = _simulator(path)
-    audits, bad_audits = _audits(path, recipe.tasks_per_step)
     finished = is_complete(folder.final)
-    try:
-        _, bad_figures = checked_summary(path)
-    except OutputError as error:
-        bad_figures.append(str(error))
-    problems = [*bad, *bad_figures, *bad_metrics, *bad_simulator, *bad_audits]
-    problems += _disagreements(episodes, validations, metrics, finished=finished)
-    problems += _other_credit(metrics, episodes, shuffled=recipe.credit.shuffle == "advantages")
-    return Run(
-        name=path.resolve().name,
-        recipe=recipe,
-        finished=finished,
-        episodes=episodes,
-        validations=validations,
-        metrics=metrics,
-        unreadable=len(bad),
-        path=path,
-        simulator=simulator,
-        written=_written(folder),
-        audits=audits,
-        problems=problems,
-    )
+    return assembled(folder, recipe, parts, episodes, bad, finished=finished, written=_written(folder))
 
 
-def _episodes(traces: Path) -> tuple[list[Trace], list[str]]:
-    files: dict[tuple[str, int], list[Path]] = {}
+def trace_files(traces: Path) -> dict[Place, list[Path]]:
+    """The files of each step and validation, one a process, in order."""
+    files: dict[Place, list[Path]] = {}
     for file in sorted(traces.glob("*.jsonl")):
         if match := re.fullmatch(r"(step|validation)-(\d+)\.rank-\d+", file.stem):
             files.setdefault((match[1], int(match[2])), []).append(file)
-    found: list[Trace] = []
-    problems: list[str] = []
-    for (kind, step), of_step in sorted(files.items()):
-        records, bad = read_traces(of_step)
-        found += [{**record, "kind": kind, "step": step} for record in records]
-        problems += bad
-    return found, problems
+    return dict(sorted(files.items()))
+
+
+def read_place(kind: str, step: int, files: Sequence[Path], *, whole_only: bool = False) -> tuple[list[Trace], list[str]]:
+    """The episodes of a step or validation, and the problems of its files. `whole_only` skips an incomplete last line."""
+    records, problems = read_traces(files, whole_only=whole_only)
+    return [{**record, "kind": kind, "step": step} for record in records], problems
+
+
+def assembled(
+    folder: RunFolder,
+    recipe: Recipe,
+    parts: Sequence[Part],
+    episodes: Sequence[Trace],
+    bad: Sequence[str],
+    *,
+    finished: bool,
+    written: datetime,
+    whole_only: bool = False,
+) -> Run:
+    """The run with these dialogues, and all its other files. `bad`: the problems of traces. `whole_only` skips incomplete last
+    lines, which a run that is writing leaves."""
+    validations, bad_figures = read_validations(folder.validation_file, whole_only=whole_only)
+    metrics, bad_metrics = read_metrics(folder.metrics_file, whole_only=whole_only)
+    simulator, bad_simulator = _simulator(folder.path)
+    audits, bad_audits = _audits(folder.path, recipe.tasks_per_step)
+    if (folder.path / "summary.json").exists():
+        try:
+            _, bad_figures = checked_summary(folder.path)
+        except OutputError as error:
+            bad_figures.append(str(error))
+    problems = [*bad, *bad_figures, *bad_metrics, *bad_simulator, *bad_audits]
+    problems += _disagreements(parts, validations, metrics, finished=finished)
+    problems += _other_credit(metrics, parts, shuffled=recipe.credit.shuffle == "advantages")
+    return Run(
+        name=folder.path.resolve().name,
+        recipe=recipe,
+        finished=finished,
+        episodes=episodes,
+        parts=parts,
+        validations=validations,
+        metrics=metrics,
+        unreadable=len(bad),
+        path=folder.path,
+        simulator=simulator,
+        written=written,
+        audits=audits,
+        problems=problems,
+    )
 
 
 def _simulator(run: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -147,86 +175,69 @@ def _written(folder: RunFolder) -> datetime:
 
 
 def _disagreements(
-    episodes: Sequence[Trace],
+    parts: Sequence[Part],
     validations: Sequence[Validation],
     metrics: Sequence[Mapping[str, Any]],
     *,
     finished: bool,
 ) -> list[str]:
     """Contradictions between traces and figures. Episodes of a step in progress, or of one that was killed, have no figures yet."""
-    played: dict[tuple[str, int], list[Trace]] = {}
-    for e in episodes:
-        played.setdefault((e["kind"], e["step"]), []).append(e)
-    steps = {"step": [m["step"] for m in metrics], "validation": [v.step for v in validations]}
+    played = {(part.kind, part.step): part for part in parts}
+    steps = {"step": {m["step"] for m in metrics}, "validation": {v.step for v in validations}}
     problems = [
         f"{'metrics' if kind == 'step' else 'validation'}.jsonl: step {step} is missing, and traces have it"
         for kind, step in played
         if step not in steps[kind] and (finished or step < max(steps[kind], default=0))
     ]
     for m in metrics:
-        problems += _other_metrics(m, [e for e in played.get(("step", m["step"]), ()) if e["failure"] is None])
+        problems += _other_metrics(m, played.get(("step", m["step"]), Part("step", m["step"])))
     for v in validations:
-        found = [e for e in played.get(("validation", v.step), ()) if e["failure"] is None]
-        counted = Counter((e["task"], round(e["outcome"], 9)) for e in found)
-        said = Counter((name, round(x, 9)) for name, outcomes in v.outcomes.items() for x in outcomes)
-        if found and counted != said:
+        part = played.get(("validation", v.step))
+        if part is None or not part.valid:
+            continue
+        if _counted(part.outcomes) != _counted(v.outcomes):
             problems.append(f"validation after step {v.step}: outcomes differ between traces and validation.jsonl")
-        failed = len(played.get(("validation", v.step), ())) - len(found)
-        if found and failed != v.failed:
-            both = f"{failed} failed episodes in traces, {v.failed} in validation.jsonl"
+        if part.failed != v.failed:
+            both = f"{part.failed} failed episodes in traces, {v.failed} in validation.jsonl"
             problems.append(f"validation after step {v.step}: {both}")
-        if found and any(v.scenes.get(e["task"]) != e["tag"] for e in found):
+        if any(v.scenes.get(task) != tag for task, tag in part.scenes.items()):
             problems.append(f"validation after step {v.step}: scenes differ between traces and validation.jsonl")
     return problems
 
 
-def _other_metrics(m: Mapping[str, Any], episodes: Sequence[Trace]) -> list[str]:
+def _counted(outcomes: Mapping[str, Sequence[float]]) -> Counter[tuple[str, float]]:
+    return Counter((name, round(x, 9)) for name, values in outcomes.items() for x in values)
+
+
+def _other_metrics(m: Mapping[str, Any], part: Part) -> list[str]:
     """Contradictions between a line of metrics.jsonl and the valid episodes of its step."""
     said = m.get("episodes/valid")
     if said is None:
         return [f"metrics.jsonl: episodes/valid of step {m['step']} is missing"]
-    if said != len(episodes):
-        return [f"step {m['step']}: {len(episodes)} valid episodes in traces, {said:g} in metrics.jsonl"]
-    found = [(f"outcome/{name}", e["outcome"]) for e in episodes for name in ("all", e["tag"])]
-    if "reward/turn" in m:  # runs of earlier versions logged none
-        found += [("reward/turn", turn["reward"]) for e in episodes for turn in e["turns"]]
+    if said != part.valid:
+        return [f"step {m['step']}: {part.valid} valid episodes in traces, {said:g} in metrics.jsonl"]
     return [
         f"step {m['step']}: {name} is {mean:+.4f} in traces, {m.get(name)} in metrics.jsonl"
-        for name, mean in means(found).items()
-        if not same(m.get(name), mean)
+        for name, mean in part.means.items()
+        if (name in m or name != "reward/turn") and not same(m.get(name), mean)  # runs of earlier versions log no reward/turn
     ]
 
 
-def _other_credit(metrics: Sequence[Mapping[str, Any]], episodes: Sequence[Trace], *, shuffled: bool) -> list[str]:
+def _other_credit(metrics: Sequence[Mapping[str, Any]], parts: Sequence[Part], *, shuffled: bool) -> list[str]:
     """Contradictions between recorded credit and metrics: another standard deviation, or an advantage that is not the sum of its
     terms (allowed for `shuffled` advantages only)."""
-    trained: dict[int, list[list[Mapping[str, float]]]] = {}
-    for e in episodes:
-        if (credit := credit_of(e)) is not None:
-            trained.setdefault(e["step"], []).append(credit)
+    trained = {part.step: part for part in parts if part.trained}
     problems = []
     for m in metrics:
-        of_step = trained.get(m["step"], [])
-        turns = [c for credit in of_step for c in credit]
-        if not turns:
+        if (part := trained.get(m["step"])) is None:
             continue
-        stds = {
-            "credit/outcome_term_std": float(np.std([credit[0]["outcome"] for credit in of_step])),
-            "credit/turn_term_std": float(np.std([c["turn"] for c in turns])),
-        }
         problems += [
             f"step {m['step']}: {name} is {value:.6f} in traces, {m.get(name)} in metrics.jsonl"
-            for name, value in stds.items()
+            for name, value in part.stds.items()
             if not same(m.get(name), value)
         ]
-        wrong = [c["advantage"] for c in turns if not same(c["advantage"], c["outcome"] + c["turn"])]
-        if wrong and not shuffled:
-            problems.append(f"step {m['step']}: advantage = {wrong[0]}; expected outcome + turn (wrong in {len(wrong)} turns)")
+        if part.wrong and not shuffled:
+            problems.append(
+                f"step {m['step']}: advantage = {part.wrong[0]}; expected outcome + turn (wrong in {len(part.wrong)} turns)"
+            )
     return problems
-
-
-def credit_of(episode: Trace) -> list[Mapping[str, float]] | None:
-    """The credit of each turn in training (outcome, turn, advantage); None for an episode that was not trained on, or without
-    recorded credit."""
-    found = [turn.get("credit") for turn in episode["turns"]]
-    return found if found and None not in found else None

@@ -248,12 +248,13 @@ class Trace(TypedDict):
 _TRACE = TypeAdapter(Trace)
 
 
-def read_traces(files: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Episodes of one step or validation, by group and rollout, as `Trace`; and the problems of the files."""
+def read_traces(files: Iterable[Path], *, whole_only: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
+    """Episodes of one step or validation, by group and rollout, as `Trace`; and the problems of the files. `whole_only` skips an
+    incomplete last line, which a run that is writing leaves."""
     found: list[dict[str, Any]] = []
     problems: list[str] = []
     for file in files:
-        episodes, bad = collect_records(file, _trace)
+        episodes, bad = collect_records(file, _trace, whole_only=whole_only)
         found, problems = once_each(file, [*found, *episodes], _place, "episode (group {}, rollout {})", [*problems, *bad])
     return found, problems
 

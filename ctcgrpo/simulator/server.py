@@ -44,6 +44,7 @@ from ctcgrpo.simulator.connections import allow_open_files, bounded_http, within
 from ctcgrpo.simulator.logs import Log, json_log
 from ctcgrpo.simulator.protocol import UNAVAILABLE, ScenarioCard, SimulatorBackend, TurnProblem, TurnReply, TurnRequest
 from ctcgrpo.simulator.service import TurnService, make_backend
+from ctcgrpo.util.listening import listen
 from ctcgrpo.util.naming import cut
 
 _STATUS = {SimulatorReplyError.kind: 422, SimulatorTransportError.kind: 502, BudgetSpent.kind: 402}
@@ -304,20 +305,10 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes any free port. Raises SimulatorTransportError where it cannot be opened."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Named as TCP, or asyncio leaves Nagle's algorithm on: 40 ms an answer.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host, port))
-        listener.listen(2048)
-    except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
-        listener.close()
-        raise SimulatorTransportError(
-            f"simulator.port = {port}: cannot listen on {cut(host)}:{port} ({getattr(error, 'strerror', error)}); "
-            "expected a free port; try another one, or 0 for any free port"
-        ) from None
-    return listener
+        return listen(host, port)
+    except OSError as error:
+        raise SimulatorTransportError(f"simulator.port = {port}: {error}") from None
 
 
 def serve_forever(config: SimulatorConfig, host: str, port: int, make: Callable[..., SimulatorServer] = SimulatorServer) -> None:

@@ -17,7 +17,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from ctcgrpo.report.reading import credit_of, read_run
+from ctcgrpo.report.parts import credit_of
+from ctcgrpo.report.reading import read_run
 from tests import sameness
 from tests.conftest import ROOT
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
 import re
-import shutil
 import time
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -22,14 +20,15 @@ from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import OutputError
 from ctcgrpo.report import page as pages
 from ctcgrpo.report.page import figures_of, write_report
-from ctcgrpo.report.reading import credit_of, read_run
+from ctcgrpo.report.parts import credit_of
+from ctcgrpo.report.reading import read_run
 from ctcgrpo.training.samples import turn_samples
 from ctcgrpo.types import TurnSample
 from ctcgrpo.util.files import mark_complete
+from tests.browsing import with_browser
 from tests.conftest import ROOT, Command
 from tests.unit.test_run import FAST, TINY
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "</script><script>document.title='owned'</script> \"quotes' & \x07\u2028 <img src=x onerror=alert(1)>"
 
 
@@ -113,7 +112,7 @@ def test_credit_in_a_report_by_hand(tmp_path: Path) -> None:
     first, second, failed, *alike = (advantages(e) for e in run.episodes)
     assert first == pytest.approx([0.4, 1.0]) and second == pytest.approx([-0.325, -1.075])
     assert failed is None and alike == [[0.0], [0.0]]
-    assert pages._lean(run.episodes[0])[-1] == [[0.4, 0.7, -0.3], [1.0, 0.7, 0.3]]
+    assert pages.lean(run.episodes[0])[-1] == [[0.4, 0.7, -0.3], [1.0, 0.7, 0.3]]
     found = figures_of(run)
     assert found["validations"][0]["scores"]["overall"]["mean"] == pytest.approx(-0.15)
     assert found["failures"] == {"simulator_reply": 1.0} and found["finished"] and found["steps"] == 1
@@ -289,16 +288,6 @@ def test_larger_runs_are_sampled_by_whole_groups(tmp_path: Path, monkeypatch: py
     assert len(kept) == 4 * len(groups) and groups[0] == 0 and (len(groups) == 1 or groups[-1] == 59)
 
 
-@pytest.fixture
-def browser() -> Any:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as p:
-        opened = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield opened
-        opened.close()
-
-
 def opened(browser: Any, file: Path, width: int = 1280, dark: bool = False) -> tuple[Any, list[str], list[str]]:
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light")
     asked: list[str] = []
@@ -311,8 +300,7 @@ def opened(browser: Any, file: Path, width: int = 1280, dark: bool = False) -> t
     return page, asked, wrong
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
-@pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed")
+@with_browser
 def test_a_browser_opens_the_page(browser: Any, tmp_path: Path) -> None:
     hostile = episode(2, 0, 0.3, [(40, 60)], task=HOSTILE, opening=HOSTILE, tag="charm")
     hostile["turns"][0] |= {"reply": HOSTILE, "reasoning": HOSTILE, "message": HOSTILE, "reward": None}
@@ -359,8 +347,7 @@ def test_a_browser_opens_the_page(browser: Any, tmp_path: Path) -> None:
         page.close()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
-@pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed")
+@with_browser
 def test_charts_have_round_ticks_a_zero_line_one_look_a_scene_and_values_on_hover(browser: Any, tmp_path: Path) -> None:
     episodes = [
         episode(g, k, 0.3 * k - 0.5, [(47, 52), (44 + 3 * k, 55)], [(k - 1, 0.2), (k - 1, -0.2)], task=f"{scene}-{g}", tag=scene)
@@ -435,8 +422,7 @@ CHARTS = """() => [...document.querySelectorAll("svg.chart")].map(svg => {
 })"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
-@pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed")
+@with_browser
 def test_five_thousand_episodes_open_quickly(browser: Any, tmp_path: Path) -> None:
     """The page says how long it took; that is printed, and held to nothing but its size and that it is whole."""
     corpus = sorted({word for s in load_scenarios("english/train") for word in s.user_persona.split()})

@@ -15,10 +15,10 @@ import aiohttp
 import pytest
 from rich.console import Console
 
+from ctcgrpo.chat.as_policy import chat as play_as_person
 from ctcgrpo.environments.eibench.persona import Briefing
 from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import RecipeError, SimulatorReplyError, SimulatorTransportError
-from ctcgrpo.report.chat import chat as play_as_person
 from ctcgrpo.simulator.choice import chosen_simulator
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.config import SCRIPTED_USER, bearer_token, check_listening
