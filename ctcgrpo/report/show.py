@@ -92,7 +92,7 @@ def _improvement(gain: Improvement, noun: str, environment: str | None) -> str:
 
 def _validation(folder: RunFolder, figures: Figures) -> tuple[Sequence[Trace], list[str]]:
     step = figures.step
-    episodes, problems = read_traces(sorted(folder.traces.glob(f"validation-{step:06d}.rank-*.jsonl")))
+    episodes, problems = read_traces(folder.traces_of(f"validation-{step:06d}"))
     if not episodes:
         why = f" that can be read ({problems[0]})" if problems else ""
         raise OutputError(f"{folder.traces}: no dialogues of the validation after step {step}{why}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, NonNegativeFloat, field_validator, model_validator
@@ -37,12 +37,23 @@ def credit_named() -> Iterator[None]:
 
 
 class Run(Section):
-    """The run's name, folder, seed and tracking."""
+    """The run's name, folder, seed and trackers."""
+
+    moved: ClassVar[Mapping[str, str]] = {
+        "wandb": "set run.report_to=[wandb] instead, and without a network the environment variable WANDB_MODE=offline"
+    }
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its folder under output_dir")
     output_dir: Path = Field(Path("checkpoints"), description="parent folder of all runs")
     seed: int = Field(0, ge=0, description="seed of the order of scenarios, of sampling, and of weights that the run initialises")
-    wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="Weights & Biases mode")
+    report_to: tuple[str, ...] = Field(
+        (), description="trackers that get the metrics, as in TRL: tensorboard, wandb, trackio, mlflow, swanlab, ..."
+    )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class Lora(Section):

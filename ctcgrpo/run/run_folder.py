@@ -65,6 +65,10 @@ class RunFolder:
         self._newer_best = path / "best.newer"
         self.final = path / "final"
 
+    def traces_of(self, name: str) -> list[Path]:
+        """The files of a step or a validation, one a process: step-000001.rank-0.jsonl and so on."""
+        return sorted(self.traces.glob(f"{name}.rank-*.jsonl"))
+
     def starting_policy(self, recipe: Recipe, say: Say = lambda _: None) -> str:
         """The model that training starts from: base/ for a model that the run initialised, the cache for a fetched one, else the
         recipe's. Raises OutputError for a damaged base/, PolicyError where the model cannot be fetched again."""
@@ -230,11 +234,11 @@ class RunFolder:
         write_whole(self.path / "summary.json", json.dumps(summary.model_dump(exclude_unset=True), indent=2) + "\n")
 
     def changes(self, recipe: Recipe) -> list[str]:
-        """Differences between the recorded recipe and this one. Free to change: the run's folder, `hardware`, a larger number of
-        steps, the folder of modules (data.json has digests of their content), and where servers are, which a job that is submitted
+        """Differences between the recorded recipe and this one. Free to change: the run's folder and trackers, `hardware`, a larger
+        number of steps, the folder of modules (data.json has digests of their content), and where servers are, which a job that is submitted
         again finds on other nodes (simulator.json says who plays the user; a server of the policy is sent its weights)."""
-        free: dict[str, Any] = {"hardware": True, "run": {"output_dir", "name"}, "environment": {"folder"}, "simulator": True}
-        free["rollout"] = {"vllm": {"urls"}}
+        free: dict[str, Any] = {"hardware": True, "run": {"output_dir", "name", "report_to"}, "environment": {"folder"}}
+        free |= {"simulator": True, "rollout": {"vllm": {"urls"}}}
         if self.extended_from(recipe):
             free["training"] = {"max_steps"}
         old, now = (resolved.model_dump(mode="json", exclude=free) for resolved in (self._recorded(), recipe))

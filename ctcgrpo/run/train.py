@@ -52,8 +52,9 @@ from ctcgrpo.run.run_records import Validation
 from ctcgrpo.run.run_tasks import run_tasks
 from ctcgrpo.run.saving import checkpoint_bytes, too_little_time
 from ctcgrpo.run.settings import context_builder, lora_config, template_kwargs, trainer_config
-from ctcgrpo.run.tracking import WandbTracker
+from ctcgrpo.run.tracking import Trackers, trackers_of
 from ctcgrpo.run.validation import Validator
+from ctcgrpo.run.weights_and_biases import WANDB, log_dialogues, wandb_run
 from ctcgrpo.training.checkpoint_pickles import refuse_damaged_state
 from ctcgrpo.training.samples import try_credit
 from ctcgrpo.training.trainer import PLAYING, CTCGRPOTrainer, RolloutHooks
@@ -94,6 +95,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
     def __init__(self, recipe: Recipe, stack: contextlib.ExitStack) -> None:
         self._recipe = recipe
         try_credit(recipe.credit_options())
+        trackers = trackers_of(recipe.run.report_to)
         self._tasks = run_tasks(recipe)
         # The arguments come before everything else that asks which process this is: they set up the process group, and
         # DeepSpeed, if it is to shard a model while loading, has to be configured by then.
@@ -115,10 +117,10 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
             f"{len(self._tasks.held_out)} held out"
         )
         self._seconds_update = math.nan
-        self._tracker: WandbTracker | None = None
-        if main and recipe.run.wandb != "disabled":
-            self._tracker = WandbTracker(recipe)
-            stack.callback(self._tracker.close)
+        if WANDB in recipe.run.report_to:
+            on_main(self._state, lambda: stack.enter_context(wandb_run(recipe)))
+        self._trackers = Trackers(trackers if main else (), self.updates_per_step)
+        stack.callback(self._trackers.close)
         asked = interrupts(self._progress.say, self._describe_wait)
         self.interrupted = stack.enter_context(asked)  # type: ignore[method-assign]
         self._progress.say(f"loading the weights of {recipe.policy.model}")
@@ -129,7 +131,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
             train_dataset=self._tasks.train,
             processing_class=tokenizer,
             peft_config=lora_config(recipe),
-            callbacks=[self],
+            callbacks=[self, self._trackers],
             contexts=contexts,
             hooks=self,
         )
@@ -277,8 +279,6 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         step = state.global_step // self.updates_per_step
         self._seconds_update = logs.get("seconds/update", math.nan)
         self._folder.append_metrics({"step": step, **logs})
-        if self._tracker:
-            self._tracker.metrics(step, logs)
         self._progress.step(step, logs)
         if logs["replies/empty"] == 1:
             self._progress.say(
@@ -345,8 +345,9 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         )
 
     def _validated(self, validation: Validation) -> None:
-        if self._tracker:
-            self._tracker.validated(validation, self._folder.path)
+        self._trackers.validated(validation)
+        if WANDB in self._recipe.run.report_to and validation.step:
+            log_dialogues(self._folder, validation.step)
 
     def _how_to_start_over(self) -> str:
         checkpoint = self._folder.newest_checkpoint()

@@ -136,13 +136,13 @@ def _named(node: ast.expr) -> str | None:
 
 def _names_in_code() -> set[str]:
     """What any code path logs: literals given to the trainer's `_log_number`, the names that `rollout_metrics` makes, and those of
-    `WandbTracker.validated`."""
+    `validation_metrics`."""
     found: set[str | None] = set()
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "_log_number":
                 found.add(_named(node.args[0]))
-            if isinstance(node, ast.FunctionDef) and node.name in ("rollout_metrics", "validated"):
+            if isinstance(node, ast.FunctionDef) and node.name in ("rollout_metrics", "validation_metrics", "log_dialogues"):
                 for part in ast.walk(node):
                     if isinstance(part, ast.Dict):
                         found |= {_named(key) for key in part.keys if key is not None}
@@ -150,7 +150,7 @@ def _names_in_code() -> set[str]:
                         found.add(_named(part.key))
                     if isinstance(part, ast.Subscript) and isinstance(part.ctx, ast.Store):
                         found.add(_named(part.slice))
-    return {name for name in found if name is not None}
+    return {re.sub("^eval_", "eval/", name) for name in found if name is not None}
 
 
 def _without_variables(name: str) -> str:
@@ -163,7 +163,7 @@ def test_every_metric_that_the_code_logs_is_in_the_table() -> None:
         "kl",
         "memory/peak_gib",
         "deadline/after_{}_turns",
-        "validation/{}",
+        "eval/outcome/{}",
     } <= names  # no run of the tests logs all of these
     assert sorted(names - {_without_variables(metric.name) for metric in all_metrics()}) == []
 
