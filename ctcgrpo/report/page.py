@@ -22,7 +22,8 @@ from ctcgrpo.audit.table import by_gain, caption, shown
 from ctcgrpo.environments.eibench.records import in_order
 from ctcgrpo.report.reading import Run, Trace, credit_of
 from ctcgrpo.run.recipe import OwnEnvironment
-from ctcgrpo.run.run_records import Validation, improvement, numbers_by_turn
+from ctcgrpo.run.run_records import numbers_by_turn
+from ctcgrpo.run.scores import Validation, alarms, gap, improvement, other_scores
 from ctcgrpo.simulator.choice import who_played
 from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.files import write_whole
@@ -31,7 +32,7 @@ from ctcgrpo.util.intervals import interval
 MOST_BYTES = 20_000_000  # of compressed episodes; beyond it whole groups are left out, evenly over the steps
 _BINS = np.linspace(-3, 3, 25)
 _PHASES = 3  # parts of training, whose states and credit are compared
-_OF_EPISODE = ("kind", "step", "task", "tag", "rollout", "outcome")
+_OF_EPISODE = ("kind", "step", "task", "tag", "rollout", "outcome")  # the page knows their order
 _OF_TURN = ("reasoning", "reply", "message", "reward", "info", "faults", "completion_tokens")
 _TIMES = ("seconds/rollout", "seconds/update")
 _WORDS = {"task": "scenario", "tag": "scene", "range": ", in −1 to +1"}
@@ -70,6 +71,7 @@ def figures_of(run: Run) -> dict[str, Any]:
         "headline": _headline(run.validations),
         "credit_options": run.recipe.credit.model_dump(mode="json"),
         "validations": [_validation(validation) for validation in run.validations],
+        "warnings": [f"Step {alarm.step}: {alarm}." for alarm in alarms(run.validations)],
         "training": [
             {"step": m["step"], "overall": m.get(f"outcome/{NO_TAG}"), **{tag: m.get(f"outcome/{tag}") for tag in tags}}
             for m in run.metrics
@@ -120,7 +122,9 @@ def _headline(validations: Sequence[Validation]) -> dict[str, Any] | None:
         return None
     before, after = validations[0], validations[-1]
     ends = {name: {"step": v.step, "score": v.overall} for name, v in (("before", before), ("after", after))}
-    return {**ends, "improvement": improvement(before, after).model_dump()}
+    unlike = other_scores(validations)
+    found = {**ends, "improvement": improvement(before, after).model_dump()}
+    return found if unlike is None else {**found, "other": unlike.model_dump()}
 
 
 def _validation(validation: Validation) -> dict[str, Any]:
@@ -130,7 +134,11 @@ def _validation(validation: Validation) -> dict[str, Any]:
         for name, values in scores.items()
         if values and name != NO_TAG
     }
-    return {"step": validation.step, "failed": validation.failed, "scores": found}
+    made = {"step": validation.step, "failed": validation.failed, "scores": found}
+    if validation.other is None or not validation.other.by_scenario:
+        return made
+    unlike = _validation(validation.other)["scores"]["overall"]
+    return {**made, "other": unlike, "gap": gap(validation).model_dump()}
 
 
 def _phases(trained: Sequence[Trace]) -> list[list[Trace]]:

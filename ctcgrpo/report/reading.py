@@ -23,7 +23,8 @@ from ctcgrpo.run.folders import require_run
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import Validation, checked_summary, read_metrics, read_traces, read_validations, same
+from ctcgrpo.run.run_records import OTHER_USER, VALIDATION, checked_summary, read_metrics, read_traces, read_validations, same
+from ctcgrpo.run.scores import Validation
 from ctcgrpo.util.files import explained, is_complete, read_json, read_object
 from ctcgrpo.util.intervals import means
 
@@ -32,7 +33,7 @@ Trace = dict[str, Any]  # run_records.Trace, with the keys kind and step
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run's records. `episodes`: traces in the order of step, group and rollout, each with `kind` (step or validation).
+    """A run's records. `episodes`: traces in the order of step, group and rollout, each with `kind` (step, validation, other_user).
     `unreadable`: the number of invalid lines in traces. `simulator`: the simulator's health answer (None where not recorded).
     `problems`: errors in the files, a sentence each."""
 
@@ -113,7 +114,7 @@ def read_run(path: Path) -> Run:
 def _episodes(traces: Path) -> tuple[list[Trace], list[str]]:
     files: dict[tuple[str, int], list[Path]] = {}
     for file in sorted(traces.glob("*.jsonl")):
-        if match := re.fullmatch(r"(step|validation)-(\d+)\.rank-\d+", file.stem):
+        if match := re.fullmatch(rf"(step|{VALIDATION}|{OTHER_USER})-(\d+)\.rank-\d+", file.stem):
             files.setdefault((match[1], int(match[2])), []).append(file)
     found: list[Trace] = []
     problems: list[str] = []
@@ -157,7 +158,9 @@ def _disagreements(
     played: dict[tuple[str, int], list[Trace]] = {}
     for e in episodes:
         played.setdefault((e["kind"], e["step"]), []).append(e)
-    steps = {"step": [m["step"] for m in metrics], "validation": [v.step for v in validations]}
+    of_other = [v.other for v in validations if v.other is not None]
+    steps = {"step": [m["step"] for m in metrics]}
+    steps |= {kind: [v.step for v in of_kind] for kind, of_kind in ((VALIDATION, validations), (OTHER_USER, of_other))}
     problems = [
         f"{'metrics' if kind == 'step' else 'validation'}.jsonl: step {step} is missing, and traces have it"
         for kind, step in played
@@ -166,17 +169,25 @@ def _disagreements(
     for m in metrics:
         problems += _other_metrics(m, [e for e in played.get(("step", m["step"]), ()) if e["failure"] is None])
     for v in validations:
-        found = [e for e in played.get(("validation", v.step), ()) if e["failure"] is None]
-        counted = Counter((e["task"], round(e["outcome"], 9)) for e in found)
-        said = Counter((name, round(x, 9)) for name, outcomes in v.outcomes.items() for x in outcomes)
-        if found and counted != said:
-            problems.append(f"validation after step {v.step}: outcomes differ between traces and validation.jsonl")
-        failed = len(played.get(("validation", v.step), ())) - len(found)
-        if found and failed != v.failed:
-            both = f"{failed} failed episodes in traces, {v.failed} in validation.jsonl"
-            problems.append(f"validation after step {v.step}: {both}")
-        if found and any(v.scenes.get(e["task"]) != e["tag"] for e in found):
-            problems.append(f"validation after step {v.step}: scenes differ between traces and validation.jsonl")
+        problems += _other_outcomes(v, played.get((VALIDATION, v.step), ()), f"validation after step {v.step}")
+    for v in of_other:
+        problems += _other_outcomes(v, played.get((OTHER_USER, v.step), ()), f"validation after step {v.step}, other user")
+    return problems
+
+
+def _other_outcomes(v: Validation, episodes: Sequence[Trace], what: str) -> list[str]:
+    """Contradictions between a validation and its traces."""
+    found = [e for e in episodes if e["failure"] is None]
+    if not found:
+        return []
+    problems = []
+    counted = Counter((e["task"], round(e["outcome"], 9)) for e in found)
+    if counted != Counter((name, round(x, 9)) for name, outcomes in v.outcomes.items() for x in outcomes):
+        problems.append(f"{what}: outcomes differ between traces and validation.jsonl")
+    if (failed := len(episodes) - len(found)) != v.failed:
+        problems.append(f"{what}: {failed} failed episodes in traces, {v.failed} in validation.jsonl")
+    if any(v.scenes.get(e["task"]) != e["tag"] for e in found):
+        problems.append(f"{what}: scenes differ between traces and validation.jsonl")
     return problems
 
 

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.run.run_records import Validation
+from ctcgrpo.run.scores import Validation, gap
 from ctcgrpo.util.naming import did_you_mean
 
 
@@ -72,5 +72,11 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
 def validation_metrics(validation: Validation) -> dict[str, float | None]:
     """The figures of a validation, by the names that `CTCGRPOTrainer.evaluate` gives them; trackers show eval_ as eval/."""
     figures = validation.figures()
-    scenes: dict[str, float | None] = {f"eval_outcome/{scene}": score for scene, score in figures.scenes.items()}
-    return {**scenes, "eval_outcome/all": figures.overall, "eval_episodes/failed": float(figures.failed)}
+    found: dict[str, float | None] = {f"eval_outcome/{scene}": score for scene, score in figures.scenes.items()}
+    found |= {"eval_outcome/all": figures.overall, "eval_episodes/failed": float(figures.failed)}
+    if validation.other is not None:
+        other = validation.other.figures()
+        found |= {f"eval_other_user/outcome/{scene}": score for scene, score in other.scenes.items()}
+        found |= {"eval_other_user/outcome/all": other.overall, "eval_other_user/episodes/failed": float(other.failed)}
+        found["eval_gap"] = gap(validation).overall
+    return found

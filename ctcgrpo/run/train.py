@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,17 +48,18 @@ from ctcgrpo.run.folders import check_model
 from ctcgrpo.run.progress import RunProgress
 from ctcgrpo.run.recipe import Recipe, credit_named
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import Validation
+from ctcgrpo.run.run_records import OTHER_USER, VALIDATION
 from ctcgrpo.run.run_tasks import run_tasks
 from ctcgrpo.run.saving import checkpoint_bytes, too_little_time
+from ctcgrpo.run.scores import Validation
 from ctcgrpo.run.settings import context_builder, lora_config, template_kwargs, trainer_config
 from ctcgrpo.run.tracking import Trackers, trackers_of
-from ctcgrpo.run.validation import Validator
+from ctcgrpo.run.validation import Play, Validator
 from ctcgrpo.run.weights_and_biases import WANDB, log_dialogues, wandb_run
 from ctcgrpo.training.checkpoint_pickles import refuse_damaged_state
 from ctcgrpo.training.samples import try_credit
 from ctcgrpo.training.trainer import PLAYING, CTCGRPOTrainer, RolloutHooks
-from ctcgrpo.types import Episode
+from ctcgrpo.types import Environment, Episode
 from ctcgrpo.util.files import disk_problem, file_digest, mark_complete
 from ctcgrpo.util.importing import load_object, source_of
 from ctcgrpo.util.naming import differences
@@ -323,19 +324,25 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         assert settings is not None
         how = replace(trainer.runner.play, seed=settings.seed, deadline=None, continuations=0)
 
-        def play(step: int, slots: Sequence[Slot]) -> list[tuple[str, float]]:
-            mine = slots[self._state.process_index :: self._state.num_processes]
-            self._progress.validation(len(mine))
-            episodes = trainer.play(mine, f"validation-{step:06d}", how)
-            found: list[tuple[str, float]] = gather_object([(e.task, e.outcome) for e in episodes])
-            return found
+        def playing(kind: str, environment: Callable[[], Environment] | None) -> Play:
+            def play(step: int, slots: Sequence[Slot]) -> list[tuple[str, float]]:
+                mine = slots[self._state.process_index :: self._state.num_processes]
+                self._progress.validation(len(mine))
+                episodes = trainer.play(mine, f"{kind}-{step:06d}", how, environment)
+                found: list[tuple[str, float]] = gather_object([(e.task, e.outcome) for e in episodes])
+                return found
+
+            return play
+
+        other = self._tasks.other()
 
         return Validator(
             tasks=self._tasks.held_out,
             samples=settings.samples,
             every=settings.every,
             file=self._folder.validation_file,
-            play=play,
+            play=playing(VALIDATION, None),
+            play_other=None if other is None else playing(OTHER_USER, other),
             keep_best=self._keep_best,
             max_failed=self._recipe.rollout.max_failed,
             record=self._validated,

@@ -150,11 +150,10 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         self._hooks = hooks
         contexts = contexts or self._contexts(processing_class)
         self.engine = make_engine(self, args, processing_class, stop_ids=contexts.stop_ids, interrupted=hooks.interrupted)
-        shared = environment if isinstance(environment, AbstractAsyncContextManager) else contextlib.nullcontext()
         self.runner = RolloutRunner(
             engine=self.engine,
             environment=environment,
-            shared=shared,
+            shared=_shared_by(environment),
             contexts=contexts,
             tokenizer=processing_class,
             stop_ids=contexts.stop_ids,
@@ -306,9 +305,15 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         self._hooks.rollouts(step, len(slots))
         return self.play(slots, step_name(step))
 
-    def play(self, slots: Sequence[Slot], name: str, play: Play | None = None) -> list[Episode]:
+    def play(
+        self,
+        slots: Sequence[Slot],
+        name: str,
+        play: Play | None = None,
+        environment: Callable[[], Environment] | None = None,
+    ) -> list[Episode]:
         """Play episodes with the current policy, on every process (each with its own slots), and write their traces to
-        OUTPUT_DIR/traces/NAME.rank-R.jsonl. `play`: settings; default: those of training.
+        OUTPUT_DIR/traces/NAME.rank-R.jsonl. `play`, `environment`: default: those of training.
 
         When any process is asked to pause (Ctrl-C, a spent budget), all of them raise RunPaused together.
         """
@@ -326,6 +331,8 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         pause: RunPaused | None = None
         try:
             runner = replace(self.runner, play=play or self.runner.play)
+            if environment is not None:
+                runner = replace(runner, environment=environment, shared=_shared_by(environment))
             episodes = run_coroutine(runner.run(slots, on_episode))
         except RunPaused as error:
             pause = error
@@ -407,6 +414,11 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.control: TrainerControl = control
         return metrics
+
+
+def _shared_by(environment: Callable[[], Environment]) -> AbstractAsyncContextManager[Any]:
+    """What is entered while a batch of episodes is played."""
+    return environment if isinstance(environment, AbstractAsyncContextManager) else contextlib.nullcontext()
 
 
 def _key(prompt_ids: ArrayLike, completion_ids: ArrayLike) -> tuple[bytes, bytes]:
