@@ -26,7 +26,8 @@ from ctcgrpo.util.processes import on_main
 Say = Callable[[str], None]
 OTHER = "other user"
 """What the user of validation.simulator is called."""
-SIMULATOR = "simulator"  # the section of the only user of training
+SIMULATOR, VALIDATED_WITH = "simulator", "validation.simulator"
+"""The sections of the only user of training, and of the other user."""
 _OF_THE_SERVER = ("status", "version", "deadline")  # what a health answer says of the server, and not of the user
 
 
@@ -62,7 +63,7 @@ def other_of(recipe: Recipe) -> Player | None:
     """The other user of validations; None without one."""
     if recipe.validation is None or recipe.validation.simulator is None:
         return None
-    return Player(Part(OTHER), simulator_of(recipe.validation.simulator), "validation.simulator")
+    return Player(Part(OTHER), simulator_of(recipe.validation.simulator), VALIDATED_WITH)
 
 
 def refuse_unplayed(players: Sequence[Player], scenarios: Iterable[Scenario]) -> None:

@@ -22,7 +22,7 @@ from ctcgrpo.preflight.launch import processes, threads
 from ctcgrpo.preflight.memory import Load, memory_plan
 from ctcgrpo.preflight.subject import Finding, Subject
 from ctcgrpo.run.recipe_file import load_recipe
-from ctcgrpo.simulator.choice import simulator_of
+from ctcgrpo.run.users import trained_on
 from ctcgrpo.util.files import mark_complete
 from tests.conftest import ROOT, Command
 
@@ -296,7 +296,7 @@ def test_the_page_of_recipes_has_the_tokens_of_check(tmp_path: Path) -> None:
     assert len(rows) == 6
     for name, calls, tokens in rows:
         subject = Subject(load_recipe(ROOT / "recipes" / name.strip("`")), tmp_path)
-        subject.simulator = simulator_of(subject.recipe.simulator).config
+        subject.players = trained_on(subject.recipe)
         subject.held_out = load_scenarios("english/train")[:1] * 213  # as many as EIBench has
         if tokens == "0":
             continue

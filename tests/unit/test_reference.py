@@ -103,7 +103,7 @@ def test_a_section_a_section_in_it_and_one_field(ctcgrpo: Command) -> None:
     assert "training.clip = 0.2" in out and "number > 0, < 1" in out and "training.kl" not in out
     _, out, _ = ctcgrpo("fields", "simulator-config.llm.endpoints")
     assert "llm.endpoints[].key_env" in out and "budget" not in out
-    assert {s.path for s in selected_fields("simulator")[1]} == {"simulator"}
+    assert {s.path for s in selected_fields("simulator")[1]} == {"simulator", "simulator.users[]"}
 
 
 @pytest.mark.parametrize(
