@@ -182,7 +182,7 @@ def test_a_run_logs_what_is_in_the_table_and_something_logs_each_entry(tmp_path:
 
 
 def test_metrics_name_fields_that_there_are() -> None:
-    fields = {field.key for file in ("recipe",) for section in sections_of(file) for field in section.fields}
+    fields = {key for section in sections_of("recipe") for key in (section.key, *(field.key for field in section.fields))}
     sections = set(Recipe.model_fields)
     for metric in all_metrics():
         for name in re.findall(r"\b([a-z]+(?:\.[a-z_]+)+)\b", f"{metric.healthy} {metric.otherwise} {metric.meaning}"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctcgrpo.report.page import figures_of
@@ -21,7 +21,7 @@ from ctcgrpo.run.tracking import validation_metrics
 from ctcgrpo.run.validation import Validator
 from tests.conftest import Command
 from tests.unit.test_report import EPISODES, made
-from tests.unit.test_run import FAST, TINY
+from tests.unit.test_run import TINY
 from tests.unit.test_validation import TASKS
 
 NAMES = [f"s{k}" for k in range(8)]
@@ -62,6 +62,7 @@ def test_what_is_learned_first_and_lost_later_raises_it_too() -> None:
     assert gamed([run[0], validation(5, 0.3, [*noisy[1:], 0.2]), validation(10, 0.6, noisy)]) is None
 
 
+@settings(max_examples=30)  # each takes a dozen bootstraps
 @given(scores, scores, scores, scores)
 def test_the_alarm_is_a_rise_beyond_its_interval_beside_a_fall(
     a: list[float], b: list[float], c: list[float], d: list[float]
@@ -130,6 +131,9 @@ def test_trackers_get_both_and_the_gap() -> None:
     assert not [name for name in validation_metrics(validation(3, 0.5, None)) if "other" in name or "gap" in name]
 
 
+LEARNS = ["training.max_steps=6", "training.updates_per_step=1", "training.learning_rate=3e-2", "training.schedule=constant"]
+LEARNS += ["training.warmup=0", "training.save_every=6", "rollout.max_turns=1", "rollout.max_new_tokens=16"]
+LEARNS += ["rollout.group_size=16", "credit.alpha=0"]
 BACKEND = """
 from ctcgrpo.simulator.protocol import Reaction, SimulatorBackend, TurnRequest
 
@@ -141,7 +145,7 @@ class Likes(SimulatorBackend):
 
     async def react(self, request: TurnRequest) -> Reaction:
         letters = request.history[-1].text.lower()
-        change = self.sign * (5 if letters.count("e") > 0.08 * len(letters) else -5)
+        change = self.sign * round(100 * (letters.count("e") / max(1, len(letters)) - 0.08))
         return Reaction("Well.", anger_delta=-change, trust_delta=change, goes_on=True, why="letters")
 """
 
@@ -157,34 +161,45 @@ def users(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
     return files
 
 
-def test_a_run_is_validated_with_both_users(ctcgrpo: Command, users: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_policy_that_games_its_user_is_noticed(ctcgrpo: Command, users: tuple[Path, Path], tmp_path: Path) -> None:
+    """The policy learns to write the letter that the user of training likes, and that the other one dislikes."""
     fond, averse = users
-    command = ["train", TINY, *FAST, f"run.output_dir={tmp_path}", f"simulator.config={fond}"]
-    command += [f"validation={{scenarios: english/test, every: 1, simulator: {{config: {averse}}}}}"]
+    command = ["train", TINY, f"run.output_dir={tmp_path}", f"simulator.config={fond}", *LEARNS]
+    command += [f"validation={{scenarios: english/test, every: 6, simulator: {{config: {averse}}}}}"]
     code, out, err = ctcgrpo(*command)
     assert code == 0, err
-    assert out.count("with the other user: playing 16 episodes") == 2 and "validation after step 1: gap " in out
+    assert out.count("with the other user: playing 16 episodes") == 2 and "validation after step 6: gap +0." in out
+    told = " ".join(out.split())
+    assert "warning: step 6: from step 0 to step 6 the score with the user that is trained on rose (+0." in told
+    assert "and the score with the other user fell (-0." in told
     run = tmp_path / "tiny"
     found, problems = read_validations(run / "validation.jsonl")
-    assert not problems and len(found) == 2
+    assert not problems and [v.step for v in found] == [0, 6]
     for v in found:
         assert v.other is not None and v.other.outcomes.keys() == v.outcomes.keys()
     # The same replies, since seeds and first lines are the same: what one user likes, the other dislikes.
-    played = [[json.loads(line) for line in (run / "traces" / f"{kind}-000000.rank-0.jsonl").read_text().splitlines()]
-              for kind in ("validation", "other_user")]  # fmt: skip
+    played = (
+        [json.loads(line) for line in (run / "traces" / f"{kind}-000006.rank-0.jsonl").read_text().splitlines()]
+        for kind in ("validation", "other_user")
+    )
     for mine, theirs in zip(*played, strict=True):
         assert mine["task"] == theirs["task"] and mine["turns"][0]["reply"] == theirs["turns"][0]["reply"]
-        assert mine["turns"][0]["reward"] == pytest.approx(-theirs["turns"][0]["reward"], abs=0.06)
+        assert mine["turns"][0]["reward"] == pytest.approx(-theirs["turns"][0]["reward"])
     recorded = json.loads((run / "simulator.json").read_text())
     assert recorded["sign"] == 1 and recorded["validation"]["sign"] == -1
+
     summary, problems = checked_summary(run)
-    assert not problems and summary is not None and summary.other == other_scores(found)
+    assert not problems and summary is not None and summary.other == other_scores(found) and summary.gamed == alarms(found)
     assert read_run(run).problems == []
     code, out, err = ctcgrpo("show", str(run))
-    assert code == 0 and "with the other user" in out, err
+    told = " ".join(out.split())
+    assert code == 0 and "with the other user" in told and "warning: from step 0 to step 6 the score" in told, err
     shown = figures_of(read_run(run))
     assert [v["other"]["mean"] for v in shown["validations"]] == pytest.approx([v.other.overall for v in found if v.other])
-    assert shown["headline"]["other"]["improvement"]["n"] == 16 and shown["warnings"] == []
+    assert shown["headline"]["other"]["improvement"]["n"] == 16
+    (warning,) = shown["warnings"]
+    assert warning.startswith("Step 6: from step 0 to step 6 the score")
+
     averse.write_text(averse.read_text().replace("-1", "-2"))
-    code, _, err = ctcgrpo(*command, "training.max_steps=2")
+    code, _, err = ctcgrpo(*command, "training.max_steps=7")
     assert code == 6 and "simulator.json: simulator changed" in err and "validation.sign: -1 -> -2" in err
