@@ -23,7 +23,7 @@ from ctcgrpo.environments.eibench.records import in_order
 from ctcgrpo.report.reading import Run, Trace, credit_of
 from ctcgrpo.run.recipe import OwnEnvironment
 from ctcgrpo.run.run_records import numbers_by_turn
-from ctcgrpo.run.scores import Validation, alarms, gap, improvement, other_scores
+from ctcgrpo.run.scores import Validation, alarms, gap, improvement, other_scores, told
 from ctcgrpo.simulator.choice import who_played
 from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.files import write_whole
@@ -71,7 +71,7 @@ def figures_of(run: Run) -> dict[str, Any]:
         "headline": _headline(run.validations),
         "credit_options": run.recipe.credit.model_dump(mode="json"),
         "validations": [_validation(validation) for validation in run.validations],
-        "warnings": [f"Step {alarm.step}: {alarm}." for alarm in alarms(run.validations)],
+        "warnings": [f"Warning, {text}." for text in told(alarms(run.validations))],
         "training": [
             {"step": m["step"], "overall": m.get(f"outcome/{NO_TAG}"), **{tag: m.get(f"outcome/{tag}") for tag in tags}}
             for m in run.metrics
@@ -99,10 +99,12 @@ def _of_credit(of: OfCredit) -> list[str]:
 def _facts(run: Run) -> dict[str, str]:
     """The run's main settings, by name, in words: model, user, data, recipe, date."""
     recipe, lora, own = run.recipe, run.recipe.policy.lora, run.recipe.environment
+    other = (run.simulator or {}).get("validation")
     repeat = shlex.join(["ctcgrpo", "train", str(run.path / "recipe.yaml"), f"run.name={recipe.run.name}-again"])
     return {
         "model": recipe.policy.model + (f", LoRA of rank {lora.rank}" if lora else ", all weights"),
         **({"simulated user": who_played(run.simulator)} if own is None else {"environment": _named(own)}),
+        **({"other user": who_played(other)} if isinstance(other, Mapping) else {}),
         "trained on": recipe.eibench_scenarios().train if own is None else own.tasks,
         "validated on": "nothing" if recipe.validation is None else recipe.validation_source(),
         "recipe": f"{recipe.run.name}, seed {recipe.run.seed}",

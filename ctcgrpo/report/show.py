@@ -15,7 +15,7 @@ from ctcgrpo.evaluation.played import eibench_on, in_words
 from ctcgrpo.run.folders import require_folder
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.run_records import VALIDATION, Summary, checked_summary, numbers_by_turn, read_traces, same
-from ctcgrpo.run.scores import Figures, Improvement
+from ctcgrpo.run.scores import Figures, Improvement, told
 from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.intervals import means
 from ctcgrpo.util.terminal import print_line
@@ -65,7 +65,8 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
     console.print(f"{_improvement(summary.improvement, noun, summary.environment)}\n", markup=False, highlight=False)
     if summary.other is not None:
         both = "the score with the user of training less the score with the other user"
-        print_line(console, f"gap {summary.other.gap_before} before, {summary.other.gap_after} after:\n{both}\n")
+        ends = f"gap before: {summary.other.gap_before}\ngap after: {summary.other.gap_after}"
+        print_line(console, f"{ends}\n({both}, paired over {noun}s)\n")
     if summary.settings is not None:  # a user's own environment has none
         settings: dict[str, Any] = {**summary.settings}
         measured = eibench_on(settings.pop("data_set"))
@@ -79,7 +80,7 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
         f"all dialogues   {folder.traces}\nfigures         {path / 'summary.json'}, {folder.metrics_file}\nother dialogue  "
         f"ctcgrpo show {path} --scenario ID",
     )
-    for problem in (*summary.gamed, *problems, *others, *bad_figures):
+    for problem in (*told(summary.gamed), *problems, *others, *bad_figures):
         print_line(console, f"warning: {problem}", "yellow")
 
 

@@ -82,7 +82,7 @@ class Improvement(BaseModel):
     def __str__(self) -> str:
         if self.overall is None or self.ci95 is None:
             return "unknown"
-        return f"{self.overall:+.3f} (95 % interval {self.ci95[0]:+.3f} to {self.ci95[1]:+.3f})"
+        return f"{self.overall:+.3f}, 95 % interval {self.ci95[0]:+.3f} to {self.ci95[1]:+.3f}"
 
 
 def improvement(before: Validation, after: Validation, *, seed: int = 0) -> Improvement:
@@ -158,6 +158,15 @@ def alarms(validations: Sequence[Validation]) -> list[Gamed]:
     """`gamed` after each validation of a run."""
     found = (gamed(validations[:k]) for k in range(2, len(validations) + 1))
     return [alarm for alarm in found if alarm is not None]
+
+
+def told(found: Sequence[Gamed]) -> list[str]:
+    """The alarms of a run in words: the last one, with the steps of the earlier ones."""
+    if not found:
+        return []
+    *earlier, last = found
+    steps = f" (earlier after step {', '.join(str(alarm.step) for alarm in earlier)})" if earlier else ""
+    return [f"step {last.step}: {last}{steps}"]
 
 
 def other_scores(validations: Sequence[Validation]) -> OtherScores | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,9 +16,11 @@ from hypothesis import strategies as st
 from ctcgrpo.environments.eibench.mixture import Part, drawn, mean_shares, shares
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.rollout.runner import Slot, validation_slots
+from ctcgrpo.rollout.session import Session
 from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.users import refuse_unplayed, trained_on
 from ctcgrpo.simulator.choice import name_of, who_played
+from ctcgrpo.types import Environment, Step
 from tests.conftest import Command
 from tests.fake_llm import FakeLlm
 from tests.unit.test_check import look
@@ -56,6 +61,23 @@ def test_a_group_has_one_seed_and_a_validation_the_same_after_any_step() -> None
     assert [s.group_seeds for s in validation_slots(TASKS, 2, 0)] == [s.group_seeds for s in validation_slots(TASKS, 2, 9)]
 
 
+async def test_an_environment_and_its_branches_get_the_seed_of_the_group() -> None:
+    class Counts(Environment):
+        def reset(self, task: Mapping[str, Any], *, seed: int) -> str:
+            return str(self.group_seed)
+
+        def step(self, reply: str) -> Step:
+            return Step("", reward=0.0)
+
+        def branch(self, *, seed: int) -> Environment:
+            return copy.copy(self)
+
+    session = Session(Counts, "1/a/0", group_seed=7)
+    assert (await session.reset({}, seed=0))[0]["content"] == "7"
+    branched = await session.branch("1/a/0/after-1/0", seed=1)
+    assert branched._made().group_seed == 7
+
+
 def test_a_run_with_two_users(ctcgrpo: Command, tmp_path: Path) -> None:
     command = ["train", TINY, *FAST, "training.max_steps=3", f"run.output_dir={tmp_path}", MIXED]
     command += ["validation={scenarios: english/test, every: 3}"]
@@ -86,6 +108,9 @@ def test_a_run_with_two_users(ctcgrpo: Command, tmp_path: Path) -> None:
     assert recorded["users"]["scripted"]["weight"] == 3 and recorded["users"]["reluctant"]["backend"] == "scripted"
     assert who_played(recorded) == "scripted: scripted; reluctant: scripted, reluctance 0.5"
     assert {file.name for file in run.glob("simulator-*.jsonl")} == {"simulator-scripted.jsonl", "simulator-reluctant.jsonl"}
+
+    code, _, err = ctcgrpo("evaluate", str(run), "--limit", "1")
+    assert code == 2 and "the run has several users (simulator.users); expected --simulator" in err
 
     whole = (run / "traces" / "step-000003.rank-0.jsonl").read_text()
     for name in ("final", "checkpoint-3"):

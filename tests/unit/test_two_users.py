@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctcgrpo.report.page import figures_of
+from ctcgrpo.report.page import figures_of, write_report
 from ctcgrpo.report.reading import read_run
 from ctcgrpo.rollout.runner import Slot
 from ctcgrpo.run.run_records import checked_summary, read_validations
@@ -20,7 +21,8 @@ from ctcgrpo.run.scores import Validation, alarms, gamed, gap, other_scores
 from ctcgrpo.run.tracking import validation_metrics
 from ctcgrpo.run.validation import Validator
 from tests.conftest import Command
-from tests.unit.test_report import EPISODES, made
+from tests.unit.test_report import CHROMIUM, EPISODES, made, opened
+from tests.unit.test_report import browser as browser
 from tests.unit.test_run import TINY
 from tests.unit.test_validation import TASKS
 
@@ -50,7 +52,7 @@ def test_a_gamed_user_raises_the_alarm() -> None:
     alarm = gamed(run)
     assert alarm is not None and (alarm.step, alarm.since) == (10, 0)
     assert alarm.trained.overall == pytest.approx(0.6) and alarm.other.overall == pytest.approx(-0.1)
-    assert "rose (+0.600 (95 % interval +0.600 to +0.600))" in str(alarm) and "fell (-0.100 (95 %" in str(alarm)
+    assert "rose (+0.600, 95 % interval +0.600 to +0.600)" in str(alarm) and "fell (-0.100, 95 %" in str(alarm)
     assert alarms(run) == [alarm]
 
 
@@ -115,13 +117,34 @@ def test_the_validator_records_both_and_says_the_alarm(tmp_path: Path) -> None:
 
 
 def test_the_report_repeats_the_alarm(tmp_path: Path) -> None:
-    run = made(tmp_path / "r", EPISODES)
-    validations = [validation(0, 0.0, 0.1), validation(1, 0.4, -0.2)]
-    (run / "validation.jsonl").write_text("".join(v.model_dump_json(exclude_none=True) + "\n" for v in validations))
-    found = figures_of(read_run(run))
-    assert [v["gap"]["overall"] for v in found["validations"]] == pytest.approx([-0.1, 0.6])
+    run = read_run(gaming(tmp_path / "r"))
+    found = figures_of(run)
+    assert [v["gap"]["overall"] for v in found["validations"]] == pytest.approx([-0.1, 0.3, 0.6])
     (warning,) = found["warnings"]
-    assert warning.startswith("Step 1: from step 0 to step 1 the score with the user that is trained on rose (+0.400")
+    assert warning.startswith("Warning, step 2: from step 0 to step 2 the score with the user that is trained on rose (+0.400, ")
+    assert warning.endswith("what only the first one rewards (earlier after step 1).")
+
+
+def gaming(folder: Path) -> Path:
+    """A run with a validation before, one in which both users' scores have parted, and one in which they part further."""
+    run = made(folder, EPISODES)
+    validations = [validation(0, 0.0, 0.1), validation(1, 0.2, -0.1), validation(2, 0.4, -0.2)]
+    (run / "validation.jsonl").write_text("".join(v.model_dump_json(exclude_none=True) + "\n" for v in validations))
+    return run
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+@pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed")
+def test_a_browser_shows_both_scores_the_gap_and_the_alarm(browser: Any, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    write_report(read_run(gaming(tmp_path / "r")), file)
+    page, asked, wrong = opened(browser, file)
+    assert (asked, wrong) == ([], [])
+    assert "Warning, step 2: " in page.locator("#notes").inner_text()
+    told = page.locator("#headline").inner_text()
+    assert "improvement with the other user" in told and "−0.300" in told and "gap after training" in told and "+0.600" in told
+    drawn = page.evaluate("[...document.querySelectorAll('polyline')].map(line => line.dataset.series)")
+    assert {"user of training", "other user", "gap"} <= set(drawn)
 
 
 def test_trackers_get_both_and_the_gap() -> None:
@@ -193,12 +216,12 @@ def test_a_policy_that_games_its_user_is_noticed(ctcgrpo: Command, users: tuple[
     assert read_run(run).problems == []
     code, out, err = ctcgrpo("show", str(run))
     told = " ".join(out.split())
-    assert code == 0 and "with the other user" in told and "warning: from step 0 to step 6 the score" in told, err
+    assert code == 0 and "with the other user" in told and "warning: step 6: from step 0 to step 6 the score" in told, err
     shown = figures_of(read_run(run))
     assert [v["other"]["mean"] for v in shown["validations"]] == pytest.approx([v.other.overall for v in found if v.other])
     assert shown["headline"]["other"]["improvement"]["n"] == 16
     (warning,) = shown["warnings"]
-    assert warning.startswith("Step 6: from step 0 to step 6 the score")
+    assert warning.startswith("Warning, step 6: from step 0 to step 6 the score") and shown["facts"]["other user"] == "likes"
 
     averse.write_text(averse.read_text().replace("-1", "-2"))
     code, _, err = ctcgrpo(*command, "training.max_steps=7")
