@@ -378,7 +378,7 @@ def _saved(folder: RunFolder, first: str = "") -> str:
 def _user_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Differences between two users, with what the digest `settings` covers."""
     covered = "options, sampling, max_tokens, and of each endpoint url, model, output, bounded_strings, seed, extra_body"
-    return [f"{change} (digest of {covered})" if change.startswith("settings: ") else change for change in differences(old, new)]
+    return [f"{change} (digest of {covered})" if "settings: " in change else change for change in differences(old, new)]
 
 
 def _set_single_process() -> None:
