@@ -40,8 +40,9 @@ class Step:
 class Environment:
     """Plays one episode against the policy. Subclass it.
 
-    Each episode has its own instance. The runner sets `name` (the episode's name in logs) before `reset`, sums the rewards in
-    `episode_return`, and calls `close` once, also after a failure. An exception, an invalid value, or a call over the timeout
+    Each episode has its own instance. The runner sets `name` (the episode's name in logs) and `group_seed` (the same for all
+    episodes of a group, for what they should have in common) before `reset`, sums the rewards in `episode_return`, and calls
+    `close` once, also after a failure. An exception, an invalid value, or a call over the timeout
     makes a failed episode with its reason, never a reward.
 
     `reset`, `step`, `outcome` and `close` may be plain or async methods. A plain one runs in a thread, so that other episodes
@@ -50,6 +51,7 @@ class Environment:
     """
 
     name: str = ""
+    group_seed: int = 0
     episode_return: float = 0.0
     info: Info = _NOTHING  # information on the start, as `Step.info` on a turn; set by `reset`
 

@@ -28,7 +28,7 @@ from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.environments.eibench.scoring import Variant
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import load_recipe
-from ctcgrpo.run.run_records import Validation, improvement
+from ctcgrpo.run.scores import Validation, improvement
 from ctcgrpo.run.validation import validation_of
 from ctcgrpo.simulator.protocol import Utterance
 from ctcgrpo.simulator.scripted.language import load_language

@@ -15,7 +15,8 @@ from ctcgrpo.run.folders import require_run
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import Validation, read_traces, valid_validations
+from ctcgrpo.run.run_records import read_traces, valid_validations
+from ctcgrpo.run.scores import Validation
 
 Trace = Mapping[str, Any]
 """run_records.Trace; only valid episodes."""

@@ -28,7 +28,8 @@ from ctcgrpo.environments.eibench import task_of
 from ctcgrpo.environments.eibench.records import Scenario, UserState
 from ctcgrpo.environments.eibench.scoring import Variant, outcome_score
 from ctcgrpo.errors import OutputError
-from ctcgrpo.run.run_records import Improvement, Validation, disagreement, improvement, read_summary, same
+from ctcgrpo.run.run_records import disagreement, read_summary, same
+from ctcgrpo.run.scores import Improvement, Validation, improvement
 from ctcgrpo.run.validation import validation_of
 from ctcgrpo.simulator.protocol import ScenarioCard, Utterance, turn_request
 from ctcgrpo.simulator.scripted.backend import react

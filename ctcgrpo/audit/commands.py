@@ -112,7 +112,7 @@ def _recipe(source: Path, overrides: Sequence[str], groups: int, which: str, scr
     alone = [
         f"run.output_dir={scratch}",
         "run.name=audit",
-        "run.wandb=disabled",
+        "run.report_to=[]",
         "training.sharding=none",
         f"training.max_steps={math.ceil(groups / asked.tasks_per_step)}",
     ]

@@ -90,11 +90,13 @@ def shown_value(name: str, value: Any) -> str:
 
 
 def validated_as(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A run's validation as arguments of the task eibench (scenarios, repeats and seed only with a validation section) and of
-    sampling."""
+    """A run's validation as arguments of the task eibench (scenarios, repeats and seed only with a validation section, no simulator
+    where the run has several users) and of sampling."""
     rollout = recipe.rollout
     task: dict[str, Any] = {"rounds": rollout.max_turns, "variant": recipe.scoring.variant, **briefed_as(recipe)}
-    task |= {"reasoning": recipe.policy.reasoning_context, "simulator": name_of(recipe.simulator)}
+    task["reasoning"] = recipe.policy.reasoning_context
+    if (user := name_of(recipe.simulator)) is not None:
+        task["simulator"] = user
     if (validation := recipe.validation) is not None:
         task |= {"scenarios": validation.scenarios, "repeats": validation.samples, "seed": validation.seed}
         task["invalid"] = recipe.eibench_scenarios().invalid
@@ -138,7 +140,7 @@ class Trained:
         source = described(self.recipe.eibench_scenarios().train)
         return (
             f"{self.run / self.which} belongs to the run {self.recipe.run.name}: trained on {source}, {validated}, with "
-            f"{in_words(settings)}, simulator {self.task['simulator']}, {persona}, "
+            f"{in_words(settings)}, simulator {self.task.get('simulator', 'several users')}, {persona}, "
             f"instructions {self.recipe.policy.instructions}"
         )
 

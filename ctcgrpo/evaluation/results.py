@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.benches import BENCHES, Bench
 from ctcgrpo.run.folders import require_folder
-from ctcgrpo.run.run_records import STRICT, same
+from ctcgrpo.run.run_records import same
+from ctcgrpo.run.scores import STRICT
 from ctcgrpo.util.files import explained, read_json, read_json_lines, write_whole
 from ctcgrpo.util.intervals import interval, means, share_interval
 

@@ -330,14 +330,16 @@ def evaluations_of(
     if preset is not None:
         kept = ("scenarios", "repeats", "seed", "invalid", "simulator")
         validated, sampled = {name: validated[name] for name in kept if name in validated}, {}
-        simulator = None if roles else task.get("simulator", validated["simulator"])
+        simulator = None if roles else task.get("simulator", validated.get("simulator"))
         task, generation, role_generation, unset = with_preset(preset, simulator, task, generation, {}, [], roles)
         task["unset"] = ",".join(unset)
     if "official" in task:  # which words what the policy is told
         validated = {name: value for name, value in validated.items() if name not in BRIEFING}
     played = {**validated, **task}
     if roles:
-        del played["simulator"]
+        played.pop("simulator", None)
+    elif "simulator" not in played:
+        raise RecipeError(f"{folder.recipe_file}: the run has several users (simulator.users); expected --simulator")
     if "scenarios" not in played:
         raise RecipeError(f"{folder.recipe_file}: no validation section; expected --scenarios to evaluate on")
     base = folder.starting_policy(recipe, say)

@@ -34,7 +34,7 @@ def sweep(
     if wandb:
         if name or overrides or devices or spec.variants or spec.seeds:
             raise RecipeError("--wandb sends the file as it is; expected no other options, variants or seeds; edit the file")
-        from ctcgrpo.run.tracking import hand_over
+        from ctcgrpo.run.weights_and_biases import hand_over
 
         print(hand_over(file))
         return

@@ -4,7 +4,7 @@ A search is the part of W&B's format that this package supports (reference: W&B,
 
     program: recipes/quickstart.yaml          the recipe
     method: grid                              grid, random or bayes (Optuna's TPE)
-    metric: {name: validation/overall, goal: maximize}
+    metric: {name: eval/outcome/all, goal: maximize}
     parameters:
       credit.alpha: {values: [0, 5, 15]}
       credit.gamma: {min: 0.8, max: 1.0}
@@ -44,7 +44,7 @@ from ctcgrpo.run.recipe_file import load_recipe, overrides
 from ctcgrpo.util.naming import did_you_mean
 from ctcgrpo.util.sections import Section, parse_mapping, read_text, validated
 
-METRIC: Final = "validation/overall"
+METRIC: Final = "eval/outcome/all"
 """The objective of a sweep: the score on the recipe's held-out scenarios after training. W&B logs it under this name."""
 SEED = "run.seed"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a folder
@@ -115,7 +115,7 @@ class Parameter(Section):
 class Metric(Section):
     """The objective by which runs are compared."""
 
-    name: Literal["validation/overall"] = Field(METRIC, description="the score on the held-out scenarios after training")
+    name: Literal["eval/outcome/all"] = Field(METRIC, description="the score on the held-out scenarios after training")
     goal: Literal["maximize"] = Field("maximize", description="scores are maximised")
 
 

@@ -35,7 +35,7 @@ def checks_of(recipe: Recipe) -> Sequence[Check]:
         policy.credit, launch.sharding, launch.libraries, policy.model, policy.adapter, policy.attention, policy.reasoning_tags,
         policy.context, launch.processes, policy.precision, launch.launcher, cost.memory, launch.policy_servers,
         *(() if own else (eibench.simulator,)),
-        cost.cost, launch.disk, launch.stopping, launch.threads, launch.output, launch.weights_and_biases,
+        cost.cost, launch.disk, launch.stopping, launch.threads, launch.output, launch.trackers,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from ctcgrpo.credit import VINE
+from ctcgrpo.environments.eibench.mixture import mean_shares
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.model.shapes import GIB
 from ctcgrpo.model.sharding import FSDP2, deepspeed_stage, offloads
@@ -17,6 +18,7 @@ from ctcgrpo.preflight.memory import FULL_AT_WAKE, PHASES, Load, memory_plan
 from ctcgrpo.preflight.remedies import advice
 from ctcgrpo.preflight.subject import LINE_TOKENS, REASONED_TOKENS, REPLY_TOKENS, Finding, Subject, failed, ok, sample, warning
 from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.users import VALIDATED_WITH, Player
 from ctcgrpo.simulator.config import BACKENDS
 from ctcgrpo.simulator.llm.prompts import TemplatePrompts
 from ctcgrpo.util.naming import did_you_mean
@@ -69,12 +71,38 @@ def hours(asked: Asked, tokens_per_turn: float, tokens_per_second: float) -> flo
 
 
 def cost(s: Subject) -> Iterator[Finding]:
-    recipe, validation = s.recipe, s.recipe.validation
-    llm = s.simulator.llm if s.simulator else None
-    steps, own = recipe.training.max_steps, recipe.environment
+    recipe, own = s.recipe, s.recipe.environment
+    asked = _asked(s, s.players[0] if s.players else None)
+    by_player = _by_player(s)
+    per_step = sum(calls for _, calls, _ in by_player) or asked.calls_per_step
+    in_all = sum(calls for _, _, calls in by_player) or asked.calls
+    what = "simulator calls" if own is None else "environment steps"
     held_out = len(s.held_out if own is None else s.held_out_tasks)
-    asked = Asked(
-        steps=steps,
+    including = "validation included" if asked.validations and held_out else "without validation"
+    continued = asked.calls_per_step - asked._replace(continuations=0).calls_per_step
+    of_which = f", {continued:,} of them for the continuations of credit {VINE}" if continued else ""
+    yield ok(f"up to {per_step:,} per step{of_which}, {in_all:,} in total, {including}", what)
+    if own is not None:
+        yield ok(f"unknown: costs of {own.factory} itself (LLM calls, services)")
+    for player, of_step, calls in by_player:
+        yield _cost_of(s, player, of_step, calls)
+    rate = recipe.hardware.tokens_per_second
+    if rate is None and recipe.hardware.gpu:
+        yield ok("unknown; set hardware.tokens_per_second to the metric tokens_per_second of a pilot", "hours")
+    elif rate is not None:
+        each = min(REASONED_TOKENS if recipe.policy.reasons else REPLY_TOKENS, recipe.rollout.max_new_tokens)
+        twice = any(player.field == VALIDATED_WITH for player in s.players)
+        took = hours(asked._replace(validations=asked.validations * (1 + twice)), each, rate)
+        yield ok(f"{took:.1f} of sampling at {rate:,.0f} tokens/s and {each} tokens a reply, plus updates", "hours")
+
+
+def _asked(s: Subject, player: Player | None) -> Asked:
+    """What is asked of a user that plays every episode of training, or of the other user of validations."""
+    recipe, validation, steps = s.recipe, s.recipe.validation, s.recipe.training.max_steps
+    held_out = len(s.held_out if recipe.environment is None else s.held_out_tasks)
+    llm = None if player is None else player.choice.llm
+    return Asked(
+        steps=0 if player is not None and player.field == VALIDATED_WITH else steps,
         episodes_per_step=recipe.tasks_per_step * recipe.rollout.group_size,
         turns=recipe.rollout.max_turns,
         validations=2 + (steps - 1) // validation.every if validation else 0,
@@ -82,48 +110,42 @@ def cost(s: Subject) -> Iterator[Finding]:
         calls_per_turn=llm.samples if llm else 1,
         continuations=recipe.credit.continuations if recipe.credit.credit == VINE else 0,
     )
-    what = "simulator calls" if own is None else "environment steps"
-    including = "validation included" if asked.validations and held_out else "without validation"
-    continued = asked.calls_per_step - asked._replace(continuations=0).calls_per_step
-    of_which = f", {continued:,} of them for the continuations of credit {VINE}" if continued else ""
-    yield ok(f"up to {asked.calls_per_step:,} per step{of_which}, {asked.calls:,} in total, {including}", what)
-    backend = own.factory if own else s.simulator.backend if s.simulator else None
-    if backend is not None and backend not in BACKENDS:
-        yield ok(f"unknown: costs of {backend} itself (LLM calls, services)")
-    elif llm is None and recipe.simulator.url == "embedded":
-        if s.simulator is not None or recipe.simulator.config is None:  # else it could not be read
-            yield ok("none: the scripted user makes no LLM calls")
-    else:
-        yield _simulator_cost(s, asked)
-    rate = recipe.hardware.tokens_per_second
-    if rate is None and recipe.hardware.gpu:
-        yield ok("unknown; set hardware.tokens_per_second to the metric tokens_per_second of a pilot", "hours")
-    elif rate is not None:
-        each = min(REASONED_TOKENS if recipe.policy.reasons else REPLY_TOKENS, recipe.rollout.max_new_tokens)
-        took = hours(asked, each, rate)
-        yield ok(f"{took:.1f} of sampling at {rate:,.0f} tokens/s and {each} tokens a reply, plus updates", "hours")
 
 
-def _simulator_cost(s: Subject, asked: Asked) -> Finding:
-    config = s.simulator
-    llm = config.llm if config else None
-    tokens = _simulator_tokens(s)
+def _by_player(s: Subject) -> list[tuple[Player, int, int]]:
+    """Each user with its calls per step and in total; several users of training share the calls as expected by their weights."""
+    share = mean_shares([player.part for player in s.players if player.several], s.examples)
+    found = []
+    for player in s.players:
+        asked, part = _asked(s, player), share.get(player.name, 1.0) if player.several else 1.0
+        per_step = asked.calls_per_step if asked.steps else 0
+        found.append((player, round(part * per_step), round(part * asked.calls)))
+    return found
+
+
+def _cost_of(s: Subject, player: Player, per_step: int, calls: int) -> Finding:
+    config, about = player.choice.config, s.about("cost", player)
+    if not player.choice.urls and config.backend not in BACKENDS:
+        return ok(f"unknown: costs of {config.backend} itself (LLM calls, services)", about)
+    if not player.choice.urls and config.llm is None:
+        return ok("none: the scripted user makes no LLM calls", about)
+    llm, tokens = player.choice.llm, _simulator_tokens(s, player)
     millions = (tokens.prompt + tokens.completion) / 1e6
     text = (
-        f"about {_short(asked.calls_per_step * millions)} million tokens per step, {_short(asked.calls * millions)} million in "
+        f"about {_short(per_step * millions)} million tokens per step, {_short(calls * millions)} million in "
         f"total (per call {tokens.prompt:.0f} prompt and {VERDICT_TOKENS} completion tokens; replies of {_reply_tokens(s)} "
         f"tokens, lines of {LINE_TOKENS}{'' if s.scenarios else '; estimated on the bundled English scenarios'})"
     )
     prices = [e.price for e in llm.endpoints if e.price.prompt or e.price.completion] if llm else []
-    if prices and config is not None:
-        worst = max(money(asked.calls, tokens, p.prompt, p.completion) for p in prices)
+    if prices:
+        worst = max(money(calls, tokens, p.prompt, p.completion) for p in prices)
         text += f"; up to {_short(worst)} {config.budget.currency} at the most expensive endpoint's prices"
         limit = config.budget.money
         if limit is not None and worst > limit:
-            return warning(f"{text}, but budget.money = {limit:g}: the run will pause when it is spent")
+            return warning(f"{text}, but budget.money = {limit:g}: the run will pause when it is spent", about)
     elif llm is not None:
         text += "; no cost estimate: llm.endpoints have no price"
-    return ok(text)
+    return ok(text, about)
 
 
 def _short(number: float) -> str:
@@ -134,9 +156,9 @@ def _reply_tokens(s: Subject) -> int:
     return min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens)
 
 
-def _simulator_tokens(s: Subject) -> Tokens:
+def _simulator_tokens(s: Subject, player: Player) -> Tokens:
     """Mean tokens of a call over a dialogue of full length, with this project's prompts; the official ones differ."""
-    thinks = s.simulator is None or s.simulator.llm is None or s.simulator.llm.reflections
+    thinks = player.choice.llm is None or player.choice.llm.reflections
     prompts, rounds = TemplatePrompts(reflections=thinks), s.recipe.rollout.max_turns
     counts = []
     for scenario in sample(s.examples, _PLAYED):

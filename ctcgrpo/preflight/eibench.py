@@ -10,7 +10,8 @@ from ctcgrpo.environments.eibench.records import Scenario
 from ctcgrpo.environments.eibench.scenarios import load_scenes, load_set
 from ctcgrpo.errors import RecipeError, SimulatorTransportError
 from ctcgrpo.preflight.subject import NO_VALIDATION, Finding, Subject, failed, ok, warning
-from ctcgrpo.simulator.choice import SCRIPTED, check_timeout, simulator_of
+from ctcgrpo.run.users import VALIDATED_WITH, Player, other_of, refuse_unplayed, trained_on
+from ctcgrpo.simulator.choice import SCRIPTED, check_timeout
 from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.protocol import TurnReply, TurnRequest
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
@@ -43,12 +44,18 @@ def validation(s: Subject) -> Iterator[Finding]:
 
 
 def simulator(s: Subject) -> Iterator[Finding]:
-    """One test turn with the run's simulator: it costs a call."""
-    settings = s.recipe.simulator
-    choice = simulator_of(settings)
-    s.simulator = None if choice.urls else choice.config
-    if settings.url == "embedded" and s.recipe.hardware.nodes > 1:
-        problem = f"simulator.url = 'embedded' with hardware.nodes = {s.recipe.hardware.nodes}: other nodes cannot reach it"
+    """One test turn with each user of the run: it costs a call."""
+    players, other = trained_on(s.recipe), other_of(s.recipe)
+    s.players = players if other is None else (*players, other)
+    refuse_unplayed(players, [*s.scenarios, *s.held_out])
+    for player in s.players:
+        yield from _answers(s, player)
+
+
+def _answers(s: Subject, player: Player) -> Iterator[Finding]:
+    settings, choice, about = s.recipe.simulator, player.choice, s.about("simulator", player)
+    if not choice.urls and s.recipe.hardware.nodes > 1:
+        problem = f"{player.field}.url = 'embedded' with hardware.nodes = {s.recipe.hardware.nodes}: other nodes cannot reach it"
         advice = "start `ctcgrpo serve CONFIG --host 0.0.0.0` and set its URL, or use launch/slurm.sbatch"
         raise RecipeError(f"{problem}; {advice}")
     tested = choice
@@ -56,14 +63,17 @@ def simulator(s: Subject) -> Iterator[Finding]:
         check_timeout({"deadline": llm.deadline}, settings.timeout)
         hasty = llm.model_copy(update={"deadline": min(llm.deadline, _DEADLINE), "patience": 0.0})
         tested = replace(choice, config=choice.config.model_copy(update={"llm": hasty}))
-    with tested.served([*s.scenarios, *s.held_out]) as urls:
+    sets = {"training scenarios": () if player.field == VALIDATED_WITH else s.scenarios, "held-out scenarios": s.held_out}
+    plays = {what: [scenario for scenario in scenarios if player.part.plays(scenario)] for what, scenarios in sets.items()}
+    with tested.served([scenario for scenarios in plays.values() for scenario in scenarios]) as urls:
         client = tested.client(urls, settings.token_env, s.variables, patience=2)
-        says, reply = asyncio.run(_canary(client, s.examples[0]))
+        asked = next((scenario for scenario in s.examples if player.part.plays(scenario)), s.examples[0])
+        says, reply = asyncio.run(_canary(client, asked))
     check_timeout(says, settings.timeout)
     who = ", ".join(map(str, says.get("models") or [says.get("backend")]))
-    yield ok(f"{who} answered a test turn: {reply!r}")
+    yield ok(f"{who} answered a test turn: {reply!r}", about)
     if says.get("backend") == SCRIPTED:
-        for scenarios, what in ((s.scenarios, "training scenarios"), (s.held_out, "held-out scenarios")):
+        for what, scenarios in plays.items():
             if text := unscripted_warning(scenarios, what):
                 yield warning(text, "scripts")
 

@@ -1,5 +1,5 @@
-"""Checks of the launch (libraries, processes, sharding, accelerate, policy servers) and of this machine (disk, run folder, W&B
-login)."""
+"""Checks of the launch (libraries, processes, sharding, accelerate, policy servers) and of this machine (disk, run folder,
+trackers)."""
 
 import contextlib
 import importlib.util
@@ -18,6 +18,8 @@ from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.saving import checkpoint_bytes, notice_seconds, save_seconds, too_little_time
 from ctcgrpo.run.startup import SHUTDOWN_TIMEOUT
+from ctcgrpo.run.tracking import trackers_of
+from ctcgrpo.run.weights_and_biases import WANDB
 from ctcgrpo.util.importing import installing
 from ctcgrpo.util.proxies import open_url
 
@@ -147,11 +149,16 @@ def output(s: Subject) -> Iterator[Finding]:
         yield ok(f"resumes from {resumed}{more}")
 
 
-def weights_and_biases(s: Subject) -> Iterator[Finding]:
-    if s.recipe.run.wandb != "online":
-        return
-    found = "WANDB_API_KEY" in s.variables
-    with contextlib.suppress(FileNotFoundError, netrc.NetrcParseError):
-        found = found or netrc.netrc().authenticators("api.wandb.ai") is not None
-    missing = "run.wandb = 'online', but there is no API key; run wandb login, or set run.wandb=offline"
-    yield ok("API key found", "W&B") if found else failed(missing, "W&B")
+def trackers(s: Subject) -> Iterator[Finding]:
+    names = s.recipe.run.report_to
+    trackers_of(names)
+    if WANDB in names and s.variables.get("WANDB_MODE", "online") == "online":
+        found = "WANDB_API_KEY" in s.variables
+        with contextlib.suppress(FileNotFoundError, netrc.NetrcParseError):
+            found = found or netrc.netrc().authenticators("api.wandb.ai") is not None
+        if not found:
+            problem = f"run.report_to has {WANDB!r}, but there is no API key"
+            yield failed(f"{problem}; run wandb login, or set the environment variable WANDB_MODE=offline")
+            return
+    if names:
+        yield ok(", ".join(names))

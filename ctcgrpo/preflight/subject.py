@@ -17,7 +17,7 @@ from ctcgrpo.model.shapes import Shape
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.preflight.memory import MemoryPlan
 from ctcgrpo.run.recipe import Recipe
-from ctcgrpo.simulator.config import SimulatorConfig
+from ctcgrpo.run.users import Player
 from ctcgrpo.types import Environment, Message, Task
 
 Level = Literal["ok", "warning", "failed"]
@@ -60,7 +60,7 @@ class Subject:
     config: Any = None  # the model's configuration, where it could be loaded
     tokenizer: PreTrainedTokenizerBase | None = None
     contexts: ContextBuilder | None = None
-    simulator: SimulatorConfig | None = None
+    players: Sequence[Player] = ()  # the users of training, and the other user of validations
     memory: MemoryPlan | None = None
     gpus: int = 0  # of this machine
 
@@ -75,6 +75,10 @@ class Subject:
     def examples(self) -> list[Scenario]:
         """The run's scenarios, or the bundled ones where those are not loaded."""
         return self.scenarios or load_scenarios("english/train")
+
+    def about(self, check: str, player: Player) -> str:
+        """The subject of a finding on one of the run's users."""
+        return check if len(self.players) == 1 else f"{check}, {player.name}"
 
     @property
     def longest(self) -> int:

@@ -18,6 +18,7 @@ _STANDS_FOR = {
     "kind": "|".join(error.kind for error in EPISODE_ERRORS),
     "turns": r"\d+",
     "number": r"\w+",
+    "user": r"[^/]+",
 }
 
 

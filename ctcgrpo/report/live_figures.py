@@ -7,7 +7,7 @@ from typing import Any
 from ctcgrpo.environments.eibench.records import in_order
 from ctcgrpo.report.live import Live
 from ctcgrpo.report.reading import Run
-from ctcgrpo.run.run_records import Validation
+from ctcgrpo.run.scores import Validation
 from ctcgrpo.types import NO_TAG
 
 RECENT = 10  # steps

@@ -23,7 +23,7 @@ from ctcgrpo.environments.eibench.records import in_order
 from ctcgrpo.report.parts import BINS, Part, Spread, Trace, credit_of, joined, mean_path
 from ctcgrpo.report.reading import Run
 from ctcgrpo.run.recipe import OwnEnvironment
-from ctcgrpo.run.run_records import Validation, improvement
+from ctcgrpo.run.scores import Validation, alarms, gap, improvement, other_scores, told
 from ctcgrpo.simulator.choice import who_played
 from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.files import write_whole
@@ -31,7 +31,7 @@ from ctcgrpo.util.intervals import interval
 
 MOST_BYTES = 20_000_000  # of compressed episodes; beyond it whole groups are left out, evenly over the steps
 _PHASES = 3  # parts of training, whose states and credit are compared
-_OF_EPISODE = ("kind", "step", "task", "tag", "rollout", "outcome")
+_OF_EPISODE = ("kind", "step", "task", "tag", "rollout", "outcome")  # the page knows their order
 _OF_TURN = ("reasoning", "reply", "message", "reward", "info", "faults", "completion_tokens")
 _TIMES = ("seconds/rollout", "seconds/update")
 _WORDS = {"task": "scenario", "tag": "scene", "range": ", in −1 to +1"}
@@ -83,6 +83,7 @@ def figures_of(run: Run) -> dict[str, Any]:
         "headline": _headline(run.validations),
         "credit_options": run.recipe.credit.model_dump(mode="json"),
         "validations": [_validation(validation) for validation in run.validations],
+        "warnings": [f"Warning, {text}." for text in told(alarms(run.validations))],
         "training": [
             {"step": m["step"], "overall": m.get(f"outcome/{NO_TAG}"), **{tag: m.get(f"outcome/{tag}") for tag in tags}}
             for m in run.metrics
@@ -110,10 +111,12 @@ def _of_credit(of: OfCredit) -> list[str]:
 def _facts(run: Run) -> dict[str, str]:
     """The run's main settings, by name, in words: model, user, data, recipe, date."""
     recipe, lora, own = run.recipe, run.recipe.policy.lora, run.recipe.environment
+    other = (run.simulator or {}).get("validation")
     repeat = shlex.join(["ctcgrpo", "train", str(run.path / "recipe.yaml"), f"run.name={recipe.run.name}-again"])
     return {
         "model": recipe.policy.model + (f", LoRA of rank {lora.rank}" if lora else ", all weights"),
         **({"simulated user": who_played(run.simulator)} if own is None else {"environment": _named(own)}),
+        **({"other user": who_played(other)} if isinstance(other, Mapping) else {}),
         "trained on": recipe.eibench_scenarios().train if own is None else own.tasks,
         "validated on": "nothing" if recipe.validation is None else recipe.validation_source(),
         "recipe": f"{recipe.run.name}, seed {recipe.run.seed}",
@@ -133,7 +136,9 @@ def _headline(validations: Sequence[Validation]) -> dict[str, Any] | None:
         return None
     before, after = validations[0], validations[-1]
     ends = {name: {"step": v.step, "score": v.overall} for name, v in (("before", before), ("after", after))}
-    return {**ends, "improvement": improvement(before, after).model_dump()}
+    unlike = other_scores(validations)
+    found = {**ends, "improvement": improvement(before, after).model_dump()}
+    return found if unlike is None else {**found, "other": unlike.model_dump()}
 
 
 def _validation(validation: Validation) -> dict[str, Any]:
@@ -143,7 +148,11 @@ def _validation(validation: Validation) -> dict[str, Any]:
         for name, values in scores.items()
         if values and name != NO_TAG
     }
-    return {"step": validation.step, "failed": validation.failed, "scores": found}
+    made = {"step": validation.step, "failed": validation.failed, "scores": found}
+    if validation.other is None or not validation.other.by_scenario:
+        return made
+    unlike = _validation(validation.other)["scores"]["overall"]
+    return {**made, "other": unlike, "gap": gap(validation).model_dump()}
 
 
 @lru_cache(maxsize=4096)

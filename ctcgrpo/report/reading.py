@@ -23,7 +23,8 @@ from ctcgrpo.run.folders import require_run
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import Validation, checked_summary, read_metrics, read_traces, read_validations, same
+from ctcgrpo.run.run_records import OTHER_USER, VALIDATION, checked_summary, read_metrics, read_traces, read_validations, same
+from ctcgrpo.run.scores import Validation
 from ctcgrpo.util.files import explained, is_complete, read_json, read_object
 
 Place = tuple[str, int]  # kind (step or validation) and step
@@ -31,7 +32,7 @@ Place = tuple[str, int]  # kind (step or validation) and step
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run's records. `episodes`: traces in the order of step, group and rollout, each with `kind` (step or validation).
+    """A run's records. `episodes`: traces in the order of step, group and rollout, each with `kind` (step, validation, other_user).
     `parts`: what charts need of all of them. `unreadable`: the number of invalid lines in traces. `simulator`: the simulator's
     health answer (None where not recorded).
     `problems`: errors in the files, a sentence each."""
@@ -99,7 +100,7 @@ def trace_files(traces: Path) -> dict[Place, list[Path]]:
     """The files of each step and validation, one a process, in order."""
     files: dict[Place, list[Path]] = {}
     for file in sorted(traces.glob("*.jsonl")):
-        if match := re.fullmatch(r"(step|validation)-(\d+)\.rank-\d+", file.stem):
+        if match := re.fullmatch(rf"(step|{VALIDATION}|{OTHER_USER})-(\d+)\.rank-\d+", file.stem):
             files.setdefault((match[1], int(match[2])), []).append(file)
     return dict(sorted(files.items()))
 
@@ -183,7 +184,9 @@ def _disagreements(
 ) -> list[str]:
     """Contradictions between traces and figures. Episodes of a step in progress, or of one that was killed, have no figures yet."""
     played = {(part.kind, part.step): part for part in parts}
-    steps = {"step": {m["step"] for m in metrics}, "validation": {v.step for v in validations}}
+    of_other = [v.other for v in validations if v.other is not None]
+    steps = {"step": {m["step"] for m in metrics}}
+    steps |= {kind: {v.step for v in of_kind} for kind, of_kind in ((VALIDATION, validations), (OTHER_USER, of_other))}
     problems = [
         f"{'metrics' if kind == 'step' else 'validation'}.jsonl: step {step} is missing, and traces have it"
         for kind, step in played
@@ -192,16 +195,23 @@ def _disagreements(
     for m in metrics:
         problems += _other_metrics(m, played.get(("step", m["step"]), Part("step", m["step"])))
     for v in validations:
-        part = played.get(("validation", v.step))
-        if part is None or not part.valid:
-            continue
-        if _counted(part.outcomes) != _counted(v.outcomes):
-            problems.append(f"validation after step {v.step}: outcomes differ between traces and validation.jsonl")
-        if part.failed != v.failed:
-            both = f"{part.failed} failed episodes in traces, {v.failed} in validation.jsonl"
-            problems.append(f"validation after step {v.step}: {both}")
-        if any(v.scenes.get(task) != tag for task, tag in part.scenes.items()):
-            problems.append(f"validation after step {v.step}: scenes differ between traces and validation.jsonl")
+        problems += _other_outcomes(v, played.get((VALIDATION, v.step)), f"validation after step {v.step}")
+    for v in of_other:
+        problems += _other_outcomes(v, played.get((OTHER_USER, v.step)), f"validation after step {v.step}, other user")
+    return problems
+
+
+def _other_outcomes(v: Validation, part: Part | None, what: str) -> list[str]:
+    """Contradictions between a validation and its traces."""
+    if part is None or not part.valid:
+        return []
+    problems = []
+    if _counted(part.outcomes) != _counted(v.outcomes):
+        problems.append(f"{what}: outcomes differ between traces and validation.jsonl")
+    if part.failed != v.failed:
+        problems.append(f"{what}: {part.failed} failed episodes in traces, {v.failed} in validation.jsonl")
+    if any(v.scenes.get(task) != tag for task, tag in part.scenes.items()):
+        problems.append(f"{what}: scenes differ between traces and validation.jsonl")
     return problems
 
 

@@ -14,7 +14,8 @@ from ctcgrpo.errors import OutputError
 from ctcgrpo.evaluation.played import eibench_on, in_words
 from ctcgrpo.run.folders import require_folder
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import Figures, Improvement, Summary, checked_summary, numbers_by_turn, read_traces, same
+from ctcgrpo.run.run_records import VALIDATION, Summary, checked_summary, numbers_by_turn, read_traces, same
+from ctcgrpo.run.scores import Figures, Improvement, told
 from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.intervals import means
 from ctcgrpo.util.terminal import print_line
@@ -62,6 +63,10 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
     noun = "scenario" if summary.environment is None else "task"
     console.print(_table(summary, speech(before), speech(after), noun))
     console.print(f"{_improvement(summary.improvement, noun, summary.environment)}\n", markup=False, highlight=False)
+    if summary.other is not None:
+        both = "the score with the user of training less the score with the other user"
+        ends = f"gap before: {summary.other.gap_before}\ngap after: {summary.other.gap_after}"
+        print_line(console, f"{ends}\n({both}, paired over {noun}s)\n")
     if summary.settings is not None:  # a user's own environment has none
         settings: dict[str, Any] = {**summary.settings}
         measured = eibench_on(settings.pop("data_set"))
@@ -75,7 +80,7 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
         f"all dialogues   {folder.traces}\nfigures         {path / 'summary.json'}, {folder.metrics_file}\nother dialogue  "
         f"ctcgrpo show {path} --scenario ID",
     )
-    for problem in (*problems, *others, *bad_figures):
+    for problem in (*told(summary.gamed), *problems, *others, *bad_figures):
         print_line(console, f"warning: {problem}", "yellow")
 
 
@@ -92,7 +97,7 @@ def _improvement(gain: Improvement, noun: str, environment: str | None) -> str:
 
 def _validation(folder: RunFolder, figures: Figures) -> tuple[Sequence[Trace], list[str]]:
     step = figures.step
-    episodes, problems = read_traces(sorted(folder.traces.glob(f"validation-{step:06d}.rank-*.jsonl")))
+    episodes, problems = read_traces(folder.traces_of(f"{VALIDATION}-{step:06d}"))
     if not episodes:
         why = f" that can be read ({problems[0]})" if problems else ""
         raise OutputError(f"{folder.traces}: no dialogues of the validation after step {step}{why}")
@@ -123,6 +128,9 @@ def _table(summary: Summary, before: Speech, after: Speech, noun: str) -> Table:
     table.add_row("overall", *_change(a.overall, b.overall), style="bold")
     for scene in [name for name in {**a.scenes, **b.scenes} if name != NO_TAG]:
         table.add_row(Text(scene), *_change(a.scenes.get(scene), b.scenes.get(scene)))
+    if (other := summary.other) is not None:
+        table.add_section()
+        table.add_row("with the other user", *_change(other.before.overall, other.after.overall))
     table.add_section()
     table.add_row("words a reply", f"{before.words:.1f}", f"{after.words:.1f}", f"{after.words - before.words:+.1f}")
     distinct = (f"{before.distinct:.0%}", f"{after.distinct:.0%}", f"{after.distinct - before.distinct:+.0%}")

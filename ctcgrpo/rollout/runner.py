@@ -68,8 +68,12 @@ class Slot:
     @property
     def seeds(self) -> tuple[object, ...]:
         """What the seeds of the episode depend on."""
-        step = self.step if self.seed_step is None else self.seed_step
-        return step, self.group, self.task.id, self.rollout, *(() if self.continues is None else ("after", *self.continues))
+        return *self.group_seeds, self.rollout, *(() if self.continues is None else ("after", *self.continues))
+
+    @property
+    def group_seeds(self) -> tuple[object, ...]:
+        """The same for all episodes of a group."""
+        return self.step if self.seed_step is None else self.seed_step, self.group, self.task.id
 
 
 def validation_slots(tasks: Sequence[Task], samples: int, step: int) -> list[Slot]:
@@ -174,7 +178,9 @@ class _Player:
         self._runner = runner
         self._on_episode = on_episode
         self._slot = slot
-        self._session = session or Session(runner.environment, slot.name, runner.play.seconds_per_call)
+        group_seed = request_seed("group", runner.play.seed, *slot.group_seeds)
+        made = Session(runner.environment, slot.name, runner.play.seconds_per_call, group_seed=group_seed)
+        self._session = session or made
         self._closing: asyncio.Task[None] | None = None
         self._dialogue = dialogue
         self._turns = list(turns)

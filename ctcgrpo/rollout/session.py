@@ -44,10 +44,13 @@ class Session:
     this project (of a simulator, a spent budget) pass through unchanged.
     """
 
-    def __init__(self, factory: Callable[[], Environment], name: str, limit: float = SECONDS_PER_CALL) -> None:
+    def __init__(
+        self, factory: Callable[[], Environment], name: str, limit: float = SECONDS_PER_CALL, *, group_seed: int = 0
+    ) -> None:
         self._factory = factory
         self._name = name
         self._limit = limit
+        self._group_seed = group_seed
         self._environment: Environment | None = None
         self.info: Info = {}
 
@@ -65,7 +68,7 @@ class Session:
         if not isinstance(made, Environment) or made is environment:
             raise EnvironmentFailed(f"branch returned {_shown(made)}; expected another Environment")
         made.name, made.episode_return = name, earned
-        branched = Session(self._factory, name, self._limit)
+        branched = Session(self._factory, name, self._limit, group_seed=self._group_seed)
         branched._environment, branched.info = made, self.info
         return branched
 
@@ -77,7 +80,7 @@ class Session:
             raise EnvironmentFailed(f"the environment's constructor returned {_shown(made)}; expected an Environment")
         self._environment = made
         with _blamed("setting the environment's name"):
-            made.name = self._name
+            made.name, made.group_seed = self._name, self._group_seed
         heard = await self._call("reset", made.reset, task, seed=seed)
         messages = _messages(heard, "reset", {"system", "user", "assistant"})
         if not messages:

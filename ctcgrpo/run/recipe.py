@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, NonNegativeFloat, field_validator, model_validator
@@ -17,10 +17,10 @@ from ctcgrpo.errors import CreditError, RecipeError
 from ctcgrpo.model.sharding import splits_weights
 from ctcgrpo.options import CreditOptions, LossWeights, OldLogprobs, Packing, SamplingDtype, recipe_field
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS
-from ctcgrpo.simulator.config import TOKEN_ENV
+from ctcgrpo.run.recipe_users import OtherUser, Simulator
 from ctcgrpo.util.importing import is_reference
 from ctcgrpo.util.naming import did_you_mean, quoted
-from ctcgrpo.util.sections import Section, environment_name
+from ctcgrpo.util.sections import Section
 
 _UNUSED: dict[str, Any] = {"simulator": True, "scoring": True, "policy": {"instructions", "persona_sections"}}
 """Sections and fields that a recipe with a custom environment does not have."""
@@ -37,12 +37,23 @@ def credit_named() -> Iterator[None]:
 
 
 class Run(Section):
-    """The run's name, folder, seed and tracking."""
+    """The run's name, folder, seed and trackers."""
+
+    moved: ClassVar[Mapping[str, str]] = {
+        "wandb": "set run.report_to=[wandb] instead, and without a network the environment variable WANDB_MODE=offline"
+    }
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its folder under output_dir")
     output_dir: Path = Field(Path("checkpoints"), description="parent folder of all runs")
     seed: int = Field(0, ge=0, description="seed of the order of scenarios, of sampling, and of weights that the run initialises")
-    wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="Weights & Biases mode")
+    report_to: tuple[str, ...] = Field(
+        (), description="trackers that get the metrics, as in TRL: tensorboard, wandb, trackio, mlflow, swanlab, ..."
+    )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class Lora(Section):
@@ -183,33 +194,6 @@ class Rollout(Section):
     max_failed: float = recipe_field("max_failed")
 
 
-class Simulator(Section):
-    """The simulated user's server, and how long a run waits for it."""
-
-    url: str | tuple[str, ...] = Field("embedded", description="embedded, or URLs of a simulator server and its replicas")
-    config: Path | None = Field(None, description="of the embedded server; default: the scripted user")
-    port: int = Field(0, ge=0, le=65535, description="port of the embedded server; 0 picks a free one")
-    token_env: str = Field(
-        TOKEN_ENV,
-        description="environment variable with the servers' bearer token, if they need one; a name that does not begin with "
-        "CTCGRPO_ is accepted on the command line only",
-    )
-    timeout: float = Field(240.0, gt=0, description="timeout of one request for a turn, in seconds")
-    patience: float = Field(600.0, gt=0, description="seconds to retry a turn when no server or no LLM responds")
-
-    @field_validator("url")
-    @classmethod
-    def _are_urls(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        for url in (value,) if isinstance(value, str) else value:
-            if url != "embedded" and not url.startswith(("http://", "https://")):
-                raise ValueError("expected 'embedded', a URL that begins with http:// or https://, or a list of URLs")
-        if value == () or (not isinstance(value, str) and "embedded" in value):
-            raise ValueError("expected a list of at least one URL, without 'embedded'")
-        return value
-
-    _is_a_name = field_validator("token_env")(environment_name)
-
-
 class Scoring(Section):
     """How the user's state gives outcomes and turn scores."""
 
@@ -323,6 +307,7 @@ class Validation(Section):
     every: int = Field(30, ge=1, description="steps between validations; one more runs before and one after training")
     samples: int = Field(1, ge=1, description="episodes of each scenario")
     seed: int = Field(0, ge=0, description="sampling seed of every validation; runs with the same seed are comparable")
+    simulator: OtherUser | None = None
 
 
 class Hardware(Section):
@@ -363,6 +348,8 @@ class Recipe(Section):
             if getattr(self.validation, used) is None or getattr(self.validation, other) is not None:
                 what = "environment" if own else "scenarios"
                 raise ValueError(f"with the section {what}, expected validation.{used} (held out), and no validation.{other}")
+            if own and self.validation.simulator is not None:
+                raise ValueError("validation.simulator has no effect with the section environment; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -380,13 +367,10 @@ class Recipe(Section):
                 f"scenarios.per_step is {self.scenarios.per_step} for {len(self.scenarios.scenes)} scenes; "
                 "expected a multiple: a step takes the same number of each scene"
             )
-        if self.simulator.url != "embedded" and self.simulator.port:
-            raise ValueError(f"simulator.port is {self.simulator.port}, but simulator.url names a server; leave the port out")
-        if self.simulator.url != "embedded" and self.simulator.config is not None:
-            raise ValueError(
-                f"simulator.config is {str(self.simulator.config)!r}, but simulator.url names a server; a server has a "
-                "configuration of its own (ctcgrpo serve CONFIG); leave one out"
-            )
+        if self.scenarios is not None and (known := {*SCENES, *self.scenarios.scenes}):
+            for k, user in enumerate(self.simulator.users):
+                for scene in {*(user.scenes or ())} - known:
+                    raise ValueError(f"simulator.users.{k}.scenes: {scene!r}; {did_you_mean(scene, known)}")
         if self.training.old_logprobs == "recorded" and (self.rollout.top_p < 1 or self.rollout.top_k):
             raise ValueError(
                 "training.old_logprobs is 'recorded' with top-p or top-k, under which recorded log-probabilities are "

@@ -8,7 +8,7 @@ checkpoints/RUN/
     data.json         digests of the scenarios or tasks, of a local model's files, of a chat template, and of the modules of a
                       custom environment and custom credits; commits of data sets on the Hub; skipped records
     sharding.json     configuration of DeepSpeed or FSDP2
-    simulator.jsonl   the log of the embedded simulator server
+    simulator.jsonl   the log of the embedded simulator server; simulator-USER.jsonl of each of several
     validation.jsonl  one line a validation
     summary.json      before, after, and the improvement between them
     audit.jsonl       one line an audited step (training.audit_every); audit.json: the figures of `ctcgrpo audit`
@@ -59,12 +59,19 @@ class RunFolder:
         self.recipe_file = path / "recipe.yaml"
         self.metrics_file = path / "metrics.jsonl"
         self.validation_file = path / "validation.jsonl"
-        self.simulator_log = path / "simulator.jsonl"
         self.traces = path / "traces"
         self.base = path / "base"
         self.best = path / "best"
         self._newer_best = path / "best.newer"
         self.final = path / "final"
+
+    def simulator_log(self, user: str = "") -> Path:
+        """The log of the server that a run starts for its user, or for one of several."""
+        return self.path / (f"simulator-{re.sub(r'[^A-Za-z0-9.-]+', '-', user)}.jsonl" if user else "simulator.jsonl")
+
+    def traces_of(self, name: str) -> list[Path]:
+        """The files of a step or a validation, one a process: step-000001.rank-0.jsonl and so on."""
+        return sorted(self.traces.glob(f"{name}.rank-*.jsonl"))
 
     def starting_policy(self, recipe: Recipe, say: Say = lambda _: None) -> str:
         """The model that training starts from: base/ for a model that the run initialised, the cache for a fetched one, else the
@@ -236,12 +243,12 @@ class RunFolder:
         write_whole(self.path / "summary.json", json.dumps(summary.model_dump(exclude_unset=True), indent=2) + "\n")
 
     def changes(self, recipe: Recipe) -> list[str]:
-        """Differences between the recorded recipe and this one. Free to change: the run's folder, `hardware`, a larger number of
-        steps, the folder of modules and revisions of data sets on the Hub (data.json has digests of their content), and where
-        servers are, which a job that is submitted again finds on other nodes (simulator.json says who plays the user; a server of
-        the policy is sent its weights)."""
-        free: dict[str, Any] = {"hardware": True, "run": {"output_dir", "name"}, "environment": {"folder"}, "simulator": True}
-        free["rollout"] = {"vllm": {"urls"}}
+        """Differences between the recorded recipe and this one. Free to change: the run's folder and trackers, `hardware`, a larger
+        number of steps, the folder of modules and revisions of data sets on the Hub (data.json has digests of their content), and
+        where servers are, which a job that is submitted again finds on other nodes (simulator.json says who plays the users; a
+        server of the policy is sent its weights)."""
+        free: dict[str, Any] = {"hardware": True, "run": {"output_dir", "name", "report_to"}, "environment": {"folder"}}
+        free |= {"simulator": True, "validation": {"simulator"}, "rollout": {"vllm": {"urls"}}}
         if self.extended_from(recipe):
             free["training"] = {"max_steps"}
         old, now = (_unpinned(resolved.model_dump(mode="json", exclude=free)) for resolved in (self._recorded(), recipe))

@@ -7,86 +7,23 @@ files, readers skip invalid lines and return the problems.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Any, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from ctcgrpo.errors import OutputError
+from ctcgrpo.run.scores import STRICT, Figures, Gamed, Improvement, OtherScores, Score, Validation, improvement, other_scores
 from ctcgrpo.util.files import collect_records, explained, once_each, read_json, refuse_to_resume
-from ctcgrpo.util.intervals import interval, means, paired
 
-STRICT = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 _OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 _CLOSE = 1e-9
 
-Score = Annotated[float, Field(allow_inf_nan=False)]
+VALIDATION, OTHER_USER = "validation", "other_user"
+"""How the traces of a validation begin: with the user of training, and with the other one."""
 
 
 # --- validation.jsonl and summary.json -------------------------------------------------------------------------------------------
-
-
-class Figures(BaseModel):
-    """Of one validation. `overall`: mean over scenarios, None where no episode was valid; `scenes`: the same of each scene; `n`
-    counts scenarios."""
-
-    model_config = STRICT
-    overall: Score | None
-    scenes: dict[str, Score]
-    n: int
-    episodes: int = 0
-    failed: int = 0
-    step: int
-
-
-class Validation(BaseModel):
-    """A line of validation.jsonl: the outcomes (EIBench's as fractions in [-1, 1]) of every valid episode after `step` batches of
-    rollouts, by scenario, and the scene of each scenario."""
-
-    model_config = STRICT
-    step: int
-    outcomes: dict[str, list[float]]
-    scenes: dict[str, str]
-    failed: int = 0
-
-    @property
-    def by_scenario(self) -> dict[str, float]:
-        """Mean outcome of each scenario that has a valid episode."""
-        return means((name, value) for name, values in self.outcomes.items() for value in values)
-
-    @property
-    def by_scene(self) -> dict[str, list[float]]:
-        """The means of its scenarios; those of which the record names no scene are in "?"."""
-        found: dict[str, list[float]] = {}
-        for name, mean in self.by_scenario.items():
-            found.setdefault(self.scenes.get(name, "?"), []).append(mean)
-        return found
-
-    @property
-    def overall(self) -> float:
-        """Mean over scenarios; NaN where no episode was valid."""
-        values = self.by_scenario.values()
-        return math.fsum(values) / len(values) if values else math.nan
-
-    def figures(self) -> Figures:
-        n = len(self.by_scenario)
-        return Figures(
-            overall=self.overall if n else None,
-            scenes={scene: math.fsum(values) / len(values) for scene, values in self.by_scene.items()},
-            n=n,
-            episodes=sum(map(len, self.outcomes.values())),
-            failed=self.failed,
-            step=self.step,
-        )
-
-
-class Improvement(BaseModel):
-    """Without figures where no scenario has a valid episode before and after; `n` counts scenarios."""
-
-    model_config = STRICT
-    overall: Score | None
-    ci95: Annotated[tuple[Score, Score], Field(strict=False)] | None
-    n: int
 
 
 class Best(BaseModel):
@@ -105,7 +42,7 @@ class Settings(TypedDict):
 class Summary(BaseModel):
     """summary.json of a run with a validation section. `simulator`: the server's description of itself. `environment`: factory of a
     custom environment, in place of `simulator`, `scoring_variant` and `settings`. `skipped`: the number of skipped invalid
-    records, by the recipe field that names their set."""
+    records, by the recipe field that names their set. `other` and `gamed`: with validation.simulator, see `Validation.other`."""
 
     model_config = STRICT
     before: Figures
@@ -113,6 +50,8 @@ class Summary(BaseModel):
     improvement: Improvement
     steps: int | None = None
     best: Best | None = None
+    other: OtherScores | None = None
+    gamed: list[Gamed] = []
     run: str | None = None
     scoring_variant: str = "training"
     settings: Settings | None = None
@@ -120,15 +59,6 @@ class Summary(BaseModel):
     simulator: dict[str, Any] = {}
     environment: str | None = None
     version: str | None = None
-
-
-def improvement(before: Validation, after: Validation, *, seed: int = 0) -> Improvement:
-    """The mean paired difference over the scenarios that both have, and its 95 % interval by a bootstrap over them."""
-    differences = list(paired(before.by_scenario, after.by_scenario).values())
-    if not differences:
-        return Improvement(overall=None, ci95=None, n=0)
-    mean = math.fsum(differences) / len(differences)
-    return Improvement(overall=mean, ci95=interval(differences, seed=seed), n=len(differences))
 
 
 def read_validations(file: Path, *, whole_only: bool = False) -> tuple[list[Validation], list[str]]:
@@ -184,8 +114,17 @@ def disagreement(summary: Summary, validations: Sequence[Validation]) -> str | N
     pairs = [("improvement.overall", recorded.overall, computed.overall)]
     lows, highs = zip(recorded.ci95 or (None, None), computed.ci95 or (None, None), strict=True)
     pairs += [("improvement.ci95 (low)", *lows), ("improvement.ci95 (high)", *highs)]
-    first, last = validations[0].figures(), validations[-1].figures()
-    for when, stored, found in (("before", summary.before, first), ("after", summary.after, last)):
+    ends = [("before", summary.before, validations[0]), ("after", summary.after, validations[-1])]
+    if (other := summary.other) is not None:
+        unlike = other_scores(validations)
+        computed_gain = None if unlike is None else unlike.improvement.overall
+        pairs.append(("other.improvement.overall", other.improvement.overall, computed_gain))
+        ends += [
+            (f"other.{when}", stored, v.other)
+            for when, stored, v in (("before", other.before, validations[0]), ("after", other.after, validations[-1]))
+            if v.other is not None
+        ]
+    for when, stored, found in ((when, stored, v.figures()) for when, stored, v in ends):
         pairs += [(f"{when}.step", stored.step, found.step), (f"{when}.overall", stored.overall, found.overall)]
         scenes = {**stored.scenes, **found.scenes}
         pairs += [(f"{when}.scenes.{name}", stored.scenes.get(name), found.scenes.get(name)) for name in scenes]

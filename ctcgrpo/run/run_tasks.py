@@ -1,12 +1,10 @@
 """The tasks of a recipe: training tasks, held-out tasks, and the environment of an episode.
 
-`ScenarioTasks`: EIBench's scenarios with a simulated user (sections `scenarios` and `simulator`). `OwnTasks`: a custom
+`ScenarioTasks`: EIBench's scenarios with simulated users (sections `scenarios` and `simulator`). `OwnTasks`: a custom
 environment (section `environment`).
 """
 
-import asyncio
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any, cast
 
 from accelerate import PartialState
 
-from ctcgrpo.environments.eibench import EIBenchEpisodes, opening_messages, task_of
+from ctcgrpo.environments.eibench import opening_messages, task_of
 from ctcgrpo.environments.eibench.scenario_format import Split
 from ctcgrpo.environments.eibench.scenarios import load_scenes, load_set
 from ctcgrpo.errors import RecipeError
@@ -23,22 +21,21 @@ from ctcgrpo.run.data_digest import COMMITS, SKIPPED, scenarios_digest, tasks_di
 from ctcgrpo.run.recipe import OwnEnvironment, Recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.settings import briefing
-from ctcgrpo.simulator.choice import SCRIPTED, SimulatorChoice, check_timeout, read_health, simulator_of
-from ctcgrpo.simulator.logs import json_log
+from ctcgrpo.run.users import episodes_with, opened, other_of, recorded, refuse_unplayed, trained_on
+from ctcgrpo.simulator.choice import SCRIPTED
 from ctcgrpo.simulator.scripted.knowledge import unscripted_warning
 from ctcgrpo.training.tasks import tasks_of
 from ctcgrpo.types import Environment, Message, Task
 from ctcgrpo.util.files import file_digest
 from ctcgrpo.util.hub_data import commit_of, hub_parts, is_hub
 from ctcgrpo.util.importing import blame, is_reference, load_object, source_of
-from ctcgrpo.util.processes import on_main
 from ctcgrpo.util.record_files import FORMATS, read_record_file, record_files
 
 Say = Callable[[str], None]
 
 
 class ScenarioTasks:
-    """EIBench: scenarios, and a simulator server, embedded or by URL."""
+    """EIBench: scenarios, and simulator servers, embedded or by URL."""
 
     noun = "scenarios"
 
@@ -50,6 +47,9 @@ class ScenarioTasks:
             self._sets["validation.scenarios"] = load_set(recipe.validation_source(), "test", scenarios.invalid)
         found = [found.scenarios for found in self._sets.values()]
         self._scenarios = [scenario for part in found for scenario in part]
+        self._held_out = found[1] if len(found) > 1 else ()
+        self._players, self._unlike = trained_on(recipe), other_of(recipe)
+        refuse_unplayed(self._players, self._scenarios)
         self._found = dict(zip(("training scenarios", "held-out scenarios"), found, strict=False))
         self.train, self.held_out = ([task_of(scenario) for scenario in part] for part in [*found, []][:2])
         self.warnings = [line for part in self._sets.values() for line in part.report()]
@@ -69,22 +69,28 @@ class ScenarioTasks:
 
     def start(self, stack: ExitStack, state: PartialState, folder: RunFolder, say: Say) -> Callable[[], Environment]:
         """The factory of an episode's environment, on every process. `stack` closes what this starts."""
-        settings, scoring = self._recipe.simulator, self._recipe.scoring
-        choice = simulator_of(settings)
-        options: dict[str, Any] = {"timeout": settings.timeout, "patience": settings.patience, "say": say}
-        self._client = choice.client(self._urls(choice, stack, state, folder), settings.token_env, **options)
-        self._about = asyncio.run(read_health(self._client))
-        check_timeout(self._about, settings.timeout)
-        if self._about.get("backend") == SCRIPTED:
+        place = (stack, state, folder, say)
+        self._users = [opened(player, self._recipe, self._scenarios, *place) for player in self._players]
+        self._other = None if self._unlike is None else opened(self._unlike, self._recipe, self._held_out, *place)
+        for user in self._users:
             for what, scenarios in self._found.items():
-                if warning := unscripted_warning(scenarios, what):
+                played = [scenario for scenario in scenarios if user.player.part.plays(scenario)]
+                if user.about.get("backend") == SCRIPTED and (warning := unscripted_warning(played, what)):
                     say(f"warning: {warning}")
-        how = {"max_turns": self._recipe.rollout.max_turns, **scoring.model_dump(include={"variant", "turn_weights"})}
-        return EIBenchEpisodes(self._client, briefing=briefing(self._recipe), **how)
+        return episodes_with(self._users, **self._how())
+
+    def other(self) -> Callable[[], Environment] | None:
+        """As `start`, after it, with the other user of validations; None without one."""
+        return None if self._other is None else episodes_with([self._other], **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        recipe = self._recipe
+        how = {"briefing": briefing(recipe), "max_turns": recipe.rollout.max_turns}
+        return {**how, **recipe.scoring.model_dump(include={"variant", "turn_weights"})}
 
     def user(self) -> dict[str, Any]:
-        """The simulator's description of itself, after `start`; a resumed run requires the same. Empty without a simulator."""
-        return {k: v for k, v in self._about.items() if k not in ("status", "version", "deadline")}
+        """Who plays the users, after `start`; a resumed run requires the same. Empty without a simulator."""
+        return recorded(self._users, self._other, lambda user: user.identity)
 
     def facts(self) -> dict[str, Any]:
         """Fields of summary.json on the environment, at the end of the run."""
@@ -92,28 +98,8 @@ class ScenarioTasks:
             "scoring_variant": self._recipe.scoring.variant,
             "settings": validation_settings(self._recipe),
             "skipped": {name: found.skipped for name, found in self._sets.items()},
-            "simulator": {**self._about, "spent": asyncio.run(self._account())},
+            "simulator": recorded(self._users, self._other, lambda user: user.facts()),
         }
-
-    async def _account(self) -> dict[str, Any]:
-        async with self._client:
-            return await self._client.account()
-
-    def _urls(self, choice: SimulatorChoice, stack: ExitStack, state: PartialState, folder: RunFolder) -> tuple[str, ...]:
-        """The simulator's URLs for all processes; the main one runs the embedded server."""
-        if choice.urls:
-            return choice.urls
-        if state.num_processes > int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)):
-            raise RecipeError(
-                "simulator.url is 'embedded', which other nodes cannot reach; start `ctcgrpo serve CONFIG --host 0.0.0.0` with a "
-                "token, and set simulator.url=http://HOST:8765; launch/slurm.sbatch does both"
-            )
-
-        def start() -> tuple[str, ...]:
-            log = json_log(stack.enter_context(folder.simulator_log.open("a", encoding="utf-8")))
-            return stack.enter_context(choice.served(self._scenarios, log=log, port=self._recipe.simulator.port))
-
-        return tuple(on_main(state, start))
 
 
 class OwnTasks:
@@ -148,6 +134,9 @@ class OwnTasks:
 
     def user(self) -> dict[str, Any]:
         return {}
+
+    def other(self) -> None:
+        return None
 
     def facts(self) -> dict[str, Any]:
         return {"environment": self._settings.factory}

@@ -15,6 +15,7 @@ from ctcgrpo.options import RolloutOptions
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.instructions import load_instructions
 from ctcgrpo.run.recipe import Recipe
+from ctcgrpo.run.weights_and_biases import PROJECT
 
 _OF_ROLLOUT = {"max_turns", "temperature", "top_p", "top_k", "max_batch", "deterministic", "overlap", "deadline", "max_failed"}
 _OF_TRAINING = {
@@ -89,7 +90,8 @@ def trainer_config(recipe: Recipe, processes: int) -> CTCGRPOConfig:
     config = CTCGRPOConfig(
         output_dir=str(recipe.folder),
         run_name=recipe.run.name,
-        report_to=[],  # tracking.py selects what to report
+        report_to=[],  # tracking.py forwards to run.report_to
+        project=PROJECT,
         seed=recipe.run.seed,
         max_steps=steps,
         per_device_train_batch_size=recipe.tasks_per_step * rollout.group_size // processes,

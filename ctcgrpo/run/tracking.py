@@ -1,135 +1,82 @@
-"""Weights & Biases: runs grouped by configuration, curves, tables of dialogues (from the traces), sweeps."""
+"""Trackers of a run (run.report_to): transformers' integrations, which get the metrics of steps and validations."""
 
-import hashlib
-import json
-import os
-import random
-import subprocess
+import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ctcgrpo import __version__
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
 from ctcgrpo.errors import RecipeError
-from ctcgrpo.run.recipe import Recipe
-from ctcgrpo.run.run_records import Validation
-from ctcgrpo.util.strict_yaml import load_yaml
-
-PROJECT = "ctcgrpo"
-COLUMNS = (
-    "step", "task", "tag", "rollout", "outcome", "turn", "heard", "reasoning", "reply", "reward",
-    "outcome term", "turn term", "advantage", "info",
-)  # fmt: skip
+from ctcgrpo.run.scores import Validation, gap
+from ctcgrpo.util.naming import did_you_mean
 
 
-_TRAIN = 'exec python -m ctcgrpo train "$0" run.wandb=online "run.name=sweep-$WANDB_RUN_ID" "$@"'
-AGENT = ("${env}", "sh", "-c", _TRAIN, "${program}", "${args_no_hyphens}")
-"""The command of a sweep's agent: a run in a folder of its own, with the agent's values as overrides."""
+def trackers_of(names: Sequence[str]) -> list[TrainerCallback]:
+    """The integration of each name. Raises RecipeError for an unknown one, and for one whose package is missing."""
+    available = get_available_reporting_integrations() if names else []
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise RecipeError(f"run.report_to = {name!r}; {did_you_mean(name, INTEGRATION_TO_CALLBACK)}")
+        if name not in available:
+            there = f"its package is not installed, or not configured; available here: {', '.join(available)}"
+            raise RecipeError(f"run.report_to = {name!r}: {there}; try pip install {name}, or leave it out")
+    return [INTEGRATION_TO_CALLBACK[name]() for name in names]
 
 
-class WandbTracker:
-    """One W&B run. A resumed run resumes it; without a network use `run.wandb=offline`, and later `wandb sync`.
+class Trackers(TrainerCallback):  # type: ignore[misc]
+    """Forwards a run's events to its trackers.
 
-    Raises RecipeError where W&B is not available.
+    transformers would count optimizer steps, and end the trackers with the training loop. These count steps of the recipe, which
+    make `updates` optimizer steps each, and end with `close`: the last validation comes after training.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        import wandb
+    def __init__(self, trackers: Sequence[TrainerCallback], updates: int) -> None:
+        self._trackers, self._updates = trackers, updates
+        self._begun: tuple[Any, Any, Any, dict[str, Any]] | None = None  # the arguments of on_train_begin
 
-        self._wandb = wandb
-        try:
-            self._run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", PROJECT),
-                name=recipe.run.name,
-                group=group_of(recipe),
-                id=os.environ.get("WANDB_RUN_ID") or hashlib.sha256(str(recipe.folder.resolve()).encode()).hexdigest()[:16],
-                resume="allow",
-                mode=recipe.run.wandb,
-                dir=str(recipe.folder),
-                config={**recipe.model_dump(mode="json"), "version": __version__, "commit": commit()},
-            )
-        except wandb.errors.Error as error:
-            what = f"run.wandb is {recipe.run.wandb!r}: {error}"
-            raise RecipeError(f"{what}; run `wandb login`, or set run.wandb=offline") from None
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begun = args, state, control, kwargs
+        for tracker in self._trackers:
+            tracker.on_train_begin(args, state, control, **kwargs)
 
-    def metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """The metrics of a step (a batch of rollouts)."""
-        self._run.log({**metrics, "step": step})
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
+        self._log(state.global_step // self._updates, logs)
 
-    def validated(self, validation: Validation, run: Path) -> None:
-        """A validation, and dialogues of the last step in the folder of the run."""
-        found = validation.figures()
-        scores = {f"validation/{scene}": score for scene, score in found.scenes.items()}
-        figures = {"validation/overall": found.overall, "validation/failed": found.failed, **scores}
-        self._run.log({**figures, "step": validation.step})
-        if rows := dialogue_rows(run, validation.step):
-            table = self._wandb.Table(columns=list(COLUMNS), data=rows)
-            self._run.log({"dialogues": table, "step": validation.step})
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for tracker in self._trackers:
+            tracker.on_save(args, state, control, **kwargs)
+
+    def validated(self, validation: Validation) -> None:
+        """A validation is over."""
+        self._log(validation.step, validation_metrics(validation))
+
+    def _log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if self._begun is None:
+            return
+        args, state, control, kwargs = self._begun
+        counted = copy.copy(state)
+        counted.global_step = step
+        measured = {name: value for name, value in metrics.items() if value is not None}
+        for tracker in self._trackers:
+            tracker.on_log(args, counted, control, logs=dict(measured), **kwargs)
 
     def close(self) -> None:
         """The run is over, or pauses."""
-        self._run.finish()
+        if self._begun is not None:
+            args, state, control, kwargs = self._begun
+            for tracker in self._trackers:
+                tracker.on_train_end(args, state, control, **kwargs)
 
 
-def group_of(recipe: Recipe) -> str:
-    """A name that runs share if they differ only in name and seed: the credit's settings, and a digest of the recipe."""
-    settings = recipe.model_dump(mode="json", exclude={"run", "hardware"})
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
-    return f"{recipe.credit.centering}-{recipe.credit.credit}-alpha{recipe.credit.alpha:g}-{digest}"
-
-
-def commit() -> str | None:
-    """The commit of this code's checkout, marked if it has changes; None for an installed package."""
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        found = subprocess.run(describe, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
-
-
-def dialogue_rows(run: Path, step: int) -> list[list[Any]]:
-    """One row per turn, of one group per scene, of the last step up to `step`; empty before the first step."""
-    from ctcgrpo.report.reading import read_run
-
-    if not step:
-        return []
-    episodes = [e for e in read_run(run).episodes if e["kind"] == "step" and e["step"] <= step]
-    last = max((e["step"] for e in episodes), default=0)
-    by_scene: dict[str, dict[int, list[dict[str, Any]]]] = {}
-    for e in episodes:
-        if e["step"] == last:
-            by_scene.setdefault(e["tag"], {}).setdefault(e["group"], []).append(e)
-    rng = random.Random(last)  # of its own: training's random state must not depend on what is shown
-    chosen = [rng.choice(sorted(groups.items()))[1] for _, groups in sorted(by_scene.items())]
-    return [row for group in chosen for episode in group for row in _rows(episode)]
-
-
-def _rows(episode: Mapping[str, Any]) -> Sequence[list[Any]]:
-    heard = [episode["opening"], *(turn["message"] for turn in episode["turns"])]
-    rows = []
-    for k, turn in enumerate(episode["turns"]):
-        place = [episode[name] for name in ("step", "task", "tag", "rollout", "outcome")]
-        said = [turn[name] for name in ("reasoning", "reply", "reward")]
-        terms = [(turn.get("credit") or {}).get(name) for name in ("outcome", "turn", "advantage")]
-        info = ", ".join(f"{name} {value}" for name, value in turn["info"].items())
-        rows.append([*place, k + 1, heard[k], *said, *terms, info])
-    return rows
-
-
-def hand_over(file: Path) -> str:
-    """Create the sweep. Returns the command that starts an agent. Raises RecipeError without an account."""
-    import wandb
-
-    if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-        raise RecipeError("a W&B sweep needs an account: run `wandb login`, set WANDB_API_KEY, or leave --wandb out")
-    config = load_yaml(file.read_text(encoding="utf-8"))
-    config.setdefault("command", list(AGENT))
-    try:
-        made = wandb.sweep(config, project=config.get("project", PROJECT), entity=config.get("entity"))
-    except wandb.errors.Error as error:
-        raise RecipeError(f"{file}: W&B refused the sweep: {error}") from None
-    project = "/".join(part for part in (config.get("entity"), config.get("project", PROJECT), made) if part)
-    return f"wandb agent {project}"
+def validation_metrics(validation: Validation) -> dict[str, float | None]:
+    """The figures of a validation, by the names that `CTCGRPOTrainer.evaluate` gives them; trackers show eval_ as eval/."""
+    figures = validation.figures()
+    found: dict[str, float | None] = {f"eval_outcome/{scene}": score for scene, score in figures.scenes.items()}
+    found |= {"eval_outcome/all": figures.overall, "eval_episodes/failed": float(figures.failed)}
+    if validation.other is not None:
+        other = validation.other.figures()
+        found |= {f"eval_other_user/outcome/{scene}": score for scene, score in other.scenes.items()}
+        found |= {"eval_other_user/outcome/all": other.overall, "eval_other_user/episodes/failed": float(other.failed)}
+        found["eval_gap"] = gap(validation).overall
+    return found

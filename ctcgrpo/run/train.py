@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,16 +48,18 @@ from ctcgrpo.run.folders import check_model
 from ctcgrpo.run.progress import RunProgress
 from ctcgrpo.run.recipe import Recipe, credit_named
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import Validation
+from ctcgrpo.run.run_records import OTHER_USER, VALIDATION
 from ctcgrpo.run.run_tasks import run_tasks
 from ctcgrpo.run.saving import checkpoint_bytes, too_little_time
+from ctcgrpo.run.scores import Validation
 from ctcgrpo.run.settings import context_builder, lora_config, template_kwargs, trainer_config
-from ctcgrpo.run.tracking import WandbTracker
-from ctcgrpo.run.validation import Validator
+from ctcgrpo.run.tracking import Trackers, trackers_of
+from ctcgrpo.run.validation import Play, Validator
+from ctcgrpo.run.weights_and_biases import WANDB, log_dialogues, wandb_run
 from ctcgrpo.training.checkpoint_pickles import refuse_damaged_state
 from ctcgrpo.training.samples import try_credit
 from ctcgrpo.training.trainer import PLAYING, CTCGRPOTrainer, RolloutHooks
-from ctcgrpo.types import Episode
+from ctcgrpo.types import Environment, Episode
 from ctcgrpo.util.files import disk_problem, file_digest, mark_complete
 from ctcgrpo.util.importing import load_object, source_of
 from ctcgrpo.util.naming import differences
@@ -94,6 +96,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
     def __init__(self, recipe: Recipe, stack: contextlib.ExitStack) -> None:
         self._recipe = recipe
         try_credit(recipe.credit_options())
+        trackers = trackers_of(recipe.run.report_to)
         self._tasks = run_tasks(recipe)
         # The arguments come before everything else that asks which process this is: they set up the process group, and
         # DeepSpeed, if it is to shard a model while loading, has to be configured by then.
@@ -115,10 +118,10 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
             f"{len(self._tasks.held_out)} held out"
         )
         self._seconds_update = math.nan
-        self._tracker: WandbTracker | None = None
-        if main and recipe.run.wandb != "disabled":
-            self._tracker = WandbTracker(recipe)
-            stack.callback(self._tracker.close)
+        if WANDB in recipe.run.report_to:
+            on_main(self._state, lambda: stack.enter_context(wandb_run(recipe)))
+        self._trackers = Trackers(trackers if main else (), self.updates_per_step)
+        stack.callback(self._trackers.close)
         asked = interrupts(self._progress.say, self._describe_wait)
         self.interrupted = stack.enter_context(asked)  # type: ignore[method-assign]
         self._progress.say(f"loading the weights of {recipe.policy.model}")
@@ -129,7 +132,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
             train_dataset=self._tasks.train,
             processing_class=tokenizer,
             peft_config=lora_config(recipe),
-            callbacks=[self],
+            callbacks=[self, self._trackers],
             contexts=contexts,
             hooks=self,
         )
@@ -283,8 +286,6 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         step = state.global_step // self.updates_per_step
         self._seconds_update = logs.get("seconds/update", math.nan)
         self._folder.append_metrics({"step": step, **logs})
-        if self._tracker:
-            self._tracker.metrics(step, logs)
         self._progress.step(step, logs)
         if logs["replies/empty"] == 1:
             self._progress.say(
@@ -329,19 +330,25 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         assert settings is not None
         how = replace(trainer.runner.play, seed=settings.seed, deadline=None, continuations=0)
 
-        def play(step: int, slots: Sequence[Slot]) -> list[tuple[str, float]]:
-            mine = slots[self._state.process_index :: self._state.num_processes]
-            self._progress.validation(len(mine))
-            episodes = trainer.play(mine, f"validation-{step:06d}", how)
-            found: list[tuple[str, float]] = gather_object([(e.task, e.outcome) for e in episodes])
-            return found
+        def playing(kind: str, environment: Callable[[], Environment] | None) -> Play:
+            def play(step: int, slots: Sequence[Slot]) -> list[tuple[str, float]]:
+                mine = slots[self._state.process_index :: self._state.num_processes]
+                self._progress.validation(len(mine))
+                episodes = trainer.play(mine, f"{kind}-{step:06d}", how, environment)
+                found: list[tuple[str, float]] = gather_object([(e.task, e.outcome) for e in episodes])
+                return found
+
+            return play
+
+        other = self._tasks.other()
 
         return Validator(
             tasks=self._tasks.held_out,
             samples=settings.samples,
             every=settings.every,
             file=self._folder.validation_file,
-            play=play,
+            play=playing(VALIDATION, None),
+            play_other=None if other is None else playing(OTHER_USER, other),
             keep_best=self._keep_best,
             max_failed=self._recipe.rollout.max_failed,
             record=self._validated,
@@ -351,8 +358,9 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         )
 
     def _validated(self, validation: Validation) -> None:
-        if self._tracker:
-            self._tracker.validated(validation, self._folder.path)
+        self._trackers.validated(validation)
+        if WANDB in self._recipe.run.report_to and validation.step:
+            log_dialogues(self._folder, validation.step)
 
     def _how_to_start_over(self) -> str:
         checkpoint = self._folder.newest_checkpoint()
@@ -376,7 +384,7 @@ def _saved(folder: RunFolder, first: str = "") -> str:
 def _user_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Differences between two users, with what the digest `settings` covers."""
     covered = "options, sampling, max_tokens, and of each endpoint url, model, output, bounded_strings, seed, extra_body"
-    return [f"{change} (digest of {covered})" if change.startswith("settings: ") else change for change in differences(old, new)]
+    return [f"{change} (digest of {covered})" if "settings: " in change else change for change in differences(old, new)]
 
 
 def _set_single_process() -> None:

@@ -1,6 +1,7 @@
 """Validation on held-out scenarios before, during and after training, with the training's scoring and simulator.
 
-Every validation samples with the same seeds, so two of them differ only in the policy and are compared scenario by scenario.
+Every validation samples with the same seeds, so two of them differ only in the policy and are compared scenario by scenario. With
+another user beside that of training, both play the same scenarios with the same seeds.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctcgrpo.errors import TooManyFailures, too_many_failed
-from ctcgrpo.run.run_records import Best, Figures, Summary, Validation, improvement, resumed_validations
+from ctcgrpo.run.run_records import Best, Summary, resumed_validations
+from ctcgrpo.run.scores import Figures, Validation, alarms, gamed, gap, improvement, other_scores
 from ctcgrpo.types import NO_TAG, Task
 from ctcgrpo.util.files import refuse_to_resume, write_whole
 
 if TYPE_CHECKING:
     from ctcgrpo.rollout.runner import Slot
+
+
+Play = Callable[[int, Sequence["Slot"]], list[tuple[str, float]]]
+"""Plays the slots of a validation after a step, a part on each process; gives (task id, outcome) of all."""
 
 
 def validation_of(step: int, tasks: Sequence[Task], episodes: Sequence[tuple[str, float]]) -> Validation:
@@ -44,12 +50,13 @@ class Validator:
     samples: int
     every: int
     file: Path
-    play: Callable[[int, Sequence[Slot]], list[tuple[str, float]]]
+    play: Play
     keep_best: Callable[[int], None]
     is_main: bool
     say: Callable[[str], None]
     max_failed: float = 0.5
     noun: str = "tasks"  # name of the tasks in logs
+    play_other: Play | None = None  # as `play`, with another user
     record: Callable[[Validation], None] = lambda validation: None  # called after each validation, on the main process
     done: dict[int, Validation] = field(default_factory=dict)
     best_step: int | None = None
@@ -73,21 +80,38 @@ class Validator:
         from ctcgrpo.rollout.runner import validation_slots  # it imports transformers, which readers of records do not need
 
         slots = validation_slots(self.tasks, self.samples, step)
-        self.say(f"validation after step {step}: playing {len(slots)} episodes")
-        result = validation_of(step, self.tasks, self.play(step, slots))
-        if too_many_failed(result.failed, len(slots), self.max_failed):
-            failed = f"{result.failed} of {len(slots)} episodes failed"
-            raise TooManyFailures(f"validation after step {step}: {failed}; rollout.max_failed = {self.max_failed}")
+        result = self._played(step, slots, self.play, "")
+        if self.play_other is not None:
+            other = self._played(step, slots, self.play_other, " with the other user")
+            result = result.model_copy(update={"other": other})
         self.done[step] = result
         best = self.best()
         if step and (best is None or result.overall > best.overall):
             self.keep_best(step)
             self.best_step = step
         if self.is_main:
-            write_whole(self.file, "".join(json.dumps(self.done[k].model_dump()) + "\n" for k in sorted(self.done)))
+            lines = [json.dumps(validation.model_dump(exclude_none=True)) + "\n" for validation in self._in_order()]
+            write_whole(self.file, "".join(lines))
             self.record(result)
-        self.say(f"validation after step {step}: {_described(result.figures(), self.noun)}")
+        if result.other is not None:
+            self.say(
+                f"validation after step {step}: gap {gap(result)}, the score with the user that is trained on less the other"
+            )
+        if (alarm := gamed(self._in_order())) is not None:
+            self.say(f"warning: step {step}: {alarm}; read the dialogues with both: ctcgrpo report {self.file.parent}")
         return result
+
+    def _played(self, step: int, slots: Sequence[Slot], play: Play, how: str) -> Validation:
+        self.say(f"validation after step {step}{how}: playing {len(slots)} episodes")
+        result = validation_of(step, self.tasks, play(step, slots))
+        if too_many_failed(result.failed, len(slots), self.max_failed):
+            failed = f"{result.failed} of {len(slots)} episodes failed"
+            raise TooManyFailures(f"validation after step {step}{how}: {failed}; rollout.max_failed = {self.max_failed}")
+        self.say(f"validation after step {step}{how}: {_described(result.figures(), self.noun)}")
+        return result
+
+    def _in_order(self) -> list[Validation]:
+        return [self.done[step] for step in sorted(self.done)]
 
     def best(self) -> Validation | None:
         """The validation of the best saved policy; the one before training does not count."""
@@ -96,6 +120,9 @@ class Validator:
     def summary(self, **facts: Any) -> Summary:
         """Scores before and after, the paired improvement, the best step, and `facts` that comparisons need."""
         before, after, best = self.done[min(self.done)], self.done[max(self.done)], self.best()
+        other = other_scores(self._in_order())
+        if other is not None:
+            facts = {"other": other, "gamed": alarms(self._in_order()), **facts}
         return Summary(
             before=before.figures(),
             after=after.figures(),

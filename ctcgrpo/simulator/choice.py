@@ -24,12 +24,11 @@ if TYPE_CHECKING:  # these take a while to import, and names are read before any
     from rich.console import Console
 
     from ctcgrpo.environments.eibench.records import Scenario
-    from ctcgrpo.run.recipe import Simulator
+    from ctcgrpo.run.recipe_users import PlayedBy, Simulator
     from ctcgrpo.simulator.client import SimulatorClient
     from ctcgrpo.simulator.logs import Log
 
 SCRIPTED = "scripted"
-EMBEDDED = "embedded"
 _URL = ("http://", "https://")
 _TIMEOUT = 240.0
 _PATIENCE = 20.0  # Seconds: a person waits
@@ -94,18 +93,18 @@ def _configured(file: str | Path) -> SimulatorChoice:
     return SimulatorChoice(config=load_simulator_config(file), name=str(file))
 
 
-def simulator_of(section: Simulator) -> SimulatorChoice:
-    """The simulator of a recipe. Raises RecipeError for a configuration that cannot be read."""
-    if section.url != EMBEDDED:
-        return SimulatorChoice(urls=(section.url,) if isinstance(section.url, str) else section.url)
+def simulator_of(section: PlayedBy) -> SimulatorChoice:
+    """A user that a recipe names. Raises RecipeError for a configuration that cannot be read."""
+    if section.urls:
+        return SimulatorChoice(urls=section.urls)
     return SimulatorChoice() if section.config is None else _configured(section.config)
 
 
-def name_of(section: Simulator) -> str:
-    """The name of a recipe's simulator, as `named_simulator` reads it: the first of several servers."""
-    if section.url != EMBEDDED:
-        return section.url if isinstance(section.url, str) else section.url[0]
-    return SCRIPTED if section.config is None else str(section.config)
+def name_of(section: Simulator) -> str | None:
+    """The name of a recipe's simulator, as `named_simulator` reads it: the first of several servers. None for several users."""
+    if section.users:
+        return None
+    return section.urls[0] if section.urls else SCRIPTED if section.config is None else str(section.config)
 
 
 @contextmanager
@@ -137,9 +136,11 @@ async def read_health(simulator: SimulatorClient) -> dict[str, Any]:
 
 def who_played(about: Mapping[str, Any] | None) -> str:
     """Who played the user or the judge, in words: the models, or else the backend, and the prompts; "unknown" without either.
-    `about` is a health answer, or an evaluation's record of it. A third party's server may send anything: values that are not
-    text are left out."""
+    `about` is a health answer, an evaluation's record of it, or a run's record of several `users`. A third party's server may send
+    anything: values that are not text are left out."""
     about = about or {}
+    if isinstance(users := about.get("users"), Mapping):
+        return "; ".join(f"{printable(str(name))}: {who_played(of)}" for name, of in users.items() if isinstance(of, Mapping))
     models = about.get("models")
     names = [name for name in models if isinstance(name, str) and name] if isinstance(models, list | tuple) else []
     backend, prompts = (about[key] if isinstance(about.get(key), str) else "" for key in ("backend", "prompts"))

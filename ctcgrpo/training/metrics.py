@@ -9,7 +9,7 @@ from ctcgrpo.training.samples import StepCredit, Summary
 
 
 def rollout_metrics(summaries: Sequence[Summary], credit: StepCredit | None) -> dict[str, float]:
-    """outcome overall and by tag, the numbers of the last turn's info by tag (final_NAME/TAG); credit; failures by kind;
+    """outcome overall, by tag and by user, the numbers of the last turn's info by tag (final_NAME/TAG); credit; failures by kind;
     lengths. `credit` is None where episodes are not trained on."""
     valid = [s for s in summaries if not s.failure]
     metrics = {
@@ -36,6 +36,9 @@ def rollout_metrics(summaries: Sequence[Summary], credit: StepCredit | None) -> 
         metrics[f"outcome/{tag}"] = _mean(s.outcome for s in here)
         for name in dict.fromkeys(name for s in here for name in s.final):
             metrics[f"final_{name}/{tag}"] = _mean(s.final[name] for s in here if name in s.final)
+    for user in sorted({s.user for s in valid if s.user}):
+        of_user = [s.outcome for s in valid if s.user == user]
+        metrics |= {f"user/{user}/outcome": _mean(of_user), f"user/{user}/episodes": float(len(of_user))}
     cut = Counter(len(s.turn_scores) for s in summaries if s.failure == DeadlinePassed.kind)
     metrics |= {f"deadline/after_{turns}_turns": float(count) for turns, count in sorted(cut.items())}
     kinds = Counter(s.failure for s in summaries if s.failure)

@@ -24,7 +24,8 @@ from ctcgrpo.types import Completion, Episode, Info, TurnCredit, TurnSample, tur
 @dataclass(frozen=True, slots=True)
 class Summary:
     """An episode in numbers; `outcome` is the raw one (NaN for a failed episode), `reward` the shaped one. `final` holds the
-    numbers of the last turn's info. `continuations`: for each turn the shaped outcomes of the valid continuations from after it."""
+    numbers of the last turn's info. `continuations`: for each turn the shaped outcomes of the valid continuations from after it.
+    `user`: who played the user where there are several, which the start's info says; else empty."""
 
     tag: str
     group: int
@@ -40,6 +41,7 @@ class Summary:
     dropped_exchanges: int = 0
     continuations: tuple[tuple[float, ...], ...] = ()
     failed_continuations: int = 0
+    user: str = ""
 
     @property
     def played_continuations(self) -> int:
@@ -64,6 +66,7 @@ def summarise(episode: Episode, options: CreditOptions) -> Summary:
         dropped_exchanges=max((turn.dropped_exchanges for turn in episode.turns), default=0),
         continuations=tuple(tuple(_shaped(c, options) for c in of_turn if not c.failure) for of_turn in continued),
         failed_continuations=sum(c.failure is not None for of_turn in continued for c in of_turn),
+        user=str(episode.info.get("user", "")),
     )
 
 

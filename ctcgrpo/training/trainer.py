@@ -153,11 +153,10 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         self._hooks = hooks
         contexts = contexts or self._contexts(processing_class)
         self.engine = make_engine(self, args, processing_class, stop_ids=contexts.stop_ids, interrupted=hooks.interrupted)
-        shared = environment if isinstance(environment, AbstractAsyncContextManager) else contextlib.nullcontext()
         self.runner = RolloutRunner(
             engine=self.engine,
             environment=environment,
-            shared=shared,
+            shared=_shared_by(environment),
             contexts=contexts,
             tokenizer=processing_class,
             stop_ids=contexts.stop_ids,
@@ -352,9 +351,15 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         places = (divmod(first + k, size) for k in range(len(positions)))
         return [Slot(self._tasks[position], step, *place) for position, place in zip(positions, places, strict=True)]
 
-    def play(self, slots: Sequence[Slot], name: str, play: Play | None = None) -> list[Episode]:
+    def play(
+        self,
+        slots: Sequence[Slot],
+        name: str,
+        play: Play | None = None,
+        environment: Callable[[], Environment] | None = None,
+    ) -> list[Episode]:
         """Play episodes with the current policy, on every process (each with its own slots), and write their traces to
-        OUTPUT_DIR/traces/NAME.rank-R.jsonl. `play`: settings; default: those of training.
+        OUTPUT_DIR/traces/NAME.rank-R.jsonl. `play`, `environment`: default: those of training.
 
         When any process is asked to pause (Ctrl-C, a spent budget), all of them raise RunPaused together.
         """
@@ -362,8 +367,11 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         before = self.phase
         self._take_weights()
         self.phase = PLAYING
+        runner = replace(self.runner, play=play or self.runner.play)
+        if environment is not None:
+            runner = replace(runner, environment=environment, shared=_shared_by(environment))
         try:
-            return self._finished(lambda: self._run(slots, name, replace(self.runner, play=play or self.runner.play)))
+            return self._finished(lambda: self._run(slots, name, runner))
         finally:
             self.phase = before
 
@@ -525,6 +533,11 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.control: TrainerControl = control
         return metrics
+
+
+def _shared_by(environment: Callable[[], Environment]) -> AbstractAsyncContextManager[Any]:
+    """What is entered while a batch of episodes is played."""
+    return environment if isinstance(environment, AbstractAsyncContextManager) else contextlib.nullcontext()
 
 
 def _key(prompt_ids: ArrayLike, completion_ids: ArrayLike) -> tuple[bytes, bytes]:

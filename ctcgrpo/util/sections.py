@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, ClassVar, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -17,7 +17,9 @@ _S = TypeVar("_S", bound="Section")
 
 
 class Section(BaseModel):
-    """Frozen, without unknown fields, and strict about numbers."""
+    """Frozen, without unknown fields, and strict about numbers. `moved`: what to write in place of fields that there were."""
+
+    moved: ClassVar[Mapping[str, str]] = {}
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
@@ -105,7 +107,9 @@ def refuse_unknown(data: Mapping[str, Any], model: type[BaseModel], file: str, p
     for key, value in data.items():
         field = model.model_fields.get(key)
         if field is None:
-            raise RecipeError(f"{file}: unknown field {cut(f'{path}{key}')}; {did_you_mean(str(key), model.model_fields)}")
+            moved: Mapping[str, str] = getattr(model, "moved", {})
+            instead = moved.get(str(key)) or did_you_mean(str(key), model.model_fields)
+            raise RecipeError(f"{file}: unknown field {cut(f'{path}{key}')}; {instead}")
         section = section_type(field.annotation)
         if section is None:
             continue

@@ -136,7 +136,7 @@ class _Killed(BaseException):
 def _sweep_file(folder: Path) -> Path:
     file = folder / "sweep.yaml"
     file.write_text(
-        "name: killed\nprogram: recipes/quickstart.yaml\nmethod: grid\nmetric: {name: validation/overall, goal: maximize}\n"
+        "name: killed\nprogram: recipes/quickstart.yaml\nmethod: grid\nmetric: {name: eval/outcome/all, goal: maximize}\n"
         "parameters:\n  credit.alpha: {values: [0, 10, 20]}\n"
     )
     return file

@@ -179,7 +179,7 @@ def test_a_sweep_of_it(tmp_path: Path, ctcgrpo: Command) -> None:
     sweep = {
         "program": str(tmp_path / "swept.yaml"),
         "method": "grid",
-        "metric": {"name": "validation/overall", "goal": "maximize"},
+        "metric": {"name": "eval/outcome/all", "goal": "maximize"},
         "parameters": {
             "credit.alpha": {"values": [0, 3]},
             **{name: {"value": value} for name, value in few.items()},

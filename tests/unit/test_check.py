@@ -22,7 +22,7 @@ from ctcgrpo.preflight.launch import processes, threads
 from ctcgrpo.preflight.memory import Load, memory_plan
 from ctcgrpo.preflight.subject import Finding, Subject
 from ctcgrpo.run.recipe_file import load_recipe
-from ctcgrpo.simulator.choice import simulator_of
+from ctcgrpo.run.users import trained_on
 from ctcgrpo.util.files import mark_complete
 from tests.conftest import ROOT, Command
 
@@ -119,13 +119,15 @@ def test_a_shipped_recipe_prints_its_plan(file: Path, ctcgrpo: Command, tmp_path
         (["simulator.url=http://127.0.0.1:9"], "simulator", "failed"),
         (["simulator.config=configs/simulator/qwen3_max.yaml"], "simulator", "DASHSCOPE_API_KEY (key_env) is empty or not set"),
         (["training.keep_checkpoints=99999999"], "disk", "lower training.keep_checkpoints"),
-        (["run.wandb=online"], "W&B", "run wandb login, or set run.wandb=offline"),
+        (["run.report_to=[wandb]"], "trackers", "run wandb login, or set the environment variable WANDB_MODE=offline"),
+        (["run.report_to=[tensorbord]"], "trackers", "did you mean 'tensorboard'?"),
     ],
 )  # fmt: skip
 def test_a_broken_recipe_gets_its_reason(
     overrides: list[str], about: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("DASHSCOPE_API_KEY", raising=False)
+    for name in ("DASHSCOPE_API_KEY", "WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert reason in failed(look(tmp_path, *overrides))[about]
 
@@ -294,7 +296,7 @@ def test_the_page_of_recipes_has_the_tokens_of_check(tmp_path: Path) -> None:
     assert len(rows) == 6
     for name, calls, tokens in rows:
         subject = Subject(load_recipe(ROOT / "recipes" / name.strip("`")), tmp_path)
-        subject.simulator = simulator_of(subject.recipe.simulator).config
+        subject.players = trained_on(subject.recipe)
         subject.held_out = load_scenarios("english/train")[:1] * 213  # as many as EIBench has
         if tokens == "0":
             continue

@@ -123,7 +123,7 @@ def test_who_opens_and_whether_anger_may_rise_are_data() -> None:
     assert list(anchor_problems(risen, NAME)) == list(anchor_problems(risen, "defense")) == []
     assert list(anchor_problems(risen, "support"))
     assert in_order([NAME, "charm", "support"]) == ["support", "charm", NAME]
-    assert entry_of(f"outcome/{NAME}") is not None and entry_of("validation/failed") is not None
+    assert entry_of(f"outcome/{NAME}") is not None and entry_of("eval/episodes/failed") is not None
 
 
 def test_both_users_play_it() -> None:

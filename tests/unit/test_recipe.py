@@ -101,7 +101,7 @@ def test_overrides() -> None:
         ),
         ("scenarios.scenes=[support,support]", "duplicate scene"),
         ("scoring.turn_weights={support: [5, 7]}", "the weights of support sum to 12; expected at most 1"),
-        ("simulator={url: http://x, port: 9}", "simulator.url names a server; leave the port out"),
+        ("simulator={url: http://x, port: 9}", "simulator: port is 9, but url names a server; leave the port out"),
         ("credit={centering: none, center_weights: token}", "centering 'none' uses no weights"),
         ("credit={scale: none, std_min: 0.2}", "scale 'none' does not divide"),
         ("scenarios.scenes=[]", "scenarios.scenes is \\[\\]"),

@@ -140,7 +140,7 @@ def test_commands_take_it(base: Path, ctcgrpo: Command) -> None:
         base.parent / "sweep.yaml",
         program=str(child),
         method="grid",
-        metric={"name": "validation/overall"},
+        metric={"name": "eval/outcome/all"},
         parameters={"credit.alpha": {"values": [0, 3]}},
     )
     sweep.write_text(sweep.read_text().removeprefix(OPENING).removesuffix(CLOSING))

@@ -103,7 +103,7 @@ def test_a_section_a_section_in_it_and_one_field(ctcgrpo: Command) -> None:
     assert "training.clip = 0.2" in out and "number > 0, < 1" in out and "training.kl" not in out
     _, out, _ = ctcgrpo("fields", "simulator-config.llm.endpoints")
     assert "llm.endpoints[].key_env" in out and "budget" not in out
-    assert {s.path for s in selected_fields("simulator")[1]} == {"simulator"}
+    assert {s.path for s in selected_fields("simulator")[1]} == {"simulator", "simulator.users[]"}
 
 
 @pytest.mark.parametrize(
@@ -136,13 +136,13 @@ def _named(node: ast.expr) -> str | None:
 
 def _names_in_code() -> set[str]:
     """What any code path logs: literals given to the trainer's `_log_number`, the names that `rollout_metrics` makes, and those of
-    `WandbTracker.validated`."""
+    `validation_metrics`."""
     found: set[str | None] = set()
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "_log_number":
                 found.add(_named(node.args[0]))
-            if isinstance(node, ast.FunctionDef) and node.name in ("rollout_metrics", "validated"):
+            if isinstance(node, ast.FunctionDef) and node.name in ("rollout_metrics", "validation_metrics", "log_dialogues"):
                 for part in ast.walk(node):
                     if isinstance(part, ast.Dict):
                         found |= {_named(key) for key in part.keys if key is not None}
@@ -150,7 +150,7 @@ def _names_in_code() -> set[str]:
                         found.add(_named(part.key))
                     if isinstance(part, ast.Subscript) and isinstance(part.ctx, ast.Store):
                         found.add(_named(part.slice))
-    return {name for name in found if name is not None}
+    return {re.sub("^eval_", "eval/", name) for name in found if name is not None}
 
 
 def _without_variables(name: str) -> str:
@@ -163,7 +163,7 @@ def test_every_metric_that_the_code_logs_is_in_the_table() -> None:
         "kl",
         "memory/peak_gib",
         "deadline/after_{}_turns",
-        "validation/{}",
+        "eval/outcome/{}",
     } <= names  # no run of the tests logs all of these
     assert sorted(names - {_without_variables(metric.name) for metric in all_metrics()}) == []
 
@@ -182,7 +182,7 @@ def test_a_run_logs_what_is_in_the_table_and_something_logs_each_entry(tmp_path:
 
 
 def test_metrics_name_fields_that_there_are() -> None:
-    fields = {field.key for file in ("recipe",) for section in sections_of(file) for field in section.fields}
+    fields = {key for section in sections_of("recipe") for key in (section.key, *(field.key for field in section.fields))}
     sections = set(Recipe.model_fields)
     for metric in all_metrics():
         for name in re.findall(r"\b([a-z]+(?:\.[a-z_]+)+)\b", f"{metric.healthy} {metric.otherwise} {metric.meaning}"):

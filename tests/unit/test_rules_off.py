@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from ctcgrpo.errors import OutputError
-from ctcgrpo.run.run_records import improvement
+from ctcgrpo.run.scores import improvement
 from ctcgrpo.simulator.scripted import rules
 from tests.held_out import read_held_out
 from tests.recorded_run import write_run

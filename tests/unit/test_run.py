@@ -21,15 +21,12 @@ from ctcgrpo.errors import OutputError, SimulatorReplyError
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.run.run_folder import RunFolder
-from ctcgrpo.run.run_records import Validation
-from ctcgrpo.run.tracking import COLUMNS
 from ctcgrpo.simulator.config import SCRIPTED_USER
 from ctcgrpo.simulator.protocol import Reaction, TurnRequest
 from ctcgrpo.simulator.scripted.backend import react
 from ctcgrpo.simulator.server import SimulatorServer, running
 from ctcgrpo.util.files import is_complete, mark_complete
 from tests.conftest import ROOT, Backend, Command
-from tests.fake_llm import FakeLlm
 
 TINY = str(ROOT / "recipes" / "tiny.yaml")
 
@@ -523,63 +520,3 @@ def test_a_best_policy_counts_once_a_checkpoint_has_its_step(tmp_path: Path) -> 
     mark_complete(folder.best)
     with pytest.raises(OutputError, match="STEP: expected the number of a step"):
         folder.rewind_best(6)
-
-
-def _wandb_history(log: Path) -> dict[str, list[str]]:
-    """What an offline run of W&B was told, by name: JSON values in their order. Its file is a LevelDB log of records: after 7
-    bytes, blocks of 32 KiB with pieces of (checksum, length, kind: 1 whole, 2 first, 3 middle, 4 last)."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, whole = log.read_bytes(), 7, b""
-    told: dict[str, list[str]] = {}
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        whole += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            record = Record()
-            record.ParseFromString(whole)
-            whole = b""
-            for item in record.history.item:
-                told.setdefault(item.key or "/".join(item.nested_key), []).append(item.value_json)
-    return told
-
-
-def _validated(line: str) -> str:
-    found = Validation(**json.loads(line)).figures()
-    return json.dumps({"overall": found.overall})
-
-
-def test_weights_and_biases_offline_learn_no_secret(ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "disabled")  # so that the run's own setting is undone afterwards
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("MARKED_KEY", "marked-secret-key")
-    monkeypatch.setenv("CTCGRPO_SIMULATOR_TOKEN", "marked-secret-token")
-    with FakeLlm(key="marked-secret-key").serving() as llm:
-        config = tmp_path / "simulator.yaml"
-        config.write_text(f"backend: llm\nllm:\n  endpoints:\n    - {{url: '{llm.url}', model: m, key_env: MARKED_KEY}}\n")
-        command = ["train", TINY, *FAST, f"run.output_dir={tmp_path}", "run.wandb=offline", f"simulator.config={config}"]
-        command += ["validation.scenarios=english/test", "validation.every=1"]
-        code, _, err = ctcgrpo(*command)
-    assert code == 0, err
-    [log] = (tmp_path / "tiny" / "wandb").glob("offline-run-*/*.wandb")
-    told = _wandb_history(log)
-    assert {"outcome/all", "outcome/charm", "validation/overall", "validation/support"} <= set(told)
-    assert any(name.startswith("dialogues") for name in told)
-    assert [json.loads(value) for value in told["validation/overall"]] == [
-        json.loads(line)["overall"] for line in map(_validated, (tmp_path / "tiny" / "validation.jsonl").read_text().splitlines())
-    ]
-    [table] = (tmp_path / "tiny" / "wandb").glob("offline-run-*/files/media/table/*.json")
-    rows = json.loads(table.read_text())
-    assert tuple(rows["columns"]) == COLUMNS and len(rows["data"]) == 4 * 2 * 2  # scenes, rollouts, turns
-    traces = (tmp_path / "tiny" / "traces" / "step-000001.rank-0.jsonl").read_text()
-    for row in rows["data"]:
-        told_row = dict(zip(COLUMNS, row, strict=True))
-        assert told_row["advantage"] == told_row["outcome term"] + told_row["turn term"]
-        assert json.dumps(told_row["reply"], ensure_ascii=False) in traces
-    for file in (path for path in tmp_path.rglob("*") if path.is_file()):
-        assert b"marked-secret" not in file.read_bytes(), file

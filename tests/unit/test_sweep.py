@@ -22,9 +22,9 @@ from ctcgrpo.experiments import coordinator
 from ctcgrpo.experiments.coordinator import _link_best, run_sweep, score_of
 from ctcgrpo.experiments.spec import Sweep, load_sweep
 from ctcgrpo.experiments.table import all_equal
-from ctcgrpo.run import tracking
 from ctcgrpo.run.recipe_file import load_recipe, overrides
 from ctcgrpo.run.run_folder import RunFolder
+from ctcgrpo.run.weights_and_biases import AGENT, hand_over
 from ctcgrpo.util.files import mark_complete
 from ctcgrpo.util.intervals import crossed
 from ctcgrpo.util.workers import lock_folder
@@ -71,7 +71,7 @@ def test_shipped_searches_hold_to_the_format_of_wandb(file: Path) -> None:
     sweep, recipe = load_sweep(file)
     data = yaml.safe_load(file.read_text())
     assert set(data) <= W_AND_B and data["method"] in ("grid", "random", "bayes") and recipe.validation is not None
-    assert data["metric"] == {"name": "validation/overall", "goal": "maximize"}
+    assert data["metric"] == {"name": "eval/outcome/all", "goal": "maximize"}
     for parameter in data["parameters"].values():
         assert set(parameter) <= {"value", "values", "min", "max", "distribution", "q"}
         assert ("min" in parameter) == ("max" in parameter)
@@ -97,8 +97,8 @@ def test_shipped_searches_hold_to_the_format_of_wandb(file: Path) -> None:
         ({"parameters": {"validation": {"value": {"every": 1}}}}, "name fields of sections with dots"),
         ({"method": "bayes"}, "method = bayes; expected a run_cap"),
         ({"method": "annealing"}, "method is 'annealing'"),
-        ({"metric": {"name": "loss"}}, "metric.name is 'loss'; input should be 'validation/overall'"),
-        ({"metric": {"name": "validation/overall", "goal": "minimize"}}, "metric.goal is 'minimize'"),
+        ({"metric": {"name": "loss"}}, "metric.name is 'loss'; input should be 'eval/outcome/all'"),
+        ({"metric": {"name": "eval/outcome/all", "goal": "minimize"}}, "metric.goal is 'minimize'"),
         ({"program": "recipes/quickstar.yaml"}, "did you mean 'recipes/quickstart.yaml'"),
         (
             {"program": "recipes/tiny.yaml", "parameters": {"credit.alpha": {"values": [1, 2]}}},
@@ -433,9 +433,9 @@ def test_the_hand_over_to_wandb_up_to_its_call(tmp_path: Path, monkeypatch: pyte
     asked: list[Any] = []
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setattr(wandb, "sweep", lambda config, **where: asked.append((config, where)) or "abc123")
-    assert tracking.hand_over(written(tmp_path / "s.yaml", project="p", entity="e")) == "wandb agent e/p/abc123"
+    assert hand_over(written(tmp_path / "s.yaml", project="p", entity="e")) == "wandb agent e/p/abc123"
     config, where = asked[0]
-    assert where == {"project": "p", "entity": "e"} and config["command"] == list(tracking.AGENT)
+    assert where == {"project": "p", "entity": "e"} and config["command"] == list(AGENT)
     Sweep.model_validate(config)
 
     def refuse(*_: Any, **__: Any) -> str:
@@ -443,4 +443,4 @@ def test_the_hand_over_to_wandb_up_to_its_call(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(wandb, "sweep", refuse)
     with pytest.raises(RecipeError, match="W&B refused the sweep: .*403"):
-        tracking.hand_over(written(tmp_path / "s.yaml"))
+        hand_over(written(tmp_path / "s.yaml"))

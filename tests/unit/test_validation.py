@@ -14,7 +14,7 @@ import pytest
 from ctcgrpo.environments.eibench import task_of
 from ctcgrpo.errors import TooManyFailures
 from ctcgrpo.rollout.runner import Slot, validation_slots
-from ctcgrpo.run.run_records import Validation, improvement
+from ctcgrpo.run.scores import Validation, improvement
 from ctcgrpo.run.validation import Validator, validation_of
 from tests.conftest import Command
 from tests.unit.test_run import FAST, TINY
