@@ -88,7 +88,7 @@ def test_the_table_of_dialogues_reads_the_traces_of_its_step_alone(tmp_path: Pat
     assert dialogue_rows(folder, 0) == []
 
 
-@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not part of the extra dev: it needs an older Pillow")
+@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed; it is part of the extra dev")
 def test_trackio_gets_the_same(tmp_path: Path) -> None:
     """In a process of its own, since trackio reads TRACKIO_DIR when it is imported."""
     command = [sys.executable, "-m", "ctcgrpo", "train", TINY, *SMALL, f"run.output_dir={tmp_path}", "run.report_to=[trackio]"]
