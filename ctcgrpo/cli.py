@@ -29,7 +29,7 @@ from ctcgrpo.run.startup import LAUNCHED, SHUTDOWN_TIMEOUT, announce_loading
 from ctcgrpo.util.importing import installing, load_object
 from ctcgrpo.util.naming import cut
 from ctcgrpo.util.proxies import settle_environment
-from ctcgrpo.util.terminal import Terminal, say
+from ctcgrpo.util.terminal import Terminal, log_line
 
 _LONGEST_MESSAGE = 4000  # characters; longer errors are cut
 
@@ -138,7 +138,7 @@ def serve(
 
     found = load_set(scenarios)
     for line in found.report():
-        say(line, sys.stderr)
+        log_line(line, sys.stderr)
     briefing = Briefing(instructions=load_instructions(instructions))
     try:
         from ctcgrpo.simulator.openenv import OpenEnvServer
@@ -177,12 +177,12 @@ def noise(
     if recipe.validation is not None:
         sets.append(load_set(recipe.validation_source(), "test", section.invalid))
     for line in [line for found in sets for line in found.report()]:
-        say(line, sys.stderr)
+        log_line(line, sys.stderr)
     scenarios = [scenario for found in sets for scenario in found.scenarios]
     files = sorted(folder.traces.glob("*.jsonl"))
     rounds = recipe.rollout.max_turns
     turns = recorded_turns(
-        files, scenarios, dialogues=dialogues, max_rounds=rounds, warn=lambda text: say(f"warning: {text}", sys.stderr)
+        files, scenarios, dialogues=dialogues, max_rounds=rounds, warn=lambda text: log_line(f"warning: {text}", sys.stderr)
     )
     console = Terminal(120)
     with chosen_simulator(config, url or [], console) as simulator:
@@ -217,10 +217,10 @@ def export(
     from ctcgrpo.run import export as exporting
 
     transformers_logging.disable_progress_bar()
-    written = exporting.export(run, out or run / "export", which=which, dtype=dtype, say=say)
-    say(f"exported to {written}")
+    written = exporting.export(run, out or run / "export", which=which, dtype=dtype, log_line=log_line)
+    log_line(f"exported to {written}")
     if push is not None:
-        say(f"uploaded to {exporting.push(written, push)}")
+        log_line(f"uploaded to {exporting.push(written, push)}")
 
 
 def version() -> None:
@@ -283,5 +283,5 @@ def _guarded(run: Callable[[], object]) -> None:
         what = "stopped" if isinstance(error, RunPaused) else "error"
         rank = os.environ.get("RANK", "0")
         message = cut(str(error), _LONGEST_MESSAGE)
-        say(f"{what}: {message}" if rank == "0" else f"[process {rank}] {what}: {message}", sys.stderr)
+        log_line(f"{what}: {message}" if rank == "0" else f"[process {rank}] {what}: {message}", sys.stderr)
         sys.exit(error.exit_code)

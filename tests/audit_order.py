@@ -21,7 +21,7 @@ from scipy import stats
 from ctcgrpo.audit.kinds import kinds, package_sections
 from ctcgrpo.audit.measure import measure, played_steps
 from ctcgrpo.options import CreditOptions
-from ctcgrpo.util.terminal import say
+from ctcgrpo.util.terminal import log_line
 from recipes.examples.guess import make_trainer
 
 BASELINE = "rollout"
@@ -64,10 +64,12 @@ def main() -> None:
         for seed in asked.seeds:
             with tempfile.TemporaryDirectory() as folder:
                 areas.setdefault(name, []).append(float(np.mean(curve(folder, seed, options))))
-        say(f"{name:20} gain {audit.credits[name].gain.value:6.2f}   mean outcome {np.mean(areas[name]):.3f}   {areas[name]}")
+        log_line(
+            f"{name:20} gain {audit.credits[name].gain.value:6.2f}   mean outcome {np.mean(areas[name]):.3f}   {areas[name]}"
+        )
     predicted = [audit.credits[name].gain.value or 0.0 for name in areas]
     rank, low, high = order(predicted, np.array(list(areas.values())))
-    say(f"rank correlation of predicted gains and measured outcomes: {rank:.2f} ({low:.2f} to {high:.2f})")
+    log_line(f"rank correlation of predicted gains and measured outcomes: {rank:.2f} ({low:.2f} to {high:.2f})")
     if asked.out:
         asked.out.write_text(json.dumps({"audit": audit.model_dump(), "areas": areas, "rank": [rank, low, high]}, indent=1))
 

@@ -24,7 +24,7 @@ from ctcgrpo.run.startup import announce_loading
 from ctcgrpo.util.files import write_whole
 from ctcgrpo.util.naming import did_you_mean
 from ctcgrpo.util.sections import Section, parse_mapping, read_text, validated
-from ctcgrpo.util.terminal import Terminal, say
+from ctcgrpo.util.terminal import Terminal, log_line
 
 if TYPE_CHECKING:
     from ctcgrpo.options import CreditOptions
@@ -70,7 +70,7 @@ def audit(
             if adapter is not None:
                 trainer.load_weights(adapter)
             try:
-                steps = played_steps(trainer, recipe.training.max_steps, continuations=continuations, say=say)
+                steps = played_steps(trainer, recipe.training.max_steps, continuations=continuations, log_line=log_line)
             except CreditError as error:  # the environment cannot be branched
                 raise CreditError(f"{error}; or pass --continuations 0") from None
             found = measure(trainer, steps, found_kinds, str(source), baseline=baseline)
@@ -127,4 +127,4 @@ def _write(file: Path, text: str) -> None:
         write_whole(file, text)
     except OSError as error:
         raise OutputError(f"cannot write {file}: {error.strerror}") from None
-    say(f"wrote {file}")
+    log_line(f"wrote {file}")

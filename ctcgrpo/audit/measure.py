@@ -23,7 +23,7 @@ from ctcgrpo.types import Episode
 if TYPE_CHECKING:
     from ctcgrpo.training.trainer import CTCGRPOTrainer
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 REFERENCE = "outcome"
 """The name of the unscaled outcome term, whose gradient is that of the expected outcome."""
 _FEWEST = 3
@@ -40,7 +40,9 @@ class PlayedStep:
     sketches: np.ndarray[Any, np.dtype[np.float32]]
 
 
-def played_steps(trainer: "CTCGRPOTrainer", steps: int, *, continuations: int, say: Say = lambda _: None) -> list[PlayedStep]:
+def played_steps(
+    trainer: "CTCGRPOTrainer", steps: int, *, continuations: int, log_line: LogLine = lambda _: None
+) -> list[PlayedStep]:
     """The first `steps` batches of the trainer's schedule, with the policy that it has now. All processes call it. Raises
     TooManyFailures, RunPaused."""
     trainer.runner.play = replace(trainer.runner.play, continuations=continuations)
@@ -56,12 +58,12 @@ def played_steps(trainer: "CTCGRPOTrainer", steps: int, *, continuations: int, s
         seconds = time.perf_counter() - started
         if accelerator.is_main_process:
             turns = sum(len(e.turns) for e in episodes)
-            say(f"batch {step} of {steps}: episodes took {seconds:.0f} s; computing the gradients of {turns} turns")
+            log_line(f"batch {step} of {steps}: episodes took {seconds:.0f} s; computing the gradients of {turns} turns")
         found.append(sketched(trainer, episodes))
         if accelerator.is_main_process:
             scored = [e.outcome for e in episodes if e.failure is None]
             mean = f"mean outcome {np.mean(scored):+.3f}, " if scored else ""
-            say(f"batch {step} of {steps}: {mean}gradients took {time.perf_counter() - started - seconds:.0f} s")
+            log_line(f"batch {step} of {steps}: {mean}gradients took {time.perf_counter() - started - seconds:.0f} s")
     return found
 
 

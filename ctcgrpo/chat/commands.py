@@ -12,7 +12,7 @@ import typer
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.run.startup import announce_loading
-from ctcgrpo.util.terminal import Terminal, say
+from ctcgrpo.util.terminal import Terminal, log_line
 
 _ROUNDS = 8
 _TALK, _PLAY = "You are the user", "You are the policy"
@@ -88,13 +88,13 @@ def chat(
 
     transformers_logging.disable_progress_bar()
     choice = Choice(policy, compare, base, scenario, scenarios, instructions, temperature, top_p, max_new_tokens)
-    talk = open_talk(choice, lambda text: say(text, sys.stderr))
+    talk = open_talk(choice, lambda text: log_line(text, sys.stderr))
     number = secrets.randbits(31) if seed is None else seed
     try:
         if web:
             from ctcgrpo.chat.web import serve_chat
 
-            serve_chat(talk, host, port, say, seed=number, reasoning=reasoning)
+            serve_chat(talk, host, port, log_line, seed=number, reasoning=reasoning)
         else:
             told = talk_in_terminal(talk, Terminal(80), lambda: input("You: "), seed=number, reasoning=reasoning, rounds=rounds)
             asyncio.run(told)
@@ -124,7 +124,7 @@ def _play(scenario: str | None, scenarios: str, config: Path | None, urls: list[
 
     found = load_set(scenarios, "test")
     for line in found.report():
-        say(line, sys.stderr)
+        log_line(line, sys.stderr)
     chosen = find_scenario(found.scenarios, scenario)
     briefing = Briefing(instructions=load_instructions(instructions))
     console = Terminal(80)

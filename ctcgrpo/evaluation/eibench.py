@@ -29,7 +29,7 @@ from ctcgrpo.environments.eibench.scoring import Variant, outcome_score
 from ctcgrpo.errors import PolicyEngineError, RecipeError
 from ctcgrpo.evaluation.generation import SAMPLING, Unset, config_of, names_of
 from ctcgrpo.evaluation.record import Record, recorded_task
-from ctcgrpo.evaluation.speaking import say
+from ctcgrpo.evaluation.speaking import generate_reply
 from ctcgrpo.evaluation.users import MESSAGES, chosen_user
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS, load_instructions
 from ctcgrpo.rollout.engine import request_seed
@@ -121,7 +121,7 @@ def eibench(
                     reasoning_history=None if reasoning is None else _HISTORY[reasoning],
                 )
                 messages = state.messages if prompts is None else _officially(prompts, scenario, state.messages)
-                reply = await say(messages, role="model", config=config, keep_reasoning=reasoning == "keep")
+                reply = await generate_reply(messages, role="model", config=config, keep_reasoning=reasoning == "keep")
                 state.messages.append(reply.message)
                 record.model_said(reply)
                 before = environment.state._asdict()

@@ -16,7 +16,7 @@ from ctcgrpo.evaluation.benches import data_folder
 from ctcgrpo.evaluation.eqbench3_protocol import Unreadable, load_eqbench, read_scores, task_score
 from ctcgrpo.evaluation.generation import Unset, config_of, names_of
 from ctcgrpo.evaluation.record import Record, recorded_task
-from ctcgrpo.evaluation.speaking import played_by, say, temperature_of
+from ctcgrpo.evaluation.speaking import generate_reply, played_by, temperature_of
 from ctcgrpo.rollout.engine import request_seed
 
 _ATTEMPTS = 3
@@ -61,7 +61,7 @@ def eqbench3(data: str | None = None, repeats: int = 1, seed: int = 0, unset: Un
                 seed=request_seed("eqbench3", seed, scenario.id, state.epoch, turn),
                 temperature=_OF_DEBRIEF if debrief else None,
             )
-            said = await say(state.messages, role="model", config=config)
+            said = await generate_reply(state.messages, role="model", config=config)
             state.messages.append(said.message)
             record.model_said(said)
 
@@ -79,7 +79,7 @@ def eqbench3(data: str | None = None, repeats: int = 1, seed: int = 0, unset: Un
                 temperature=temperature,
                 max_tokens=_JUDGE_TOKENS,
             )
-            said = await say([ChatMessageUser(content=prompt)], role="judge", model=judge, config=config)
+            said = await generate_reply([ChatMessageUser(content=prompt)], role="judge", model=judge, config=config)
             record.spend("judge", said.tokens)
             try:
                 if said.cut:

@@ -90,14 +90,14 @@ def recorded_task(
     )
 
 
-def newest_log(folder: Path, say: Callable[[str], None]) -> EvalLog | None:
-    """The header of the last log in a folder that can be read; None where there is none. `say` hears of those that cannot."""
+def newest_log(folder: Path, log_line: Callable[[str], None]) -> EvalLog | None:
+    """The header of the last log in a folder that can be read; None where there is none. `log_line` hears of those that cannot."""
     # Names begin with the time to the second.
     for file in sorted(folder.glob("*.eval"), key=lambda file: (file.name[:19], file.stat().st_mtime_ns), reverse=True):
         try:
             return read_eval_log(str(file), header_only=True)
         except (ValueError, OSError, zipfile.BadZipFile) as error:
-            say(f"{file} cannot be read ({error}); using the previous log")
+            log_line(f"{file} cannot be read ({error}); using the previous log")
     return None
 
 

@@ -89,7 +89,7 @@ def evaluate(
     display: str = "plain",
     connections: int | None = None,
     price: tuple[float, float] | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    log_line: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Play an evaluation into `folder`; gives its summary. `price`: US dollars per million input and output tokens.
     Raises OutputError where the folder holds another evaluation, or one of other data or another
@@ -109,7 +109,7 @@ def evaluate(
         "max_samples": connections,
         "max_connections": connections,
     }
-    newest = newest_log(folder / "logs", say)
+    newest = newest_log(folder / "logs", log_line)
     with _recorded(folder, {**asdict(wanted), "of": of}, newest) as log:
         try:
             if log is None or not log.eval.dataset.sample_ids:
@@ -131,7 +131,7 @@ def evaluate(
             elif log.status != "success" or log.results is None or log.results.completed_samples < log.results.total_samples:
                 played = inspect_ai.eval_retry(log.location, **options)
             else:
-                say(f"{folder}: complete since {log.eval.created[:10]}, nothing to play")
+                log_line(f"{folder}: complete since {log.eval.created[:10]}, nothing to play")
                 played = [log]
         except CtcGrpoError:
             raise
@@ -316,7 +316,7 @@ def evaluations_of(
     *,
     limit: int | None = None,
     preset: str | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    log_line: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Evaluation]:
     """A run's base and final policy (by these names) as its recipe validates them. `task`, `generation` and `roles` go before what
     the recipe says; with a `preset`, which they go before too, the recipe says only what is played (scenarios, repeats, seed) and
@@ -342,7 +342,7 @@ def evaluations_of(
         raise RecipeError(f"{folder.recipe_file}: the run has several users (simulator.users); expected --simulator")
     if "scenarios" not in played:
         raise RecipeError(f"{folder.recipe_file}: no validation section; expected --scenarios to evaluate on")
-    base = folder.starting_policy(recipe, say)
+    base = folder.starting_policy(recipe, log_line)
     return {
         name: Evaluation(
             bench="eibench",

@@ -25,7 +25,7 @@ from ctcgrpo.errors import RecipeError
 from ctcgrpo.evaluation.benches import data_folder
 from ctcgrpo.evaluation.generation import SAMPLING, Unset, config_of, names_of
 from ctcgrpo.evaluation.record import Record, recorded_task
-from ctcgrpo.evaluation.speaking import played_by, say, temperature_of
+from ctcgrpo.evaluation.speaking import generate_reply, played_by, temperature_of
 from ctcgrpo.evaluation.users import priced
 from ctcgrpo.rollout.engine import request_seed
 from ctcgrpo.simulator.choice import named_simulator
@@ -79,7 +79,7 @@ def sage(data: str | None = None, simulator: str | None = None, repeats: int = 1
         for turn in count(1):
             async with span(f"turn {turn}", type="turn"):
                 config = config_of("model", left_out, seed=request_seed(*where, turn))
-                said = await say(state.messages, role="model", config=config)
+                said = await generate_reply(state.messages, role="model", config=config)
                 state.messages.append(said.message)
                 record.model_said(said)
                 step = await user.step(said.text)
@@ -124,7 +124,7 @@ class _Simulator:
     async def ask(self, prompt: str, *, dialogue: str, seed: int) -> str:
         temperature = temperature_of(self.model, _TEMPERATURE)
         config = config_of("simulator", self.left_out, seed=seed % 2**31, temperature=temperature)
-        said = await say([ChatMessageUser(content=prompt)], role="simulator", model=self.model, config=config)
+        said = await generate_reply([ChatMessageUser(content=prompt)], role="simulator", model=self.model, config=config)
         self.record.spend("simulator", said.tokens)
         if said.cut:
             raise Unreadable("cut off by max_tokens")

@@ -50,7 +50,7 @@ class Said:
     tokens: tuple[int, int]
 
 
-async def say(
+async def generate_reply(
     messages: Sequence[ChatMessage],
     *,
     role: Role,

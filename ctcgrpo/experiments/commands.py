@@ -52,8 +52,8 @@ def sweep(
     folder = out / label
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
-    say = functools.partial(print_line, console)
-    rows = run_sweep(spec, recipe, folder, workers=workers, devices=devices or [], extra=overrides or [], say=say)
+    log_line = functools.partial(print_line, console)
+    rows = run_sweep(spec, recipe, folder, workers=workers, devices=devices or [], extra=overrides or [], log_line=log_line)
     shutil.copyfile(file, folder / "sweep.yaml")
     if spec.variants:
         reference = against or spec.baseline
@@ -64,13 +64,13 @@ def sweep(
             console.print(printed(of_it, title, spec.primary, reference))
         if curves := curves_by_environment(spec, rows, folder):
             (folder / "curves.svg").write_bytes(drawn(curves, str(spec.baseline)))
-            say(f"table and curves: {folder / 'table.json'}, {folder / 'curves.svg'}")
+            log_line(f"table and curves: {folder / 'table.json'}, {folder / 'curves.svg'}")
     else:
         console.print(printed(rows, f"sweep {folder.name}: held-out score after training"))
     if all_equal(rows):
-        say("all trials have the same score, so there is no best one; try more steps, or a wider range of values")
+        log_line("all trials have the same score, so there is no best one; try more steps, or a wider range of values")
     elif (folder / "best").exists() and not spec.variants:
-        say(f"best checkpoint: {folder / 'best'}")
+        log_line(f"best checkpoint: {folder / 'best'}")
     if failed := [row["trial"] for row in rows if row["state"] in ("failed", "damaged")]:
         raise RunFailed(
             f"{len(failed)} of {len(rows)} trials failed ({', '.join(failed[:3])}{', ...' * (len(failed) > 3)}); the "

@@ -76,7 +76,7 @@ def run_sweep(
     workers: int = 1,
     devices: Sequence[str] = (),
     extra: Sequence[str] = (),
-    say: Callable[[str], None] = lambda text: None,
+    log_line: Callable[[str], None] = lambda text: None,
     train: Sequence[str] = TRAIN,
 ) -> list[dict[str, Any]]:
     """Run the remaining trials of a sweep; gives its table. `devices`: CUDA_VISIBLE_DEVICES of each worker; `extra`: overrides for
@@ -88,7 +88,7 @@ def run_sweep(
     with lock_folder(folder):
         _refuse_another_sweep(folder, sweep, recipe, extra)
         seeds = sweep.seeds_of(recipe)
-        rows = _Coordinator(sweep, seeds, folder, devices, extra, say, train, open_study(sweep, folder)).work(workers)
+        rows = _Coordinator(sweep, seeds, folder, devices, extra, log_line, train, open_study(sweep, folder)).work(workers)
         _link_best(folder, rows)
         return rows
 
@@ -100,14 +100,14 @@ class _Coordinator:
     _folder: Path
     _devices: Sequence[str]
     _extra: Sequence[str]
-    _say: Callable[[str], None]
+    _log_line: Callable[[str], None]
     _train: Sequence[str]
     _study: optuna.Study
 
     def work(self, workers: int) -> list[dict[str, Any]]:
         """Run every remaining trial; gives the table."""
         if again := self._requeue_unfinished():
-            self._say(f"{again} unfinished trials run again, from their checkpoints")
+            self._log_line(f"{again} unfinished trials run again, from their checkpoints")
         self._log_estimate(workers)
         running: list[_Running] = []
         try:
@@ -117,7 +117,7 @@ class _Coordinator:
                         break
                     running.append(begun)
                     name = begun.folder.relative_to(self._folder)
-                    self._say(f"{name}: {', '.join(overrides(begun.changes)) or 'the recipe as it is'}")
+                    self._log_line(f"{name}: {', '.join(overrides(begun.changes)) or 'the recipe as it is'}")
                 if not running:
                     break
                 for one in list(running):
@@ -181,7 +181,7 @@ class _Coordinator:
         if left and seconds is not None:
             minutes = left * len(self._seeds) * seconds / min(workers, left) / 60
             text += f": about {minutes:.0f} minutes at {seconds:.0f} s per run ({source})"
-        self._say(text)
+        self._log_line(text)
 
     # --- a trial -----------------------------------------------------------------------------------------------------------------
 
@@ -201,7 +201,9 @@ class _Coordinator:
         one.process = None
         if one.pruned:
             self._study.tell(one.trial, state=TrialState.PRUNED)
-            self._say(f"{one.folder.name}: stopped after step {max(one.reported)} (early_terminate): worse than other trials")
+            self._log_line(
+                f"{one.folder.name}: stopped after step {max(one.reported)} (early_terminate): worse than other trials"
+            )
             return True
         if not code:
             return self._next_seed(one)
@@ -225,13 +227,13 @@ class _Coordinator:
             return self._failed(one, str(error))
         mean = sum(scores) / len(scores)
         self._study.tell(one.trial, mean)
-        self._say(f"{one.folder.relative_to(self._folder)}: held-out score {mean:+.3f}")
+        self._log_line(f"{one.folder.relative_to(self._folder)}: held-out score {mean:+.3f}")
         return True
 
     def _failed(self, one: _Running, reason: str) -> bool:
         one.trial.set_user_attr("reason", reason)
         self._study.tell(one.trial, state=TrialState.FAIL)
-        self._say(f"{one.folder.relative_to(self._folder)}: failed: {reason}")
+        self._log_line(f"{one.folder.relative_to(self._folder)}: failed: {reason}")
         return True
 
     def _start(self, one: _Running) -> subprocess.Popen[bytes]:

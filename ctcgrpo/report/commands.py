@@ -11,7 +11,7 @@ import typer
 
 from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.run.folders import require_folder, require_run
-from ctcgrpo.util.terminal import Terminal, print_line, say
+from ctcgrpo.util.terminal import Terminal, log_line, print_line
 
 if TYPE_CHECKING:
     from ctcgrpo.report.reading import Trial
@@ -65,7 +65,7 @@ def _serve_live(run: Path, out: Path | None, host: str, port: int) -> None:
         require_run(run)
     except OutputError as error:
         print_line(Terminal(120), f"no run yet, the page waits for one: {error}", "yellow")
-    serve_live(run, host, port, say)
+    serve_live(run, host, port, log_line)
 
 
 def _run_of_sweep(sweep: Path, trials: Sequence[Trial]) -> Path:

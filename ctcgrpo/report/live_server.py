@@ -117,11 +117,11 @@ def routes(path: Path) -> list[Route]:
     return [Route("/", page), Route("/data", data)]
 
 
-def serve_live(path: Path, host: str, port: int, say: Callable[[str], None]) -> None:
+def serve_live(path: Path, host: str, port: int, log_line: Callable[[str], None]) -> None:
     """Serve the live report of a run until Ctrl-C. Raises RecipeError for a host or port that cannot be used."""
     serve_page(
         routes(path),
         host,
         port,
-        announce=lambda url: say(f"live report of {path}: {url}\nCtrl-C stops it; it only reads, and the run goes on"),
+        announce=lambda url: log_line(f"live report of {path}: {url}\nCtrl-C stops it; it only reads, and the run goes on"),
     )

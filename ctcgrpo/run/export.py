@@ -26,7 +26,7 @@ from ctcgrpo.model.finite import refuse_nonfinite
 from ctcgrpo.policy.builtin import is_builtin, wheel_of
 from ctcgrpo.policy.hub import hub_reason
 from ctcgrpo.policy.loading import stop_ids
-from ctcgrpo.policy.model_wheel import Say
+from ctcgrpo.policy.model_wheel import LogLine
 from ctcgrpo.run.folders import require_run
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
@@ -42,7 +42,7 @@ from ctcgrpo.util.naming import first_line
 Dtype = Literal["bfloat16", "float32"]
 
 
-def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat16", say: Say = lambda _: None) -> Path:
+def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat16", log_line: LogLine = lambda _: None) -> Path:
     """Write a policy of a run to `out`: `which` is final, best, or the number of a checkpoint (its optimizer steps).
 
     Adapters are merged, and shards joined, in float32, then rounded to `dtype`. What was written is loaded again, and its
@@ -56,7 +56,7 @@ def export(run: Path, out: Path, *, which: str = "final", dtype: Dtype = "bfloat
     recipe = resolved_recipe(folder.recipe_file)
     source = folder.policy(which)
     card = model_card(recipe, _summary(folder, recipe), which=which)
-    base = folder.starting_policy(recipe, say)
+    base = folder.starting_policy(recipe, log_line)
     try:
         trained = _trained(source, base, recipe.policy.revision, dtype)
         tokenizer = AutoTokenizer.from_pretrained(

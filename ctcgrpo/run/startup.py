@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
-from ctcgrpo.util.terminal import say
+from ctcgrpo.util.terminal import log_line
 
 _NOT_FOR_USERS: Final = {
     "DeepSpeed": "Setting accelerator to CPU",
@@ -32,7 +32,7 @@ def announce_loading(doing: str, libraries: str = "PyTorch and transformers") ->
     _silence()
     if not _announced and LAUNCHED not in os.environ and "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
         _announced = True
-        say(f"{doing}: loading {libraries} (5 to 20 seconds) ...", sys.stderr)
+        log_line(f"{doing}: loading {libraries} (5 to 20 seconds) ...", sys.stderr)
 
 
 @functools.cache

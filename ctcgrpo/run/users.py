@@ -23,7 +23,7 @@ from ctcgrpo.simulator.logs import json_log
 from ctcgrpo.types import Environment
 from ctcgrpo.util.processes import on_main
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 OTHER = "other user"
 """What the user of validation.simulator is called."""
 SIMULATOR, VALIDATED_WITH = "simulator", "validation.simulator"
@@ -109,11 +109,11 @@ def opened(
     stack: ExitStack,
     state: PartialState,
     folder: RunFolder,
-    say: Say,
+    log_line: LogLine,
 ) -> Opened:
     """Connects to a user on every process; the main one starts its embedded server, which `stack` stops."""
     settings, choice = recipe.simulator, player.choice
-    options: dict[str, Any] = {"timeout": settings.timeout, "patience": settings.patience, "say": say}
+    options: dict[str, Any] = {"timeout": settings.timeout, "patience": settings.patience, "log_line": log_line}
     client = choice.client(_urls(player, scenarios, stack, state, folder), settings.token_env, **options)
     about = asyncio.run(read_health(client))
     check_timeout(about, settings.timeout)

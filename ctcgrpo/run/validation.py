@@ -53,7 +53,7 @@ class Validator:
     play: Play
     keep_best: Callable[[int], None]
     is_main: bool
-    say: Callable[[str], None]
+    log_line: Callable[[str], None]
     max_failed: float = 0.5
     noun: str = "tasks"  # name of the tasks in logs
     play_other: Play | None = None  # as `play`, with another user
@@ -94,20 +94,20 @@ class Validator:
             write_whole(self.file, "".join(lines))
             self.record(result)
         if result.other is not None:
-            self.say(
+            self.log_line(
                 f"validation after step {step}: gap {gap(result)}, the score with the user that is trained on less the other"
             )
         if (alarm := gamed(self._in_order())) is not None:
-            self.say(f"warning: step {step}: {alarm}; read the dialogues with both: ctcgrpo report {self.file.parent}")
+            self.log_line(f"warning: step {step}: {alarm}; read the dialogues with both: ctcgrpo report {self.file.parent}")
         return result
 
     def _played(self, step: int, slots: Sequence[Slot], play: Play, how: str) -> Validation:
-        self.say(f"validation after step {step}{how}: playing {len(slots)} episodes")
+        self.log_line(f"validation after step {step}{how}: playing {len(slots)} episodes")
         result = validation_of(step, self.tasks, play(step, slots))
         if too_many_failed(result.failed, len(slots), self.max_failed):
             failed = f"{result.failed} of {len(slots)} episodes failed"
             raise TooManyFailures(f"validation after step {step}{how}: {failed}; rollout.max_failed = {self.max_failed}")
-        self.say(f"validation after step {step}{how}: {_described(result.figures(), self.noun)}")
+        self.log_line(f"validation after step {step}{how}: {_described(result.figures(), self.noun)}")
         return result
 
     def _in_order(self) -> list[Validation]:

@@ -36,9 +36,9 @@ class SimulatorClient:
 
     `urls` are replicas of one simulator. A scenario stays with one replica while that answers, which may have cached its prefix.
     `timeout`: seconds of one attempt at most. `patience`: seconds of retries at most, where no server answers (it may be
-    restarting) or no LLM is available (`say` is then called with the reason and the end of the outage). Between rounds over the
-    replicas it waits `backoff` x 2^k seconds with jitter, at most 15. `name`: what errors name in place of the URL of a server in
-    this process.
+    restarting) or no LLM is available (`log_line` is then called with the reason and the end of the outage). Between rounds over
+    the replicas it waits `backoff` x 2^k seconds with jitter, at most 15. `name`: what errors name in place of the URL of a server
+    in this process.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class SimulatorClient:
         timeout: float = 240.0,
         patience: float = 600.0,
         backoff: float = 0.5,
-        say: Callable[[str], None] = _log.warning,
+        log_line: Callable[[str], None] = _log.warning,
         name: str | None = None,
     ) -> None:
         self._urls = [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
         self._in_process, self.name = name is not None, name or ", ".join(self._urls)
         self._proxies = {url: proxy_of(url) for url in self._urls}
-        self._say, self._said_until = say, 0.0
+        self._log_line, self._silent_until = log_line, 0.0
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         self._timeout = aiohttp.ClientTimeout(total=timeout)
         self._patience = patience
@@ -164,10 +164,10 @@ class SimulatorClient:
     def _log_outage(self, outage: str, seconds: float) -> None:
         """Log an outage of so many seconds once, however many turns wait for its end."""
         now = time.monotonic()
-        if now >= self._said_until:
-            self._said_until = now + seconds
+        if now >= self._silent_until:
+            self._silent_until = now + seconds
             limit = f"at most {self._patience:g} s (simulator.patience), or less by its llm.patience"
-            self._say(f"waiting for the simulator, {limit}: {outage}")
+            self._log_line(f"waiting for the simulator, {limit}: {outage}")
 
     def _order(self, scenario: str) -> list[str]:
         start = int.from_bytes(hashlib.sha256(scenario.encode("utf-8", "replace")).digest()[:4], "big") % len(self._urls)

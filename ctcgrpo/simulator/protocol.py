@@ -179,9 +179,9 @@ class SimulatorBackend(ABC):
 
     @classmethod
     def configured(
-        cls, config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None], say: Callable[[str], None]
+        cls, config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None], log_line: Callable[[str], None]
     ) -> Self:
-        """The backend of a configuration. `on_call` gets a record of every LLM call, `say` a line for each outage. Raises
+        """The backend of a configuration. `on_call` gets a record of every LLM call, `log_line` a line for each outage. Raises
         RecipeError for a configuration that cannot work on this machine."""
         backend = cls(**config.options)
         backend.options = config.options

@@ -113,7 +113,7 @@ class SimulatorServer:
         self.token, self._authorization = token, None if token is None else b"Bearer " + os.fsencode(token)
         self._store = Store(config.store) if config.store is not None else None
         self.backend = backend or make_backend(
-            config, self._store, self.metrics.on_call, say=lambda text: self.log.warning(UNAVAILABLE, error=text)
+            config, self._store, self.metrics.on_call, log_line=lambda text: self.log.warning(UNAVAILABLE, error=text)
         )
         self.service = TurnService(
             self.backend,

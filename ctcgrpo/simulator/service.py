@@ -23,7 +23,7 @@ _REMEMBERED = 4096
 
 
 def make_backend(
-    config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None], say: Callable[[str], None]
+    config: SimulatorConfig, store: Store | None, on_call: Callable[[CallRecord], None], log_line: Callable[[str], None]
 ) -> SimulatorBackend:
     """The backend of a configuration; see SimulatorBackend.configured. Raises RecipeError for a class that cannot be loaded, is no
     SimulatorBackend, or cannot be instantiated."""
@@ -34,7 +34,7 @@ def make_backend(
     if not hasattr(found, "name"):
         raise RecipeError(f"{where}: {found.__name__} has no `name`; expected a text, which health answers and summaries report")
     try:
-        return found.configured(config, store, on_call, say)
+        return found.configured(config, store, on_call, log_line)
     except CtcGrpoError:
         raise
     except Exception as error:  # a user's own class may raise anything; abstract methods and wrong options included

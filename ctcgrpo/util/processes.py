@@ -40,9 +40,9 @@ STOP_SECONDS = 15  # episodes in progress are cancelled within about this time
 
 
 @contextlib.contextmanager
-def interrupts(say: Callable[[str], None], waits_for: Callable[[], str]) -> Iterator[Callable[[], bool]]:
+def interrupts(log_line: Callable[[str], None], waits_for: Callable[[], str]) -> Iterator[Callable[[], bool]]:
     """Ctrl-C (SIGTERM, SIGHUP and SIGUSR1 alike) asks the run to stop at the next safe point; a second Ctrl-C, or a second SIGTERM,
-    stops it immediately. `say` logs what the run waits for, a clause from `waits_for`.
+    stops it immediately. `log_line` logs what the run waits for, a clause from `waits_for`.
 
     Yields a function that returns whether this process was asked to stop. Where SIGHUP is ignored (nohup), it stays so.
     """
@@ -59,7 +59,7 @@ def interrupts(say: Callable[[str], None], waits_for: Callable[[], str]) -> Iter
         if first is None:
             first, when = signum, now
             with contextlib.suppress(RuntimeError):  # raised where the signal comes in the middle of another line
-                say(f"stopping: {waits_for()}. Press Ctrl-C again to stop immediately, without saving")
+                log_line(f"stopping: {waits_for()}. Press Ctrl-C again to stop immediately, without saving")
         elif now - when >= one and (signum == signal.SIGINT or signum == first == signal.SIGTERM):
             raise KeyboardInterrupt
 

@@ -44,7 +44,7 @@ class Terminal(Console):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
-def say(text: object, file: TextIO | None = None) -> None:
+def log_line(text: object, file: TextIO | None = None) -> None:
     """Print a line as plain text, to standard output by default."""
     print(printable(str(text)), file=file, flush=True)
 

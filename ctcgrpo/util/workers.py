@@ -19,7 +19,7 @@ def lock_folder(
     folder: Path,
     *,
     patience: float = 0.0,
-    say: Callable[[str], None] = lambda text: None,
+    log_line: Callable[[str], None] = lambda text: None,
     advice: str = "choose another folder (of a run: run.output_dir=FOLDER)",
 ) -> Iterator[None]:
     """Create a folder and lock it against other processes; its file LOCK names the owner. Raises OutputError where another process
@@ -35,7 +35,7 @@ def lock_folder(
             except Timeout:
                 if not patience:
                     raise
-                say(f"{folder} is locked by another process ({_owner(file)}); waiting up to {patience:.0f} s")
+                log_line(f"{folder} is locked by another process ({_owner(file)}); waiting up to {patience:.0f} s")
                 stack.enter_context(lock.acquire(timeout=patience, poll_interval=0.2))
             file.write_text(f"process {os.getpid()} on {platform.node()}")
         except Timeout:

@@ -25,7 +25,7 @@ if "--cpu" in sys.argv:
 import torch
 from rich.table import Table
 
-from ctcgrpo.util.terminal import Terminal, say
+from ctcgrpo.util.terminal import Terminal, log_line
 from tests.gpu.registry import Check, Figures, Machine, all_checks, why_not
 from tests.gpu.running import Result, run_and_write, run_apart
 
@@ -52,10 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only {' '.join(asked.only)}: no check has such a name; --list names them")
     if asked.list:
         for check in chosen:
-            say(f"{check.name:<80}{_needs(check)}")
+            log_line(f"{check.name:<80}{_needs(check)}")
         return 0
     if not asked.cpu and not torch.cuda.device_count():  # not is_available(): that would initialise CUDA here
-        say("no GPU here: every check that needs one is not run; --cpu runs what needs none")
+        log_line("no GPU here: every check that needs one is not run; --cpu runs what needs none")
     asked.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="test_gpu-") as temporary:
         scratch = asked.scratch or Path(temporary)
@@ -80,7 +80,7 @@ def run_all(checks: Sequence[Check], machine: Machine, out: Path) -> list[Result
             result = run_apart(check, machine, log)
         results.append(result)
         detail = result.why or figures_text(result.figures)
-        say(f"{result.outcome:<8}{result.name:<64}{result.seconds:6.0f} s  {detail}")
+        log_line(f"{result.outcome:<8}{result.name:<64}{result.seconds:6.0f} s  {detail}")
     return results
 
 
@@ -96,7 +96,7 @@ def report(results: Sequence[Result], out: Path) -> int:
     (out / "results.md").write_text("\n".join([*head, *rows]) + "\n", encoding="utf-8")
     (out / "results.json").write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n", encoding="utf-8")
     counts = {outcome: sum(r.outcome == outcome for r in results) for outcome in ("ok", "FAILED", "not run")}
-    say(f"{', '.join(f'{n} {outcome}' for outcome, n in counts.items())}; written to {out / 'results.md'} and results.json")
+    log_line(f"{', '.join(f'{n} {outcome}' for outcome, n in counts.items())}; written to {out / 'results.md'} and results.json")
     return int(counts["FAILED"] > 0)
 
 

@@ -265,10 +265,10 @@ def post(url: str, content: Any, **headers: str) -> tuple[int, Any]:
 
 def test_a_page_answers_for_each_tab_and_stays_responsive(run: Path, serve: Callable[..., Served]) -> None:
     served = serve(run / "final", "--compare", "--seed", "3", "--max-new-tokens", "300")
-    say, start = f"{served.url}/say", f"{served.url}/start"
+    say_url, start = f"{served.url}/say", f"{served.url}/start"
     (_, one), (_, two) = post(start, {}), post(start, {})
     assert one["id"] != two["id"] and one["turns"] == []
-    slow = threading.Thread(target=post, args=(say, {"id": one["id"], "line": "Hello."}))
+    slow = threading.Thread(target=post, args=(say_url, {"id": one["id"], "line": "Hello."}))
     slow.start()
     waited = []
     while slow.is_alive():  # sampling keeps nobody else waiting
@@ -276,9 +276,9 @@ def test_a_page_answers_for_each_tab_and_stays_responsive(run: Path, serve: Call
         with urllib.request.urlopen(served.url, timeout=30) as answer:
             assert answer.status == 200
         waited.append(time.perf_counter() - began)
-    status, found = post(say, {"id": one["id"], "line": "And you?"})
+    status, found = post(say_url, {"id": one["id"], "line": "And you?"})
     assert status == 200 and [turn["line"] for turn in found["turns"]] == ["Hello.", "And you?"] and len(waited) > 1
-    status, other = post(say, {"id": two["id"], "line": "Hello."})
+    status, other = post(say_url, {"id": two["id"], "line": "Hello."})
     assert [r["text"] for r in other["turns"][0]["replies"]] == [r["text"] for r in found["turns"][0]["replies"]]
     assert len(other["turns"]) == 1 and other["policies"] == ["base", "trained"]
     long = {"id": two["id"], "line": "word " * 3000}
@@ -291,9 +291,9 @@ def test_a_page_answers_for_each_tab_and_stays_responsive(run: Path, serve: Call
         (b" " * 200_000, 400, "expected"),
         (long, 422, "system prompt and latest user line take"),
     ):
-        status, answer = post(say, content)
+        status, answer = post(say_url, content)
         assert status == code and message in answer["error"], answer
-    assert len(post(say, {"id": two["id"], "line": "Still there?"})[1]["turns"]) == 2
+    assert len(post(say_url, {"id": two["id"], "line": "Still there?"})[1]["turns"]) == 2
     for origin in ("https://evil.example", "null", ""):
         assert post(start, {}, Origin=origin)[0] == 403
     ended = served.end()

@@ -198,7 +198,7 @@ async def test_an_open_breaker_is_waited_for_and_a_patience_that_passes_names_th
 
     async with serving(answer) as provider:
         settings = config(provider.url, deadline=0.8, patience=3, endpoint__breaker_seconds=1.2, endpoint__breaker_failures=1)
-        backend = LlmBackend.configured(settings, None, say=lambda text: None)
+        backend = LlmBackend.configured(settings, None, log_line=lambda text: None)
         assert (await backend.react(request("Hello."))).reply == "Thanks."
         down["now"] = True
         started = time.monotonic()
@@ -263,11 +263,11 @@ async def test_a_served_turn_waits_and_whoever_asked_is_told(monkeypatch: pytest
     said: list[str] = []
     async with serving(answer) as provider:
         with running(SimulatorServer(config(provider.url, deadline=0.8, patience=5))) as url:
-            async with SimulatorClient(url, timeout=1.0, patience=0.3, backoff=0.1, say=said.append) as hasty:
+            async with SimulatorClient(url, timeout=1.0, patience=0.3, backoff=0.1, log_line=said.append) as hasty:
                 with pytest.raises(SimulatorTransportError, match="patience of 0.3 s .*HTTP 429: slow down"):
                     await hasty.turn(request("Hello."))
             assert len(said) == 1 and "every LLM endpoint is unavailable" in said[0]
-            async with SimulatorClient(url, timeout=1.0, patience=5, backoff=0.1, say=said.append) as patient:
+            async with SimulatorClient(url, timeout=1.0, patience=5, backoff=0.1, log_line=said.append) as patient:
                 replies = await asyncio.gather(*(patient.turn(request("Hello.")) for _ in range(4)))
         assert {reply.reply for reply in replies} == {"Thanks."} and len(provider.asked) == 2
     assert len(said) == 2

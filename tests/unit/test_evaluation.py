@@ -1005,7 +1005,7 @@ def test_a_log_that_cannot_be_read_does_not_block_its_folder(tmp_path: Path) -> 
     (tmp_path / "logs" / "9999-broken.eval").write_bytes(log.read_bytes()[:400])
     heard: list[str] = []
     wanted = Evaluation("eibench", "scripted/talker", **options)
-    assert evaluate(wanted, tmp_path, display="none", say=heard.append)["scenarios"] == first["scenarios"]
+    assert evaluate(wanted, tmp_path, display="none", log_line=heard.append)["scenarios"] == first["scenarios"]
     assert "9999-broken.eval cannot be read" in heard[0] and "nothing to play" in heard[1]
 
 

@@ -120,10 +120,10 @@ def test_held_out_sets_dead_endpoints_and_budgets(tmp_path: Path, ctcgrpo: Comma
     fake = FakeWriter()
     with fake.serving():
         file = written(tmp_path, fake.url)
-        outcomes, _ = generate(load_factory_config(file), count=4, say=lambda text: None)
+        outcomes, _ = generate(load_factory_config(file), count=4, log_line=lambda text: None)
         records = [outcome.record or {} for outcome in outcomes]
         assert [o.status for o in outcomes] == ["valid"] * 4
-        held, _ = generate(load_factory_config(file), count=4, held_out=records[:1], say=lambda text: None)
+        held, _ = generate(load_factory_config(file), count=4, held_out=records[:1], log_line=lambda text: None)
         assert [o.status for o in held] == ["rejected", "valid", "valid", "valid"]
         assert "is like new-support-0001 of a held-out set (copy, 1.00)" in held[0].reasons[0]
         fake.down = True
@@ -303,7 +303,7 @@ def test_a_writer_that_is_unavailable_is_waited_for(tmp_path: Path) -> None:
         settings["writer"] |= {"deadline": 1.0, "patience": 20.0}
         settings["writer"]["endpoints"][0]["concurrency"] = 1
         file.write_text(yaml.safe_dump(settings))
-        outcomes, _ = generate(load_factory_config(file), count=2, say=said.append)
+        outcomes, _ = generate(load_factory_config(file), count=2, log_line=said.append)
     assert {outcome.status for outcome in outcomes} == {"valid"}
     assert any("every LLM endpoint is unavailable" in text and "slow down" in text for text in said)
 

@@ -64,7 +64,7 @@ def test_a_process_counts_its_own_episodes() -> None:
 def test_no_part_of_the_first_step_is_silent(wait: Callable[[float], None]) -> None:
     run, out = shown(terminal=False)
     run.start(0)
-    run.say("validation after step 0: playing 8 episodes")
+    run.log_line("validation after step 0: playing 8 episodes")
     run.validation(8)
     play(run, wait, 8, 6.0)
     run.rollouts(1, 4)

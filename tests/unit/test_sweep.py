@@ -338,7 +338,7 @@ def test_a_run_with_damaged_files_fails_its_trial_alone(tmp_path: Path, monkeypa
     (folder / "trial-0000" / "seed-1" / "validation.jsonl").write_text("{bad\n")
     said: list[str] = []
     sweep, recipe = load_sweep(written(tmp_path / "s.yaml"))
-    rows = run_sweep(sweep, recipe, folder, train=TRAIN, say=said.append)
+    rows = run_sweep(sweep, recipe, folder, train=TRAIN, log_line=said.append)
     assert [row["trial"] for row in rows] == ["trial-0002", "trial-0003", "trial-0000", "trial-0001"]
     assert [row["state"] for row in rows] == ["done", "done", "failed", "failed"]
     assert [row["score"] for row in rows] == [pytest.approx(0.2)] * 2 + [None] * 2
@@ -394,7 +394,7 @@ def test_one_coordinator_at_a_time(tmp_path: Path) -> None:
             with pytest.raises(OutputError, match=rf"locked by another process \(process {other.pid} on .+\)"):
                 run(written(tmp_path / "s.yaml"), folder)
             said: list[str] = []
-            with pytest.raises(OutputError), lock_folder(folder, patience=1, say=said.append):
+            with pytest.raises(OutputError), lock_folder(folder, patience=1, log_line=said.append):
                 raise AssertionError("two processes have the folder")
             assert len(said) == 1 and "waiting up to 1 s" in said[0]
         finally:

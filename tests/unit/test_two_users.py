@@ -97,7 +97,7 @@ def test_the_validator_records_both_and_says_the_alarm(tmp_path: Path) -> None:
     said: list[str] = []
     how: dict[str, Any] = {"tasks": TASKS, "samples": 1, "every": 5, "file": tmp_path / "validation.jsonl", "is_main": True}
     how |= {"play": Games({0: -0.5, 5: 0.1, 10: 0.4}), "play_other": Games({0: -0.5, 5: -0.4, 10: -0.7})}
-    first = Validator(**how, keep_best=lambda step: None, say=said.append)
+    first = Validator(**how, keep_best=lambda step: None, log_line=said.append)
     first.rewind(0, None)
     for step in (0, 5):
         first.validate(step)
@@ -109,7 +109,7 @@ def test_the_validator_records_both_and_says_the_alarm(tmp_path: Path) -> None:
     assert "rose (+0.900" in warning and "fell (-0.200" in warning and f"ctcgrpo report {tmp_path}" in warning
     found, problems = read_validations(how["file"])
     assert not problems and [v.other.overall for v in found if v.other] == pytest.approx([-0.5, -0.4, -0.7])
-    again = Validator(**how, keep_best=lambda step: None, say=said.append)
+    again = Validator(**how, keep_best=lambda step: None, log_line=said.append)
     again.rewind(10, None)
     summary = again.summary(run="r")
     assert summary.other == other_scores(found) and summary.other is not None and [a.step for a in summary.gamed] == [10]

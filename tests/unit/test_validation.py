@@ -82,7 +82,7 @@ def validator(scores: Scores, file: Path, **options: Any) -> Validator:
         play=scores,
         keep_best=scores.saved.append,
         is_main=True,
-        say=lambda text: None,
+        log_line=lambda text: None,
     )
     made.rewind(options.get("step", 0), options.get("best"))
     return made

@@ -21,7 +21,7 @@ from ctcgrpo.environments.eibench.scenarios import by_scene, data_home, load_set
 from ctcgrpo.errors import OutputError, ScenarioError
 from ctcgrpo.util.files import explained
 from ctcgrpo.util.naming import did_you_mean
-from ctcgrpo.util.terminal import say
+from ctcgrpo.util.terminal import log_line
 
 _LARGEST, _PATIENCE = 50_000_000, 900.0
 """Bytes of a file at most, where those of EIBench have some 2 to 6 million; and seconds that it may take."""
@@ -94,10 +94,10 @@ def fetch(name: str, agree: Callable[[DataSet], bool], *, source: str | None = N
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         partial = Path(folder) / name
         listed, how = _listed(dataset, source, verify, Path(folder))
-        say(how)
+        log_line(how)
         digests, differing = [], []
         for file in dataset.names:
-            say(f"fetching {file}")
+            log_line(f"fetching {file}")
             content = _fetch_file(dataset, source, file, partial / file)
             digests.append(f"{hashlib.sha256(content).hexdigest()}  {file}")
             blob = blob_id(content)
@@ -113,10 +113,10 @@ def fetch(name: str, agree: Callable[[DataSet], bool], *, source: str | None = N
         if notes and source is None:
             raise ScenarioError(f"{dataset.source}: {'; '.join(notes)}; the download is not complete, try again")
         for note in notes:
-            say(f"{note}: figures on them cannot be compared with published ones")
+            log_line(f"{note}: figures on them cannot be compared with published ones")
         if listed is not None:
             how = f"{how}: {len(dataset.names) - len(differing)} of {len(dataset.names)} files are the same"
-            say(how)
+            log_line(how)
         lines = [dataset.title, dataset.licence, source or dataset.source, how, *notes, "sha256 of each file:", *digests]
         (partial / "SOURCE").write_text("\n".join(lines) + "\n", encoding="utf-8")
         partial.rename(target)
@@ -171,9 +171,9 @@ def _differing_counts(dataset: DataSet, folder: Path) -> list[str]:
         found = load_set(folder / split, split)
         if damaged := next((fault for fault in found.faults if not fault.field), None):  # no JSON object: a cut file
             raise ScenarioError(str(damaged))
-        say(f"{split}: {len(found.scenarios)} scenarios ({by_scene(found.scenarios)})")
+        log_line(f"{split}: {len(found.scenarios)} scenarios ({by_scene(found.scenarios)})")
         for line in found.report():
-            say(line)
+            log_line(line)
         if found.records != count:
             notes.append(f"{split} has {found.records} records, and the published data set {count}")
     return notes

@@ -73,14 +73,14 @@ class LlmBackend(SimulatorBackend):
         config: SimulatorConfig,
         store: Store | None,
         on_call: Callable[[CallRecord], None] = lambda record: None,
-        say: Callable[[str], None] = _log.warning,
+        log_line: Callable[[str], None] = _log.warning,
     ) -> Self:
         """Raises RecipeError for a key that is not set, and for a folder without the official code."""
         llm = config.llm
         assert llm is not None, "the configuration requires it"
         models = sorted({endpoint.model for endpoint in llm.endpoints})
         return cls(
-            EndpointPool(llm, Account(config.budget, store), on_call, say),
+            EndpointPool(llm, Account(config.budget, store), on_call, log_line),
             chosen_prompts(llm.official, reflections=llm.reflections),
             about={"models": models, "temperature": llm.temperature, "settings": config.digest},
             samples=llm.samples,
