@@ -97,11 +97,11 @@ def test_a_shipped_recipe_prints_its_plan(file: Path, ctcgrpo: Command, tmp_path
              "rollout.deterministic=false", "rollout.vllm.urls=[http://127.0.0.1:9]"],
             "attention", "flash_attn is not installed; use sdpa",
         ),
-        (["training.packing=flash3"], "attention", "needs a Hopper GPU, 16-bit compute"),
+        (["training.packing=flash3"], "attention", "expected a Hopper GPU, 16-bit compute"),
         (["rollout.max_prompt_tokens=40"], "context", "rollout.max_prompt_tokens) is 40; raise it or drop the scenario"),
         (["hardware.processes=3"], "processes", "4 x 4 = 16 episodes a step for 3 processes; expected a multiple of 3"),
         (["policy.dtype=bfloat16", "training.learning_rate=1e-6"], "precision", "training.learning_rate = 1e-06 is lost to"),
-        (["training.sharding=zero3.json"], "sharding", "there is no such file"),
+        (["training.sharding=zero3.json"], "sharding", "no such file"),
         (["training.sharding=fsdp2"], "sharding", "leaves no process a whole policy"),
         (["hardware.nodes=2"], "simulator", "hardware.nodes = 2: other nodes cannot reach it"),
         (
@@ -165,7 +165,7 @@ def test_a_launcher_that_shards_otherwise_is_refused(tmp_path: Path) -> None:
         assert f"{config}, accelerate's default, is " in said() and reason in said()
     config.unlink()
     launched = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    assert "shards with fsdp2 and the recipe says training.sharding=none" in said(**launched)
+    assert "training.sharding = none, but the launcher shards with fsdp2" in said(**launched)
     zero2 = "training.sharding=configs/deepspeed/zero2.json"
     assert "configuration of its own" in said(zero2, ACCELERATE_USE_DEEPSPEED="true")
 

@@ -118,6 +118,7 @@ def test_a_batch_comes_from_one_version_and_every_task_is_played_once(tmp_path: 
         return found
 
     made._new_batch = keep  # type: ignore[method-assign]
+    made.engine._batcher._dtype = torch.float32  # of the engine's copy: exact, so that versions are told apart
     made.train()
     played = traces(tmp_path)
     assert sorted(played) == [1, 2, 3] and all(len(episodes) == 4 for episodes in played.values())
@@ -135,7 +136,7 @@ def test_a_batch_comes_from_one_version_and_every_task_is_played_once(tmp_path: 
             with torch.no_grad():
                 scores = model(ids).logits[0, -n - 1 : -1].log_softmax(-1)[range(n), ids[0, -n:]]
             gaps[k] += float((scores - torch.from_numpy(sample.sampled_logprobs)).abs().sum())
-    assert gaps[1] < gaps[2] / 4, gaps  # the engine's copy is in bfloat16
+    assert gaps[1] < 0.01 < gaps[2], gaps
 
 
 class StopsDuring(RolloutHooks):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -20,9 +19,9 @@ from ctcgrpo.run.run_records import checked_summary, read_validations
 from ctcgrpo.run.scores import Validation, alarms, gamed, gap, other_scores
 from ctcgrpo.run.tracking import validation_metrics
 from ctcgrpo.run.validation import Validator
+from tests.browsing import with_browser
 from tests.conftest import Command
-from tests.unit.test_report import CHROMIUM, EPISODES, made, opened
-from tests.unit.test_report import browser as browser
+from tests.unit.test_report import EPISODES, made, opened
 from tests.unit.test_run import TINY
 from tests.unit.test_validation import TASKS
 
@@ -133,8 +132,7 @@ def gaming(folder: Path) -> Path:
     return run
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
-@pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed")
+@with_browser
 def test_a_browser_shows_both_scores_the_gap_and_the_alarm(browser: Any, tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     write_report(read_run(gaming(tmp_path / "r")), file)
