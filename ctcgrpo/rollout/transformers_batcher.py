@@ -106,7 +106,9 @@ class TransformersBatcher(Batcher):
     def _renew_copy(self, dtype: torch.dtype) -> None:
         if self._model is self._trained:
             self._model = copy.deepcopy(self._trained).requires_grad_(False)
-            for module in self._model.modules():  # TRL's forward of an instance calls the model that it was made for, not the copy
+            for (
+                module
+            ) in self._model.modules():  # TRL's forward of an instance calls the model that it was made for, not the copy
                 module.__dict__.pop("forward", None)
             for parameter in self._model.parameters():  # buffers keep their type: rotary frequencies need it
                 parameter.data = parameter.data.to(dtype)
