@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 from aiohttp import web
+
+from tests.loopback import serving
 
 
 @dataclass
@@ -64,25 +64,8 @@ class FakeHub:
     @contextmanager
     def serving(self) -> Iterator[FakeHub]:
         """In a thread of this process, at `url`."""
-        started = threading.Event()
-
-        async def serve() -> None:
-            self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-            app = web.Application()
-            app.router.add_get("/{path:.*}", self.handle)
-            runner = web.AppRunner(app, shutdown_timeout=0.1)
-            await runner.setup()
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-            started.set()
-            await self._stop.wait()
-            await runner.cleanup()
-
-        thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
-        thread.start()
-        assert started.wait(10)
-        try:
+        app = web.Application()
+        app.router.add_get("/{path:.*}", self.handle)
+        with serving(app) as url:
+            self.url = url
             yield self
-        finally:
-            self._loop.call_soon_threadsafe(self._stop.set)
-            thread.join(10)

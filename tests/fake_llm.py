@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import re
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+
+from tests.loopback import serving
 
 
 def answered(body: dict[str, Any], content: Any) -> dict[str, Any]:
@@ -132,25 +133,8 @@ class FakeLlm:
     @contextmanager
     def serving(self) -> Iterator[FakeLlm]:
         """In a thread of this process, at `url`."""
-        started = threading.Event()
-
-        async def serve() -> None:
-            self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-            app = web.Application(client_max_size=64_000_000)
-            app.router.add_post("/v1/chat/completions", self.handle)
-            runner = web.AppRunner(app, shutdown_timeout=0.1)
-            await runner.setup()
-            await web.TCPSite(runner, "127.0.0.1", 0, backlog=2048).start()
-            self.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-            started.set()
-            await self._stop.wait()
-            await runner.cleanup()
-
-        thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
-        thread.start()
-        assert started.wait(10)
-        try:
+        app = web.Application(client_max_size=64_000_000)
+        app.router.add_post("/v1/chat/completions", self.handle)
+        with serving(app, backlog=2048) as url:
+            self.url = f"{url}/v1"
             yield self
-        finally:
-            self._loop.call_soon_threadsafe(self._stop.set)
-            thread.join(10)
