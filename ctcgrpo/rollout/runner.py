@@ -179,8 +179,7 @@ class _Player:
         self._on_episode = on_episode
         self._slot = slot
         group_seed = request_seed("group", runner.play.seed, *slot.group_seeds)
-        made = Session(runner.environment, slot.name, runner.play.seconds_per_call, group_seed=group_seed)
-        self._session = session or made
+        self._session = session or Session(runner.environment, slot.name, runner.play.seconds_per_call, group_seed=group_seed)
         self._closing: asyncio.Task[None] | None = None
         self._dialogue = dialogue
         self._turns = list(turns)

@@ -344,6 +344,12 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         self._hooks.rollouts(step, len(slots))
         return self.play(slots, step_name(step))
 
+    def share_of(self, step: int) -> list[int]:
+        """The positions, in the dataset, of the tasks of this process's episodes of `step` (from 1), as `collect` takes them."""
+        tasks = [task for task in self._step_tasks[step - 1] for _ in range(self.args.num_generations)]
+        share = len(tasks) // self.accelerator.num_processes
+        return tasks[self.accelerator.process_index * share :][:share]
+
     def _slots(self, step: int, positions: Sequence[int]) -> list[Slot]:
         """Of this process; `positions` as in `collect`."""
         size = self.args.num_generations
@@ -413,9 +419,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         self._take_weights()
         if self._engine_free is not None:
             self._log_number("overlap/engine_waited", time.perf_counter() - self._engine_free)
-        tasks = [task for task in self._step_tasks[step - 1] for _ in range(self.args.num_generations)]
-        share = len(tasks) // self.accelerator.num_processes
-        tasks = tasks[self.accelerator.process_index * share :][:share]
+        tasks = self.share_of(step)
         slots = self._slots(step, tasks)
 
         def play(stopped: Callable[[], bool]) -> list[Episode]:

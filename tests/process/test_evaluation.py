@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,9 +20,9 @@ import pytest
 from ctcgrpo.evaluation.results import read_results
 from ctcgrpo.evaluation.run import Evaluation, evaluate
 from tests import inspect_models  # noqa: F401 - registers the models
+from tests.browsing import CHROMIUM
 from tests.conftest import ROOT
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WANTED = Evaluation("eibench", "scripted/talker", task={"simulator": "scripted"}, generation={"temperature": 1.0})
 COMMAND = ["evaluate", "eibench", "--model", "scripted/talker", "--simulator", "scripted", "--temperature", "1"]
 

@@ -37,13 +37,13 @@ from ctcgrpo.evaluation.results import Line, Result, figures, read_results, reas
 from ctcgrpo.evaluation.run import Evaluation, evaluate
 from ctcgrpo.util.intervals import share_interval
 from tests import inspect_models
+from tests.browsing import CHROMIUM
 from tests.conftest import SHARED_DATA, Command
 from tests.fake_llm import FakeLlm, answered
 from tests.unit.test_llm_user import configuration
 from tests.unit.test_run import FAST, TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 REAL_SAGE, REAL_EQ = SHARED_DATA / "sage", SHARED_DATA / "eqbench3"
 needs_sage = pytest.mark.skipif(not REAL_SAGE.is_dir(), reason=f"SAGE's files are not in {REAL_SAGE}")
 needs_eq = pytest.mark.skipif(not REAL_EQ.is_dir(), reason=f"EQ-Bench 3's files are not in {REAL_EQ}")

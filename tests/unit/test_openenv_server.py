@@ -88,7 +88,7 @@ async def test_openenvs_client_plays_a_dialogue(url: str) -> None:
         assert seen.done and -1 <= seen.metadata["outcome"] <= 1 and state["outcome"] == seen.metadata["outcome"]
         with pytest.raises(RuntimeError, match="no episode is in progress; call reset first"):
             await env.step({"message": "More."})
-        assert (await env.reset(seed=5)).observation["messages"]  # the session goes on
+        assert (await env.reset(seed=5)).observation["messages"]  # the session continues
 
 
 async def test_a_seed_picks_the_scenario(url: str) -> None:
