@@ -154,9 +154,13 @@ async def test_an_endpoint_that_refuses_every_dialogue_cools_down() -> None:
 
 
 async def test_a_request_that_one_endpoint_refuses_is_put_to_another() -> None:
-    async with serving(error("context too long", 400)) as small, serving(says(done())) as large:
-        asked = await turns(config(small.url, large.url), "support", "defense", "repair", "charm")
-        assert asked.results == ["Thanks."] * 4 and small.asked
+    refused = 0
+    for _ in range(4):  # a scenario's endpoint depends on the ports: in one of 16 cases no scenario belongs to the small one
+        async with serving(error("context too long", 400)) as small, serving(says(done())) as large:
+            asked = await turns(config(small.url, large.url), "support", "defense", "repair", "charm")
+            assert asked.results == ["Thanks."] * 4
+            refused += len(small.asked)
+    assert refused
     async with serving(error("too long", 400)) as a, serving(error("no such field", 422)) as b:
         told = str((await turns(config(a.url, b.url))).error)
     assert "refused the request: HTTP 400: too long" in told and "refused the request: HTTP 422: no such field" in told
