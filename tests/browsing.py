@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 from typing import Any
 
@@ -24,8 +25,11 @@ def watched(browser: Any, url: str, width: int = 1280, dark: bool = False) -> tu
     return page, wrong
 
 
-def shows(page: Any, selector: str, text: str, seconds: float = 30) -> None:
-    """Wait until an element contains a text. (Playwright's wait_for_function needs eval, which the pages' policy forbids.)"""
+def shows(page: Any, selector: str, text: str | re.Pattern[str], seconds: float = 30) -> None:
+    """Wait until an element contains a text or a match of a pattern.
+
+    (Playwright's wait_for_function needs eval, which the pages' policy forbids.)
+    """
     from playwright.sync_api import expect
 
     expect(page.locator(selector)).to_contain_text(text, timeout=1000 * seconds, use_inner_text=True)
