@@ -142,21 +142,10 @@ class CTCGRPOConfig(CreditOptions, RolloutOptions, UpdateOptions, GRPOConfig):  
                 "CTCGRPOConfig.old_logprobs = 'recorded' with top_p or top_k, which renormalise recorded log-probabilities; "
                 "expected 'recomputed', or top_p = 1 and top_k = 0"
             )
-        if self.importance not in ("auto", "none"):
-            if self.old_logprobs == "recorded":
-                raise ValueError(
-                    f"CTCGRPOConfig.importance = {self.importance!r} with old_logprobs = 'recorded', whose ratio contains the "
-                    "importance weight already; expected old_logprobs = 'recomputed', or importance = 'none'"
-                )
-            if self.use_vllm and self._truncates:
-                raise ValueError(
-                    f"CTCGRPOConfig.importance = {self.importance!r} with use_vllm and top_p or top_k: vLLM does not report the "
-                    "probability that truncation kept; expected importance = 'none', or top_p = 1 and top_k = 0"
-                )
-        if self.overlap and self.importance == "auto" and self.use_vllm and self._truncates and self.old_logprobs == "recomputed":
+        if self.importance not in ("auto", "none") and self.old_logprobs == "recorded":
             raise ValueError(
-                "CTCGRPOConfig.overlap = 1 trains on episodes of older weights, and with use_vllm and top_p or top_k there are no "
-                "importance weights to correct for it; expected top_p = 1 and top_k = 0, or importance = 'none' to accept it"
+                f"CTCGRPOConfig.importance = {self.importance!r} with old_logprobs = 'recorded', whose ratio contains the "
+                "importance weight already; expected old_logprobs = 'recomputed', or importance = 'none'"
             )
         if self.deterministic and self.overlap:
             raise ValueError("CTCGRPOConfig.overlap = 1 depends on the clock, so it excludes deterministic; leave one out")
@@ -190,8 +179,8 @@ class CTCGRPOConfig(CreditOptions, RolloutOptions, UpdateOptions, GRPOConfig):  
         """`importance` with auto resolved."""
         if self.importance != "auto":
             return self.importance
-        differs, known = self.use_vllm or self.overlap, not (self.use_vllm and self._truncates)
-        return "token" if differs and known and self.old_logprobs == "recomputed" else "none"
+        differs = self.overlap or (self.use_vllm and not self._truncates)
+        return "token" if differs and self.old_logprobs == "recomputed" else "none"
 
 
 def without_effect() -> dict[str, Any]:

@@ -164,8 +164,8 @@ class UpdateOptions:
     importance: Literal["auto", "none", "token", "turn", "episode"] = option(
         "auto",
         "importance weights: the probability under the trainer's policy over that under the engine's, for each token, turn or "
-        "episode, multiplied to its advantage. auto: token with vLLM without top-p and top-k, and with overlap; else none. episode "
-        "costs a forward pass over all samples",
+        "episode, multiplied to its advantage. auto: token with overlap, and with vLLM without top-p and top-k; else none. episode "
+        "costs a forward pass over all samples; so does top-p or top-k",
     )
     importance_max: float = option(3.0, "upper bound of an importance weight", ge=1)
     tokens_per_row: int = option(

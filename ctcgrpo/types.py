@@ -115,21 +115,12 @@ class Completion:
     """The response of a policy engine to one request.
 
     `token_ids` (n,) are the sampled ids, end-of-turn token included when one was sampled. `logprobs` (n,) are natural
-    logs under the distribution that was sampled from: temperature applied, top-p and top-k renormalised. `log_kept`
-    (n,) is the log of the probability mass that top-p and top-k kept; it is empty where the engine does not report it.
+    logs under the distribution that was sampled from: temperature applied, top-p and top-k renormalised.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    log_kept: tuple[float, ...]
     finish_reason: Literal["stop", "length"]
-
-    @property
-    def untruncated(self) -> tuple[float, ...] | None:
-        """Log-probabilities (n,) at the sampling temperature without top-p and top-k; None where `log_kept` is not known."""
-        if len(self.log_kept) < len(self.logprobs):
-            return None
-        return tuple(logprob + kept for logprob, kept in zip(self.logprobs, self.log_kept, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +204,8 @@ class TurnSample:
 
     `prompt_ids` (p,) and `completion_ids` (n,) become int32 arrays. `old_logprobs` (n,), a float32 array, are log-probabilities at
     the sampling temperature, of the policy before the step's first update; None: the current ones are used
-    (ratio 1). `sampled_logprobs` (n,), float32, are the engine's, for importance weights; None: no weights.
+    (ratio 1). `sampled_logprobs` (n,), float32, are those that importance weights compare with them: the engine's, plus, where
+    top-p and top-k truncate, the log of the mass that they keep of the policy; None: no weights.
     """
 
     prompt_ids: npt.NDArray[np.int32]

@@ -74,7 +74,7 @@ def fixed_episodes(base: str) -> list[Episode]:
                 ratios = torch.tensor([rng.uniform(0.7, 1.4) for _ in completion_ids])
                 old = naive_logprobs(model, prompt, completion_ids)[0] - ratios.log()
                 reward = (rng.randint(-10, 10) + rng.randint(-10, 10)) / 200
-                completion = Completion(completion_ids, tuple(old.tolist()), (0.0,) * len(old), "stop")
+                completion = Completion(completion_ids, tuple(old.tolist()), "stop")
                 turns.append(Turn(prompt, completion, "", None, (), "", reward, False))
                 prompt = prompt + seen + some(3, 12)
             failed = (group, rollout) == FAILED

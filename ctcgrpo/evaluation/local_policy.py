@@ -145,4 +145,4 @@ class LocalPolicy(ModelAPI):
         if (kept := self._sampled.get(reply.id or "")) is not None:
             return kept
         ids = tuple(self._parts.tokenizer.encode(reply.text, add_special_tokens=False))
-        return Completion(ids, (0.0,) * len(ids), (), "stop")
+        return Completion(ids, (0.0,) * len(ids), "stop")

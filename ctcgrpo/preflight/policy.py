@@ -129,7 +129,7 @@ def context(s: Subject) -> Iterator[Finding]:
     assert s.tokenizer is not None  # as contexts
     words = s.tokenizer("word " * REPLY_TOKENS, add_special_tokens=False)["input_ids"]
     reply = min(REPLY_TOKENS, s.recipe.rollout.max_new_tokens)
-    last = [_last_prompt(s, openings[name], Completion(tuple(words[:reply]), (), (), "stop")) for name in measured]
+    last = [_last_prompt(s, openings[name], Completion(tuple(words[:reply]), (), "stop")) for name in measured]
     dropped = sum(n > 0 for _, n in last) / len(last)
     text = (
         f"prompt of turn {s.recipe.rollout.max_turns}, the last: at most {max(n for n, _ in last)} tokens, "

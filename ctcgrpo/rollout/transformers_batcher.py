@@ -40,7 +40,6 @@ class _Request:
     uniforms: list[float]
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    log_kept: list[float] = field(default_factory=list)
 
     @property
     def next(self) -> tuple[int, int]:
@@ -157,16 +156,14 @@ class TransformersBatcher(Batcher):
                 [running[s].uniforms[len(running[s].token_ids)] for s in slots], dtype=torch.float64, device=logits.device
             )
             drawn = draw(logits if len(slots) == len(running) else logits[slots], uniforms, sampling)
-            for s, token, logprob, kept in zip(slots, *(x.tolist() for x in drawn), strict=True):
+            for s, token, logprob in zip(slots, *(x.tolist() for x in drawn), strict=True):
                 running[s].token_ids.append(token)
                 running[s].logprobs.append(logprob)
-                running[s].log_kept.append(kept)
         finished = []
         for slot in reversed(range(len(running))):
             request = running[slot]
             if reason := self._reason(request):
-                ids, logprobs, log_kept = tuple(request.token_ids), tuple(request.logprobs), tuple(request.log_kept)
-                finished.append((request.name, Completion(ids, logprobs, log_kept, reason)))
+                finished.append((request.name, Completion(tuple(request.token_ids), tuple(request.logprobs), reason)))
                 self._leave(slot)
         return finished
 

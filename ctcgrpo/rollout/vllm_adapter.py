@@ -68,8 +68,8 @@ class ColocatedVllm(Batcher):
         require(self._generation.llm, "wake_up", "sleep", "reset_prefix_cache")
         require(self._engine, "add_request", "abort_request", "step", "has_unfinished_requests")
         require(self._engine, "model_executor", "engine_core")
-        self._asked: dict[str, tuple[str, Sampling]] = {}
-        """By the name of each request in progress: vLLM's name for it, and its sampling."""
+        self._asked: dict[str, str] = {}
+        """vLLM's name of each request in progress, by ours."""
 
     def add(self, name: str, prompt_ids: Sequence[int], seed: int, sampling: Sampling) -> None:
         """Raises PolicyEngineError for a request that vLLM refuses."""
@@ -90,14 +90,14 @@ class ColocatedVllm(Batcher):
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            self._asked[name] = (self._engine.add_request(name, tokens_input(list(prompt_ids)), parameters), sampling)
+            self._asked[name] = self._engine.add_request(name, tokens_input(list(prompt_ids)), parameters)
         except PolicyEngineError:
             raise
         except Exception as error:
             raise PolicyEngineError(f"vLLM refused the request: {type(error).__name__}: {error}") from error
 
     def abort(self, names: Sequence[str]) -> None:
-        self._engine.abort_request([self._asked.pop(n)[0] for n in names if n in self._asked], internal=True)
+        self._engine.abort_request([self._asked.pop(n) for n in names if n in self._asked], internal=True)
 
     def step(self) -> list[Finished]:
         """One step of all requests under way; gives those that it ended."""
@@ -110,10 +110,9 @@ class ColocatedVllm(Batcher):
             raise PolicyEngineError(f"vLLM failed: {type(error).__name__}: {error}") from error
         for output in outputs:
             if output.finished:
-                _, sampling = self._asked.pop(output.request_id)
+                del self._asked[output.request_id]
                 said = output.outputs[0]
-                made = completion(said.token_ids, said.logprobs.logprobs, said.finish_reason, sampling)
-                finished.append((output.request_id, made))
+                finished.append((output.request_id, completion(said.token_ids, said.logprobs.logprobs, said.finish_reason)))
         return finished
 
     @property
@@ -172,14 +171,13 @@ def room(prompt_ids: Sequence[int], sampling: Sampling, max_length: int) -> int:
     return left
 
 
-def completion(ids: Sequence[int], logprobs: Sequence[float], reason: str | None, sampling: Sampling) -> Completion:
-    """vLLM's response as a Completion; it does not report the mass that top-p and top-k kept."""
+def completion(ids: Sequence[int], logprobs: Sequence[float], reason: str | None) -> Completion:
+    """vLLM's response as a Completion."""
     if reason not in ("stop", "length"):
         raise PolicyEngineError(f"vLLM finished the request with {reason!r}; expected stop or length")
     if len(ids) != len(logprobs):
         raise PolicyEngineError(f"vLLM returned {len(ids)} tokens with {len(logprobs)} log-probabilities; expected one each")
-    kept = () if sampling.truncates else (0.0,) * len(ids)
-    return Completion(tuple(ids), tuple(logprobs), kept, "stop" if reason == "stop" else "length")
+    return Completion(tuple(ids), tuple(logprobs), "stop" if reason == "stop" else "length")
 
 
 def require(part: Any, *attributes: str) -> None:

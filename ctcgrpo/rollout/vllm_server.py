@@ -149,13 +149,13 @@ class VllmServerEngine(PolicyEngine):
             answer = await self._ask(url, self._body(prompt_ids, seed, sampling))
         finally:
             self._under_way -= 1
-        return _completion(url, answer, sampling)
+        return _completion(url, answer)
 
     def _ask_once(self, url: str, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         """As `generate`, outside an event loop, and past ends of turns."""
         model = _admin(f"{url}/v1/models")["data"][0]["id"]
         body = {"model": model, **self._body(prompt_ids, 0, sampling), "stop_token_ids": [], "ignore_eos": True}
-        return _completion(url, _admin(f"{url}/v1/completions", body), sampling)
+        return _completion(url, _admin(f"{url}/v1/completions", body))
 
     def _body(self, prompt_ids: Sequence[int], seed: int, sampling: Sampling) -> dict[str, Any]:
         return {
@@ -211,13 +211,13 @@ class VllmServerEngine(PolicyEngine):
         return self._models[url]
 
 
-def _completion(url: str, answer: Any, sampling: Sampling) -> Completion:
+def _completion(url: str, answer: Any) -> Completion:
     try:
         choice = answer["choices"][0]
         ids, logprobs, reason = choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"]
     except (KeyError, IndexError, TypeError) as error:
         raise PolicyEngineError(f"{url}: invalid response; expected a completion with token ids and log-probabilities") from error
-    return completion(ids, logprobs, reason, sampling)
+    return completion(ids, logprobs, reason)
 
 
 def _admin(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -376,17 +376,11 @@ class Recipe(Section):
                 "training.old_logprobs is 'recorded' with top-p or top-k, under which recorded log-probabilities are "
                 "renormalised over the kept mass; expected 'recomputed', or rollout.top_p=1 and rollout.top_k=0"
             )
-        if (level := self.training.importance) not in ("auto", "none"):
-            if self.training.old_logprobs == "recorded":
-                raise ValueError(
-                    f"training.importance is {level!r} with training.old_logprobs 'recorded', whose ratio contains the weight "
-                    "already; expected training.old_logprobs 'recomputed', or training.importance 'none'"
-                )
-            if self.rollout.engine != "transformers" and (self.rollout.top_p < 1 or self.rollout.top_k):
-                raise ValueError(
-                    f"training.importance is {level!r} with {self.rollout.engine} and top-p or top-k: vLLM does not report the "
-                    "probability that truncation kept; expected 'none', or rollout.top_p=1 and rollout.top_k=0"
-                )
+        if (level := self.training.importance) not in ("auto", "none") and self.training.old_logprobs == "recorded":
+            raise ValueError(
+                f"training.importance is {level!r} with training.old_logprobs 'recorded', whose ratio contains the weight "
+                "already; expected training.old_logprobs 'recomputed', or training.importance 'none'"
+            )
         return self
 
     @model_validator(mode="after")
@@ -417,14 +411,6 @@ class Recipe(Section):
             raise ValueError(
                 f"rollout.overlap is 1 with rollout.engine {engine!r}, which samples from the trained weights themselves; expected "
                 "'vllm_server', or 'transformers' with rollout.dtype=bfloat16"
-            )
-        truncates = self.rollout.top_p < 1 or bool(self.rollout.top_k)
-        uncorrected = self.training.importance == "auto" and self.training.old_logprobs == "recomputed"
-        if self.rollout.overlap and engine == "vllm_server" and truncates and uncorrected:
-            raise ValueError(
-                "rollout.overlap is 1, which trains on episodes of older weights, and with vLLM and top-p or top-k there are no "
-                "importance weights to correct for it; expected rollout.top_p=1 and rollout.top_k=0, or training.importance=none "
-                "to accept it"
             )
         if engine != "transformers" and self.rollout.deterministic:
             raise ValueError(

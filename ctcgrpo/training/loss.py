@@ -13,6 +13,8 @@ the unbiased, never negative estimator of KL(policy || reference) of Schulman (2
 v_t is the truncated importance weight of what the engine sampled, min(exp(old_t - sampled_t), v_max), constant in the gradient; for
 a turn the exponent is summed over its tokens. It corrects for an engine that computes other probabilities than the trainer (another
 precision, other kernels, older weights). Without importance weights v_t = 1. Source: truncated importance sampling, Ionides (2008).
+Where top-p and top-k truncate, sampled_t contains the log of the mass that they keep of the old policy, so that v_t is the ratio of
+the truncated probabilities: 0 (sampled_t = inf) for a token that they remove.
 """
 
 import math
@@ -24,7 +26,8 @@ import torch
 @dataclass(frozen=True, slots=True)
 class TokenSums:
     """Sums over the trained tokens of a row; `loss` carries the gradient. It and `weight`, the sum of w_t, are weighted. `gap` sums
-    |old_t - sampled_t|, `importance` v_t, and `truncated` counts tokens with v_t = v_max."""
+    |old_t - sampled_t| where sampled_t is finite, and `removed` counts where it is not; `importance` sums v_t, and `truncated`
+    counts tokens with v_t = v_max."""
 
     loss: torch.Tensor
     weight: torch.Tensor
@@ -35,6 +38,7 @@ class TokenSums:
     gap: torch.Tensor
     importance: torch.Tensor
     truncated: torch.Tensor
+    removed: torch.Tensor
 
 
 def importance_weights(
@@ -82,10 +86,11 @@ def token_sums(
         clipped = clipped | (objective < floor)
         objective = torch.maximum(objective, floor)
     v = torch.ones_like(logprobs)
-    gap = torch.zeros_like(logprobs)
+    gap, removed = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
     if sampled_logprobs is not None:
         old = old.detach()
-        gap = (old - sampled_logprobs).abs()
+        removed = sampled_logprobs.isinf()
+        gap = (old - sampled_logprobs).abs().where(~removed, 0.0)
         v = importance_weights(old, sampled_logprobs, bound=importance_max, sample=by_turn)
     per_token = -v * objective - entropy_bonus * entropy + kl_weight * kl
     if weights is not None:
@@ -100,4 +105,5 @@ def token_sums(
         gap=gap.sum(),
         importance=v.detach().sum(),
         truncated=(v >= importance_max * (1 - 1e-6)).sum() if sampled_logprobs is not None else torch.zeros_like(clipped.sum()),
+        removed=removed.sum(),
     )

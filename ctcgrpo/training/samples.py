@@ -15,10 +15,9 @@ import numpy.typing as npt
 from ctcgrpo import credit
 from ctcgrpo.centering import Centering, make_centering
 from ctcgrpo.environments.eibench.scoring import shaped_outcome, turn_form
-from ctcgrpo.errors import PolicyEngineError
 from ctcgrpo.options import CreditOptions
 from ctcgrpo.training.credit_state import state_text
-from ctcgrpo.types import Completion, Episode, Info, TurnCredit, TurnSample, turn_rewards
+from ctcgrpo.types import Episode, Info, TurnCredit, TurnSample, turn_rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,31 +174,23 @@ def try_credit(options: CreditOptions) -> None:
 
 
 def turn_samples(
-    episodes: Sequence[Episode], advantages: Mapping[Key, tuple[float, ...]], *, recorded: bool = False, sampled: bool = False
+    episodes: Sequence[Episode], advantages: Mapping[Key, tuple[float, ...]], *, recorded: bool = False
 ) -> list[TurnSample]:
-    """One sample for each turn of each episode that is trained on. `recorded`: with the engine's log-probabilities as the old ones;
-    `sampled`: with those without truncation, for importance weights. Raises PolicyEngineError where the engine has none."""
+    """One sample for each turn of each episode that is trained on. `sampled_logprobs` are the engine's; with `recorded` they are
+    the old ones too."""
     return [
         TurnSample(
             prompt_ids=np.array(turn.prompt_ids, dtype=np.int32),
             completion_ids=np.array(turn.completion.token_ids, dtype=np.int32),
             advantage=advantage,
-            old_logprobs=np.array(turn.completion.logprobs, dtype=np.float32) if recorded else None,
-            sampled_logprobs=_sampled(turn.completion) if sampled else None,
+            old_logprobs=logprobs if recorded else None,
+            sampled_logprobs=logprobs,
         )
         for episode in episodes
         if (key := (episode.group, episode.rollout)) in advantages
         for turn, advantage in zip(episode.turns, advantages[key], strict=True)
+        for logprobs in [np.array(turn.completion.logprobs, dtype=np.float32)]
     ]
-
-
-def _sampled(completion: Completion) -> npt.NDArray[np.float32]:
-    if (logprobs := completion.untruncated) is None:
-        raise PolicyEngineError(
-            "importance weights need log-probabilities without top-p and top-k, which the engine does not report; set importance "
-            "to 'none', or top_p = 1 and top_k = 0"
-        )
-    return np.array(logprobs, dtype=np.float32)
 
 
 def episode_weights(

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase, TrainerControl
 
 from ctcgrpo.audit.measure import audit_step
@@ -295,24 +294,39 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         level = self.args.importance_level
         trained = [e for e in episodes if (e.group, e.rollout) in credit.turns]
         parts = [[e for e in trained if update_of(e, updates) == k] for k in range(updates)]
-        samples = [turn_samples(p, credit.advantages, recorded=recorded, sampled=level != "none") for p in parts]
+        ordered = [e for part in parts for e in part]
+        samples = turn_samples(ordered, credit.advantages, recorded=recorded)
+        started = time.perf_counter()
+        if not self._checked and self._how is not None:
+            self._refuse_other_logprobs(self._few(samples))
         recomputes = updates > 1 or level == "episode"
-        if recomputes or not self._checked:
-            started = time.perf_counter()
-            everything = [sample for part in samples for sample in part]
-            few = self._few(everything)
-            if not self._checked and self._how is not None:
-                self._refuse_other_logprobs(few)
-            self._checked = True
-            current = self._check_recorded(episodes, everything if recomputes else few)
+        if level != "none":
+            samples = self._comparable(samples)
+        if recomputes or not self._checked or (level == "none" and self.args.use_vllm):
+            current = self._compare_with_engine(samples if recomputes else self._few(samples), corrected=level != "none")
             if level == "episode":
-                everything = self._weighted([e for part in parts for e in part], everything, current)
+                samples = self._weighted(ordered, samples, current)
             if updates > 1 and not recorded:
-                everything = [replace(sample, old_logprobs=now) for sample, now in zip(everything, current, strict=True)]
-            rest = iter(everything)
-            samples = [[next(rest) for _ in part] for part in samples]
-            self._log_number("seconds/recompute", time.perf_counter() - started)
-        return samples
+                samples = [replace(sample, old_logprobs=now) for sample, now in zip(samples, current, strict=True)]
+        if level == "none":
+            samples = [replace(sample, sampled_logprobs=None) for sample in samples]
+        self._checked = True
+        self._log_number("seconds/recompute", time.perf_counter() - started)
+        rest = iter(samples)
+        return [[next(rest) for e in part for _ in e.turns] for part in parts]
+
+    def _comparable(self, samples: Sequence[TurnSample]) -> list[TurnSample]:
+        """Samples with the engine's log-probabilities made comparable with the trainer's, which are without top-p and top-k: plus
+        the log of the mass that these keep of the trainer's policy."""
+        if not self.runner.play.sampling.truncates:
+            return list(samples)
+        self.model_wrapped.train()
+        kept = self.log_kept(self.model_wrapped, samples)
+        return [
+            replace(sample, sampled_logprobs=sample.sampled_logprobs + log_kept)
+            for sample, log_kept in zip(samples, kept, strict=True)
+            if sample.sampled_logprobs is not None
+        ]
 
     def _weighted(
         self, episodes: Sequence[Episode], samples: Sequence[TurnSample], current: Sequence[Floats]
@@ -477,21 +491,23 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         traces.mkdir(parents=True, exist_ok=True)
         return trace_file(traces, name, self.accelerator.process_index)
 
-    def _check_recorded(self, episodes: Sequence[Episode], samples: Sequence[TurnSample]) -> list[Floats]:
-        """The current log-probabilities of samples, and, as a metric, how far the engine's recorded ones are off:
-        the largest difference over tokens, top-p and top-k accounted for where the engine says what it kept."""
+    def _compare_with_engine(self, samples: Sequence[TurnSample], *, corrected: bool) -> list[Floats]:
+        """The current log-probabilities of samples, and, as metrics, how far those of the engine are off. `corrected`: samples are
+        those of `_comparable`; `importance/gap` is then of the update, over all of its tokens, unless weights are of episodes."""
         self.model_wrapped.train()
         current = self.logprobs(self.model_wrapped, samples)
-        recorded = {_key(turn.prompt_ids, turn.completion.token_ids): turn.completion for e in episodes for turn in e.turns}
-        gaps = [-math.inf]
-        for sample, now in zip(samples, current, strict=True):
-            completion = recorded[_key(sample.prompt_ids, sample.completion_ids)]
-            # Truncated log-probabilities are of another distribution, and are not compared.
-            gaps += [abs(r - c) for r, c in zip(completion.untruncated or (), now, strict=False)]
-        # The maxima below propagate NaN, so that it is visible. -inf: nothing was compared.
-        largest = torch.tensor(gaps, dtype=torch.float32, device=self.accelerator.device).max()
+        gaps = [np.zeros(0, np.float32)]
+        for sample, now in zip(samples if corrected else self._comparable(samples), current, strict=True):
+            gaps += [] if sample.sampled_logprobs is None else [np.abs(sample.sampled_logprobs - now)]
+        of_tokens = np.concatenate(gaps)
+        found = of_tokens[of_tokens < np.inf] if not np.isnan(of_tokens).any() else of_tokens
+        # The maxima propagate NaN, so that it is visible. -inf: nothing was compared.
+        largest = torch.tensor(found.max(initial=-np.inf), device=self.accelerator.device)
         overall = float(self.accelerator.gather(largest.unsqueeze(0)).max())
         self._log_number("logprob_gap", math.nan if overall == -math.inf else overall)
+        if self.args.importance_level not in ("token", "turn"):
+            removed = float(np.isinf(of_tokens).sum())
+            self._log_gap(*self._sum_over_processes([float(found.sum()), removed, float(len(of_tokens))]))
         return current
 
     def refuse_failures(self, summaries: Sequence[Summary], episodes: Sequence[Episode]) -> None:
@@ -542,7 +558,3 @@ class CTCGRPOTrainer(CheckpointedUpdate):
 def _shared_by(environment: Callable[[], Environment]) -> AbstractAsyncContextManager[Any]:
     """What is entered while a batch of episodes is played."""
     return environment if isinstance(environment, AbstractAsyncContextManager) else contextlib.nullcontext()
-
-
-def _key(prompt_ids: ArrayLike, completion_ids: ArrayLike) -> tuple[bytes, bytes]:
-    return np.asarray(prompt_ids, np.int32).tobytes(), np.asarray(completion_ids, np.int32).tobytes()

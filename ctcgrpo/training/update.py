@@ -8,7 +8,7 @@
 import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import accumulate
 from typing import Any
@@ -27,6 +27,8 @@ from ctcgrpo.model.finite import nonfinite_gradient, nonfinite_weight, refuse_no
 from ctcgrpo.model.head import score_trained_positions_only
 from ctcgrpo.model.sketch import GradientSketch
 from ctcgrpo.model.tree_attention import how_to_attend, row_multiple, tree_layout
+from ctcgrpo.rollout.engine import Sampling
+from ctcgrpo.rollout.sampler import log_kept
 from ctcgrpo.training.exchange import gather_arrays, gather_samples
 from ctcgrpo.training.loss import TokenSums, token_sums
 from ctcgrpo.training.planning import Plan, forward_costs, plan
@@ -38,6 +40,9 @@ _log = logging.getLogger(__name__)
 PACKED_TOLERANCE = 0.02
 """How far packed log-probabilities may be from plain ones on the mean, in nats. bfloat16 differs by some 0.01 between any two ways
 of computing attention; a wrong one differs by more than 0.1."""
+
+_LOGITS_AT_ONCE = 256
+"""Tokens whose logits are sorted at once for top-p and top-k."""
 
 LARGE_GAP = 0.1
 """Mean difference in nats between log-probabilities of the engine and of the trainer from which a run warns. Between vLLM and a
@@ -156,11 +161,11 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
 
     # --- rows ------------------------------------------------------------------------------------------------------------
 
-    def _plan(self, samples: Sequence[TurnSample], *, packed: bool = True) -> Plan:
+    def _plan(self, samples: Sequence[TurnSample], *, packed: bool = True, tokens_per_row: int | None = None) -> Plan:
         return plan(
             samples,
             packed=packed and self._how is not None,
-            tokens_per_row=self.args.tokens_per_row,
+            tokens_per_row=tokens_per_row or self.args.tokens_per_row,
             pad_id=self._tokenizer.pad_token_id,
             costs=self._costs,
             process=self.accelerator.process_index,
@@ -201,7 +206,19 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
         output = self._forward(model, row)
         return _of_entries(output.log_probs, row), _of_entries(output.entropy, row)
 
-    def _forward(self, model: torch.nn.Module, row: Row) -> Any:
+    def _row_log_kept(self, model: torch.nn.Module, row: Row) -> torch.Tensor:
+        """(E,), as `log_kept`, of a row on this device."""
+        length = row.input_ids.shape[1]
+        sequences, places = row.at // length, row.at % length
+        scored = torch.unique(places) if len(places) else row.at.new_zeros(1)
+        logits = self._forward(model, row, fused_lm_head=False, use_cache=False, logits_to_keep=scored).logits
+        tokens, columns = row.labels.flatten()[row.at], torch.searchsorted(scored, places)
+        sampling = Sampling(self.args.temperature, self.args.top_p, self.args.top_k)
+        parts = torch.split(torch.arange(len(row.at), device=row.at.device), _LOGITS_AT_ONCE)
+        kept = [log_kept(logits[sequences[part], columns[part]], tokens[part], sampling) for part in parts]
+        return torch.cat(kept) if kept else torch.zeros(0)
+
+    def _forward(self, model: torch.nn.Module, row: Row, **options: Any) -> Any:
         layout = None
         if row.segments is not None and self._how is not None:
             layout = tree_layout(row.segments, self._how, self.accelerator.device)
@@ -209,19 +226,36 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
             return model(
                 input_ids=row.input_ids,
                 position_ids=row.positions,
-                shift_labels=row.labels,
-                fused_lm_head=True,
+                **(options or {"shift_labels": row.labels, "fused_lm_head": True}),
                 **with_layout(layout, row.attention_mask),
             )
 
     def logprobs(self, model: torch.nn.Module, samples: Sequence[TurnSample], *, packed: bool = True) -> list[Floats]:
-        """Log-probabilities (n,) of the completions of this process's samples at the sampling temperature, under the current
-        weights; `packed` False computes them the plain way, whatever `args.packing` says."""
+        """Log-probabilities (n,) of the completions of this process's samples at the sampling temperature, without top-p and top-k,
+        under the current weights; `packed` False computes them the plain way, whatever `args.packing` says."""
+        return self._score_samples(samples, lambda row: self._score(model, row)[0], self.args.tokens_per_row, packed=packed)
+
+    def log_kept(self, model: torch.nn.Module, samples: Sequence[TurnSample]) -> list[Floats]:
+        """At each token (n,) of the completions of this process's samples, the log of the probability mass that top-p and top-k
+        keep of the current policy; +inf for a token that they remove."""
+        # Half the length of a row of the update: whole logits are computed here.
+        return self._score_samples(samples, lambda row: self._row_log_kept(model, row), self.args.tokens_per_row // 2)
+
+    def _score_samples(
+        self,
+        samples: Sequence[TurnSample],
+        score: Callable[[Row], torch.Tensor],
+        tokens_per_row: int,
+        *,
+        packed: bool = True,
+    ) -> list[Floats]:
+        """What `score` gives for the entries (E,) of a row, for each of this process's samples. Collective."""
         everybodys = gather_samples(self.accelerator, samples)
         counts = [int(n) for [found] in gather_arrays(self.accelerator, [np.array([len(samples)])]) for n in found]
         before = sum(counts[: self.accelerator.process_index])
+        rows = self._plan(everybodys, packed=packed, tokens_per_row=tokens_per_row).rows
         scored: dict[int, Floats] = {}
-        for places, flat in gather_arrays(self.accelerator, self._scored(model, self._plan(everybodys, packed=packed).rows)):
+        for places, flat in gather_arrays(self.accelerator, self._scored(score, rows)):
             ends = np.cumsum([len(everybodys[k].completion_ids) for k in places])
             scored |= dict(zip(places.tolist(), np.split(flat, ends[:-1]), strict=True)) if len(places) else {}
         return [scored[before + k] for k in range(len(samples))]
@@ -247,12 +281,12 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
         return found
 
     @torch.no_grad()
-    def _scored(self, model: torch.nn.Module, rows: Sequence[Row]) -> tuple[Ints, Floats]:
-        """The places of the samples in the rows, and their log-probabilities, end to end."""
+    def _scored(self, score: Callable[[Row], torch.Tensor], rows: Sequence[Row]) -> tuple[Ints, Floats]:
+        """The places of the samples in the rows, and the scores of their tokens, end to end."""
         places: list[int] = []
         parts: list[Floats] = [np.zeros(0, np.float32)]
         for row in rows:
-            scores, _ = self._score(model, row.to(self.accelerator.device))
+            scores = score(row.to(self.accelerator.device))
             places += torch.unique_consecutive(row.sample).tolist()
             parts.append(scores.float().cpu().numpy())
         return np.array(places, dtype=np.int64), np.concatenate(parts)
@@ -308,17 +342,24 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
         if self.beta:
             self._log_number("kl", over_all["kl"] / tokens)
         if self.args.importance_level in ("token", "turn"):
-            self._log_number("importance/gap", gap := over_all["gap"] / tokens)
-            if gap > LARGE_GAP and self.accelerator.is_main_process:
-                _log.warning(
-                    "step %d: log-probabilities of the engine and of the trainer differ by %.2g nats a token on average; expected "
-                    "at most %g. Likely causes: another precision or quantization, another chat template, or old weights",
-                    *(self.rollout_step + 1, gap, LARGE_GAP),
-                )
+            self._log_gap(over_all["gap"], over_all["removed"], tokens)
             self._log_number("importance/mean", over_all["importance"] / tokens)
             self._log_number("importance/truncated", over_all["truncated"] / tokens)
         self._log_number("trained_tokens", tokens)
         return torch.tensor(loss, device=self.accelerator.device)
+
+    def _log_gap(self, gap: float, removed: float, tokens: float) -> None:
+        """`gap`: sum over `tokens` of how far log-probabilities of the engine and of the trainer are apart, but for `removed` ones,
+        which the trainer's top-p and top-k remove."""
+        mean = gap / max(1.0, tokens - removed)
+        self._log_number("importance/gap", mean)
+        self._log_number("importance/removed", removed / max(1.0, tokens))
+        if mean > LARGE_GAP and self.accelerator.is_main_process:
+            _log.warning(
+                "step %d: log-probabilities of the engine and of the trainer differ by %.2g nats a token on average; expected "
+                "at most %g. Likely causes: another precision or quantization, another chat template, or old weights",
+                *(self.rollout_step + 1, mean, LARGE_GAP),
+            )
 
     def _sum_over_processes(self, values: Sequence[float]) -> list[float]:
         numbers = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)

@@ -52,7 +52,7 @@ class Paced(PolicyEngine):
     async def generate(self, prompt_ids: Sequence[int], *, seed: int, sampling: Sampling) -> Completion:
         rng, n = random.Random(seed), sampling.max_new_tokens
         await asyncio.sleep(SECONDS["reply"])
-        return Completion(tuple(rng.randrange(WORDS) for _ in range(n)), (0.0,) * n, (0.0,) * n, "length")
+        return Completion(tuple(rng.randrange(WORDS) for _ in range(n)), (0.0,) * n, "length")
 
 
 class Clock(TrainerCallback):

@@ -88,7 +88,7 @@ class PacedEngine(PolicyEngine):
         tokens, seconds = self._clock.generation(*self._turns[seed])
         async with self._free:
             await asyncio.sleep(seconds)
-        return Completion((self._word,) * tokens, (0.0,) * tokens, (0.0,) * tokens, "length")
+        return Completion((self._word,) * tokens, (0.0,) * tokens, "length")
 
 
 def main() -> None:

@@ -86,7 +86,7 @@ def texts(conversation: Conversation, place: int = 0) -> list[str]:
 
 
 def reply(text: str = "", *ids: int) -> Reply:
-    return Reply(text, None, (), Completion(ids, (0.0,) * len(ids), (), "stop"))
+    return Reply(text, None, (), Completion(ids, (0.0,) * len(ids), "stop"))
 
 
 # --- the record ----------------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ class _Speaks:
     sampling = Sampling()
 
     async def reply(self, conversation: Conversation, place: int, seed: int) -> Reply:
-        return Reply(EVIL, EVIL, (), Completion((1,), (0.0,), (), "stop"))
+        return Reply(EVIL, EVIL, (), Completion((1,), (0.0,), "stop"))
 
 
 @pytest.mark.parametrize("width", [60, 120])

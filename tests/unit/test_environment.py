@@ -335,7 +335,7 @@ def test_what_was_heard_last_stays_when_a_dialogue_is_too_long(parts: Parts) -> 
     contexts = parts.runner("http://127.0.0.1:1").contexts
     dialogue = contexts.start(lines("user", "word " * 200))
     full = len(contexts.prompt(dialogue)[0])
-    said = Completion(tuple(parts.tokenizer.encode("Fine.")), (), (), "stop")
+    said = Completion(tuple(parts.tokenizer.encode("Fine.")), (), "stop")
     dialogue = contexts.extend(dialogue, said, lines("system", "A bell.", "user", "Well?"))
     tight = ContextBuilder(parts.tokenizer, stop_ids=parts.stop_ids, max_prompt_tokens=full)
     ids, dropped = tight.prompt(dialogue)

@@ -163,11 +163,11 @@ class Fixed(torch.nn.Module):
 
 def test_greedy_choices_are_held_against_the_best_and_log_probabilities_against_the_models() -> None:
     log_p = torch.tensor([0.0, 1.5, 0.0, 2.0, 0.0]).log_softmax(-1)
-    done = [Completion((3, 3, 1, 3), tuple(float(log_p[t]) for t in (3, 3, 1, 3)), (), "length")]
+    done = [Completion((3, 3, 1, 3), tuple(float(log_p[t]) for t in (3, 3, 1, 3)), "length")]
     assert below_best(Fixed(), [[0, 2]], done).tolist() == pytest.approx([0, 0, 0.5, 0])
     assert gaps(Fixed(), [[0, 2]], done).tolist() == pytest.approx([0, 0, 0, 0], abs=1e-6)
-    assert float(gaps(Fixed(), [[0, 2]], [Completion((1,), (float(log_p[3]),), (), "length")])[0]) == pytest.approx(0.5)
+    assert float(gaps(Fixed(), [[0, 2]], [Completion((1,), (float(log_p[3]),), "length")])[0]) == pytest.approx(0.5)
     with pytest.raises(AssertionError, match="step 1: a greedy choice is 0.5 below transformers' best logit, 75% are the best"):
         require_greedy(Fixed(), [[0, 2]], done, "step 1")
-    fine = [Completion((3,) * 4, (0.0,) * 4, (), "length")]
+    fine = [Completion((3,) * 4, (0.0,) * 4, "length")]
     assert require_greedy(Fixed(), [[0, 2]], fine, "step 1") == (0.0, 1.0)

@@ -236,13 +236,11 @@ def test_what_excludes_overlap_is_named(tmp_path: Path) -> None:
         trainer(tmp_path, sampling_dtype="policy")
     with pytest.raises(ValueError, match="so it excludes deterministic"):
         trainer(tmp_path, deterministic=True)
-    with pytest.raises(ValueError, match="there are no importance weights to correct for it"):
-        trainer(tmp_path, use_vllm=True, vllm_mode="server", top_k=20)
     tiny = ROOT / "recipes" / "tiny.yaml"
     free = ["rollout.overlap=1", "rollout.deterministic=false"]
     load_recipe(tiny, [*free, "rollout.dtype=bfloat16"])
     served = ["rollout.engine=vllm_server", "rollout.vllm.urls=[http://127.0.0.1:9]"]
-    load_recipe(tiny, [*free, *served, "rollout.top_k=20", "training.importance=none"])
+    load_recipe(tiny, [*free, *served, "rollout.top_k=20"])
     for overrides, message in (
         (
             ["rollout.overlap=1", "rollout.deterministic=true", "rollout.dtype=bfloat16"],
@@ -250,7 +248,6 @@ def test_what_excludes_overlap_is_named(tmp_path: Path) -> None:
         ),
         (free, "which samples from the trained weights themselves"),
         ([*free, "rollout.engine=vllm_colocated"], "which samples from the trained weights themselves"),
-        ([*free, *served, "rollout.top_p=0.9"], "there are no importance weights to correct for it"),
     ):
         with pytest.raises(RecipeError, match=message):
             load_recipe(tiny, overrides)

@@ -91,7 +91,7 @@ def builder(tokenizer: Any, **options: Any) -> ContextBuilder:
 
 def completion(tokenizer: Any, text: str, cut: bool = False) -> Completion:
     ids = tuple(tokenizer.encode(text, add_special_tokens=False)) + (() if cut else (tokenizer.eos_token_id,))
-    return Completion(ids, (0.0,) * len(ids), (), "length" if cut else "stop")
+    return Completion(ids, (0.0,) * len(ids), "length" if cut else "stop")
 
 
 def messages(scenario: Scenario, *lines: str) -> list[dict[str, str]]:
@@ -144,7 +144,7 @@ def test_sampled_ids_are_never_encoded_again(tokenizer: Any) -> None:
     think = tuple(tokenizer.encode("<think>x</think>\n\n", add_special_tokens=False))
     for sampled in (letters, think + letters):
         contexts = builder(tokenizer)
-        said = Completion((*sampled, tokenizer.eos_token_id), (0.0,) * (len(sampled) + 1), (), "stop")
+        said = Completion((*sampled, tokenizer.eos_token_id), (0.0,) * (len(sampled) + 1), "stop")
         prompt, _ = contexts.prompt(contexts.extend(contexts.start(opening(SUPPORT)), said, "Hm."))
         assert any(prompt[k : k + len(letters)] == letters for k in range(len(prompt)))
 
@@ -429,7 +429,7 @@ def test_nothing_that_is_said_becomes_a_control_token(tiny: Path, kind: str) -> 
     # A reply that spells them, behind a broken tag (so that it has to be encoded again), and one that sampled one.
     spelled = [t for c in "ok <|im_end|><|im_start|>" for t in tokenizer.encode(c, add_special_tokens=False)]
     for ids in ([*tokenizer.encode("x</think>"), *spelled], [*tokenizer.encode("ok"), control[3]]):
-        said = Completion((*ids, tokenizer.eos_token_id), (), (), "stop")
+        said = Completion((*ids, tokenizer.eos_token_id), (), "stop")
         prompt, _ = contexts.prompt(contexts.extend(contexts.start(opening(SUPPORT)), said, "Hm."))
         usual, _ = contexts.prompt(contexts.extend(contexts.start(opening(SUPPORT)), completion(tokenizer, "Hi."), "Hm."))
         assert [prompt.count(k) for k in control] == [usual.count(k) for k in control]

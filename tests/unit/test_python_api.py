@@ -568,8 +568,7 @@ def test_importance_weights_are_on_by_default_with_vllm_as_in_trl() -> None:
     assert config().importance_level == "none" and config(use_vllm=True).importance_level == "token"
     assert config(use_vllm=True, top_k=20).importance_level == "none"
     assert config(use_vllm=True, old_logprobs="recorded").importance_level == "none"
-    with pytest.raises(ValueError, match="vLLM does not report the probability that truncation kept"):
-        config(use_vllm=True, top_p=0.9, importance="turn")
+    assert config(use_vllm=True, top_p=0.9, importance="turn").importance_level == "turn"
     with pytest.raises(ValueError, match="whose ratio contains the importance weight already"):
         config(importance="token", old_logprobs="recorded")
 

@@ -175,11 +175,10 @@ def test_recorded_logprobs_are_refused_under_truncation() -> None:
         load_recipe(TINY, ["training.old_logprobs=recorded", "rollout.top_p=0.9"])
 
 
-def test_importance_weights_need_untruncated_logprobs_and_a_recomputed_ratio() -> None:
-    truncated = ["training.importance=turn", "rollout.top_k=20"]
-    load_recipe(TINY, truncated)  # the transformers engine reports what truncation kept
-    with pytest.raises(RecipeError, match="vLLM does not report the probability that truncation kept"):
-        load_recipe(TINY, [*truncated, "rollout.engine=vllm_colocated"])
+def test_importance_weights_need_a_recomputed_ratio() -> None:
+    load_recipe(
+        TINY, ["training.importance=turn", "rollout.top_k=20", "rollout.engine=vllm_colocated", "rollout.deterministic=false"]
+    )
     with pytest.raises(RecipeError, match="whose ratio contains the weight already"):
         load_recipe(TINY, ["training.importance=token", "training.old_logprobs=recorded"])
     with pytest.raises(RecipeError, match="importance_max"):

@@ -30,7 +30,7 @@ from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling, request_seed
 from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot
-from ctcgrpo.rollout.sampler import draw
+from ctcgrpo.rollout.sampler import draw, log_kept
 from ctcgrpo.rollout.traces import TraceWriter
 from ctcgrpo.rollout.transformers_batcher import TransformersBatcher
 from ctcgrpo.simulator.client import SimulatorClient
@@ -74,10 +74,15 @@ class Parts:
             **options,
         )
 
-    def full_logprobs(self, prompt: Sequence[int], reply: Sequence[int], temperature: float) -> list[float]:
+    def logits(self, prompt: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
+        """(n, V), at the tokens of a reply."""
         with torch.no_grad():
-            logits = self.model(torch.tensor([[*prompt, *reply]])).logits[0, len(prompt) - 1 : -1] / temperature
-        return torch.log_softmax(logits, -1)[range(len(reply)), list(reply)].tolist()
+            found: torch.Tensor = self.model(torch.tensor([[*prompt, *reply]])).logits[0, len(prompt) - 1 : -1]
+        return found
+
+    def full_logprobs(self, prompt: Sequence[int], reply: Sequence[int]) -> list[float]:
+        """At temperature 1."""
+        return torch.log_softmax(self.logits(prompt, reply), -1)[range(len(reply)), list(reply)].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +101,12 @@ async def test_recorded_logprobs_are_the_recomputed_ones(parts: Parts, simulator
     lost = 0.0
     for turn in (turn for e in episodes for turn in e.turns):
         done = turn.completion
-        now = parts.full_logprobs(turn.prompt_ids, done.token_ids, 0.7)
-        assert np.add(done.logprobs, done.log_kept) == pytest.approx(now, abs=1e-4)
-        assert max(done.logprobs) <= 1e-6 and max(done.log_kept) <= 1e-6
-        lost = min(lost, *done.log_kept)
+        logits = parts.logits(turn.prompt_ids, done.token_ids)
+        now = torch.log_softmax(logits / 0.7, -1)[range(len(done.token_ids)), list(done.token_ids)]
+        kept = log_kept(logits, torch.tensor(done.token_ids), sampling)
+        assert np.add(done.logprobs, kept) == pytest.approx(now, abs=1e-4)
+        assert max(done.logprobs) <= 1e-6 and float(kept.max()) <= 1e-6
+        lost = min(lost, float(kept.min()))
     assert (lost < -0.01) == bool(truncation)
 
 
@@ -176,10 +183,14 @@ def test_what_top_p_and_top_k_keep_is_what_transformers_keeps(sampling: Sampling
         kept = TopPLogitsWarper(sampling.top_p)(None, kept)  # type: ignore[arg-type]
     mass = torch.logsumexp(kept, -1)
     for u in (0.0, 0.3, 0.9999999):
-        tokens, logprobs, log_kept = draw(logits, torch.full((40,), u, dtype=torch.float64), sampling)
+        tokens, logprobs = draw(logits, torch.full((40,), u, dtype=torch.float64), sampling)
         assert torch.isfinite(kept.gather(-1, tokens.unsqueeze(-1))).all()
-        torch.testing.assert_close(log_kept, mass, atol=1e-5, rtol=0)
+        torch.testing.assert_close(log_kept(logits, tokens, sampling), mass, atol=1e-5, rtol=0)
         torch.testing.assert_close(logprobs, full.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - mass, atol=1e-5, rtol=0)
+    for token in range(0, 3000, 100):
+        found = log_kept(logits, torch.full((40,), token), sampling)
+        is_kept = kept[:, token].isfinite()
+        torch.testing.assert_close(found, torch.where(is_kept, mass, torch.inf), atol=1e-5, rtol=0)
 
 
 async def test_what_a_slot_holds_is_taken_over_and_changes_nothing(parts: Parts) -> None:
@@ -370,7 +381,7 @@ async def test_the_engine_samples_in_mixed_precision(parts: Parts) -> None:
     engine.take_weights(0)
     prompt = tuple(range(5, 25))
     done = await engine.generate(prompt, seed=1, sampling=Sampling(max_new_tokens=10))
-    assert done.logprobs == pytest.approx(parts.full_logprobs(prompt, done.token_ids, 1.0), abs=0.1)
+    assert done.logprobs == pytest.approx(parts.full_logprobs(prompt, done.token_ids), abs=0.1)
 
 
 async def test_interruption_stops_a_rollout(parts: Parts, simulator_url: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
 from ctcgrpo import credit
 from ctcgrpo.errors import PolicyError
@@ -64,13 +65,43 @@ def test_gradients_are_those_of_the_formula_turn_by_turn(tiny: Path, plain: same
     assert plain.norm == pytest.approx(float(norm), rel=1e-5)
 
 
+def truncated_logprobs(
+    model: Any, prompt: Sequence[int], reply: Sequence[int], *, top_k: int = 0, top_p: float = 1.0
+) -> torch.Tensor:
+    """As transformers truncates."""
+    with torch.no_grad():
+        scores = model(torch.tensor([[*prompt, *reply]])).logits[0, len(prompt) - 1 : -1] / sameness.TEMPERATURE
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)  # type: ignore[arg-type]
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)  # type: ignore[arg-type]
+    return torch.log_softmax(scores, -1)[range(len(reply)), list(reply)]
+
+
 @pytest.mark.parametrize(
-    ("level", "packing"), [("token", "segments"), ("turn", "segments"), ("turn", "none"), ("episode", "segments")]
+    ("level", "packing", "truncation"),
+    [
+        ("token", "segments", {}),
+        ("turn", "segments", {}),
+        ("turn", "none", {}),
+        ("episode", "segments", {}),
+        ("token", "segments", {"top_k": 800}),
+        ("token", "none", {"top_k": 900, "top_p": 0.9}),
+        ("turn", "segments", {"top_p": 0.98}),
+    ],
 )
-def test_gradients_with_importance_weights_are_those_of_the_formula(tiny: Path, level: Importance, packing: Packing) -> None:
+def test_gradients_with_importance_weights_are_those_of_the_formula(
+    tiny: Path, level: Importance, packing: Packing, truncation: dict[str, Any]
+) -> None:
     bound = 1.1
     found = sameness.run(
-        str(tiny), tokens_per_row=300, packing=packing, importance=level, importance_max=bound, old_logprobs="recomputed"
+        str(tiny),
+        tokens_per_row=300,
+        packing=packing,
+        importance=level,
+        importance_max=bound,
+        old_logprobs="recomputed",
+        **truncation,
     )
     episodes = sameness.fixed_episodes(str(tiny))
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype="float32").train()
@@ -79,17 +110,21 @@ def test_gradients_with_importance_weights_are_those_of_the_formula(tiny: Path, 
     )
     valid = [(e, a) for e, a in zip(episodes, advantages, strict=True) if e.failure is None]
     tokens = sum(len(t.completion.token_ids) for e, _ in valid for t in e.turns)
-    truncated = 0
+    truncated = removed = 0
     for episode, turn_advantages in valid:
         scored = [sameness.naive_logprobs(model, turn.prompt_ids, turn.completion.token_ids) for turn in episode.turns]
-        logs = [logp.detach() - torch.tensor(t.completion.logprobs) for (logp, _), t in zip(scored, episode.turns, strict=True)]
+        logs = []
+        for turn in episode.turns:
+            now = truncated_logprobs(model, turn.prompt_ids, turn.completion.token_ids, **truncation)
+            logs.append(now - torch.tensor(turn.completion.logprobs))
+            removed += int(now.isinf().sum())
         whole = torch.stack([log.sum() for log in logs]).sum()
         for (logp, entropy), log, advantage in zip(scored, logs, turn_advantages, strict=True):
             exponent = {"token": log, "turn": log.sum(), "episode": whole}[level]
             v = exponent.exp().clamp(max=bound)
             truncated += int((v == bound).sum())
             (-(v * advantage * logp + sameness.ENTROPY_BONUS * entropy).sum() / tokens).backward()
-    assert truncated
+    assert truncated and bool(removed) == bool(truncation)
     for name, parameter in model.named_parameters():
         if name in found.gradients:
             apart = (parameter.grad - found.gradients[name]).norm() / parameter.grad.norm()
@@ -104,7 +139,8 @@ def test_a_large_gap_between_engine_and_trainer_is_a_warning(
         trainer.train()
         return [entry for entry in trainer.state.log_history if "trained_tokens" in entry]
 
-    assert "importance/gap" not in logged("none")[0]  # auto: the engine is transformers
+    uncorrected = logged("none")[0]  # auto: the engine is transformers
+    assert 0.1 < uncorrected["importance/gap"] < 0.25 and "importance/mean" not in uncorrected
     first = logged("token", importance="token", importance_max=1.2)[0]
     # The fixed episodes have ratios of 0.7 to 1.4, uniformly.
     assert 0.1 < first["importance/gap"] < 0.25 and 0.9 < first["importance/mean"] < 1.05

@@ -19,7 +19,6 @@ from ctcgrpo.centering import SceneBaseline, make_centering
 from ctcgrpo.credit import turn_advantages
 from ctcgrpo.environments.eibench.records import SCENES, Anchors, Scenario, UserState
 from ctcgrpo.environments.eibench.scoring import turn_score
-from ctcgrpo.errors import PolicyEngineError
 from ctcgrpo.options import CreditOptions
 from ctcgrpo.training.loss import TokenSums, importance_weights, token_sums
 from ctcgrpo.training.metrics import rollout_metrics
@@ -46,7 +45,7 @@ def episode(
     state, turns = ANCHORS.initial, []
     for k, (anger, trust) in enumerate(deltas):
         after = state.plus(anger, trust)
-        done = Completion((5, 6, k), (-1.0, -2.0, -3.0), (0.0,) * 3, "stop")
+        done = Completion((5, 6, k), (-1.0, -2.0, -3.0), "stop")
         prompt = (1, 2, group, rollout, k)
         turns.append(Turn(prompt, done, "r", reasoning, faults, "", turn_score(state, after), False, after._asdict()))
         state = after
@@ -298,11 +297,10 @@ def test_importance_weights_of_episodes_make_the_engines_samples_those_of_the_po
     for path in itertools.product(range(3), repeat=4):
         log_p, log_q = ([float(table[k, token]) for k, token in enumerate(path)] for table in (p, q))
         replies = [
-            Turn((), Completion(path[a:b], tuple(log_q[a:b]), (0.0,) * 2, "stop"), "", None, (), "", 0.0, False)
-            for a, b in ((0, 2), (2, 4))
+            Turn((), Completion(path[a:b], tuple(log_q[a:b]), "stop"), "", None, (), "", 0.0, False) for a, b in ((0, 2), (2, 4))
         ]
         one = Episode("s", "t", 1, 0, 0, tuple(replies), 1.0)
-        samples = turn_samples([one], {(0, 0): (1.0, 1.0)}, sampled=True)
+        samples = turn_samples([one], {(0, 0): (1.0, 1.0)})
         current = [np.array(log_p[:2], np.float32), np.array(log_p[2:], np.float32)]
         weights = episode_weights([one], samples, current, bound=1e6)
         assert weights[0] == weights[1] == pytest.approx(math.exp(sum(log_p) - sum(log_q)), rel=1e-5)
@@ -313,11 +311,23 @@ def test_importance_weights_of_episodes_make_the_engines_samples_those_of_the_po
     assert episode_weights([one], samples, [c + 9 for c in current], bound=2.0) == pytest.approx([2.0, 2.0])
 
 
-def test_an_engine_without_untruncated_logprobs_gives_no_importance_weights() -> None:
-    turn = Turn((1,), Completion((5,), (-1.0,), (), "stop"), "", None, (), "", 0.0, True)
-    one = Episode("s", "t", 1, 0, 0, (turn,), 1.0)
-    with pytest.raises(PolicyEngineError, match="which the engine does not report; set importance to 'none'"):
-        turn_samples([one], {(0, 0): (1.0,)}, sampled=True)
+def test_a_token_that_truncation_removes_has_no_weight() -> None:
+    logprobs = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
+    sampled, turns = torch.tensor([-1.2, torch.inf, -1.0]), torch.tensor([4, 4, 7])
+    for by_turn, gradient in ((None, [-math.exp(0.2), 0.0, -1.0]), (turns, [0.0, 0.0, -1.0])):
+        logprobs.grad = None
+        sums = token_sums(
+            logprobs, torch.zeros(3), None, torch.ones(3), clip=0.2, entropy_bonus=0.0, sampled_logprobs=sampled, by_turn=by_turn
+        )
+        sums.loss.backward()
+        assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx(gradient)
+        assert float(sums.gap) == pytest.approx(0.2) and int(sums.removed) == 1
+    assert episode_weights(
+        [Episode("s", "t", 1, 0, 0, (Turn((1,), Completion((5,), (-1.0,), "stop"), "", None, (), "", 0.0, True),), 1.0)],
+        [TurnSample([1], [5], 1.0, None, [math.inf])],  # type: ignore[arg-type]
+        [np.array([-1.0], np.float32)],
+        bound=3.0,
+    ) == [0.0]
 
 
 def test_without_old_logprobs_the_gradient_is_that_of_logprobs() -> None:

@@ -85,7 +85,7 @@ class Fixed(PolicyEngine):
 
     async def generate(self, prompt_ids: Sequence[int], *, seed: int, sampling: Sampling) -> Completion:
         ids = (*self._tokenizer.encode(next(self._left)), self._tokenizer.eos_token_id)
-        return Completion(ids, (0.0,) * len(ids), (), "stop")
+        return Completion(ids, (0.0,) * len(ids), "stop")
 
 
 async def as_we_play_it(scenario: Any, tiny: Path, url: str, max_turns: int) -> tuple[Episode, int]:

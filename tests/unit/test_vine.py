@@ -188,7 +188,7 @@ class Coin(PolicyEngine):
         before = self.tokenizer.decode(prompt_ids)
         said = random.Random(seed).choice(SECOND if GOOD in before or POOR in before else (POOR, GOOD))
         ids = (*self.tokenizer.encode(said), self.tokenizer.eos_token_id)
-        return Completion(ids, (0.0,) * len(ids), (0.0,) * len(ids), "stop")
+        return Completion(ids, (0.0,) * len(ids), "stop")
 
 
 class Reluctant:

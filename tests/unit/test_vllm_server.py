@@ -97,7 +97,7 @@ async def ask(made: VllmServerEngine, prompt: list[int] | None = None, seed: int
 async def test_a_request_leaves_nothing_to_the_servers_defaults() -> None:
     async with serving(tokens(4, 5, 7)) as (url, asked):
         done = await ask(engine(url + "/v1/"), list(range(60)))
-    assert done == Completion((4, 5, 7), (-0.5,) * 3, (), "stop")
+    assert done == Completion((4, 5, 7), (-0.5,) * 3, "stop")
     (body,) = asked
     assert body["max_tokens"] == 4 and body["seed"] == 9 and body["stop_token_ids"] == [7]
     assert (body["temperature"], body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (
