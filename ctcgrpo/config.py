@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from ctcgrpo.options import CreditOptions, Importance, RolloutOptions, UpdateOptions, out_of_bounds
+from ctcgrpo.options import CreditOptions, Importance, RolloutOptions, UpdateOptions, conflicts, out_of_bounds
 
 WITHOUT_EFFECT: dict[str, str] = {
     name: instead
@@ -137,20 +137,8 @@ class CTCGRPOConfig(CreditOptions, RolloutOptions, UpdateOptions, GRPOConfig):  
                 f"CTCGRPOConfig.num_iterations = {self.num_iterations}; expected a divisor of num_generations "
                 f"({self.num_generations}): each update takes an equal share of every group"
             )
-        if self.old_logprobs == "recorded" and self._truncates:
-            raise ValueError(
-                "CTCGRPOConfig.old_logprobs = 'recorded' with top_p or top_k, which renormalise recorded log-probabilities; "
-                "expected 'recomputed', or top_p = 1 and top_k = 0"
-            )
-        if self.importance not in ("auto", "none") and self.old_logprobs == "recorded":
-            raise ValueError(
-                f"CTCGRPOConfig.importance = {self.importance!r} with old_logprobs = 'recorded', whose ratio contains the "
-                "importance weight already; expected old_logprobs = 'recomputed', or importance = 'none'"
-            )
-        if self.deterministic and self.overlap:
-            raise ValueError("CTCGRPOConfig.overlap = 1 depends on the clock, so it excludes deterministic; leave one out")
-        if self.deterministic and self.deadline is not None:
-            raise ValueError("CTCGRPOConfig.deadline depends on the clock, so it excludes deterministic; leave one out")
+        if wrong := next(conflicts(vars(self)), None):
+            raise ValueError(f"CTCGRPOConfig.{wrong}")
         if self.num_generations_eval is None:  # type: ignore[has-type]
             self.num_generations_eval = 1
         self.per_device_eval_batch_size = self.num_generations_eval  # TRL requires a multiple

@@ -4,7 +4,7 @@
 neither PyTorch nor TRL, so that recipes are read quickly.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from operator import ge, gt, le, lt
 from typing import Any, Literal, get_args, get_origin
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 import pydantic
 
 from ctcgrpo.centering import CENTERINGS
-from ctcgrpo.credit import CREDIT_NAMES, SCALES
+from ctcgrpo.credit import CREDIT_NAMES, SCALES, VINE
 from ctcgrpo.util.importing import is_reference
 from ctcgrpo.util.naming import nearest
 
@@ -168,6 +168,17 @@ class UpdateOptions:
         "costs a forward pass over all samples; so does top-p or top-k",
     )
     importance_max: float = option(3.0, "upper bound of an importance weight", ge=1)
+    loss_total: float | None = option(
+        None,
+        "what the loss of a step is divided by, in place of its number of trained tokens (of turns with loss_weights turn)",
+        gt=0,
+    )
+    update_parts: int = option(
+        1,
+        "parts of a step's groups that gradients are computed of while others are still played, each part once its episodes are "
+        "over; they add up to one update. Needs loss_total, and an engine as overlap does",
+        ge=1,
+    )
     tokens_per_row: int = option(
         16384,
         "maximum tokens in one forward and backward pass: distinct ones, or padded ones without packing",
@@ -219,6 +230,48 @@ def out_of_bounds(values: Mapping[str, Any]) -> Iterator[str]:
         if any(not _BOUNDS[bound][0](value, limit) for bound, limit in metadata["bounds"].items()):
             expected = " and ".join(f"{_BOUNDS[bound][1]} {limit:g}" for bound, limit in metadata["bounds"].items())
             yield f"{name} = {value!r}; expected a number {expected}"
+
+
+def conflicts(values: Mapping[str, Any], name: Callable[[str], str] = str) -> Iterator[str]:
+    """Options that exclude each other, a message for each. `values`: of the options here, and of GRPOConfig's top_p, top_k and
+    num_iterations; `name` gives what a user calls an option."""
+
+    def value(option: str) -> str:
+        return f"{name(option)} = {values[option]!r}"
+
+    truncates = f"{name('top_p')} and {name('top_k')}"
+    if values["old_logprobs"] == "recorded":
+        if values["top_p"] < 1 or values["top_k"]:
+            yield (
+                f"{value('old_logprobs')} with {truncates}, under which recorded log-probabilities are renormalised over the kept "
+                f"mass; expected 'recomputed', or {name('top_p')} = 1 and {name('top_k')} = 0"
+            )
+        if values["importance"] not in ("auto", "none"):
+            yield (
+                f"{value('importance')} with {value('old_logprobs')}, whose ratio contains the importance weight already; "
+                f"expected {name('old_logprobs')} = 'recomputed', or {name('importance')} = 'none'"
+            )
+    by_the_clock = {"overlap": bool(values["overlap"]), "deadline": values["deadline"] is not None}
+    by_the_clock |= {"update_parts": (parts := values["update_parts"] > 1)}
+    for option in (option for option, used in by_the_clock.items() if used and values["deterministic"]):
+        yield f"{value(option)} depends on the clock, and {name('deterministic')} needs runs that repeat; leave one out"
+    if not parts:
+        return
+    if values["loss_total"] is None:
+        yield (
+            f"{value('update_parts')} needs {name('loss_total')}: the number of trained tokens of a step is not known before its "
+            f"last part; take the metric trained_tokens of a run without it (turns, with {name('loss_weights')} 'turn')"
+        )
+    whole_step = {
+        "num_iterations": values["num_iterations"] > 1,
+        "audit_every": values["audit_every"] is not None,
+        "credit": values["credit"] == VINE,
+        "scale_rewards": values["scale_rewards"] == "batch",
+        "turn_scale": values["turn_scale"] == "batch",
+        "shuffle_credit": values["shuffle_credit"] != "nothing",
+    }
+    for option in (option for option, used in whole_step.items() if used):
+        yield f"{value('update_parts')} with {value(option)}, which needs all episodes of a step at once; leave one out"
 
 
 def _fields() -> dict[str, Field[Any]]:

@@ -139,7 +139,8 @@ class _BeforeTraining(TrainerCallback):
         trainer = self.trainer
         if trainer.is_deepspeed_enabled:
             self.capture.keep_before(trainer.model_wrapped)
-        samples = trainer._new_batch([{"task": 0}] * (GROUPS * GROUP_SIZE // trainer.accelerator.num_processes))[0]
+        tasks = [0] * (GROUPS * GROUP_SIZE // trainer.accelerator.num_processes)
+        samples = trainer._new_batch(trainer._take_played(1, tasks))[0]
         self.logprobs += trainer.logprobs(trainer.model_wrapped, samples)
         self.sketches = torch.from_numpy(trainer.sketches(samples))
 
@@ -313,7 +314,7 @@ def run(
             shift_one_position(trainer)
         made: list[int] = []
         plain_update = trainer.update_rows
-        trainer.update_rows = lambda model, rows: (made.append(len(rows)), plain_update(model, rows))[1]  # type: ignore
+        trainer.update_rows = lambda model, rows, **k: (made.append(len(rows)), plain_update(model, rows, **k))[1]  # type: ignore
         trainer.add_callback(at_first := _BeforeTraining(trainer, capture, logprobs := []))
         trainer.train()
         norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]

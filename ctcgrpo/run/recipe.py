@@ -15,7 +15,7 @@ from ctcgrpo.credit import CREDIT_NAMES, DISCOUNTED, SCALES, VINE
 from ctcgrpo.environments.eibench.records import SCENES
 from ctcgrpo.errors import CreditError, RecipeError
 from ctcgrpo.model.sharding import splits_weights
-from ctcgrpo.options import CreditOptions, LossWeights, OldLogprobs, Packing, SamplingDtype, recipe_field
+from ctcgrpo.options import CreditOptions, LossWeights, OldLogprobs, Packing, SamplingDtype, conflicts, recipe_field
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS
 from ctcgrpo.run.recipe_users import OtherUser, Simulator
 from ctcgrpo.util.importing import is_reference
@@ -281,6 +281,8 @@ class Training(Section):
     old_logprobs: OldLogprobs = recipe_field("old_logprobs")
     importance: Literal["auto", "none", "token", "turn", "episode"] = recipe_field("importance")
     importance_max: float = recipe_field("importance_max")
+    loss_total: float | None = recipe_field("loss_total")
+    update_parts: int = recipe_field("update_parts")
     tokens_per_row: int = recipe_field("tokens_per_row")
     packing: Packing = recipe_field("packing")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
@@ -371,17 +373,20 @@ class Recipe(Section):
             for k, user in enumerate(self.simulator.users):
                 for scene in {*(user.scenes or ())} - known:
                     raise ValueError(f"simulator.users.{k}.scenes: {scene!r}; {did_you_mean(scene, known)}")
-        if self.training.old_logprobs == "recorded" and (self.rollout.top_p < 1 or self.rollout.top_k):
-            raise ValueError(
-                "training.old_logprobs is 'recorded' with top-p or top-k, under which recorded log-probabilities are "
-                "renormalised over the kept mass; expected 'recomputed', or rollout.top_p=1 and rollout.top_k=0"
-            )
-        if (level := self.training.importance) not in ("auto", "none") and self.training.old_logprobs == "recorded":
-            raise ValueError(
-                f"training.importance is {level!r} with training.old_logprobs 'recorded', whose ratio contains the weight "
-                "already; expected training.old_logprobs 'recomputed', or training.importance 'none'"
-            )
+        if wrong := next(self._conflicts(), None):
+            raise ValueError(wrong)
         return self
+
+    def _conflicts(self) -> Iterator[str]:
+        values: dict[str, Any] = {}
+        names: dict[str, str] = {}
+        for section in ("credit", "rollout", "training"):
+            for name, field in type(part := getattr(self, section)).model_fields.items():
+                extra = field.json_schema_extra
+                option = str(extra["option"]) if isinstance(extra, dict) and "option" in extra else name
+                values[option], names[option] = getattr(part, name), f"{section}.{name}"
+        values["num_iterations"], names["num_iterations"] = self.training.updates_per_step, "training.updates_per_step"
+        return conflicts(values, lambda option: names[option])
 
     @model_validator(mode="after")
     def _engine_fits(self) -> Recipe:
@@ -395,21 +400,17 @@ class Recipe(Section):
             raise ValueError("rollout.engine is 'vllm_server', but rollout.vllm.urls is empty; set the servers' URLs")
         if engine != "vllm_server" and vllm.urls:
             raise ValueError(f"rollout.vllm.urls names servers, but rollout.engine is {engine!r}; set it to 'vllm_server'")
-        if self.rollout.deterministic and self.rollout.deadline is not None:
-            raise ValueError(
-                "rollout.deterministic needs runs that repeat bit by bit, and rollout.deadline depends on the clock; leave one out"
-            )
         if engine != "transformers" and self.rollout.dtype != "policy":
             raise ValueError(
                 f"rollout.dtype has no effect with rollout.engine {engine!r}: vLLM samples in bfloat16; leave it out"
             )
         if self.policy.quantization != "none" and self.rollout.dtype != "policy":
             raise ValueError("rollout.dtype needs unquantized weights; leave it out, or policy.quantization")
-        if self.rollout.overlap and self.rollout.deterministic:
-            raise ValueError("rollout.overlap is 1, which depends on the clock, with rollout.deterministic; leave one out")
-        if self.rollout.overlap and engine != "vllm_server" and (engine, self.rollout.dtype) != ("transformers", "bfloat16"):
+        while_updating = "rollout.overlap" if self.rollout.overlap else "training.update_parts"
+        plays_while_updating = self.rollout.overlap or self.training.update_parts > 1
+        if plays_while_updating and engine != "vllm_server" and (engine, self.rollout.dtype) != ("transformers", "bfloat16"):
             raise ValueError(
-                f"rollout.overlap is 1 with rollout.engine {engine!r}, which samples from the trained weights themselves; expected "
+                f"{while_updating} with rollout.engine {engine!r}, which samples from the trained weights themselves; expected "
                 "'vllm_server', or 'transformers' with rollout.dtype=bfloat16"
             )
         if engine != "transformers" and self.rollout.deterministic:

@@ -20,6 +20,7 @@ from ctcgrpo.run.weights_and_biases import PROJECT
 _OF_ROLLOUT = {"max_turns", "temperature", "top_p", "top_k", "max_batch", "deterministic", "overlap", "deadline", "max_failed"}
 _OF_TRAINING = {
     *("tokens_per_row", "packing", "dual_clip", "loss_weights", "old_logprobs", "importance", "importance_max", "audit_every"),
+    *("loss_total", "update_parts"),
     *("learning_rate", "weight_decay", "max_grad_norm", "bf16"),
 }
 """Fields with the same names in the trainer's configuration."""

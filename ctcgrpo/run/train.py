@@ -57,8 +57,9 @@ from ctcgrpo.run.tracking import Trackers, trackers_of
 from ctcgrpo.run.validation import Play, Validator
 from ctcgrpo.run.weights_and_biases import WANDB, log_dialogues, wandb_run
 from ctcgrpo.training.checkpoint_pickles import refuse_damaged_state
+from ctcgrpo.training.playing import PLAYING, RolloutHooks
 from ctcgrpo.training.samples import try_credit
-from ctcgrpo.training.trainer import PLAYING, CTCGRPOTrainer, RolloutHooks
+from ctcgrpo.training.trainer import CTCGRPOTrainer
 from ctcgrpo.types import Environment, Episode
 from ctcgrpo.util.files import disk_problem, file_digest, mark_complete
 from ctcgrpo.util.importing import load_object, source_of

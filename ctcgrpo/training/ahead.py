@@ -24,13 +24,15 @@ class Played:
 
 @dataclass(slots=True)
 class PlayingAhead:
-    """A batch in progress. `play` gets a function that returns whether it should stop, and raises RunPaused then."""
+    """A batch in progress. `play` gets a function that returns whether it should stop, and raises RunPaused then; and one that it
+    calls with each episode that is over, which `over` gathers."""
 
     step: int
     tasks: Sequence[int]
     version: int
-    play: Callable[[Callable[[], bool]], list[Episode]]
+    play: Callable[[Callable[[], bool], Callable[[Episode], None]], list[Episode]]
     ended: float | None = None
+    over: list[Episode] = field(default_factory=list)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _result: Future[list[Episode]] = field(default_factory=Future)
     _started: float = field(default_factory=time.perf_counter)
@@ -40,7 +42,7 @@ class PlayingAhead:
 
     def _run(self) -> None:
         try:
-            episodes = self.play(self._stopped.is_set)
+            episodes = self.play(self._stopped.is_set, self.over.append)
         except BaseException as error:  # noqa: BLE001 - raised again in the trainer's thread
             self.ended = time.perf_counter()
             self._result.set_exception(error)

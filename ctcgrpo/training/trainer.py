@@ -9,20 +9,19 @@ How it differs from GRPOTrainer:
 3. `training_step` is a whole optimizer step over all of them (`PolicyUpdate.update`);
 4. a step of rollouts can make several updates (`num_iterations`), each on an equal share of every group, with old
    log-probabilities recomputed once before the first;
-5. with `overlap`, the next step's episodes are played while this step's updates run.
+5. with `overlap`, the next step's episodes are played while this step's updates run; with `update_parts`, gradients of the groups
+   that are over are computed while others are played.
 TRL and transformers keep everything else: loading, PEFT, optimizer, schedule, distribution, logging, checkpoints.
 """
 
-import contextlib
 import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -35,26 +34,33 @@ from ctcgrpo.audit.record import STEPS_FILE
 from ctcgrpo.centering import make_centering
 from ctcgrpo.config import CTCGRPOConfig
 from ctcgrpo.credit import VINE
-from ctcgrpo.errors import PolicyEngineError, RunPaused, TooManyFailures, too_many_failed
+from ctcgrpo.errors import TooManyFailures, too_many_failed
 from ctcgrpo.policy.builtin import build_builtin, is_builtin
 from ctcgrpo.policy.chat_template import end_of_turn
 from ctcgrpo.policy.context import ContextBuilder
 from ctcgrpo.policy.loading import load_tokenizer
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.rollout.engines import make_engine
-from ctcgrpo.rollout.runner import Play, RolloutRunner, Slot, validation_slots
-from ctcgrpo.rollout.traces import TraceWriter, add_credit, step_name, trace_file
-from ctcgrpo.training.ahead import Played, PlayingAhead
-from ctcgrpo.training.checkpointing import CheckpointedUpdate
+from ctcgrpo.rollout.runner import Play, RolloutRunner, validation_slots
+from ctcgrpo.rollout.traces import add_credit, step_name
+from ctcgrpo.training.ahead import Played
 from ctcgrpo.training.metrics import rollout_metrics
-from ctcgrpo.training.samples import Summary, episode_weights, step_credit, summarise, try_credit, turn_samples, update_of
+from ctcgrpo.training.playing import NO_HOOKS, EpisodePlayer, RolloutHooks, shared_by
+from ctcgrpo.training.samples import (
+    StepCredit,
+    Summary,
+    episode_weights,
+    step_credit,
+    summarise,
+    try_credit,
+    turn_samples,
+    update_of,
+)
 from ctcgrpo.training.tasks import step_schedule, tags_of, tasks_of
 from ctcgrpo.training.update import Floats
 from ctcgrpo.types import Environment, Episode, Task, TurnSample
-from ctcgrpo.util.processes import on_main, raise_on_all, run_coroutine, together
+from ctcgrpo.util.processes import on_main
 
-_T = TypeVar("_T")
-PLAYING = "episodes"
 _log = logging.getLogger(__name__)
 INSTEAD = dict.fromkeys(
     ("reward_funcs", "reward_processing_classes", "tools", "rollout_func", "environment_factory"),
@@ -63,32 +69,7 @@ INSTEAD = dict.fromkeys(
 """Arguments of GRPOTrainer that this trainer does not take, and what to pass instead."""
 
 
-class RolloutHooks:
-    """Callbacks of a trainer on its rollouts; a subclass can observe and stop them. All processes call them."""
-
-    def before_rollouts(self, step: int) -> None:
-        """Called after `step` trained batches of rollouts, before the next one."""
-
-    def rollouts(self, step: int, episodes: int) -> None:
-        """This process begins to play `episodes` episodes of a step (from 1)."""
-
-    def episode(self, episode: Episode) -> None:
-        """An episode is over. By default a failed one is logged as a warning."""
-        if episode.failure:
-            _log.warning("episode %s failed: %s: %s", episode.name, episode.failure.kind, episode.failure.message)
-
-    def update(self, step: int) -> None:
-        """The episodes of a step are over; its update begins."""
-
-    def interrupted(self) -> bool:
-        """Whether the run should stop at the next safe point and save a checkpoint."""
-        return False
-
-
-NO_HOOKS = RolloutHooks()
-
-
-class CTCGRPOTrainer(CheckpointedUpdate):
+class CTCGRPOTrainer(EpisodePlayer):
     """See the module's docstring.
 
     `environment`: an `Environment` class, or a callable that makes one for each episode. One that is an asynchronous context
@@ -155,7 +136,7 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         self.runner = RolloutRunner(
             engine=self.engine,
             environment=environment,
-            shared=_shared_by(environment),
+            shared=shared_by(environment),
             contexts=contexts,
             tokenizer=processing_class,
             stop_ids=contexts.stop_ids,
@@ -170,25 +151,18 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             ),
             interrupted=hooks.interrupted,
         )
-        if args.overlap and not self.engine.has_own_weights:
+        if (args.overlap or args.update_parts > 1) and not self.engine.has_own_weights:
             raise ValueError(
-                "overlap = 1 needs an engine with weights of its own: vLLM servers (use_vllm, vllm_mode = 'server'), or the "
-                "transformers engine with sampling_dtype = 'bfloat16'"
+                f"{'overlap = 1' if args.overlap else f'update_parts = {args.update_parts}'} needs an engine with weights of its "
+                "own: vLLM servers (use_vllm, vllm_mode = 'server'), or the transformers engine with sampling_dtype = 'bfloat16'"
             )
         self._step_tasks = schedule
-        self._ahead: PlayingAhead | None = None
-        self._played: Played | None = None
-        self._engine_free: float | None = None  # when the engine finished its last batch
+        self._reset_playing()
         self._updates: list[list[TurnSample]] = []
         self.centering = make_centering(args.centering)
         self._checked = False
         self.stop_requested = False  # whether any process was interrupted; synchronised at the end of a step
         self.phase = "the start of the run"  # current activity, for log lines
-
-    @property
-    def tasks_per_step(self) -> int:
-        """Groups in a step."""
-        return int(self.args.generation_batch_size // self.args.num_generations)
 
     def _schedule(self, args: CTCGRPOConfig) -> list[list[int]]:
         """The tasks of each step, by position. Sets `args.max_steps`, and leaves the order to the schedule."""
@@ -243,17 +217,20 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         updates = self.args.num_iterations
         update = self.state.global_step % updates
         self.refuse_nonfinite_weights()
+        self.begin_update()
+        seconds = 0.0
         if update == 0 or not self._updates:
-            self._await_ahead()
             self._hooks.before_rollouts(self.rollout_step)
-            self._updates = self._new_batch(inputs)
+            tasks = [row["task"] for row in inputs]
+            trained, seconds, waited = self._update_while_playing(model)
+            self._updates = self._new_batch(self._take_played(self.rollout_step + 1, tasks), trained, waited)
             self.phase = f"{'the update' if updates == 1 else f'the {updates} updates'} of step {self.rollout_step + 1}"
         on_gpu = self.accelerator.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         loss = self.update(model, self._updates[update])
-        self._log_number("seconds/update", time.perf_counter() - started)
+        self._log_number("seconds/update", seconds + time.perf_counter() - started)
         if on_gpu:  # to compare with the estimate of `ctcgrpo check`
             peak = torch.cuda.max_memory_allocated() - self.engine.sleeping_bytes
             self._log_number("memory/peak_gib", peak / 2**30)
@@ -265,9 +242,35 @@ class CTCGRPOTrainer(CheckpointedUpdate):
 
     # --- one batch of rollouts -------------------------------------------------------------------------------------------
 
-    def _new_batch(self, inputs: Sequence[dict[str, Any]]) -> list[list[TurnSample]]:
-        played = self._take_played(self.rollout_step + 1, [row["task"] for row in inputs])
-        episodes = played.episodes
+    def _update_while_playing(self, model: torch.nn.Module) -> tuple[set[int], float, float]:
+        """With `update_parts`, gradients of all but the last part of the step's groups, each part once its episodes are over. Gives
+        these groups, the seconds that it took, and those that the trainer waited."""
+        trained: set[int] = set()
+        seconds = waited = 0.0
+        if self.args.update_parts > 1 and self._ahead is None and self._played is None:
+            self._play_ahead(self.rollout_step + 1)
+        for left in range(self.args.update_parts, 1, -1):
+            if self._ahead is None:
+                break  # all episodes are over
+            started = time.perf_counter()
+            groups = self._complete_groups(math.ceil((self.tasks_per_step - len(trained)) / left), trained)
+            released = time.perf_counter()
+            waited += released - started
+            if len(groups) + len(trained) == self.tasks_per_step:
+                break  # what is left is the last part
+            episodes = [e for e in tuple(self._ahead.over) if e.group in groups]
+            summaries = gather_object([summarise(e, self.args) for e in episodes])
+            centering = copy.deepcopy(self.centering)  # the whole step's credit changes its state, once
+            credit = step_credit(summaries, self.args, centering, step=self.rollout_step, seed=self.args.seed)
+            [samples] = self._samples(sorted(episodes, key=lambda e: (e.group, e.rollout)), credit)
+            self.update(model, samples, is_last=False)
+            trained |= groups
+            seconds += time.perf_counter() - released
+        return trained, seconds, waited
+
+    def _new_batch(self, played: Played, trained: Set[int] = frozenset(), waited: float = 0.0) -> list[list[TurnSample]]:
+        """The samples of each update, but for groups that are `trained` on already; `waited`: seconds, for those."""
+        episodes, waited = played.episodes, waited + played.waited
         if self.args.overlap:
             self._play_ahead(self.rollout_step + 2)
         self._log_number("policy_version", played.version)
@@ -282,14 +285,18 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         self._log_number("seconds/rollout", seconds)
         if self.args.overlap:
             self._log_number("overlap/staleness", self.state.global_step - played.version)
-            self._log_number("overlap/trainer_waited", played.waited)
-            self._log_number("overlap/share", 1 - played.waited / seconds)
+        if self.args.overlap or self.args.update_parts > 1:
+            self._log_number("overlap/trainer_waited", waited)
+            self._log_number("overlap/share", max(0.0, 1 - waited / seconds))
         if self.args.audit_every and (self.rollout_step + 1) % self.args.audit_every == 0:
             self._audit(episodes)
         waited = sum(e.seconds_environment for e in episodes)
         self._log_number("seconds/simulator_per_episode", waited / max(1, len(episodes)))
         self._log_number("tokens_per_second", sum(sum(s.turn_tokens) for s in summaries) / seconds)
+        return self._samples([e for e in episodes if e.group not in trained], credit)
 
+    def _samples(self, episodes: Sequence[Episode], credit: StepCredit) -> list[list[TurnSample]]:
+        """The samples of this process's episodes, for each update of the step."""
         updates, recorded = self.args.num_iterations, self.args.old_logprobs == "recorded"
         level = self.args.importance_level
         trained = [e for e in episodes if (e.group, e.rollout) in credit.turns]
@@ -302,7 +309,8 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         recomputes = updates > 1 or level == "episode"
         if level != "none":
             samples = self._comparable(samples)
-        if recomputes or not self._checked or (level == "none" and self.args.use_vllm):
+        compares = recomputes or not self._checked or (level == "none" and self.args.use_vllm)
+        if compares:
             current = self._compare_with_engine(samples if recomputes else self._few(samples), corrected=level != "none")
             if level == "episode":
                 samples = self._weighted(ordered, samples, current)
@@ -311,7 +319,8 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         if level == "none":
             samples = [replace(sample, sampled_logprobs=None) for sample in samples]
         self._checked = True
-        self._log_number("seconds/recompute", time.perf_counter() - started)
+        if compares or (level != "none" and self.runner.play.sampling.truncates):
+            self._log_number("seconds/recompute", time.perf_counter() - started)
         rest = iter(samples)
         return [[next(rest) for e in part for _ in e.turns] for part in parts]
 
@@ -351,145 +360,6 @@ class CTCGRPOTrainer(CheckpointedUpdate):
             with Path(self.args.output_dir, STEPS_FILE).open("a", encoding="utf-8") as out:
                 out.write(found.model_dump_json() + "\n")
         self._log_number("seconds/audit", time.perf_counter() - started)
-
-    def collect(self, step: int, positions: Sequence[int]) -> list[Episode]:
-        """Play this process's contiguous share of the episodes of `step` (from 1); `positions`: of their tasks in the dataset."""
-        slots = self._slots(step, positions)
-        self._hooks.rollouts(step, len(slots))
-        return self.play(slots, step_name(step))
-
-    def share_of(self, step: int) -> list[int]:
-        """The positions, in the dataset, of the tasks of this process's episodes of `step` (from 1), as `collect` takes them."""
-        tasks = [task for task in self._step_tasks[step - 1] for _ in range(self.args.num_generations)]
-        share = len(tasks) // self.accelerator.num_processes
-        return tasks[self.accelerator.process_index * share :][:share]
-
-    def _slots(self, step: int, positions: Sequence[int]) -> list[Slot]:
-        """Of this process; `positions` as in `collect`."""
-        size = self.args.num_generations
-        first = self.accelerator.process_index * len(positions)
-        places = (divmod(first + k, size) for k in range(len(positions)))
-        return [Slot(self._tasks[position], step, *place) for position, place in zip(positions, places, strict=True)]
-
-    def play(
-        self,
-        slots: Sequence[Slot],
-        name: str,
-        play: Play | None = None,
-        environment: Callable[[], Environment] | None = None,
-    ) -> list[Episode]:
-        """Play episodes with the current policy, on every process (each with its own slots), and write their traces to
-        OUTPUT_DIR/traces/NAME.rank-R.jsonl. `play`, `environment`: default: those of training.
-
-        When any process is asked to pause (Ctrl-C, a spent budget), all of them raise RunPaused together.
-        """
-        self._await_ahead()
-        before = self.phase
-        self._take_weights()
-        self.phase = PLAYING
-        runner = replace(self.runner, play=play or self.runner.play)
-        if environment is not None:
-            runner = replace(runner, environment=environment, shared=_shared_by(environment))
-        try:
-            return self._finished(lambda: self._run(slots, name, runner))
-        finally:
-            self.phase = before
-
-    def _take_weights(self) -> None:
-        self._refuse_sharded_sampling()
-        before, self.phase = self.phase, "the transfer of the policy's weights to the engine"
-        together(lambda: self.engine.take_weights(self.state.global_step))
-        self.phase = before
-
-    def _run(self, slots: Sequence[Slot], name: str, runner: RolloutRunner) -> list[Episode]:
-        write = TraceWriter(self._trace_file(name))
-
-        def on_episode(episode: Episode) -> None:
-            write(episode)
-            self._hooks.episode(episode)
-
-        return run_coroutine(runner.run(slots, on_episode))
-
-    def _finished(self, wait: Callable[[], _T]) -> _T:
-        """The result of `wait`, when it is there on all processes, and the engine had the same weights throughout."""
-        pause: RunPaused | None = None
-        result: _T | None = None
-        try:
-            result = wait()
-        except RunPaused as error:
-            pause = error
-        finally:
-            self.engine.sleep()
-        raise_on_all(pause)
-        together(self.engine.confirm)
-        return cast(_T, result)
-
-    # --- overlap -----------------------------------------------------------------------------------------------------------
-
-    def _play_ahead(self, step: int) -> None:
-        """Begin to play the episodes of `step` (from 1), if the run has it, with the current weights, in a thread."""
-        if step > len(self._step_tasks):
-            return
-        self._take_weights()
-        if self._engine_free is not None:
-            self._log_number("overlap/engine_waited", time.perf_counter() - self._engine_free)
-        tasks = self.share_of(step)
-        slots = self._slots(step, tasks)
-
-        def play(stopped: Callable[[], bool]) -> list[Episode]:
-            interrupted = self._hooks.interrupted
-            runner = replace(self.runner, interrupted=lambda: stopped() or interrupted())
-            return self._run(slots, step_name(step), runner)
-
-        self._ahead = PlayingAhead(step, tasks, self.state.global_step, play)
-
-    def _await_ahead(self) -> None:
-        """Wait for the batch that is played ahead, if there is one. The engine is idle afterwards."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is None:
-            return
-        before, self.phase = self.phase, PLAYING
-        self._hooks.rollouts(ahead.step, len(ahead.tasks))
-        try:
-            self._played = self._finished(ahead.wait)
-        finally:
-            self._engine_free = ahead.ended
-            self.phase = before
-
-    def _take_played(self, step: int, tasks: Sequence[int]) -> Played:
-        """The episodes of a step (from 1): those played ahead, or else played now."""
-        played, self._played = self._played, None
-        if played is not None:
-            if (played.step, list(played.tasks)) != (step, list(tasks)):
-                raise RuntimeError(f"step {played.step} was played ahead, and the trainer asks for another one ({step})")
-            return played
-        started, version = time.perf_counter(), self.state.global_step
-        episodes = self.collect(step, tasks)
-        self._engine_free = time.perf_counter()
-        seconds = self._engine_free - started
-        return Played(step, tasks, version, episodes, seconds, seconds)
-
-    def _drop_ahead(self) -> None:
-        """Cancel a batch that is played ahead when training ends early. It is played again when the run resumes."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            ahead.stop()
-            self.engine.sleep()
-            self._trace_file(step_name(ahead.step)).unlink(missing_ok=True)
-        if self._played is not None:
-            self._trace_file(step_name(self._played.step)).unlink(missing_ok=True)
-        self._played = None
-
-    def _refuse_sharded_sampling(self) -> None:
-        plugin = self.accelerator.state.deepspeed_plugin
-        sharded = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
-        if sharded and not self.args.use_vllm:
-            raise PolicyEngineError("transformers cannot sample from weights sharded by ZeRO-3 or FSDP; set use_vllm=True")
-
-    def _trace_file(self, name: str) -> Path:
-        traces = Path(self.args.output_dir, "traces")
-        traces.mkdir(parents=True, exist_ok=True)
-        return trace_file(traces, name, self.accelerator.process_index)
 
     def _compare_with_engine(self, samples: Sequence[TurnSample], *, corrected: bool) -> list[Floats]:
         """The current log-probabilities of samples, and, as metrics, how far those of the engine are off. `corrected`: samples are
@@ -553,8 +423,3 @@ class CTCGRPOTrainer(CheckpointedUpdate):
         control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.control: TrainerControl = control
         return metrics
-
-
-def _shared_by(environment: Callable[[], Environment]) -> AbstractAsyncContextManager[Any]:
-    """What is entered while a batch of episodes is played."""
-    return environment if isinstance(environment, AbstractAsyncContextManager) else contextlib.nullcontext()

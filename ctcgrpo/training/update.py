@@ -2,7 +2,8 @@
 
 1. rows of turn samples share what they have in common, and are dealt out so that all processes have equally much to do;
 2. gradients are synchronised on the last row;
-3. the loss is a sum over tokens divided by the trained tokens of the whole step, over all rows and processes.
+3. the loss is a sum over tokens divided by the trained tokens of the whole step, over all rows and processes, or by `loss_total`;
+4. with that, a step can come in parts, whose gradients add up to those of the whole, in whatever order they come.
 """
 
 import contextlib
@@ -76,6 +77,7 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
             reference = [] if self.ref_model is None else [self.accelerator.unwrap_model(self.ref_model)]
             for model in (policy, *reference):
                 use_layouts(model)
+        self.begin_update()
         self._costs = forward_costs(policy, gathers=self._how in ("segments", "flash3"))
 
     @property
@@ -83,41 +85,55 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
         """The batch of rollouts that the next optimizer step belongs to, from 0."""
         return int(self.state.global_step // self.args.num_iterations)
 
-    def update(self, model: torch.nn.Module, samples: Sequence[TurnSample]) -> torch.Tensor:
-        """Forward and backward over this process's samples of one optimizer step; gradients end up synchronised.
+    def begin_update(self) -> None:
+        """Call it before the first part of an optimizer step."""
+        self._totals: list[TokenSums] = []
+        self._tokens = 0.0
+        self._packed = np.zeros(3)  # tokens, forwarded tokens, and positions
 
-        Returns the step's loss, a scalar over all processes. Every process runs the same number of rows. A step
-        without any trained token leaves no gradient anywhere, so the optimizer changes nothing.
+    def update(self, model: torch.nn.Module, samples: Sequence[TurnSample], *, is_last: bool = True) -> torch.Tensor:
+        """Forward and backward over this process's samples of one optimizer step, or of a part of it; the last part synchronises
+        gradients. Parts need `loss_total`: the number of trained tokens in all of them is not known before the last.
+
+        Returns the step's loss, a scalar over all processes, and 0 before the last part. Every process runs the same number of
+        rows. A step without any trained token leaves no gradient anywhere, so the optimizer changes nothing.
         """
         made = self._plan(gather_samples(self.accelerator, samples))
-        self._log_number("packing/tokens", made.tokens)
-        self._log_number("packing/forwarded", made.forwarded)
-        self._log_number("packing/padding", made.padding)
+        self._packed += made.tokens, made.forwarded, made.forwarded / (1 - made.padding)
         self._log_number("packing/imbalance", made.imbalance)
-        return self.update_rows(model, made.rows)
+        loss = self.update_rows(model, made.rows, is_last=is_last)
+        if is_last:
+            tokens, forwarded, positions = self._packed.tolist()
+            self._log_number("packing/tokens", tokens)
+            self._log_number("packing/forwarded", forwarded)
+            self._log_number("packing/padding", 1 - forwarded / positions if positions else 0.0)
+        return loss
 
-    def update_rows(self, model: torch.nn.Module, rows: Sequence[Row]) -> torch.Tensor:
+    def update_rows(self, model: torch.nn.Module, rows: Sequence[Row], *, is_last: bool = True) -> torch.Tensor:
         """`update` for rows already made, equally many on every process."""
         model.train()
         counts = (float(sum(len(row.at) for row in rows)), float(sum(row.samples for row in rows)))
         tokens, turns = self._sum_over_processes(counts)
-        total = tokens if self.args.loss_weights == "token" else turns
-        if not tokens:
+        self._tokens += tokens
+        if not self._tokens or not (tokens or is_last):
             return torch.zeros((), device=self.accelerator.device)
-        totals: list[TokenSums] = []
+        total = self.args.loss_total or (tokens if self.args.loss_weights == "token" else turns)
+        rows = rows or [dummy_row(self._tokenizer.pad_token_id)]  # gradients are synchronised on the last row
         for k, row in enumerate(rows):
-            is_last = k == len(rows) - 1
-            self.accelerator.gradient_state._set_sync_gradients(is_last)
-            with self._without_sync(model, is_last):
+            ends = is_last and k == len(rows) - 1
+            self.accelerator.gradient_state._set_sync_gradients(ends)
+            with self._without_sync(model, ends):
                 sums = self._row_sums(model, row)
-                if is_last:  # before DeepSpeed's backward, which is followed by its optimizer step at once
-                    self._refuse_nonfinite_loss([*totals, sums])
+                if ends:  # before DeepSpeed's backward, which is followed by its optimizer step at once
+                    self._refuse_nonfinite_loss([*self._totals, sums])
                 # Data-parallel training averages gradients over processes: the factor makes it a sum.
                 loss = sums.loss * (self.accelerator.num_processes / total)
                 self.accelerator.backward(loss, **self._backward_kwargs())
-            totals.append(TokenSums(*(getattr(sums, field.name).detach() for field in fields(TokenSums))))
+            self._totals.append(TokenSums(*(getattr(sums, field.name).detach() for field in fields(TokenSums))))
+        if not is_last:
+            return torch.zeros((), device=self.accelerator.device)
         self._refuse_nonfinite_gradients(model)
-        return self._log_update(totals, tokens)
+        return self._log_update(self._totals, self._tokens)
 
     # --- what is not finite ----------------------------------------------------------------------------------------------
 

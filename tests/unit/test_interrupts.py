@@ -245,10 +245,10 @@ def test_weights_that_an_engine_does_not_take_end_the_run_after_saving(
 def test_an_update_in_progress_is_finished_and_saved(ctcgrpo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = CTCGRPOTrainer.update_rows
 
-    def update_rows(self: CTCGRPOTrainer, *arguments: Any) -> Any:
+    def update_rows(self: CTCGRPOTrainer, *arguments: Any, **options: Any) -> Any:
         if self.state.global_step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *arguments)
+        return original(self, *arguments, **options)
 
     monkeypatch.setattr(CTCGRPOTrainer, "update_rows", update_rows)
     code, out, err = ctcgrpo("train", TINY, *FAST, "training.max_steps=3", f"run.output_dir={tmp_path}")

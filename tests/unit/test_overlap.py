@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ctcgrpo import CTCGRPOConfig, CTCGRPOTrainer, Environment, Step
 from ctcgrpo.errors import PolicyEngineError, RecipeError, RunInterrupted, TooManyFailures
 from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.training.ahead import PlayingAhead
-from ctcgrpo.training.trainer import RolloutHooks
+from ctcgrpo.training.playing import RolloutHooks
+from ctcgrpo.types import TurnSample
 
 ROOT = Path(__file__).parents[2]
 TASKS = [{"id": f"t{k}", "words": f"Say {k}."} for k in range(8)]
@@ -113,8 +117,8 @@ def test_a_batch_comes_from_one_version_and_every_task_is_played_once(tmp_path: 
     parts: dict[int, list[Any]] = {}
     new_batch = made._new_batch
 
-    def keep(inputs: Any) -> Any:
-        parts[made.rollout_step + 1] = (found := new_batch(inputs))[0]
+    def keep(*args: Any) -> Any:
+        parts[made.rollout_step + 1] = (found := new_batch(*args))[0]
         return found
 
     made._new_batch = keep  # type: ignore[method-assign]
@@ -137,6 +141,131 @@ def test_a_batch_comes_from_one_version_and_every_task_is_played_once(tmp_path: 
                 scores = model(ids).logits[0, -n - 1 : -1].log_softmax(-1)[range(n), ids[0, -n:]]
             gaps[k] += float((scores - torch.from_numpy(sample.sampled_logprobs)).abs().sum())
     assert gaps[1] < 0.01 < gaps[2], gaps
+
+
+class Uneven(Talk):
+    """Groups of even tasks are over at once. The others wait until gradients of the first part were computed."""
+
+    first_part: threading.Event
+
+    async def reset(self, task: Any, *, seed: int) -> str:
+        line = await super().reset(task, seed=seed)
+        self.waits = int(task["id"][1:]) % 2
+        if self.waits:
+            await asyncio.to_thread(Uneven.first_part.wait, PATIENCE)
+        return line
+
+    def step(self, reply: str) -> Step:
+        """The groups that wait have one turn, the others two."""
+        return replace(super().step(reply), done=self.turns == 2 - self.waits)
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_groups_that_are_over_are_updated_on_while_others_are_played(tmp_path: Path, overlap: int) -> None:
+    Uneven.first_part = threading.Event()
+    options: dict[str, Any] = {"per_device_train_batch_size": 8, "max_steps": 1, "loss_total": 100.0, "shuffle_dataset": False}
+    made = trainer(tmp_path / "parts", environment=Uneven, update_parts=2, overlap=overlap, **options)
+    updates, gradients = made.update, Gradients()
+    made.add_callback(gradients)
+    seen: list[tuple[bool, int]] = []
+
+    def update(model: Any, samples: Any, *, is_last: bool = True) -> torch.Tensor:
+        seen.append((is_last, len(samples)))
+        loss = updates(model, samples, is_last=is_last)
+        if not is_last:
+            assert made._ahead is not None and made._ahead.ended is None and len(made._ahead.over) == 4
+        Uneven.first_part.set()
+        return loss
+
+    made.update = update  # type: ignore[method-assign]
+    made.train()
+    # Two groups of two episodes with two turns come first; then the others, with one turn.
+    assert seen == [(False, 8), (True, 4)]
+    logs = made.state.log_history[0]
+    assert logs["episodes/valid"] == 8 and logs["overlap/trainer_waited"] > 0 and 0 <= logs["overlap/share"] <= 1
+    [episodes] = traces(tmp_path / "parts").values()
+    assert len(episodes) == 8 and all("credit" in turn for e in episodes for turn in e["turns"])
+
+    # The same episodes in one part have the same gradients, and so have parts in the other order.
+    whole = trainer(tmp_path / "whole", environment=Uneven, overlap=overlap, **options)
+    whole.add_callback(found := Gradients())
+    whole.train()
+    same(gradients.found, found.found)
+    assert whole.state.log_history[0]["trained_tokens"] == logs["trained_tokens"]
+    assert whole.state.log_history[0]["policy_loss"] == pytest.approx(logs["policy_loss"])
+
+
+class Gradients(TrainerCallback):
+    """Those of the first optimizer step."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, *args: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+        self.found = self.found or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    flat, other = (torch.cat([g.flatten() for g in found.values()]) for found in (a, b))
+    return float((flat - other).norm() / flat.norm())
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys() and apart(a, b) < 1e-5
+
+
+def test_parts_divided_by_what_comes_favour_the_first_and_by_a_fixed_total_they_do_not(tmp_path: Path) -> None:
+    """Groups of short replies are over first. Were each part divided by its own tokens, a token of theirs would weigh more."""
+    options: dict[str, Any] = {"max_steps": 1, "overlap": 0, "loss_total": 100.0, "entropy_coef": 0.0}
+    made = trainer(tmp_path, **options)
+    rng = random.Random(3)
+
+    def some(tokens: int, advantage: float) -> TurnSample:
+        ids = [rng.randrange(20, 900) for _ in range(10 + tokens)]
+        return TurnSample(np.array(ids[:10]), np.array(ids[10:]), advantage)
+
+    short = [some(2, 1.0) for _ in range(4)]
+    long = [some(30, -1.0) for _ in range(4)]
+
+    def gradients(*parts: list[TurnSample], total: float | None = 100.0) -> dict[str, torch.Tensor]:
+        made.model.zero_grad()
+        made.args.loss_total = total
+        made.begin_update()
+        for k, part in enumerate(parts, 1):
+            made.update(made.model, part, is_last=k == len(parts))
+        return {n: p.grad.clone() for n, p in made.model.named_parameters() if p.grad is not None}
+
+    whole = gradients(short + long)
+    same(whole, gradients(short, long))
+    same(whole, gradients(long, short))
+    same(whole, gradients(short[:1] + long[2:], [], long[:2] + short[1:], []))
+    tokens = sum(len(sample.completion_ids) for sample in short + long)
+    same({n: g * 100 / tokens for n, g in whole.items()}, gradients(short + long, total=None))
+    biased = gradients(short, long, total=None)
+    alone = [gradients(part, total=None) for part in (short, long)]
+    same({n: alone[0][n] + alone[1][n] for n in biased}, biased)
+    assert apart(whole, {n: g * 100 / tokens for n, g in biased.items()}) > 0.3
+
+
+def test_what_excludes_parts_is_named(tmp_path: Path) -> None:
+    for options, message in (
+        ({"sampling_dtype": "policy", "overlap": 0}, "update_parts = 2 needs an engine with weights of its own"),
+        ({"loss_total": None}, "update_parts = 2 needs loss_total: .* take the metric trained_tokens"),
+        (
+            {"overlap": 0, "deterministic": True},
+            "update_parts = 2 depends on the clock, and deterministic needs runs that repeat",
+        ),
+        ({"num_iterations": 2}, "update_parts = 2 with num_iterations = 2, which needs all episodes of a step at once"),
+        ({"credit": "vine"}, "update_parts = 2 with credit = 'vine', which needs all episodes of a step at once"),
+        ({"turn_scale": "batch"}, "update_parts = 2 with turn_scale = 'batch', which needs all episodes of a step at once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, **{"update_parts": 2, "loss_total": 50.0, **options})
+    tiny = [ROOT / "recipes" / "tiny.yaml", ["training.update_parts=2", "rollout.deterministic=false", "rollout.dtype=bfloat16"]]
+    with pytest.raises(RecipeError, match="training.update_parts = 2 needs training.loss_total"):
+        load_recipe(*tiny)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="training.update_parts = 2 with training.updates_per_step = 2"):
+        load_recipe(tiny[0], [*tiny[1], "training.loss_total=9", "training.updates_per_step=2"])  # type: ignore[list-item, arg-type]
 
 
 class StopsDuring(RolloutHooks):
@@ -222,7 +351,7 @@ def test_several_updates_of_a_batch(tmp_path: Path) -> None:
 
 
 def test_what_an_engine_raises_reaches_the_trainer() -> None:
-    def play(stopped: Any) -> list[Any]:
+    def play(stopped: Any, over: Any) -> list[Any]:
         raise PolicyEngineError("http://127.0.0.1:9 did not answer")
 
     ahead = PlayingAhead(2, [0], 0, play)
@@ -234,7 +363,7 @@ def test_what_an_engine_raises_reaches_the_trainer() -> None:
 def test_what_excludes_overlap_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="overlap = 1 needs an engine with weights of its own"):
         trainer(tmp_path, sampling_dtype="policy")
-    with pytest.raises(ValueError, match="so it excludes deterministic"):
+    with pytest.raises(ValueError, match="overlap = 1 depends on the clock, and deterministic needs runs that repeat"):
         trainer(tmp_path, deterministic=True)
     tiny = ROOT / "recipes" / "tiny.yaml"
     free = ["rollout.overlap=1", "rollout.deterministic=false"]
@@ -244,7 +373,7 @@ def test_what_excludes_overlap_is_named(tmp_path: Path) -> None:
     for overrides, message in (
         (
             ["rollout.overlap=1", "rollout.deterministic=true", "rollout.dtype=bfloat16"],
-            "with rollout.deterministic; leave one out",
+            "rollout.overlap = 1 depends on the clock, and rollout.deterministic needs",
         ),
         (free, "which samples from the trained weights themselves"),
         ([*free, "rollout.engine=vllm_colocated"], "which samples from the trained weights themselves"),

@@ -179,7 +179,7 @@ def test_importance_weights_need_a_recomputed_ratio() -> None:
     load_recipe(
         TINY, ["training.importance=turn", "rollout.top_k=20", "rollout.engine=vllm_colocated", "rollout.deterministic=false"]
     )
-    with pytest.raises(RecipeError, match="whose ratio contains the weight already"):
+    with pytest.raises(RecipeError, match="whose ratio contains the importance weight already"):
         load_recipe(TINY, ["training.importance=token", "training.old_logprobs=recorded"])
     with pytest.raises(RecipeError, match="importance_max"):
         load_recipe(TINY, ["training.importance_max=0.5"])
@@ -262,7 +262,7 @@ def test_engines_and_sharding_that_do_not_go_together_are_refused() -> None:
         (["rollout.vllm.urls=[http://a:1]"], "rollout.vllm.urls names servers"),
         (["rollout.vllm.urls=[a:1]"], "'a:1'; expected a URL that begins with http"),
         (["rollout.engine=vllm_colocated"], "rollout.deterministic needs"),
-        (["rollout.deadline=60"], "rollout.deadline depends on the clock"),
+        (["rollout.deadline=60"], "rollout.deadline = 60.0 depends on the clock"),
         (["policy.attention=eager"], "policy.attention is 'eager', but packing and the transformers engine use their own"),
         (["policy.quantization=nf4"], "expected an adapter to train"),
         (

@@ -206,7 +206,7 @@ def test_several_updates_keep_the_old_logprobs_of_before_the_first(tiny: Path, t
     trainer = sameness.build_trainer(str(tiny), str(tmp_path), updates=2)
     episodes = sameness.fixed_episodes(str(tiny))
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
-    parts = trainer._new_batch([{"task": 0}] * len(episodes))
+    parts = trainer._new_batch(trainer._take_played(1, [0] * len(episodes)))
     replies = [turn for e in episodes for turn in e.turns]
     assert sum(map(len, parts)) == sum(len(e.turns) for e in episodes if e.failure is None)
     for sample in (sample for part in parts for sample in part):
