@@ -292,8 +292,10 @@ def run(
     shift: bool = False,
     backend: str | None = None,
     peft_config: Any = None,
+    parts: bool = False,
     **config: Any,
 ) -> Outcome:
+    """`parts`: each update comes in two parts, the second half of the samples first."""
     capture = _Capture()
     if backend:
         on_cpu_with_gloo(backend)
@@ -315,6 +317,8 @@ def run(
         made: list[int] = []
         plain_update = trainer.update_rows
         trainer.update_rows = lambda model, rows, **k: (made.append(len(rows)), plain_update(model, rows, **k))[1]  # type: ignore
+        if parts:
+            update_in_parts(trainer)
         trainer.add_callback(at_first := _BeforeTraining(trainer, capture, logprobs := []))
         trainer.train()
         norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
@@ -328,6 +332,19 @@ def run(
             sketches=at_first.sketches,
             moved={n: p - before[n] for n, p in weights(trainer.model).items()},
         )
+
+
+def update_in_parts(trainer: CTCGRPOTrainer) -> None:
+    update = trainer.update
+
+    def in_parts(model: Any, samples: Any) -> torch.Tensor:
+        [tokens] = trainer._sum_over_processes([float(sum(len(sample.completion_ids) for sample in samples))])
+        trainer.args.loss_total = tokens
+        half = len(samples) // 2
+        update(model, samples[half:], is_last=False)
+        return update(model, samples[:half])
+
+    trainer.update = in_parts  # type: ignore[assignment]
 
 
 def _backend_of(wrapped: Any) -> str:
@@ -365,9 +382,10 @@ def main() -> None:
     parser.add_argument("--backend")
     parser.add_argument("--kl", type=float, default=0.0)
     parser.add_argument("--importance", default="none")
+    parser.add_argument("--parts", action="store_true")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; compare gradients and norm of the first step")
     args = parser.parse_args()
-    how = {"tokens_per_row": args.tokens_per_row, "shift": args.shift, "backend": args.backend}
+    how = {"tokens_per_row": args.tokens_per_row, "shift": args.shift, "backend": args.backend, "parts": args.parts}
     old = {"old_logprobs": "recomputed"} if args.importance != "none" else {}
     outcome = run(args.base, **how, beta=args.kl, bf16=args.bf16, importance=args.importance, **old)
     rank = next(iter(outcome.logprobs))

@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 from tests.process.test_processes import ENVIRONMENT, SHARDED, TORCHRUN
 
 KL, BY_TURN, BY_EPISODE = ("--kl", "0.5"), ("--importance", "turn"), ("--importance", "episode")
+IN_PARTS = ("--parts",)
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +30,11 @@ def ones(tiny: Path) -> dict[tuple[str, ...], sameness.Outcome]:
 @pytest.mark.parametrize(
     ("backend", "options", "ran"),
     [
-        ("", (), "DistributedDataParallel"),
+        ("", IN_PARTS, "DistributedDataParallel"),
         ("zero1", BY_TURN, "DeepSpeedEngine, ZeRO-1"),
         ("zero2", KL, "DeepSpeedEngine, ZeRO-2"),
-        ("zero3", KL, "DeepSpeedEngine, ZeRO-3"),
-        ("fsdp2", BY_EPISODE, "FSDPQwen3ForCausalLM"),
+        ("zero3", (*KL, *IN_PARTS), "DeepSpeedEngine, ZeRO-3"),
+        ("fsdp2", (*BY_EPISODE, *IN_PARTS), "FSDPQwen3ForCausalLM"),
     ],
 )
 def test_two_processes_are_the_same_as_one(
@@ -44,9 +45,10 @@ def test_two_processes_are_the_same_as_one(
     tiny: Path,
     tmp_path: Path,
 ) -> None:
-    """One of them plain, the two with shared prefixes."""
-    assert not options or not sameness.is_same(ones[()], ones[options])
-    one = ones[options]
+    """One of them plain, the two with shared prefixes, and some of them with updates in parts."""
+    kind = tuple(option for option in options if option not in IN_PARTS)
+    assert not kind or not sameness.is_same(ones[()], ones[kind])
+    one = ones[kind]
     options += ("--backend", backend) if backend else ()
     command = [*TORCHRUN, "-m", "tests.sameness", str(tmp_path / "two"), str(tiny), *options]
     environment = SHARDED if backend else ENVIRONMENT
