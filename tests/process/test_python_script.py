@@ -31,24 +31,33 @@ class Long(Environment):
         return Step("More.", reward=len(reply) / 100, done=self.turns == 2)
 
 
-def train(folder, **resume):
+AHEAD = {
+    "overlap": 1,
+    "update_parts": 2,
+    "loss_total": 60.0,
+    "sampling_dtype": "bfloat16",
+    "num_generations": 6,
+    "per_device_train_batch_size": 9,  # three groups, one of them on both processes
+    "max_steps": 3,
+    "deterministic": False,
+}
+
+
+def train(folder, options, **resume):
     trainer = CTCGRPOTrainer(
         model="builtin/tiny",
         args=CTCGRPOConfig(
             folder,
-            num_generations=4,
-            per_device_train_batch_size=4,
             max_turns=2,
             max_completion_length=4,
-            max_steps=2,
             learning_rate=1e-3,
             bf16=False,
             logging_steps=1,
             save_steps=1,
-            deterministic=True,
+            **{"num_generations": 4, "per_device_train_batch_size": 4, "max_steps": 2, "deterministic": True} | options,
         ),
         environment=Long,
-        train_dataset=Dataset.from_list([{"topic": topic, "tag": topic} for topic in ("rain", "sun")]),
+        train_dataset=Dataset.from_list([{"topic": topic, "tag": "all" if options else topic} for topic in ("rain", "sun")]),
         eval_dataset=[{"topic": "snow"}, {"topic": "fog"}, {"topic": "hail"}],
     )
     trainer.train(**resume)
@@ -58,7 +67,8 @@ def train(folder, **resume):
 
 
 if __name__ == "__main__":
-    trainer, evaluated = train(sys.argv[1], resume_from_checkpoint="resume" in sys.argv or None)
+    options = AHEAD if "ahead" in sys.argv else {}
+    trainer, evaluated = train(sys.argv[1], options, resume_from_checkpoint="resume" in sys.argv or None)
     found = {"processes": trainer.accelerator.num_processes, "evaluated": evaluated, "log": trainer.state.log_history}
     if trainer.accelerator.is_main_process:
         with open(sys.argv[1] + "/found.json", "w") as file:
@@ -98,3 +108,20 @@ def test_a_script_on_two_processes_and_resumed(tmp_path: Path) -> None:
     resumed = load_file(run / "model.safetensors")
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     assert json.loads((run / "found.json").read_text())["evaluated"] == found["evaluated"]
+
+
+def test_parts_of_a_step_and_the_next_step_on_two_processes(tmp_path: Path) -> None:
+    (script := tmp_path / "script.py").write_text(SCRIPT)
+    launch(script, str(run := tmp_path / "run"), "ahead")
+    found = json.loads((run / "found.json").read_text())
+    steps = [entry for entry in found["log"] if "outcome/all" in entry]
+    assert found["processes"] == 2 and [entry["episodes/valid"] for entry in steps] == [18] * 3
+    assert [entry["overlap/staleness"] for entry in steps] == [0, 1, 1]
+    assert [entry["trained_tokens"] for entry in steps] == [18 * 2 * 4] * 3
+    for step, version in ((1, 0), (2, 0), (3, 1)):
+        files = [run / "traces" / f"step-{step:06d}.rank-{rank}.jsonl" for rank in (0, 1)]
+        episodes = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+        assert [len(mine) for mine in episodes] == [9, 9]
+        both = {(e["group"], e["rollout"]) for mine in episodes for e in mine}
+        assert len(both) == 18 and {e["version"] for mine in episodes for e in mine} == {version}
+        assert all("credit" in turn for mine in episodes for e in mine for turn in e["turns"])
