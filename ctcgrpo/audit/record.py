@@ -1,4 +1,4 @@
-"""The figures of an audit as they are written down. None stands for what cannot be told; as the upper end of an interval of noise,
+"""The figures of an audit as they are written. None stands for an undetermined value; as the upper end of an interval of noise,
 for no upper bound."""
 
 import math

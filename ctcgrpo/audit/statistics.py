@@ -28,7 +28,7 @@ _KNOWN = 0.95  # share of the resamples in which a figure must be known for an i
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A value and its 95 % interval. NaN where it cannot be told: an estimated squared length, or the baseline's gain, came out
+    """A value and its 95 % interval. NaN where it is undetermined: an estimated squared length, or the baseline's gain, came out
     negative; of an interval where that happened in more than 5 % of the resamples."""
 
     value: float

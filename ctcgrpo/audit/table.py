@@ -40,7 +40,7 @@ def by_gain(found: Audit) -> list[tuple[str, OfCredit]]:
 
 
 def shown(of: Estimate, form: str = ".2f", no_bound: str = "?") -> str:
-    """? stands for what cannot be told; `no_bound` for an upper end that is not known."""
+    """? stands for an undetermined value; `no_bound` for an upper end that is not known."""
     value, low = ("?" if x is None else format(x, form) for x in (of.value, of.low))
     high = no_bound if of.high is None and of.low is not None else "?" if of.high is None else format(of.high, form)
     return f"{value} ({low} to {high})"

@@ -60,14 +60,14 @@ async def chat(
             await simulator.health()
         for _ in range(rounds):
             try:
-                said = ask().strip()  # blocking: nothing else runs meanwhile, and Ctrl-C ends it at once
+                reply = ask().strip()  # blocking: nothing else runs meanwhile, and Ctrl-C ends it at once
             except EOFError:
-                said = ""
-            if not said:
+                reply = ""
+            if not reply:
                 break
             before = environment.state
             with console.status(waiting):
-                await environment.step(said)
+                await environment.step(reply)
             state, answer = environment.state, environment.answer
             better = (state.trust - before.trust) - (state.anger - before.anger)
             console.print(

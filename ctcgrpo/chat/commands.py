@@ -96,8 +96,10 @@ def chat(
 
             serve_chat(talk, host, port, log_line, seed=number, reasoning=reasoning)
         else:
-            told = talk_in_terminal(talk, Terminal(80), lambda: input("You: "), seed=number, reasoning=reasoning, rounds=rounds)
-            asyncio.run(told)
+            session = talk_in_terminal(
+                talk, Terminal(80), lambda: input("You: "), seed=number, reasoning=reasoning, rounds=rounds
+            )
+            asyncio.run(session)
     except KeyboardInterrupt:
         print()
     finally:

@@ -1,6 +1,6 @@
 """A conversation of a person with one or more policies, as terminal and page share it: one record, and pure functions.
 
-All policies hear the same lines. Each has its own history: what it said itself.
+All policies get the same user messages. Each has its own history with its own replies.
 """
 
 from collections.abc import Sequence
@@ -57,8 +57,8 @@ def dialogue_of(conversation: Conversation, policy: int, contexts: ContextBuilde
     """The conversation as that policy knows it, from the tokens that it sampled. Raises PolicyEngineError for roles that its chat
     template cannot render."""
     first, *others = conversation.lines
-    heard: list[Message] = [{"role": "user", "content": first}] if first else []
-    dialogue = contexts.start([*conversation.role, *heard])
+    opening: list[Message] = [{"role": "user", "content": first}] if first else []
+    dialogue = contexts.start([*conversation.role, *opening])
     for replies, line in zip(conversation.replies, others, strict=True):
         dialogue = contexts.extend(dialogue, replies[policy].completion, line)
     return dialogue

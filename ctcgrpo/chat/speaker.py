@@ -42,5 +42,5 @@ class Speaker:
 async def converse(conversation: Conversation, line: str, speakers: Sequence[Speaker], seed: int) -> Conversation:
     """The conversation after a line and the replies of all policies, one after the other, sampled with the same seed. Raises
     ValueError for an empty line, PolicyEngineError as `Speaker.reply`; the conversation then stays as it was."""
-    heard = say_line(conversation, line)
-    return add_replies(heard, [await speaker.reply(heard, k, seed) for k, speaker in enumerate(speakers)])
+    extended = say_line(conversation, line)
+    return add_replies(extended, [await speaker.reply(extended, k, seed) for k, speaker in enumerate(speakers)])

@@ -57,7 +57,7 @@ def _introduce(talk: Talk, console: Console) -> None:
 
 
 def _opening(talk: Talk, conversation: Conversation, console: Console) -> str:
-    """The scenario's first line, where nothing was said yet."""
+    """The scenario's first line, at the start of a dialogue."""
     line = "" if talk.scenario is None or conversation.lines else talk.scenario.opening_line
     if line:
         print_line(console, f"You: {line}")

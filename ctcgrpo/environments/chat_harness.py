@@ -28,8 +28,8 @@ class ChatHarness(vf.Harness[vf.HarnessConfig]):  # type: ignore[misc]
         data: vf.TaskData,
     ) -> vf.ProgramResult:
         system, prompt = self.resolve_prompt(data)
-        said = [vf.UserMessage(content=prompt)] if isinstance(prompt, str) else prompt or []
-        messages: list[Any] = [*([vf.SystemMessage(content=system)] if system else []), *said]
+        prompt_messages = [vf.UserMessage(content=prompt)] if isinstance(prompt, str) else prompt or []
+        messages: list[Any] = [*([vf.SystemMessage(content=system)] if system else []), *prompt_messages]
         async with AsyncOpenAI(base_url=endpoint, api_key=secret, timeout=None) as client:
             await client.chat.completions.create(model=ctx.model, messages=[message_to_wire(m) for m in messages])
         return vf.ProgramResult(exit_code=0, stdout="", stderr="")

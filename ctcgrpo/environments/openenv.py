@@ -94,11 +94,11 @@ class OpenEnv(Environment):
         if result.done:
             raise self._failed("the first observation has done = true, so there is nothing to reply to")
         self.info = self._info(result)
-        heard = self._text(seen)
+        message = self._text(seen)
         if self._system is None:
-            return heard
+            return message
         first: Message = {"role": "system", "content": self._system}
-        return [first, {"role": "user", "content": heard}] if isinstance(heard, str) else [first, *heard]
+        return [first, {"role": "user", "content": message}] if isinstance(message, str) else [first, *message]
 
     async def step(self, reply: str) -> Step:
         assert self._client is not None, "reset comes first"
@@ -114,8 +114,8 @@ class OpenEnv(Environment):
             raise self._failed(f"step: reward = {quoted(reward)}; expected a finite number or null")
         if done and self._outcome_field is not None:
             self._outcome = self._final(result, self._outcome_field)
-        heard = self._text(seen)
-        return Step(heard if heard or not done else None, None if reward is None else float(reward), done, self._info(result))
+        message = self._text(seen)
+        return Step(message if message or not done else None, None if reward is None else float(reward), done, self._info(result))
 
     def outcome(self) -> float:
         if self._outcome_field is None:

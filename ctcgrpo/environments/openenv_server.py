@@ -3,7 +3,8 @@
     app = openenv_app(Guess, TASKS, max_turns=4)        # in my_server.py; then: uvicorn my_server:app
 
 A session plays one episode at a time. Reset takes a task by `id` or `index`, else by `seed`; step takes a reply. An observation
-holds what the policy hears, the turn's reward, and the turn's info as metadata. At the end the metadata also holds the `outcome`.
+holds the messages for the policy, the turn's reward, and the turn's info as metadata. At the end the metadata also hold the
+`outcome`.
 `GuardedApp` has the limits that OpenEnv's app lacks.
 """
 
@@ -45,8 +46,8 @@ class Reply(Action):  # type: ignore[misc]
     message: str = Field(description="the visible text of the reply, without reasoning")
 
 
-class Heard(Observation):  # type: ignore[misc]
-    """What the policy hears. `metadata`: the turn's info, and at the end the `outcome`."""
+class PolicyObservation(Observation):  # type: ignore[misc]
+    """The messages for the policy. `metadata`: the turn's info, and at the end the `outcome`."""
 
     message: str = Field("", description="what the user says; several messages are joined by a blank line")
     messages: list[dict[str, str]] = Field([], description="all messages with role and content, a system message included")
@@ -114,7 +115,7 @@ class ServedEpisode(OpenEnvironment):  # type: ignore[misc]
         id: str | None = None,
         split: str | None = None,
         index: int | None = None,
-    ) -> Heard:
+    ) -> PolicyObservation:
         """Begins an episode of the task `id`, or `index`, else of the one that `seed` picks; without a seed of a random one. Raises
         EnvironmentFailed for a task that is not there, and for what the environment does wrong."""
         await self._end()
@@ -128,9 +129,9 @@ class ServedEpisode(OpenEnvironment):  # type: ignore[misc]
         self._state = EpisodeState(episode_id=episode_id, task=task.id, tag=task.tag, seed=seed)
         messages = await self._or_end(session.reset(task.data, seed=seed))
         self._state.info = dict(session.info)
-        return _heard(messages, metadata=self._state.info)
+        return _observed(messages, metadata=self._state.info)
 
-    async def step_async(self, action: Reply) -> Heard:
+    async def step_async(self, action: Reply) -> PolicyObservation:
         """The environment's answer to a reply. Raises EnvironmentFailed outside of an episode; an error of the environment ends the
         episode."""
         session, state = self._session, self._state
@@ -145,12 +146,12 @@ class ServedEpisode(OpenEnvironment):  # type: ignore[misc]
             metadata["outcome"] = state.outcome = await self._or_end(session.outcome())
             state.done = True
             await self._end()
-        return _heard(answer.messages, reward=answer.reward, done=state.done, metadata=metadata)
+        return _observed(answer.messages, reward=answer.reward, done=state.done, metadata=metadata)
 
-    def reset(self, *args: Any, **kwargs: Any) -> Heard:
+    def reset(self, *args: Any, **kwargs: Any) -> PolicyObservation:
         raise TypeError("use reset_async")
 
-    def step(self, *args: Any, **kwargs: Any) -> Heard:
+    def step(self, *args: Any, **kwargs: Any) -> PolicyObservation:
         raise TypeError("use step_async")
 
     @property
@@ -241,7 +242,7 @@ def openenv_app(
     app: FastAPI = create_fastapi_app(
         episode,
         Reply,
-        Heard,
+        PolicyObservation,
         concurrency_config=ConcurrencyConfig(max_concurrent_envs=most_sessions, session_timeout=idle_seconds),
         env_name=name,
         state_cls=EpisodeState,
@@ -269,9 +270,9 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, status_code=400)
 
 
-def _heard(messages: Sequence[Message], **of_turn: Any) -> Heard:
-    said = "\n\n".join(message["content"] for message in messages if message["role"] != "system")
-    return Heard(message=said, messages=[{"role": m["role"], "content": m["content"]} for m in messages], **of_turn)
+def _observed(messages: Sequence[Message], **of_turn: Any) -> PolicyObservation:
+    text = "\n\n".join(message["content"] for message in messages if message["role"] != "system")
+    return PolicyObservation(message=text, messages=[{"role": m["role"], "content": m["content"]} for m in messages], **of_turn)
 
 
 def _checked_seed(seed: Any) -> int:

@@ -48,7 +48,7 @@ class Answers(Protocol):
 
 @lru_cache
 def prompt(name: str) -> str:
-    """model (what the policy is told), plan or reply."""
+    """model (the policy's prompt), plan or reply."""
     return (_FOLDER / f"{name}.j2").read_text(encoding="utf-8")
 
 
@@ -82,7 +82,7 @@ class Sage(Environment):
         plan, change = await self._ask(turn, "plan", rules.planned_change, emotion=before)
         self.emotion = max(0, min(100, before + change))
         why = rules.analysis(plan)
-        _, line = await self._ask(turn, "reply", rules.spoken, feeling=why, letter=rules.letter(self.emotion))
+        _, line = await self._ask(turn, "reply", rules.response_text, feeling=why, letter=rules.letter(self.emotion))
         self._lines.append(("人物", line))
         return Step(
             line,

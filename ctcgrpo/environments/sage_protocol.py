@@ -2,7 +2,7 @@
 
 The user opens; emotion starts at 40. After each reply of the model a simulator first plans (labels Content, TargetCompletion,
 Activity, Analyse, Change; the first signed number after Change, clipped to 10 either way, moves the emotion), then speaks (labels
-Thinking, Origin, Change, Response), told only the emotion's letter. It ends at a goodbye, at 100, below 10, or with the model's
+Thinking, Origin, Change, Response), given only the emotion's letter. It ends at a goodbye, at 100, below 10, or with the model's
 reply to the tenth line of the user. Source: SAGE (Tencent/digitalhuman), whose data is the user's own copy."""
 
 import re
@@ -68,7 +68,7 @@ def load_profiles(path: Path) -> list[Profile]:
 
 
 def letter(emotion: int) -> str:
-    """What the simulator is told of an emotion in [0, 100]: S from 100, A from 70, B from 40, C from 10, else F."""
+    """The letter of an emotion in [0, 100]: S from 100, A from 70, B from 40, C from 10, else F."""
     return next((name for least, name in _LETTERS if emotion >= least), "F")
 
 
@@ -87,11 +87,11 @@ def analysis(text: str) -> str:
     return _after_label(text, "Analyse").strip()
 
 
-def spoken(text: str) -> str:
+def response_text(text: str) -> str:
     """What the user says in an answer with labels. Raises Unreadable for one that says nothing."""
-    if not (said := _after_label(text, "Response").strip().strip('"“”').strip()):
+    if not (response := _after_label(text, "Response").strip().strip('"“”').strip()):
         raise Unreadable("nothing after Response")
-    return said
+    return response
 
 
 def _after_label(text: str, name: str) -> str:
@@ -101,9 +101,9 @@ def _after_label(text: str, name: str) -> str:
     return found[-1] if found else ""
 
 
-def is_over(emotion: int, said: str) -> bool:
+def is_over(emotion: int, message: str) -> bool:
     """After a line of the user."""
-    return emotion >= SUCCESS or emotion < FAILURE or _GOODBYES.search(said) is not None
+    return emotion >= SUCCESS or emotion < FAILURE or _GOODBYES.search(message) is not None
 
 
 def measures(emotion: int, user_turns: int) -> dict[str, float]:

@@ -89,7 +89,7 @@ class EIBenchConfig(vf.EnvConfig):  # type: ignore[misc]
     simulator: str = SCRIPTED
     """The user: scripted, a configuration's file, or the URL of a server."""
     max_turns: int = Field(RolloutOptions.max_turns, ge=1)
-    """The policy's replies at most; the user is told."""
+    """Limit on the policy's replies; the user knows it."""
     seed: int | None = Field(None, ge=0)
     """The user's seed in every rollout; absent: a random one each, recorded in `trace.info`."""
 

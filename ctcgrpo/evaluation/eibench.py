@@ -28,8 +28,8 @@ from ctcgrpo.environments.eibench.scenarios import Invalid, load_set
 from ctcgrpo.environments.eibench.scoring import Variant, outcome_score
 from ctcgrpo.errors import PolicyEngineError, RecipeError
 from ctcgrpo.evaluation.generation import SAMPLING, Unset, config_of, names_of
+from ctcgrpo.evaluation.model_calls import generate_reply
 from ctcgrpo.evaluation.record import Record, recorded_task
-from ctcgrpo.evaluation.speaking import generate_reply
 from ctcgrpo.evaluation.users import MESSAGES, chosen_user
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS, load_instructions
 from ctcgrpo.rollout.engine import request_seed
@@ -111,7 +111,7 @@ def eibench(
         if prompts is None and len(state.messages) == 1 and str(get_model()).startswith(_NEED_A_USER):
             raise PolicyEngineError(f"{get_model()} refuses a dialogue that the model opens; set opener=TEXT (the user's line)")
         if scenario.opening_line:
-            record.user_said(scenario.opening_line, environment.state._asdict())
+            record.add_user_message(scenario.opening_line, environment.state._asdict())
         for round in range(1, rounds + 1):
             async with span(f"turn {round}", type="turn"):
                 config = config_of(
@@ -120,26 +120,26 @@ def eibench(
                     seed=request_seed(seed, *place, round - 1),
                     reasoning_history=None if reasoning is None else _HISTORY[reasoning],
                 )
-                messages = state.messages if prompts is None else _officially(prompts, scenario, state.messages)
+                messages = state.messages if prompts is None else _official_messages(prompts, scenario, state.messages)
                 reply = await generate_reply(messages, role="model", config=config, keep_reasoning=reasoning == "keep")
                 state.messages.append(reply.message)
-                record.model_said(reply)
+                record.add_reply(reply)
                 before = environment.state._asdict()
                 await environment.step(reply.text)
                 answer, after = environment.answer, environment.state._asdict()
-                heard = {"before": before, "after": after, "why": answer.why, "goes_on": answer.goes_on}
-                state.messages.append(ChatMessageUser(content=answer.reply, metadata=heard))
-                transcript().info(heard, source="simulator")
-                record.user_said(answer.reply, after, answer.why)
-                record.spend("simulator", (answer.usage.prompt_tokens, answer.usage.completion_tokens))
+                change = {"before": before, "after": after, "why": answer.why, "goes_on": answer.goes_on}
+                state.messages.append(ChatMessageUser(content=answer.reply, metadata=change))
+                transcript().info(change, source="simulator")
+                record.add_user_message(answer.reply, after, answer.why)
+                record.add_tokens("simulator", (answer.usage.prompt_tokens, answer.usage.completion_tokens))
             if not answer.goes_on:
                 break
 
     async def outcome(state: TaskState, record: Record) -> Score:
         """The score of the user's final state."""
         scenario = by_id[str(state.sample_id)]
-        heard = [UserState(**line["state"]) for line in record.lines if line["speaker"] == "user"]
-        found = measured(heard if scenario.opening_line else [scenario.anchors.initial, *heard], scenario, variant)
+        states = [UserState(**line["state"]) for line in record.lines if line["speaker"] == "user"]
+        found = measured(states if scenario.opening_line else [scenario.anchors.initial, *states], scenario, variant)
         return Score(value=found.pop("outcome"), metadata=found)
 
     samples = [
@@ -158,27 +158,27 @@ def eibench(
 
 
 def _opening(scenario: Scenario, briefing: Briefing, opener: str | None) -> list[ChatMessage]:
-    first, *said = opening_messages(scenario, briefing)
+    first, *messages = opening_messages(scenario, briefing)
     system = ChatMessageSystem(content=first["content"], metadata={INSTRUCTIONS: first["instructions"]})
-    line = said[0]["content"] if said else opener
+    line = messages[0]["content"] if messages else opener
     return [system, *([ChatMessageUser(content=line)] if line else [])]
 
 
-def _officially(prompts: OfficialPolicyPrompts, scenario: Scenario, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+def _official_messages(prompts: OfficialPolicyPrompts, scenario: Scenario, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """The authors' messages in place of `messages`; unchanged messages stay the same objects."""
-    said = messages[1:]
-    system, *wanted = prompts.messages(scenario, [(m.role, m.text) for m in said])
+    dialogue = messages[1:]
+    system, *official = prompts.messages(scenario, [(m.role, m.text) for m in dialogue])
 
     chat: list[ChatMessage] = [ChatMessageSystem(content=system["content"])]
-    for old, new in zip_longest(said[: len(wanted)], wanted):
-        kept = old is not None and (old.role, old.text) == (new["role"], new["content"])
-        chat.append(old if kept else MESSAGES[new["role"]](content=new["content"]))
+    for old, new in zip_longest(dialogue[: len(official)], official):
+        unchanged = old is not None and (old.role, old.text) == (new["role"], new["content"])
+        chat.append(old if unchanged else MESSAGES[new["role"]](content=new["content"]))
     return chat
 
 
 def measured(states: Sequence[UserState], scenario: Scenario, variant: Variant) -> dict[str, float]:
     """Outcome and measures of a dialogue from its states, the initial one first."""
     outcomes = [outcome_score(state, scenario.anchors, variant) for state in states]
-    there = next((k for k, value in enumerate(outcomes) if k and value >= 1.0), None)
-    found = {"outcome": outcomes[-1], "escalated": float(outcomes[-1] < 0), "reached": float(there is not None)}
-    return found if there is None else {**found, "turns_to_target": float(there)}
+    turn = next((k for k, value in enumerate(outcomes) if k and value >= 1.0), None)
+    found = {"outcome": outcomes[-1], "escalated": float(outcomes[-1] < 0), "reached": float(turn is not None)}
+    return found if turn is None else {**found, "turns_to_target": float(turn)}

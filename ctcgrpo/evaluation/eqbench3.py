@@ -13,14 +13,14 @@ from inspect_ai.solver import TaskState
 
 from ctcgrpo.errors import JudgeReplyError
 from ctcgrpo.evaluation.benches import data_folder
-from ctcgrpo.evaluation.eqbench3_protocol import Unreadable, load_eqbench, read_scores, task_score
+from ctcgrpo.evaluation.eqbench3_protocol import InvalidVerdict, load_eqbench, read_scores, task_score
 from ctcgrpo.evaluation.generation import Unset, config_of, names_of
+from ctcgrpo.evaluation.model_calls import generate_reply, model_of_role, temperature_of
 from ctcgrpo.evaluation.record import Record, recorded_task
-from ctcgrpo.evaluation.speaking import generate_reply, played_by, temperature_of
 from ctcgrpo.rollout.engine import request_seed
 
 _ATTEMPTS = 3
-_TEMPERATURE, _OF_DEBRIEF, _OF_JUDGE = 0.7, 0.5, 0.0
+_TEMPERATURE, _DEBRIEF_TEMPERATURE, _JUDGE_TEMPERATURE = 0.7, 0.5, 0.0
 _JUDGE_TOKENS = 8000
 
 
@@ -36,8 +36,8 @@ def eqbench3(data: str | None = None, repeats: int = 1, seed: int = 0, unset: Un
         the judge.
     """
     bench = load_eqbench(data_folder("eqbench3", data))
-    judge, left_out = played_by("judge"), names_of(unset)
-    temperature = temperature_of(judge, _OF_JUDGE)
+    judge, left_out = model_of_role("judge"), names_of(unset)
+    temperature = temperature_of(judge, _JUDGE_TEMPERATURE)
     about = {
         "models": [str(judge)],
         "prompts": f"eqbench3/{bench.digest}",
@@ -45,31 +45,31 @@ def eqbench3(data: str | None = None, repeats: int = 1, seed: int = 0, unset: Un
     }
     scenarios = {scenario.id: scenario for scenario in bench.scenarios}
 
-    async def answer(state: TaskState, record: Record) -> None:
-        """The model answers each of the user's fixed lines."""
+    async def play(state: TaskState, record: Record) -> None:
+        """The model answers each of the user's fixed messages."""
         scenario = scenarios[str(state.sample_id)]
         record.about = about
         state.messages = []
-        asked = bench.asked(scenario)
-        for turn, line in enumerate(asked):
-            debrief = scenario.kind != "analysis" and turn == len(asked) - 1
-            state.messages.append(ChatMessageUser(content=line))
-            record.user_said(line)
+        messages = bench.user_messages(scenario)
+        for turn, message in enumerate(messages):
+            debrief = scenario.kind != "analysis" and turn == len(messages) - 1
+            state.messages.append(ChatMessageUser(content=message))
+            record.add_user_message(message)
             config = config_of(
                 "model",
                 left_out,
                 seed=request_seed("eqbench3", seed, scenario.id, state.epoch, turn),
-                temperature=_OF_DEBRIEF if debrief else None,
+                temperature=_DEBRIEF_TEMPERATURE if debrief else None,
             )
-            said = await generate_reply(state.messages, role="model", config=config)
-            state.messages.append(said.message)
-            record.model_said(said)
+            reply = await generate_reply(state.messages, role="model", config=config)
+            state.messages.append(reply.message)
+            record.add_reply(reply)
 
     async def verdict(state: TaskState, record: Record) -> Score:
-        """The judge's score. An invalid answer is requested again; without a valid one, the sample fails."""
+        """The judge's score. An invalid verdict is requested again; without a valid one, the sample fails."""
         scenario = scenarios[str(state.sample_id)]
         lines = {who: [line["text"] for line in record.lines if line["speaker"] == who] for who in ("user", "model")}
-        prompt = bench.judged(scenario, lines["user"], lines["model"])
+        prompt = bench.judge_prompt(scenario, lines["user"], lines["model"])
         problem = ""
         for attempt in range(_ATTEMPTS):
             config = config_of(
@@ -79,25 +79,25 @@ def eqbench3(data: str | None = None, repeats: int = 1, seed: int = 0, unset: Un
                 temperature=temperature,
                 max_tokens=_JUDGE_TOKENS,
             )
-            said = await generate_reply([ChatMessageUser(content=prompt)], role="judge", model=judge, config=config)
-            record.spend("judge", said.tokens)
+            reply = await generate_reply([ChatMessageUser(content=prompt)], role="judge", model=judge, config=config)
+            record.add_tokens("judge", reply.tokens)
             try:
-                if said.cut:
-                    raise Unreadable("cut off by max_tokens")
-                found = read_scores(said.text, scenario.kind)
-                return Score(value=task_score(found, scenario.kind), explanation=said.text, metadata=found)
-            except Unreadable as error:
+                if reply.cut:
+                    raise InvalidVerdict("cut off by max_tokens")
+                found = read_scores(reply.text, scenario.kind)
+                return Score(value=task_score(found, scenario.kind), explanation=reply.text, metadata=found)
+            except InvalidVerdict as error:
                 problem = str(error)
         raise JudgeReplyError(f"{judge}: no valid verdict in {_ATTEMPTS} tries; last problem: {problem}")
 
     samples = [
-        Sample(id=s.id, input=bench.asked(s)[0], metadata={"group": s.kind, "title": s.title, "category": s.category})
+        Sample(id=s.id, input=bench.user_messages(s)[0], metadata={"group": s.kind, "title": s.title, "category": s.category})
         for s in bench.scenarios
     ]
     return recorded_task(
         "eqbench3",
         MemoryDataset(samples, name="eqbench3"),
-        answer,
+        play,
         verdict,
         measure="rubric",
         config=config_of("model", left_out, temperature=_TEMPERATURE, max_tokens=12000),

@@ -1,6 +1,6 @@
 """The rules of EQ-Bench 3's rubric part: its files, the judge's prompt, and the score. Pure.
 
-A scenario is a few fixed lines of a user. Role-play and drafting scenarios end with a debrief; an analysis does not. A judge
+A scenario is a few fixed messages of a user. Role-play and drafting scenarios end with a debrief; an analysis does not. A judge
 gives each criterion 0 to 20; a task counts with the mean of the criteria that count for its kind, a model with 5 times the mean
 over tasks. Scenarios, prompts and criteria are read from the user's copy. Source: EQ-bench/eqbench3.
 """
@@ -18,13 +18,15 @@ import json_repair
 from ctcgrpo.errors import ScenarioError
 
 Kind = Literal["role-play", "drafting", "analysis"]
-MOST = 20  # what a judge gives a criterion at most
-_OF_TALKS = "demonstrated_empathy pragmatic_ei depth_of_insight social_dexterity emotional_reasoning message_tailoring"
-_OF_READINGS = "depth_of_insight emotional_reasoning theory_of_mind subtext_identification intellectual_grounding correctness"
+MAX_CRITERION = 20  # the highest score of a criterion
+_DIALOGUE_CRITERIA = "demonstrated_empathy pragmatic_ei depth_of_insight social_dexterity emotional_reasoning message_tailoring"
+_ANALYSIS_CRITERIA = (
+    "depth_of_insight emotional_reasoning theory_of_mind subtext_identification intellectual_grounding correctness"
+)
 COUNTED: Mapping[Kind, Sequence[str]] = {
-    "role-play": _OF_TALKS.split(),
-    "drafting": _OF_TALKS.split(),
-    "analysis": _OF_READINGS.split(),
+    "role-play": _DIALOGUE_CRITERIA.split(),
+    "drafting": _DIALOGUE_CRITERIA.split(),
+    "analysis": _ANALYSIS_CRITERIA.split(),
 }
 """The criteria whose mean is a task's score; the others describe a style."""
 DRAFTING = frozenset(map(str, range(201, 210)))
@@ -33,13 +35,13 @@ _FRAME = {"role-play": "", "drafting": "_message_drafting", "analysis": "_analys
 _RUBRIC = {**_FRAME, "drafting": ""}  # how the names of a kind's files end
 
 
-class Unreadable(Exception):
-    """An answer of the judge that does not give every criterion that counts."""
+class InvalidVerdict(Exception):
+    """A judge's answer that lacks a criterion which counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class EqScenario:
-    """`lines` are what the user says, turn by turn."""
+    """`lines`: the user's messages, one per turn."""
 
     id: str
     category: str
@@ -60,28 +62,27 @@ class EqBench:
 
     @property
     def digest(self) -> str:
-        """Of what the judge is told, down to its wording."""
+        """A digest of the judge's prompt and criteria."""
         prompts = json.dumps([self.rubrics, self.criteria], sort_keys=True)
         return hashlib.sha256(prompts.encode()).hexdigest()[:8]
 
-    def asked(self, scenario: EqScenario) -> list[str]:
+    def user_messages(self, scenario: EqScenario) -> list[str]:
         """The user's messages, in order, the debrief last where there is one."""
         frame = self.frames[scenario.kind]
         lines = [frame.replace("{scenario_prompt}", line) for line in scenario.lines]
         return lines if scenario.kind == "analysis" else [*lines, self.debrief]
 
-    def judged(self, scenario: EqScenario, asked: Sequence[str], answers: Sequence[str]) -> str:
-        """What the judge is asked, from the user's messages and the model's answers. As in the authors' code, marks of formatting
-        are left out."""
-        said = list(zip(asked, answers, strict=True))
-        debrief = "" if scenario.kind == "analysis" else said.pop()[1]
-        transcript = "---\n".join(f"User:\n{line}\n---\nAssistant:\n{answer}\n" for line, answer in said)
+    def judge_prompt(self, scenario: EqScenario, messages: Sequence[str], answers: Sequence[str]) -> str:
+        """The judge's prompt for the user's messages and the model's answers. As in the authors' code, without Markdown."""
+        exchanges = list(zip(messages, answers, strict=True))
+        debrief = "" if scenario.kind == "analysis" else exchanges.pop()[1]
+        transcript = "---\n".join(f"User:\n{line}\n---\nAssistant:\n{answer}\n" for line, answer in exchanges)
         form: dict[str, Any] = {"chain_of_thought_reasoning": "detailed reasoning about the scores that follow"}
         form |= dict.fromkeys(self.criteria[scenario.kind], 0)
         parts = {
             "{transcript}": transcript,
             "{debrief}": debrief,
-            "{output_format}": json.dumps(form, indent=2).replace(": 0", f": 0-{MOST}"),
+            "{output_format}": json.dumps(form, indent=2).replace(": 0", f": 0-{MAX_CRITERION}"),
         }
         text = re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]], self.rubrics[scenario.kind])
         return text.replace("*", "").replace("#", "")
@@ -150,10 +151,10 @@ def parse_scenarios(text: str, place: str) -> list[EqScenario]:
 
 def read_scores(text: str, kind: Kind) -> dict[str, float]:
     """A judge's scores by criterion, each in [0, 20]. Tolerates fences, text around the JSON, and numbers as "15" or "15/20".
-    Raises Unreadable where a criterion that counts has no such number."""
+    Raises InvalidVerdict where a criterion that counts has no such number."""
     start, end = text.find("{"), text.rfind("}")
     if not 0 <= start < end:
-        raise Unreadable("expected a complete JSON object, found none")
+        raise InvalidVerdict("expected a complete JSON object, found none")
     value = json_repair.loads(text[start : end + 1])
     return checked_scores(value if isinstance(value, dict) else {}, kind)
 
@@ -162,15 +163,15 @@ def checked_scores(given: Mapping[str, Any], kind: Kind) -> dict[str, float]:
     """As `read_scores`, of an object."""
     scores = {name: number for name, value in given.items() if (number := _number(value)) is not None}
     if missing := [name for name in COUNTED[kind] if name not in scores]:
-        raise Unreadable(f"{missing[0]} = {given.get(missing[0])!r}; expected a number from 0 to {MOST}")
+        raise InvalidVerdict(f"{missing[0]} = {given.get(missing[0])!r}; expected a number from 0 to {MAX_CRITERION}")
     return scores
 
 
 def _number(value: Any) -> float | None:
     if isinstance(value, str):
-        match = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*(?:/\s*{MOST})?\s*", value)
+        match = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*(?:/\s*{MAX_CRITERION})?\s*", value)
         value = float(match[1]) if match else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_CRITERION:
         return None
     return float(value)
 

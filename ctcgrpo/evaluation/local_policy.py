@@ -30,8 +30,8 @@ from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.types import Completion
 
-_REMEMBERED = 65536  # size of the cache of replies' ids, for later turns
-_KEPT: Mapping[str, ReasoningPolicy] = {"none": "strip", "all": "keep"}  # by Inspect's reasoning_history
+_MAX_SAMPLED = 65536  # replies whose token ids are kept for later turns
+_REASONING_POLICIES: Mapping[str, ReasoningPolicy] = {"none": "strip", "all": "keep"}  # by Inspect's reasoning_history
 
 
 class _Parts(OpenedPolicy):
@@ -39,16 +39,16 @@ class _Parts(OpenedPolicy):
 
     def __init__(self, name: str, recipe: Recipe | None, max_batch: int) -> None:
         super().__init__(name, recipe, max_batch=max_batch)
-        asked: tuple[ReasoningPolicy | None, ...] = (None, *_KEPT.values())
-        self.contexts_by_reasoning = {reasoning: self.contexts(reasoning) for reasoning in asked}
+        policies: tuple[ReasoningPolicy | None, ...] = (None, *_REASONING_POLICIES.values())
+        self.contexts_by_reasoning = {reasoning: self.contexts(reasoning) for reasoning in policies}
 
 
-_MADE: weakref.WeakSet[LocalPolicy] = weakref.WeakSet()
+_LOADED: weakref.WeakSet[LocalPolicy] = weakref.WeakSet()
 
 
 def close_all() -> None:
     """Close every loaded policy: Inspect keeps its models, and a GPU has room for one."""
-    for policy in list(_MADE):
+    for policy in list(_LOADED):
         policy.close()
 
 
@@ -74,7 +74,7 @@ class LocalPolicy(ModelAPI):
         file = run.recipe_file if recipe is None and run is not None else recipe
         self._recipe = None if file is None else resolved_recipe(file)
         self._max_batch = max_batch
-        _MADE.add(self)
+        _LOADED.add(self)
         self._sampled: OrderedDict[str, Completion] = OrderedDict()
 
     @cached_property
@@ -87,7 +87,7 @@ class LocalPolicy(ModelAPI):
     ) -> ModelOutput:
         if tools:
             raise PolicyEngineError("tools were offered; expected none: local policies do not call tools")
-        contexts = self._parts.contexts_by_reasoning[_KEPT.get(config.reasoning_history or "")]
+        contexts = self._parts.contexts_by_reasoning[_REASONING_POLICIES.get(config.reasoning_history or "")]
         prompt_ids, _ = contexts.prompt(self._dialogue(input, contexts))
         completion = await self._parts.engine.generate(
             prompt_ids,
@@ -107,7 +107,7 @@ class LocalPolicy(ModelAPI):
         )
         read, written = len(prompt_ids), len(completion.token_ids)
         output.usage = ModelUsage(input_tokens=read, output_tokens=written, total_tokens=read + written)
-        self._remember(output.choices[0].message, completion)
+        self._store(output.choices[0].message, completion)
         return output
 
     def max_connections(self) -> int:
@@ -119,30 +119,30 @@ class LocalPolicy(ModelAPI):
             self._parts.engine.close()
             del self._parts
 
-    def _remember(self, message: ChatMessageAssistant, completion: Completion) -> None:
+    def _store(self, message: ChatMessageAssistant, completion: Completion) -> None:
         assert message.id is not None
         self._sampled[message.id] = completion
-        if len(self._sampled) > _REMEMBERED:
+        if len(self._sampled) > _MAX_SAMPLED:
             self._sampled.popitem(last=False)
 
     def _dialogue(self, messages: list[ChatMessage], contexts: ContextBuilder) -> Dialogue:
         """The dialogue of some messages. Raises PolicyEngineError for messages that do not alternate."""
         persona = messages[0].text if messages and messages[0].role == "system" else ""
         instructions = str((messages[0].metadata or {}).get(INSTRUCTIONS, "")) if persona else ""
-        said = messages[1 if persona else 0 :]
-        opening = said[0].text if said and said[0].role == "user" else ""
-        said = said[1 if opening else 0 :]
-        if not (persona or opening) or [m.role for m in said] != ["assistant", "user"] * (len(said) // 2):
+        turns = messages[1 if persona else 0 :]
+        opening = turns[0].text if turns and turns[0].role == "user" else ""
+        turns = turns[1 if opening else 0 :]
+        if not (persona or opening) or [m.role for m in turns] != ["assistant", "user"] * (len(turns) // 2):
             raise PolicyEngineError(f"messages = {', '.join(m.role for m in messages)}; expected user and assistant in turns")
         role = persona.removesuffix(instructions).removesuffix(BETWEEN if instructions else "")
         dialogue = Dialogue(Line("system", role, instructions), (Line("user", opening),) if opening else ())
-        for reply, line in zip(said[::2], said[1::2], strict=True):
+        for reply, line in zip(turns[::2], turns[1::2], strict=True):
             dialogue = contexts.extend(dialogue, self._completion(reply), line.text)
         return dialogue
 
     def _completion(self, reply: ChatMessage) -> Completion:
         """The sampled ids of a reply, or, for a reply from elsewhere, its text."""
-        if (kept := self._sampled.get(reply.id or "")) is not None:
-            return kept
+        if (completion := self._sampled.get(reply.id or "")) is not None:
+            return completion
         ids = tuple(self._parts.tokenizer.encode(reply.text, add_special_tokens=False))
         return Completion(ids, (0.0,) * len(ids), "stop")

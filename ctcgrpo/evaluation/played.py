@@ -115,8 +115,8 @@ def validation_settings(recipe: Recipe) -> dict[str, Any]:
     """The validation's settings for a run's summary and card, the data set in words. Needs a validation section."""
     task, sampling = validated_as(recipe)
     instructions = load_instructions(recipe.policy.instructions).name
-    told = {"rounds": task["rounds"], "variant": task["variant"], "instructions": instructions, **sampling}
-    return {"data_set": described(task["scenarios"]), **told, "repeats": task["repeats"]}
+    settings = {"rounds": task["rounds"], "variant": task["variant"], "instructions": instructions, **sampling}
+    return {"data_set": described(task["scenarios"]), **settings, "repeats": task["repeats"]}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Why a call of Inspect's to a provider failed, in the provider's own words, and which failures are retried."""
+"""Why a call of Inspect to a provider failed, by the provider's own message, and which failures are retried."""
 
 import json
 import logging
@@ -18,10 +18,10 @@ from rich.text import Text
 from ctcgrpo.llm_client.reasons import CallFailed, error_body, error_object, failure_of
 
 PATIENCE = 600  # seconds of retries of a call; Inspect itself has no limit
-_MOST = 600
-_SILENCE = 60.0  # seconds between two lines about the same provider
+_MAX_CHARACTERS = 600
+_LOG_INTERVAL = 60.0  # seconds between two lines about the same provider
 _LEFT_OUT = ("temperature", "top_p", "max_tokens", "seed", "response_format")
-_MISREAD = (TypeError, IndexError, AttributeError, KeyError, ValidationError)
+_PARSE_ERRORS = (TypeError, IndexError, AttributeError, KeyError, ValidationError)
 """What Inspect's providers raise for a body that is no completion."""
 _log = logging.getLogger(__name__)
 
@@ -29,14 +29,14 @@ _log = logging.getLogger(__name__)
 def reason_of(error: BaseException) -> str:
     """The provider's message, or else its client's; of a long one the end, since the beginning is the request."""
     chain = list(_chain(error))
-    if failed := next(filter(None, map(_answered, chain)), None):
+    if failed := next(filter(None, map(_http_failure, chain)), None):
         return f"{failed}{_hint(str(failed))}"
-    if isinstance(error, _MISREAD) and (said := unread()):
-        return said
-    chain = [part for part in chain if type(part).__name__ != "RetryError"]  # says nothing itself
+    if isinstance(error, _PARSE_ERRORS) and (message := unparsed_response()):
+        return message
+    chain = [part for part in chain if type(part).__name__ != "RetryError"]  # has no message of its own
     parts = dict.fromkeys(f"{type(part).__name__}: {' '.join(_words(part).split())}".removesuffix(": ") for part in chain)
     text = "; ".join(reversed(parts))
-    return text if len(text) <= _MOST else f"... {text[-_MOST:]}"
+    return text if len(text) <= _MAX_CHARACTERS else f"... {text[-_MAX_CHARACTERS:]}"
 
 
 def _words(error: BaseException) -> str:
@@ -78,15 +78,15 @@ async def _give_status(response: Any) -> None:
 class _Retries:
     def __init__(self, name: str, rule: Callable[[Exception], Any]) -> None:
         self._name, self._rule = name, rule
-        self._silent_until = 0.0
+        self._quiet_until = 0.0
 
     def __call__(self, error: Exception) -> Any:
-        failed = next(filter(None, map(_answered, _chain(error))), None)
+        failed = next(filter(None, map(_http_failure, _chain(error))), None)
         if failed is not None and failed.result == "quota":
             return False
         decision = self._rule(error)
-        if decision and time.monotonic() >= self._silent_until:
-            self._silent_until = time.monotonic() + _SILENCE
+        if decision and time.monotonic() >= self._quiet_until:
+            self._quiet_until = time.monotonic() + _LOG_INTERVAL
             until = time.strftime("%H:%M:%S", time.localtime(time.time() + PATIENCE))
             _log.warning("retrying %s until %s at most: %s", self._name, until, reason_of(error))
         return decision
@@ -102,8 +102,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         part = part.__cause__ or part.__context__
 
 
-def _answered(error: BaseException) -> CallFailed | None:
-    """The failure that a client's error with an HTTP status and a body is."""
+def _http_failure(error: BaseException) -> CallFailed | None:
+    """The failure of a client's error that has an HTTP status and a body; None for another error."""
     response = getattr(error, "response", None)
     status = getattr(error, "status_code", None) or getattr(response, "status_code", None)
     if not isinstance(status, int):
@@ -118,8 +118,8 @@ def _answered(error: BaseException) -> CallFailed | None:
     return failure_of(status, headers, error_body(text), sent={}, key="")
 
 
-def unread() -> str:
-    """What the last call of this sample was answered with, which Inspect's provider could not read; empty where that is unknown."""
+def unparsed_response() -> str:
+    """A message on the last response of this sample, which Inspect's provider could not parse; empty where it is unknown."""
     call = next((event.call for event in reversed(transcript().events) if isinstance(event, ModelEvent)), None)
     if call is None or not call.response:
         return ""

@@ -17,15 +17,22 @@ from inspect_ai.util import StoreModel
 
 from ctcgrpo import errors
 from ctcgrpo.evaluation.benches import FAULTS
+from ctcgrpo.evaluation.model_calls import ModelReply, tokens_in
 from ctcgrpo.evaluation.results import Line, Result
-from ctcgrpo.evaluation.speaking import Said, tokens_in
 
 _KINDS = {
     error.__name__: error.kind
     for error in vars(errors).values()
     if isinstance(error, type) and issubclass(error, errors.CtcGrpoError)
 }
-_HOW_FAST = {"max_connections", "adaptive_connections", "max_retries", "timeout", "attempt_timeout", "stream_idle_timeout"}
+_THROUGHPUT_OPTIONS = {
+    "max_connections",
+    "adaptive_connections",
+    "max_retries",
+    "timeout",
+    "attempt_timeout",
+    "stream_idle_timeout",
+}
 """Options of sampling without effect on figures."""
 
 
@@ -38,20 +45,20 @@ class Record(StoreModel):
     about: dict[str, Any] = {}
     over: bool = False
 
-    # Always assigned: the store sees assignments, not changes within a list.
+    # The store records assignments, not changes within a list.
 
-    def model_said(self, said: Said) -> None:
-        self.lines = [*self.lines, {"speaker": "model", "text": said.text}]
-        there = {"empty": not said.text, "cut": said.cut, "empty_cut": said.cut and not said.text}
-        self.faults = [*self.faults, *(name for name in FAULTS if there[name])]
-        self.spend("model", said.tokens)
+    def add_reply(self, reply: ModelReply) -> None:
+        self.lines = [*self.lines, {"speaker": "model", "text": reply.text}]
+        present = {"empty": not reply.text, "cut": reply.cut, "empty_cut": reply.cut and not reply.text}
+        self.faults = [*self.faults, *(name for name in FAULTS if present[name])]
+        self.add_tokens("model", reply.tokens)
 
-    def user_said(self, text: str, state: Mapping[str, float] | None = None, why: str = "") -> None:
+    def add_user_message(self, text: str, state: Mapping[str, float] | None = None, why: str = "") -> None:
         self.lines = [*self.lines, {"speaker": "user", "text": text, "state": dict(state or {}), "why": why}]
 
-    def spend(self, role: str, tokens: tuple[int, int]) -> None:
-        read, written = self.tokens.get(role, [0, 0])
-        self.tokens = {**self.tokens, role: [read + tokens[0], written + tokens[1]]}
+    def add_tokens(self, role: str, tokens: tuple[int, int]) -> None:
+        input, output = self.tokens.get(role, [0, 0])
+        self.tokens = {**self.tokens, role: [input + tokens[0], output + tokens[1]]}
 
 
 def recorded_task(
@@ -81,7 +88,7 @@ def recorded_task(
     return Task(
         name=name,
         dataset=dataset,
-        # What a solver is made with goes into the log: the scenarios stay out of it.
+        # A solver's arguments go into the log; the scenarios must not.
         solver=solver(name="converse")(lambda: solve)(),
         scorer=scorer(metrics=[grouped(mean(), "group", all_label="all")], name=measure)(lambda: scored)(),
         config=config,
@@ -91,7 +98,7 @@ def recorded_task(
 
 
 def newest_log(folder: Path, log_line: Callable[[str], None]) -> EvalLog | None:
-    """The header of the last log in a folder that can be read; None where there is none. `log_line` hears of those that cannot."""
+    """The header of the last log in a folder that can be read; None where there is none. Unreadable logs are named."""
     # Names begin with the time to the second.
     for file in sorted(folder.glob("*.eval"), key=lambda file: (file.name[:19], file.stat().st_mtime_ns), reverse=True):
         try:
@@ -115,7 +122,9 @@ def results_of(header: EvalLog) -> tuple[list[Result], dict[str, Any]]:
         "other": about,
         "task": dict(log.eval.task_args),
         "limit": log.eval.config.limit,
-        "generation": log.plan.config.merge(log.eval.model_generate_config).model_dump(exclude_none=True, exclude=_HOW_FAST),
+        "generation": log.plan.config.merge(log.eval.model_generate_config).model_dump(
+            exclude_none=True, exclude=_THROUGHPUT_OPTIONS
+        ),
         "versions": dict(log.eval.packages),
         "prices": {} if price is None else {"simulator": price},
         "began": log.eval.created,
@@ -128,13 +137,13 @@ def _used(log: EvalLog) -> dict[str, tuple[int, int]]:
     """Tokens (input, output) of Inspect's calls by role, those of repeated dialogues too. Without the evaluated model where it
     also plays a role: Inspect counts by name."""
     used = {role: tokens_in(usage) for role, usage in log.stats.role_usage.items()}
-    alone = log.eval.model not in {getattr(found, "model", None) for found in (log.eval.model_roles or {}).values()}
-    usage = log.stats.model_usage.get(log.eval.model) if alone else None
+    separate = log.eval.model not in {getattr(found, "model", None) for found in (log.eval.model_roles or {}).values()}
+    usage = log.stats.model_usage.get(log.eval.model) if separate else None
     return used if usage is None else {**used, "model": tokens_in(usage)}
 
 
 def result_of(sample: EvalSample) -> Result:
-    """A sample of a log as a Result. Its group stands in the sample's metadata, its measures in its score's."""
+    """A sample of a log as a Result. Its group is in the sample's metadata, its measures in the score's."""
     record, failure = sample.store_as(Record), failure_of(sample)
     score = None if failure is not None else next(iter((sample.scores or {}).values()))
     value = None if score is None else score.as_float()
@@ -148,7 +157,7 @@ def result_of(sample: EvalSample) -> Result:
         measures={} if score is None else {name: float(x) for name, x in (score.metadata or {}).items()} | faults,
         failure=failure,
         lines=tuple(Line(**line) for line in record.lines),
-        tokens={role: (read, written) for role, (read, written) in record.tokens.items()},
+        tokens={role: (input, output) for role, (input, output) in record.tokens.items()},
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ctcgrpo import __version__
 from ctcgrpo.environments.sage_protocol import measures
 from ctcgrpo.errors import ScenarioError
-from ctcgrpo.evaluation.eqbench3_protocol import DRAFTING, Kind, Unreadable, checked_scores, task_score
+from ctcgrpo.evaluation.eqbench3_protocol import DRAFTING, InvalidVerdict, Kind, checked_scores, task_score
 from ctcgrpo.evaluation.results import Line, Result
 from ctcgrpo.util.files import read_json_lines
 
@@ -48,7 +48,7 @@ def read_sage(file: Path) -> list[Result]:
                 raise ScenarioError(f"{place}: {name} = {record.get(name)!r}; expected a text")
         if type(emotion) is not int or not 0 <= emotion <= 100:
             raise ScenarioError(f"{place}: emo_point = {emotion!r}; expected a whole number from 0 to 100")
-        if not isinstance(history, list) or not all(isinstance(said, dict) and "role" in said for said in history):
+        if not isinstance(history, list) or not all(isinstance(message, dict) and "role" in message for message in history):
             raise ScenarioError(f"{place}: history: expected a list of messages")
         lines = tuple(map(_line, history))
         points = [line.state["emotion"] for line in lines if line.state]
@@ -62,11 +62,11 @@ def read_sage(file: Path) -> list[Result]:
     return results
 
 
-def _line(said: Mapping[str, Any]) -> Line:
-    text = str(said.get("content", ""))
-    if said["role"] == "assistant":
+def _line(message: Mapping[str, Any]) -> Line:
+    text = str(message.get("content", ""))
+    if message["role"] == "assistant":
         return Line("model", text)
-    point, planning = said.get("emotion-point"), said.get("planning")
+    point, planning = message.get("emotion-point"), message.get("planning")
     why = str(planning.get("analyse", "")) if isinstance(planning, dict) else ""
     return Line("user", text, {"emotion": point} if isinstance(point, int) else {}, why)
 
@@ -100,11 +100,11 @@ def read_judgements(file: Path, run: str | None = None) -> tuple[list[Result], s
 
 def _judged(id: str, iteration: int, task: Mapping[str, Any]) -> Result:
     kind: Kind = "analysis" if not task.get("debrief_prompt") else "drafting" if id in DRAFTING else "role-play"
-    said = [Line("user" if m["role"] == "user" else "model", m["content"]) for m in task.get("conversation_history") or []]
+    lines = [Line("user" if m["role"] == "user" else "model", m["content"]) for m in task.get("conversation_history") or []]
     if debrief := task.get("debrief_response"):
-        said.append(Line("model", debrief))
+        lines.append(Line("model", debrief))
     try:
         scores = checked_scores(task.get("rubric_scores") or {}, kind)
-    except Unreadable as error:
-        return Result(id, iteration, kind, None, {}, ("judge", str(task.get("error") or error)), tuple(said))
-    return Result(id, iteration, kind, task_score(scores, kind), scores, lines=tuple(said))
+    except InvalidVerdict as error:
+        return Result(id, iteration, kind, None, {}, ("judge", str(task.get("error") or error)), tuple(lines))
+    return Result(id, iteration, kind, task_score(scores, kind), scores, lines=tuple(lines))

@@ -109,7 +109,7 @@ def summarise(bench: Bench, results: Sequence[Result], facts: Mapping[str, Any])
         if name not in bench.means and values:
             measures[name]["count"] = int(sum(value for _, value in values))
             by_scenario = list(means(values).values())
-            if set(by_scenario) <= {0.0, 1.0}:  # drawing from them knows no other values
+            if set(by_scenario) <= {0.0, 1.0}:  # a bootstrap of equal values has no width
                 measures[name]["ci95"] = list(share_interval(int(sum(by_scenario)), len(by_scenario)))
     failures = Counter(r.failure[0] for r in results if r.failure is not None)
     used = facts.get("used", {})
@@ -154,7 +154,7 @@ def reasons(results: Sequence[Result]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str], list[str]] = {}
     for kind, message in (r.failure for r in results if r.failure is not None):
         groups.setdefault((kind, re.sub(r"\d+", "#", message)), []).append(message)
-    found = [{"kind": kind, "count": len(told), "example": told[0]} for (kind, _), told in groups.items()]
+    found = [{"kind": kind, "count": len(messages), "example": messages[0]} for (kind, _), messages in groups.items()]
     return sorted(found, key=lambda reason: -reason["count"])
 
 
@@ -180,9 +180,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
     known = isinstance(bench := summary.get("bench"), str) and bench in BENCHES
     missing = [name for name, part in _Summary.model_fields.items() if part.is_required() and name not in summary]
     if not known or missing:
-        lacks = f" (it lacks {missing[0]})" if known else ""
+        detail = f" (it lacks {missing[0]})" if known else ""
         hint = _evaluations_in(folder) or "; `ctcgrpo evaluate` writes one"
-        raise OutputError(f"{file}: expected the summary of an evaluation{lacks}{hint}")
+        raise OutputError(f"{file}: expected the summary of an evaluation{detail}{hint}")
     try:
         _refuse_contradiction(_Summary.model_validate(summary))
     except ValidationError as error:
@@ -200,13 +200,13 @@ def _refuse_contradiction(summary: _Summary) -> None:
     scores: dict[str, list[float]] = {group: [] for group in summary.groups}
     for name, score in summary.scenarios.items():
         scores.setdefault(summary.group_of[name], []).append(score)
-    said: dict[str, tuple[_Figures | None, list[float]]] = {"score": (summary.score, list(summary.scenarios.values()))}
-    said |= {f"groups.{group}": (summary.groups.get(group), values) for group, values in scores.items()}
-    for name, (found, values) in said.items():
+    checked: dict[str, tuple[_Figures | None, list[float]]] = {"score": (summary.score, list(summary.scenarios.values()))}
+    checked |= {f"groups.{group}": (summary.groups.get(group), values) for group, values in scores.items()}
+    for name, (found, values) in checked.items():
         mean = sum(values) / len(values) if values else None
         if found is None or found.n != len(values) or not same(found.mean, mean):
-            told = None if found is None else found.mean
-            raise ValueError(f"{name}.mean = {told}; the mean of its {len(values)} scenarios is {mean}")
+            recorded = None if found is None else found.mean
+            raise ValueError(f"{name}.mean = {recorded}; the mean of its {len(values)} scenarios is {mean}")
         spread = interval(values) if len(values) > 1 else (None, None)
         if not all(map(same, found.ci95 or (None, None), spread)):
             raise ValueError(f"{name}.ci95 = {found.ci95}; expected {spread} by its {len(values)} scenarios")

@@ -168,30 +168,30 @@ def evaluate(
 
 
 def _close_policies() -> None:
-    """Give back what local policies hold, where there are any: importing them takes PyTorch."""
+    """Free the memory of local policies, if the module was imported: importing it loads PyTorch."""
     if (module := sys.modules.get("ctcgrpo.evaluation.local_policy")) is not None:
         module.close_all()
 
 
 @contextmanager
-def _recorded(folder: Path, asked: Mapping[str, Any], log: EvalLog | None) -> Iterator[EvalLog | None]:
+def _recorded(folder: Path, settings: Mapping[str, Any], log: EvalLog | None) -> Iterator[EvalLog | None]:
     """Record an evaluation in its folder; gives the log to resume. One without a scored dialogue does not bind the folder: other
     settings replace it. An error before anything is played leaves the folder as it was. Raises OutputError for a folder with
     another evaluation."""
     file, logs = folder / "evaluation.json", folder / "logs"
-    asked, before = json.loads(json.dumps(asked)), None
+    settings, before = json.loads(json.dumps(settings)), None
     try:
         if log is not None and file.exists():
             before = read_json(file)
             if not isinstance(before, dict):
                 raise OutputError(f"{file}: expected the settings of an evaluation; choose another folder with --out")
-            if changed := differences(before, asked):
+            if changed := differences(before, settings):
                 # An interrupted log has no results either, but may have scored dialogues.
                 if log.status != "success" or (log.results is not None and log.results.completed_samples):
                     raise OutputError(f"{folder} contains another evaluation ({'; '.join(changed)}); choose another with --out")
                 log = None
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(asked, indent=2) + "\n")
+        write_whole(file, json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         raise OutputError(f"cannot write to {folder} ({error.strerror}); choose another with --out") from None
     written = set(logs.glob("*.eval"))
@@ -211,15 +211,15 @@ def _recorded(folder: Path, asked: Mapping[str, Any], log: EvalLog | None) -> It
 
 def _explained(error: Exception, wanted: Evaluation) -> Exception:
     """An error of Inspect or a provider for a user's mistake as one line; any other error unchanged."""
-    told = plain(" ".join(str(getattr(error, "message", error)).split())).removeprefix("ERROR: ")
+    message = plain(" ".join(str(getattr(error, "message", error)).split())).removeprefix("ERROR: ")
     where = ", ".join(f"--{role} {name}" for role, name in {"model": wanted.model, **wanted.roles}.items())
-    if isinstance(error, PrerequisiteError) or "not recognized" in told:
-        hint = " For another OpenAI-compatible endpoint: openai-api/SERVICE/NAME" if "not recognized" in told else ""
-        return RecipeError(f"{where}: {told}{hint}")
-    if isinstance(error, TypeError) and "unexpected keyword" in told:
-        return RecipeError(f"-M: {told}")
+    if isinstance(error, PrerequisiteError) or "not recognized" in message:
+        hint = " For another OpenAI-compatible endpoint: openai-api/SERVICE/NAME" if "not recognized" in message else ""
+        return RecipeError(f"{where}: {message}{hint}")
+    if isinstance(error, TypeError) and "unexpected keyword" in message:
+        return RecipeError(f"-M: {message}")
     if isinstance(error, OSError):
-        return PolicyError(f"{where}: {told}")
+        return PolicyError(f"{where}: {message}")
     return error
 
 
@@ -333,7 +333,7 @@ def evaluations_of(
         simulator = None if roles else task.get("simulator", validated.get("simulator"))
         task, generation, role_generation, unset = with_preset(preset, simulator, task, generation, {}, [], roles)
         task["unset"] = ",".join(unset)
-    if "official" in task:  # which words what the policy is told
+    if "official" in task:  # which words what the policy is message
         validated = {name: value for name, value in validated.items() if name not in BRIEFING}
     played = {**validated, **task}
     if roles:

@@ -24,8 +24,8 @@ from ctcgrpo.environments.sage_protocol import Unreadable, load_profiles, measur
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.evaluation.benches import data_folder
 from ctcgrpo.evaluation.generation import SAMPLING, Unset, config_of, names_of
+from ctcgrpo.evaluation.model_calls import generate_reply, model_of_role, temperature_of
 from ctcgrpo.evaluation.record import Record, recorded_task
-from ctcgrpo.evaluation.speaking import generate_reply, played_by, temperature_of
 from ctcgrpo.evaluation.users import priced
 from ctcgrpo.rollout.engine import request_seed
 from ctcgrpo.simulator.choice import named_simulator
@@ -49,9 +49,9 @@ def sage(data: str | None = None, simulator: str | None = None, repeats: int = 1
     left_out = names_of(unset)
     about: dict[str, Any] = {"prompts": prompts_name()}
     answers: Callable[[Record], Answers]
-    opened: AbstractAsyncContextManager[object] = nullcontext()
+    resource: AbstractAsyncContextManager[object] = nullcontext()
     if simulator is None:
-        model = played_by("simulator")
+        model = model_of_role("simulator")
         temperature = None if "simulator.temperature" in left_out else temperature_of(model, _TEMPERATURE)
         about |= {"models": [str(model)], "temperature": temperature}
         answers = partial(_Simulator, model, left_out)
@@ -62,31 +62,31 @@ def sage(data: str | None = None, simulator: str | None = None, repeats: int = 1
                 f"simulator = {simulator!r}: an LLM plays SAGE's user; expected a configuration with backend llm "
                 "(configs/simulator/qwen3_max.yaml) or PROVIDER/NAME"
             )
-        opened = episodes = SageEpisodes(simulator)
+        resource = episodes = SageEpisodes(simulator)
         about |= {"models": episodes.models, "temperature": config.llm.temperature, **priced(config)}
         answers = partial(_Configured, episodes)
 
     async def converse(state: TaskState, record: Record) -> None:
         record.about = about
-        async with opened:
+        async with resource:
             await play(state, record)
 
     async def play(state: TaskState, record: Record) -> None:
         where = ("sage", seed, str(state.sample_id), state.epoch)
         user = Sage(answers(record), ", ".join(about["models"]))
         opening = await user.reset(profiles[str(state.sample_id)]._asdict(), seed=request_seed(*where))
-        record.user_said(opening[-1]["content"], {"emotion": user.emotion})
+        record.add_user_message(opening[-1]["content"], {"emotion": user.emotion})
         for turn in count(1):
             async with span(f"turn {turn}", type="turn"):
                 config = config_of("model", left_out, seed=request_seed(*where, turn))
-                said = await generate_reply(state.messages, role="model", config=config)
-                state.messages.append(said.message)
-                record.model_said(said)
-                step = await user.step(said.text)
+                reply = await generate_reply(state.messages, role="model", config=config)
+                state.messages.append(reply.message)
+                record.add_reply(reply)
+                step = await user.step(reply.text)
                 if isinstance(step.message, str):
                     transcript().info(dict(step.info), source="simulator")
                     state.messages.append(ChatMessageUser(content=step.message, metadata=dict(step.info)))
-                    record.user_said(step.message, {"emotion": user.emotion}, str(step.info["why"]))
+                    record.add_user_message(step.message, {"emotion": user.emotion}, str(step.info["why"]))
             if step.done:
                 break
 
@@ -124,11 +124,11 @@ class _Simulator:
     async def ask(self, prompt: str, *, dialogue: str, seed: int) -> str:
         temperature = temperature_of(self.model, _TEMPERATURE)
         config = config_of("simulator", self.left_out, seed=seed % 2**31, temperature=temperature)
-        said = await generate_reply([ChatMessageUser(content=prompt)], role="simulator", model=self.model, config=config)
-        self.record.spend("simulator", said.tokens)
-        if said.cut:
+        reply = await generate_reply([ChatMessageUser(content=prompt)], role="simulator", model=self.model, config=config)
+        self.record.add_tokens("simulator", reply.tokens)
+        if reply.cut:
             raise Unreadable("cut off by max_tokens")
-        return said.text
+        return reply.text
 
 
 @dataclass(frozen=True)
@@ -140,5 +140,5 @@ class _Configured:
 
     async def ask(self, prompt: str, *, dialogue: str, seed: int) -> str:
         answer = await self.episodes.complete(prompt, dialogue=dialogue, seed=seed)
-        self.record.spend("simulator", (answer.prompt_tokens, answer.completion_tokens))
+        self.record.add_tokens("simulator", (answer.prompt_tokens, answer.completion_tokens))
         return readable(answer)

@@ -21,8 +21,8 @@ from inspect_ai.util import JSONSchema
 
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.evaluation.generation import config_of
+from ctcgrpo.evaluation.model_calls import generate_output, model_of_role, temperature_of, tokens_of, why_empty
 from ctcgrpo.evaluation.presets import TRIES
-from ctcgrpo.evaluation.speaking import generated, played_by, temperature_of, tokens_of, why_empty
 from ctcgrpo.llm_client.calls import ChatCompletion
 from ctcgrpo.llm_client.endpoints import Deadline, Outage
 from ctcgrpo.simulator.choice import SimulatorChoice, named_simulator, read_health
@@ -38,7 +38,7 @@ MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": C
 
 
 class Served:
-    """A simulator server. Each turn has a client of its own: nothing of it outlives the event loop that it was made in."""
+    """A simulator server. Each turn has its own client, since a client is bound to its event loop."""
 
     def __init__(self, choice: SimulatorChoice) -> None:
         self._choice, self._urls = choice, _servers.enter_context(choice.served())
@@ -48,8 +48,8 @@ class Served:
             return await client.turn(request)
 
     async def about(self) -> dict[str, Any]:
-        says = await read_health(self._choice.client(self._urls))
-        about = {name: value for name, value in says.items() if name not in ("status", "deadline", "version")}
+        health = await read_health(self._choice.client(self._urls))
+        about = {name: value for name, value in health.items() if name not in ("status", "deadline", "version")}
         return about | priced(self._choice.config)
 
 
@@ -72,7 +72,7 @@ class InspectModel:
             temperature=self.temperature,
             response_schema=ResponseSchema(name="answer", json_schema=JSONSchema.model_validate(schema), strict=True),
         )
-        output = await generated(prompt, role="simulator", model=self._model, config=config)
+        output = await generate_output(prompt, role="simulator", model=self._model, config=config)
         message = output.choices[0].message
         ended = "length" if output.stop_reason == "max_tokens" else str(output.stop_reason)
         note = "" if message.text.strip() else why_empty(output)
@@ -86,11 +86,11 @@ class InspectModel:
         return True
 
     def outage(self) -> Outage | None:
-        """Inspect repeats calls for as long as it is told to."""
+        """None: Inspect retries calls by itself."""
         return None
 
     def spent(self) -> Mapping[str, Any]:
-        """Inspect keeps the books."""
+        """Empty: Inspect counts tokens."""
         return {}
 
     async def close(self) -> None: ...
@@ -101,14 +101,14 @@ def chosen_user(
 ) -> InProcess | Served:
     """`simulator`: None for the model with that role, "scripted", a configuration's file, or a server's URL. `official`: a folder
     with the authors' code, whose prompts the role's model is given. `left_out`: settings that are not sent to it. `tries`: calls to
-    the LLM a turn, until its answer can be read; by default 3, or as configured. Raises RecipeError for what cannot be had."""
+    the LLM a turn, until its answer can be read; by default 3, or as configured. Raises RecipeError for an invalid combination."""
     choice = None if simulator is None else named_simulator(simulator)
     if tries is not None and choice is not None and choice.llm is None:
         raise RecipeError(f"tries = {tries}: {simulator!r} calls no LLM from this process; leave it out")
     if official is not None and simulator is not None:
         raise RecipeError("official needs a model with the role simulator; in a configuration set llm.official instead")
     if choice is None:
-        model = played_by("simulator")
+        model = model_of_role("simulator")
         llm = InspectModel(model, left_out)
         about = {"models": [str(model)], "temperature": llm.temperature}
         return InProcess(LlmBackend(llm, chosen_prompts(official), about=about, tries=tries or TRIES))
@@ -121,7 +121,7 @@ def chosen_user(
 
 
 def priced(config: SimulatorConfig) -> dict[str, Any]:
-    """What a million tokens cost, where all endpoints agree on that."""
+    """The price of a million tokens; empty where the endpoints' prices differ."""
     prices = {endpoint.price for endpoint in config.llm.endpoints} if config.llm is not None else set()
     price = prices.pop() if len(prices) == 1 else None
     if price is None or not (price.prompt or price.completion):

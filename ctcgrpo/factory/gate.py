@@ -65,13 +65,13 @@ async def played(scenario: Scenario, turns: Candidates) -> float:
     """The outcome of a dialogue."""
     dialogue = EIBench(max_turns=len(turns))
     await dialogue.reset(task_of(scenario).data, seed=0)
-    said: set[str] = set()
+    used: set[str] = set()
     for replies in turns:
-        tried = {reply: dialogue.branch(seed=0) for reply in [r for r in replies if r not in said] or replies}
+        tried = {reply: dialogue.branch(seed=0) for reply in [r for r in replies if r not in used] or replies}
         for reply, continued in tried.items():
             await continued.step(reply)
         best = max(tried, key=lambda reply: tried[reply].answer.trust_delta - tried[reply].answer.anger_delta)
-        said.add(best)
+        used.add(best)
         dialogue = tried[best]
         if not dialogue.answer.goes_on:
             break

@@ -115,11 +115,11 @@ async def _written(config: FactoryConfig, answers: Answers, asked: Wanted, examp
     writer = config.writer
     models = sorted(endpoint.model for endpoint in writer.endpoints)
     identity = json.dumps([models, writer.temperature, writer.top_p, writer.most_tokens])
-    said, found = first, Written()
+    conversation, found = first, Written()
     for attempt in range(1, config.attempts + 1):
-        key = content_key("factory", identity, json.dumps(said, ensure_ascii=False), asked.id, str(attempt))
+        key = content_key("factory", identity, json.dumps(conversation, ensure_ascii=False), asked.id, str(attempt))
         try:
-            text = await answers.ask(key, said, dialogue=asked.id, schema=schema())
+            text = await answers.ask(key, conversation, dialogue=asked.id, schema=schema())
         except SimulatorTransportError as error:
             return Outcome(asked, "unanswered", reasons=[str(error)], attempts=attempt - 1)
         except SimulatorReplyError as error:
@@ -131,7 +131,7 @@ async def _written(config: FactoryConfig, answers: Answers, asked: Wanted, examp
         faults = "\n".join(f"- {fault}" for fault in found.faults)
         again = f"That cannot be used:\n{faults}\nAnswer with the whole JSON object again, mended, and with nothing else."
         before: Message = {"role": "assistant", "content": text[:_LONGEST_BACK]}
-        said = [*first, before, {"role": "user", "content": again}]
+        conversation = [*first, before, {"role": "user", "content": again}]
     return Outcome(asked, "rejected", reasons=found.faults, attempts=config.attempts)
 
 

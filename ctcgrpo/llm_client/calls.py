@@ -66,9 +66,9 @@ class ChatClient:
         try:
             status, headers, text = await self._post(body)
             if not 200 <= status < 300:
-                said = error_body(text)
-                said = replace(said, message=said.message + self._via) if status >= 500 else said
-                raise failure_of(status, headers, said, sent=body, key=self._key)
+                reported = error_body(text)
+                reported = replace(reported, message=reported.message + self._via) if status >= 500 else reported
+                raise failure_of(status, headers, reported, sent=body, key=self._key)
             return self._completion(text, headers, body)
         except CallFailed as error:
             shown = without_secrets(" ".join(str(error).split()), self._secrets)
@@ -141,8 +141,8 @@ class ChatClient:
         choice = _first(choices)
         for error in (data.get("error"), choice.get("error")):
             if error:
-                said = error_object(error)
-                failed = failure_of(said.status or 502, headers, said, sent=sent, key=self._key)
+                reported = error_object(error)
+                failed = failure_of(reported.status or 502, headers, reported, sent=sent, key=self._key)
                 raise CallFailed(failed.result, f"an error within HTTP 200: {failed}", wait=failed.wait, paid=bool(usage))
         if not choice:
             got = error_object(data).message if "choices" not in data else f"choices: {json.dumps(choices)[:100]}"

@@ -143,7 +143,7 @@ class EndpointPool:
             finally:
                 if probe:
                     line.probing = False
-        raise SimulatorReplyError("; ".join(f"{name} refused the request: {said}" for name, said in refused.items()))
+        raise SimulatorReplyError("; ".join(f"{name} refused the request: {reason}" for name, reason in refused.items()))
 
     async def _choose(
         self, lines: Sequence[EndpointState], dialogue: str, tries: Counter[str], deadline: Deadline, problems: list[str]

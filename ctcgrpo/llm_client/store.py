@@ -160,12 +160,12 @@ def _check(folder: Path) -> None:
         raise OutputError(f"store: {folder}: data.mdb could not be read within {seconds:.0f} s; {_MOVE_AWAY}") from None
     if checked.returncode == 0:
         return
-    said = " ".join(checked.stdout.split())
+    problem = " ".join(checked.stdout.split())
     if checked.returncode < 0:
-        said = said or f"data.mdb is damaged: reading it crashed a process with {signal.Signals(-checked.returncode).name}"
+        problem = problem or f"data.mdb is damaged: reading it crashed a process with {signal.Signals(-checked.returncode).name}"
     elif checked.returncode != store_check.DAMAGED:
-        raise OutputError(f"store: {folder}: cannot be opened: {said or checked.stderr.strip()[-300:]}; {_ADVICE}")
-    raise OutputError(f"store: {folder}: {said}; {_MOVE_AWAY}")
+        raise OutputError(f"store: {folder}: cannot be opened: {problem or checked.stderr.strip()[-300:]}; {_ADVICE}")
+    raise OutputError(f"store: {folder}: {problem}; {_MOVE_AWAY}")
 
 
 def content_key(*parts: str) -> bytes:

@@ -32,7 +32,7 @@ def is_built(model: str) -> bool:
 
 def build_builtin(model: str, folder: Path, seed: int, *, log_line: LogLine = lambda _: None) -> str:
     """The path or Hub id of a policy. One that runs build is built in `folder` first, which is then marked complete; one that is
-    fetched is in the cache. `log_line` hears how far it is. Raises PolicyError for a builtin policy that does not exist or
+    fetched is in the cache. Progress is logged with `log_line`. Raises PolicyError for a builtin policy that does not exist or
     cannot be fetched."""
     if not is_builtin(model):
         return model

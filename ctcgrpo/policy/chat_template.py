@@ -86,8 +86,8 @@ class ChatTemplate:
     def messages(self, head: Sequence[Message], exchanges: Sequence[tuple[str, str]] = ()) -> list[Message]:
         """The messages of a dialogue, as passed to the template. Exchanges are (reply, user line)."""
         folded = self.layout(tuple(m["role"] for m in head)).folded
-        heard = [(reply, ({"role": "user", "content": line},)) for reply, line in exchanges]
-        return [*(_folded(head) if folded else head), *_exchanged(heard)]
+        pairs = [(reply, ({"role": "user", "content": line},)) for reply, line in exchanges]
+        return [*(_folded(head) if folded else head), *_exchanged(pairs)]
 
     def uses_today(self) -> bool:
         """Whether prompts contain today's date, so that the same dialogue has another context tomorrow."""
@@ -95,18 +95,18 @@ class ChatTemplate:
         shadowed = "{% macro strftime_now(format) %}" + _TODAY + "{% endmacro %}" + self._tokenizer.get_chat_template()
         return _TODAY in self.render(self.messages(head), chat_template=shadowed)
 
-    def _find_layout(self, head: Roles, heard: Roles = ("user",)) -> Layout:
+    def _find_layout(self, head: Roles, observation: Roles = ("user",)) -> Layout:
         """For dialogues with these roles at the head and after each reply. Raises PolicyError where it cannot render them."""
         first = [{"role": role, "content": f"PROBE-HEAD-{k:02}"} for k, role in enumerate(head)]
         try:
-            return self._layout(first, heard, folded=False)
+            return self._layout(first, observation, folded=False)
         except _NoSystemRole:
-            return self._layout(first, heard, folded=True)
+            return self._layout(first, observation, folded=True)
 
-    def _layout(self, first: list[Message], heard: Roles, *, folded: bool) -> Layout:
+    def _layout(self, first: list[Message], observation: Roles, *, folded: bool) -> Layout:
         counts = (0, 1, 2, 3, _MANY)
-        parts = [self._parts(first, heard, exchanges, folded) for exchanges in counts]
-        n, m = len(first), len(heard)
+        parts = [self._parts(first, observation, exchanges, folded) for exchanges in counts]
+        n, m = len(first), len(observation)
         opens, first_prompt = parts[0][:n], parts[0][n]
         before_first, between = parts[1][n], parts[1][n + 1 : n + 1 + m]
         before, prompt = parts[2][n + 1 + m], parts[1][-1]
@@ -119,13 +119,13 @@ class ChatTemplate:
             raise PolicyError(f"{self.name} does not render message by message: {change}; {ANOTHER}")
         return Layout(tuple(opens), before_first, first_prompt, tuple(between), before, prompt, folded)
 
-    def _parts(self, first: list[Message], heard: Roles, exchanges: int, folded: bool) -> list[str]:
+    def _parts(self, first: list[Message], observation: Roles, exchanges: int, folded: bool) -> list[str]:
         """The template's text around the messages of a dialogue, each of which must be rendered once and in order."""
-        said = []
+        probes = []
         for k in range(exchanges):
-            lines = [{"role": role, "content": f"PROBE-LINE-{k:02}-{j:02}"} for j, role in enumerate(heard)]
-            said.append((f"PROBE-REPLY-{k:02}", lines))
-        messages = [*(_folded(first) if folded else first), *_exchanged(said)]
+            lines = [{"role": role, "content": f"PROBE-LINE-{k:02}-{j:02}"} for j, role in enumerate(observation)]
+            probes.append((f"PROBE-REPLY-{k:02}", lines))
+        messages = [*(_folded(first) if folded else first), *_exchanged(probes)]
         may_fold = first[0]["role"] == "system" and not folded
         try:
             rest = text = self.render(messages)
@@ -134,7 +134,7 @@ class ChatTemplate:
                 raise
             raise _NoSystemRole from None
         parts = []
-        contents = [message["content"] for message in (*first, *_exchanged(said))]
+        contents = [message["content"] for message in (*first, *_exchanged(probes))]
         for k, content in enumerate(contents):
             before, found, rest = rest.partition(content)
             if not found:
@@ -169,7 +169,7 @@ def _folded(head: Sequence[Message]) -> list[Message]:
 
 
 def _exchanged(exchanges: Sequence[tuple[str, Sequence[Message]]]) -> list[Message]:
-    return [m for reply, heard in exchanges for m in ({"role": "assistant", "content": reply}, *heard)]
+    return [m for reply, observation in exchanges for m in ({"role": "assistant", "content": reply}, *observation)]
 
 
 def _role(content: str, messages: list[Message]) -> str:

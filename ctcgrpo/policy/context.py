@@ -137,14 +137,14 @@ class ContextBuilder:
         lines = tuple(map(_line, messages))
         return Dialogue(lines[0], lines[1:]) if roles[0] == "system" else Dialogue(None, lines)
 
-    def extend(self, dialogue: Dialogue, completion: Completion, heard: Heard) -> Dialogue:
+    def extend(self, dialogue: Dialogue, completion: Completion, observation: Heard) -> Dialogue:
         """The dialogue after a completion and the next observation. Raises PolicyEngineError for roles as `start` does."""
         ids = completion.token_ids
         if ids and ids[-1] in self.stop_ids:
             ids = ids[:-1]
         if self._reasoning == "strip":
             ids = self._as_rendered(ids)
-        messages: Sequence[Message] = [{"role": "user", "content": heard}] if isinstance(heard, str) else heard
+        messages: Sequence[Message] = [{"role": "user", "content": observation}] if isinstance(observation, str) else observation
         lines = tuple(map(_line, messages))
         self._layout(_roles(dialogue.system, dialogue.opening), _roles(None, lines))
         return replace(dialogue, exchanges=(*dialogue.exchanges, Exchange(ids, lines)))
@@ -167,10 +167,10 @@ class ContextBuilder:
         limit = f"max_prompt_length (in a recipe rollout.max_prompt_tokens) is {self._max_prompt_tokens}"
         raise PolicyEngineError(f"system prompt and latest user line take {len(ids)} tokens; {limit}")
 
-    def _layout(self, head: Roles, heard: Roles = ("user",)) -> Layout:
+    def _layout(self, head: Roles, observation: Roles = ("user",)) -> Layout:
         """Raises PolicyEngineError, which fails the episode, for roles that the template cannot render."""
         try:
-            return self._template.layout(head, heard)
+            return self._template.layout(head, observation)
         except PolicyError as error:
             raise PolicyEngineError(str(error)) from None
 
@@ -200,17 +200,17 @@ class ContextBuilder:
         head = [{"role": line.role, "content": line.text} for line in lines]
         spelled = any(self._control.find(line.content) for line in lines)
         last = lines[-1].text if lines[-1].role == "user" else (lines[-1].text.splitlines() or [""])[-1].strip()
-        said: list[tuple[str, str]] = []
+        probes: list[tuple[str, str]] = []
         for reply in (_ODD_REPLY, "Go on, then"):
-            text = self._template.render(self._template.messages(head, said))
+            text = self._template.render(self._template.messages(head, probes))
             ids, _ = self.prompt(dialogue)
             own = tuple(self._tokenizer.encode(text, add_special_tokens=False))
             # After a reply a tokenizer may merge sampled tokens with what follows; then only the texts are compared.
-            if ids != own and (self._text(ids) != self._text(own) or not (said or spelled)):
-                raise PolicyError(self._difference(name, len(said) + 1, ids, own))
-            said.append((reply, f"{last}\n{_ODD_LINE}"))
-            heard = Exchange(self._encode_reply(reply), (Line("user", said[-1][1]),))
-            dialogue = replace(dialogue, exchanges=(*dialogue.exchanges, heard))
+            if ids != own and (self._text(ids) != self._text(own) or not (probes or spelled)):
+                raise PolicyError(self._difference(name, len(probes) + 1, ids, own))
+            probes.append((reply, f"{last}\n{_ODD_LINE}"))
+            exchange = Exchange(self._encode_reply(reply), (Line("user", probes[-1][1]),))
+            dialogue = replace(dialogue, exchanges=(*dialogue.exchanges, exchange))
 
     def _difference(self, name: str, turn: int, ids: Ids, own: Ids) -> str:
         at = next((k for k, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))

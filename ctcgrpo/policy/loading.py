@@ -44,7 +44,7 @@ def loading_weights(what: str) -> Iterator[None]:
 
 
 def pinned(model: str, revision: str | None) -> str:
-    """A Hub model at a revision as a folder, so that everybody who loads it loads the same: vLLM is told a name alone."""
+    """A Hub model at a revision as a folder, so that all processes load the same files: vLLM gets a name only."""
     if revision is None or Path(model).exists() or is_builtin(model):
         return model
     try:

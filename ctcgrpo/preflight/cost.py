@@ -172,8 +172,8 @@ def _simulator_tokens(s: Subject, player: Player) -> Tokens:
             if s.tokenizer is None or scenario.language != "en":
                 counts.append(len(text) / rate)
                 continue
-            said = request.history[1:] if scenario.opening_line else request.history
-            words = sum(len(line.text) + len(line.reflection) for line in said)
+            lines = request.history[1:] if scenario.opening_line else request.history
+            words = sum(len(line.text) + len(line.reflection) for line in lines)
             counts.append(len(s.tokenizer.encode(text.replace("x" * 40, ""))) + words / rate)
     return Tokens(statistics.mean(counts), VERDICT_TOKENS)
 

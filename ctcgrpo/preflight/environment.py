@@ -40,7 +40,7 @@ def validation(s: Subject) -> Iterator[Finding]:
         return
     s.held_out_tasks = read_tasks(s.recipe.validation_source(), "validation.tasks", _settings(s).folder, "test")
     trained = {*_contents(s.tasks).values(), *_named(s.tasks)}
-    both = [name for name, said in _contents(s.held_out_tasks).items() if said in trained]
+    both = [name for name, content in _contents(s.held_out_tasks).items() if content in trained]
     both = list(dict.fromkeys([*both, *(name for name in _named(s.held_out_tasks) if name in trained)]))
     if both:
         yield warning(
@@ -61,7 +61,7 @@ def episode(s: Subject) -> Iterator[Finding]:
     _, answers, outcome, blocked = _played(s, s.tasks[0], [_REPLY] * s.recipe.rollout.max_turns)
     seconds = time.monotonic() - started
     s.openings = openings
-    s.heard = [answer.messages for answer in answers if answer.messages]
+    s.observations = [answer.messages for answer in answers if answer.messages]
     rewards = [answer.reward for answer in answers]
     turns = len(rewards)
     over = "done" if answers[-1].done else f"not done after rollout.max_turns = {turns}"
@@ -99,16 +99,16 @@ def replies(s: Subject) -> Iterator[Finding]:
 _Played = tuple[Sequence[Message], Sequence[Answer], float, float]
 
 
-def _played(s: Subject, task: Task, said: Sequence[str]) -> _Played:
+def _played(s: Subject, task: Task, replies: Sequence[str]) -> _Played:
     """First messages, answers and outcome of an episode with at most these replies, and the longest time in seconds for which it
     blocked the event loop. Raises RecipeError that names the task."""
     try:
-        return asyncio.run(_play(s, task, said))
+        return asyncio.run(_play(s, task, replies))
     except CtcGrpoError as error:
         raise RecipeError(f"{_settings(s).factory}, task {task.id!r}: {error}") from error
 
 
-async def _play(s: Subject, task: Task, said: Sequence[str]) -> _Played:
+async def _play(s: Subject, task: Task, replies: Sequence[str]) -> _Played:
     assert s.factory is not None
     session = Session(s.factory, f"check/{task.id}", _settings(s).timeout)
     answers: list[Answer] = []
@@ -125,7 +125,7 @@ async def _play(s: Subject, task: Task, said: Sequence[str]) -> _Played:
     try:
         await asyncio.sleep(_PAUSE)
         opening = await session.reset(task.data, seed=s.recipe.run.seed)
-        for reply in said:
+        for reply in replies:
             await asyncio.sleep(_PAUSE)  # for the watcher, so that each call counts for itself
             answers.append(await session.step(reply))
             if answers[-1].done:

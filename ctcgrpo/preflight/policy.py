@@ -144,9 +144,9 @@ def _last_prompt(s: Subject, opening: Sequence[Message], reply: Completion) -> t
     dialogue = s.contexts.start(opening)
     for turn in range(s.recipe.rollout.max_turns - 1):
         own = s.recipe.environment is not None
-        if own and not s.heard:  # the test episode has one turn
+        if own and not s.observations:  # the test episode has one turn
             break
-        heard: Heard = s.heard[min(turn, len(s.heard) - 1)] if own else "word " * LINE_TOKENS
-        dialogue = s.contexts.extend(dialogue, reply, heard)
+        observation: Heard = s.observations[min(turn, len(s.observations) - 1)] if own else "word " * LINE_TOKENS
+        dialogue = s.contexts.extend(dialogue, reply, observation)
     ids, dropped = s.contexts.prompt(dialogue)
     return len(ids), dropped

@@ -43,7 +43,7 @@ NO_VALIDATION = warning("none: the run will not measure improvement; add the sec
 
 @dataclass
 class Subject:
-    """The recipe, and what checks have loaded of it so far. `factory` to `heard` are for a custom environment."""
+    """The recipe, and what checks have loaded of it so far. `factory` to `observations` are for a custom environment."""
 
     recipe: Recipe
     folder: Path  # for temporary files; removed after the check
@@ -55,7 +55,9 @@ class Subject:
     tasks: Sequence[Task] = ()
     held_out_tasks: Sequence[Task] = ()
     openings: dict[str, Sequence[Message]] = field(default_factory=dict)  # the first messages of some tasks, by id
-    heard: list[Sequence[Message]] = field(default_factory=list)  # after each of the policy's replies, in the episode played
+    observations: list[Sequence[Message]] = field(
+        default_factory=list
+    )  # after each of the policy's replies, in the episode played
     shape: Shape | None = None
     config: Any = None  # the model's configuration, where it could be loaded
     tokenizer: PreTrainedTokenizerBase | None = None

@@ -91,10 +91,10 @@ def _walk(model: type[Section], *, path: str, key: str, note: str) -> Iterator[F
         here, its_key = f"{path}.{name}".removeprefix("."), f"{key}.{name}".removeprefix(".")
         section = section_type(field.annotation)
         if section is None:
-            said = schema["properties"][name]
-            default = "required" if field.is_required() else json.dumps(said.get("default"), ensure_ascii=False)
-            kind = allowed(said, schema.get("$defs", {}))
-            own.append(Field(here, its_key, kind, default, field.description or "", said.get("option", "")))
+            field_schema = schema["properties"][name]
+            default = "required" if field.is_required() else json.dumps(field_schema.get("default"), ensure_ascii=False)
+            kind = allowed(field_schema, schema.get("$defs", {}))
+            own.append(Field(here, its_key, kind, default, field.description or "", field_schema.get("option", "")))
             continue
         assert issubclass(section, Section)
         notes = ["required"] if field.is_required() else []

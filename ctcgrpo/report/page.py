@@ -23,7 +23,7 @@ from ctcgrpo.environments.eibench.records import in_order
 from ctcgrpo.report.parts import BINS, Part, Spread, Trace, credit_of, joined, mean_path
 from ctcgrpo.report.reading import Run
 from ctcgrpo.run.recipe import OwnEnvironment
-from ctcgrpo.run.scores import Validation, alarms, gap, improvement, other_scores, told
+from ctcgrpo.run.scores import Validation, alarm_texts, alarms, gap, improvement, other_scores
 from ctcgrpo.simulator.choice import who_played
 from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.files import write_whole
@@ -83,7 +83,7 @@ def figures_of(run: Run) -> dict[str, Any]:
         "headline": _headline(run.validations),
         "credit_options": run.recipe.credit.model_dump(mode="json"),
         "validations": [_validation(validation) for validation in run.validations],
-        "warnings": [f"Warning, {text}." for text in told(alarms(run.validations))],
+        "warnings": [f"Warning, {text}." for text in alarm_texts(alarms(run.validations))],
         "training": [
             {"step": m["step"], "overall": m.get(f"outcome/{NO_TAG}"), **{tag: m.get(f"outcome/{tag}") for tag in tags}}
             for m in run.metrics

@@ -221,11 +221,11 @@ def _counted(outcomes: Mapping[str, Sequence[float]]) -> Counter[tuple[str, floa
 
 def _other_metrics(m: Mapping[str, Any], part: Part) -> list[str]:
     """Contradictions between a line of metrics.jsonl and the valid episodes of its step."""
-    said = m.get("episodes/valid")
-    if said is None:
+    logged = m.get("episodes/valid")
+    if logged is None:
         return [f"metrics.jsonl: episodes/valid of step {m['step']} is missing"]
-    if said != part.valid:
-        return [f"step {m['step']}: {part.valid} valid episodes in traces, {said:g} in metrics.jsonl"]
+    if logged != part.valid:
+        return [f"step {m['step']}: {part.valid} valid episodes in traces, {logged:g} in metrics.jsonl"]
     return [
         f"step {m['step']}: {name} is {mean:+.4f} in traces, {m.get(name)} in metrics.jsonl"
         for name, mean in part.means.items()

@@ -15,7 +15,7 @@ from ctcgrpo.evaluation.played import eibench_on, in_words
 from ctcgrpo.run.folders import require_folder
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.run_records import VALIDATION, Summary, checked_summary, numbers_by_turn, read_traces, same
-from ctcgrpo.run.scores import Figures, Improvement, told
+from ctcgrpo.run.scores import Figures, Improvement, alarm_texts
 from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.intervals import means
 from ctcgrpo.util.terminal import print_line
@@ -80,7 +80,7 @@ def show_run(path: Path, console: Console, *, scenario: str | None = None) -> No
         f"all dialogues   {folder.traces}\nfigures         {path / 'summary.json'}, {folder.metrics_file}\nother dialogue  "
         f"ctcgrpo show {path} --scenario ID",
     )
-    for problem in (*told(summary.gamed), *problems, *others, *bad_figures):
+    for problem in (*alarm_texts(summary.gamed), *problems, *others, *bad_figures):
         print_line(console, f"warning: {problem}", "yellow")
 
 
@@ -168,8 +168,8 @@ def _dialogue(episode: Trace, title: str) -> Panel:
         mood = "dim" if not reward else "green" if reward > 0 else "red"
         earned = "not scored" if reward is None else f"reward {reward:+.3f}"
         moved = [f"{name} {path[k] - path[k - 1]:+g}" for name, path in numbers.items()] or [earned]
-        said = [str(value) for value in turn["info"].values() if isinstance(value, str) and value]
-        lines.append(Text(f"  {', '.join(moved)}{': ' if said else ''}{'; '.join(said)}", style=mood))
+        info_texts = [str(value) for value in turn["info"].values() if isinstance(value, str) and value]
+        lines.append(Text(f"  {', '.join(moved)}{': ' if info_texts else ''}{'; '.join(info_texts)}", style=mood))
         if turn["message"]:
             lines.append(Text(f"User: {turn['message']}"))
     # In the body, where it wraps: a panel's title and subtitle are cut off in a narrow terminal.

@@ -160,7 +160,7 @@ def alarms(validations: Sequence[Validation]) -> list[Gamed]:
     return [alarm for alarm in found if alarm is not None]
 
 
-def told(found: Sequence[Gamed]) -> list[str]:
+def alarm_texts(found: Sequence[Gamed]) -> list[str]:
     """The alarms of a run in words: the last one, with the steps of the earlier ones."""
     if not found:
         return []

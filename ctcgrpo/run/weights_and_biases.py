@@ -95,14 +95,14 @@ def dialogue_rows(folder: RunFolder, step: int) -> list[list[Any]]:
 
 
 def _rows(episode: Mapping[str, Any]) -> Sequence[list[Any]]:
-    heard = [episode["opening"], *(turn["message"] for turn in episode["turns"])]
+    messages = [episode["opening"], *(turn["message"] for turn in episode["turns"])]
     rows = []
     for k, turn in enumerate(episode["turns"]):
         place = [episode[name] for name in ("step", "task", "tag", "rollout", "outcome")]
-        said = [turn[name] for name in ("reasoning", "reply", "reward")]
+        texts = [turn[name] for name in ("reasoning", "reply", "reward")]
         terms = [(turn.get("credit") or {}).get(name) for name in ("outcome", "turn", "advantage")]
         info = ", ".join(f"{name} {value}" for name, value in turn["info"].items())
-        rows.append([*place, k + 1, heard[k], *said, *terms, info])
+        rows.append([*place, k + 1, messages[k], *texts, *terms, info])
     return rows
 
 

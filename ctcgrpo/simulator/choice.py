@@ -144,8 +144,8 @@ def who_played(about: Mapping[str, Any] | None) -> str:
     models = about.get("models")
     names = [name for name in models if isinstance(name, str) and name] if isinstance(models, list | tuple) else []
     backend, prompts = (about[key] if isinstance(about.get(key), str) else "" for key in ("backend", "prompts"))
-    told = ", ".join(names) or backend or "unknown"
-    told += f", prompts {prompts}" if prompts else ""
+    text = ", ".join(names) or backend or "unknown"
+    text += f", prompts {prompts}" if prompts else ""
     reluctance = about.get("reluctance")
-    told += f", reluctance {reluctance:g}" if isinstance(reluctance, int | float) else ""
-    return " ".join(printable(told).split())
+    text += f", reluctance {reluctance:g}" if isinstance(reluctance, int | float) else ""
+    return " ".join(printable(text).split())

@@ -91,11 +91,11 @@ class SimulatorClient:
                 f"simulator.url = {url!r}: no simulator server answers ({problem}){through_proxy(url)}; start one with "
                 "`ctcgrpo serve`, or set simulator.url=embedded"
             )
-        (first, said), *others = answers.items()
+        (first, health), *others = answers.items()
         for url, other in others:
-            if other != said:
-                raise SimulatorTransportError(f"simulator.url: {first} and {url} play different users ({said}, {other})")
-        return said
+            if other != health:
+                raise SimulatorTransportError(f"simulator.url: {first} and {url} play different users ({health}, {other})")
+        return health
 
     async def account(self) -> dict[str, Any]:
         """What the simulator has spent; empty where it spent nothing, or no server answers any more."""
@@ -149,17 +149,17 @@ class SimulatorClient:
                     f"{called}: invalid response; expected a TurnReply: {error.errors()[0]['msg']}"
                 ) from None
         try:
-            said = TurnProblem.model_validate_json(payload)
+            problem = TurnProblem.model_validate_json(payload)
         except ValidationError:
             if status in (408, 429) or status >= 500:
                 raise _NoAnswer(f"HTTP {status}{through_proxy(url)}: {_excerpt(payload)}") from None
             raise SimulatorReplyError(f"{called} refused the request (HTTP {status}): {_excerpt(payload)}") from None
-        if said.kind == UNAVAILABLE:
-            self._log_outage(said.error, retry_after(response.headers) or 0.0)
-            raise _NoAnswer(said.error)
+        if problem.kind == UNAVAILABLE:
+            self._log_outage(problem.error, retry_after(response.headers) or 0.0)
+            raise _NoAnswer(problem.error)
         types = {error.kind: error for error in (SimulatorTransportError, BudgetSpent)}
         status_of = "" if self._in_process else f" (HTTP {status})"
-        raise types.get(said.kind, SimulatorReplyError)(f"{called}{status_of}: {cut(said.error, 2100)}")
+        raise types.get(problem.kind, SimulatorReplyError)(f"{called}{status_of}: {cut(problem.error, 2100)}")
 
     def _log_outage(self, outage: str, seconds: float) -> None:
         """Log an outage of so many seconds once, however many turns wait for its end."""

@@ -183,8 +183,8 @@ class SimulatorServer:
                 self.metrics.turns.labels("unknown", "no_request").inc()
                 self.log.warning("turn", result="no_request")
                 few = error.error_count() <= _MOST_QUOTED  # a large body may contain an error every few bytes
-                said = str(error) if few else f"it has {error.error_count()} errors"
-                raise _Refused(400, "simulator_reply", f"invalid request; expected a TurnRequest: {said}") from None
+                detail = str(error) if few else f"it has {error.error_count()} errors"
+                raise _Refused(400, "simulator_reply", f"invalid request; expected a TurnRequest: {detail}") from None
             response, result = await self._answer(turn)
         seconds = time.perf_counter() - started
         self.metrics.seconds.observe(seconds)

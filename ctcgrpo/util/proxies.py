@@ -1,6 +1,6 @@
 """Proxies of the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY), read alike by every HTTP client of this process.
 
-Loopback is never asked through a proxy. ALL_PROXY counts where the scheme has no proxy of its own. aiohttp and urllib are told with
+Loopback is never asked through a proxy. ALL_PROXY counts where the scheme has no proxy of its own. aiohttp and urllib get them with
 `proxy_of`; libraries that read the environment themselves (requests in TRL, httpx in Inspect) find it put right by
 `settle_environment`.
 """

@@ -100,7 +100,7 @@ EVERYDAY = """
 
 
 def test_everyday_sentences_hang_together() -> None:
-    assert not [sentence for sentence in EVERYDAY.split() if not LANGUAGE.is_sound(sentence)]
+    assert not [sentence for sentence in EVERYDAY.split() if not LANGUAGE.is_well_formed(sentence)]
 
 
 def test_no_written_sentence_has_a_character_where_it_cannot_stand() -> None:

@@ -93,17 +93,17 @@ def test_plans_and_lines_are_read_as_models_write_them() -> None:
     for text in ("", "nothing", "Change: none", "The change is +3", "Change: from 40 to 45", "Change: 40 到 45"):
         with pytest.raises(sage.Unreadable):
             sage.planned_change(text)
-    assert sage.spoken("Thinking: x\nChange: y\nResponse: “好吧。\n再说。”") == "好吧。\n再说。"
-    assert sage.spoken("Response: 好吧。\nPS：明天见。") == "好吧。\nPS：明天见。"
+    assert sage.response_text("Thinking: x\nChange: y\nResponse: “好吧。\n再说。”") == "好吧。\n再说。"
+    assert sage.response_text("Response: 好吧。\nPS：明天见。") == "好吧。\nPS：明天见。"
     with pytest.raises(sage.Unreadable):
-        sage.spoken("Thinking: x\nResponse:  ")
+        sage.response_text("Thinking: x\nResponse:  ")
     assert [sage.letter(e) for e in (100, 99, 70, 69, 40, 39, 10, 9, 0)] == list("SAABBCCFF")
     assert sage.is_over(100, "") and sage.is_over(9, "") and not sage.is_over(10, "嗯") and sage.is_over(50, "好，再见！")
 
 
 @given(st.text())
 def test_reading_sage_raises_nothing_else(text: str) -> None:
-    for read in (sage.planned_change, sage.spoken):
+    for read in (sage.planned_change, sage.response_text):
         try:
             read(text)
         except sage.Unreadable:
@@ -239,12 +239,12 @@ def test_the_real_files_of_eqbench3() -> None:
     kinds = [s.kind for s in bench.scenarios]
     assert len(kinds) == 45 and sum(len(s.lines) for s in bench.scenarios) == 92
     assert [kinds.count(k) for k in ("role-play", "drafting", "analysis")] == [25, 1, 19]
-    assert sum(bench.debrief in bench.asked(s) for s in bench.scenarios) == 26
+    assert sum(bench.debrief in bench.user_messages(s) for s in bench.scenarios) == 26
     for s in bench.scenarios:
-        asked = bench.asked(s)
-        prompt = bench.judged(s, asked, [f"answer-{k}" for k in range(len(asked))])
+        messages = bench.user_messages(s)
+        prompt = bench.judge_prompt(s, messages, [f"answer-{k}" for k in range(len(messages))])
         assert "{transcript}" not in prompt and "{debrief}" not in prompt and "{output_format}" not in prompt
-        assert all(prompt.count(f"answer-{k}") == 1 for k in range(len(asked)))
+        assert all(prompt.count(f"answer-{k}") == 1 for k in range(len(messages)))
         assert all(f'"{name}": 0-20' in prompt for name in eq.COUNTED[s.kind])
 
 
@@ -295,11 +295,11 @@ def test_judgements_are_read_without_guessing() -> None:
         {"correctness": "about 7"},
         {"correctness": None},
     ):
-        with pytest.raises(eq.Unreadable, match="correctness"):
+        with pytest.raises(eq.InvalidVerdict, match="correctness"):
             eq.read_scores(json.dumps({**whole, **change}), "analysis")
     cut = json.dumps(whole)[:-1]  # nobody knows whether a last score of 7 was to be 7
     for text in ("", "18", "[]", "{}", "{" * 50, cut):
-        with pytest.raises(eq.Unreadable):
+        with pytest.raises(eq.InvalidVerdict):
             eq.read_scores(text, "analysis")
 
 

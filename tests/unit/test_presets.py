@@ -223,7 +223,7 @@ async def test_a_policy_in_a_folder_heeds_what_becomes_of_reasoning_and_ends_wit
     policy = LocalPolicy(str(tmp_path / "model"))
     ids = tuple(policy._parts.tokenizer.encode("<think>She is sad.</think>I hear you.", add_special_tokens=False))
     reply = ChatMessageAssistant(content="I hear you.")
-    policy._remember(reply, Completion(ids, (0.0,) * len(ids), "stop"))
+    policy._store(reply, Completion(ids, (0.0,) * len(ids), "stop"))
     messages: list[ChatMessage] = [ChatMessageSystem(content="You are Tom."), ChatMessageUser(content="Hello.")]
     messages += [reply, ChatMessageUser(content="Well.")]
     read = {}

@@ -149,8 +149,10 @@ def test_good_replies_score_well(split: str) -> None:
 def test_headings_and_everyday_words_are_nobodys_matter() -> None:
     """A persona's layout and small words once counted as substance, so that "I would prefer" engaged with any detail."""
     for scenario in SCENARIOS.values():
-        matter = Knowledge(ScenarioCard.of(scenario), LANGUAGE).matter
-        assert not matter & LANGUAGE.content("Behaviour, preferences, aim, style, speaking, get, never, not, ago, aloud, exactly")
+        topic_stems = Knowledge(ScenarioCard.of(scenario), LANGUAGE).topic_stems
+        assert not topic_stems & LANGUAGE.content(
+            "Behaviour, preferences, aim, style, speaking, get, never, not, ago, aloud, exactly"
+        )
 
 
 def test_good_replies_seldom_do_harm() -> None:
@@ -200,7 +202,7 @@ def test_nonsense_around_the_users_words_scores_badly(source: str) -> None:
 
     for scene, values in by_scene(play).items():
         assert mean(values) < -0.5, (scene, values)
-        # The templates' own words (green, dance, sofa) may happen to be some scenario's matter.
+        # The templates' own words (green, dance, sofa) may happen to be some scenario's topics.
         assert sum(v < 0 for v in values) >= 0.9 * len(values), (scene, values)
 
 
@@ -263,7 +265,7 @@ def test_broken_sentences_score_badly() -> None:
     ],
 )
 def test_two_sentences_run_into_one_are_broken(text: str) -> None:
-    assert not LANGUAGE.is_sound(text)
+    assert not LANGUAGE.is_well_formed(text)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +285,7 @@ def test_two_sentences_run_into_one_are_broken(text: str) -> None:
     ],
 )
 def test_clauses_that_belong_together_are_no_splices(text: str) -> None:
-    assert LANGUAGE.is_sound(text)
+    assert LANGUAGE.is_well_formed(text)
 
 
 def test_a_word_cut_short_breaks_a_sentence() -> None:
@@ -302,7 +304,7 @@ def test_no_written_reply_is_a_splice() -> None:
     for replies in REPLIES.values():
         for reply in (r for kind in replies.values() for r in kind):
             for sentence in LANGUAGE.sentences(reply):
-                assert not LANGUAGE._is_spliced(sentence), sentence
+                assert not LANGUAGE._is_run_on(sentence), sentence
 
 
 def test_keywords_alone_score_badly() -> None:
@@ -328,7 +330,7 @@ def test_being_heard_does_good_each_time_and_coming_back_to_the_old_does_not() -
     frames = ["Tell me of the {}.", "So it is about the {} now.", "I will think of the {} tonight."]
 
     def latest(history: list[Utterance]) -> str:
-        rare = [t for t in rare_words(history[-1].text) if stem(t) not in LANGUAGE.everyday]
+        rare = [t for t in rare_words(history[-1].text) if stem(t) not in LANGUAGE.common_stems]
         return frames[len(history) // 2].format(rare[0] if rare else "thing")
 
     listening, clinging = [], []

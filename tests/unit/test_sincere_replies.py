@@ -125,14 +125,14 @@ def test_of_what_is_past_you_never_may_praise() -> None:
     ],
 )
 def test_everyday_sentences_hang_together(text: str) -> None:
-    assert ENGLISH.is_sound(text)
+    assert ENGLISH.is_well_formed(text)
 
 
 @pytest.mark.parametrize(
     "text", ["The of and it.", "What would help with the is.", "You to the of kind was.", "I want to help you I will stay."]
 )
 def test_word_salad_does_not(text: str) -> None:
-    assert not ENGLISH.is_sound(text)
+    assert not ENGLISH.is_well_formed(text)
 
 
 def test_a_short_name_and_the_root_of_a_word_are_not_words_cut_short() -> None:

@@ -47,12 +47,12 @@ def copy(source: Path, target: Path, *, largest: int, patience: float) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, http.client.IncompleteRead):
         return "the connection closed too early"
-    said = cut(str(error))
+    message = cut(str(error))
     if isinstance(error, urllib.error.HTTPError):
         error.close()
         if error.headers.get("X-RateLimit-Remaining") == "0":
-            said += "; the server allows no more requests from this address for now, of GitHub's API 60 an hour"
-    return said
+            message += "; the server allows no more requests from this address for now, of GitHub's API 60 an hour"
+    return message
 
 
 def _pour(found: BufferedIOBase, out: BinaryIO, place: str, largest: int, patience: float, length: int | None = None) -> int:

@@ -42,7 +42,7 @@ class SharedUser(User, Protocol):
 class EIBench(Environment):
     """One dialogue with `user`, the scripted one where absent. A task's `scenario` is a Scenario (`scenario_tasks`).
 
-    `briefing`: what the policy is told of its role; `max_turns`: its replies at most, which the user is told; `turn_weights`: of
+    `briefing`: the policy's prompt of its role; `max_turns`: limit on its replies, which the user knows; `turn_weights`: of
     anger and trust in a turn's reward, by scene. After a step `state` and `answer` are the user's."""
 
     def __init__(
@@ -119,7 +119,7 @@ class EIBenchEpisodes(contextlib.AbstractAsyncContextManager["EIBenchEpisodes"])
 
 
 def opening_messages(scenario: Scenario, briefing: Briefing) -> list[Message]:
-    """What the policy hears first. Raises as `Briefing.parts`."""
+    """The policy's first messages. Raises as `Briefing.parts`."""
     role, instructions = briefing.parts(scenario)
     system: Message = {"role": "system", "content": together(role, instructions), "instructions": instructions}
     line = scenario.opening_line.strip()

@@ -74,8 +74,8 @@ DATASETS = {
 
 def fetch(name: str, agree: Callable[[DataSet], bool], *, source: str | None = None, verify: bool = True) -> Path:
     """Put a dataset under `data_home()`, complete or not at all; gives its folder. Each file is compared with the published commit,
-    whose list of files GitHub's API gives. `verify=False` leaves that out, which is said and recorded. Files of another `source` (a
-    URL or a folder) are compared where it is in a clone that has the commit; that they differ is said and recorded too.
+    whose list of files GitHub's API gives. `verify=False` skips this, which is logged and recorded. Files of another `source` (a
+    URL or a folder) are compared where it is in a clone that has the commit; a difference is logged and recorded too.
 
     Raises ScenarioError for a dataset nobody knows, for files that cannot be downloaded, are cut, altered, too large or cannot be
     read, and where the list of files is not available; OutputError where the licence is not agreed to, or the folder exists."""

@@ -61,9 +61,9 @@ class MixedEIBench(EIBench):
     async def reset(self, task: Mapping[str, Any], *, seed: int) -> Sequence[Message]:
         name = drawn(self._parts, task["scenario"], self.group_seed)
         self._user = self._users[name]
-        heard = await super().reset(task, seed=seed)
+        observation = await super().reset(task, seed=seed)
         self.info = {**self.info, "user": name}
-        return heard
+        return observation
 
 
 class MixedEpisodes(contextlib.AbstractAsyncContextManager["MixedEpisodes"]):

@@ -176,9 +176,9 @@ def averaged(answers: Sequence[Answer], usage: Usage) -> Reaction:
     trust = sum(a.trust_delta for a in answers) / len(answers)
     goes_on = 2 * sum(a.goes_on for a in answers) >= len(answers)
     fitting = [a for a in answers if a.goes_on == goes_on]
-    spoken = min(fitting, key=lambda a: abs(a.anger_delta - anger) + abs(a.trust_delta - trust))
-    why = spoken.stop_reason if not goes_on and spoken.stop_reason else spoken.reflection
-    return Reaction(spoken.reply, _rounded(anger), _rounded(trust), goes_on, why, spoken.reflection, usage)
+    closest = min(fitting, key=lambda a: abs(a.anger_delta - anger) + abs(a.trust_delta - trust))
+    why = closest.stop_reason if not goes_on and closest.stop_reason else closest.reflection
+    return Reaction(closest.reply, _rounded(anger), _rounded(trust), goes_on, why, closest.reflection, usage)
 
 
 def _rounded(mean: float) -> int:

@@ -63,13 +63,13 @@ class OfficialPolicyPrompts:
         self._evaluation = _load(evaluation, "_router", _CALL)
         setattr(self._evaluation, _CALL, lambda messages, **_: messages)  # what it would send is what is wanted
 
-    def messages(self, scenario: Scenario, said: Sequence[tuple[str, str]]) -> list[Message]:
-        """All messages of the policy's next turn, the system message first; `said` holds (role, text) pairs, the policy's lines as
+    def messages(self, scenario: Scenario, turns: Sequence[tuple[str, str]]) -> list[Message]:
+        """All messages of the policy's next turn, the system message first; `turns` holds (role, text) pairs, the policy's lines as
         `assistant`. Raises PolicyEngineError where their code fails."""
         profile = {"defender_profile": {"system_prompt": scenario.policy_persona}}
-        history = [{"role": role, "content": text} for role, text in said]
+        history = [{"role": role, "content": text} for role, text in turns]
         # Their dialogue loop names the scene where the policy opens, and only there.
-        scene = {} if said else {"scene_tag": scenario.scene.capitalize()}
+        scene = {} if turns else {"scene_tag": scenario.scene.capitalize()}
         with _failing_as(PolicyEngineError):
             messages = self._evaluation._router(self._builder._build_defender_messages(profile, history, **scene), model="policy")
             return [{"role": m["role"], "content": str(m["content"])} for m in messages]

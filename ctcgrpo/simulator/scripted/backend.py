@@ -1,4 +1,4 @@
-"""The scripted user: reads a reply, changes state, answers, and decides whether to continue. No LLM, no randomness."""
+"""The scripted user: the state change, the next message and the end of the dialogue. Deterministic, without an LLM."""
 
 import asyncio
 import hashlib
@@ -11,16 +11,16 @@ from ctcgrpo.simulator.protocol import Reaction, ScenarioCard, SimulatorBackend,
 from ctcgrpo.simulator.scripted.knowledge import Knowledge
 from ctcgrpo.simulator.scripted.language import load_language
 from ctcgrpo.simulator.scripted.reading import Reading
-from ctcgrpo.simulator.scripted.rules import Finding, Heard, findings
+from ctcgrpo.simulator.scripted.rules import Finding, ReplyContext, findings
 
-_MOST_CREDIT = 9
-_SHORT_TEMPER = 1.5
-_MEMORY = 100  # recent lines of the dialogue that a reply is compared with
-_LONGEST_LINE = 20_000  # characters; the rest of a longer line is ignored
+_MAX_GAIN = 9  # points of one axis in a turn
+_BAD_STATE_FACTOR = 1.5  # multiplies losses while the state is bad
+_MAX_HISTORY = 100  # the last messages, with which a reply is compared
+_MAX_LENGTH = 20_000  # in characters; longer messages are truncated
 
 
 class ScriptedBackend(SimulatorBackend):
-    """Plays any scenario in a language that `languages/` has; the same request always gets the same reaction."""
+    """Plays any scenario in a language of `languages/`. Equal requests get equal reactions."""
 
     name = "scripted"
 
@@ -32,7 +32,7 @@ class ScriptedBackend(SimulatorBackend):
         return cls(config.scripted.reluctance)
 
     def check(self, card: ScenarioCard) -> None:
-        """Raises SimulatorReplyError for a scenario that it cannot play: its language, or the form of its `script`."""
+        """Raises SimulatorReplyError for an unsupported language, or an invalid `script`."""
         Knowledge(card, load_language(card.language))
 
     def about(self) -> dict[str, Any]:
@@ -45,15 +45,15 @@ class ScriptedBackend(SimulatorBackend):
 def react(request: TurnRequest, reluctance: float = 0.0) -> Reaction:
     """The reaction to the last reply in the history. Raises SimulatorReplyError for a language without rules."""
     card_json = request.scenario.model_dump_json()
-    knowledge, readings = _known(card_json), _readings(card_json, request.history)
+    knowledge, readings = _knowledge(card_json), _readings(card_json, request.history)
     last = len(readings) - 1
 
-    def made_of(reply: int) -> list[Finding]:
-        return findings(Heard(readings[reply], tuple(readings[:reply]), knowledge, request.round - last + reply))
+    def findings_of(reply: int) -> list[Finding]:
+        return findings(ReplyContext(readings[reply], tuple(readings[:reply]), knowledge, request.round - last + reply))
 
-    found = made_of(last)
+    found = findings_of(last)
     if reluctance:
-        found = _deferred(found, made_of(last - 1) if last else [], reluctance)
+        found = _deferred(found, findings_of(last - 1) if last else [], reluctance)
     anger_delta, trust_delta = _temper(found, request.state)
     mood = _mood(found, request.state.plus(anger_delta, trust_delta), request)
     return Reaction(
@@ -66,61 +66,61 @@ def react(request: TurnRequest, reluctance: float = 0.0) -> Reaction:
 
 
 @lru_cache(maxsize=4096)
-def _known(card_json: str) -> Knowledge:
+def _knowledge(card_json: str) -> Knowledge:
     card = ScenarioCard.model_validate_json(card_json)
     return Knowledge(card, load_language(card.language))
 
 
 def _readings(card_json: str, history: Sequence[Utterance]) -> list[Reading]:
-    """A reading of each of the policy's replies so far, given the dialogue before it."""
-    said = tuple((utterance.speaker, _heard(utterance.text)) for utterance in history)
-    ends = [k + 1 for k, (speaker, _) in enumerate(said) if speaker == "policy"]
-    return [_reading(card_json, said[max(0, end - _MEMORY) : end], reply) for reply, end in enumerate(ends, 1)]
+    """The features of each of the policy's replies so far, given the messages before it."""
+    messages = tuple((utterance.speaker, _truncated(utterance.text)) for utterance in history)
+    ends = [k + 1 for k, (speaker, _) in enumerate(messages) if speaker == "policy"]
+    return [_reading(card_json, messages[max(0, end - _MAX_HISTORY) : end], reply) for reply, end in enumerate(ends, 1)]
 
 
-def _heard(text: str) -> str:
-    return text if len(text) <= _LONGEST_LINE else text[:_LONGEST_LINE] + "…"
+def _truncated(text: str) -> str:
+    return text if len(text) <= _MAX_LENGTH else text[:_MAX_LENGTH] + "…"
 
 
 @lru_cache(maxsize=16384)
-def _reading(card_json: str, said: tuple[tuple[str, str], ...], reply: int) -> Reading:
-    """The reading of the last line in `said`, the policy's `reply`-th from 1. Cached, since the next request of a dialogue needs
-    all earlier ones."""
-    knowledge = _known(card_json)
-    heard = [text for speaker, text in said[:-1] if speaker == "user"]
-    earlier = [text for speaker, text in said[:-1] if speaker == "policy"]
+def _reading(card_json: str, messages: tuple[tuple[str, str], ...], reply: int) -> Reading:
+    """The features of the last message, which is the policy's reply number `reply` (from 1). Cached, since every request of a
+    dialogue needs those of all earlier replies."""
+    knowledge = _knowledge(card_json)
+    user_messages = [text for speaker, text in messages[:-1] if speaker == "user"]
+    earlier = [text for speaker, text in messages[:-1] if speaker == "policy"]
     return Reading(
-        said[-1][1],
+        messages[-1][1],
         knowledge=knowledge,
-        heard=[_heard(knowledge.card.policy_persona), *heard],
-        latest=heard[-1] if heard else "",
-        earlier=list(dict.fromkeys(earlier)),
-        raised=knowledge.raised(reply),
+        context=[_truncated(knowledge.card.policy_persona), *user_messages],
+        last_message=user_messages[-1] if user_messages else "",
+        earlier_replies=list(dict.fromkeys(earlier)),
+        raised=knowledge.detail_raised(reply),
     )
 
 
 def _deferred(now: Sequence[Finding], before: Sequence[Finding], reluctance: float) -> list[Finding]:
-    """Findings of a user with reluctance (config.Scripted): gains come a turn late, losses at once. The gain of the last reply is
-    never paid."""
+    """Findings of a user with reluctance (config.Scripted): gains are delayed by a turn, losses are not. The last reply's gain is
+    lost."""
     resisted = [
         Finding(-reluctance * f.anger, -reluctance * f.trust, f"{f.why}, which is hard to hear") if f.is_credit else f
         for f in now
     ]
-    paid = 1 + reluctance
-    sunk_in = [Finding(paid * f.anger, paid * f.trust, f"it has sunk in: {f.why}") for f in before if f.is_credit]
-    return sorted(resisted + sunk_in, key=lambda f: f.trust - f.anger)
+    factor = 1 + reluctance
+    delayed = [Finding(factor * f.anger, factor * f.trust, f"it has sunk in: {f.why}") for f in before if f.is_credit]
+    return sorted(resisted + delayed, key=lambda f: f.trust - f.anger)
 
 
 def _temper(found: Sequence[Finding], before: State) -> tuple[int, int]:
-    """Findings as a change of state: gains are capped, and losses weigh more in a bad state."""
-    temper = _SHORT_TEMPER if before.anger > 60 or before.trust < 20 else 1.0
-    anger = max(-_MOST_CREDIT, sum(min(0.0, f.anger) for f in found)) + temper * sum(max(0.0, f.anger) for f in found)
-    trust = min(_MOST_CREDIT, sum(max(0.0, f.trust) for f in found)) + temper * sum(min(0.0, f.trust) for f in found)
+    """The sum of findings as (anger change, trust change). Gains are capped; losses weigh more in a bad state."""
+    temper = _BAD_STATE_FACTOR if before.anger > 60 or before.trust < 20 else 1.0
+    anger = max(-_MAX_GAIN, sum(min(0.0, f.anger) for f in found)) + temper * sum(max(0.0, f.anger) for f in found)
+    trust = min(_MAX_GAIN, sum(max(0.0, f.trust) for f in found)) + temper * sum(min(0.0, f.trust) for f in found)
     return max(-10, min(10, round(anger))), max(-10, min(10, round(trust)))
 
 
 def _mood(found: Sequence[Finding], after: State, request: TurnRequest) -> str:
-    """The mood of the next line; "thanks" and "leaves" end the dialogue."""
+    """The mood of the next message; "thanks" and "leaves" end the dialogue."""
     initial, target, worst = request.scenario.anchors
     if after.anger <= target.anger and after.trust >= target.trust:
         return "thanks"
@@ -142,5 +142,5 @@ def _line(mood: str, knowledge: Knowledge, round: int) -> str:
     reaction = one_of(knowledge.lines.get(mood) or language.lines[mood], mood)
     if mood in ("thanks", "leaves"):
         return reaction
-    following = knowledge.raised(round + 1)
+    following = knowledge.detail_raised(round + 1)
     return f"{reaction} {(following and following.line) or one_of(language.lines['raise'], 'raise')}"

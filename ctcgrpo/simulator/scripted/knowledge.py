@@ -15,14 +15,14 @@ from ctcgrpo.util.naming import did_you_mean
 
 _HEADING = re.compile(r"^#+.*$", re.MULTILINE)
 _FACT = re.compile(r"^\s*\d+[.、)]\s*(.+)$", re.MULTILINE)
-_MOST_DETAILS = 6
-_MOST_FACTS = 100  # sentences of a persona that count
+_MAX_DETAILS = 6
+_MAX_FACTS = 100  # sentences of a persona that count
 
 
 @dataclass(frozen=True, slots=True)
 class Detail:
-    """Something of this user's life, in stems. `words` name it; `field` are the words around it: those that somebody who
-    engages with it is likely to use, and those of `line`, which is what the user says to bring it up ("" for none)."""
+    """A topic of this user's life, in stems. `words` name it. `field` are related words: those that a reply which engages with it
+    is likely to use, and those of `line`. `line` is the message in which the user raises it ("" for none)."""
 
     about: str
     words: frozenset[str]
@@ -31,13 +31,15 @@ class Detail:
 
 
 class Knowledge:
-    """What the user of a scenario cares about. `musts` name what the scene asks for in this scenario: boundary and offer, or fault
-    and remedy. `vocabulary` is all content of the scenario's texts; `matter` the part of it that is not everyday talk. `facts` are
-    what the policy's role knows of itself and of the place, and `subjects` what the dialogue is about: the stems of one sentence of
-    its persona, or of the goal, each."""
+    """What the user of a scenario cares about, in stems.
+
+    `requirements`: words of what the scene requires (boundary and offer, or fault and remedy), by name. `vocabulary`: all content
+    words of the scenario's texts; `topic_stems`: those that are not everyday words. `facts`: the content of each sentence of the
+    policy's persona; `goal_facts`: of each sentence of the goal. `lines`: the user's messages by mood.
+    """
 
     def __init__(self, card: ScenarioCard, language: Language) -> None:
-        """Raises SimulatorReplyError for a `script` that is not of this form."""
+        """Raises SimulatorReplyError for an invalid `script`."""
         try:
             script = _Script.model_validate(card.script)
         except ValidationError as error:
@@ -52,45 +54,45 @@ class Knowledge:
         self.details = tuple(
             Detail(d.about, stems(d.words), stems(d.sense) | language.uncommon(d.line), d.line) for d in script.details
         ) or _derived_details(card, language)
-        self.musts = {name: stems(words) for name, words in (script.boundary or script.repair).items()}
+        self.requirements = {name: stems(words) for name, words in (script.boundary or script.repair).items()}
         user_persona, policy_persona = (_HEADING.sub("", text) for text in (card.user_persona, card.policy_persona))
         texts = [user_persona, policy_persona, card.opening_line, card.goal, *card.success_criteria]
         texts += [d.line for d in self.details]
         fields = (d.field for d in self.details)
         self.vocabulary = frozenset().union(*(language.content(text) for text in texts), *fields)
-        self.matter = frozenset().union(*(language.uncommon(text) for text in texts))
-        self.facts, self.subjects = (_stems_by_sentence(text, language) for text in (policy_persona, card.goal))
+        self.topic_stems = frozenset().union(*(language.uncommon(text) for text in texts))
+        self.facts, self.goal_facts = (_stems_by_sentence(text, language) for text in (policy_persona, card.goal))
         self.lines = {mood: lines for mood, lines in script.lines.items() if lines}
 
-    def raised(self, round: int) -> Detail | None:
-        """The detail that the user brought up before the policy's reply of this round; one after the other, then none."""
+    def detail_raised(self, round: int) -> Detail | None:
+        """The detail that the user raised before the policy's reply of this round: one per round, in order, then None."""
         index = round - 1 if self.card.opening_line else round - 2
         return self.details[index] if 0 <= index < len(self.details) else None
 
 
 class _Detail(BaseModel):
-    about: str = Field(description="What it is, in a few words. Explanations of a turn name it so.")
-    words: list[str] = Field(min_length=1, description="Words that name it: a reply that holds one takes the detail up.")
-    sense: list[str] = Field(description="Words that a reply is likely to hold that engages with it rather than naming it.")
-    line: str = Field(description="What the user says to bring it up.")
+    about: str = Field(description="A short name, used in the explanation of a turn.")
+    words: list[str] = Field(min_length=1, description="Words that name it. A reply with one of them mentions the detail.")
+    sense: list[str] = Field(description="Words that a reply which engages with the detail is likely to use.")
+    line: str = Field(description="The message in which the user raises it.")
 
 
 class _Script(BaseModel):
     """The `script` of a record, as the bundled packs write it; every part may be absent."""
 
     details: list[_Detail] = Field(
-        [], max_length=100, description="Some six things of this user's life, in the order in which they come up."
+        [], max_length=100, description="Some six topics of this user's life, in the order in which the user raises them."
     )
     boundary: dict[str, list[str]] = Field(
         {},
-        description="What a defense asks for: `words` that state the boundary, `offer`: words of what is offered instead.",
+        description="Requirements of a defense: `words` that state the boundary, `offer`: words of the alternative.",
     )
     repair: dict[str, list[str]] = Field(
-        {}, description="What a repair asks for: words that own the `fault`, words of the `remedy` that is offered."
+        {}, description="Requirements of a repair: `fault`: words that admit it, `remedy`: words of what is offered."
     )
     lines: dict[str, list[str]] = Field(
         {},
-        description="What this user says, by mood: warmer, flat, colder, thanks, leaves. Left out: lines of the language.",
+        description="The user's messages by mood: warmer, flat, colder, thanks, leaves. Default: those of the language.",
     )
 
 
@@ -133,13 +135,13 @@ def script_problems(script: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _stems_by_sentence(text: str, language: Language) -> tuple[frozenset[str], ...]:
     contents = (language.content(sentence) for sentence in language.sentences(text))
-    return tuple(content for content in contents if content)[:_MOST_FACTS]
+    return tuple(content for content in contents if content)[:_MAX_FACTS]
 
 
 def _derived_details(card: ScenarioCard, language: Language) -> tuple[Detail, ...]:
-    """One detail for the opening line and one for each known fact; what all of them share distinguishes none."""
+    """One detail for the opening line and for each fact of the user's persona. Words that they share are left out."""
     facts = _FACT.findall(card.user_persona) or language.sentences(card.user_persona)
-    texts = [text for text in (card.opening_line, *facts) if text][:_MOST_DETAILS]
+    texts = [text for text in (card.opening_line, *facts) if text][:_MAX_DETAILS]
     contents = [language.content(text) for text in texts]
     details = []
     for k, (text, content) in enumerate(zip(texts, contents, strict=True)):

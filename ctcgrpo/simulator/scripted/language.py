@@ -1,5 +1,5 @@
-"""The scripted user's word lists of a language: `languages/CODE.yaml`, whose comments explain each field. To add a language, add a
-file; `script` is latin or han.
+"""Word lists and patterns of a language, read from `languages/CODE.yaml`. The comments there explain each field. A new language is
+a new file; its `script` is latin or han.
 """
 
 import re
@@ -14,7 +14,7 @@ from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from ctcgrpo.errors import SimulatorReplyError
-from ctcgrpo.simulator.scripted.grammar import is_sound, is_spliced
+from ctcgrpo.simulator.scripted.grammar import is_run_on, is_well_formed
 from ctcgrpo.util.strict_yaml import load_yaml
 
 _LANGUAGES = files("ctcgrpo.simulator.scripted") / "languages"
@@ -23,10 +23,10 @@ _HAN_RUN = re.compile(r"[\u4e00-\u9fff]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"')\]]*(?:\s+|(?<=[。！？]))|\n+")
 _CLAUSE = re.compile(r"[，、；：,]")
 _BREAK = re.compile(r"[;:()\"“”—–]| - |--")
-_LONGEST_SENTENCE = 500
-"""In characters; a longer stretch without an end is read in pieces of this length, so that no pattern meets more at once."""
-_KEPT = 8192  # size of the caches: personas and earlier lines are read again at every turn of a dialogue
-_stemmers = threading.local()  # A stemmer keeps state while it works: one for each thread
+_MAX_SENTENCE = 500
+"""In characters. Longer sentences are split, so that the time of a pattern stays bounded."""
+_CACHE_SIZE = 8192  # every turn reads the personas and earlier messages again
+_stemmers = threading.local()  # a stemmer is not thread-safe
 
 _Words = Annotated[frozenset[str], BeforeValidator(lambda words: str(words).split())]
 _AnyOf = Annotated[re.Pattern[str], BeforeValidator(lambda patterns: "|".join(f"(?:{p})" for p in patterns))]
@@ -37,8 +37,8 @@ _Persons = Annotated[
 
 @dataclass(frozen=True)
 class Pattern:
-    """A way of speaking: any of `patterns` found in a sentence (lower case); what it does to the user, and why.
-    One that `spoils` takes away all credit of the reply that it stands in."""
+    """A pattern of speech: it matches a sentence (lower case) in which any of `patterns` is found. `anger` and `trust` are the
+    changes in points, `why` the reason. With `spoils`, the reply loses all credit."""
 
     name: str
     patterns: _AnyOf
@@ -58,7 +58,7 @@ _Patterns = Annotated[
 
 @dataclass(frozen=True, eq=False)
 class Language:
-    """The fields of a file, read; of `lexicon` the tags of each word."""
+    """The parsed fields of a file. `lexicon`: the tags of each word."""
 
     han: bool
     lexicon: Mapping[str, str]
@@ -78,15 +78,15 @@ class Language:
     binding: _Words = frozenset()
     misplaced: _AnyOf | None = None
 
-    def of_scene(self, table: Mapping[str, tuple[Pattern, ...]], scene: str) -> tuple[Pattern, ...]:
-        """The `moves` or `scene_faults` of a scene; of one that has none, those of `other_scenes`."""
+    def for_scene(self, table: Mapping[str, tuple[Pattern, ...]], scene: str) -> tuple[Pattern, ...]:
+        """The `moves` or `scene_faults` of a scene, by default those of `other_scenes`."""
         return table.get(scene, table[self.other_scenes])
 
     def sentences(self, text: str) -> list[str]:
         sentences = (s.strip() for s in _SENTENCE_END.split(text) if s)
-        return [s[k : k + _LONGEST_SENTENCE] for s in sentences for k in range(0, len(s), _LONGEST_SENTENCE)]
+        return [s[k : k + _MAX_SENTENCE] for s in sentences for k in range(0, len(s), _MAX_SENTENCE)]
 
-    @lru_cache(maxsize=_KEPT)  # noqa: B019 - a language lives as long as the process
+    @lru_cache(maxsize=_CACHE_SIZE)  # noqa: B019 - a language lives as long as the process
     def tokens(self, text: str) -> tuple[str, ...]:
         """Words and commas in lower case; for Han script, overlapping pairs of characters."""
         if self.han:
@@ -94,48 +94,47 @@ class Language:
         return tuple(_LATIN_TOKEN.findall(text.lower().replace("\u2019", "'")))
 
     def length(self, text: str) -> int:
-        """In words; for Han script 1.6 characters count as one."""
+        """The length in words; in Han script, 1.6 characters count as a word."""
         if self.han:
             return round(sum(map(len, _HAN_RUN.findall(text))) / 1.6) + len(re.findall(r"[A-Za-z]+", text))
         return sum(token[0].isalnum() for token in self.tokens(text))
 
-    @lru_cache(maxsize=_KEPT)  # noqa: B019
+    @lru_cache(maxsize=_CACHE_SIZE)  # noqa: B019
     def content(self, text: str) -> frozenset[str]:
-        """The stems of the words that carry content."""
+        """The stems of content words."""
         return frozenset(stem(t) if not self.han else t for t in self.tokens(text) if self._is_content(t))
 
     def substance(self, text: str) -> frozenset[str]:
-        """The content without words that say little by themselves; in Han script, its characters, so that other words made of
-        them do not count as new."""
+        """The content without auxiliaries, numbers and the like. In Han script, single characters, so that other words made of the
+        same characters do not count as new."""
         if not self.han:
-            return self.content(text) - self._light
+            return self.content(text) - self._light_stems
         return frozenset(char for run in _HAN_RUN.findall(text) for char in run if char not in self.lexicon)
 
     def uncommon(self, text: str) -> frozenset[str]:
-        """The content that is not everyday talk."""
-        return self.content(text) - self.everyday
+        """The content without everyday words."""
+        return self.content(text) - self.common_stems
 
-    def possessed(self, text: str) -> frozenset[str]:
-        """The content of what a text calls the speaker's own ("my own mother")."""
+    def possessions(self, text: str) -> frozenset[str]:
+        """The content of the speaker's possessions and relations ("my own mother")."""
         return frozenset().union(*(self.content(match[0]) for match in self.mine.finditer(text.lower())))
 
-    def persons(self, text: str) -> frozenset[str]:
-        """The third persons that a text speaks of: "she", if it has "her"."""
+    def third_persons(self, text: str) -> frozenset[str]:
+        """The third-person pronouns of a text, in the nominative: "she" for "her"."""
         return frozenset(self.pronouns[t] for t in self.pronouns if t in (text if self.han else self.tokens(text)))
 
     def weight(self, stems: frozenset[str]) -> int:
-        """The weight of stems that two texts share: 1 for a word of everyday talk, 2 for any other. Pairs of characters are
-        short, and count 1."""
-        return len(stems) if self.han else len(stems) + len(stems - self.everyday)
+        """The weight of stems that two texts share: 1 for an everyday word, 2 for any other, 1 for a pair of Han characters."""
+        return len(stems) if self.han else len(stems) + len(stems - self.common_stems)
 
     @cached_property
-    def everyday(self) -> frozenset[str]:
-        """The stems of everyday talk."""
+    def common_stems(self) -> frozenset[str]:
+        """The stems of everyday words."""
         return frozenset(stem(word) for word in self.lexicon)
 
     @cached_property
-    def _light(self) -> frozenset[str]:
-        """The stems of verbs that can be auxiliaries, of numbers and the like."""
+    def _light_stems(self) -> frozenset[str]:
+        """The stems of auxiliaries, numbers and determiners."""
         return frozenset(stem(word) for word, tags in self.lexicon.items() if set("XMD") & set(tags))
 
     @cached_property
@@ -143,18 +142,18 @@ class Language:
         return frozenset(stem(word) for word in self.things)
 
     def is_common(self, word: str) -> bool:
-        """Whether it is a word of everyday talk, whatever the subject."""
+        """Whether it is an everyday word."""
         return word in self.lexicon
 
-    def is_speaker(self, token: str) -> bool:
-        """Whether it is a word for whoever speaks or is spoken to; a pair of characters is one by its first."""
+    def is_first_or_second_person(self, token: str) -> bool:
+        """Whether it is a first- or second-person pronoun; for a pair of Han characters, whether the first one is."""
         return (token[0] if self.han else token) in self.speakers
 
-    def is_sound(self, sentence: str) -> bool:
-        """Whether it is a well-formed sentence of this language."""
+    def is_well_formed(self, sentence: str) -> bool:
+        """Whether it is a well-formed sentence in this language."""
         if not self.han:
             first = next((char for char in sentence if char.isalnum()), "a")
-            return not first.islower() and is_sound(self.tokens(sentence), self.lexicon) and not self._is_spliced(sentence)
+            return not first.islower() and is_well_formed(self.tokens(sentence), self.lexicon) and not self._is_run_on(sentence)
         letters = re.findall(r"[\w]", sentence)
         han = sum(map(len, _HAN_RUN.findall(sentence)))
         is_chinese = bool(letters) and han >= 0.6 * len(letters)
@@ -163,14 +162,14 @@ class Language:
         return not (self.misplaced and any(map(self.misplaced.search, _CLAUSE.split(sentence.rstrip("。！？!?…")))))
 
     def _is_list(self, sentence: str) -> bool:
-        """Whether a Chinese sentence is words set side by side: hardly a clause in it has anything that binds them."""
+        """Whether a Chinese sentence is a list of words: at most half of its clauses have a character that connects words."""
         clauses = [clause for clause in _CLAUSE.split(sentence) if _HAN_RUN.search(clause)]
         bound = sum(any(char in self.binding for char in clause) for clause in clauses)
         return len(clauses) >= 3 and 2 * bound <= len(clauses)
 
-    def _is_spliced(self, sentence: str) -> bool:
+    def _is_run_on(self, sentence: str) -> bool:
         return any(
-            is_spliced(self.tokens(part), self.lexicon, self.takes_clause, self.takes_two) for part in _BREAK.split(sentence)
+            is_run_on(self.tokens(part), self.lexicon, self.takes_clause, self.takes_two) for part in _BREAK.split(sentence)
         )
 
     def _is_content(self, token: str) -> bool:
@@ -181,6 +180,7 @@ class Language:
 
 @lru_cache(maxsize=65536)
 def stem(word: str) -> str:
+    """The stem of an English word."""
     if not hasattr(_stemmers, "english"):
         _stemmers.english = snowballstemmer.stemmer("english")
     return str(_stemmers.english.stemWord(word))
@@ -188,7 +188,7 @@ def stem(word: str) -> str:
 
 @cache
 def load_language(code: str) -> Language:
-    """The language of a code. Raises SimulatorReplyError for a code without a file."""
+    """The language of a code. Raises SimulatorReplyError for an unknown code."""
     known = {file.name.removesuffix(".yaml"): file for file in _LANGUAGES.iterdir() if file.name.endswith(".yaml")}
     if code not in known:
         raise SimulatorReplyError(f"language = {code!r}; expected one of the scripted user's: {', '.join(sorted(known))}")

@@ -1,8 +1,8 @@
-"""How a reply changes the scripted user: one small function a rule, each with its reason in words.
+"""The rules of the scripted user: each maps a reply to changes of anger and trust, with a reason in words.
 
-A rule takes what the user heard and returns Findings; a new one is a row (`_row`), or a few lines and a decorator. Points are
-changes of anger and trust before the user's temper is applied (`backend.py`). Gains are conditional: manner counts only in a reply
-about this user's own matters, and a broken, copied or repeated reply gains nothing.
+A rule takes a ReplyContext and yields Findings. To add one, decorate a function with `@rule` or `@spoiler`, or call `_add_rule`.
+Points are the changes before caps and the factor of a bad state (`backend.py`). Moves of the scene count only in a reply about
+this user's topics. A malformed, copied or repeated reply gets no credit.
 """
 
 from collections import Counter
@@ -11,19 +11,21 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from ctcgrpo.simulator.scripted.knowledge import Detail, Knowledge
-from ctcgrpo.simulator.scripted.reading import TELLING, Reading
+from ctcgrpo.simulator.scripted.reading import FACT_WEIGHT, Reading
 
-_MERE_MENTION = 0.25  # what manner is worth in a reply that mentions this user's matters and brings in nothing of its own
-_AGAIN = 0.75  # what the same good thing is worth each time again
-LONG, CURT = 90, 4  # in words: replies above LONG tire, replies below CURT put off
-_MANY_BORROWED = 3  # content words of the user's last line in one reply
-_ECHO = 0.5  # A larger share of a reply in word-for-word runs from what was said is an echo
-_MOST_OFTEN = 3  # so many empty replies before this one, and it cannot get worse
-MANY = 5  # sentences that somebody who listens gets by with; written replies to these scenarios have two to four
+_MENTION_FACTOR = 0.25  # scales moves in a reply that engages with no detail
+_REPEAT_FACTOR = 0.75  # scales the credit of each repetition of a move
+LONG, CURT = 90, 4  # in words: replies above LONG or below CURT are penalized
+_MANY_BORROWED = 3  # content words of the user's last message in one reply
+_MAX_ECHO = 0.5  # the share of a reply's words copied in runs; above it, the reply is an echo
+_MAX_EMPTY = 3  # earlier empty replies that raise the penalty
+MAX_SENTENCES = 5  # written replies to the bundled scenarios have two to four
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
+    """A change of anger and trust in points, and its reason."""
+
     anger: float
     trust: float
     why: str
@@ -34,8 +36,8 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
-    """A reply in its place: what came before it (`earlier`, oldest first) decides what it is worth."""
+class ReplyContext:
+    """A reply and the policy's earlier replies, oldest first. `round` counts replies from 1."""
 
     reading: Reading
     earlier: tuple[Reading, ...]
@@ -43,244 +45,244 @@ class Heard:
     round: int
 
     @property
-    def tells(self) -> bool:
-        """Whether it comes with something of its own persona that it has not told yet."""
-        already = frozenset().union(*(r.tells for r in self.earlier))
-        return self.knowledge.language.weight(self.reading.tells - already) >= TELLING
+    def states_new_fact(self) -> bool:
+        """Whether it states a fact of the policy's persona that no earlier reply stated."""
+        earlier = frozenset().union(*(r.stated_facts for r in self.earlier))
+        return self.knowledge.language.weight(self.reading.stated_facts - earlier) >= FACT_WEIGHT
 
     @property
-    def fresh(self) -> list[Detail]:
-        """Details that no earlier reply engaged with."""
-        known = frozenset(d for r in self.earlier for d in r.engaged)
-        return [d for d in self.reading.engaged if d not in known]
+    def new_details(self) -> list[Detail]:
+        """The engaged details that no earlier reply engaged with."""
+        earlier = frozenset(d for r in self.earlier for d in r.engaged)
+        return [d for d in self.reading.engaged if d not in earlier]
 
 
-Rule = Callable[[Heard], Iterator[Finding]]
+Rule = Callable[[ReplyContext], Iterator[Finding]]
 RULES: list[Rule] = []
 SPOILERS: list[Rule] = []
 
 
 def rule(function: Rule) -> Rule:
-    """Adds to what the user makes of a reply."""
+    """Register a rule."""
     RULES.append(function)
     return function
 
 
 def spoiler(function: Rule) -> Rule:
-    """A rule whose finding also takes away all credit that the reply would otherwise have."""
+    """Register a rule whose findings also remove all credit of the reply."""
     SPOILERS.append(function)
     return function
 
 
-def _row(registry: list[Rule], name: str, points: Callable[[Heard], float], why: str) -> None:
-    """A rule that raises anger and lowers trust by so many points; it finds nothing where they are 0."""
+def _add_rule(registry: list[Rule], name: str, points: Callable[[ReplyContext], float], why: str) -> None:
+    """Register a rule that raises anger and lowers trust by `points`; at 0 it yields nothing."""
 
-    def found(h: Heard) -> Iterator[Finding]:
-        if bad := points(h):
-            yield Finding(bad, -bad, why)
+    def rule_of_points(c: ReplyContext) -> Iterator[Finding]:
+        if size := points(c):
+            yield Finding(size, -size, why)
 
-    found.__name__ = name
-    registry.append(found)
+    rule_of_points.__name__ = name
+    registry.append(rule_of_points)
 
 
-def findings(heard: Heard) -> list[Finding]:
-    """Everything this user makes of a reply, worst first."""
-    spoiled = [f for rule in SPOILERS for f in rule(heard)]
-    others = [f for rule in RULES for f in rule(heard) if not (spoiled and f.is_credit)]
+def findings(context: ReplyContext) -> list[Finding]:
+    """The findings of all rules, worst first."""
+    spoiled = [f for rule in SPOILERS for f in rule(context)]
+    others = [f for rule in RULES for f in rule(context) if not (spoiled and f.is_credit)]
     return sorted(spoiled + others, key=lambda f: f.trust - f.anger)
 
 
-# --- what spoils a reply -------------------------------------------------------------------------------------------------
+# --- spoilers -------------------------------------------------------------------------------------------------
 
 
 @spoiler
-def senseless(h: Heard) -> Iterator[Finding]:
-    unsound = h.reading.share("sound")
-    if unsound > 0.5:
+def senseless(c: ReplyContext) -> Iterator[Finding]:
+    malformed = c.reading.share_without("well_formed")
+    if malformed > 0.5:
         yield Finding(5, -5, "I cannot make sense of it")
-    elif unsound > 0.34 or sum(not s.sound for s in h.reading.sentences) > 1:
+    elif malformed > 0.34 or sum(not s.well_formed for s in c.reading.sentences) > 1:
         yield Finding(3, -3, "broken sentences")
 
 
 def _echoes(r: Reading) -> bool:
-    # To name what was said and then say what it is like is reflective listening, if the echo is the smaller part.
-    return r.echo > _ECHO or (r.share("own") >= 0.5 and not r.feels)
+    # Reflective listening is no echo: most of the reply is new and it names a feeling.
+    return r.echo > _MAX_ECHO or (r.share_without("original") >= 0.5 and not r.empathises)
 
 
-_row(SPOILERS, "echoing", lambda h: 4 * _echoes(h.reading), "gives me my own words back")
+_add_rule(SPOILERS, "echoing", lambda c: 4 * _echoes(c.reading), "gives me my own words back")
 
 
 @spoiler
-def rearranging(h: Heard) -> Iterator[Finding]:
-    """A sentence built of the user's last words says nothing, in whatever order: policies trained here lived on "The coat is
-    buttoned to the chin, not to the door". Whoever listens names a thing or two and has something of their own to say about
-    it, or says what it is like: of 840 written replies none borrows three words and twice what it adds."""
-    r = h.reading
-    if r.borrowed < 2 or r.borrowed <= r.added or r.feels or r.echo > _ECHO:
+def rearranging(c: ReplyContext) -> Iterator[Finding]:
+    """A sentence made of the user's last words in another order gets no credit. Trained policies exploited that: "The coat is
+    buttoned to the chin, not to the door". A good reply takes up one or two words and adds content, or empathises. None of 840
+    written replies borrows three words and twice as many as it adds."""
+    r = c.reading
+    if r.borrowed < 2 or r.borrowed <= r.added or r.empathises or r.echo > _MAX_ECHO:
         return
-    # A question adds what it asks.
+    # A question or response counts as one added word.
     if r.borrowed >= _MANY_BORROWED and r.borrowed >= 2 * (r.added + (r.responds or r.questions > 0)):
         yield Finding(2, -2, "turns my own words around")
     elif not r.responds and not r.engaged:
-        # To say two words back may be how somebody listens. It is not taken amiss, and does no good.
+        # Two borrowed words may be reflective listening: no penalty, and no credit.
         yield Finding(0, 0, "says back to me what I said")
 
 
-# Who keeps the user's "I" speaks as if they were the user: "I forgot to cancel the debit" to the one who forgot.
-_row(SPOILERS, "mixing_up", lambda h: 3 * h.reading.mixes_up, "mixes up who did what")
-_row(SPOILERS, "repeating", lambda h: 4 * (h.reading.repetition > 0.6), "has said that before")
-# Filling other words into the sentence of before is a formula, however well each word fits.
+# "I forgot to cancel the debit", said to the user who forgot it.
+_add_rule(SPOILERS, "mixing_up", lambda c: 3 * c.reading.confuses_speakers, "mixes up who did what")
+_add_rule(SPOILERS, "repeating", lambda c: 4 * (c.reading.repetition > 0.6), "has said that before")
+# The same template with other content words, however well they fit.
 _formula = "the same sentence as before with other words in it"
-_row(SPOILERS, "formulaic", lambda h: 3 * any(h.reading.frames & r.frames for r in h.earlier), _formula)
-_row(SPOILERS, "stammering", lambda h: 4 * h.reading.twice, "says the same thing twice")
+_add_rule(SPOILERS, "formulaic", lambda c: 3 * any(c.reading.templates & r.templates for r in c.earlier), _formula)
+_add_rule(SPOILERS, "stammering", lambda c: 4 * c.reading.has_duplicates, "says the same thing twice")
 _unfinished = "breaks off in the middle of a sentence"
-_row(SPOILERS, "breaking_off", lambda h: 3 * (bool(h.reading.sentences) and h.reading.breaks_off), _unfinished)
+_add_rule(SPOILERS, "breaking_off", lambda c: 3 * (bool(c.reading.sentences) and c.reading.unfinished), _unfinished)
 
 
 @spoiler
-def rambling(h: Heard) -> Iterator[Finding]:
-    strange = h.reading.share("sound") <= 0.34 and h.reading.share("sensible") > 0.5
-    if strange and _is_empty(h.reading) and not _is_sincere(h, _is_empty):
+def rambling(c: ReplyContext) -> Iterator[Finding]:
+    strange = c.reading.share_without("well_formed") <= 0.34 and c.reading.share_without("on_topic") > 0.5
+    if strange and _is_empty(c.reading) and not _is_sincere(c, _is_empty):
         yield Finding(3, -3, "talks of things that have nothing to do with me")
 
 
-# --- length and manner ---------------------------------------------------------------------------------------------------
+# --- length and style ---------------------------------------------------------------------------------------------------
 
 
 @rule
-def long_winded(h: Heard) -> Iterator[Finding]:
-    if h.reading.length > LONG:
-        excess = min(5.0, 1 + (h.reading.length - LONG) / 30)
+def long_winded(c: ReplyContext) -> Iterator[Finding]:
+    if c.reading.length > LONG:
+        excess = min(5.0, 1 + (c.reading.length - LONG) / 30)
         yield Finding(excess, -excess, "goes on and on")
 
 
-_row(RULES, "breathless", lambda h: max(0, min(5.0, len(h.reading.sentences) - MANY)), "one sentence after the other")
-_row(RULES, "curt", lambda h: 2 * (h.reading.length < CURT), "hardly says a word")
-_row(RULES, "interrogating", lambda h: 1 * (h.reading.questions > 3), "questions me like a form")
+_add_rule(
+    RULES, "breathless", lambda c: max(0, min(5.0, len(c.reading.sentences) - MAX_SENTENCES)), "one sentence after the other"
+)
+_add_rule(RULES, "curt", lambda c: 2 * (c.reading.length < CURT), "hardly says a word")
+_add_rule(RULES, "interrogating", lambda c: 1 * (c.reading.questions > 3), "questions me like a form")
 
 
-def _faults(h: Heard, spoils: bool) -> Iterator[Finding]:
-    language = h.knowledge.language
-    for fault in (*language.faults, *language.of_scene(language.scene_faults, h.knowledge.card.scene)):
-        if fault.spoils == spoils and any(fault.matches(s.text.lower()) for s in h.reading.sentences):
+def _faults(c: ReplyContext, spoils: bool) -> Iterator[Finding]:
+    language = c.knowledge.language
+    for fault in (*language.faults, *language.for_scene(language.scene_faults, c.knowledge.card.scene)):
+        if fault.spoils == spoils and any(fault.matches(s.text.lower()) for s in c.reading.sentences):
             yield Finding(fault.anger, fault.trust, fault.why)
 
 
 @rule
-def manner(h: Heard) -> Iterator[Finding]:
-    yield from _faults(h, spoils=False)
+def manner(c: ReplyContext) -> Iterator[Finding]:
+    yield from _faults(c, spoils=False)
 
 
 @spoiler
-def offence(h: Heard) -> Iterator[Finding]:
-    yield from _faults(h, spoils=True)
+def offence(c: ReplyContext) -> Iterator[Finding]:
+    yield from _faults(c, spoils=True)
 
 
-# --- substance: this user's own matters -----------------------------------------------------------------------------------
+# --- substance: this user's topics -----------------------------------------------------------------------------------
 
 
 @rule
-def about_me(h: Heard) -> Iterator[Finding]:
-    for k, detail in enumerate(h.fresh[:3]):
-        if detail == h.reading.raised:
+def about_me(c: ReplyContext) -> Iterator[Finding]:
+    for k, detail in enumerate(c.new_details[:3]):
+        if detail == c.reading.raised:
             yield Finding(-3, 3, f"takes up {detail.about}, which I had just brought up")
         else:
             yield Finding(-2 if not k else -1, 2 if not k else 1, f"thinks of {detail.about}")
-    if not h.fresh and h.reading.touched:
-        yield Finding(0, 1, f"mentions {h.reading.touched[0].about}")
+    if not c.new_details and c.reading.mentioned:
+        yield Finding(0, 1, f"mentions {c.reading.mentioned[0].about}")
 
 
 @rule
-def about_anybody(h: Heard) -> Iterator[Finding]:
-    """To say once what it is like is kind. Who hears nothing about themselves feels talked past, more each time. What comes from
-    the speaker's own life could not be said by anybody: it does neither good nor harm."""
-    if not _is_empty(h.reading):
+def about_anybody(c: ReplyContext) -> Iterator[Finding]:
+    """Empty replies, which would fit any user. The first one gains a little if it empathises. A sincere one changes nothing. Any
+    other one costs more with each empty reply before it."""
+    if not _is_empty(c.reading):
         return
-    if h.reading.feels and not any(map(_is_empty, h.earlier)):
+    if c.reading.empathises and not any(map(_is_empty, c.earlier)):
         yield Finding(0, 1, "says what it is like, as anybody might")
-    elif _is_sincere(h, _is_empty):
-        yield Finding(0, 0, "tells me something of its own" if h.tells else "goes along with what I speak of")
+    elif _is_sincere(c, _is_empty):
+        yield Finding(0, 0, "tells me something of its own" if c.states_new_fact else "goes along with what I speak of")
     else:
-        weight = 1 + min(_MOST_OFTEN, sum(map(_is_empty, h.earlier)))
+        weight = 1 + min(_MAX_EMPTY, sum(map(_is_empty, c.earlier)))
         yield Finding(weight, -weight, "could be said to anybody")
 
 
-def _is_sincere(h: Heard, talks_past: Callable[[Reading], bool]) -> bool:
-    """Whether it tells something of its own, or goes along with what the user speaks of, and did not talk past the user more than
-    once, or more often than not: one's own life is welcome from somebody who listens, and no substitute for listening."""
-    talked_past = sum(map(talks_past, h.earlier))
-    return (h.tells or h.reading.follows) and talked_past <= min(1, len(h.earlier) / 2)
+def _is_sincere(c: ReplyContext, is_poor: Callable[[Reading], bool]) -> bool:
+    """Whether it states a new fact of the policy's own persona or shares a referent with the user, and at most one of the earlier
+    replies, and at most half of them, are poor: own facts do not replace listening."""
+    poor = sum(map(is_poor, c.earlier))
+    return (c.states_new_fact or c.reading.shares_referent) and poor <= min(1, len(c.earlier) / 2)
 
 
 def _is_empty(reading: Reading) -> bool:
-    return not reading.touched and not reading.brings and not reading.answers
+    return not reading.mentioned and not reading.adds_information and not reading.answers
 
 
 @rule
-def listening(h: Heard) -> Iterator[Finding]:
-    """Taking up what was said last does good by itself, little as it may add: a reply made beforehand does it by luck alone. It
-    does more where it responds: to name a word is no proof of listening, to say what it is like or to ask on is. Done again,
-    with nothing of one's own, it is worth less each time."""
-    if h.reading.answers:
-        worth = 1.0 if h.reading.engaged else _AGAIN ** sum(r.answers and not r.engaged for r in h.earlier)
-        if h.reading.responds:
+def listening(c: ReplyContext) -> Iterator[Finding]:
+    """Credit for taking up the last message, which a prepared reply does only by chance. It is larger if the reply responds, since
+    naming a word is weak evidence. Without engagement, each repetition gets less."""
+    if c.reading.answers:
+        worth = 1.0 if c.reading.engaged else _REPEAT_FACTOR ** sum(r.answers and not r.engaged for r in c.earlier)
+        if c.reading.responds:
             yield Finding(-1.5 * worth, 1.5 * worth, "heard what I just said, and responds to it")
         else:
-            yield Finding(-worth if h.reading.engaged else -worth / 2, worth, "heard what I just said")
+            yield Finding(-worth if c.reading.engaged else -worth / 2, worth, "heard what I just said")
 
 
 @rule
-def mere_mention(h: Heard) -> Iterator[Finding]:
-    """Coming back to this user's things is a beginning; from the second time on, with no listening in between, it has to come with
-    something of one's own."""
-    if _merely_mentions(h.reading) and not _is_sincere(h, lambda r: _is_empty(r) or _merely_mentions(r)):
-        since = takewhile(lambda r: not r.engaged and not r.answers, reversed(h.earlier))
+def mere_mention(c: ReplyContext) -> Iterator[Finding]:
+    """From the second time in a row, mentioning details without engaging or answering costs something."""
+    if _merely_mentions(c.reading) and not _is_sincere(c, lambda r: _is_empty(r) or _merely_mentions(r)):
+        since = takewhile(lambda r: not r.engaged and not r.answers, reversed(c.earlier))
         weight = min(2, sum(map(_merely_mentions, since)))
         if weight:
             yield Finding(weight, -weight, "names my things and says nothing about them")
 
 
 def _merely_mentions(reading: Reading) -> bool:
-    return bool(reading.touched) and not reading.engaged and not reading.answers
+    return bool(reading.mentioned) and not reading.engaged and not reading.answers
 
 
 @rule
-def moves(h: Heard) -> Iterator[Finding]:
-    """What the scene asks for, in a reply that is about this user; the same move again is worth less each time."""
-    if _is_empty(h.reading):
+def moves(c: ReplyContext) -> Iterator[Finding]:
+    """Credit for the moves of the scene in a reply that is not empty. Each repetition of a move gets less."""
+    if _is_empty(c.reading):
         return
-    used = Counter(move.name for r in h.earlier if not _is_empty(r) for move in r.moves)
-    for move in h.reading.moves:
-        worth = _AGAIN ** used[move.name] * (1 if h.reading.engaged else _MERE_MENTION)
+    used = Counter(move.name for r in c.earlier if not _is_empty(r) for move in r.moves)
+    for move in c.reading.moves:
+        worth = _REPEAT_FACTOR ** used[move.name] * (1 if c.reading.engaged else _MENTION_FACTOR)
         yield Finding(move.anger * worth, move.trust * worth, move.why)
 
 
-# --- what a scene asks for by name -------------------------------------------------------------------------------------
+# --- requirements of a scene -------------------------------------------------------------------------------------
 
 
-def _first_time(h: Heard, must: str) -> bool:
-    return must in h.reading.musts and not any(must in r.musts for r in h.earlier)
+def _first_time(c: ReplyContext, requirement: str) -> bool:
+    return requirement in c.reading.requirements and not any(requirement in r.requirements for r in c.earlier)
 
 
 @rule
-def boundary(h: Heard) -> Iterator[Finding]:
-    if not h.knowledge.musts.keys() & {"words", "offer"}:
+def boundary(c: ReplyContext) -> Iterator[Finding]:
+    if not c.knowledge.requirements.keys() & {"words", "offer"}:
         return
-    if _first_time(h, "words"):
+    if _first_time(c, "words"):
         yield Finding(0, 2, "says clearly where the line is")
-    if _first_time(h, "offer"):
+    if _first_time(c, "offer"):
         yield Finding(-1, 1, "has something else to offer")
-    if h.round >= 3 and not any("words" in r.musts for r in (*h.earlier, h.reading)):
+    if c.round >= 3 and not any("words" in r.requirements for r in (*c.earlier, c.reading)):
         yield Finding(0, -2, "will not say whether it is yes or no")
 
 
 @rule
-def amends(h: Heard) -> Iterator[Finding]:
-    if not h.knowledge.musts.keys() & {"fault", "remedy"}:
+def amends(c: ReplyContext) -> Iterator[Finding]:
+    if not c.knowledge.requirements.keys() & {"fault", "remedy"}:
         return
-    if _first_time(h, "fault"):
+    if _first_time(c, "fault"):
         yield Finding(-2, 2, "calls what happened by its name")
-    if _first_time(h, "remedy"):
+    if _first_time(c, "remedy"):
         yield Finding(-1, 2, "names what would put it right")
-    if h.round >= 2 and not any("fault" in r.musts for r in (*h.earlier, h.reading)):
+    if c.round >= 2 and not any("fault" in r.requirements for r in (*c.earlier, c.reading)):
         yield Finding(1, -2, "still has not said what was done")

@@ -1,7 +1,7 @@
-"""Calls the models of an evaluation: the evaluated one, and those of other roles.
+"""Calls to the models of an evaluation: the evaluated one, and those of other roles.
 
-A reply is an outcome, also an empty one and one cut off by its limit. A provider's error, a context that is too long, or a reply
-blocked by a filter is none: it fails the sample, with the role that caused it.
+Empty replies and replies cut off by the token limit are valid. A provider's error, a context that is too long and a reply blocked
+by a filter fail the sample, with the role that caused it.
 """
 
 import logging
@@ -25,7 +25,7 @@ from inspect_ai.model._providers.mockllm import MockLLM
 from inspect_ai.util import LimitExceededError
 
 from ctcgrpo.errors import CtcGrpoError, JudgeReplyError, PolicyEngineError, RecipeError, SimulatorTransportError
-from ctcgrpo.evaluation.reasons import prepared, reason_of, unread
+from ctcgrpo.evaluation.reasons import prepared, reason_of, unparsed_response
 from ctcgrpo.policy.reasoning import ParsedReply, parse_completion
 
 Role = Literal["model", "simulator", "judge"]
@@ -40,9 +40,9 @@ _NO_CONTENT = "(no content)"  # what Inspect writes where a provider answered wi
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class ModelReply:
     """A model's visible text; `cut`: whether the limit on tokens cut it off. `message` goes into later contexts: the text,
-    and its reasoning where that is kept, under the id of what was sampled. `tokens` are those read and written."""
+    and its reasoning where that is kept, under the id of what was sampled. `tokens`: (input, output)."""
 
     text: str
     cut: bool
@@ -57,11 +57,11 @@ async def generate_reply(
     model: Model | None = None,
     config: GenerateConfig,
     keep_reasoning: bool = False,
-) -> Said:
-    """What a model says next, in a role; without `model`, the one that is evaluated. Reasoning is separated whether its provider
-    does so or leaves it between <think> tags; `keep_reasoning` puts it into `message`, in the form in which it came. Raises the
-    role's error where there is nothing that the model said."""
-    output = await generated(messages, role=role, model=model or get_model(), config=config)
+) -> ModelReply:
+    """The next reply of the model in a role; `model` defaults to the evaluated one. Reasoning is separated from the reply, whether
+    the provider does so or the text has <think> tags; with `keep_reasoning`, `message` holds it too. Raises the role's error for a
+    failed call."""
+    output = await generate_output(messages, role=role, model=model or get_model(), config=config)
     sampled = output.choices[0].message
     cut = output.stop_reason == "max_tokens"
     text = "" if sampled.text.strip() == _NO_CONTENT else sampled.text
@@ -75,23 +75,23 @@ async def generate_reply(
         model=sampled.model,
         source="generate",
     )
-    return Said(reply, cut, message, tokens_of(output))
+    return ModelReply(reply, cut, message, tokens_of(output))
 
 
 def _reasoning_of(sampled: ChatMessageAssistant, parsed: ParsedReply) -> list[ContentReasoning]:
-    """What a model thought before its reply, as its provider reports it, or else the text between tags."""
+    """The reasoning before a reply, as the provider reports it, or else the text between tags."""
     reasoning = [] if isinstance(sampled.content, str) else [p for p in sampled.content if isinstance(p, ContentReasoning)]
     return reasoning or ([ContentReasoning(reasoning=parsed.reasoning)] if parsed.reasoning else [])
 
 
 @cache
 def _warn(model: str, why: str) -> None:
-    """Once: it may be said of every reply."""
+    """Log a warning once per model and reason."""
     _log.warning("%s: %s", model, why)
 
 
-async def generated(messages: Sequence[ChatMessage], *, role: Role, model: Model, config: GenerateConfig) -> ModelOutput:
-    """A completion with something that the model said. Raises the role's error where there is none."""
+async def generate_output(messages: Sequence[ChatMessage], *, role: Role, model: Model, config: GenerateConfig) -> ModelOutput:
+    """A completion. Raises the role's error for a failed call or a blocked reply."""
     problem = _ERRORS[role]
     if isinstance(model.api, MockLLM):  # by default it counts tokens with a table that is downloaded
         model.api.count_text_tokens = _some_tokens  # type: ignore[method-assign]
@@ -102,10 +102,10 @@ async def generated(messages: Sequence[ChatMessage], *, role: Role, model: Model
     except Exception as error:  # whatever a provider's client raises
         raise problem(f"{model}: {reason_of(error)}") from error
     if output.error or not output.choices:
-        raise problem(f"{model}: {output.error or unread() or 'its answer has no choices'}")
+        raise problem(f"{model}: {output.error or unparsed_response() or 'its answer has no choices'}")
     if output.stop_reason not in _OUTCOMES:
-        said = " ".join(output.completion.split())[-400:]
-        raise problem(f"{model}: it ended with {output.stop_reason}: {said or 'no reason given'}")
+        text = " ".join(output.completion.split())[-400:]
+        raise problem(f"{model}: it ended with {output.stop_reason}: {text or 'no reason given'}")
     return output
 
 
@@ -114,7 +114,7 @@ async def _some_tokens(text: str) -> int:
 
 
 def why_empty(output: ModelOutput) -> str:
-    """Of an answer without a text: what there is in place of it, and what helps."""
+    """Why a response has no text, and how to fix it."""
     content = output.choices[0].message.content
     if output.stop_reason == "max_tokens":
         return "the reply is empty: reasoning used up the limit on tokens; raise --max-tokens, or reduce reasoning"
@@ -133,12 +133,12 @@ def tokens_of(output: ModelOutput) -> tuple[int, int]:
 
 
 def tokens_in(usage: ModelUsage) -> tuple[int, int]:
-    """Read (cached ones too) and written."""
+    """(input, output) tokens; input includes cached ones."""
     cached = (usage.input_tokens_cache_read or 0) + (usage.input_tokens_cache_write or 0)
     return usage.input_tokens + cached, usage.output_tokens
 
 
-def played_by(role: Role) -> Model:
+def model_of_role(role: Role) -> Model:
     """The model of a role. Raises RecipeError for a role without a model."""
     try:
         return get_model(role=role, required=True)
@@ -149,5 +149,5 @@ def played_by(role: Role) -> Model:
 
 
 def temperature_of(model: Model, default: float) -> float:
-    """What the model was made with, or else what the benchmark asks for."""
+    """The temperature that the model was created with, or the benchmark's default."""
     return default if model.config.temperature is None else model.config.temperature
