@@ -1,9 +1,12 @@
 """Runs killed at random moments, and what becomes of them: the same command again must end with the same weights, bit by bit.
 
-    python -m tests.kills [N] [--seed S]        N kills (default 20), in rollouts, updates and saving in turn; prints a table
+    python -m tests.kills [N] [--seed S] [--overlap]    N kills (default 20), in rollouts, updates and saving; prints a table
 
-The heavy libraries are imported once; each run is a fork of this process. Exits with 1 where a run does not end as the one that
-nobody disturbed.
+With `--overlap` the next step is played during the update, which depends on the clock, so weights differ. Then every step must have
+been trained once, on one episode for each place in it, of the same tasks as in the run that nobody disturbed, all with credit and
+from one version of the weights: the current one, or the one a step before.
+
+The heavy libraries are imported once; each run is a fork of this process. Exits with 1 where a run does not end as it must.
 """
 
 from __future__ import annotations
@@ -37,8 +40,8 @@ from ctcgrpo.training.trainer import CTCGRPOTrainer
 from ctcgrpo.util.files import is_complete
 from tests.conftest import ROOT
 
-STEPS = 4
-PHASES = {"rollout": "_new_batch", "update": "update_rows", "saving": "_save_checkpoint"}
+STEPS, UPDATES = 4, 2
+PHASES = {"rollout": "_take_played", "update": "update_rows", "saving": "_save_checkpoint"}
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,16 @@ class Kill:
     delay: float
 
 
-def recipe(folder: Path, name: str) -> Recipe:
-    overrides = [f"run.output_dir={folder}", f"run.name={name}", f"training.max_steps={STEPS}", "rollout.deterministic=true"]
-    overrides += ["credit.centering=scene", "validation.scenarios=english/test", "validation.every=2"]
+def recipe(folder: Path, name: str, overlap: bool) -> Recipe:
+    overrides = [
+        f"run.output_dir={folder}",
+        f"run.name={name}",
+        f"training.max_steps={STEPS}",
+        f"training.updates_per_step={UPDATES}",
+        "credit.centering=scene",
+    ]
+    overrides += ["validation.scenarios=english/test", "validation.every=2", f"rollout.deterministic={not overlap}"]
+    overrides += ["rollout.overlap=1", "rollout.dtype=bfloat16", "training.save_every=1"] if overlap else []
     return load_recipe(ROOT / "recipes" / "tiny.yaml", overrides)
 
 
@@ -115,19 +125,46 @@ def steps_in(file: Path) -> list[int]:
     return [json.loads(line)["step"] for line in file.read_text().splitlines()]
 
 
+def episodes_of(run: Path) -> dict[int, list[dict[str, Any]]]:
+    """The episodes of training, by step."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for file in sorted(run.glob("traces/step-*.jsonl")):
+        found.setdefault(int(file.name[5:11]), []).extend(map(json.loads, file.read_text().splitlines()))
+    return found
+
+
+def wrong_with_overlap(run: RunFolder, whole: RunFolder) -> str:
+    """What is wrong with the steps of a run, or nothing."""
+    if steps_in(run.metrics_file) != list(range(1, STEPS + 1)):
+        return f"trained steps {steps_in(run.metrics_file)}"
+    expected = episodes_of(whole.path)
+    for step, episodes in episodes_of(run.path).items():
+        places = sorted((e["group"], e["rollout"], e["task"]) for e in episodes)
+        if places != sorted((e["group"], e["rollout"], e["task"]) for e in expected.pop(step, [])):
+            return f"step {step}: {len(episodes)} episodes, or others"
+        versions = {e["version"] for e in episodes}
+        if len(versions) != 1 or not versions <= {UPDATES * (step - 1), UPDATES * (step - 2)}:
+            return f"step {step}: versions {sorted(versions)}"
+        if not all("credit" in turn for e in episodes if not e["failure"] for turn in e["turns"]):
+            return f"step {step}: turns without credit"
+    return f"no episodes of steps {sorted(expected)}" if expected else ""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("kills", type=int, nargs="?", default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overlap", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rng = random.Random(args.seed)
-    table = Table("killed", "went on from", "same weights", "same metrics and validation", title=f"{args.kills} kills")
+    same_what = ("steps and episodes", "versions") if args.overlap else ("same weights", "same metrics and validation")
+    table = Table("killed", "went on from", *same_what, title=f"{args.kills} kills")
     good = 0
     with tempfile.TemporaryDirectory() as name:
         folder, log = Path(name), Path(name) / "log"
         whole = RunFolder(folder / "whole")
-        if in_a_fork(lambda: timed(recipe(folder, "whole"), folder / "taken.json"), log):
+        if in_a_fork(lambda: timed(recipe(folder, "whole", args.overlap), folder / "taken.json"), log):
             print(log.read_text()[-3000:])
             return 1
         taken = json.loads((folder / "taken.json").read_text())
@@ -135,28 +172,35 @@ def main() -> int:
             phase = list(PHASES)[k % len(PHASES)]
             nth = rng.randrange(1, len(taken[phase]) + 1)
             kill = Kill(phase, nth, rng.uniform(0, taken[phase][nth - 1]))
-            run = recipe(folder, f"killed-{k}")
+            run = recipe(folder, f"killed-{k}", args.overlap)
             code = in_a_fork(lambda run=run, kill=kill: killed(run, kill), log)
             left = RunFolder(run.folder)
             kept = left.newest_checkpoint()
             partial = [p.name for p in run.folder.glob("checkpoint-*") if not is_complete(p)]
             again = in_a_fork(lambda run=run: train(run), log) if code == -signal.SIGKILL else code
             done = again == 0 and is_complete(left.final)
-            same = done and weights(run.folder) == weights(whole.path)
-            told = done and steps_in(left.metrics_file) == steps_in(whole.metrics_file)
-            told = told and left.validation_file.read_text() == whole.validation_file.read_text()
-            good += same and told
+            if args.overlap:
+                wrong = wrong_with_overlap(left, whole) if done else "did not end"
+                shown = wrong or "all once", ", ".join(str(es[0]["version"]) for es in episodes_of(run.folder).values())
+                good += not wrong
+            else:
+                same = done and weights(run.folder) == weights(whole.path)
+                logged = done and steps_in(left.metrics_file) == steps_in(whole.metrics_file)
+                logged = logged and left.validation_file.read_text() == whole.validation_file.read_text()
+                shown = str(same), str(logged)
+                good += same and logged
             moment = f"{kill.phase} {kill.nth}, after {kill.delay:.2f} s" + ("" if code < 0 else f" (ended with {code})")
             table.add_row(
                 moment,
                 (kept.name if kept else "the start") + (f", not {partial[0]}" if partial else ""),
-                str(same),
-                str(told),
+                *shown,
             )
         if good < args.kills:
             print(log.read_text()[-3000:])
     Console(width=120).print(table)
-    print(f"{good} of {args.kills} as if nothing had happened")
+    print(
+        f"{good} of {args.kills} {'without a lost, repeated or mixed episode' if args.overlap else 'as if nothing had happened'}"
+    )
     return int(good < args.kills)
 
 

@@ -309,7 +309,7 @@ class CTCGRPOTrainer(EpisodePlayer):
         recomputes = updates > 1 or level == "episode"
         if level != "none":
             samples = self._comparable(samples)
-        compares = recomputes or not self._checked or (level == "none" and self.args.use_vllm)
+        compares = recomputes or not self._checked or (level == "none" and (self.args.use_vllm or self.args.overlap))
         if compares:
             current = self._compare_with_engine(samples if recomputes else self._few(samples), corrected=level != "none")
             if level == "episode":
