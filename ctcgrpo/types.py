@@ -22,7 +22,7 @@ class Message(TypedDict):
     instructions: NotRequired[str]
 
 
-Heard = str | Sequence[Message]  # an observation of the policy: a line of the user, or chat messages
+Observation = str | Sequence[Message]  # what the policy reads next: a line of the user, or chat messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Step:
     `done` (a last message is recorded). `reward`: of the turn, finite; None: the turn is unscored, and shares the reward of the
     next scored turn (`turn_rewards`). `info`: finite numbers and texts."""
 
-    message: Heard | None
+    message: Observation | None
     reward: float | None = None
     done: bool = False
     info: Info = field(default_factory=lambda: _NOTHING)
@@ -55,7 +55,7 @@ class Environment:
     episode_return: float = 0.0
     info: Info = _NOTHING  # information on the start, as `Step.info` on a turn; set by `reset`
 
-    def reset(self, task: Mapping[str, Any], *, seed: int) -> Heard | Awaitable[Heard]:
+    def reset(self, task: Mapping[str, Any], *, seed: int) -> Observation | Awaitable[Observation]:
         """The first observation: the user's line, or messages, optionally with a system message first. Without a message of the
         user the policy begins the dialogue."""
         raise NotImplementedError

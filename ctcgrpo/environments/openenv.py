@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from ctcgrpo.errors import EnvironmentFailed, RecipeError
 from ctcgrpo.simulator.config import bearer_token
-from ctcgrpo.types import Environment, Heard, Info, Message, Step
+from ctcgrpo.types import Environment, Info, Message, Observation, Step
 from ctcgrpo.util.importing import installing, is_reference, load_object
 from ctcgrpo.util.naming import cut, quoted
 
@@ -34,7 +34,7 @@ try:
 except ModuleNotFoundError as missing:
     raise RecipeError(f"OpenEnv needs the extra openenv: {installing('openenv')} ({missing})") from None
 
-Observation = Mapping[str, Any]
+ServerFields = Mapping[str, Any]
 _TEXTS = ("message", "text", "prompt", "content", "response")
 """Fields of an observation that may hold its text, in this order."""
 _ROLES = ("system", "user")
@@ -66,7 +66,7 @@ class OpenEnv(Environment):
         url: str,
         *,
         action: str | Callable[[str], Mapping[str, Any]] = "message",
-        observation: str | Callable[[Observation], Heard] | None = None,
+        observation: str | Callable[[ServerFields], Observation] | None = None,
         system: str | None = None,
         outcome: str | None = None,
         scored: bool = False,
@@ -77,7 +77,7 @@ class OpenEnv(Environment):
         self._url = _checked_url(url)
         self._headers = _authorization(token_env)
         self._action: Callable[[str], Mapping[str, Any]] = _function(action, "action", lambda name, reply: {name: reply})
-        self._text: Callable[[Observation], Heard] = observation_text
+        self._text: Callable[[ServerFields], Observation] = observation_text
         if observation is not None:
             self._text = _function(observation, "observation", self._field)
         self._system, self._outcome_field, self._scored = system, outcome, scored
@@ -85,7 +85,7 @@ class OpenEnv(Environment):
         self._client: _Session | None = None
         self._outcome: float | None = None
 
-    async def reset(self, task: Mapping[str, Any], *, seed: int) -> Heard:
+    async def reset(self, task: Mapping[str, Any], *, seed: int) -> Observation:
         """Sends the task's row and the seed to the server's reset. A `seed` of the row replaces the episode's: where it picks the
         task, all rollouts of a group need the same one."""
         # A data set fills the fields that a row lacks with None.
@@ -158,16 +158,16 @@ class OpenEnv(Environment):
             await asyncio.sleep(pause * _jitter.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _observation(self, result: StepResult, what: str) -> Observation:
+    def _observation(self, result: StepResult, what: str) -> ServerFields:
         seen = result.observation
         if not isinstance(seen, Mapping):
             raise self._failed(f"{what}: observation = {quoted(seen)}; expected an object")
         return seen
 
-    def _field(self, name: str, seen: Observation) -> Heard:
+    def _field(self, name: str, seen: ServerFields) -> Observation:
         if name not in seen:
             raise self._failed(f"options.observation = {name!r}: the observation has {', '.join(map(cut, seen)) or 'no fields'}")
-        value: Heard = seen[name]
+        value: Observation = seen[name]
         return value
 
     def _final(self, result: StepResult, name: str) -> float:
@@ -221,7 +221,7 @@ class _Session(GenericEnvClient):  # type: ignore[misc]
         return await super()._connect_async()
 
 
-def observation_text(observation: Observation) -> Heard:
+def observation_text(observation: ServerFields) -> Observation:
     """The text of an observation: its `messages`, where these are chat messages of users and systems; else the first text among
     message, text, prompt, content and response; else all of it but the metadata as JSON.
 

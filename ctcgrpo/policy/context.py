@@ -27,7 +27,7 @@ from ctcgrpo.environments.eibench.persona import BETWEEN, together
 from ctcgrpo.errors import PolicyEngineError, PolicyError
 from ctcgrpo.policy.chat_template import ANOTHER, USUAL, ChatTemplate, ControlTokens, Layout, Roles
 from ctcgrpo.policy.reasoning import CLOSE, OPEN, parse_completion
-from ctcgrpo.types import Completion, Heard, Message
+from ctcgrpo.types import Completion, Message, Observation
 
 ReasoningPolicy = Literal["strip", "keep"]
 Ids = tuple[int, ...]
@@ -137,7 +137,7 @@ class ContextBuilder:
         lines = tuple(map(_line, messages))
         return Dialogue(lines[0], lines[1:]) if roles[0] == "system" else Dialogue(None, lines)
 
-    def extend(self, dialogue: Dialogue, completion: Completion, observation: Heard) -> Dialogue:
+    def extend(self, dialogue: Dialogue, completion: Completion, observation: Observation) -> Dialogue:
         """The dialogue after a completion and the next observation. Raises PolicyEngineError for roles as `start` does."""
         ids = completion.token_ids
         if ids and ids[-1] in self.stop_ids:

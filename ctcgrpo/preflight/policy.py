@@ -22,7 +22,7 @@ from ctcgrpo.run.folders import check_model
 from ctcgrpo.run.recipe import credit_named
 from ctcgrpo.run.settings import briefing, context_builder, lora_config, template_kwargs
 from ctcgrpo.training.samples import try_credit
-from ctcgrpo.types import Completion, Heard, Message
+from ctcgrpo.types import Completion, Message, Observation
 
 _ROUNDED_AWAY = 1e-4
 """AdamW moves a weight by about the learning rate; bfloat16 keeps 8 bits, so weights of the usual 0.02 need steps of 1e-4."""
@@ -146,7 +146,7 @@ def _last_prompt(s: Subject, opening: Sequence[Message], reply: Completion) -> t
         own = s.recipe.environment is not None
         if own and not s.observations:  # the test episode has one turn
             break
-        observation: Heard = s.observations[min(turn, len(s.observations) - 1)] if own else "word " * LINE_TOKENS
+        observation: Observation = s.observations[min(turn, len(s.observations) - 1)] if own else "word " * LINE_TOKENS
         dialogue = s.contexts.extend(dialogue, reply, observation)
     ids, dropped = s.contexts.prompt(dialogue)
     return len(ids), dropped

@@ -81,8 +81,8 @@ class Session:
         self._environment = made
         with _blamed("setting the environment's name"):
             made.name, made.group_seed = self._name, self._group_seed
-        heard = await self._call("reset", made.reset, task, seed=seed)
-        messages = _messages(heard, "reset", {"system", "user", "assistant"})
+        observation = await self._call("reset", made.reset, task, seed=seed)
+        messages = _messages(observation, "reset", {"system", "user", "assistant"})
         if not messages:
             raise EnvironmentFailed("reset returned no message; expected a line of the user, or messages")
         with _blamed("reading the environment's info"):
@@ -179,14 +179,14 @@ async def _in_thread(call: Callable[[], Any]) -> Any:
     return value
 
 
-def _messages(heard: Any, where: str, roles: set[str]) -> tuple[Message, ...]:
-    if heard is None or (heard == "" and where == "reset"):
+def _messages(observation: Any, where: str, roles: set[str]) -> tuple[Message, ...]:
+    if observation is None or (observation == "" and where == "reset"):
         return ()
-    if isinstance(heard, str):
-        return ({"role": "user", "content": heard},)
-    if not isinstance(heard, Sequence):
-        raise EnvironmentFailed(f"{where} returned {_shown(heard)} as message; expected a text, or a list of messages")
-    return tuple(_message(message, where, roles) for message in heard)
+    if isinstance(observation, str):
+        return ({"role": "user", "content": observation},)
+    if not isinstance(observation, Sequence):
+        raise EnvironmentFailed(f"{where} returned {_shown(observation)} as message; expected a text, or a list of messages")
+    return tuple(_message(message, where, roles) for message in observation)
 
 
 def _message(message: Any, where: str, roles: set[str]) -> Message:

@@ -111,8 +111,10 @@ class ColocatedVllm(Batcher):
         for output in outputs:
             if output.finished:
                 del self._asked[output.request_id]
-                said = output.outputs[0]
-                finished.append((output.request_id, completion(said.token_ids, said.logprobs.logprobs, said.finish_reason)))
+                sampled = output.outputs[0]
+                finished.append(
+                    (output.request_id, completion(sampled.token_ids, sampled.logprobs.logprobs, sampled.finish_reason))
+                )
         return finished
 
     @property

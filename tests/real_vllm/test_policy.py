@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import math
 import os
 import random
 import socket
@@ -41,6 +42,7 @@ from ctcgrpo.policy.tiny import build_tiny
 from ctcgrpo.rollout.continuous import ContinuousEngine
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
 from ctcgrpo.rollout.runner import Slot
+from ctcgrpo.rollout.sampler import log_kept
 from ctcgrpo.rollout.vllm_adapter import ColocatedVllm
 from ctcgrpo.rollout.vllm_server import VllmServerEngine
 from ctcgrpo.simulator.config import SCRIPTED_USER
@@ -53,6 +55,7 @@ from tests.unit.test_rollout import Parts
 LENGTH, NOISE = 1024, 0.15
 """Tokens of prompt and completion; how far bfloat16 may put a log-probability from float32 (0.02 to 0.1 were seen)."""
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=24)
+TRUNCATED = Sampling(temperature=0.6, top_p=0.95, top_k=20, max_new_tokens=24)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +171,7 @@ def test_a_server_gives_what_the_colocated_engine_gives(colocated: Colocated, ba
         assert sent == [True] and all(isinstance(done, Completion) for done in there), there
         again = asyncio.run(sample(engine, asked))
         cut = asyncio.run(sample(engine, [asked[0] * 100], Sampling(max_new_tokens=5)))[0]
-        truncated = asyncio.run(sample(engine, asked[:2], Sampling(max_new_tokens=5, top_p=0.5)))
+        truncated = asyncio.run(sample(engine, asked, TRUNCATED))
         narrow = VllmServerEngine([url], weights=Nowhere(), stop_ids=frozenset(), max_length=LENGTH + 1, patience=3)
         narrow.take_weights(0)
         with pytest.raises(PolicyEngineError, match="weight_version = '/0'; expected 'run/0/0'"):
@@ -178,7 +181,15 @@ def test_a_server_gives_what_the_colocated_engine_gives(colocated: Colocated, ba
         server.terminate()
         server.wait(60)
     assert [d.token_ids for d in again] == [d.token_ids for d in there]
-    assert all(len(done.token_ids) == 5 for done in truncated)
+    gaps, kept_by_both = [], 0
+    for prompt, done in zip(asked, truncated, strict=True):
+        logits, ids = colocated.parts.logits(prompt, done.token_ids), torch.tensor(done.token_ids)
+        full = torch.log_softmax(logits / TRUNCATED.temperature, -1)[range(len(ids)), ids]
+        ours = full - log_kept(logits, ids, TRUNCATED)
+        gaps += [abs(a - b) for a, b in zip(ours.tolist(), done.logprobs, strict=True) if a > -math.inf]
+        kept_by_both += int(ours.isfinite().sum())
+    assert kept_by_both >= 0.97 * sum(len(done.token_ids) for done in truncated)
+    assert sum(gaps) / len(gaps) < NOISE / 5 and max(gaps) < 3 * NOISE, (sum(gaps) / len(gaps), max(gaps))
     assert isinstance(cut, PolicyEngineError) and "leaves no room" in str(cut)
     assert isinstance(refused, PolicyEngineError) and f"max_model_len = {LENGTH}" in str(refused)
     same = sum(a.token_ids == b.token_ids for a, b in zip(here, there, strict=True))
@@ -278,6 +289,7 @@ def test_weights_do_not_change_beneath_a_request_and_failures_stay_alone(
     [
         ("zero3", 2, ["training.sharding=configs/deepspeed/zero3.json"]),
         ("ddp", 2, ["policy.lora={rank: 4, alpha: 64}"]),
+        ("ddp", 2, ["rollout.temperature=0.6", "rollout.top_p=0.95", "rollout.top_k=20", "training.importance=token"]),
     ],
 )
 def test_recipes_train_with_it(
@@ -300,7 +312,12 @@ def test_recipes_train_with_it(
     assert done.returncode == 0, done.stderr[-4000:]
     metrics = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
     assert [m["policy_version"] for m in metrics] == [0, 2, 4]
-    assert all(m["episodes/valid"] == 16 and m["logprob_gap"] < NOISE for m in metrics), metrics
+    assert all(m["episodes/valid"] == 16 for m in metrics), metrics
+    if "training.importance=token" in overrides:
+        assert all(m["importance/gap"] < NOISE / 5 and m["importance/removed"] < 0.03 for m in metrics), metrics
+        assert all(abs(m["importance/mean"] - 1) < 0.05 for m in metrics), metrics
+    else:
+        assert all(m["logprob_gap"] < NOISE for m in metrics), metrics
     turns = []
     for trace in sorted((tmp_path / "tiny" / "traces").glob("step-*.jsonl")):
         turns.append(sum(len(json.loads(line)["turns"]) for line in trace.read_text().splitlines()))
