@@ -35,6 +35,8 @@ class RunProgress:
         self._first_step = 0
         self._validates = self._knows_pace = False
         self._episodes = self._of = self._failed = 0
+        self._step = math.inf  # the step whose episodes are counted; any in a validation
+        self._ahead = 0  # episodes of the step after it, which are played during the update
 
     def start(self, step: int) -> None:
         self._started, self._first_step = time.monotonic(), step
@@ -48,12 +50,15 @@ class RunProgress:
 
     def validation(self, episodes: int) -> None:
         """A validation begins; this process plays `episodes` of its episodes."""
+        self._step = math.inf
         self._plays(episodes, "  validation")
         self._validates = True
 
     def rollouts(self, step: int, episodes: int) -> None:
         """A step begins; `step` counts from 1."""
+        self._step = step
         self._plays(episodes, "  episodes")
+        self._episodes, self._ahead = self._ahead, 0
         if not self._knows_pace and not self._live:
             self.log_line(f"step {step}: playing {episodes} episodes{self._each}")
 
@@ -67,10 +72,13 @@ class RunProgress:
 
     def episode(self, episode: Episode) -> None:
         """An episode of this process is over."""
-        self._episodes += 1
         if episode.failure:
             self._failed += 1
             self.log_line(f"episode {episode.name} failed: {episode.failure.kind}: {episode.failure.message}")
+        if episode.step > self._step:
+            self._ahead += 1
+            return
+        self._episodes += 1
         if self._live and self._part is not None:
             note = f"{self._failed} failed" if self._failed else ""
             self._live.update(self._part, completed=self._episodes, note=note)

@@ -104,3 +104,18 @@ def test_a_terminal_shows_the_time_left_also_where_a_step_takes_minutes(wait: Ca
     run.step(1, {"outcome/all": 0.25})
     run.stop()
     assert "8 min 0 s left, score +0.250" in out.getvalue()
+
+
+def test_episodes_of_the_next_step_are_counted_when_it_begins(wait: Callable[[float], None]) -> None:
+    run, out = shown(terminal=False)
+    run.start(0)
+    run.rollouts(1, 4)
+    play(run, wait, 4, 10.0)
+    for _ in range(3):  # during the update
+        wait(6.0)
+        run.episode(replace(EPISODE, step=2))
+    assert "5 of 4" not in out.getvalue() and "4 of 4" in out.getvalue()
+    run.rollouts(2, 4)
+    wait(16.0)
+    run.episode(replace(EPISODE, step=2))
+    assert out.getvalue().splitlines()[-1] == "  4 of 4 episodes"
