@@ -45,7 +45,7 @@ from ctcgrpo.rollout.runner import Play, RolloutRunner, validation_slots
 from ctcgrpo.rollout.traces import add_credit, step_name
 from ctcgrpo.training.ahead import Played
 from ctcgrpo.training.metrics import rollout_metrics
-from ctcgrpo.training.playing import NO_HOOKS, EpisodePlayer, RolloutHooks, shared_by
+from ctcgrpo.training.playing import NO_HOOKS, PLAYING, EpisodePlayer, RolloutHooks, shared_by
 from ctcgrpo.training.samples import (
     StepCredit,
     Summary,
@@ -252,10 +252,11 @@ class CTCGRPOTrainer(EpisodePlayer):
         for left in range(self.args.update_parts, 1, -1):
             if self._ahead is None:
                 break  # all episodes are over
-            started = time.perf_counter()
+            self.phase, started = PLAYING, time.perf_counter()
             groups = self._complete_groups(math.ceil((self.tasks_per_step - len(trained)) / left), trained)
             released = time.perf_counter()
             waited += released - started
+            self.phase = f"a part of the update of step {self.rollout_step + 1}"
             if len(groups) + len(trained) == self.tasks_per_step:
                 break  # what is left is the last part
             episodes = [e for e in tuple(self._ahead.over) if e.group in groups]
