@@ -2,7 +2,7 @@
 kind of credit, since advantages enter it linearly."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,11 @@ from ctcgrpo.errors import RunFailed
 from ctcgrpo.options import CreditOptions
 from ctcgrpo.training.samples import Key, StepCredit, Summary, step_credit, summarise, turn_samples
 from ctcgrpo.types import Episode
+from ctcgrpo.util.terminal import LogLine
 
 if TYPE_CHECKING:
     from ctcgrpo.training.trainer import CTCGRPOTrainer
 
-LogLine = Callable[[str], None]
 REFERENCE = "outcome"
 """The name of the unscaled outcome term, whose gradient is that of the expected outcome."""
 _FEWEST = 3

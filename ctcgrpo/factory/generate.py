@@ -4,7 +4,7 @@ request. Answers are stored, so a re-run after a kill pays for none again; every
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
@@ -25,8 +25,8 @@ from ctcgrpo.factory.storage import check_new, write_layout, writing
 from ctcgrpo.llm_client.store import Store, content_key
 from ctcgrpo.types import Message
 from ctcgrpo.util.files import write_whole
+from ctcgrpo.util.terminal import LogLine
 
-LogLine = Callable[[str], None]
 Status = Literal["valid", "repaired", "rejected", "unanswered"]
 REPORT = "report.json"
 _LONGEST_BACK = 12_000  # characters of a faulty answer that are sent back with its faults

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from ctcgrpo.environments.eibench.scenarios import load_scenarios
 from ctcgrpo.errors import PolicyError
-from ctcgrpo.policy.model_wheel import LogLine, ModelWheel, fetch_model
+from ctcgrpo.policy.model_wheel import ModelWheel, fetch_model
 from ctcgrpo.policy.smollm2 import SMOLLM2
 from ctcgrpo.util.files import mark_complete
 from ctcgrpo.util.naming import did_you_mean
+from ctcgrpo.util.terminal import LogLine
 
 _BUILTIN = "builtin/"
 _TINY = "builtin/tiny"

@@ -23,9 +23,9 @@ from ctcgrpo.errors import OutputError, PolicyError
 from ctcgrpo.util.files import disk_problem, is_complete, mark_complete, missing_in
 from ctcgrpo.util.importing import installing
 from ctcgrpo.util.naming import cut
+from ctcgrpo.util.terminal import LogLine
 from ctcgrpo.util.workers import lock_folder
 
-LogLine = Callable[[str], None]
 _LOCK_SECONDS = 1800.0  # how long to wait for another process that fetches the same
 _REPORT_SECONDS = 10.0
 

@@ -26,7 +26,6 @@ from ctcgrpo.model.finite import refuse_nonfinite
 from ctcgrpo.policy.builtin import is_builtin, wheel_of
 from ctcgrpo.policy.hub import hub_reason
 from ctcgrpo.policy.loading import stop_ids
-from ctcgrpo.policy.model_wheel import LogLine
 from ctcgrpo.run.folders import require_run
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
@@ -38,6 +37,7 @@ from ctcgrpo.training.checkpoint_pickles import weights_only
 from ctcgrpo.types import NO_TAG
 from ctcgrpo.util.files import disk_problem
 from ctcgrpo.util.naming import first_line
+from ctcgrpo.util.terminal import LogLine
 
 Dtype = Literal["bfloat16", "float32"]
 

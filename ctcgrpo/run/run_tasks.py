@@ -30,8 +30,7 @@ from ctcgrpo.util.files import file_digest
 from ctcgrpo.util.hub_data import commit_of, hub_parts, is_hub
 from ctcgrpo.util.importing import blame, is_reference, load_object, source_of
 from ctcgrpo.util.record_files import FORMATS, read_record_file, record_files
-
-LogLine = Callable[[str], None]
+from ctcgrpo.util.terminal import LogLine
 
 
 class ScenarioTasks:

@@ -22,8 +22,8 @@ from ctcgrpo.simulator.client import SimulatorClient
 from ctcgrpo.simulator.logs import json_log
 from ctcgrpo.types import Environment
 from ctcgrpo.util.processes import on_main
+from ctcgrpo.util.terminal import LogLine
 
-LogLine = Callable[[str], None]
 OTHER = "other user"
 """What the user of validation.simulator is called."""
 SIMULATOR, VALIDATED_WITH = "simulator", "validation.simulator"

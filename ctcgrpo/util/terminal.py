@@ -6,11 +6,14 @@ them could set colours, clear the screen or move the cursor; bidirectional overr
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+
+LogLine = Callable[[str], None]
+"""What takes a line of a program's log."""
 
 _REMOVED = [
     *(code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"),  # C0, DEL, C1
