@@ -382,12 +382,13 @@ def main() -> None:
     parser.add_argument("--backend")
     parser.add_argument("--kl", type=float, default=0.0)
     parser.add_argument("--importance", default="none")
+    parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; compare gradients and norm of the first step")
     args = parser.parse_args()
     how = {"tokens_per_row": args.tokens_per_row, "shift": args.shift, "backend": args.backend, "parts": args.parts}
     old = {"old_logprobs": "recomputed"} if args.importance != "none" else {}
-    outcome = run(args.base, **how, beta=args.kl, bf16=args.bf16, importance=args.importance, **old)
+    outcome = run(args.base, **how, beta=args.kl, bf16=args.bf16, importance=args.importance, top_k=args.top_k, **old)
     rank = next(iter(outcome.logprobs))
     torch.save(vars(outcome), args.out.with_suffix(f".rank{rank}.pt"))
     if torch.distributed.is_initialized():  # left to the interpreter's end, its threads may abort the process
