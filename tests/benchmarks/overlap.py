@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import math
 import random
 import statistics
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from ctcgrpo import CTCGRPOConfig, CTCGRPOTrainer, Environment, Step
 from ctcgrpo.rollout.engine import PolicyEngine, Sampling
@@ -85,6 +86,7 @@ def run(steps: int, overlap: int) -> tuple[float, dict[str, float]]:
         )
         clock = Clock()
         made = CTCGRPOTrainer("builtin/tiny", args=config, environment=Slow, train_dataset=TASKS, callbacks=[clock])
+        made.remove_callback(PrinterCallback)
         made.engine.close()
         made.engine = made.runner.engine = Paced()
         made.train()
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("ctcgrpo").setLevel(logging.ERROR)  # the paced engine's log-probabilities are made up
     _, alone = run(4, 0)
     print(f"without latency: rollouts {alone['seconds/rollout']:.2f} s, update {alone['seconds/update']:.2f} s a step")
     for name, share in (("rollouts as long as the update", 1.0), ("half as long", 0.5), ("no latency", 0.0)):
