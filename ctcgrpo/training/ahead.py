@@ -51,9 +51,13 @@ class PlayingAhead:
             self._result.set_result(episodes)
 
     def wait(self) -> Played:
-        """The batch once it is finished. Raises what `play` raised."""
+        """The batch once it is finished. Raises what `play` raised. A batch that is waited for no longer (Ctrl-C) is cancelled."""
         started = time.perf_counter()
-        episodes = self._result.result()
+        try:
+            episodes = self._result.result()
+        except BaseException:
+            self.stop()
+            raise
         now = time.perf_counter()
         return Played(self.step, self.tasks, self.version, episodes, (self.ended or now) - self._started, now - started)
 

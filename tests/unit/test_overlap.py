@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
+import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from ctcgrpo import CTCGRPOConfig, CTCGRPOTrainer, Environment, Step
 from ctcgrpo.errors import PolicyEngineError, RecipeError, RunInterrupted, TooManyFailures
 from ctcgrpo.run.recipe_file import load_recipe
 from ctcgrpo.training.ahead import PlayingAhead
-from ctcgrpo.training.playing import RolloutHooks
+from ctcgrpo.training.playing import PLAYING, RolloutHooks
 from ctcgrpo.types import TurnSample
 
 ROOT = Path(__file__).parents[2]
@@ -358,6 +361,21 @@ def test_what_an_engine_raises_reaches_the_trainer() -> None:
     with pytest.raises(PolicyEngineError, match="did not answer"):
         ahead.wait()
     ahead.stop()
+
+
+def test_a_batch_that_is_waited_for_no_longer_is_cancelled(tmp_path: Path) -> None:
+    """Ctrl-C where nobody handles it, as in a notebook: no thread may go on playing, and asking a simulator."""
+    made = trainer(tmp_path, environment=Waits)
+
+    def interrupt() -> None:
+        while made.phase != PLAYING or made.rollout_step != 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert not [t for t in threading.enumerate() if t.name == "rollouts"]
 
 
 def test_what_excludes_overlap_is_named(tmp_path: Path) -> None:
