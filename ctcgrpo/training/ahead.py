@@ -31,6 +31,7 @@ class PlayingAhead:
     tasks: Sequence[int]
     version: int
     play: Callable[[Callable[[], bool], Callable[[Episode], None]], list[Episode]]
+    announced: bool = False  # whether the trainer's hooks know that it waits for this batch
     ended: float | None = None
     over: list[Episode] = field(default_factory=list)
     _stopped: threading.Event = field(default_factory=threading.Event)

@@ -28,13 +28,14 @@ _log = logging.getLogger(__name__)
 
 
 class RolloutHooks:
-    """Callbacks of a trainer on its rollouts; a subclass can observe and stop them. All processes call them."""
+    """Callbacks of a trainer on its rollouts; a subclass can observe and stop them. All processes call them. With `overlap` or
+    `update_parts`, `episode` and `interrupted` are called in another thread too, while an update runs."""
 
     def before_rollouts(self, step: int) -> None:
         """Called after `step` trained batches of rollouts, before the next one."""
 
     def rollouts(self, step: int, episodes: int) -> None:
-        """This process begins to play `episodes` episodes of a step (from 1)."""
+        """This process begins to play `episodes` episodes of a step (from 1), or, with `overlap`, to wait for them."""
 
     def episode(self, episode: Episode) -> None:
         """An episode is over. By default a failed one is logged as a warning."""
@@ -184,7 +185,7 @@ class EpisodePlayer(CheckpointedUpdate):
 
     def _complete_groups(self, at_least: int, but: Set[int]) -> set[int]:
         """Wait until `at_least` groups of the batch in progress, besides `but`, are over on all processes, and return all that are;
-        fewer where the batch has ended. Collective: all processes get the same."""
+        none where the batch has ended, complete or interrupted. Collective: all processes get the same."""
         ahead, size = self._ahead, self.args.num_generations
         assert ahead is not None
         while True:
@@ -194,9 +195,17 @@ class EpisodePlayer(CheckpointedUpdate):
                 counts[episode.group] += 1
             *over, ended = self.accelerator.reduce(counts).tolist()
             complete = {group for group, episodes in enumerate(over) if episodes == size} - but
-            if len(complete) >= at_least or ended == self.accelerator.num_processes:
+            if ended == self.accelerator.num_processes:
+                return set()
+            if len(complete) >= at_least:
                 return complete
             time.sleep(_POLL_SECONDS)
+
+    def _announce(self, ahead: PlayingAhead) -> None:
+        """Tell the hooks, once, that the trainer has come to this batch."""
+        if not ahead.announced:
+            ahead.announced = True
+            self._hooks.rollouts(ahead.step, len(ahead.tasks))
 
     def _await_ahead(self) -> None:
         """Wait for the batch that is played ahead, if there is one. The engine is idle afterwards."""
@@ -204,7 +213,7 @@ class EpisodePlayer(CheckpointedUpdate):
         if ahead is None:
             return
         before, self.phase = self.phase, PLAYING
-        self._hooks.rollouts(ahead.step, len(ahead.tasks))
+        self._announce(ahead)
         try:
             self._played = self._finished(ahead.wait)
         finally:

@@ -218,20 +218,20 @@ class CTCGRPOTrainer(EpisodePlayer):
         update = self.state.global_step % updates
         self.refuse_nonfinite_weights()
         self.begin_update()
-        seconds = 0.0
+        seconds = self._seconds_recompute = 0.0
+        trained: set[int] = set()
         if update == 0 or not self._updates:
             self._hooks.before_rollouts(self.rollout_step)
             tasks = [row["task"] for row in inputs]
             trained, seconds, waited = self._update_while_playing(model)
             self._updates = self._new_batch(self._take_played(self.rollout_step + 1, tasks), trained, waited)
             self.phase = f"{'the update' if updates == 1 else f'the {updates} updates'} of step {self.rollout_step + 1}"
-        on_gpu = self.accelerator.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+        if not trained:
+            self._measure_memory()
         started = time.perf_counter()
         loss = self.update(model, self._updates[update])
         self._log_number("seconds/update", seconds + time.perf_counter() - started)
-        if on_gpu:  # to compare with the estimate of `ctcgrpo check`
+        if self._on_gpu:  # to compare with the estimate of `ctcgrpo check`
             peak = torch.cuda.max_memory_allocated() - self.engine.sleeping_bytes
             self._log_number("memory/peak_gib", peak / 2**30)
         if update == updates - 1:
@@ -239,6 +239,15 @@ class CTCGRPOTrainer(EpisodePlayer):
             asked = bool(self._sum_over_processes([float(self._hooks.interrupted())])[0])
             self.stop_requested = asked and self.state.global_step + 1 < self.state.max_steps
         return loss
+
+    @property
+    def _on_gpu(self) -> bool:
+        return bool(self.accelerator.device.type == "cuda")
+
+    def _measure_memory(self) -> None:
+        """The peak from here on is that of the update."""
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
 
     # --- one batch of rollouts -------------------------------------------------------------------------------------------
 
@@ -252,13 +261,17 @@ class CTCGRPOTrainer(EpisodePlayer):
         for left in range(self.args.update_parts, 1, -1):
             if self._ahead is None:
                 break  # all episodes are over
+            self._announce(self._ahead)
             self.phase, started = PLAYING, time.perf_counter()
             groups = self._complete_groups(math.ceil((self.tasks_per_step - len(trained)) / left), trained)
             released = time.perf_counter()
             waited += released - started
             self.phase = f"a part of the update of step {self.rollout_step + 1}"
-            if len(groups) + len(trained) == self.tasks_per_step:
+            if not groups or len(groups) + len(trained) == self.tasks_per_step:
                 break  # what is left is the last part
+            if not trained:
+                self._measure_memory()
+            recomputed = self._seconds_recompute
             episodes = [e for e in tuple(self._ahead.over) if e.group in groups]
             summaries = gather_object([summarise(e, self.args) for e in episodes])
             centering = copy.deepcopy(self.centering)  # the whole step's credit changes its state, once
@@ -266,7 +279,7 @@ class CTCGRPOTrainer(EpisodePlayer):
             [samples] = self._samples(sorted(episodes, key=lambda e: (e.group, e.rollout)), credit)
             self.update(model, samples, is_last=False)
             trained |= groups
-            seconds += time.perf_counter() - released
+            seconds += time.perf_counter() - released - (self._seconds_recompute - recomputed)
         return trained, seconds, waited
 
     def _new_batch(self, played: Played, trained: Set[int] = frozenset(), waited: float = 0.0) -> list[list[TurnSample]]:
@@ -294,7 +307,10 @@ class CTCGRPOTrainer(EpisodePlayer):
         waited = sum(e.seconds_environment for e in episodes)
         self._log_number("seconds/simulator_per_episode", waited / max(1, len(episodes)))
         self._log_number("tokens_per_second", sum(sum(s.turn_tokens) for s in summaries) / seconds)
-        return self._samples([e for e in episodes if e.group not in trained], credit)
+        samples = self._samples([e for e in episodes if e.group not in trained], credit)
+        if self._seconds_recompute:
+            self._log_number("seconds/recompute", self._seconds_recompute)
+        return samples
 
     def _samples(self, episodes: Sequence[Episode], credit: StepCredit) -> list[list[TurnSample]]:
         """The samples of this process's episodes, for each update of the step."""
@@ -304,6 +320,8 @@ class CTCGRPOTrainer(EpisodePlayer):
         parts = [[e for e in trained if update_of(e, updates) == k] for k in range(updates)]
         ordered = [e for part in parts for e in part]
         samples = turn_samples(ordered, credit.advantages, recorded=recorded)
+        if not self._sum_over_processes([float(len(samples))])[0]:  # nothing to compare: no metric may say that all is well
+            return [[] for _ in parts]
         started = time.perf_counter()
         if not self._checked and self._how is not None:
             self._refuse_other_logprobs(self._few(samples))
@@ -321,7 +339,7 @@ class CTCGRPOTrainer(EpisodePlayer):
             samples = [replace(sample, sampled_logprobs=None) for sample in samples]
         self._checked = True
         if compares or (level != "none" and self.runner.play.sampling.truncates):
-            self._log_number("seconds/recompute", time.perf_counter() - started)
+            self._seconds_recompute += time.perf_counter() - started
         rest = iter(samples)
         return [[next(rest) for e in part for _ in e.turns] for part in parts]
 

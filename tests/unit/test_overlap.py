@@ -198,6 +198,64 @@ def test_groups_that_are_over_are_updated_on_while_others_are_played(tmp_path: P
     assert whole.state.log_history[0]["policy_loss"] == pytest.approx(logs["policy_loss"])
 
 
+class FailsFirst(Talk):
+    """The first group of a step fails at once; the others take a while."""
+
+    async def reset(self, task: Any, *, seed: int) -> str:
+        line = await super().reset(task, seed=seed)
+        if int(task["id"][1:]) % 4 == 0:
+            raise OSError("the disk is full")
+        await asyncio.sleep(0.3)
+        return line
+
+
+@pytest.mark.parametrize("importance", ["episode", "none"])
+def test_a_part_of_failed_groups_is_compared_with_nothing(tmp_path: Path, importance: str) -> None:
+    """What is compared once a run waits for a part that has something to compare, and no mean counts the part without."""
+    options: dict[str, Any] = {"per_device_train_batch_size": 8, "max_steps": 1, "loss_total": 100.0, "shuffle_dataset": False}
+    options |= {"overlap": 0, "importance": importance}
+    logs = []
+    for name, parts in (("parts", 4), ("whole", 1)):
+        made = trainer(tmp_path / name, environment=FailsFirst, update_parts=parts, **options)
+        made.train()
+        logs.append(made.state.log_history[0])
+    for metric in ("logprob_gap", "importance/gap", *(["importance/mean"] if importance == "episode" else [])):
+        assert logs[0][metric] == pytest.approx(logs[1][metric], rel=0.2), metric
+
+
+class WaitsAfterTheFirst(Talk):
+    async def reset(self, task: Any, *, seed: int) -> str:
+        line = await super().reset(task, seed=seed)
+        if int(task["id"][1:]) % 4:
+            await asyncio.sleep(3600)
+        return line
+
+
+def test_no_part_is_computed_of_an_interrupted_step(tmp_path: Path) -> None:
+    class StopsAfterTheFirst(RolloutHooks):
+        over, begun = 0, 0
+
+        def rollouts(self, step: int, episodes: int) -> None:
+            assert not self.begun
+            self.begun = episodes
+
+        def episode(self, episode: Any) -> None:
+            self.over += 1
+
+        def interrupted(self) -> bool:
+            return self.over == 2
+
+    options: dict[str, Any] = {"per_device_train_batch_size": 8, "loss_total": 100.0, "shuffle_dataset": False, "overlap": 0}
+    made = trainer(tmp_path, StopsAfterTheFirst(), WaitsAfterTheFirst, update_parts=2, **options)
+
+    def update(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise AssertionError("an update")
+
+    made.update = update  # type: ignore[method-assign]
+    with pytest.raises(RunInterrupted):
+        made.train()
+
+
 class Gradients(TrainerCallback):
     """Those of the first optimizer step."""
 
