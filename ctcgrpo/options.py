@@ -170,7 +170,8 @@ class UpdateOptions:
     importance_max: float = option(3.0, "upper bound of an importance weight", ge=1)
     loss_total: float | None = option(
         None,
-        "what the loss of a step is divided by, in place of its number of trained tokens (of turns with loss_weights turn)",
+        "what the loss of an optimizer step is divided by, in place of its number of trained tokens (of turns with loss_weights "
+        "turn)",
         gt=0,
     )
     update_parts: int = option(
@@ -266,8 +267,9 @@ def conflicts(values: Mapping[str, Any], name: Callable[[str], str] = str) -> It
         "num_iterations": values["num_iterations"] > 1,
         "audit_every": values["audit_every"] is not None,
         "credit": values["credit"] == VINE,
-        "scale_rewards": values["scale_rewards"] == "batch",
-        "turn_scale": values["turn_scale"] == "batch",
+        # A function of one's own gets the deviations of all groups too.
+        "scale_rewards": values["scale_rewards"] not in ("group", "none"),
+        "turn_scale": values["turn_scale"] not in ("group", "none"),
         "shuffle_credit": values["shuffle_credit"] != "nothing",
     }
     for option in (option for option, used in whole_step.items() if used):

@@ -319,6 +319,7 @@ def test_what_excludes_parts_is_named(tmp_path: Path) -> None:
         ({"num_iterations": 2}, "update_parts = 2 with num_iterations = 2, which needs all episodes of a step at once"),
         ({"credit": "vine"}, "update_parts = 2 with credit = 'vine', which needs all episodes of a step at once"),
         ({"turn_scale": "batch"}, "update_parts = 2 with turn_scale = 'batch', which needs all episodes of a step at once"),
+        ({"scale_rewards": "my_credit:by_range"}, "update_parts = 2 with scale_rewards = 'my_credit:by_range', which needs all"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, **{"update_parts": 2, "loss_total": 50.0, **options})
