@@ -1,6 +1,7 @@
 """Progress of a run: a live display in a terminal, plain lines elsewhere."""
 
 import math
+import threading
 import time
 from typing import Any
 
@@ -35,8 +36,9 @@ class RunProgress:
         self._first_step = 0
         self._validates = self._knows_pace = False
         self._episodes = self._of = self._failed = 0
+        self._lock = threading.Lock()  # episodes of the next step end in another thread
         self._step = math.inf  # the step whose episodes are counted; any in a validation
-        self._ahead = 0  # episodes of the step after it, which are played during the update
+        self._ahead = self._failed_ahead = 0  # episodes of the step after it, which are played during the update
 
     def start(self, step: int) -> None:
         self._started, self._first_step = time.monotonic(), step
@@ -50,39 +52,45 @@ class RunProgress:
 
     def validation(self, episodes: int) -> None:
         """A validation begins; this process plays `episodes` of its episodes."""
-        self._step = math.inf
-        self._plays(episodes, "  validation")
-        self._validates = True
+        with self._lock:
+            self._step = math.inf
+            self._plays(episodes, "  validation")
+            self._validates = True
 
     def rollouts(self, step: int, episodes: int) -> None:
         """A step begins; `step` counts from 1."""
-        self._step = step
-        self._plays(episodes, "  episodes")
-        self._episodes, self._ahead = self._ahead, 0
+        with self._lock:
+            self._step = step
+            self._plays(episodes, "  episodes")
+            self._episodes, self._failed, self._ahead, self._failed_ahead = self._ahead, self._failed_ahead, 0, 0
+            self._show_episodes()
         if not self._knows_pace and not self._live:
             self.log_line(f"step {step}: playing {episodes} episodes{self._each}")
 
     def update(self, step: int) -> None:
         """The step's episodes are played, and the policy is trained on them."""
-        if self._live:
-            self._show(self._live, "  update", None)
-        elif not self._knows_pace:
+        with self._lock:
+            self._step = step  # a validation may have come between
+            self._leave_out_validation()
+            if self._live:
+                self._show(self._live, "  update", None)
+        if not self._live and not self._knows_pace:
             played = f"step {step}: rollouts took {_duration(time.monotonic() - self._phase_started)}"
             self.log_line(f"{played}; updating the policy (the first update also compares log-probabilities)")
 
     def episode(self, episode: Episode) -> None:
         """An episode of this process is over."""
         if episode.failure:
-            self._failed += 1
             self.log_line(f"episode {episode.name} failed: {episode.failure.kind}: {episode.failure.message}")
-        if episode.step > self._step:
-            self._ahead += 1
-            return
-        self._episodes += 1
-        if self._live and self._part is not None:
-            note = f"{self._failed} failed" if self._failed else ""
-            self._live.update(self._part, completed=self._episodes, note=note)
-        elif not self._knows_pace and time.monotonic() - self._said > _QUIET_SECONDS:
+        with self._lock:
+            if episode.step > self._step:
+                self._ahead += 1
+                self._failed_ahead += episode.failure is not None
+                return
+            self._episodes += 1
+            self._failed += episode.failure is not None
+            self._show_episodes()
+        if not self._live and not self._knows_pace and time.monotonic() - self._said > _QUIET_SECONDS:
             self.log_line(f"  {self._episodes} of {self._of} episodes")
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
@@ -112,14 +120,22 @@ class RunProgress:
             print_line(self._console, message)
 
     def _plays(self, episodes: int, what: str) -> None:
-        now = time.monotonic()
-        if self._validates:  # a step's pace excludes validations
-            self._started += now - self._phase_started
-            self._validates = False
-        self._phase_started = now
+        self._leave_out_validation()
+        self._phase_started = time.monotonic()
         self._episodes, self._of, self._failed = 0, episodes, 0
         if self._live:
             self._show(self._live, what, episodes)
+
+    def _leave_out_validation(self) -> None:
+        """A step's pace excludes validations."""
+        if self._validates:
+            self._started += time.monotonic() - self._phase_started
+            self._validates = False
+
+    def _show_episodes(self) -> None:
+        if self._live and self._part is not None:
+            note = f"{self._failed} failed" if self._failed else ""
+            self._live.update(self._part, completed=self._episodes, note=note)
 
     def _show(self, live: Progress, what: str, total: int | None) -> None:
         """Replace the second row; without a total it is a bar that moves."""

@@ -334,6 +334,7 @@ class _Run(RolloutHooks, TrainerCallback):  # type: ignore[misc]
         def playing(kind: str, environment: Callable[[], Environment] | None) -> Play:
             def play(step: int, slots: Sequence[Slot]) -> list[tuple[str, float]]:
                 mine = slots[self._state.process_index :: self._state.num_processes]
+                trainer.await_ahead()  # its episodes are not counted as the validation's
                 self._progress.validation(len(mine))
                 episodes = trainer.play(mine, f"{kind}-{step:06d}", how, environment)
                 found: list[tuple[str, float]] = gather_object([(e.task, e.outcome) for e in episodes])

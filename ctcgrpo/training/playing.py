@@ -105,7 +105,7 @@ class EpisodePlayer(CheckpointedUpdate):
 
         When any process is asked to pause (Ctrl-C, a spent budget), all of them raise RunPaused together.
         """
-        self._await_ahead()
+        self.await_ahead()
         before = self.phase
         self._take_weights()
         self.phase = PLAYING
@@ -207,7 +207,7 @@ class EpisodePlayer(CheckpointedUpdate):
             ahead.announced = True
             self._hooks.rollouts(ahead.step, len(ahead.tasks))
 
-    def _await_ahead(self) -> None:
+    def await_ahead(self) -> None:
         """Wait for the batch that is played ahead, if there is one. The engine is idle afterwards."""
         ahead, self._ahead = self._ahead, None
         if ahead is None:
@@ -222,7 +222,7 @@ class EpisodePlayer(CheckpointedUpdate):
 
     def _take_played(self, step: int, tasks: Sequence[int]) -> Played:
         """The episodes of a step (from 1): those played ahead, or else played now."""
-        self._await_ahead()
+        self.await_ahead()
         played, self._played = self._played, None
         if played is not None:
             if (played.step, list(played.tasks)) != (step, list(tasks)):

@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ctcgrpo import CTCGRPOConfig, CTCGRPOTrainer, Environment, Step
 from ctcgrpo.errors import PolicyEngineError, RecipeError, RunInterrupted, TooManyFailures
+from ctcgrpo.run.progress import RunProgress
 from ctcgrpo.run.recipe_file import load_recipe
+from ctcgrpo.run.train import train
 from ctcgrpo.training.ahead import PlayingAhead
 from ctcgrpo.training.playing import PLAYING, RolloutHooks
 from ctcgrpo.types import TurnSample
@@ -404,6 +406,17 @@ def test_evaluations_use_current_weights(tmp_path: Path) -> None:
     files = sorted((tmp_path / "traces").glob("eval-*"))
     assert [{json.loads(line)["version"] for line in f.read_text().splitlines()} for f in files] == [{1}, {2}, {3}]
     assert sorted(traces(tmp_path)) == [1, 2, 3] and len(logged(made, "eval_outcome/all")) == 3
+
+
+def test_a_validation_is_shown_once_the_batch_ahead_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what is shown would be the batch ahead, with episodes of the validation."""
+    shown: list[str] = []
+    for name in ("validation", "rollouts", "update"):
+        monkeypatch.setattr(RunProgress, name, lambda *_, name=name: shown.append(name))
+    overrides = [f"run.output_dir={tmp_path}", "training.max_steps=2", "validation.every=1", "rollout.overlap=1"]
+    overrides += ["rollout.deterministic=false", "rollout.dtype=bfloat16", "validation.scenarios=english/test"]
+    train(load_recipe(ROOT / "recipes" / "tiny.yaml", overrides))
+    assert shown == ["validation", "rollouts", "update", "rollouts", "validation", "update", "validation"]
 
 
 def test_several_updates_of_a_batch(tmp_path: Path) -> None:

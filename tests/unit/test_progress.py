@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -119,3 +120,53 @@ def test_episodes_of_the_next_step_are_counted_when_it_begins(wait: Callable[[fl
     wait(16.0)
     run.episode(replace(EPISODE, step=2))
     assert out.getvalue().splitlines()[-1] == "  4 of 4 episodes"
+
+
+def test_a_validation_while_the_next_step_is_played_ahead(wait: Callable[[float], None]) -> None:
+    """It comes between the episodes of a step and its update, during which those of the step after it begin."""
+    run, out = shown(terminal=True)
+    run.start(0)
+    run.rollouts(1, 4)
+    play(run, wait, 4, 10.0)
+    run.update(1)
+    failed = replace(EPISODE, step=2, outcome=math.nan, failure=Failure("engine", "gone"))
+    for episode in (failed, *[replace(EPISODE, step=2)] * 3):
+        wait(5.0)
+        run.episode(episode)
+    run.step(1, {"outcome/all": 0.0})
+    run.rollouts(2, 4)
+    assert seen(out, "4/4") and seen(out, "1 failed")
+    run.validation(2)
+    play(run, wait, 2, 30.0)
+    run.update(2)
+    wait(20.0)
+    for _ in range(3):
+        run.episode(replace(EPISODE, step=3))
+    run.step(2, {"outcome/all": 0.0})
+    run.rollouts(3, 4)
+    assert seen(out, "3/4")
+    run.stop()
+    assert "2 min 0 s left" in out.getvalue(), "80 s for two steps: the validation takes none of a step's time, the update does"
+
+
+def test_episodes_that_end_in_another_thread_find_the_row_that_is_shown() -> None:
+    run, _ = shown(terminal=True)
+    run.start(0)
+    errors: list[BaseException] = []
+
+    def episodes() -> None:
+        try:
+            while not over.is_set():
+                run.episode(EPISODE)
+        except BaseException as error:  # noqa: BLE001 - shown by the assertion below
+            errors.append(error)
+
+    over, thread = threading.Event(), threading.Thread(target=episodes)
+    thread.start()
+    for _ in range(300):
+        run.rollouts(1, 4)
+        run.update(1)
+    over.set()
+    thread.join()
+    run.stop()
+    assert not errors
