@@ -11,7 +11,7 @@ from ctcgrpo.run.scores import Validation
 from ctcgrpo.types import NO_TAG
 
 RECENT = 10  # steps
-_SECONDS = ("seconds/rollout", "seconds/recompute", "seconds/audit", "seconds/update")  # the parts of a step
+_SECONDS = ("seconds/recompute", "seconds/audit", "seconds/update")  # the parts of a step besides rollouts
 
 Metrics = Sequence[Mapping[str, Any]]
 
@@ -40,14 +40,14 @@ def phase(run: Run) -> str:
     parts = {(part.kind, part.step): part for part in run.parts}
     validated = {v.step: v for v in run.validations}
     validation = parts.get(("validation", done))
+    if validation is not None and done not in validated:  # with overlap the next step's episodes are there already
+        return f"Validation after step {done}: playing, {validation.episodes}{_expected(run.validations)} episodes"
     playing = parts.get(("step", done + 1))
     if playing is not None:
         episodes = run.recipe.tasks_per_step * run.recipe.rollout.group_size
         if playing.episodes < episodes:
             return f"Step {done + 1}: playing, {playing.episodes} of {episodes} episodes"
         return f"Step {done + 1}: {episodes} episodes played; updating the policy"
-    if validation is not None and done not in validated:
-        return f"Validation after step {done}: playing, {validation.episodes}{_expected(run.validations)} episodes"
     if done == of:
         return f"Step {done} is done; saving the policy"
     return f"Step {done + 1}: no episode yet" if done or run.validations else "No episode yet"
@@ -59,8 +59,13 @@ def steps_done(metrics: Metrics) -> int:
 
 def step_seconds(metrics: Metrics) -> float | None:
     """Seconds of a step without validation and saving: the median of the last ones; None before the first."""
-    found = [sum(m.get(name) or 0.0 for name in _SECONDS) for m in metrics[-RECENT:]]
+    found = [_rollout_seconds(m) + sum(m.get(name) or 0.0 for name in _SECONDS) for m in metrics[-RECENT:]]
     return median(found) if found else None
+
+
+def _rollout_seconds(m: Mapping[str, Any]) -> float:
+    """Where rollouts and updates overlap, those that the trainer waited."""
+    return float(m.get("overlap/trainer_waited", m.get("seconds/rollout")) or 0.0)
 
 
 def failures(metrics: Metrics) -> list[tuple[str, int, int]]:

@@ -170,6 +170,8 @@ def test_phases_by_hand(tmp_path: Path) -> None:
         add_metrics(folder, step=step)
     add(folder, 2, *EPISODES[:2], kind="validation")
     assert says() == "Validation after step 2: playing, 2 of 3 episodes"
+    add(folder, 3, *(episode(g, k, 0.1, [(40, 60)]) for g in range(4) for k in (0, 1)))  # played ahead, with rollout.overlap
+    assert says() == "Validation after step 2: playing, 2 of 3 episodes"
     for step in (3, 4, 5):
         add_metrics(folder, step=step)
     assert says() == "Step 5 is done; saving the policy"
@@ -206,6 +208,8 @@ def test_progress_scores_and_failures_by_hand(tmp_path: Path) -> None:
     assert found["failures"]["newest"] == ["step 1, support-0, rollout 2: simulator_reply: turn 2: no answer"]
     assert found["latest"] == ("step", 1, "support-2")
     assert step_seconds([]) is None and failures([]) == []
+    seconds = {"seconds/rollout": 60.0, "seconds/update": 50.0}
+    assert step_seconds([seconds]) == 110 and step_seconds([seconds | {"overlap/trainer_waited": 12.0}]) == 62
 
 
 def test_what_is_served_is_json_for_any_text(tmp_path: Path) -> None:
