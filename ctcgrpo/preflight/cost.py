@@ -233,4 +233,15 @@ def load_of(recipe: Recipe) -> Load:
         rollouts=min(rollout.max_batch, max(1, here)),
         gpu_memory=rollout.vllm.gpu_memory if rollout.engine == "vllm_colocated" else 0.0,
         samples_here=rollout.engine == "transformers",
+        sampling_copy=rollout.dtype == "bfloat16",
+        overlaps=bool(rollout.overlap) or training.update_parts > 1,
+        whole_logits=_needs_whole_logits(recipe),
     )
+
+
+def _needs_whole_logits(recipe: Recipe) -> bool:
+    """Importance weights under top-p or top-k, which `auto` has with overlap only."""
+    rollout, training = recipe.rollout, recipe.training
+    chosen = training.importance not in ("auto", "none")
+    chosen |= training.importance == "auto" and bool(rollout.overlap) and training.old_logprobs == "recomputed"
+    return chosen and (rollout.top_p < 1 or rollout.top_k > 0)

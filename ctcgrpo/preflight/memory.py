@@ -42,6 +42,9 @@ class Load:
     rollouts: int
     gpu_memory: float
     samples_here: bool  # whether the policy itself samples (transformers), and keeps its keys and values here
+    sampling_copy: bool = False  # whether a bfloat16 copy of it does
+    overlaps: bool = False  # whether episodes are played during the update
+    whole_logits: bool = False  # whether importance weights need them (top-p, top-k)
 
 
 class MemoryPlan(NamedTuple):
@@ -90,7 +93,7 @@ def memory_plan(shape: Shape, load: Load, card: float) -> MemoryPlan:
     if load.lora_rank is None:
         parts["gradient of the output layer"] = 0.0, _head_gradient(shape, load)
     if load.sharding == "none" and load.bf16 and load.weight_bytes == 4:
-        parts["bfloat16 copies (autocast)"] = total * 2.0, total * 2.0
+        parts["bfloat16 copies (autocast)"] = 0.0 if load.sampling_copy else total * 2.0, total * 2.0
     if gathered:
         parts["gathered and buffers"] = gathered, gathered
     if load.sharding == "none" and n > 1:  # DistributedDataParallel's buckets
@@ -108,7 +111,10 @@ def memory_plan(shape: Shape, load: Load, card: float) -> MemoryPlan:
         parts["vLLM: weights"] = float(served), 0.0
         parts["vLLM: keys, values, buffers"] = max(share - served, float(_VLLM_RUNTIME)), 0.0
     elif load.samples_here:
-        parts["keys and values"] = wanted * shape.kv_bytes * compute / 2, 0.0
+        held = float(wanted * shape.kv_bytes) if load.sampling_copy else wanted * shape.kv_bytes * compute / 2
+        parts["keys and values"] = held, held if load.overlaps else 0.0
+        if load.sampling_copy:
+            parts["bfloat16 copy that samples"] = total * 2.0, total * 2.0
     parts["CUDA and NCCL"] = float(_RUNTIME), float(_RUNTIME)
     by_phase = {part: dict(zip(PHASES, both, strict=True)) for part, both in parts.items()}
     return MemoryPlan(by_phase, card, room, wanted)
@@ -125,12 +131,14 @@ def _head_gradient(shape: Shape, load: Load) -> float:
 
 
 def _activations(shape: Shape, load: Load, compute: int) -> float:
-    """Of one row, forward and backward."""
+    """Of one row, forward and backward; or of half a row forward with all of its logits, where that is more."""
     tokens = max(load.tokens_per_row, load.longest)
     widths = {name: getattr(shape, name) for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate")}
     layer = tokens * compute * kept_per_token(**widths)
     mask = tokens * load.longest
     head = tokens * shape.hidden * 4 * 2
+    kept = (shape.layers + 1) * layer
     if load.checkpointing:  # inputs of all layers, and one layer at a time with its gradients
-        return float(shape.layers * tokens * shape.hidden * compute + 2 * layer + mask + head)
-    return float((shape.layers + 1) * layer + mask + head)
+        kept = shape.layers * tokens * shape.hidden * compute + 2 * layer
+    scored = max(load.tokens_per_row // 2, load.longest) if load.whole_logits else 0
+    return float(mask + max(kept + head, layer + scored * shape.vocabulary * compute))

@@ -355,6 +355,17 @@ def test_memory_by_hand() -> None:
     assert 0.3 < quantized["weights"]["update"] / adapters["weights"]["update"] < 0.4
     assert parts(checkpointing=False)["activations"]["update"] > 5 * zero3["activations"]["update"]
     assert parts(reference=True)["reference policy"]["rollout"] == 2 * P / 8
+    # Where a bfloat16 copy samples, it stays during the update, and with overlap its keys and values do
+    copied = parts(sharding="none", samples_here=True, sampling_copy=True, bf16=False, gpu_memory=0.0)
+    kept = parts(sharding="none", samples_here=True, sampling_copy=True, bf16=False, gpu_memory=0.0, overlaps=True)
+    assert copied["bfloat16 copy that samples"] == kept["bfloat16 copy that samples"] == {"rollout": 2 * P, "update": 2 * P}
+    assert copied["keys and values"] == {"rollout": 16 * 9216 * 147_456, "update": 0}
+    assert kept["keys and values"]["update"] == 16 * 9216 * 147_456
+    cast = parts(sharding="none", samples_here=True, sampling_copy=True)["bfloat16 copies (autocast)"]
+    assert cast == {"rollout": 0, "update": 2 * P}
+    # Whole logits of the longest sample take less than the update of a row, unless rows are short
+    assert parts(whole_logits=True)["activations"] == zero3["activations"]
+    assert parts(whole_logits=True, tokens_per_row=64, longest=4000)["activations"]["update"] > 4000 * 151_936 * 2
     plan = memory_plan(shape, Load(**load), 79.1 * GIB)
     # 2 bytes for keys and values of 36 layers with 8 heads of 128
     assert shape.kv_bytes == 147_456 and plan.kv_wanted == 16 * 9216
