@@ -106,7 +106,7 @@ class EpisodePlayer(CheckpointedUpdate):
         When any process is asked to pause (Ctrl-C, a spent budget), all of them raise RunPaused together.
         """
         self.await_ahead()
-        before = self.phase
+        before, started = self.phase, time.perf_counter()
         self._take_weights()
         self.phase = PLAYING
         runner = replace(self.runner, play=play or self.runner.play)
@@ -116,6 +116,8 @@ class EpisodePlayer(CheckpointedUpdate):
             return self._finished(lambda: self._run(slots, name, runner, lambda _: None))
         finally:
             self.phase = before
+            if self._engine_free is not None:  # the engine does not wait during a validation
+                self._engine_free += time.perf_counter() - started
 
     def _take_weights(self) -> None:
         self._refuse_sharded_sampling()

@@ -408,6 +408,30 @@ def test_evaluations_use_current_weights(tmp_path: Path) -> None:
     assert sorted(traces(tmp_path)) == [1, 2, 3] and len(logged(made, "eval_outcome/all")) == 3
 
 
+def test_the_engine_does_not_wait_during_an_evaluation(tmp_path: Path) -> None:
+    class Slow(Talk):
+        evaluates = False
+
+        async def reset(self, task: Any, *, seed: int) -> str:
+            await asyncio.sleep(2.0 * Slow.evaluates)
+            return await super().reset(task, seed=seed)
+
+    made = trainer(tmp_path, environment=Slow, max_steps=3, eval_strategy="steps", eval_steps=1)
+    evaluate = made.evaluate
+
+    def slowly(*args: Any, **kwargs: Any) -> dict[str, float]:
+        made.await_ahead()
+        Slow.evaluates = True
+        try:
+            return evaluate(*args, **kwargs)
+        finally:
+            Slow.evaluates = False
+
+    made.evaluate = slowly  # type: ignore[method-assign]
+    made.train()
+    assert max(logged(made, "overlap/engine_waited")) < 2.0
+
+
 def test_a_validation_is_shown_once_the_batch_ahead_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else what is shown would be the batch ahead, with episodes of the validation."""
     shown: list[str] = []
