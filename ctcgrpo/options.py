@@ -177,7 +177,7 @@ class UpdateOptions:
     update_parts: int = option(
         1,
         "parts of a step's groups that gradients are computed of while others are still played, each part once its episodes are "
-        "over; they add up to one update. Needs loss_total, and an engine as overlap does",
+        "over; they add up to one update. At most as many as groups. Needs loss_total, and an engine as overlap does",
         ge=1,
     )
     tokens_per_row: int = option(

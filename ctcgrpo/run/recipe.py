@@ -413,6 +413,11 @@ class Recipe(Section):
                 f"{while_updating} with rollout.engine {engine!r}, which samples from the trained weights themselves; expected "
                 "'vllm_server', or 'transformers' with rollout.dtype=bfloat16"
             )
+        if self.training.update_parts > self.tasks_per_step:
+            raise ValueError(
+                f"training.update_parts = {self.training.update_parts} with {self.tasks_per_step} groups a step (per_step); "
+                "expected at most as many parts as groups"
+            )
         if engine != "transformers" and self.rollout.deterministic:
             raise ValueError(
                 "rollout.deterministic needs rollout.engine 'transformers': the composition of vLLM's batches is not fixed"

@@ -156,6 +156,11 @@ class CTCGRPOTrainer(EpisodePlayer):
                 f"{'overlap = 1' if args.overlap else f'update_parts = {args.update_parts}'} needs an engine with weights of its "
                 "own: vLLM servers (use_vllm, vllm_mode = 'server'), or the transformers engine with sampling_dtype = 'bfloat16'"
             )
+        if args.update_parts > self.tasks_per_step:
+            raise ValueError(
+                f"update_parts = {args.update_parts} with {self.tasks_per_step} groups a step (per_device_train_batch_size x "
+                "processes / num_generations); expected at most as many parts as groups"
+            )
         self._step_tasks = schedule
         self._reset_playing()
         self._updates: list[list[TurnSample]] = []

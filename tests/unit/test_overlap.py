@@ -318,6 +318,7 @@ def test_what_excludes_parts_is_named(tmp_path: Path) -> None:
             {"overlap": 0, "deterministic": True},
             "update_parts = 2 depends on the clock, and deterministic needs runs that repeat",
         ),
+        ({"update_parts": 3}, "update_parts = 3 with 2 groups a step"),
         ({"num_iterations": 2}, "update_parts = 2 with num_iterations = 2, which needs all episodes of a step at once"),
         ({"credit": "vine"}, "update_parts = 2 with credit = 'vine', which needs all episodes of a step at once"),
         ({"turn_scale": "batch"}, "update_parts = 2 with turn_scale = 'batch', which needs all episodes of a step at once"),
@@ -328,6 +329,9 @@ def test_what_excludes_parts_is_named(tmp_path: Path) -> None:
     tiny = [ROOT / "recipes" / "tiny.yaml", ["training.update_parts=2", "rollout.deterministic=false", "rollout.dtype=bfloat16"]]
     with pytest.raises(RecipeError, match="training.update_parts = 2 needs training.loss_total"):
         load_recipe(*tiny)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="training.update_parts = 5 with 4 groups a step"):
+        many = ["training.loss_total=9", "training.update_parts=5", "training.updates_per_step=1"]
+        load_recipe(tiny[0], [*tiny[1], *many])  # type: ignore[list-item, arg-type]
     with pytest.raises(RecipeError, match="training.update_parts = 2 with training.updates_per_step = 2"):
         load_recipe(tiny[0], [*tiny[1], "training.loss_total=9", "training.updates_per_step=2"])  # type: ignore[list-item, arg-type]
 
