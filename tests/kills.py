@@ -160,7 +160,7 @@ def main() -> int:
     rng = random.Random(args.seed)
     same_what = ("steps and episodes", "versions") if args.overlap else ("same weights", "same metrics and validation")
     table = Table("killed", "went on from", *same_what, title=f"{args.kills} kills")
-    good = 0
+    good = hit = 0
     with tempfile.TemporaryDirectory() as name:
         folder, log = Path(name), Path(name) / "log"
         whole = RunFolder(folder / "whole")
@@ -174,6 +174,7 @@ def main() -> int:
             kill = Kill(phase, nth, rng.uniform(0, taken[phase][nth - 1]))
             run = recipe(folder, f"killed-{k}", args.overlap)
             code = in_a_fork(lambda run=run, kill=kill: killed(run, kill), log)
+            hit += code == -signal.SIGKILL
             left = RunFolder(run.folder)
             kept = left.newest_checkpoint()
             partial = [p.name for p in run.folder.glob("checkpoint-*") if not is_complete(p)]
@@ -198,9 +199,8 @@ def main() -> int:
         if good < args.kills:
             print(log.read_text()[-3000:])
     Console(width=120).print(table)
-    print(
-        f"{good} of {args.kills} {'without a lost, repeated or mixed episode' if args.overlap else 'as if nothing had happened'}"
-    )
+    ended = "without a lost, repeated or mixed episode" if args.overlap else "as if nothing had happened"
+    print(f"{good} of {args.kills} {ended}; {hit} were killed, others ended before")
     return int(good < args.kills)
 
 
