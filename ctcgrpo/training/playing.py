@@ -128,10 +128,12 @@ class EpisodePlayer(CheckpointedUpdate):
     def _run(self, slots: Sequence[Slot], name: str, runner: RolloutRunner, over: Callable[[Episode], None]) -> list[Episode]:
         """An episode for each slot, in order. `over` is called with each that is over."""
         write = TraceWriter(self._trace_file(name))
+        trains = all(slot.seed_step is None for slot in slots)  # tasks of a validation may have the same ids
 
         def on_episode(episode: Episode) -> None:
             write(episode)
-            self._lengths.note(episode)
+            if trains:
+                self._lengths.note(episode)
             self._hooks.episode(episode)
             over(episode)
 

@@ -71,7 +71,7 @@ class Talk(Environment):
 
 
 def test_a_trainer_learns_lengths_from_its_own_batches(tmp_path: Path) -> None:
-    def begun(**options: Any) -> list[list[str]]:
+    def begun(eval_dataset: Any = None, **options: Any) -> list[list[str]]:
         BEGUN.clear()
         made = CTCGRPOTrainer(
             "builtin/tiny",
@@ -91,10 +91,14 @@ def test_a_trainer_learns_lengths_from_its_own_batches(tmp_path: Path) -> None:
             ),
             environment=Talk,
             train_dataset=[{"id": f"t{k}", "turns": k} for k in (1, 3, 2)],
+            eval_dataset=eval_dataset,
         )
         made.train()
         tasks = [name.split("/")[1] for name in BEGUN]
         return [tasks[:6:2], tasks[6::2]]
 
     assert begun() == [["t1", "t3", "t2"], ["t3", "t2", "t1"]]
+    held_out = [{"id": f"t{k}", "turns": 4 - k} for k in (1, 3, 2)]  # other tasks, with the same ids
+    begun(eval_steps=1, eval_strategy="steps", eval_dataset=held_out, num_generations_eval=8)
+    assert [name.split("/")[1] for name in BEGUN[-30:-24:2]] == ["t3", "t2", "t1"]
     assert begun(deterministic=True) == [["t1", "t3", "t2"]] * 2
