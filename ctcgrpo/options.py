@@ -252,6 +252,8 @@ def conflicts(values: Mapping[str, Any], name: Callable[[str], str] = str) -> It
                 f"{value('importance')} with {value('old_logprobs')}, whose ratio contains the importance weight already; "
                 f"expected {name('old_logprobs')} = 'recomputed', or {name('importance')} = 'none'"
             )
+    if values["importance"] == "none" and values["importance_max"] != UpdateOptions.importance_max:
+        yield f"{value('importance_max')} has no effect with {value('importance')}; leave it out"
     by_the_clock = {"overlap": bool(values["overlap"]), "deadline": values["deadline"] is not None}
     by_the_clock |= {"update_parts": (parts := values["update_parts"] > 1)}
     for option in (option for option, used in by_the_clock.items() if used and values["deterministic"]):
@@ -261,7 +263,7 @@ def conflicts(values: Mapping[str, Any], name: Callable[[str], str] = str) -> It
     if values["loss_total"] is None:
         yield (
             f"{value('update_parts')} needs {name('loss_total')}: the number of trained tokens of a step is not known before its "
-            f"last part; take the metric trained_tokens of a run without it (turns, with {name('loss_weights')} 'turn')"
+            f"last part; take the metric trained_tokens of a run without it (trained_turns with {name('loss_weights')} 'turn')"
         )
     whole_step = {
         "num_iterations": values["num_iterations"] > 1,

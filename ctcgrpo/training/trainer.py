@@ -164,6 +164,7 @@ class CTCGRPOTrainer(EpisodePlayer):
         self._step_tasks = schedule
         self._reset_playing()
         self._updates: list[list[TurnSample]] = []
+        self._seconds_recompute = 0.0  # in this step
         self.centering = make_centering(args.centering)
         self._checked = False
         self.stop_requested = False  # whether any process was interrupted; synchronised at the end of a step

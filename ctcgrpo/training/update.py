@@ -78,6 +78,7 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
             for model in (policy, *reference):
                 use_layouts(model)
         self.begin_update()
+        self._warned_of_gap = self._warned_of_total = False
         self._costs = forward_costs(policy, gathers=self._how in ("segments", "flash3"))
 
     @property
@@ -362,6 +363,9 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
             self._log_number("importance/mean", over_all["importance"] / tokens)
             self._log_number("importance/truncated", over_all["truncated"] / tokens)
         self._log_number("trained_tokens", tokens)
+        if self.args.loss_weights == "turn":
+            self._log_number("trained_turns", over_all["weight"])
+        self._warn_of_total(over_all["weight"])
         return torch.tensor(loss, device=self.accelerator.device)
 
     def _log_gap(self, gap: float, removed: float, tokens: float) -> None:
@@ -370,12 +374,28 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
         mean = gap / max(1.0, tokens - removed)
         self._log_number("importance/gap", mean)
         self._log_number("importance/removed", removed / max(1.0, tokens))
-        if mean > LARGE_GAP and self.accelerator.is_main_process:
+        if mean > LARGE_GAP and not self._warned_of_gap and self.accelerator.is_main_process:
+            self._warned_of_gap = True
+            causes = "another precision or quantization, another chat template, or old weights"
+            if self.args.overlap:
+                causes = "weights that change much in a step (learning_rate), another precision, or another chat template"
             _log.warning(
                 "step %d: log-probabilities of the engine and of the trainer differ by %.2g nats a token on average; expected "
-                "at most %g. Likely causes: another precision or quantization, another chat template, or old weights",
-                *(self.rollout_step + 1, mean, LARGE_GAP),
+                "at most %g. Likely causes: %s. Said once a run; the metric importance/gap has it for every step",
+                *(self.rollout_step + 1, mean, LARGE_GAP, causes),
             )
+
+    def _warn_of_total(self, weight: float) -> None:
+        """`weight`: what the loss is divided by without `loss_total`. Another total scales gradients against max_grad_norm."""
+        total = self.args.loss_total
+        if total is None or self._warned_of_total or weight / 3 <= total <= weight * 3 or not self.accelerator.is_main_process:
+            return
+        self._warned_of_total = True
+        _log.warning(
+            "step %d: loss_total is %g, and this step has %g trained %ss; expected a number near that. Gradients are %.2g times as "
+            "large as with it. Said once a run",
+            *(self.rollout_step + 1, total, weight, self.args.loss_weights, weight / total),
+        )
 
     def _sum_over_processes(self, values: Sequence[float]) -> list[float]:
         numbers = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)

@@ -149,6 +149,20 @@ def test_a_large_gap_between_engine_and_trainer_is_a_warning(
     assert 1 < logged("episode", importance="episode", updates=2)[0]["importance/mean"] <= 3  # products over some 80 tokens
 
 
+def test_a_total_far_from_the_tokens_of_a_step_is_a_warning(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def logged(total: float | None, weights: LossWeights) -> dict[str, float]:
+        caplog.clear()
+        trainer = sameness.build_trainer(str(tiny), str(tmp_path), loss_total=total, loss_weights=weights)
+        trainer.train()
+        return next(entry for entry in trainer.state.log_history if "trained_tokens" in entry)
+
+    turns = logged(None, "turn")["trained_turns"]
+    assert turns < logged(2 * turns, "turn")["trained_tokens"] and "loss_total" not in caplog.text
+    logged(100 * turns, "turn")
+    text = f"loss_total is {100 * turns:g}, and this step has {turns:g} trained turns; expected a number near that"
+    assert caplog.text.count("loss_total is") == 1 and text in caplog.text and "0.01 times as large" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("packing", "tokens_per_row", "rows"),
     [("none", 1500, 3), ("segments", 10_000, 1), ("segments", 300, 5), ("auto", 90, 20)],
