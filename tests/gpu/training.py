@@ -10,6 +10,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ctcgrpo import CTCGRPOConfig, CTCGRPOTrainer, Environment
 from ctcgrpo.policy.loading import load_tokenizer
+from ctcgrpo.training.ahead import Played
 from ctcgrpo.types import TurnSample
 
 
@@ -20,7 +21,10 @@ class GivenSamples(CTCGRPOTrainer):
     given: Sequence[TurnSample]
     batches = 0
 
-    def _new_batch(self, inputs: Any) -> list[list[TurnSample]]:
+    def _take_played(self, step: int, tasks: Sequence[int]) -> Played:
+        return Played(step, tasks, self.state.global_step, [], 0.0, 0.0)
+
+    def _new_batch(self, *_: Any) -> list[list[TurnSample]]:
         self.batches += 1
         return [list(self.given[self.accelerator.process_index :: self.accelerator.num_processes])]
 
