@@ -310,8 +310,8 @@ class CTCGRPOTrainer(EpisodePlayer):
             self._log_number("overlap/share", max(0.0, 1 - waited / seconds))
         if self.args.audit_every and (self.rollout_step + 1) % self.args.audit_every == 0:
             self._audit(episodes)
-        waited = sum(e.seconds_environment for e in episodes)
-        self._log_number("seconds/simulator_per_episode", waited / max(1, len(episodes)))
+        in_environments = sum(e.seconds_environment for e in episodes)
+        self._log_number("seconds/simulator_per_episode", in_environments / max(1, len(episodes)))
         self._log_number("tokens_per_second", sum(sum(s.turn_tokens) for s in summaries) / seconds)
         samples = self._samples([e for e in episodes if e.group not in trained], credit)
         if self._seconds_recompute:
@@ -392,7 +392,9 @@ class CTCGRPOTrainer(EpisodePlayer):
         self.model_wrapped.train()
         current = self.logprobs(self.model_wrapped, samples)
         gaps = [np.zeros(0, np.float32)]
-        for sample, now in zip(samples if corrected else self._comparable(samples), current, strict=True):
+        if not corrected:  # what top-p and top-k keep takes a forward pass, which a metric is not worth over all samples
+            samples = self._comparable(self._few(samples) if self.runner.play.sampling.truncates else samples)
+        for sample, now in zip(samples, current, strict=False):  # the few are the first ones
             gaps += [] if sample.sampled_logprobs is None else [np.abs(sample.sampled_logprobs - now)]
         of_tokens = np.concatenate(gaps)
         found = of_tokens[of_tokens < np.inf] if not np.isnan(of_tokens).any() else of_tokens

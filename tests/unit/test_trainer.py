@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -147,6 +148,24 @@ def test_a_large_gap_between_engine_and_trainer_is_a_warning(
     assert 0.1 < first["importance/truncated"] < 0.4
     assert "step 1: log-probabilities of the engine and of the trainer differ by" in caplog.text
     assert 1 < logged("episode", importance="episode", updates=2)[0]["importance/mean"] <= 3  # products over some 80 tokens
+
+
+def test_without_importance_weights_what_top_k_keeps_is_computed_for_a_few_samples(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several updates score all samples again; another pass over all of them would be for a metric alone."""
+    monkeypatch.setattr("ctcgrpo.training.update._COMPARED_TOKENS", 200)
+    trainer = sameness.build_trainer(str(tiny), str(tmp_path), updates=2, top_k=2000)
+    scored: dict[str, list[int]] = {"logprobs": [], "log_kept": []}
+    for name, seen in scored.items():
+        plain = getattr(trainer, name)
+        monkeypatch.setattr(
+            trainer, name, lambda m, some, plain=plain, seen=seen, **k: (seen.append(len(some)), plain(m, some, **k))[1]
+        )
+    trainer.train()
+    assert 0 < max(scored["log_kept"]) < max(scored["logprobs"]) and len(scored["log_kept"]) == 2
+    gaps = [entry["logprob_gap"] for entry in trainer.state.log_history if "logprob_gap" in entry]
+    assert len(gaps) == 2 and np.isfinite(gaps).all()
 
 
 def test_a_total_far_from_the_tokens_of_a_step_is_a_warning(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
