@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from ctcgrpo.options import CreditOptions, Importance, RolloutOptions, UpdateOptions, conflicts, out_of_bounds
+from ctcgrpo.options import CreditOptions, Importance, RolloutOptions, UpdateOptions, conflicts, importance_level, out_of_bounds
 
 WITHOUT_EFFECT: dict[str, str] = {
     name: instead
@@ -159,16 +159,15 @@ class CTCGRPOConfig(CreditOptions, RolloutOptions, UpdateOptions, GRPOConfig):  
             ) from None
 
     @property
-    def _truncates(self) -> bool:
-        return self.top_p < 1 or bool(self.top_k)
-
-    @property
     def importance_level(self) -> Importance:
         """`importance` with auto resolved."""
-        if self.importance != "auto":
-            return self.importance
-        differs = self.overlap or (self.use_vllm and not self._truncates)
-        return "token" if differs and self.old_logprobs == "recomputed" else "none"
+        return importance_level(
+            self.importance,
+            old_logprobs=self.old_logprobs,
+            overlap=self.overlap,
+            vllm=self.use_vllm,
+            truncates=self.top_p < 1 or bool(self.top_k),
+        )
 
 
 def without_effect() -> dict[str, Any]:

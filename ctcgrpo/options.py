@@ -7,7 +7,7 @@ neither PyTorch nor TRL, so that recipes are read quickly.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from operator import ge, gt, le, lt
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 import pydantic
 
@@ -231,6 +231,14 @@ def out_of_bounds(values: Mapping[str, Any]) -> Iterator[str]:
         if any(not _BOUNDS[bound][0](value, limit) for bound, limit in metadata["bounds"].items()):
             expected = " and ".join(f"{_BOUNDS[bound][1]} {limit:g}" for bound, limit in metadata["bounds"].items())
             yield f"{name} = {value!r}; expected a number {expected}"
+
+
+def importance_level(importance: str, *, old_logprobs: str, overlap: int, vllm: bool, truncates: bool) -> Importance:
+    """`importance` with auto resolved. `vllm`: whether vLLM samples; `truncates`: whether with top-p or top-k."""
+    if importance != "auto":
+        return cast(Importance, importance)
+    differs = overlap or (vllm and not truncates)
+    return "token" if differs and old_logprobs == "recomputed" else "none"
 
 
 def conflicts(values: Mapping[str, Any], name: Callable[[str], str] = str) -> Iterator[str]:

@@ -13,6 +13,7 @@ from ctcgrpo.environments.eibench.mixture import mean_shares
 from ctcgrpo.errors import RecipeError
 from ctcgrpo.model.shapes import GIB
 from ctcgrpo.model.sharding import FSDP2, deepspeed_stage, offloads
+from ctcgrpo.options import importance_level
 from ctcgrpo.preflight.eibench import Verbose, played
 from ctcgrpo.preflight.memory import FULL_AT_WAKE, PHASES, Load, memory_plan
 from ctcgrpo.preflight.remedies import advice
@@ -240,8 +241,10 @@ def load_of(recipe: Recipe) -> Load:
 
 
 def _needs_whole_logits(recipe: Recipe) -> bool:
-    """Importance weights under top-p or top-k, which `auto` has with overlap only."""
+    """For importance weights under top-p or top-k."""
     rollout, training = recipe.rollout, recipe.training
-    chosen = training.importance not in ("auto", "none")
-    chosen |= training.importance == "auto" and bool(rollout.overlap) and training.old_logprobs == "recomputed"
-    return chosen and (rollout.top_p < 1 or rollout.top_k > 0)
+    truncates, vllm = rollout.top_p < 1 or rollout.top_k > 0, rollout.engine != "transformers"
+    level = importance_level(
+        training.importance, old_logprobs=training.old_logprobs, overlap=rollout.overlap, vllm=vllm, truncates=truncates
+    )
+    return truncates and level != "none"
