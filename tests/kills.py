@@ -2,9 +2,9 @@
 
     python -m tests.kills [N] [--seed S] [--overlap]    N kills (default 20), in rollouts, updates and saving; prints a table
 
-With `--overlap` the next step is played during the update, which depends on the clock, so weights differ. Then every step must have
-been trained once, on one episode for each place in it, of the same tasks as in the run that nobody disturbed, all with credit and
-from one version of the weights: the current one, or the one a step before.
+With `--overlap` the next step is played during the update, which depends on the clock, so weights differ. Then each step must have
+been trained once, on one episode for each group and rollout, of the same tasks as in the uninterrupted run. All turns must have a
+credit, and all episodes of a step one version of the weights: the current one, or the one a step before.
 
 The heavy libraries are imported once; each run is a fork of this process. Exits with 1 where a run does not end as it must.
 """

@@ -381,7 +381,7 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
                 causes = "weights that change much in a step (learning_rate), another precision, or another chat template"
             _log.warning(
                 "step %d: log-probabilities of the engine and of the trainer differ by %.2g nats a token on average; expected "
-                "at most %g. Likely causes: %s. Said once a run; the metric importance/gap has it for every step",
+                "at most %g. Likely causes: %s. Logged once a run; the metric importance/gap has it for every step",
                 *(self.rollout_step + 1, mean, LARGE_GAP, causes),
             )
 
@@ -393,7 +393,7 @@ class PolicyUpdate(GRPOTrainer):  # type: ignore[misc]
         self._warned_of_total = True
         _log.warning(
             "step %d: loss_total is %g, and this step has %g trained %ss; expected a number near that. Gradients are %.2g times as "
-            "large as with it. Said once a run",
+            "large as with it. Logged once a run",
             *(self.rollout_step + 1, total, weight, self.args.loss_weights, weight / total),
         )
 
